@@ -1,0 +1,61 @@
+"""Expert-parallel dispatch and combine for JAX.
+
+``jax_ep.dispatch`` sends the tokens of a mixture-of-experts layer to the ranks of their experts,
+``jax_ep.combine`` brings the outputs home; both work inside jitted, sharded and differentiated
+functions. Begin with ``jax_ep.create_group``. This file is the index of the public names.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jax_ep import _environment as _environment  # first: it prepares XLA's CPU client
+from jax_ep import reference
+from jax_ep._combine import combine
+from jax_ep._dispatch import dispatch
+from jax_ep._errors import CommunicationError, errors
+from jax_ep._group import Group, create_group
+from jax_ep._overlap import Ticket, combine_done, combine_start, dispatch_done, dispatch_start
+from jax_ep._quantize import dequantize, quantize
+from jax_ep._types import DispatchConfig, Dispatched, Handle, Quantized
+from jax_ep._version import __version__
+
+if TYPE_CHECKING:
+    from jax_ep import linen, nnx
+
+__all__ = [
+    "CommunicationError",
+    "DispatchConfig",
+    "Dispatched",
+    "Group",
+    "Handle",
+    "Quantized",
+    "Ticket",
+    "__version__",
+    "combine",
+    "combine_done",
+    "combine_start",
+    "create_group",
+    "dequantize",
+    "dispatch",
+    "dispatch_done",
+    "dispatch_start",
+    "errors",
+    "linen",
+    "nnx",
+    "quantize",
+    "reference",
+]
+
+_LAZY = ("linen", "nnx")  # they import flax, which jax_ep itself does not need
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"jax_ep.{name}")
+    raise AttributeError(f"module 'jax_ep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

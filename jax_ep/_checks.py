@@ -1,0 +1,346 @@
+"""Checks of what users pass, while tracing. Each error names op, argument, expected, got and fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep import _compat
+from jax_ep._capacity import INT32_MAX
+from jax_ep._group import Group
+from jax_ep._types import DispatchConfig, Handle, Layout, Quantized
+
+MAX_TOP_K = 32
+_ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def value_error(op: str, argument: str, expected: str, got: object, fix: str) -> ValueError:
+    """The one form that all errors about a value take."""
+    return ValueError(_text(op, argument, expected, got, fix))
+
+
+def type_error(op: str, argument: str, expected: str, got: object, fix: str) -> TypeError:
+    """The one form that all errors about a type or dtype take."""
+    return TypeError(_text(op, argument, expected, got, fix))
+
+
+def _text(op: str, argument: str, expected: str, got: object, fix: str) -> str:
+    return f"jax_ep.{op}: argument {argument}: expected {expected}, got {got}; {fix}."
+
+
+def check_group(op: str, group: Any) -> None:
+    """``group`` is a Group, and the op is traced where every axis of its mesh is manual."""
+    if not isinstance(group, Group):
+        raise type_error(
+            op,
+            "group",
+            "a Group",
+            type(group).__name__,
+            "make one with jax_ep.create_group(mesh, axis_name) outside jit",
+        )
+    manual = _compat.manual_axes()
+    missing = [name for name in group.mesh.axis_names if name not in manual]
+    if missing:
+        raise value_error(
+            op,
+            "group",
+            f"a call where every axis of the mesh {group.mesh.axis_names} is manual",
+            f"{tuple(manual)} as manual axes",
+            "call it inside jax.shard_map over the whole mesh (all axes in axis_names), or use "
+            "jax_ep.moe, which does that itself",
+        )
+    sizes = _compat.context_axis_sizes()
+    own = dict(group.mesh.shape)
+    if {name: sizes[name] for name in own} != own or len(sizes) != len(own):
+        raise value_error(
+            op,
+            "group",
+            f"a group of the mesh in use, {sizes}",
+            f"one made on a mesh {own}",
+            "make the group on the mesh that shard_map runs over",
+        )
+
+
+def check_config(op: str, config: Any) -> None:
+    """``config`` is None or a DispatchConfig."""
+    if config is not None and not isinstance(config, DispatchConfig):
+        raise type_error(
+            op, "config", "a DispatchConfig or None", type(config).__name__, "wrap the settings"
+        )
+
+
+def check_one_of(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
+    """``value`` is one of ``allowed``."""
+    if value not in allowed:
+        names = ", ".join(repr(name) for name in allowed)
+        raise value_error(op, argument, f"one of {names}", repr(value), "choose one of these")
+
+
+def check_rows(op: str, argument: str, x: Any) -> None:
+    """``x`` is ``[rows, hidden]`` in a row dtype, or Quantized, and rows are whole vectors."""
+    if isinstance(x, Quantized):
+        _check_quantized(op, argument, x)
+        return
+    if not isinstance(x, jax.Array):
+        raise type_error(
+            op, argument, "a jax array or jax_ep.Quantized", type(x).__name__, "convert it first"
+        )
+    if x.ndim != 2:
+        raise value_error(
+            op,
+            argument,
+            "two dimensions, [tokens, hidden]",
+            f"shape {x.shape}",
+            "flatten the leading dimensions into tokens",
+        )
+    if x.dtype not in _ROW_DTYPES:
+        raise type_error(
+            op,
+            argument,
+            "dtype bfloat16, float16 or float32 (or jax_ep.Quantized)",
+            f"dtype {x.dtype}",
+            "cast it with astype, or quantize it with jax_ep.quantize",
+        )
+    row_bytes = x.shape[1] * x.dtype.itemsize
+    if row_bytes == 0 or row_bytes % 16:
+        raise value_error(
+            op,
+            argument,
+            "rows of a positive multiple of 16 bytes",
+            f"hidden {x.shape[1]} of {x.dtype} = {row_bytes} bytes",
+            f"pad hidden to a multiple of {16 // x.dtype.itemsize}",
+        )
+
+
+def _check_quantized(op: str, argument: str, x: Quantized) -> None:
+    values, scales = x
+    if values.ndim != 2 or values.shape[1] == 0 or values.shape[1] % 128:
+        raise value_error(
+            op,
+            f"{argument}.values",
+            "[tokens, hidden] with hidden a positive multiple of 128",
+            f"shape {values.shape}",
+            "pad hidden to a multiple of 128",
+        )
+    if values.dtype != jnp.float8_e4m3fn:
+        raise type_error(
+            op,
+            f"{argument}.values",
+            "dtype float8_e4m3fn",
+            f"dtype {values.dtype}",
+            "make it with jax_ep.quantize",
+        )
+    blocks = (values.shape[0], values.shape[1] // 128)
+    if scales.shape != blocks or scales.dtype != jnp.float32:
+        raise value_error(
+            op,
+            f"{argument}.scales",
+            f"float32 {blocks}, one for each 128 channels",
+            f"{scales.dtype} {scales.shape}",
+            "make it with jax_ep.quantize",
+        )
+
+
+def check_fp8_hidden(op: str, hidden: int) -> None:
+    """Rows can be quantized: hidden is a multiple of a block of 128 channels."""
+    if hidden % 128:
+        raise value_error(
+            op,
+            "x",
+            "hidden a multiple of 128 with quantization='fp8'",
+            f"hidden {hidden}",
+            "pad hidden to a multiple of 128, or send the rows unquantized",
+        )
+
+
+def check_topk_idx(op: str, topk_idx: Any, num_tokens: int) -> None:
+    """``topk_idx`` is int32 ``[T, K]`` with 1 ≤ K ≤ 32."""
+    if not isinstance(topk_idx, jax.Array):
+        raise type_error(
+            op,
+            "topk_idx",
+            "an int32 array [tokens, top_k] (or handle=)",
+            type(topk_idx).__name__,
+            "pass the expert ids that the router chose, or the handle of an earlier dispatch",
+        )
+    if topk_idx.dtype != jnp.int32:
+        raise type_error(
+            op,
+            "topk_idx",
+            "dtype int32",
+            f"dtype {topk_idx.dtype}",
+            "cast it with astype(jnp.int32)",
+        )
+    if topk_idx.ndim != 2 or topk_idx.shape[0] != num_tokens:
+        raise value_error(
+            op,
+            "topk_idx",
+            f"shape [tokens, top_k] with the {num_tokens} tokens of x",
+            f"shape {topk_idx.shape}",
+            "give each token one row of expert ids, -1 where it has fewer",
+        )
+    if not 1 <= topk_idx.shape[1] <= MAX_TOP_K:
+        raise value_error(
+            op,
+            "topk_idx",
+            f"1 to {MAX_TOP_K} experts a token",
+            f"top_k {topk_idx.shape[1]}",
+            f"route each token to at most {MAX_TOP_K} experts",
+        )
+
+
+def check_topk_weights(op: str, topk_weights: Any, shape: tuple[int, ...]) -> None:
+    """``topk_weights`` is None or float32 of the shape of ``topk_idx``."""
+    if topk_weights is None:
+        return
+    if not isinstance(topk_weights, jax.Array) or topk_weights.dtype != jnp.float32:
+        got = getattr(topk_weights, "dtype", type(topk_weights).__name__)
+        raise type_error(
+            op,
+            "topk_weights",
+            "a float32 array or None",
+            got,
+            "cast it with astype(jnp.float32)",
+        )
+    if topk_weights.shape != shape:
+        raise value_error(
+            op,
+            "topk_weights",
+            f"the shape of topk_idx, {shape}",
+            f"shape {topk_weights.shape}",
+            "give one weight for each expert id",
+        )
+
+
+def check_experts(op: str, num_experts: Any, top_k: int, group: Group) -> None:
+    """``num_experts`` is a positive multiple of R and not below K."""
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
+        raise type_error(
+            op,
+            "num_experts",
+            "a Python int (or handle=)",
+            type(num_experts).__name__,
+            "pass the number of experts over the whole group",
+        )
+    if num_experts < 1 or num_experts % group.size:
+        raise value_error(
+            op,
+            "num_experts",
+            f"a positive multiple of the group's {group.size} ranks",
+            num_experts,
+            "give every rank the same number of experts, adding unused ones if need be",
+        )
+    if top_k > num_experts:
+        raise value_error(
+            op,
+            "topk_idx",
+            f"top_k of at most num_experts = {num_experts}",
+            f"top_k {top_k}",
+            "a token can go to each expert once",
+        )
+
+
+def check_layout(op: str, layout: object, alignment: object) -> None:
+    """``layout`` is known and ``alignment`` a positive int."""
+    check_one_of(op, "layout", layout, get_args(Layout))
+    if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1:
+        raise value_error(
+            op, "alignment", "a positive int", repr(alignment), "use 1 for no padding, or 128"
+        )
+
+
+def check_capacity(op: str, capacity: object, layout: Layout, alignment: int) -> None:
+    """``capacity`` is a positive int, and a multiple of ``alignment`` in layout "expert"."""
+    multiple = alignment if layout == "expert" else 1
+    if (
+        not isinstance(capacity, int)
+        or isinstance(capacity, bool)
+        or capacity < multiple
+        or capacity % multiple
+    ):
+        raise value_error(
+            op,
+            "capacity",
+            f"a positive multiple of the alignment {multiple}"
+            if layout == "expert"
+            else "a positive int",
+            repr(capacity),
+            "leave it out for room that always suffices, or round it up",
+        )
+
+
+def check_capacity_factor(
+    op: str, capacity_factor: object, layout: Layout, capacity: object
+) -> None:
+    """``capacity_factor`` is a positive number, alone, in layout "expert"."""
+    if capacity is not None:
+        raise value_error(
+            op,
+            "capacity_factor",
+            "one of capacity and capacity_factor",
+            "both",
+            "capacity bounds the rows of a rank, capacity_factor those of each expert",
+        )
+    if layout != "expert":
+        raise value_error(
+            op,
+            "capacity_factor",
+            "None with layout='token', whose rows belong to no one expert",
+            repr(capacity_factor),
+            "bound the rows with capacity, or use layout='expert'",
+        )
+    if not isinstance(capacity_factor, (int, float)) or not 0 < capacity_factor < float("inf"):
+        raise value_error(
+            op,
+            "capacity_factor",
+            "a positive number",
+            repr(capacity_factor),
+            "1.0 gives each expert room for its share under even routing",
+        )
+
+
+def check_int32_indices(op: str, *, sources: int, top_k: int, rows: int) -> None:
+    """Row and slot numbers over the whole group fit int32."""
+    if max(sources * top_k, rows) > INT32_MAX:
+        raise value_error(
+            op,
+            "x",
+            f"ranks x tokens x top_k and ranks x capacity of at most {INT32_MAX}",
+            f"{sources * top_k} and {rows}",
+            "send fewer tokens at a time or bound the capacity",
+        )
+
+
+def check_handle(op: str, handle: Any, group: Group) -> None:
+    """``handle`` is a Handle that ``group`` made."""
+    if not isinstance(handle, Handle):
+        raise type_error(
+            op,
+            "handle",
+            "a jax_ep.Handle",
+            type(handle).__name__,
+            "pass the .handle of what dispatch returned",
+        )
+    if handle.group_id != group.id:
+        raise value_error(
+            op,
+            "handle",
+            f"a handle of this group (id {group.id})",
+            f"one of another group (id {handle.group_id})",
+            "combine with the group that the dispatch was made with",
+        )
+
+
+def check_not_given(op: str, argument: str, value: object) -> None:
+    """``value`` is None, since the handle already says it."""
+    if value is not None:
+        raise value_error(
+            op,
+            argument,
+            "None together with handle=, which holds the routes",
+            "a value",
+            "leave it out, or leave the handle out to make a new plan",
+        )

@@ -1,0 +1,107 @@
+"""``jax_ep.combine``: bring the expert outputs home and sum them."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32
+
+from jax_ep import _checks, _ops
+from jax_ep._group import Group
+from jax_ep._types import DispatchConfig, Handle, Quantized
+
+
+def combine(
+    rows: Float[Array, "capacity hidden"],
+    handle: Handle,
+    *,
+    group: Group,
+    weights: Float32[Array, " capacity"] | None = None,
+    config: DispatchConfig | None = None,
+) -> Float[Array, "tokens hidden"]:
+    """Bring the expert outputs of each token home and sum them.
+
+    The inverse way of ``dispatch``: row c of this rank is added to the token that it came from.
+    Call it inside ``jax.shard_map`` over the whole mesh of ``group``. In pseudocode, on rank r::
+
+        for token in range(T):
+            y[token] = sum(weight * row for every kept row of (r, token), on every rank)
+
+    Sums have a fixed order and fixed roundings: each rank adds its rows of a token in float32, by
+    ascending local expert, and rounds to the row dtype; the home rank adds these partial sums in
+    float32, by ascending rank, and rounds again. So the bits never depend on timing.
+
+    Example (the routes of the example in ``dispatch``)::
+
+        rank 0: rows = [p, q, r, - | ...]           y = [p + s, u + q]
+        rank 1: rows = [s, t, u, v | ...]           y = [t + v, r]
+
+    Gradients: ``rows`` receive the cotangent of their token (``dispatch`` along the handle), scaled
+    by their weight if there are weights; ``weights`` receive the dot product of row and cotangent.
+
+    Args:
+        rows: ``[C, H]`` bf16, f16 or f32: the expert outputs, in the order of the dispatched rows.
+            Padding and unused rows are not read.
+        handle: The handle of the dispatch.
+        group: The group of the handle.
+        weights: ``[C]`` float32 factors of the rows (layout "expert"), such as the ``weights`` that
+            dispatch returned. None sums plainly: multiply before the down projection instead,
+            where it is cheaper.
+        config: How to use the machine; None takes the tuned or analytic default.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``rows``; zero for tokens without rows.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for any other argument that does not fit; the text says what would.
+    """
+    op = "combine"
+    _checks.check_group(op, group)
+    _checks.check_config(op, config)
+    _checks.check_handle(op, handle, group)
+    if isinstance(rows, Quantized):
+        raise _checks.type_error(
+            op, "rows", "an array", "Quantized", "turn it into a dense one with jax_ep.dequantize"
+        )
+    _checks.check_rows(op, "rows", rows)
+    if rows.shape[0] != handle.capacity:
+        raise _checks.value_error(
+            op,
+            "rows",
+            f"the {handle.capacity} rows of the dispatch",
+            f"shape {rows.shape}",
+            "keep padding and unused rows in place",
+        )
+    _check_weights(op, weights, handle)
+    rows, weights, handle = _ops.vary_together(group, rows, weights, handle)
+    if weights is None:
+        y, _ = _ops.combine(group, rows, None, handle)
+    else:
+        y = _ops.combine_weighted(group, rows, weights, handle)
+    return checkpoint_name(y, "jax_ep.combine")
+
+
+def _check_weights(op: str, weights: Array | None, handle: Handle) -> None:
+    if weights is None:
+        return
+    if handle.layout != "expert":
+        raise _checks.value_error(
+            op,
+            "weights",
+            "None in layout 'token', whose rows each sum several experts",
+            f"shape {weights.shape}",
+            "multiply the expert outputs before summing them into rows",
+        )
+    if weights.dtype != jnp.float32:
+        raise _checks.type_error(
+            op, "weights", "dtype float32", f"dtype {weights.dtype}", "cast it with astype"
+        )
+    if weights.shape != (handle.capacity,):
+        raise _checks.value_error(
+            op,
+            "weights",
+            f"shape ({handle.capacity},), one for each row",
+            f"shape {weights.shape}",
+            "pass the weights that dispatch returned, or one factor for each of its rows",
+        )

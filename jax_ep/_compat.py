@@ -1,0 +1,61 @@
+"""The only module that knows about differences between JAX versions or about JAX's private parts.
+
+Everything else in the package is written against the helpers below, so that a new JAX release is
+met in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Names of the manual mesh axes over which ``x`` varies (empty when they are not tracked)."""
+    aval = jax.typeof(x)
+    manual_type = getattr(aval, "manual_axis_type", None)
+    if manual_type is not None:
+        return frozenset(manual_type.varying)
+    return frozenset(getattr(aval, "vma", None) or ())
+
+
+def tracks_varying_axes(axis_names: Sequence[str]) -> bool:
+    """Whether the current trace tracks varying axes (``shard_map(..., check_vma=True)``)."""
+    return bool(varying_axes(lax.axis_index(tuple(axis_names))))
+
+
+def cast_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Cast ``x`` to vary over ``axes`` too; its transpose sums cotangents over the added ones."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    if not missing:
+        return x
+    return lax.pcast(x, missing, to="varying")
+
+
+def result_type(like: jax.Array, shape: Sequence[int], dtype: Any) -> Any:
+    """An abstract value of ``shape`` and ``dtype`` that varies over the same axes as ``like``."""
+    return jax.typeof(like).update(shape=tuple(shape), dtype=jax.numpy.dtype(dtype), weak_type=False)
+
+
+def manual_axes() -> tuple[str, ...]:
+    """Names of the mesh axes that are manual in the current trace."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(getattr(mesh, "manual_axes", ()))
+
+
+def context_axis_sizes() -> dict[str, int]:
+    """Sizes of the axes of the mesh of the current trace."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def register_ffi_types(types: dict[str, dict[str, Any]], *, platform: str) -> None:
+    """Register the state types of FFI handlers with the runtime of ``platform``.
+
+    Raises:
+        RuntimeError: if this jaxlib has no way to do so.
+    """
+    for name, info in types.items():
+        jax.ffi.register_ffi_type(name, info, platform=platform)

@@ -1,0 +1,267 @@
+"""``jax_ep.dispatch``: send every token to the ranks that hold its experts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float32, Int32
+
+import jax
+
+from jax_ep import _checks, _ops
+from jax_ep._capacity import INT32_MAX, lossless_capacity, round_up, rows_per_expert
+from jax_ep._group import Group
+from jax_ep._quantize import check_scale_format
+from jax_ep._types import (
+    DispatchConfig,
+    Dispatched,
+    Handle,
+    Layout,
+    Quantized,
+    ScaleFormat,
+)
+
+Output = Literal["dense", "quantized"]
+
+
+def dispatch(
+    x: Array | Quantized,
+    topk_idx: Int32[Array, "tokens top_k"] | None = None,
+    topk_weights: Float32[Array, "tokens top_k"] | None = None,
+    *,
+    group: Group,
+    num_experts: int | None = None,
+    layout: Layout = "expert",
+    alignment: int = 128,
+    capacity: int | None = None,
+    capacity_factor: float | None = None,
+    quantization: Literal["fp8"] | None = None,
+    output: Output | None = None,
+    scale_format: ScaleFormat = "f32",
+    handle: Handle | None = None,
+    config: DispatchConfig | None = None,
+) -> Dispatched:
+    """Send every token to the ranks that hold its top-k experts.
+
+    Call it inside ``jax.shard_map`` over the whole mesh of ``group``; shapes are those that one rank
+    sees. With T tokens, hidden size H, top-k K, E experts, R ranks and L = E / R local experts,
+    expert e lives on rank ``e // L``. In pseudocode, rank d receives in layout "expert"::
+
+        rows = []
+        for expert in range(d * L, (d + 1) * L):
+            for source in range(R):
+                for token in range(T):
+                    if expert in topk_idx[source][token]:
+                        rows.append(x[source][token])
+            pad rows with zeros to a multiple of alignment
+        pad rows with zeros to C
+
+    Example: two ranks, two experts each, K = 2, ``alignment=2``::
+
+        rank 0: x = [a, b]   topk_idx = [[0, 2], [3, 0]]
+        rank 1: x = [c, d]   topk_idx = [[2, 3], [0, -1]]
+
+        rank 0: tokens = [a, b, d, 0 | ...]         group_sizes = [4, 0]   counts = [3, 0]
+        rank 1: tokens = [a, c, b, c | ...]         group_sizes = [2, 2]   counts = [2, 2]
+
+    The order is fixed, so the rows are the same bits in every run and on every backend. The
+    operation and its two layouts are those of DeepEP (https://github.com/deepseek-ai/DeepEP).
+
+    Gradients: ``x`` receives the sum of its rows' cotangents (``combine``), ``topk_weights`` those of
+    its rows' weights; with ``quantization`` and dense output the gradient is straight-through. Rows
+    that did not fit have none.
+
+    Args:
+        x: ``[T, H]`` bf16, f16 or f32 with rows of a multiple of 16 bytes, or ``Quantized`` rows with
+            H a multiple of 128.
+        topk_idx: ``[T, K]`` int32 expert ids, −1 for none; K ≤ 32. An id out of range or repeated
+            within a token counts as −1 and in ``num_invalid``.
+        topk_weights: ``[T, K]`` float32 that travel with the rows, or None.
+        group: The group, from ``create_group``.
+        num_experts: E over the whole group; a multiple of R.
+        layout: "expert": one row per (token, local expert), grouped by expert. "token": one row per
+            (token, rank), ordered by (source rank, token).
+        alignment: Layout "expert": each expert's rows are padded with zeros to a multiple of it.
+        capacity: Rows C of the result. None: room that always suffices, N = R·T·min(K, L) and
+            C = roundup(N + min(L, N)·(alignment − 1), alignment), or R·T in layout "token". Less
+            keeps the rows that come first, which starves the last local experts first.
+        capacity_factor: Instead of ``capacity``, layout "expert": every expert keeps at most
+            ``ceil(capacity_factor · R·T·K / E)`` rows.
+        quantization: "fp8": rows travel as float8_e4m3fn with one scale per 128 channels.
+        output: With fp8: "dense" (default for arrays) gives rows in the dtype of ``x``, "quantized"
+            (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have no gradient.
+        scale_format: "f32" or "ue8m0", as in ``jax_ep.quantize``.
+        handle: The handle of an earlier dispatch, to send along the same routes without a new plan;
+            then ``topk_idx``, ``num_experts`` and the capacity are left out.
+        config: How to use the machine; None takes the tuned or analytic default.
+
+    Returns:
+        What this rank received, with C rows.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for any other argument that does not fit; the text says what would.
+    """
+    op = "dispatch"
+    _checks.check_group(op, group)
+    _checks.check_config(op, config)
+    _checks.check_rows(op, "x", x)
+    values = x.values if isinstance(x, Quantized) else x
+    quantize_as = _check_quantization(op, x, quantization, output, scale_format)
+    if handle is None:
+        handle = _plan(
+            op,
+            values.shape[0],
+            topk_idx,
+            group,
+            num_experts,
+            layout,
+            alignment,
+            capacity,
+            capacity_factor,
+        )
+    else:
+        _checks.check_handle(op, handle, group)
+        _checks.check_not_given(op, "topk_idx", topk_idx)
+        _checks.check_not_given(op, "num_experts", num_experts)
+        _checks.check_not_given(op, "capacity", capacity)
+        _checks.check_not_given(op, "capacity_factor", capacity_factor)
+        if handle.topk_idx.shape[0] != values.shape[0]:
+            raise _checks.value_error(
+                op,
+                "x",
+                f"the {handle.topk_idx.shape[0]} tokens that the handle was made for",
+                f"{values.shape[0]} tokens",
+                "leave the handle out to make a new plan",
+            )
+    _checks.check_topk_weights(op, topk_weights, handle.topk_idx.shape)
+    options = _ops.DispatchOptions(
+        group=group,
+        row_dtype=values.dtype,
+        scale_format=quantize_as,
+        dense_output=output != "quantized",
+    )
+    if isinstance(x, Quantized):
+        x = _ops.refuse_gradient(x)
+    x, topk_weights, handle = _ops.vary_together(group, x, topk_weights, handle)
+    tokens, weights = _ops.dispatch(options, x, topk_weights, handle)
+    if isinstance(tokens, Quantized):
+        tokens = _ops.refuse_gradient(tokens)
+    tokens, weights = _name((tokens, weights), "jax_ep.dispatch")
+    return Dispatched(
+        tokens=tokens,
+        weights=weights,
+        expert_idx=handle.expert_idx if handle.layout == "token" else None,
+        group_sizes=handle.group_sizes,
+        counts=handle.counts,
+        demand=handle.demand,
+        num_dropped=handle.num_dropped,
+        num_invalid=handle.num_invalid,
+        handle=handle,
+    )
+
+
+def _plan(
+    op: str,
+    num_tokens: int,
+    topk_idx: Array | None,
+    group: Group,
+    num_experts: int | None,
+    layout: Layout,
+    alignment: int,
+    capacity: int | None,
+    capacity_factor: float | None,
+) -> Handle:
+    _checks.check_topk_idx(op, topk_idx, num_tokens)
+    assert topk_idx is not None  # for the type checker: check_topk_idx has seen to it
+    top_k = topk_idx.shape[1]
+    _checks.check_experts(op, num_experts, top_k, group)
+    assert num_experts is not None
+    _checks.check_layout(op, layout, alignment)
+    expert_capacity = INT32_MAX
+    lossless = lossless_capacity(
+        num_ranks=group.size,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_local_experts=num_experts // group.size,
+        layout=layout,
+        alignment=alignment,
+    )
+    if capacity_factor is not None:
+        _checks.check_capacity_factor(op, capacity_factor, layout, capacity)
+        expert_capacity = rows_per_expert(
+            capacity_factor=capacity_factor,
+            num_ranks=group.size,
+            num_tokens=num_tokens,
+            top_k=top_k,
+            num_experts=num_experts,
+        )
+        expert_capacity = min(expert_capacity, group.size * num_tokens)
+        padded = round_up(expert_capacity, alignment)
+        capacity = min(lossless, num_experts // group.size * padded)
+    elif capacity is not None:
+        _checks.check_capacity(op, capacity, layout, alignment)
+    else:
+        capacity = lossless
+    _checks.check_int32_indices(
+        op, sources=group.size * num_tokens, top_k=top_k, rows=group.size * capacity
+    )
+    handle = _ops.plan(
+        topk_idx,
+        group=group,
+        num_experts=num_experts,
+        layout=layout,
+        capacity=capacity,
+        alignment=alignment,
+        expert_capacity=expert_capacity,
+    )
+    return _name(handle, "jax_ep.handle")
+
+
+def _check_quantization(
+    op: str,
+    x: Array | Quantized,
+    quantization: str | None,
+    output: str | None,
+    scale_format: str,
+) -> ScaleFormat | None:
+    """The scale format that the op quantizes with, or None where it does not quantize."""
+    _checks.check_one_of(op, "quantization", quantization, (None, "fp8"))
+    _checks.check_one_of(op, "output", output, (None, "dense", "quantized"))
+    check_scale_format(op, scale_format)
+    if isinstance(x, Quantized):
+        if output == "dense":
+            raise _checks.value_error(
+                op,
+                "output",
+                "'quantized' or None for Quantized x",
+                repr(output),
+                "turn the rows received into dense ones with jax_ep.dequantize",
+            )
+        if quantization is not None:
+            raise _checks.value_error(
+                op,
+                "quantization",
+                "None for x that is Quantized already",
+                repr(quantization),
+                "leave it out",
+            )
+        return None
+    if quantization is None:
+        if output == "quantized":
+            raise _checks.value_error(
+                op,
+                "output",
+                "'dense' or None without quantization",
+                repr(output),
+                "pass quantization='fp8' too",
+            )
+        return None
+    _checks.check_fp8_hidden(op, x.shape[1])
+    return "ue8m0" if scale_format == "ue8m0" else "f32"
+
+
+def _name(tree, name: str):
+    """Name every leaf, so that ``jax.checkpoint`` policies can save it."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)

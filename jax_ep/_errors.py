@@ -1,0 +1,52 @@
+"""Errors that happen while a program runs, and the way they reach the user."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+_PREFIX = "jax_ep.CommunicationError:"
+
+
+class CommunicationError(RuntimeError):
+    """A rank of an expert-parallel group did not do its part of an op.
+
+    The text names the rank that noticed, the op, the phase, what it waited for and what it saw.
+    """
+
+
+def from_runtime_error(error: BaseException) -> CommunicationError | None:
+    """The ``CommunicationError`` that XLA's ``error`` carries as text, or None.
+
+    XLA hands the text of a failing custom call to the user inside an error of its own
+    (``jax.errors.JaxRuntimeError``), behind a status code and sometimes followed by a trace.
+    """
+    text = str(error)
+    start = text.find(_PREFIX)
+    if start < 0:
+        return None
+    return CommunicationError(text[start + len(_PREFIX) :].strip())
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """Raise ``CommunicationError`` itself where XLA would raise ``JaxRuntimeError``.
+
+    JAX runs ahead of the device, so wait for the results inside the block::
+
+        with jax_ep.errors():
+            loss = jax.block_until_ready(train_step(state, batch))
+
+    Raises:
+        CommunicationError: if the block raised a runtime error that came from a jax_ep op. Any
+            other exception passes through unchanged.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        communication_error = from_runtime_error(error)
+        if communication_error is None:
+            raise
+        raise communication_error from error

@@ -1,0 +1,191 @@
+"""Expert-parallel groups: which ranks exchange rows, and through which backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from jax_ep import _ffi
+
+Backend = Literal["auto", "reference", "cpu"]
+
+_DEFAULT_TIMEOUT_S = 600.0
+
+logger = logging.getLogger("jax_ep")
+
+_groups: dict[tuple[Any, ...], Group] = {}
+_warned: set[str] = set()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Group:
+    """The ranks along one mesh axis (or several), and the backend that moves their rows.
+
+    Made by ``create_group``; hashable and static, so jitted functions may close over it. Where the
+    mesh has other axes too, there are several groups side by side, one per position on those
+    axes, and each rank exchanges rows within its own.
+
+    Attributes:
+        mesh: The mesh that the group was made on.
+        axis_names: The axes that form the group, row-major.
+        backend: "cpu" (native, XLA FFI) or "reference" (pure JAX).
+        timeout: Seconds that an op waits for a peer to arrive.
+        id: The same in every process and every run with the same devices and axes.
+    """
+
+    mesh: jax.sharding.Mesh
+    axis_names: tuple[str, ...]
+    backend: str
+    timeout: float
+    id: int
+
+    @property
+    def size(self) -> int:
+        """Number of ranks R in the group."""
+        return math.prod(self.mesh.shape[name] for name in self.axis_names)
+
+    @property
+    def other_axes(self) -> tuple[str, ...]:
+        """The axes of the mesh that are not of the group."""
+        return tuple(name for name in self.mesh.axis_names if name not in self.axis_names)
+
+    def check(self) -> None:
+        """Raise ``CommunicationError`` if an op of this group has failed unseen.
+
+        The CPU and the reference backends report a failure through the computation that it
+        happened in and leave nothing behind, so for them this always returns.
+        """
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{name}={self.mesh.shape[name]}" for name in self.axis_names)
+        return f"Group({axes}, backend={self.backend!r})"
+
+    def __copy__(self) -> Group:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self
+
+
+def create_group(
+    mesh: jax.sharding.Mesh,
+    axis_name: str | Sequence[str] = "expert",
+    *,
+    backend: Backend = "auto",
+    timeout: float = _DEFAULT_TIMEOUT_S,
+) -> Group:
+    """Make the group of ranks along ``axis_name`` of ``mesh``.
+
+    Call it eagerly (outside ``jit``), in every process and with the same arguments. Calls with
+    equal arguments return the same object.
+
+    Example::
+
+        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        group = jax_ep.create_group(mesh, "expert")   # 4 ranks; two groups side by side
+
+    Args:
+        mesh: A mesh of devices of one platform.
+        axis_name: The axis that experts are split over, or a tuple of axes (row-major).
+        backend: "auto" follows the mesh's devices: the native backend of their platform where
+            there is one, else "reference", which is logged once. "cpu" and "reference" insist.
+        timeout: Seconds that an op waits for a peer to arrive before it fails with
+            ``CommunicationError``. Peers may be late because they compile or write checkpoints.
+
+    Returns:
+        The group.
+
+    Raises:
+        TypeError: if ``mesh`` is not a ``jax.sharding.Mesh``.
+        ValueError: for an unknown axis, backend or timeout, or a backend that cannot serve the
+            mesh.
+    """
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(
+            f"jax_ep.create_group: argument mesh: expected a jax.sharding.Mesh, got "
+            f"{type(mesh).__name__}; make one with jax.make_mesh."
+        )
+    axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    _check_axes(mesh, axis_names)
+    if backend not in get_args(Backend):
+        raise ValueError(
+            f"jax_ep.create_group: argument backend: expected one of {get_args(Backend)}, got "
+            f"{backend!r}."
+        )
+    if not timeout > 0:
+        raise ValueError(
+            f"jax_ep.create_group: argument timeout: expected seconds > 0, got {timeout!r}."
+        )
+    key = (mesh, axis_names, backend, float(timeout))
+    if key not in _groups:
+        resolved = _resolve_backend(mesh, axis_names, backend)
+        _groups[key] = Group(
+            mesh=mesh,
+            axis_names=axis_names,
+            backend=resolved,
+            timeout=float(timeout),
+            id=_group_id(mesh, axis_names, resolved, float(timeout)),
+        )
+    return _groups[key]
+
+
+def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
+    unknown = [name for name in axis_names if name not in mesh.axis_names]
+    if unknown or not axis_names:
+        raise ValueError(
+            f"jax_ep.create_group: argument axis_name: expected one or more of the mesh's axes "
+            f"{mesh.axis_names}, got {axis_names}."
+        )
+    if len(set(axis_names)) != len(axis_names):
+        raise ValueError(
+            f"jax_ep.create_group: argument axis_name: expected each axis once, got {axis_names}."
+        )
+
+
+def _group_id(
+    mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], backend: str, timeout: float
+) -> int:
+    """A positive 63-bit id made of what the group is, never of where it lives in memory."""
+    devices = [(device.platform, device.id) for device in mesh.devices.flat]
+    text = repr((axis_names, mesh.axis_names, mesh.devices.shape, devices, backend, timeout))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _resolve_backend(
+    mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], backend: Backend
+) -> str:
+    if backend == "reference":
+        return "reference"
+    reason = _why_not_cpu(mesh, axis_names)
+    if reason is None:
+        return "cpu"
+    if backend == "cpu":
+        raise ValueError(
+            f"jax_ep.create_group: argument backend: expected a backend that serves this mesh, got "
+            f"'cpu', but {reason}; use backend='reference'."
+        )
+    if reason not in _warned:
+        _warned.add(reason)
+        logger.warning("using the pure-JAX reference backend: %s", reason)
+    return "reference"
+
+
+def _why_not_cpu(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> str | None:
+    """Why the native CPU backend cannot serve ``mesh``, or None if it can."""
+    platforms = sorted({device.platform for device in mesh.devices.flat})
+    if platforms != ["cpu"]:
+        return f"there are no native kernels for devices of platform {', '.join(platforms)}"
+    axes = [mesh.axis_names.index(name) for name in axis_names]
+    instances = np.moveaxis(mesh.devices, axes, range(-len(axes), 0))
+    size = math.prod(mesh.devices.shape[axis] for axis in axes)
+    for instance in instances.reshape(-1, size):
+        if len({device.process_index for device in instance}) > 1:
+            return "the group spans several processes and its devices are CPUs"
+    return _ffi.why_unavailable()

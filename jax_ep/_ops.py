@@ -1,0 +1,258 @@
+"""The four pure ops over any backend, with their gradients.
+
+``plan`` is an op of its own. ``dispatch`` with weights and ``combine`` with values are each other's
+transposes, so each one's backward is the other one; all that they keep is the handle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
+
+from jax_ep import _compat, _ffi, reference
+from jax_ep._group import Group
+from jax_ep._types import Handle, Layout, Quantized, ScaleFormat
+
+_BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": _ffi}
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchOptions:
+    """Static arguments of one dispatch.
+
+    Attributes:
+        group: The group.
+        row_dtype: Dtype of the rows given.
+        scale_format: None, or how rows are quantized on their way.
+        dense_output: With ``scale_format``: whether rows are given back in ``row_dtype``.
+    """
+
+    group: Group
+    row_dtype: Any
+    scale_format: ScaleFormat | None = None
+    dense_output: bool = True
+
+
+def plan(
+    topk_idx: Int32[Array, "tokens top_k"],
+    *,
+    group: Group,
+    num_experts: int,
+    layout: Layout,
+    capacity: int,
+    alignment: int,
+    expert_capacity: int,
+) -> Handle:
+    """See ``jax_ep.reference.plan``."""
+    (topk_idx,) = vary_together(group, topk_idx)
+    static: dict[str, Any] = dict(
+        group=group,
+        num_experts=num_experts,
+        layout=layout,
+        capacity=capacity,
+        alignment=alignment,
+    )
+    if topk_idx.shape[0] == 0:
+        handle = _empty_plan(topk_idx, **static)
+    else:
+        backend = _BACKENDS[group.backend]
+        handle = backend.plan(topk_idx, **static, expert_capacity=expert_capacity)
+    return _match(handle, topk_idx)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dispatch(
+    options: DispatchOptions,
+    x: Array | Quantized,
+    weights: Float32[Array, "tokens top_k"] | None,
+    handle: Handle,
+) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
+    """See ``jax_ep.reference.dispatch``. Gradient: straight-through where rows are quantized."""
+    arguments = dict(scale_format=options.scale_format, dense_output=options.dense_output)
+    if handle.topk_idx.shape[0] == 0:
+        out = _empty_dispatch(x, weights, handle, **arguments)
+    else:
+        backend = _BACKENDS[options.group.backend]
+        out = backend.dispatch(x, weights, handle, group=options.group, **arguments)
+    return _match(out, x)
+
+
+def _dispatch_fwd(options, x, weights, handle):
+    return dispatch(options, x, weights, handle), handle
+
+
+def _dispatch_bwd(options, handle, cotangents):
+    d_rows, d_row_weights = cotangents
+    if not isinstance(d_rows, Quantized):
+        d_x, d_weights = combine(options.group, d_rows, d_row_weights, handle)
+        return d_x, d_weights, None
+    # refuse_gradient has seen to it that nothing flows back through the rows themselves.
+    num_tokens, (_, hidden) = handle.topk_idx.shape[0], d_rows.values.shape
+    d_x = jnp.zeros((num_tokens, hidden), options.row_dtype)
+    if options.row_dtype == jnp.float8_e4m3fn:
+        d_x = Quantized(d_x, jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32))
+    no_rows = _match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
+    _, d_weights = combine(options.group, no_rows, d_row_weights, handle)
+    return _match(d_x, d_rows), d_weights, None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine(
+    group: Group,
+    rows: Array,
+    values: Float32[Array, "capacity *top_k"] | None,
+    handle: Handle,
+) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
+    """See ``jax_ep.reference.combine``, without row weights."""
+    return _combine(group, rows, None, values, handle)
+
+
+def _combine_fwd(group, rows, values, handle):
+    return combine(group, rows, values, handle), handle
+
+
+def _combine_bwd(group, handle, cotangents):
+    dy, d_home = cotangents
+    d_rows, d_values = dispatch(DispatchOptions(group, dy.dtype), dy, d_home, handle)
+    return d_rows, d_values, None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine_weighted(
+    group: Group, rows: Array, row_weights: Float32[Array, " capacity"], handle: Handle
+) -> Array:
+    """See ``jax_ep.reference.combine``, with row weights; keeps rows and weights for backward."""
+    return _combine(group, rows, row_weights, None, handle)[0]
+
+
+def _combine_weighted_fwd(group, rows, row_weights, handle):
+    return combine_weighted(group, rows, row_weights, handle), (rows, row_weights, handle)
+
+
+def _combine_weighted_bwd(group, residuals, dy):
+    rows, row_weights, handle = residuals
+    if handle.topk_idx.shape[0] == 0:
+        return jnp.zeros_like(rows), jnp.zeros_like(row_weights), None
+    backend = _BACKENDS[group.backend]
+    d_rows, d_weights = backend.combine_vjp(dy, rows, row_weights, handle, group=group)
+    return *_match((d_rows, d_weights), rows), None
+
+
+combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
+
+
+@jax.custom_vjp
+def refuse_gradient(q: Quantized) -> Quantized:
+    """``q`` itself; differentiating through it is an error while tracing."""
+    return q
+
+
+def _refuse_gradient_fwd(q):
+    return q, None
+
+
+def _refuse_gradient_bwd(_, cotangent):
+    raise TypeError(
+        "jax_ep.dispatch: Quantized rows have no gradient (a float8_e4m3fn cotangent would be "
+        "useless). Pass x as bfloat16, float16 or float32 with quantization='fp8' and "
+        "output='dense', whose gradient is straight-through; or cut the gradient with "
+        "jax.lax.stop_gradient."
+    )
+
+
+refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd)
+
+
+def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
+    """Cast all operands to vary over the axes of any of them and of the group.
+
+    Ops whose operands vary alike have results that vary so too, and the transpose of the cast sums
+    the cotangents of an operand that was the same on several ranks.
+    """
+    if not _compat.tracks_varying_axes(group.axis_names):
+        return operands
+    axes = frozenset(group.axis_names).union(*map(_compat.varying_axes, jax.tree.leaves(operands)))
+    return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), operands)
+
+
+def _combine(group, rows, row_weights, values, handle):
+    num_tokens, top_k = handle.topk_idx.shape
+    if num_tokens == 0:
+        y = jnp.zeros((0, rows.shape[1]), rows.dtype)
+        home = None if values is None else jnp.zeros((0, top_k), jnp.float32)
+    else:
+        backend = _BACKENDS[group.backend]
+        y, home = backend.combine(rows, row_weights, values, handle, group=group)
+    return _match((y, home), rows)
+
+
+def _match(results: Any, like: Any) -> Any:
+    """Cast results to vary over the axes that ``like`` varies over."""
+    axes = _compat.varying_axes(jax.tree.leaves(like)[0])
+    return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), results)
+
+
+def _empty_plan(
+    topk_idx: Int32[Array, "0 top_k"],
+    *,
+    group: Group,
+    num_experts: int,
+    layout: Layout,
+    capacity: int,
+    alignment: int,
+) -> Handle:
+    """The plan of no tokens, which needs no communication."""
+    top_k = topk_idx.shape[1]
+    num_local = num_experts // group.size
+    none = functools.partial(jnp.full, fill_value=-1, dtype=jnp.int32)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
+    return Handle(
+        topk_idx=topk_idx,
+        dest_row=none((0, top_k)),
+        recv_rows=none((0, min(top_k, num_local) if layout == "expert" else 1)),
+        recv_src=none((capacity,)),
+        expert_idx=none((capacity if layout == "token" else 0, top_k)),
+        group_sizes=zeros((num_local,)),
+        counts=zeros((num_local,)),
+        demand=zeros((num_local,)),
+        num_dropped=zeros((1,)),
+        num_invalid=zeros((1,)),
+        group_id=group.id,
+        num_experts=num_experts,
+        layout=layout,
+        capacity=capacity,
+        alignment=alignment,
+    )
+
+
+def _empty_dispatch(
+    x: Array | Quantized,
+    weights: Array | None,
+    handle: Handle,
+    *,
+    scale_format: ScaleFormat | None,
+    dense_output: bool,
+) -> tuple[Array | Quantized, Array | None]:
+    """The results of a dispatch of no tokens: all rows are unused."""
+    values = x.values if isinstance(x, Quantized) else x
+    rows, hidden = handle.capacity, values.shape[1]
+    row_weights = None
+    if weights is not None:
+        shape = (rows,) if handle.layout == "expert" else (rows, weights.shape[1])
+        row_weights = jnp.zeros(shape, jnp.float32)
+    if isinstance(x, Quantized) or (scale_format is not None and not dense_output):
+        scales = jnp.zeros((rows, hidden // 128), jnp.float32)
+        return Quantized(jnp.zeros((rows, hidden), jnp.float8_e4m3fn), scales), row_weights
+    return jnp.zeros((rows, hidden), values.dtype), row_weights

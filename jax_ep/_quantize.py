@@ -1,0 +1,98 @@
+"""8-bit rows: float8_e4m3fn values with one float32 scale per block of 128 channels."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jax_ep._numerics import round_to
+from jax_ep._types import Quantized, ScaleFormat
+
+BLOCK = 128
+MAX_E4M3 = 448.0
+# Below this, a block counts as zero: it keeps scale and 1 / scale finite and normal.
+_SMALLEST_AMAX = 1e-30
+
+
+def quantize(
+    x: Float[Array, "rows hidden"], *, scale_format: ScaleFormat = "f32"
+) -> Quantized:
+    """Round rows to float8_e4m3fn, block by block of 128 channels.
+
+    The scale of a block is its largest magnitude over 448, the largest float8_e4m3fn, so that the
+    block uses the whole range (the scheme of DeepSeek-V3, arXiv:2412.19437, section 3.3)::
+
+        scale = max(max(|x|), 1e-30) * f32(1 / 448)
+        value = float8_e4m3fn(clip(x * (1 / scale), -448, 448))      # to nearest, ties to even
+
+    Args:
+        x: ``[rows, hidden]`` bf16, f16 or f32; hidden is a multiple of 128.
+        scale_format: "f32", or "ue8m0" to round each scale up to a power of two, as block-scaled
+            matmuls with 8-bit exponent scales need; the scales are float32 either way.
+
+    Returns:
+        The quantized rows: values ``[rows, hidden]``, scales ``[rows, hidden / 128]``.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another rank, hidden size or scale format.
+    """
+    _check_rows("quantize", x)
+    check_scale_format("quantize", scale_format)
+    rows, hidden = x.shape
+    blocks = x.astype(jnp.float32).reshape(rows, hidden // BLOCK, BLOCK)
+    amax = jnp.max(jnp.abs(blocks), axis=-1)
+    inverse_max = jnp.float32(1.0 / MAX_E4M3)
+    scales = lax.optimization_barrier(jnp.maximum(amax, jnp.float32(_SMALLEST_AMAX))) * inverse_max
+    if scale_format == "ue8m0":
+        scales = _round_up_to_power_of_two(scales)
+    scales = lax.optimization_barrier(scales)
+    inverse = lax.optimization_barrier(1.0 / scales)
+    clipped = jnp.clip(blocks * inverse[..., None], -MAX_E4M3, MAX_E4M3)
+    values = lax.optimization_barrier(clipped).astype(jnp.float8_e4m3fn)
+    return Quantized(values.reshape(rows, hidden), scales)
+
+
+def dequantize(q: Quantized, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "rows hidden"]:
+    """``values * scales``, multiplied in float32 and rounded to ``dtype``.
+
+    Args:
+        q: Values ``[rows, hidden]`` and scales ``[rows, hidden / 128]``.
+        dtype: bf16, f16 or f32.
+
+    Returns:
+        ``[rows, hidden]`` in ``dtype``.
+    """
+    rows, hidden = q.values.shape
+    blocks = q.values.astype(jnp.float32).reshape(rows, hidden // BLOCK, BLOCK)
+    products = (blocks * q.scales[..., None]).reshape(rows, hidden)
+    return round_to(products, dtype)
+
+
+def check_scale_format(op: str, scale_format: str) -> None:
+    """Raise unless ``scale_format`` is one that rows can be quantized with."""
+    if scale_format not in ("f32", "ue8m0"):
+        raise ValueError(
+            f"jax_ep.{op}: argument scale_format: expected 'f32' or 'ue8m0', got {scale_format!r}."
+        )
+
+
+def _check_rows(op: str, x: Array) -> None:
+    if x.ndim != 2 or x.shape[1] % BLOCK:
+        raise ValueError(
+            f"jax_ep.{op}: argument x: expected [rows, hidden] with hidden a multiple of {BLOCK}, "
+            f"got shape {x.shape}; pad the hidden size."
+        )
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise TypeError(
+            f"jax_ep.{op}: argument x: expected bfloat16, float16 or float32, got {x.dtype}."
+        )
+
+
+def _round_up_to_power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The least power of two that is not below x (x positive and normal); NaN stays NaN."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    rounded = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    return jnp.where(jnp.isnan(x), x, rounded)

@@ -1,0 +1,130 @@
+"""The types that dispatch and combine take and return, all of them pytrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Float8e4m3fn, Float32, Int32
+
+Layout = Literal["expert", "token"]
+ScaleFormat = Literal["f32", "ue8m0"]
+Mode = Literal["auto", "throughput", "latency"]
+
+
+class Quantized(NamedTuple):
+    """Rows in 8-bit floats with one float32 scale per block of 128 channels.
+
+    ``values * repeat(scales, 128)`` gives back the rows.
+
+    Attributes:
+        values: ``[rows, hidden]`` float8_e4m3fn.
+        scales: ``[rows, hidden / 128]`` float32.
+    """
+
+    values: Float8e4m3fn[Array, "rows hidden"]
+    scales: Float32[Array, "rows blocks"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchConfig:
+    """How an op uses the machine; never changes results.
+
+    Attributes:
+        num_sms: Streaming multiprocessors (one block each) that the op may occupy on a GPU; None
+            takes the tuned or analytic default. Has no meaning on CPU.
+        mode: "throughput" (prefill and training), "latency" (decode) or "auto" (by size).
+    """
+
+    num_sms: int | None = None
+    mode: Mode = "auto"
+
+    def __post_init__(self) -> None:
+        if self.num_sms is not None and self.num_sms < 1:
+            raise ValueError(
+                f"DispatchConfig: argument num_sms: expected a positive number or None, got "
+                f"{self.num_sms}."
+            )
+        if self.mode not in ("auto", "throughput", "latency"):
+            raise ValueError(
+                f"DispatchConfig: argument mode: expected 'auto', 'throughput' or 'latency', got "
+                f"{self.mode!r}."
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """Where every row of one dispatch came from and went: what combine and a second dispatch need.
+
+    A pytree of int32 arrays (T tokens, K top-k, R ranks, L local experts, C capacity,
+    M = min(K, L) in layout "expert" and 1 in layout "token"); carry it through ``jit``, ``scan``
+    and checkpoints like any other array.
+
+    Attributes:
+        topk_idx: ``[T, K]`` global expert ids; invalid and repeated ones became −1.
+        dest_row: ``[T, K]`` row at the destination rank ``topk_idx // L``, or −1 (none, dropped).
+        recv_rows: ``[R·T, M]`` this rank's rows of source (rank, token), by ascending local
+            expert, packed to the left, then −1.
+        recv_src: ``[C]`` source of each row, or −1 for an unused one: ``(rank·T + token)·K + k`` in
+            layout "expert", ``rank·T + token`` in layout "token".
+        expert_idx: ``[C, K]`` in layout "token": local expert at each source position k, or −1.
+            ``[0, K]`` in layout "expert".
+        group_sizes: ``[L]`` kept rows of each local expert with their padding.
+        counts: ``[L]`` kept rows of each local expert (pairs in layout "token").
+        demand: ``[L]`` rows wanted by each local expert (pairs in layout "token").
+        num_dropped: ``[1]`` what did not fit on this rank, ``sum(demand) - sum(counts)``.
+        num_invalid: ``[1]`` entries of this rank's ``topk_idx`` that were out of range or repeated.
+        group_id: Id of the group that made the plan.
+        num_experts: Experts over the whole group.
+        layout: "expert" or "token".
+        capacity: Rows C of each rank.
+        alignment: Group sizes are multiples of it (layout "expert").
+    """
+
+    topk_idx: Int32[Array, "tokens top_k"]
+    dest_row: Int32[Array, "tokens top_k"]
+    recv_rows: Int32[Array, "sources rows_per_source"]
+    recv_src: Int32[Array, " capacity"]
+    expert_idx: Int32[Array, "rows_or_zero top_k"]
+    group_sizes: Int32[Array, " local_experts"]
+    counts: Int32[Array, " local_experts"]
+    demand: Int32[Array, " local_experts"]
+    num_dropped: Int32[Array, "1"]
+    num_invalid: Int32[Array, "1"]
+    group_id: int = dataclasses.field(metadata={"static": True})
+    num_experts: int = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    capacity: int = dataclasses.field(metadata={"static": True})
+    alignment: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """What one rank received.
+
+    Attributes:
+        tokens: ``[C, H]`` rows (or ``Quantized`` rows); padding and unused rows are zero.
+        weights: The top-k weight of each row: ``[C]`` in layout "expert", ``[C, K]`` in layout
+            "token"; None when none were given.
+        expert_idx: ``[C, K]`` local expert at each source position k, or −1 (layout "token" only).
+        group_sizes: ``[L]`` int32 kept rows of each local expert with their padding: ready for a
+            grouped matmul. In layout "token": equal to ``counts``.
+        counts: ``[L]`` int32 kept rows (layout "token": kept (token, expert) pairs).
+        demand: ``[L]`` int32 rows wanted (layout "token": (token, expert) pairs).
+        num_dropped: ``[1]`` int32, ``sum(demand) - sum(counts)`` of this rank.
+        num_invalid: ``[1]`` int32 entries of this rank's ``topk_idx`` taken as −1.
+        handle: The plan, for ``combine`` and for another ``dispatch`` along the same routes.
+    """
+
+    tokens: Array | Quantized
+    weights: Array | None
+    expert_idx: Array | None
+    group_sizes: Int32[Array, " local_experts"]
+    counts: Int32[Array, " local_experts"]
+    demand: Int32[Array, " local_experts"]
+    num_dropped: Int32[Array, "1"]
+    num_invalid: Int32[Array, "1"]
+    handle: Handle

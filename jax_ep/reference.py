@@ -1,0 +1,324 @@
+"""The specification of dispatch and combine, in pure JAX over XLA's own collectives.
+
+It runs on every platform, under ``shard_map``, and serves as the fallback where there are no native
+kernels. Every backend gives the same bits as this module gives on CPU, and JAX can differentiate
+through it, which is what the custom gradients are tested against.
+
+Symbols: T tokens, H hidden, K top-k, E experts, R ranks, L = E / R local experts, C capacity,
+M = min(K, L) in layout "expert" and 1 in layout "token".
+
+XLA may drop f32→bf16→f32 pairs, contract multiply-adds and rewrite divisions. Where bits must be
+fixed, values pass through an ``optimization_barrier`` or ``reduce_precision``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from jax_ep._numerics import round_to
+from jax_ep._quantize import dequantize, quantize
+from jax_ep._types import Handle, Layout, Quantized, ScaleFormat
+
+if TYPE_CHECKING:
+    from jax_ep._group import Group
+
+_INT32_MAX = jnp.iinfo(jnp.int32).max
+_LANES = 256
+
+
+def plan(
+    topk_idx: Int32[Array, "tokens top_k"],
+    *,
+    group: Group,
+    num_experts: int,
+    layout: Layout,
+    capacity: int,
+    alignment: int,
+    expert_capacity: int,
+) -> Handle:
+    """Give every (token, k) its destination row.
+
+    Rows are ordered by (local expert, source rank, source token) in layout "expert" and by
+    (source rank, source token) in layout "token".
+
+    Args:
+        topk_idx: ``[T, K]`` int32 expert ids, −1 for none.
+        group: The group; must be called where its axes are manual.
+        num_experts: E, a multiple of R.
+        layout: "expert" (one row per token and local expert) or "token" (one per token and rank).
+        capacity: Rows C of each rank; a multiple of ``alignment`` in layout "expert".
+        alignment: Each expert's group is padded to a multiple of it (layout "expert").
+        expert_capacity: Rows that one expert keeps at most (layout "expert").
+
+    Returns:
+        The handle.
+    """
+    topk_idx, num_invalid = _sanitise(topk_idx, num_experts)
+    num_tokens, top_k = topk_idx.shape
+    num_local = num_experts // group.size
+    rank = lax.axis_index(group.axis_names)
+    routes = lax.all_gather(topk_idx, group.axis_names).reshape(-1, top_k)  # [R·T, K]
+    owner = jnp.where(routes >= 0, routes // num_local, -1)
+    experts = jnp.arange(num_experts, dtype=jnp.int32)
+    wanted = (routes[:, :, None] == experts).any(axis=1)  # [R·T, E]
+    demand = wanted.sum(axis=0, dtype=jnp.int32).reshape(group.size, num_local)
+    if layout == "expert":
+        counts, group_sizes, starts = _expert_groups(demand, capacity, alignment, expert_capacity)
+        position = jnp.take_along_axis(_exclusive_cumsum(wanted), jnp.maximum(routes, 0), axis=1)
+        kept = (routes >= 0) & (position < counts.reshape(-1)[routes])
+        dest_row = jnp.where(kept, starts.reshape(-1)[routes] + position, -1)  # [R·T, K]
+        num_rows = min(top_k, num_local)
+    else:
+        ranks = jnp.arange(group.size, dtype=jnp.int32)
+        present = (owner[:, :, None] == ranks).any(axis=1)  # [R·T, R]
+        position = jnp.take_along_axis(_exclusive_cumsum(present), jnp.maximum(owner, 0), axis=1)
+        kept = (routes >= 0) & (position < capacity)
+        dest_row = jnp.where(kept, position, -1)
+        kept_pairs = kept[:, :, None] & (routes[:, :, None] == experts)
+        counts = kept_pairs.any(axis=1).sum(axis=0, dtype=jnp.int32).reshape(demand.shape)
+        group_sizes = counts
+        num_rows = 1
+    here = kept & (owner == rank)
+    by_expert = jnp.sort(jnp.where(here, dest_row, _INT32_MAX), axis=1)[:, :num_rows]
+    recv_rows = jnp.where(by_expert == _INT32_MAX, -1, by_expert)
+    recv_src, expert_idx = _sources(routes, dest_row, here, layout, capacity, num_local)
+    return Handle(
+        topk_idx=topk_idx,
+        dest_row=lax.dynamic_slice_in_dim(dest_row, rank * num_tokens, num_tokens),
+        recv_rows=recv_rows,
+        recv_src=recv_src,
+        expert_idx=expert_idx,
+        group_sizes=group_sizes[rank],
+        counts=counts[rank],
+        demand=demand[rank],
+        num_dropped=(demand[rank].sum() - counts[rank].sum())[None],
+        num_invalid=num_invalid,
+        group_id=group.id,
+        num_experts=num_experts,
+        layout=layout,
+        capacity=capacity,
+        alignment=alignment,
+    )
+
+
+def dispatch(
+    x: Array | Quantized,
+    weights: Float32[Array, "tokens top_k"] | None,
+    handle: Handle,
+    *,
+    group: Group,
+    scale_format: ScaleFormat | None = None,
+    dense_output: bool = True,
+) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
+    """Bring each row of ``x`` to the ranks of its experts.
+
+    Args:
+        x: ``[T, H]`` rows or ``Quantized`` rows.
+        weights: ``[T, K]`` float32 that travel with the rows, or None.
+        handle: The plan.
+        group: The group of the plan.
+        scale_format: None sends rows as they are; "f32" or "ue8m0" sends them as float8_e4m3fn.
+        dense_output: With ``scale_format``: rows come back in the dtype of ``x``.
+
+    Returns:
+        ``[C, H]`` rows (unused ones zero) and their weights, ``[C]`` in layout "expert", ``[C, K]``
+        in layout "token", or None.
+    """
+    if scale_format is not None and not isinstance(x, Quantized):
+        quantized = quantize(x, scale_format=scale_format)
+        moved, row_weights = dispatch(quantized, weights, handle, group=group)
+        return (dequantize(moved, x.dtype) if dense_output else moved), row_weights
+    used = handle.recv_src >= 0
+    slot = jnp.maximum(handle.recv_src, 0)
+    top_k = handle.topk_idx.shape[1]
+    token = slot // top_k if handle.layout == "expert" else slot
+
+    def fetch(values: Array) -> Array:
+        everyone = _all_gather(values, group).reshape(-1, *values.shape[1:])
+        rows = jnp.take(everyone, token, axis=0, mode="clip")
+        return jnp.where(used[:, None], rows, jnp.zeros((), rows.dtype))
+
+    out = Quantized(fetch(x.values), fetch(x.scales)) if isinstance(x, Quantized) else fetch(x)
+    if weights is None:
+        return out, None
+    if handle.layout == "token":
+        return out, jnp.where(handle.expert_idx >= 0, fetch(weights), 0.0)
+    everyone = _all_gather(weights, group).reshape(-1)
+    return out, jnp.where(used, jnp.take(everyone, slot, mode="clip"), 0.0)
+
+
+def combine(
+    rows: Array,
+    row_weights: Float32[Array, " capacity"] | None,
+    values: Float32[Array, "capacity *top_k"] | None,
+    handle: Handle,
+    *,
+    group: Group,
+) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
+    """Bring the rows of each token home and sum them.
+
+    Each rank sums its rows of a token in float32, by ascending local expert, and rounds the sum to
+    the row dtype; the home rank adds those in float32, by ascending rank, and rounds again.
+
+    Args:
+        rows: ``[C, H]`` bf16, f16 or f32.
+        row_weights: ``[C]`` float32 factors of the rows, or None (layout "expert").
+        values: ``[C]`` (layout "expert") or ``[C, K]`` (layout "token") float32 that travel home
+            unsummed, or None.
+        handle: The plan.
+        group: The group of the plan.
+
+    Returns:
+        ``[T, H]`` sums in the row dtype, and ``[T, K]`` values (0 where a pair has no row) or None.
+    """
+    num_tokens, top_k = handle.topk_idx.shape
+    sources, num_rows = handle.recv_rows.shape
+    total = jnp.zeros((sources, rows.shape[1]), jnp.float32)
+    for m in range(num_rows):
+        index = handle.recv_rows[:, m]
+        term = jnp.take(rows, index, axis=0, mode="clip").astype(jnp.float32)
+        if row_weights is not None:
+            factor = jnp.take(row_weights, index, mode="clip")
+            term = lax.optimization_barrier(term * factor[:, None])
+        total = total + jnp.where((index >= 0)[:, None], term, 0.0)
+    partial = round_to(total, rows.dtype)
+    arrived = _all_to_all(partial.reshape(group.size, num_tokens, -1), group)
+    y = jnp.zeros(arrived.shape[1:], jnp.float32)
+    for rank in range(group.size):
+        y = y + arrived[rank].astype(jnp.float32)
+    y = round_to(y, rows.dtype)
+    if values is None:
+        return y, None
+    used = handle.recv_src >= 0
+    if handle.layout == "expert":
+        target = jnp.where(used, handle.recv_src, sources * top_k)
+        sent = jnp.zeros((sources * top_k,), jnp.float32).at[target].set(values, mode="drop")
+    else:
+        target = jnp.where(used, handle.recv_src, sources)
+        masked = jnp.where(handle.expert_idx >= 0, values, 0.0)
+        sent = jnp.zeros((sources, top_k), jnp.float32).at[target].set(masked, mode="drop")
+    arrived = _all_to_all(sent.reshape(group.size, num_tokens, top_k), group)
+    owner = jnp.maximum(handle.topk_idx, 0) // (handle.num_experts // group.size)
+    home = jnp.take_along_axis(arrived, owner[None], axis=0)[0]
+    home = jnp.where(handle.dest_row >= 0, home, 0.0)
+    return y, home
+
+
+def combine_vjp(
+    dy: Array,
+    rows: Array,
+    row_weights: Float32[Array, " capacity"],
+    handle: Handle,
+    *,
+    group: Group,
+) -> tuple[Array, Float32[Array, " capacity"]]:
+    """Gradients of ``combine`` with ``row_weights`` (layout "expert").
+
+    ``d_rows[c] = w[c] · dy[source of c]`` and ``d_weights[c] = <rows[c], dy[source of c]>``. The dot
+    product has a fixed order: 256 lanes, lane j adds the products of channels j, j + 256, … one by
+    one, then the lanes are added in a tree by halves.
+
+    Args:
+        dy: ``[T, H]`` cotangent of the sums.
+        rows: ``[C, H]`` the rows that were combined.
+        row_weights: ``[C]`` their factors.
+        handle: The plan.
+        group: The group of the plan.
+
+    Returns:
+        ``[C, H]`` in the row dtype and ``[C]`` float32; zero for unused rows.
+    """
+    arrived, _ = dispatch(dy, None, handle, group=group)
+    used = handle.recv_src >= 0
+    gradient = arrived.astype(jnp.float32)
+    weighted = lax.optimization_barrier(gradient * row_weights[:, None])
+    d_rows = jnp.where(used[:, None], round_to(weighted, rows.dtype), jnp.zeros((), rows.dtype))
+    products = lax.optimization_barrier(gradient * rows.astype(jnp.float32))
+    missing = -products.shape[1] % _LANES
+    blocks = jnp.pad(products, ((0, 0), (0, missing))).reshape(len(products), -1, _LANES)
+    lanes = jnp.zeros_like(products, shape=(len(products), _LANES))
+    lanes, _ = lax.scan(lambda acc, block: (acc + block, None), lanes, blocks.swapaxes(0, 1))
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lax.optimization_barrier(lanes[:, :half] + lanes[:, half:])
+    return d_rows, jnp.where(used, lanes[:, 0], 0.0)
+
+
+def _sanitise(
+    topk_idx: Int32[Array, "tokens top_k"], num_experts: int
+) -> tuple[Int32[Array, "tokens top_k"], Int32[Array, "1"]]:
+    """Replace entries out of range or repeated within a token by −1, and count them."""
+    in_range = (topk_idx >= 0) & (topk_idx < num_experts)
+    top_k = topk_idx.shape[1]
+    earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)  # [k, j]: j < k
+    same = topk_idx[:, :, None] == topk_idx[:, None, :]
+    repeated = in_range & (same & earlier).any(axis=2)
+    invalid = repeated | ((topk_idx != -1) & ~in_range)
+    clean = jnp.where(in_range & ~repeated, topk_idx, -1)
+    return clean, invalid.sum(dtype=jnp.int32)[None]
+
+
+def _exclusive_cumsum(flags: Bool[Array, "sources columns"]) -> Int32[Array, "sources columns"]:
+    flags = flags.astype(jnp.int32)
+    return jnp.cumsum(flags, axis=0) - flags
+
+
+def _expert_groups(
+    demand: Int32[Array, "ranks local_experts"],
+    capacity: int,
+    alignment: int,
+    expert_capacity: int,
+) -> tuple[
+    Int32[Array, "ranks local_experts"],
+    Int32[Array, "ranks local_experts"],
+    Int32[Array, "ranks local_experts"],
+]:
+    """Kept rows, padded group sizes and group starts of every rank's local experts."""
+
+    def admit(start: Array, wanted: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+        kept = jnp.minimum(jnp.minimum(wanted, expert_capacity), capacity - start)
+        padded = (kept + alignment - 1) // alignment * alignment
+        return start + padded, (kept, padded, start)
+
+    first = jnp.zeros_like(demand[:, 0])
+    _, (counts, group_sizes, starts) = lax.scan(admit, first, demand.T)
+    return counts.T, group_sizes.T, starts.T
+
+
+def _sources(
+    routes: Int32[Array, "sources top_k"],
+    dest_row: Int32[Array, "sources top_k"],
+    here: Bool[Array, "sources top_k"],
+    layout: Layout,
+    capacity: int,
+    num_local: int,
+) -> tuple[Int32[Array, " capacity"], Int32[Array, "rows_or_zero top_k"]]:
+    """The inverse of ``dest_row`` on this rank: the source of each row, and its local experts."""
+    sources, top_k = routes.shape
+    target = jnp.where(here, dest_row, capacity)  # C: dropped by the scatter
+    slot = jnp.arange(sources * top_k, dtype=jnp.int32).reshape(sources, top_k)
+    source = slot if layout == "expert" else slot // top_k
+    empty = jnp.full((capacity,), -1, jnp.int32)
+    recv_src = empty.at[target.reshape(-1)].set(source.reshape(-1), mode="drop")
+    if layout == "expert":
+        return recv_src, jnp.zeros((0, top_k), jnp.int32)
+    local = jnp.where(here, routes % num_local, -1)
+    expert_idx = jnp.take(local, jnp.maximum(recv_src, 0), axis=0, mode="clip")
+    return recv_src, jnp.where((recv_src >= 0)[:, None], expert_idx, -1)
+
+
+def _all_gather(x: Array, group: Group) -> Array:
+    """``[R, ...]`` of every rank's ``x``; 8-bit floats travel as bytes, which every transport has."""
+    if x.dtype.itemsize == 1:
+        gathered = lax.all_gather(lax.bitcast_convert_type(x, jnp.uint8), group.axis_names)
+        return lax.bitcast_convert_type(gathered, x.dtype)
+    return lax.all_gather(x, group.axis_names)
+
+
+def _all_to_all(x: Array, group: Group) -> Array:
+    """Row d of ``x`` goes to rank d; row s of the result came from rank s."""
+    return lax.all_to_all(x, group.axis_names, split_axis=0, concat_axis=0)
