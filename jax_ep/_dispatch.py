@@ -152,7 +152,7 @@ def dispatch(
     return Dispatched(
         tokens=tokens,
         weights=weights,
-        expert_idx=handle.expert_idx if handle.layout == "token" else None,
+        expert_idx=handle.expert_idx,
         group_sizes=handle.group_sizes,
         counts=handle.counts,
         demand=handle.demand,

@@ -74,7 +74,7 @@ def plan(
         (1,),
         (1,),
     ]
-    leaves = _call(
+    topk, dest_row, recv_rows, recv_src, expert_idx, *counters = _call(
         "jax_ep_plan",
         [_compat.result_type(topk_idx, shape, jnp.int32) for shape in shapes],
         topk_idx,
@@ -84,7 +84,12 @@ def plan(
         expert_capacity=np.int32(expert_capacity),
     )
     return Handle(
-        *leaves,
+        topk,
+        dest_row,
+        recv_rows,
+        recv_src,
+        expert_idx if layout == "token" else None,
+        *counters,
         group_id=group.id,
         num_experts=num_experts,
         layout=layout,
@@ -219,8 +224,14 @@ def _routes(handle: Handle) -> tuple[Array, ...]:
         handle.dest_row,
         handle.recv_rows,
         handle.recv_src,
-        handle.expert_idx,
+        _no_expert_idx(handle) if handle.expert_idx is None else handle.expert_idx,
     )
+
+
+def _no_expert_idx(handle: Handle) -> Int32[Array, "0 top_k"]:
+    # Made here, not kept in the handle: as a residual of shard_map, an array without elements
+    # crashes XLA's partitioner (Shardy, jaxlib 0.11.2).
+    return jnp.zeros((0, handle.topk_idx.shape[1]), jnp.int32)
 
 
 def _optional(x: Array | None) -> Array:

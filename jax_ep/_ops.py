@@ -2,6 +2,9 @@
 
 ``plan`` is an op of its own. ``dispatch`` with weights and ``combine`` with values are each other's
 transposes, so each one's backward is the other one; all that they keep is the handle.
+
+No tokens (T = 0) are answered here, outside the custom gradients: there is nothing to communicate, and
+residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
 """
 
 from __future__ import annotations
@@ -66,7 +69,6 @@ def plan(
     return _match(handle, topk_idx)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch(
     options: DispatchOptions,
     x: Array | Quantized,
@@ -74,17 +76,27 @@ def dispatch(
     handle: Handle,
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
     """See ``jax_ep.reference.dispatch``. Gradient: straight-through where rows are quantized."""
-    arguments = dict(scale_format=options.scale_format, dense_output=options.dense_output)
     if handle.topk_idx.shape[0] == 0:
-        out = _empty_dispatch(x, weights, handle, **arguments)
-    else:
-        backend = _BACKENDS[options.group.backend]
-        out = backend.dispatch(x, weights, handle, group=options.group, **arguments)
+        return _match(_empty_dispatch(options, x, weights, handle), x)
+    return _dispatch(options, x, weights, handle)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(options, x, weights, handle):
+    backend = _BACKENDS[options.group.backend]
+    out = backend.dispatch(
+        x,
+        weights,
+        handle,
+        group=options.group,
+        scale_format=options.scale_format,
+        dense_output=options.dense_output,
+    )
     return _match(out, x)
 
 
 def _dispatch_fwd(options, x, weights, handle):
-    return dispatch(options, x, weights, handle), handle
+    return _dispatch(options, x, weights, handle), handle
 
 
 def _dispatch_bwd(options, handle, cotangents):
@@ -102,10 +114,9 @@ def _dispatch_bwd(options, handle, cotangents):
     return _match(d_x, d_rows), d_weights, None
 
 
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine(
     group: Group,
     rows: Array,
@@ -113,11 +124,21 @@ def combine(
     handle: Handle,
 ) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
     """See ``jax_ep.reference.combine``, without row weights."""
-    return _combine(group, rows, None, values, handle)
+    num_tokens, top_k = handle.topk_idx.shape
+    if num_tokens == 0:
+        home = None if values is None else jnp.zeros((0, top_k), jnp.float32)
+        return _match((jnp.zeros((0, rows.shape[1]), rows.dtype), home), rows)
+    return _combine(group, rows, values, handle)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(group, rows, values, handle):
+    backend = _BACKENDS[group.backend]
+    return _match(backend.combine(rows, None, values, handle, group=group), rows)
 
 
 def _combine_fwd(group, rows, values, handle):
-    return combine(group, rows, values, handle), handle
+    return _combine(group, rows, values, handle), handle
 
 
 def _combine_bwd(group, handle, cotangents):
@@ -126,31 +147,36 @@ def _combine_bwd(group, handle, cotangents):
     return d_rows, d_values, None
 
 
-combine.defvjp(_combine_fwd, _combine_bwd)
+_combine.defvjp(_combine_fwd, _combine_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine_weighted(
     group: Group, rows: Array, row_weights: Float32[Array, " capacity"], handle: Handle
 ) -> Array:
     """See ``jax_ep.reference.combine``, with row weights; keeps rows and weights for backward."""
-    return _combine(group, rows, row_weights, None, handle)[0]
+    if handle.topk_idx.shape[0] == 0:
+        return _match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
+    return _combine_weighted(group, rows, row_weights, handle)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine_weighted(group, rows, row_weights, handle):
+    y, _ = _BACKENDS[group.backend].combine(rows, row_weights, None, handle, group=group)
+    return _match(y, rows)
 
 
 def _combine_weighted_fwd(group, rows, row_weights, handle):
-    return combine_weighted(group, rows, row_weights, handle), (rows, row_weights, handle)
+    return _combine_weighted(group, rows, row_weights, handle), (rows, row_weights, handle)
 
 
 def _combine_weighted_bwd(group, residuals, dy):
     rows, row_weights, handle = residuals
-    if handle.topk_idx.shape[0] == 0:
-        return jnp.zeros_like(rows), jnp.zeros_like(row_weights), None
     backend = _BACKENDS[group.backend]
-    d_rows, d_weights = backend.combine_vjp(dy, rows, row_weights, handle, group=group)
-    return *_match((d_rows, d_weights), rows), None
+    gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group)
+    return *_match(gradients, rows), None
 
 
-combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
+_combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
 
 
 @jax.custom_vjp
@@ -187,17 +213,6 @@ def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), operands)
 
 
-def _combine(group, rows, row_weights, values, handle):
-    num_tokens, top_k = handle.topk_idx.shape
-    if num_tokens == 0:
-        y = jnp.zeros((0, rows.shape[1]), rows.dtype)
-        home = None if values is None else jnp.zeros((0, top_k), jnp.float32)
-    else:
-        backend = _BACKENDS[group.backend]
-        y, home = backend.combine(rows, row_weights, values, handle, group=group)
-    return _match((y, home), rows)
-
-
 def _match(results: Any, like: Any) -> Any:
     """Cast results to vary over the axes that ``like`` varies over."""
     axes = _compat.varying_axes(jax.tree.leaves(like)[0])
@@ -223,7 +238,7 @@ def _empty_plan(
         dest_row=none((0, top_k)),
         recv_rows=none((0, min(top_k, num_local) if layout == "expert" else 1)),
         recv_src=none((capacity,)),
-        expert_idx=none((capacity if layout == "token" else 0, top_k)),
+        expert_idx=none((capacity, top_k)) if layout == "token" else None,
         group_sizes=zeros((num_local,)),
         counts=zeros((num_local,)),
         demand=zeros((num_local,)),
@@ -238,12 +253,7 @@ def _empty_plan(
 
 
 def _empty_dispatch(
-    x: Array | Quantized,
-    weights: Array | None,
-    handle: Handle,
-    *,
-    scale_format: ScaleFormat | None,
-    dense_output: bool,
+    options: DispatchOptions, x: Array | Quantized, weights: Array | None, handle: Handle
 ) -> tuple[Array | Quantized, Array | None]:
     """The results of a dispatch of no tokens: all rows are unused."""
     values = x.values if isinstance(x, Quantized) else x
@@ -252,7 +262,7 @@ def _empty_dispatch(
     if weights is not None:
         shape = (rows,) if handle.layout == "expert" else (rows, weights.shape[1])
         row_weights = jnp.zeros(shape, jnp.float32)
-    if isinstance(x, Quantized) or (scale_format is not None and not dense_output):
+    if isinstance(x, Quantized) or (options.scale_format is not None and not options.dense_output):
         scales = jnp.zeros((rows, hidden // 128), jnp.float32)
         return Quantized(jnp.zeros((rows, hidden), jnp.float8_e4m3fn), scales), row_weights
     return jnp.zeros((rows, hidden), values.dtype), row_weights

@@ -44,6 +44,8 @@ def quantize(
     rows, hidden = x.shape
     blocks = x.astype(jnp.float32).reshape(rows, hidden // BLOCK, BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=-1)
+    # XLA's vectorised maximum on CPU loses NaNs.
+    amax = jnp.where(jnp.isnan(blocks).any(axis=-1), jnp.nan, amax)
     inverse_max = jnp.float32(1.0 / MAX_E4M3)
     scales = lax.optimization_barrier(jnp.maximum(amax, jnp.float32(_SMALLEST_AMAX))) * inverse_max
     if scale_format == "ue8m0":

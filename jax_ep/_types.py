@@ -70,7 +70,7 @@ class Handle:
         recv_src: ``[C]`` source of each row, or −1 for an unused one: ``(rank·T + token)·K + k`` in
             layout "expert", ``rank·T + token`` in layout "token".
         expert_idx: ``[C, K]`` in layout "token": local expert at each source position k, or −1.
-            ``[0, K]`` in layout "expert".
+            None in layout "expert".
         group_sizes: ``[L]`` kept rows of each local expert with their padding.
         counts: ``[L]`` kept rows of each local expert (pairs in layout "token").
         demand: ``[L]`` rows wanted by each local expert (pairs in layout "token").
@@ -87,7 +87,7 @@ class Handle:
     dest_row: Int32[Array, "tokens top_k"]
     recv_rows: Int32[Array, "sources rows_per_source"]
     recv_src: Int32[Array, " capacity"]
-    expert_idx: Int32[Array, "rows_or_zero top_k"]
+    expert_idx: Int32[Array, "capacity top_k"] | None
     group_sizes: Int32[Array, " local_experts"]
     counts: Int32[Array, " local_experts"]
     demand: Int32[Array, " local_experts"]

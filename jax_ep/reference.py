@@ -132,6 +132,7 @@ def dispatch(
         quantized = quantize(x, scale_format=scale_format)
         moved, row_weights = dispatch(quantized, weights, handle, group=group)
         return (dequantize(moved, x.dtype) if dense_output else moved), row_weights
+    x = lax.optimization_barrier(x)  # rounded as it is, whatever made it
     used = handle.recv_src >= 0
     slot = jnp.maximum(handle.recv_src, 0)
     top_k = handle.topk_idx.shape[1]
@@ -175,9 +176,12 @@ def combine(
     Returns:
         ``[T, H]`` sums in the row dtype, and ``[T, K]`` values (0 where a pair has no row) or None.
     """
+    # Rows are rounded before they are summed: no product that made them joins the sum.
+    rows, row_weights = lax.optimization_barrier((rows, row_weights))
     num_tokens, top_k = handle.topk_idx.shape
     sources, num_rows = handle.recv_rows.shape
-    total = jnp.zeros((sources, rows.shape[1]), jnp.float32)
+    # Behind a barrier, or XLA takes 0 + x for x, whose zero may be negative.
+    total = lax.optimization_barrier(jnp.zeros((sources, rows.shape[1]), jnp.float32))
     for m in range(num_rows):
         index = handle.recv_rows[:, m]
         term = jnp.take(rows, index, axis=0, mode="clip").astype(jnp.float32)
@@ -187,7 +191,7 @@ def combine(
         total = total + jnp.where((index >= 0)[:, None], term, 0.0)
     partial = round_to(total, rows.dtype)
     arrived = _all_to_all(partial.reshape(group.size, num_tokens, -1), group)
-    y = jnp.zeros(arrived.shape[1:], jnp.float32)
+    y = lax.optimization_barrier(jnp.zeros(arrived.shape[1:], jnp.float32))
     for rank in range(group.size):
         y = y + arrived[rank].astype(jnp.float32)
     y = round_to(y, rows.dtype)
@@ -296,7 +300,7 @@ def _sources(
     layout: Layout,
     capacity: int,
     num_local: int,
-) -> tuple[Int32[Array, " capacity"], Int32[Array, "rows_or_zero top_k"]]:
+) -> tuple[Int32[Array, " capacity"], Int32[Array, "capacity top_k"] | None]:
     """The inverse of ``dest_row`` on this rank: the source of each row, and its local experts."""
     sources, top_k = routes.shape
     target = jnp.where(here, dest_row, capacity)  # C: dropped by the scatter
@@ -305,7 +309,7 @@ def _sources(
     empty = jnp.full((capacity,), -1, jnp.int32)
     recv_src = empty.at[target.reshape(-1)].set(source.reshape(-1), mode="drop")
     if layout == "expert":
-        return recv_src, jnp.zeros((0, top_k), jnp.int32)
+        return recv_src, None
     local = jnp.where(here, routes % num_local, -1)
     expert_idx = jnp.take(local, jnp.maximum(recv_src, 0), axis=0, mode="clip")
     return recv_src, jnp.where((recv_src >= 0)[:, None], expert_idx, -1)

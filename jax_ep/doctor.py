@@ -1,0 +1,230 @@
+"""``python -m jax_ep.doctor``: what is here, what is missing, and how to mend it.
+
+Exit status 0 if jax_ep works on this machine, 1 if something must be mended first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+Status = Literal["ok", "note", "fail"]
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "numpy",
+    "flax",
+    "jax-cuda13-plugin",
+    "nvidia-nvshmem-cu13",
+)
+_OLDEST_JAX = (0, 10, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        status: "ok", "note" (works, but worth knowing) or "fail" (must be mended).
+        name: What was looked at.
+        detail: What was found.
+        mend: What to do about it; empty if nothing.
+    """
+
+    status: Status
+    name: str
+    detail: str
+    mend: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, one finding at a time."""
+    for look in (_versions, _jax_version, _native_library, _devices, _cpu_client, _gpus, _round_trip):
+        try:
+            yield from look()
+        except Exception as error:  # a doctor reports what breaks, whatever it is
+            name = look.__name__.strip("_").replace("_", " ")
+            yield Finding("fail", name, f"{type(error).__name__}: {error}", "see the error")
+
+
+def _versions() -> Iterator[Finding]:
+    from jax_ep import __version__
+
+    yield Finding("ok", "jax_ep", __version__)
+    yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        try:
+            yield Finding("ok", package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            if package in ("jax", "jaxlib", "numpy"):
+                yield Finding("fail", package, "not installed", f"pip install {package}")
+            else:
+                yield Finding("note", package, "not installed", _why_install(package))
+
+
+def _why_install(package: str) -> str:
+    return {
+        "flax": "needed for jax_ep.nnx and jax_ep.linen only: pip install flax",
+        "jax-cuda13-plugin": "needed for NVIDIA GPUs only: pip install 'jax[cuda13]'",
+        "nvidia-nvshmem-cu13": "comes with jax[cuda13]; needed for NVIDIA GPUs only",
+    }[package]
+
+
+def _jax_version() -> Iterator[Finding]:
+    import jax
+
+    if jax.__version_info__ < _OLDEST_JAX:
+        oldest = ".".join(map(str, _OLDEST_JAX))
+        yield Finding(
+            "fail", "jax", f"{jax.__version__} is older than {oldest}", f"pip install 'jax>={oldest}'"
+        )
+
+
+def _native_library() -> Iterator[Finding]:
+    if importlib.util.find_spec("jax_ep._cpu") is None:
+        yield Finding(
+            "fail",
+            "native CPU library",
+            "not here; the pure-JAX reference serves instead",
+            "pip install -e . in the checkout (needs g++): there, Python finds the sources before "
+            "an installed package",
+        )
+        return
+    from jax_ep import _cpu, _ffi
+
+    reason = _ffi.why_unavailable()
+    if reason is not None:
+        yield Finding("fail", "native CPU library", reason, "reinstall jax_ep")
+        return
+    info = _cpu.build_info()
+    details = ", ".join(f"{key} {value}" for key, value in info.items())
+    yield Finding("ok", "native CPU library", details)
+    yield Finding("ok", "FFI targets", ", ".join(sorted(_cpu.targets())))
+
+
+def _devices() -> Iterator[Finding]:
+    import jax
+
+    devices = jax.devices()
+    kinds = sorted({f"{device.platform} ({device.device_kind})" for device in devices})
+    text = f"{len(devices)} in {jax.process_count()} process(es): {', '.join(kinds)}"
+    yield Finding("ok", "devices", text)
+    if devices[0].platform == "cpu" and len(devices) == 1:
+        yield Finding(
+            "note",
+            "devices",
+            "one CPU device: groups have one rank",
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8 gives eight",
+        )
+
+
+def _cpu_client() -> Iterator[Finding]:
+    import jax
+
+    num_threads = int(os.environ.get("PJRT_NPROC", "0"))
+    num_devices = len(jax.devices("cpu"))
+    if num_threads < 4 * num_devices:
+        yield Finding(
+            "fail",
+            "CPU client threads",
+            f"PJRT_NPROC={num_threads} for {num_devices} CPU devices: steps in flight can deadlock",
+            "unset PJRT_NPROC, or set it to at least four times the number of devices",
+        )
+    else:
+        yield Finding("ok", "CPU client threads", f"PJRT_NPROC={num_threads}")
+
+
+def _gpus() -> Iterator[Finding]:
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        yield Finding("note", "NVIDIA GPUs", "none found (there is no nvidia-smi)")
+        return
+    query = [nvidia_smi, "--query-gpu=index,name,memory.total,driver_version", "--format=csv,noheader"]
+    listing = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    if listing.returncode:
+        yield Finding("note", "NVIDIA GPUs", listing.stdout.strip() or listing.stderr.strip())
+        return
+    for line in listing.stdout.strip().splitlines():
+        yield Finding("ok", "NVIDIA GPU", line)
+    yield Finding(
+        "note",
+        "GPU kernels",
+        "this version has none yet: groups of GPUs use the pure-JAX reference over XLA's collectives",
+    )
+
+
+def _round_trip() -> Iterator[Finding]:
+    """Dispatch and combine on every local device, on each backend, against the plain sum."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import jax_ep
+
+    devices = jax.local_devices()
+    mesh = jax.sharding.Mesh(np.array(devices), ("expert",))
+    num_tokens, hidden, top_k = 16, 64, 2
+    num_experts = 2 * len(devices)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((len(devices) * num_tokens, hidden)).astype(np.float32)
+    scores = rng.random((len(x), num_experts))
+    topk_idx = np.argsort(scores, axis=1)[:, :top_k].astype(np.int32)
+    backends: tuple[Literal["auto", "reference"], ...] = ("auto", "reference")
+    groups = [
+        jax_ep.create_group(mesh, "expert", backend=backend, timeout=60) for backend in backends
+    ]
+    for group in {group.backend: group for group in groups}.values():
+        spec = jax.sharding.PartitionSpec("expert")
+
+        @jax.jit
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+        def round_trip(x, topk_idx, group=group):
+            out = jax_ep.dispatch(x, topk_idx, group=group, num_experts=num_experts)
+            return jax_ep.combine(out.tokens, out.handle, group=group)
+
+        y = np.asarray(round_trip(jnp.asarray(x), jnp.asarray(topk_idx)))
+        name = f"round trip, backend {group.backend!r}"
+        if np.array_equal(y, top_k * x):
+            yield Finding("ok", name, f"{len(devices)} rank(s), exact")
+        else:
+            error = float(np.abs(y - top_k * x).max())
+            yield Finding("fail", name, f"wrong by up to {error}", "please report this as a bug")
+
+
+def _print_text(findings: list[Finding], write: Callable[[str], object]) -> None:
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        write(f"{finding.status:>4}  {finding.name:<{width}}  {finding.detail}\n")
+        if finding.mend:
+            write(f"{'':>4}  {'':<{width}}  -> {finding.mend}\n")
+    failed = sum(finding.status == "fail" for finding in findings)
+    write(f"\n{failed} thing(s) to mend.\n" if failed else "\njax_ep works here.\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jax_ep.doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print a JSON list of findings")
+    options = parser.parse_args(arguments)
+    findings = list(examine())
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        _print_text(findings, sys.stdout.write)
+    return int(any(finding.status == "fail" for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
