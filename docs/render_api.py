@@ -1,4 +1,4 @@
-"""Write docs/api.md from the docstrings of the public names: ``python docs/render_api.py [--check]``."""
+"""Write docs/api.md from the docstrings: ``python docs/render_api.py [--check]``."""
 
 from __future__ import annotations
 

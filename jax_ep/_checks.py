@@ -1,4 +1,4 @@
-"""Checks of what users pass, while tracing. Each error names op, argument, expected, got and fix."""
+"""Checks of what users pass, while tracing: errors name op, argument, expected, got and fix."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ met in one place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax import lax
@@ -37,7 +37,8 @@ def cast_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 def result_type(like: jax.Array, shape: Sequence[int], dtype: Any) -> Any:
     """An abstract value of ``shape`` and ``dtype`` that varies over the same axes as ``like``."""
-    return jax.typeof(like).update(shape=tuple(shape), dtype=jax.numpy.dtype(dtype), weak_type=False)
+    dtype = jax.numpy.dtype(dtype)
+    return jax.typeof(like).update(shape=tuple(shape), dtype=dtype, weak_type=False)
 
 
 def manual_axes() -> tuple[str, ...]:
@@ -52,10 +53,6 @@ def context_axis_sizes() -> dict[str, int]:
 
 
 def register_ffi_types(types: dict[str, dict[str, Any]], *, platform: str) -> None:
-    """Register the state types of FFI handlers with the runtime of ``platform``.
-
-    Raises:
-        RuntimeError: if this jaxlib has no way to do so.
-    """
+    """Register the state types of FFI handlers with the runtime of ``platform``."""
     for name, info in types.items():
-        jax.ffi.register_ffi_type(name, info, platform=platform)
+        jax.ffi.register_ffi_type(name, cast(Any, info), platform=platform)

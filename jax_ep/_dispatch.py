@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
-
-import jax
 
 from jax_ep import _checks, _ops
 from jax_ep._capacity import INT32_MAX, lossless_capacity, round_up, rows_per_expert

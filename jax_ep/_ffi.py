@@ -74,7 +74,7 @@ def plan(
         (1,),
         (1,),
     ]
-    topk, dest_row, recv_rows, recv_src, expert_idx, *counters = _call(
+    leaves = _call(
         "jax_ep_plan",
         [_compat.result_type(topk_idx, shape, jnp.int32) for shape in shapes],
         topk_idx,
@@ -83,13 +83,19 @@ def plan(
         alignment=np.int32(alignment),
         expert_capacity=np.int32(expert_capacity),
     )
+    topk, dest_row, recv_rows, recv_src, expert_idx, group_sizes, counts, demand = leaves[:8]
+    num_dropped, num_invalid = leaves[8:]
     return Handle(
-        topk,
-        dest_row,
-        recv_rows,
-        recv_src,
-        expert_idx if layout == "token" else None,
-        *counters,
+        topk_idx=topk,
+        dest_row=dest_row,
+        recv_rows=recv_rows,
+        recv_src=recv_src,
+        expert_idx=expert_idx if layout == "token" else None,
+        group_sizes=group_sizes,
+        counts=counts,
+        demand=demand,
+        num_dropped=num_dropped,
+        num_invalid=num_invalid,
         group_id=group.id,
         num_experts=num_experts,
         layout=layout,
@@ -117,9 +123,7 @@ def dispatch(
         "jax_ep_dispatch",
         [
             _compat.result_type(values, (rows, hidden), row_dtype),
-            _compat.result_type(
-                values, (rows, hidden // 128) if quantized else (0,), jnp.float32
-            ),
+            _compat.result_type(values, (rows, hidden // 128) if quantized else (0,), jnp.float32),
             _compat.result_type(
                 values, weights_shape if weights is not None else (0,), jnp.float32
             ),
@@ -193,9 +197,7 @@ def combine_vjp(
 def _call(target: str, results: list[Any], *operands: Array, **attributes: Any) -> Any:
     # Pure on purpose: XLA may merge, drop or move calls only in the one program that all ranks
     # share, and a side effect would keep jax.checkpoint from differentiating them.
-    call = jax.ffi.ffi_call(
-        target, results, has_side_effect=False, vmap_method="sequential"
-    )
+    call = jax.ffi.ffi_call(target, results, has_side_effect=False, vmap_method="sequential")
     return call(*operands, **attributes)
 
 

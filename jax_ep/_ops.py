@@ -3,8 +3,8 @@
 ``plan`` is an op of its own. ``dispatch`` with weights and ``combine`` with values are each other's
 transposes, so each one's backward is the other one; all that they keep is the handle.
 
-No tokens (T = 0) are answered here, outside the custom gradients: there is nothing to communicate, and
-residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
+No tokens (T = 0) are answered here, outside the custom gradients: there is nothing to communicate,
+and residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def plan(
 ) -> Handle:
     """See ``jax_ep.reference.plan``."""
     (topk_idx,) = vary_together(group, topk_idx)
-    static: dict[str, Any] = dict(
-        group=group,
-        num_experts=num_experts,
-        layout=layout,
-        capacity=capacity,
-        alignment=alignment,
-    )
+    static: dict[str, Any] = {
+        "group": group,
+        "num_experts": num_experts,
+        "layout": layout,
+        "capacity": capacity,
+        "alignment": alignment,
+    }
     if topk_idx.shape[0] == 0:
         handle = _empty_plan(topk_idx, **static)
     else:
@@ -102,13 +102,14 @@ def _dispatch_fwd(options, x, weights, handle):
 def _dispatch_bwd(options, handle, cotangents):
     d_rows, d_row_weights = cotangents
     if not isinstance(d_rows, Quantized):
-        d_x, d_weights = combine(options.group, d_rows, d_row_weights, handle)
-        return d_x, d_weights, None
+        d_tokens, d_weights = combine(options.group, d_rows, d_row_weights, handle)
+        return d_tokens, d_weights, None
     # refuse_gradient has seen to it that nothing flows back through the rows themselves.
     num_tokens, (_, hidden) = handle.topk_idx.shape[0], d_rows.values.shape
-    d_x = jnp.zeros((num_tokens, hidden), options.row_dtype)
+    d_x: Array | Quantized = jnp.zeros((num_tokens, hidden), options.row_dtype)
     if options.row_dtype == jnp.float8_e4m3fn:
-        d_x = Quantized(d_x, jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32))
+        no_scales = jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32)
+        d_x = Quantized(d_x, no_scales)
     no_rows = _match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
     _, d_weights = combine(options.group, no_rows, d_row_weights, handle)
     return _match(d_x, d_rows), d_weights, None

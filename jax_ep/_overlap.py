@@ -139,7 +139,8 @@ def _order(x: Any, after: Ticket | None, op: str) -> Any:
 
 def _finish(ticket: Any, op: str) -> Any:
     if not isinstance(ticket, Ticket) or ticket.op != op:
-        got = f"a ticket of {ticket.op}_start" if isinstance(ticket, Ticket) else type(ticket).__name__
+        is_ticket = isinstance(ticket, Ticket)
+        got = f"a ticket of {ticket.op}_start" if is_ticket else type(ticket).__name__
         raise _checks.type_error(
             f"{op}_done",
             "ticket",

@@ -16,9 +16,7 @@ MAX_E4M3 = 448.0
 _SMALLEST_AMAX = 1e-30
 
 
-def quantize(
-    x: Float[Array, "rows hidden"], *, scale_format: ScaleFormat = "f32"
-) -> Quantized:
+def quantize(x: Float[Array, "rows hidden"], *, scale_format: ScaleFormat = "f32") -> Quantized:
     """Round rows to float8_e4m3fn, block by block of 128 channels.
 
     The scale of a block is its largest magnitude over 448, the largest float8_e4m3fn, so that the
@@ -42,6 +40,7 @@ def quantize(
     _check_rows("quantize", x)
     check_scale_format("quantize", scale_format)
     rows, hidden = x.shape
+    x = lax.optimization_barrier(x)  # rounded as it is, whatever made it
     blocks = x.astype(jnp.float32).reshape(rows, hidden // BLOCK, BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=-1)
     # XLA's vectorised maximum on CPU loses NaNs.

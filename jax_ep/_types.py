@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float8e4m3fn, Float32, Int32
@@ -119,7 +119,7 @@ class Dispatched:
         handle: The plan, for ``combine`` and for another ``dispatch`` along the same routes.
     """
 
-    tokens: Array | Quantized
+    tokens: Any  # Array | Quantized; which one, the arguments of dispatch say
     weights: Array | None
     expert_idx: Array | None
     group_sizes: Int32[Array, " local_experts"]

@@ -51,7 +51,15 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Look at everything, one finding at a time."""
-    for look in (_versions, _jax_version, _native_library, _devices, _cpu_client, _gpus, _round_trip):
+    for look in (
+        _versions,
+        _jax_version,
+        _native_library,
+        _devices,
+        _cpu_client,
+        _gpus,
+        _round_trip,
+    ):
         try:
             yield from look()
         except Exception as error:  # a doctor reports what breaks, whatever it is
@@ -88,7 +96,10 @@ def _jax_version() -> Iterator[Finding]:
     if jax.__version_info__ < _OLDEST_JAX:
         oldest = ".".join(map(str, _OLDEST_JAX))
         yield Finding(
-            "fail", "jax", f"{jax.__version__} is older than {oldest}", f"pip install 'jax>={oldest}'"
+            "fail",
+            "jax",
+            f"{jax.__version__} is older than {oldest}",
+            f"pip install 'jax>={oldest}'",
         )
 
 
@@ -151,7 +162,11 @@ def _gpus() -> Iterator[Finding]:
     if nvidia_smi is None:
         yield Finding("note", "NVIDIA GPUs", "none found (there is no nvidia-smi)")
         return
-    query = [nvidia_smi, "--query-gpu=index,name,memory.total,driver_version", "--format=csv,noheader"]
+    query = [
+        nvidia_smi,
+        "--query-gpu=index,name,memory.total,driver_version",
+        "--format=csv,noheader",
+    ]
     listing = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     if listing.returncode:
         yield Finding("note", "NVIDIA GPUs", listing.stdout.strip() or listing.stderr.strip())

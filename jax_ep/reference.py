@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
@@ -131,6 +132,7 @@ def dispatch(
     if scale_format is not None and not isinstance(x, Quantized):
         quantized = quantize(x, scale_format=scale_format)
         moved, row_weights = dispatch(quantized, weights, handle, group=group)
+        assert isinstance(moved, Quantized)
         return (dequantize(moved, x.dtype) if dense_output else moved), row_weights
     x = lax.optimization_barrier(x)  # rounded as it is, whatever made it
     used = handle.recv_src >= 0
@@ -146,7 +148,7 @@ def dispatch(
     out = Quantized(fetch(x.values), fetch(x.scales)) if isinstance(x, Quantized) else fetch(x)
     if weights is None:
         return out, None
-    if handle.layout == "token":
+    if handle.expert_idx is not None:
         return out, jnp.where(handle.expert_idx >= 0, fetch(weights), 0.0)
     everyone = _all_gather(weights, group).reshape(-1)
     return out, jnp.where(used, jnp.take(everyone, slot, mode="clip"), 0.0)
@@ -198,7 +200,7 @@ def combine(
     if values is None:
         return y, None
     used = handle.recv_src >= 0
-    if handle.layout == "expert":
+    if handle.expert_idx is None:
         target = jnp.where(used, handle.recv_src, sources * top_k)
         sent = jnp.zeros((sources * top_k,), jnp.float32).at[target].set(values, mode="drop")
     else:
@@ -236,7 +238,9 @@ def combine_vjp(
     Returns:
         ``[C, H]`` in the row dtype and ``[C]`` float32; zero for unused rows.
     """
+    rows, row_weights = lax.optimization_barrier((rows, row_weights))  # as in combine
     arrived, _ = dispatch(dy, None, handle, group=group)
+    assert isinstance(arrived, jax.Array)
     used = handle.recv_src >= 0
     gradient = arrived.astype(jnp.float32)
     weighted = lax.optimization_barrier(gradient * row_weights[:, None])
