@@ -1,0 +1,40 @@
+// A thread that looks after deadlines.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+
+namespace jax_ep::cpu {
+
+// Calls `check` on a thread of its own whenever a deadline it was told of may have passed. The
+// object and its thread live until the process ends: they touch neither Python nor anything with a
+// destructor, so the end may come at any moment.
+class Watchdog {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  // `check` deals with what is overdue and returns the next deadline, or Clock::time_point::max().
+  explicit Watchdog(std::function<Clock::time_point()> check);
+  Watchdog(const Watchdog&) = delete;
+  Watchdog& operator=(const Watchdog&) = delete;
+  ~Watchdog() = delete;
+
+  // Makes sure that the thread runs. Throws std::system_error if the system gives none.
+  void Start();
+
+  // Has `check` called by `deadline` at the latest. Cheap unless the deadline is the earliest.
+  void WakeBy(Clock::time_point deadline);
+
+ private:
+  void Loop();
+
+  const std::function<Clock::time_point()> check_;
+  std::once_flag started_;
+  std::mutex mutex_;
+  std::condition_variable earlier_;
+  Clock::time_point wake_at_ = Clock::time_point::max();  // guarded by mutex_
+};
+
+}  // namespace jax_ep::cpu

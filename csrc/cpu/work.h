@@ -1,0 +1,34 @@
+// Work on rows that several threads can share.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "cpu/status.h"
+
+namespace jax_ep::cpu {
+
+// Rows that can be worked on independently. `run` handles [begin, end); it may be called from
+// several threads at once, with ranges that do not overlap.
+struct RowWork {
+  int64_t num_rows = 0;
+  int64_t bytes_per_row = 0;  // payload, for the decision whether sharing pays
+  std::function<Status(int64_t begin, int64_t end)> run;
+};
+
+// Work that fails, because `rank` came to op `op` with other shapes or attributes than rank 0.
+RowWork RanksDisagree(const char* op, int64_t rank);
+
+// Threads to run tasks on.
+struct ThreadPool {
+  int64_t num_threads = 0;
+  std::function<void(std::function<void()>)> schedule;
+};
+
+// Runs all of `work` and returns the first error, if there was one. Threads of `pool` share large
+// work; the caller waits only for rows that one of them is working on at that moment, never for a
+// task that has yet to start, so it cannot deadlock however busy the pool is. Exceptions of `run`
+// become errors.
+Status RunShared(RowWork work, const ThreadPool& pool);
+
+}  // namespace jax_ep::cpu

@@ -1,0 +1,72 @@
+#include "ffi/checker.h"
+
+#include <algorithm>
+#include <sstream>
+
+namespace jax_ep {
+
+namespace ffi = ::xla::ffi;
+
+namespace {
+
+template <typename Dims>
+std::string Describe(ffi::DataType dtype, const Dims& dims) {
+  std::ostringstream text;
+  text << dtype << "[";
+  const char* separator = "";
+  for (int64_t dim : dims) {
+    text << separator << dim;
+    separator = ",";
+  }
+  text << "]";
+  return text.str();
+}
+
+}  // namespace
+
+std::string Describe(ffi::AnyBuffer buffer) {
+  return Describe(buffer.element_type(), buffer.dimensions());
+}
+
+bool IsPresent(ffi::AnyBuffer buffer) {
+  const auto dims = buffer.dimensions();
+  return !(dims.size() == 1 && dims[0] == 0);
+}
+
+void Checker::Fail(const std::string& what, const std::string& expected, const std::string& got) {
+  if (!ok()) return;
+  status_ =
+      cpu::Status(cpu::StatusCode::kInvalidArgument, std::string("jax_ep.") + op_ + ": " + what +
+                                                         ": expected " + expected + ", got " + got);
+}
+
+void Checker::Attribute(const char* name, bool condition, const char* expected, int64_t got) {
+  if (!condition) Fail(std::string("attribute ") + name, expected, std::to_string(got));
+}
+
+void Checker::Buffer(const std::string& what, ffi::AnyBuffer got, ffi::DataType dtype,
+                     std::initializer_list<int64_t> dims) {
+  const auto got_dims = got.dimensions();
+  const bool same = got.element_type() == dtype && got_dims.size() == dims.size() &&
+                    std::equal(dims.begin(), dims.end(), got_dims.begin());
+  if (!same) Fail(what, Describe(dtype, dims), Describe(got));
+}
+
+void Checker::Argument(const char* name, ffi::AnyBuffer got, ffi::DataType dtype,
+                       std::initializer_list<int64_t> dims) {
+  Buffer(std::string("argument ") + name, got, dtype, dims);
+}
+
+void Checker::Result(const char* name, ffi::AnyBuffer got, ffi::DataType dtype,
+                     std::initializer_list<int64_t> dims) {
+  Buffer(std::string("result ") + name, got, dtype, dims);
+}
+
+Checker::Matrix Checker::MatrixArgument(const char* name, ffi::AnyBuffer got) {
+  const auto dims = got.dimensions();
+  if (dims.size() == 2) return {dims[0], dims[1]};
+  Fail(std::string("argument ") + name, "two dimensions", Describe(got));
+  return {0, 0};
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,137 @@
+// Arithmetic of the routing plan: which row of which rank a (token, k) entry becomes.
+//
+// Host and device share these functions, so every backend agrees to the integer. Symbols, all
+// int32: T tokens a rank, K top-k entries a token, E experts over the group, R ranks, L = E / R
+// local experts, C capacity (rows a rank receives at most). Expert e lives on rank e / L, where its
+// local id is e % L. R * T * K and R * C are below 2^31.
+#pragma once
+
+#include <cstdint>
+
+#include "plan/host_device.h"
+
+namespace jax_ep::plan {
+
+// Stands for "no expert", "no row" and "no source" in every array of a plan.
+constexpr int32_t kNone = -1;
+
+enum class Layout : int32_t {
+  kExpert = 0,  // one row per (token, local expert), grouped by expert
+  kToken = 1,   // one row per (token, rank)
+};
+
+JAX_EP_HOST_DEVICE int32_t RankOfExpert(int32_t expert, int32_t num_local_experts) {
+  return expert / num_local_experts;
+}
+
+JAX_EP_HOST_DEVICE int32_t LocalExpert(int32_t expert, int32_t num_local_experts) {
+  return expert % num_local_experts;
+}
+
+JAX_EP_HOST_DEVICE int32_t Min(int32_t a, int32_t b) { return a < b ? a : b; }
+
+JAX_EP_HOST_DEVICE int32_t RoundUp(int32_t value, int32_t multiple) {
+  return value + (multiple - value % multiple) % multiple;  // no sum that could overflow
+}
+
+// Rows that one rank can hold for one source token: the second extent of recv_rows.
+JAX_EP_HOST_DEVICE int32_t RowsPerSource(Layout layout, int32_t top_k, int32_t num_local_experts) {
+  return layout == Layout::kExpert ? Min(top_k, num_local_experts) : 1;
+}
+
+// Copies one token's expert ids, with those outside [-1, E) and repetitions of an earlier one
+// replaced by -1, and returns how many were replaced. `topk` may be `topk_idx`.
+JAX_EP_HOST_DEVICE int32_t SanitizeToken(const int32_t* topk_idx /*[K]*/, int32_t top_k,
+                                         int32_t num_experts, int32_t* topk /*[K]*/) {
+  int32_t num_invalid = 0;
+  for (int32_t k = 0; k < top_k; ++k) {
+    int32_t expert = topk_idx[k];
+    bool valid = expert >= kNone && expert < num_experts;
+    for (int32_t earlier = 0; earlier < k && expert != kNone; ++earlier) {
+      valid = valid && topk[earlier] != expert;
+    }
+    num_invalid += valid ? 0 : 1;
+    topk[k] = valid ? expert : kNone;
+  }
+  return num_invalid;
+}
+
+// The first k whose expert lives on the same rank as entry `k` (which must not be -1).
+JAX_EP_HOST_DEVICE int32_t FirstOnSameRank(const int32_t* topk /*[K]*/, int32_t k,
+                                           int32_t num_local_experts) {
+  const int32_t rank = RankOfExpert(topk[k], num_local_experts);
+  int32_t first = 0;
+  while (topk[first] == kNone || RankOfExpert(topk[first], num_local_experts) != rank) ++first;
+  return first;
+}
+
+// The rows of one local expert in layout "expert".
+struct ExpertRows {
+  int32_t count;       // rows kept
+  int32_t group_size;  // count, padded to the alignment
+  int32_t start;       // first row
+};
+
+// Gives the next local expert, by ascending id, its rows. `start` is where the rows of the experts
+// before it end; `capacity` is a multiple of `alignment`, and `start` is then one too.
+JAX_EP_HOST_DEVICE ExpertRows NextExpertRows(int32_t demand, int32_t expert_capacity,
+                                             int32_t alignment, int32_t capacity, int32_t start) {
+  const int32_t count = Min(Min(demand, expert_capacity), capacity - start);
+  return ExpertRows{count, RoundUp(count, alignment), start};
+}
+
+// Lays out all local experts of a rank one after the other.
+JAX_EP_HOST_DEVICE void LayOutExperts(const int32_t* demand /*[L]*/, int32_t num_local_experts,
+                                      int32_t expert_capacity, int32_t alignment, int32_t capacity,
+                                      int32_t* counts /*[L]*/, int32_t* group_sizes /*[L]*/,
+                                      int32_t* starts /*[L]*/) {
+  int32_t offset = 0;
+  for (int32_t local = 0; local < num_local_experts; ++local) {
+    const ExpertRows rows =
+        NextExpertRows(demand[local], expert_capacity, alignment, capacity, offset);
+    counts[local] = rows.count;
+    group_sizes[local] = rows.group_size;
+    starts[local] = rows.start;
+    offset += rows.group_size;
+  }
+}
+
+// Row of the entry at `position` among all that want one expert, ordered by (source rank, token);
+// -1 if it did not fit. Layout "expert".
+JAX_EP_HOST_DEVICE int32_t ExpertRow(int32_t start, int32_t count, int32_t position) {
+  return position < count ? start + position : kNone;
+}
+
+// Row of the token at `position` among all that want one rank, in the same order; -1 if it did not
+// fit. Layout "token".
+JAX_EP_HOST_DEVICE int32_t TokenRow(int32_t capacity, int32_t position) {
+  return position < capacity ? position : kNone;
+}
+
+// Where a row came from. `k` is 0 in layout "token", where a row stands for a whole token.
+struct Source {
+  int32_t rank;
+  int32_t token;
+  int32_t k;
+};
+
+// Number of distinct sources; EncodeSource gives [0, NumSources).
+JAX_EP_HOST_DEVICE int32_t NumSources(Layout layout, int32_t num_ranks, int32_t num_tokens,
+                                      int32_t top_k) {
+  return num_ranks * num_tokens * (layout == Layout::kExpert ? top_k : 1);
+}
+
+JAX_EP_HOST_DEVICE int32_t EncodeSource(Layout layout, Source source, int32_t num_tokens,
+                                        int32_t top_k) {
+  const int32_t token = source.rank * num_tokens + source.token;
+  return layout == Layout::kExpert ? token * top_k + source.k : token;
+}
+
+JAX_EP_HOST_DEVICE Source DecodeSource(Layout layout, int32_t encoded, int32_t num_tokens,
+                                       int32_t top_k) {
+  const int32_t token = layout == Layout::kExpert ? encoded / top_k : encoded;
+  const int32_t k = layout == Layout::kExpert ? encoded % top_k : 0;
+  return Source{token / num_tokens, token % num_tokens, k};
+}
+
+}  // namespace jax_ep::plan
