@@ -11,11 +11,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_ep import _environment as _environment  # first: it prepares XLA's CPU client
-from jax_ep import reference
+from jax_ep import reference, routing
 from jax_ep._combine import combine
 from jax_ep._dispatch import dispatch
 from jax_ep._errors import CommunicationError, errors
 from jax_ep._group import Group, create_group
+from jax_ep._grouped_dot import grouped_dot
+from jax_ep._moe import MoEAux, moe
+from jax_ep._moe_params import (
+    MoEParams,
+    PartitionNames,
+    SharedExpert,
+    init_moe_params,
+    moe_partition_specs,
+)
 from jax_ep._overlap import Ticket, combine_done, combine_start, dispatch_done, dispatch_start
 from jax_ep._quantize import dequantize, quantize
 from jax_ep._types import DispatchConfig, Dispatched, Handle, Quantized
@@ -30,7 +39,11 @@ __all__ = [
     "Dispatched",
     "Group",
     "Handle",
+    "MoEAux",
+    "MoEParams",
+    "PartitionNames",
     "Quantized",
+    "SharedExpert",
     "Ticket",
     "__version__",
     "combine",
@@ -42,10 +55,15 @@ __all__ = [
     "dispatch_done",
     "dispatch_start",
     "errors",
+    "grouped_dot",
+    "init_moe_params",
     "linen",
+    "moe",
+    "moe_partition_specs",
     "nnx",
     "quantize",
     "reference",
+    "routing",
 ]
 
 _LAZY = ("linen", "nnx")  # they import flax, which jax_ep itself does not need

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
@@ -85,6 +86,11 @@ def combine(
 def _check_weights(op: str, weights: Array | None, handle: Handle) -> None:
     if weights is None:
         return
+    if not isinstance(weights, jax.Array) or weights.dtype != jnp.float32:
+        got = getattr(weights, "dtype", type(weights).__name__)
+        raise _checks.type_error(
+            op, "weights", "a float32 array or None", got, "cast it with astype(jnp.float32)"
+        )
     if handle.layout != "expert":
         raise _checks.value_error(
             op,
@@ -92,10 +98,6 @@ def _check_weights(op: str, weights: Array | None, handle: Handle) -> None:
             "None in layout 'token', whose rows each sum several experts",
             f"shape {weights.shape}",
             "multiply the expert outputs before summing them into rows",
-        )
-    if weights.dtype != jnp.float32:
-        raise _checks.type_error(
-            op, "weights", "dtype float32", f"dtype {weights.dtype}", "cast it with astype"
         )
     if weights.shape != (handle.capacity,):
         raise _checks.value_error(

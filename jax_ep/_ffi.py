@@ -216,7 +216,7 @@ def _attributes(group: Group, num_experts: int, layout: Layout) -> dict[str, Any
         "num_experts": np.int32(num_experts),
         "layout": np.int32(_LAYOUTS[layout]),
         "group_id": np.int64(group.id),
-        "timeout_ms": np.int64(group.timeout * 1000),
+        "timeout_ms": np.int64(min(group.timeout * 1000, 2**62)),
     }
 
 

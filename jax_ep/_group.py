@@ -103,7 +103,7 @@ def create_group(
         The group.
 
     Raises:
-        TypeError: if ``mesh`` is not a ``jax.sharding.Mesh``.
+        TypeError: for a mesh, axis or timeout of another type.
         ValueError: for an unknown axis, backend or timeout, or a backend that cannot serve the
             mesh.
     """
@@ -112,6 +112,11 @@ def create_group(
             f"jax_ep.create_group: argument mesh: expected a jax.sharding.Mesh, got "
             f"{type(mesh).__name__}; make one with jax.make_mesh."
         )
+    if not isinstance(axis_name, str | Sequence):
+        raise TypeError(
+            f"jax_ep.create_group: argument axis_name: expected an axis or a tuple of axes of "
+            f"{mesh.axis_names}, got {type(axis_name).__name__}; name the axes of the experts."
+        )
     axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     _check_axes(mesh, axis_names)
     if backend not in get_args(Backend):
@@ -119,9 +124,15 @@ def create_group(
             f"jax_ep.create_group: argument backend: expected one of {get_args(Backend)}, got "
             f"{backend!r}."
         )
+    if not isinstance(timeout, int | float):
+        raise TypeError(
+            f"jax_ep.create_group: argument timeout: expected seconds as a number, got "
+            f"{type(timeout).__name__}; pass an int or a float."
+        )
     if not timeout > 0:
         raise ValueError(
-            f"jax_ep.create_group: argument timeout: expected seconds > 0, got {timeout!r}."
+            f"jax_ep.create_group: argument timeout: expected seconds > 0, got {timeout!r}; the "
+            f"default is {_DEFAULT_TIMEOUT_S:g}."
         )
     key = (mesh, axis_names, backend, float(timeout))
     if key not in _groups:

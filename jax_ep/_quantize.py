@@ -76,7 +76,8 @@ def check_scale_format(op: str, scale_format: str) -> None:
     """Raise unless ``scale_format`` is one that rows can be quantized with."""
     if scale_format not in ("f32", "ue8m0"):
         raise ValueError(
-            f"jax_ep.{op}: argument scale_format: expected 'f32' or 'ue8m0', got {scale_format!r}."
+            f"jax_ep.{op}: argument scale_format: expected 'f32' or 'ue8m0', got {scale_format!r}; "
+            "choose one of these."
         )
 
 

@@ -1,0 +1,183 @@
+"""Matmuls of grouped rows, each group with a matrix of its own.
+
+``jax.lax.ragged_dot`` multiplies every row with every matrix on CPU (and GPU) and masks what does not
+belong together. Here a loop walks over tiles of rows of one group, and its trip count is the number
+of rows there are: neither other groups' matrices nor unused rows cost anything.
+
+A platform with faster kernels takes the place of ``_rows_by_matrices`` and ``_rows_by_rows``: the
+product itself and the gradient of the matrices are all that forward and backward need.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jax_ep import _checks, _compat
+
+_TILE = 128  # rows; 64 to 256 are alike, more wastes work on groups of few rows
+
+
+def grouped_dot(
+    lhs: Float[Array, "rows inner"],
+    rhs: Float[Array, "groups inner outer"],
+    group_sizes: Int32[Array, " groups"],
+) -> Float[Array, "rows outer"]:
+    """Multiply each group of rows with the matrix of its group.
+
+    In pseudocode::
+
+        start = 0
+        for group, size in enumerate(group_sizes):
+            out[start : start + size] = lhs[start : start + size] @ rhs[group]
+            start += size
+        out[start:] = 0
+
+    Products are summed in float32 and rounded to the dtype of ``lhs``. The gradient of ``rhs`` is
+    summed in float32 too. Rows past the last group are not read, give zeros and have no gradient.
+
+    The default of ``jax_ep.moe``. Another function with these arguments and this result, such as
+    ``jax.lax.ragged_dot``, may stand in for it there.
+
+    Args:
+        lhs: ``[C, H]`` rows, those of a group side by side.
+        rhs: ``[L, H, F]`` matrices, in the dtype of ``lhs``.
+        group_sizes: ``[L]`` int32 rows of each group, such as ``Dispatched.group_sizes``; their sum
+            is at most C.
+
+    Returns:
+        ``[C, F]`` in the dtype of ``lhs``.
+
+    Raises:
+        TypeError: if the dtypes of ``lhs`` and ``rhs`` differ.
+        ValueError: if the shapes do not fit each other.
+    """
+    op = "grouped_dot"
+    if lhs.dtype != rhs.dtype:
+        raise _checks.type_error(
+            op, "rhs", f"dtype {lhs.dtype} as lhs", f"dtype {rhs.dtype}", "cast one of them"
+        )
+    groups = group_sizes.shape[0]
+    if lhs.ndim != 2 or rhs.ndim != 3 or rhs.shape[:2] != (groups, lhs.shape[1]):
+        raise _checks.value_error(
+            op,
+            "rhs",
+            f"[groups, inner, outer] for lhs [rows, inner] {lhs.shape} and {groups} groups",
+            f"shape {rhs.shape}",
+            "pass one matrix for each group",
+        )
+    axes = frozenset[str]().union(*map(_compat.varying_axes, (lhs, rhs, group_sizes)))
+    return _grouped_dot(*(_compat.cast_varying(x, axes) for x in (lhs, rhs, group_sizes)))
+
+
+@jax.custom_vjp
+def _grouped_dot(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+    return _rows_by_matrices(lhs, rhs, group_sizes, contract=0)
+
+
+def _grouped_dot_fwd(lhs: Array, rhs: Array, group_sizes: Array) -> tuple[Array, Any]:
+    return _grouped_dot(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _grouped_dot_bwd(residuals: Any, d_out: Array) -> tuple[Array, Array, None]:
+    lhs, rhs, group_sizes = residuals
+    d_lhs = _rows_by_matrices(d_out, rhs, group_sizes, contract=1)
+    return d_lhs, _rows_by_rows(lhs, d_out, group_sizes), None
+
+
+_grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
+
+
+def _rows_by_matrices(
+    lhs: Float[Array, "rows inner"],
+    rhs: Float[Array, "groups a b"],
+    group_sizes: Int32[Array, " groups"],
+    *,
+    contract: int,
+) -> Float[Array, "rows outer"]:
+    """Each row times its group's matrix; ``contract`` is the axis of the matrix that is summed."""
+    rows, outer = lhs.shape[0], rhs.shape[2 - contract]
+    out = _zeros((rows, outer), lhs.dtype, like=lhs)
+    if rows == 0:
+        return out
+
+    def group(out: Array, operands: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        matrix, start, size = operands
+
+        def tile(index: Array, out: Array) -> Array:
+            first, mine = _tile(start, size, index, rows)
+            block = lax.dynamic_slice_in_dim(lhs, first, len(mine))
+            product = lax.dot_general(
+                block,
+                matrix,
+                (((1,), (contract,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            # A tile at the end of its group reaches into rows that other groups write.
+            before = lax.dynamic_slice_in_dim(out, first, len(mine))
+            after = jnp.where(mine[:, None], product.astype(out.dtype), before)
+            return lax.dynamic_update_slice_in_dim(out, after, first, axis=0)
+
+        return lax.fori_loop(0, _num_tiles(size, rows), tile, out), None
+
+    return lax.scan(group, out, (rhs, *_bounds(group_sizes)))[0]
+
+
+def _rows_by_rows(
+    lhs: Float[Array, "rows inner"],
+    d_out: Float[Array, "rows outer"],
+    group_sizes: Int32[Array, " groups"],
+) -> Float[Array, "groups inner outer"]:
+    """``lhs.T @ d_out`` over the rows of each group."""
+    (rows, inner), outer = lhs.shape, d_out.shape[1]
+    if rows == 0:
+        return _zeros((group_sizes.shape[0], inner, outer), lhs.dtype, like=lhs)
+
+    def group(_: None, bounds: tuple[Array, Array]) -> tuple[None, Array]:
+        start, size = bounds
+
+        def tile(index: Array, total: Array) -> Array:
+            first, mine = _tile(start, size, index, rows)
+            block = lax.dynamic_slice_in_dim(lhs, first, len(mine))
+            cotangent = lax.dynamic_slice_in_dim(d_out, first, len(mine))
+            # Both masked: what stands in unused rows, be it NaN, must not reach the sum.
+            return total + lax.dot_general(
+                jnp.where(mine[:, None], block, 0),
+                jnp.where(mine[:, None], cotangent, 0),
+                (((0,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+
+        total = _zeros((inner, outer), jnp.float32, like=lhs)
+        return None, lax.fori_loop(0, _num_tiles(size, rows), tile, total).astype(lhs.dtype)
+
+    return lax.scan(group, None, _bounds(group_sizes))[1]
+
+
+def _bounds(group_sizes: Int32[Array, " groups"]) -> tuple[Array, Array]:
+    """First row and number of rows of each group."""
+    return jnp.cumsum(group_sizes) - group_sizes, group_sizes
+
+
+def _num_tiles(size: Int32[Array, ""], rows: int) -> Int32[Array, ""]:
+    height = min(_TILE, rows)
+    return (size + height - 1) // height
+
+
+def _tile(
+    start: Int32[Array, ""], size: Int32[Array, ""], index: Int32[Array, ""], rows: int
+) -> tuple[Array, Array]:
+    """First row of a tile, moved up where it would end past the last row, and which rows are its."""
+    height = min(_TILE, rows)
+    wanted = start + index * height
+    first = jnp.minimum(wanted, rows - height)
+    row = first + jnp.arange(height, dtype=jnp.int32)
+    return first, (row >= wanted) & (row < start + size)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, *, like: Array) -> Array:
+    return _compat.cast_varying(jnp.zeros(shape, dtype), _compat.varying_axes(like))

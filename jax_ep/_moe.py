@@ -1,0 +1,377 @@
+"""``jax_ep.moe``: a whole mixture-of-experts layer over a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from jax_ep import _checks, _compat
+from jax_ep._combine import combine
+from jax_ep._group import Group
+from jax_ep._grouped_dot import grouped_dot as default_grouped_dot
+from jax_ep._moe_params import MoEParams, SharedExpert, moe_partition_specs
+from jax_ep._overlap import dispatch_done, dispatch_start
+from jax_ep._placement import join_tokens, place, split_tokens
+from jax_ep._types import DispatchConfig, Dispatched, Quantized, ScaleFormat
+from jax_ep.routing import Router, Routing, expert_load, load_balancing_loss
+
+RouterLike = Literal["softmax", "sigmoid"] | Router | Callable[..., Routing]
+GroupedDot = Callable[[Array, Array, Array], Array]
+
+_DEFAULT_TOKEN_AXES = ("data", "expert")
+
+
+class MoEAux(NamedTuple):
+    """What a mixture-of-experts layer reports besides its output; the same on every device.
+
+    Attributes:
+        aux_loss: Scalar load-balancing loss over all tokens (``routing.load_balancing_loss``), not
+            yet scaled: 1 where all experts are used alike.
+        load: ``[E]`` int32 routes to each expert from all tokens, dropped ones included.
+        num_dropped: Scalar int32, (token, expert) pairs that did not fit the capacity.
+        num_invalid: Scalar int32, entries of a custom router out of range or repeated.
+    """
+
+    aux_loss: Float32[Array, ""]
+    load: Int32[Array, " experts"]
+    num_dropped: Int32[Array, ""]
+    num_invalid: Int32[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """Everything static about a call, hashable; see ``moe``."""
+
+    group: Group
+    num_experts: int
+    top_k: int
+    router: Router | Callable[..., Routing]
+    token_axes: tuple[str, ...]
+    grouped_dot: GroupedDot
+    overlap: bool
+    activation: Callable[[Array], Array]
+    dispatch: tuple[tuple[str, Any], ...]
+
+
+def moe(
+    x: Float[Array, "*batch hidden"],
+    params: MoEParams,
+    *,
+    group: Group,
+    num_experts: int,
+    top_k: int,
+    router: RouterLike = "softmax",
+    token_axes: tuple[str, ...] = _DEFAULT_TOKEN_AXES,
+    mask: Bool[Array, "*batch"] | None = None,
+    grouped_dot: GroupedDot | None = None,
+    overlap: Literal["shared_expert"] | None = None,
+    activation: Callable[[Array], Array] = jax.nn.silu,
+    alignment: int = 1,
+    capacity: int | None = None,
+    capacity_factor: float | None = None,
+    quantization: Literal["fp8"] | None = None,
+    scale_format: ScaleFormat = "f32",
+    config: DispatchConfig | None = None,
+) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
+    """Send each token to its top-k experts and sum their outputs.
+
+    In pseudocode, for every token::
+
+        routing = router(token @ router_kernel, router_bias)             # in float32
+        for expert, weight in zip(routing.topk_idx, routing.topk_weights):
+            up = activation(token @ gate[expert]) * (token @ up[expert])
+            y += (weight * up) @ down[expert]
+        y += the same with the shared expert, unweighted
+
+    Call it on whole (global) arrays, inside ``jit`` or not, on meshes with Auto or Explicit axes. It
+    splits the tokens over ``token_axes`` (adding masked ones where they do not split evenly) and
+    enters ``shard_map`` over the whole mesh of the group, where ``dispatch`` and ``combine`` move the
+    rows. Mesh axes that are not token axes see the same tokens. ``x`` may be sharded in any way;
+    nothing is moved where it is split over the leading token axes in their order, as a batch over
+    "data" is.
+
+    Example::
+
+        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        group = jax_ep.create_group(mesh, "expert")
+        params = jax_ep.init_moe_params(key, hidden=512, intermediate=1024, num_experts=16)
+        y, aux = jax_ep.moe(x, params, group=group, num_experts=16, top_k=2)
+        loss = task_loss(y) + 0.01 * aux.aux_loss
+
+    Args:
+        x: ``[..., H]`` bf16, f16 or f32; its dtype is that of the computation, whatever that of the
+            weights. Rows are a multiple of 16 bytes.
+        params: The weights, over all experts; ``moe_partition_specs`` says how to shard them.
+        group: The group, from ``create_group``.
+        num_experts: E over the whole group; a multiple of its size.
+        top_k: Experts of each token.
+        router: "softmax", "sigmoid", a ``routing.Router`` with settings, or a function of
+            ``(logits [T, E], bias)`` that returns a ``routing.Routing``.
+        token_axes: Mesh axes that tokens are split over; those of the group must be among them. The
+            default stands for "data", if the mesh has an axis of that name, and the group's axes.
+        mask: Boolean, the shape of ``x`` without H: False keeps a token from the router; its output is
+            that of the shared expert, or zero.
+        grouped_dot: Replaces ``jax_ep.grouped_dot``.
+        overlap: "shared_expert" runs the shared expert while rows are under way.
+        activation: Of the gate.
+        alignment: Rows of each expert are padded to a multiple of it, if ``grouped_dot`` needs that.
+        capacity: As in ``dispatch``, rows of each rank.
+        capacity_factor: As in ``dispatch``, bounds the rows of each expert.
+        quantization: As in ``dispatch``: "fp8" sends rows in 8 bits (and back in the dtype of
+            ``x``); gradients are straight-through. H is a multiple of 128.
+        scale_format: As in ``dispatch``.
+        config: As in ``dispatch``.
+
+    Returns:
+        ``[..., H]`` in the dtype of ``x``, and the statistics.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for any other argument that does not fit; the text says what would.
+    """
+    op = "moe"
+    _check_group(group)
+    _check_top_k(top_k, num_experts)
+    _checks.check_experts(op, num_experts, top_k, group)
+    _check_params(params, x.shape[-1], num_experts)
+    _checks.check_one_of(op, "overlap", overlap, (None, "shared_expert"))
+    if overlap is not None and params.shared is None:
+        raise _checks.value_error(
+            op, "overlap", "None without a shared expert", repr(overlap), "leave it out"
+        )
+    if mask is not None and mask.shape != x.shape[:-1]:
+        raise _checks.value_error(
+            op, "mask", f"shape {x.shape[:-1]}, one entry for each token", mask.shape, "reshape it"
+        )
+    settings = _Settings(
+        group=group,
+        num_experts=num_experts,
+        top_k=top_k,
+        router=_resolve_router(router),
+        token_axes=_resolve_token_axes(token_axes, group),
+        grouped_dot=default_grouped_dot if grouped_dot is None else grouped_dot,
+        overlap=overlap is not None,
+        activation=activation,
+        dispatch=(
+            ("alignment", alignment),
+            ("capacity", capacity),
+            ("capacity_factor", capacity_factor),
+            ("quantization", quantization),
+            ("scale_format", scale_format),
+            ("config", config),
+        ),
+    )
+    return _over_mesh(settings, x, params, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # op by op, a call outside jit would take seconds
+def _over_mesh(
+    settings: _Settings,
+    x: Float[Array, "*batch hidden"],
+    params: MoEParams,
+    mask: Bool[Array, "*batch"] | None,
+) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
+    """Splits tokens and weights over the mesh and runs the layer on every device."""
+    mesh, axes = settings.group.mesh, settings.token_axes
+    if x.size == 0:
+        none = jnp.int32(0)
+        load = jnp.zeros((settings.num_experts,), jnp.int32)
+        return jnp.zeros_like(x), MoEAux(jnp.float32(0), load, none, none)
+    tokens = split_tokens(x, mesh, axes)
+    _checks.check_rows("moe", "x", tokens)
+    if mask is None and tokens.shape[0] != math.prod(x.shape[:-1]):
+        mask = jnp.ones(x.shape[:-1], bool)
+    if mask is not None:
+        mask = split_tokens(mask[..., None], mesh, axes)
+    param_specs = moe_partition_specs(params, group=settings.group)
+    params = jax.tree.map(lambda p, spec: place(p, mesh, spec), params, param_specs)
+    y, aux = jax.shard_map(
+        functools.partial(_on_one_rank, settings),
+        mesh=mesh,
+        in_specs=(PartitionSpec(axes), param_specs, PartitionSpec(axes)),
+        out_specs=(PartitionSpec(axes), PartitionSpec()),
+    )(tokens, params, mask)
+    return join_tokens(y, x, mesh), aux
+
+
+def _on_one_rank(
+    settings: _Settings,
+    x: Float[Array, "tokens hidden"],
+    params: MoEParams,
+    mask: Bool[Array, "tokens 1"] | None,
+) -> tuple[Float[Array, "tokens hidden"], MoEAux]:
+    """The layer for this rank's tokens and this rank's experts."""
+    routing = _route(settings, x, params)
+    topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
+    ticket = dispatch_start(
+        x,
+        topk_idx,
+        routing.topk_weights,
+        group=settings.group,
+        num_experts=settings.num_experts,
+        **dict(settings.dispatch),
+    )
+    shared = _dense(x, params.shared, settings) if settings.overlap else None
+    out = dispatch_done(ticket)
+    y = combine(_experts(out, params, settings), out.handle, group=settings.group)
+    if params.shared is not None:
+        y = y + (_dense(x, params.shared, settings) if shared is None else shared)
+    # The handle's routes: those of a custom router, less the invalid ones.
+    used = out.handle.topk_idx
+    axes = settings.token_axes
+    load, num_dropped, num_invalid = lax.psum(
+        (
+            expert_load(used, settings.num_experts),
+            out.num_dropped.sum(),
+            out.num_invalid.sum(),
+        ),
+        axes,
+    )
+    aux_loss = load_balancing_loss(used, routing.scores, axis_names=axes)
+    return y, MoEAux(aux_loss, load, num_dropped, num_invalid)
+
+
+def _route(settings: _Settings, x: Float[Array, "tokens hidden"], params: MoEParams) -> Routing:
+    logits = jnp.dot(
+        x.astype(jnp.float32),
+        params.router_kernel.astype(jnp.float32),
+        precision=lax.Precision.HIGHEST,  # elsewhere than on CPU the default has fewer bits
+    )
+    bias = params.router_bias
+    bias = None if bias is None else lax.stop_gradient(bias)
+    router = settings.router
+    if isinstance(router, Router):
+        routing = router(logits, settings.top_k, bias)
+    else:
+        routing = router(logits, bias)
+    shape = (x.shape[0], settings.top_k)
+    if routing.topk_idx.shape != shape or routing.topk_weights.shape != shape:
+        raise _checks.value_error(
+            "moe",
+            "router",
+            f"a function that gives topk_idx and topk_weights of shape [tokens, top_k] {shape}",
+            f"{routing.topk_idx.shape} and {routing.topk_weights.shape}",
+            "let it choose top_k experts, -1 where a token has fewer",
+        )
+    return routing
+
+
+def _experts(
+    out: Dispatched, params: MoEParams, settings: _Settings
+) -> Float[Array, "rows hidden"]:
+    """The grouped gated MLPs of the local experts, their outputs weighted."""
+    rows, weights = out.tokens, out.weights
+    assert weights is not None and not isinstance(rows, Quantized)  # as dispatch was asked
+    gate, up, down = (w.astype(rows.dtype) for w in (params.gate, params.up, params.down))
+    gated = _gated(
+        settings.grouped_dot(rows, gate, out.group_sizes),
+        settings.grouped_dot(rows, up, out.group_sizes),
+        settings,
+    )
+    # The down projection is linear: its few input channels are cheaper to weight than its outputs.
+    weighted = (gated * weights[:, None]).astype(rows.dtype)
+    return settings.grouped_dot(weighted, down, out.group_sizes)
+
+
+def _dense(
+    x: Float[Array, "tokens hidden"], shared: SharedExpert | None, settings: _Settings
+) -> Float[Array, "tokens hidden"]:
+    """The gated MLP of the shared expert."""
+    assert shared is not None
+    gate, up, down = (w.astype(x.dtype) for w in shared)
+    return _gated(x @ gate, x @ up, settings).astype(x.dtype) @ down
+
+
+def _gated(gate: Array, up: Array, settings: _Settings) -> Float32[Array, "rows intermediate"]:
+    return settings.activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+
+
+def _resolve_router(router: RouterLike) -> Router | Callable[..., Routing]:
+    if not isinstance(router, str):
+        return router
+    _checks.check_one_of("moe", "router", router, ("softmax", "sigmoid"))
+    return Router(router)
+
+
+def _resolve_token_axes(token_axes: tuple[str, ...], group: Group) -> tuple[str, ...]:
+    names, token_axes = group.mesh.axis_names, tuple(token_axes)
+    if token_axes == _DEFAULT_TOKEN_AXES:
+        outside = ("data",) if "data" in names and "data" not in group.axis_names else ()
+        return outside + group.axis_names
+    absent = [name for name in token_axes if name not in names]
+    if absent or len(set(token_axes)) != len(token_axes):
+        raise _checks.value_error(
+            "moe",
+            "token_axes",
+            f"axes of the mesh {names}, each once",
+            token_axes,
+            "name the axes that tokens are to be split over",
+        )
+    if not set(group.axis_names) <= set(token_axes):
+        raise _checks.value_error(
+            "moe",
+            "token_axes",
+            f"the axes of the group, {group.axis_names}, among them",
+            token_axes,
+            "add them: else every rank of the group would send the same tokens",
+        )
+    return token_axes
+
+
+def _check_group(group: Any) -> None:
+    if not isinstance(group, Group):
+        raise _checks.type_error(
+            "moe",
+            "group",
+            "a Group",
+            type(group).__name__,
+            "make one with jax_ep.create_group(mesh, axis_name) outside jit",
+        )
+    manual = [name for name in _compat.manual_axes() if name in group.mesh.axis_names]
+    if manual:
+        raise _checks.value_error(
+            "moe",
+            "group",
+            "a call outside shard_map, on global arrays",
+            f"{tuple(manual)} as manual axes",
+            "call it outside, or use jax_ep.dispatch and jax_ep.combine inside",
+        )
+
+
+def _check_top_k(top_k: int, num_experts: int) -> None:
+    most = min(num_experts, _checks.MAX_TOP_K)
+    if not 1 <= top_k <= most:
+        raise _checks.value_error(
+            "moe", "top_k", f"1 to {most} experts a token", top_k, "choose a number in that range"
+        )
+
+
+def _check_params(params: MoEParams, hidden: int, num_experts: int) -> None:
+    intermediate = params.gate.shape[-1]
+    expected = {
+        "router_kernel": (hidden, num_experts),
+        "gate": (num_experts, hidden, intermediate),
+        "up": (num_experts, hidden, intermediate),
+        "down": (num_experts, intermediate, hidden),
+        "router_bias": (num_experts,),
+    }
+    for name, shape in expected.items():
+        weight = getattr(params, name)
+        if weight is not None and weight.shape != shape:
+            raise _checks.value_error(
+                "moe",
+                f"params.{name}",
+                f"shape {shape} for hidden {hidden}, {num_experts} experts and intermediate "
+                f"{intermediate}",
+                weight.shape,
+                "make the weights with jax_ep.init_moe_params of the same sizes",
+            )

@@ -1,0 +1,84 @@
+"""Splitting global arrays of tokens over a mesh, whatever the types of its axes.
+
+On Auto axes the compiler places arrays and ``shard_map`` says where it wants them. On Explicit axes
+the placement is part of an array's type: each step must name it, and ``shard_map`` takes only what
+already lies as it asks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
+
+
+def place(x: Array, mesh: Mesh, spec: PartitionSpec) -> Array:
+    """``x`` laid out as ``spec`` says, as far as the axes of ``mesh`` are Explicit."""
+    explicit = _explicit_axes(mesh)
+    if not explicit:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, _only(spec, explicit)))
+
+
+def split_tokens(
+    x: Shaped[Array, "*batch channels"], mesh: Mesh, axes: tuple[str, ...]
+) -> Shaped[Array, "tokens channels"]:
+    """Flatten to tokens, add zeros until they split evenly over ``axes``, and lay them out so."""
+    num_tokens = math.prod(x.shape[:-1])
+    missing = -num_tokens % math.prod(mesh.shape[name] for name in axes)
+    flat = _reshape(x, (num_tokens, x.shape[-1]), mesh, _leading_spec(x, mesh))
+    if missing:
+        flat = jnp.pad(place(flat, mesh, PartitionSpec()), ((0, missing), (0, 0)))
+    return place(flat, mesh, PartitionSpec(axes))
+
+
+def join_tokens(
+    tokens: Shaped[Array, "tokens channels"], like: Shaped[Array, "*batch channels"], mesh: Mesh
+) -> Shaped[Array, "*batch channels"]:
+    """The inverse of ``split_tokens``, for tokens that came from ``like``."""
+    num_tokens = math.prod(like.shape[:-1])
+    if num_tokens != tokens.shape[0]:
+        tokens = place(tokens, mesh, PartitionSpec())[:num_tokens]
+    y = _reshape(tokens, like.shape, mesh, _leading_spec(like, mesh))
+    return place(y, mesh, _spec(like)) if _explicit_axes(mesh) else y
+
+
+def _reshape(x: Array, shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec) -> Array:
+    """Reshape with nothing but the first dimension, before and after, split as ``spec`` says."""
+    if not _explicit_axes(mesh):
+        return x.reshape(shape)
+    x = place(x, mesh, spec)
+    return lax.reshape(x, shape, out_sharding=NamedSharding(mesh, spec))
+
+
+def _leading_spec(x: Array, mesh: Mesh) -> PartitionSpec:
+    """How the first dimension of ``x`` is split over Explicit axes, if it is one of tokens."""
+    explicit = _explicit_axes(mesh)
+    if not explicit or x.ndim < 2:
+        return PartitionSpec()
+    return PartitionSpec(*_only(_spec(x), explicit)[:1])
+
+
+def _spec(x: Array) -> PartitionSpec:
+    return jax.typeof(x).sharding.spec
+
+
+def _explicit_axes(mesh: Mesh) -> tuple[str, ...]:
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in pairs if kind == AxisType.Explicit)
+
+
+def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """``spec`` without the mesh axes that are not in ``axes``."""
+
+    def entry(names: Any) -> Any:
+        names = (names,) if isinstance(names, str) else names or ()
+        kept = tuple(name for name in names if name in axes)
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return PartitionSpec(*(entry(names) for names in spec))

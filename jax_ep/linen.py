@@ -1,0 +1,166 @@
+"""``jax_ep.linen.MoE``: a mixture-of-experts layer for Flax Linen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Shaped
+
+from jax_ep import _checks
+from jax_ep._group import Group
+from jax_ep._moe import MoEAux, RouterLike, moe
+from jax_ep._moe_params import (
+    Initializer,
+    MoEParams,
+    PartitionNames,
+    SharedExpert,
+    default_init,
+    moe_param_shapes,
+    moe_partition_specs,
+)
+from jax_ep.routing import update_bias
+
+
+class MoE(nn.Module):
+    """``jax_ep.moe`` with its weights.
+
+    Example::
+
+        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        group = jax_ep.create_group(mesh, "expert")
+        layer = jax_ep.linen.MoE(512, 1024, num_experts=16, top_k=2, group=group)
+        variables = layer.init(key, x)
+        y, aux = layer.apply(variables, x)
+
+    Parameters: ``router_kernel``, ``gate``, ``up``, ``down`` and, with a shared expert,
+    ``shared_gate``, ``shared_up``, ``shared_down``. With ``router_bias=True`` the collection
+    "router_bias" holds ``bias`` ``[E]``, state that no gradient and no optimizer touches; move it once
+    a step::
+
+        _, updated = layer.apply(
+            variables, aux.load, method="update_router_bias", mutable=["router_bias"]
+        )
+        variables = {**variables, **updated}
+
+    Attributes:
+        hidden: H, channels of the tokens.
+        intermediate: F of each expert.
+        num_experts: E over the whole group; a multiple of its size.
+        top_k: Experts of each token.
+        group: The group, from ``create_group``.
+        router: As in ``jax_ep.moe``.
+        router_bias: Whether the router has a selection bias.
+        shared_intermediate: S of the shared expert, or None for none.
+        dtype: Of the computation; None takes that of the input.
+        param_dtype: Of the weights.
+        kernel_init: ``(key, shape, dtype)`` to the weights of the experts.
+        router_init: Likewise, of the router.
+        partition_names: Mesh axes, or logical names, of the weights' dimensions.
+        with_partitioning: How an initializer is given its names: ``nn.with_partitioning`` for mesh
+            axes, ``nn.with_logical_partitioning`` for logical names.
+        options: Further keyword arguments of ``jax_ep.moe``: ``token_axes``, ``grouped_dot``,
+            ``overlap``, ``capacity_factor`` and so on.
+    """
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    group: Group
+    router: RouterLike = "softmax"
+    router_bias: bool = False
+    shared_intermediate: int | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = default_init
+    router_init: Initializer = default_init
+    partition_names: PartitionNames = PartitionNames()
+    with_partitioning: Callable[..., Any] = nn.with_partitioning
+    options: Mapping[str, Any] = FrozenDict()
+
+    def setup(self) -> None:
+        shapes = moe_param_shapes(
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            num_experts=self.num_experts,
+            shared_intermediate=self.shared_intermediate,
+            dtype=self.param_dtype,
+        )
+        specs = moe_partition_specs(shapes, group=self.group, names=self.partition_names)
+
+        def param(name: str, init: Initializer, shape: Any, names: Any) -> Array:
+            named = self.with_partitioning(init, tuple(names))
+            boxed = self.param(name, named, shape.shape, shape.dtype, unbox=False)
+            if isinstance(boxed, nn.Partitioned):
+                # Without a sharding constraint, which Explicit axes would refuse: moe places them.
+                return boxed.unbox(apply_constraint=False)
+            return nn.unbox(boxed)
+
+        init = self.kernel_init
+        shared = None
+        if shapes.shared is not None:
+            shared = SharedExpert(
+                param("shared_gate", init, shapes.shared.gate, specs.shared.gate),
+                param("shared_up", init, shapes.shared.up, specs.shared.up),
+                param("shared_down", init, shapes.shared.down, specs.shared.down),
+            )
+        self.params = MoEParams(
+            router_kernel=param(
+                "router_kernel", self.router_init, shapes.router_kernel, specs.router_kernel
+            ),
+            gate=param("gate", init, shapes.gate, specs.gate),
+            up=param("up", init, shapes.up, specs.up),
+            down=param("down", init, shapes.down, specs.down),
+            shared=shared,
+        )
+        if self.router_bias:
+            self.bias = self.variable("router_bias", "bias", jnp.zeros, (self.num_experts,))
+
+    def __call__(
+        self, x: Float[Array, "*batch hidden"], *, mask: Bool[Array, "*batch"] | None = None
+    ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
+        """Run the layer; see ``jax_ep.moe``.
+
+        Args:
+            x: ``[..., H]``.
+            mask: Boolean, the shape of ``x`` without H: False keeps a token from the router.
+
+        Returns:
+            ``[..., H]`` in the layer's dtype, and the statistics.
+        """
+        bias = self.bias.value if self.router_bias else None
+        return moe(
+            x if self.dtype is None else x.astype(self.dtype),
+            self.params._replace(router_bias=bias),
+            group=self.group,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            router=self.router,
+            mask=mask,
+            **self.options,
+        )
+
+    def update_router_bias(self, load: Shaped[Array, " experts"], rate: float = 1e-3) -> None:
+        """Move the router's bias towards even load (``routing.update_bias``).
+
+        Args:
+            load: ``MoEAux.load`` of the step, or a sum of several.
+            rate: Size of the step.
+
+        Raises:
+            ValueError: if the layer was made without ``router_bias=True``.
+        """
+        if not self.router_bias:
+            raise _checks.value_error(
+                "linen.MoE.update_router_bias",
+                "self",
+                "a layer with a router bias",
+                "one without",
+                "make it with router_bias=True",
+            )
+        self.bias.value = update_bias(self.bias.value, load, rate)

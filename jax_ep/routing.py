@@ -1,0 +1,332 @@
+"""Routers: which experts a token goes to, with what weights, and how evenly they are used.
+
+Pure JAX over one rank's tokens. All scores are float32. Ties go to the lowest expert id, so the same
+logits give the same routes everywhere.
+
+Symbols: T tokens, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from jax_ep import _checks
+
+Kind = Literal["softmax", "sigmoid", "group_limited"]
+Scoring = Literal["sigmoid", "softmax"]
+
+# Added to the sum of the chosen scores before dividing by it: sigmoids may all be zero.
+_EPSILON = 1e-20
+
+
+class Routing(NamedTuple):
+    """The routes of T tokens.
+
+    Attributes:
+        topk_idx: ``[T, K]`` int32 experts, the best first.
+        topk_weights: ``[T, K]`` float32 factors of their outputs.
+        scores: ``[T, E]`` float32 scores of all experts, without the selection bias.
+    """
+
+    topk_idx: Int32[Array, "tokens top_k"]
+    topk_weights: Float32[Array, "tokens top_k"]
+    scores: Float32[Array, "tokens experts"]
+
+
+def softmax_top_k(
+    logits: Float[Array, "tokens experts"],
+    k: int,
+    *,
+    bias: Float32[Array, " experts"] | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """The k experts of the largest softmax probability.
+
+    Example: logits ``log([0.5, 0.3, 0.2])`` and ``k=2`` give experts ``[0, 1]`` with weights
+    ``[0.5, 0.3] / 0.8``.
+
+    Args:
+        logits: ``[T, E]`` of any float dtype.
+        k: Experts per token.
+        bias: ``[E]`` added to the scores for the choice only; it has no gradient.
+        renormalize: Divide the weights by their sum over the k experts. With ``k=1`` all weights are
+            then 1 and the router learns nothing from them.
+        scale: Factor of the weights.
+
+    Returns:
+        The routes.
+
+    Raises:
+        ValueError: if ``k`` is not from 1 to E.
+    """
+    scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    return _choose("softmax_top_k", scores, _selection(scores, bias), k, renormalize, scale)
+
+
+def sigmoid_top_k(
+    logits: Float[Array, "tokens experts"],
+    k: int,
+    *,
+    bias: Float32[Array, " experts"] | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """The k experts of the largest sigmoid score.
+
+    Args:
+        logits: ``[T, E]`` of any float dtype.
+        k: Experts per token.
+        bias: ``[E]`` added to the scores for the choice only; it has no gradient.
+        renormalize: Divide the weights by their sum over the k experts.
+        scale: Factor of the weights.
+
+    Returns:
+        The routes.
+
+    Raises:
+        ValueError: if ``k`` is not from 1 to E.
+    """
+    scores = jax.nn.sigmoid(logits.astype(jnp.float32))
+    return _choose("sigmoid_top_k", scores, _selection(scores, bias), k, renormalize, scale)
+
+
+def group_limited_top_k(
+    logits: Float[Array, "tokens experts"],
+    k: int,
+    *,
+    num_groups: int,
+    top_groups: int,
+    bias: Float32[Array, " experts"] | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    scoring: Scoring = "sigmoid",
+) -> Routing:
+    """The k best experts of the best groups: bounds the hosts that a token goes to.
+
+    The router of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2). Experts form ``num_groups`` equal
+    groups of consecutive ids; where a group is the experts of one host, no token goes to more than
+    ``top_groups`` hosts. In pseudocode, for each token::
+
+        score = sigmoid(logits)                        # the weights come from these
+        selection = score + bias                       # the choice is made with these
+        group_score[g] = sum of the two largest selection scores in group g
+        experts = the k largest selection scores within the top_groups best groups
+        weights = score[experts] / sum(score[experts]) * scale
+
+    Args:
+        logits: ``[T, E]`` of any float dtype.
+        k: Experts per token.
+        num_groups: Groups that the experts are split into; divides E.
+        top_groups: Groups that a token may use; they must have k experts.
+        bias: ``[E]`` added to the scores for the choice only; it has no gradient.
+        renormalize: Divide the weights by their sum over the k experts.
+        scale: Factor of the weights (DeepSeek-V3: 2.5).
+        scoring: "sigmoid", or "softmax" for the router of DeepSeek-V2 (arXiv:2405.04434, section
+            2.2.2): softmax scores, and the score of a group is its largest selection score.
+
+    Returns:
+        The routes.
+
+    Raises:
+        ValueError: if the sizes do not fit each other; the text says what would.
+    """
+    op = "routing.group_limited_top_k"
+    tokens, experts = logits.shape
+    _checks.check_one_of(op, "scoring", scoring, ("sigmoid", "softmax"))
+    if num_groups < 1 or experts % num_groups:
+        raise _checks.value_error(
+            op,
+            "num_groups",
+            f"a divisor of the {experts} experts",
+            num_groups,
+            "give every group the same number of experts",
+        )
+    size = experts // num_groups
+    if not 1 <= top_groups <= num_groups or k > top_groups * size:
+        raise _checks.value_error(
+            op,
+            "top_groups",
+            f"1 to {num_groups} groups, of {size} experts each, with {k} experts among them",
+            top_groups,
+            "raise top_groups or lower k",
+        )
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.sigmoid(logits) if scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    selection = _selection(scores, bias)
+    grouped = selection.reshape(tokens, num_groups, size)
+    counted = min(2, size) if scoring == "sigmoid" else 1
+    group_scores = lax.top_k(grouped, counted)[0].sum(axis=-1)  # [T, num_groups]
+    best = lax.top_k(group_scores, top_groups)[1]
+    allowed = (best[:, :, None] == jnp.arange(num_groups)).any(axis=1)  # [T, num_groups]
+    selection = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
+    return _choose("group_limited_top_k", scores, selection, k, renormalize, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """The settings of a router, as the layers take them; hashable.
+
+    Attributes:
+        kind: "softmax", "sigmoid" or "group_limited".
+        renormalize: Divide the weights by their sum over the k experts.
+        scale: Factor of the weights.
+        num_groups: "group_limited" only: see ``group_limited_top_k``.
+        top_groups: "group_limited" only.
+        scoring: "group_limited" only.
+    """
+
+    kind: Kind = "softmax"
+    renormalize: bool = True
+    scale: float = 1.0
+    num_groups: int | None = None
+    top_groups: int | None = None
+    scoring: Scoring = "sigmoid"
+
+    def __post_init__(self) -> None:
+        _checks.check_one_of(
+            "routing.Router", "kind", self.kind, ("softmax", "sigmoid", "group_limited")
+        )
+        grouped = self.num_groups is not None and self.top_groups is not None
+        if self.kind == "group_limited" and not grouped:
+            raise _checks.value_error(
+                "routing.Router",
+                "num_groups",
+                "num_groups and top_groups with kind 'group_limited'",
+                f"{self.num_groups} and {self.top_groups}",
+                "pass routing.Router('group_limited', num_groups=8, top_groups=4) or the like",
+            )
+
+    def __call__(
+        self,
+        logits: Float[Array, "tokens experts"],
+        k: int,
+        bias: Float32[Array, " experts"] | None = None,
+    ) -> Routing:
+        """Route tokens to their ``k`` experts."""
+        if self.kind == "group_limited":
+            assert self.num_groups is not None and self.top_groups is not None  # __post_init__
+            return group_limited_top_k(
+                logits,
+                k,
+                num_groups=self.num_groups,
+                top_groups=self.top_groups,
+                bias=bias,
+                renormalize=self.renormalize,
+                scale=self.scale,
+                scoring=self.scoring,
+            )
+        top_k = softmax_top_k if self.kind == "softmax" else sigmoid_top_k
+        return top_k(logits, k, bias=bias, renormalize=self.renormalize, scale=self.scale)
+
+
+def load_balancing_loss(
+    topk_idx: Int32[Array, "tokens top_k"],
+    scores: Float32[Array, "tokens experts"],
+    *,
+    axis_names: Sequence[str] = (),
+) -> Float32[Array, ""]:
+    """The auxiliary loss that is least, 1, where all experts are used alike.
+
+    ``E * sum(f[e] * P[e])``, with f the share of the routes that go to expert e and P the mean over
+    the tokens of e's share of the token's scores (Switch Transformer, arXiv:2101.03961, section 2.2).
+    Scores that do not sum to one, such as sigmoids, are divided by their sum first. Tokens without
+    an expert (all entries −1) are left out of both.
+
+    Args:
+        topk_idx: ``[T, K]`` chosen experts, −1 for none.
+        scores: ``[T, E]`` scores; the gradient flows through these.
+        axis_names: Mesh axes that the tokens are split over: counts and score sums are summed over
+            them before the product, so the loss is that of all tokens, the same on every rank.
+
+    Returns:
+        The loss, a scalar; 0 where there is no token at all.
+    """
+    experts = scores.shape[1]
+    present = (topk_idx >= 0).any(axis=1)
+    shares = scores / (scores.sum(axis=1, keepdims=True) + _EPSILON)
+    score_sums = jnp.where(present[:, None], shares, 0.0).sum(axis=0)
+    counts = expert_load(topk_idx, experts)
+    num_tokens = present.sum(dtype=jnp.int32)
+    if axis_names:
+        names = tuple(axis_names)
+        score_sums, counts, num_tokens = lax.psum((score_sums, counts, num_tokens), names)
+    fraction = counts / jnp.maximum(counts.sum(), 1)
+    mean_share = score_sums / jnp.maximum(num_tokens, 1)
+    return experts * jnp.sum(fraction * mean_share)
+
+
+def expert_load(
+    topk_idx: Int32[Array, "tokens top_k"], num_experts: int
+) -> Int32[Array, " experts"]:
+    """How many routes go to each expert.
+
+    Args:
+        topk_idx: ``[T, K]`` chosen experts; entries outside ``[0, E)`` are not counted.
+        num_experts: E.
+
+    Returns:
+        ``[E]`` int32.
+    """
+    bins = jnp.where(topk_idx >= 0, topk_idx, num_experts).reshape(-1)
+    return jnp.zeros((num_experts,), jnp.int32).at[bins].add(1, mode="drop")
+
+
+def update_bias(
+    bias: Float32[Array, " experts"], load: Shaped[Array, " experts"], rate: float = 1e-3
+) -> Float32[Array, " experts"]:
+    """Raise the bias of experts with less than the mean load, lower that of experts with more.
+
+    Balancing without an auxiliary loss (arXiv:2408.15664): once a step, with the load of the whole
+    batch, ``bias + rate * sign(mean(load) - load)``.
+
+    Args:
+        bias: ``[E]`` selection bias of the router.
+        load: ``[E]`` routes to each expert, such as ``MoEAux.load``.
+        rate: Size of the step (DeepSeek-V3: 1e-3).
+
+    Returns:
+        ``[E]`` the new bias.
+    """
+    load = load.astype(jnp.float32)
+    return bias + rate * jnp.sign(load.mean() - load)
+
+
+def _selection(
+    scores: Float32[Array, "tokens experts"], bias: Float32[Array, " experts"] | None
+) -> Float32[Array, "tokens experts"]:
+    """What the choice is made by; no gradient flows through a choice."""
+    return lax.stop_gradient(scores if bias is None else scores + bias)
+
+
+def _choose(
+    op: str,
+    scores: Float32[Array, "tokens experts"],
+    selection: Float32[Array, "tokens experts"],
+    k: int,
+    renormalize: bool,
+    scale: float,
+) -> Routing:
+    """The k experts with the largest selection score, weighted by their score."""
+    if not 1 <= k <= scores.shape[1]:
+        raise _checks.value_error(
+            f"routing.{op}",
+            "k",
+            f"1 to {scores.shape[1]}, the number of experts",
+            k,
+            "a token can go to each expert once",
+        )
+    topk_idx = lax.top_k(selection, k)[1]  # of equal scores the one at the lowest index
+    weights = jnp.take_along_axis(scores, topk_idx, axis=1)
+    if renormalize:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + _EPSILON)
+    if scale != 1.0:
+        weights = weights * scale
+    return Routing(topk_idx, weights, scores)

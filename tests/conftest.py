@@ -1,0 +1,69 @@
+"""Devices, warnings and run-time type checks for the whole suite.
+
+``JAX_EP_TEST_PLATFORM`` (default "cpu") is the value of ``JAX_PLATFORMS`` to test on. On "cpu" the
+suite forces 16 host devices and runs the reference and the native CPU backend; on another platform
+it takes the devices that are there, and tests that need more are skipped with that reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+PLATFORM = os.environ.get("JAX_EP_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORM
+# XLA's CPU client runs everything on max(cores, devices) threads; with many steps in flight its own
+# collectives need more of them than there are devices.
+os.environ.setdefault("PJRT_NPROC", "256")
+if PLATFORM == "cpu" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=16".strip()
+
+import hypothesis  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+BACKENDS = ("reference", "cpu") if PLATFORM == "cpu" else ("cuda",)
+
+# Wrong calls of these reach the user as errors that name the fix, so no type checker may come first.
+_CHECKED_BY_HAND = {"_dispatch", "_combine", "_overlap", "_group", "_quantize"}
+# JAX rebuilds these pytrees with leaves of any kind (specs, sentinels, batched arrays).
+_PYTREES = {"_types"}
+
+
+def _checked_modules() -> list[str]:
+    """Every module of the package but its index and those whose own errors are tested."""
+    spec = importlib.util.find_spec("jax_ep")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    root = pathlib.Path(spec.submodule_search_locations[0])
+    paths = [path.relative_to(root).with_suffix("") for path in root.rglob("*.py")]
+    return [
+        ".".join(["jax_ep", *path.parts])
+        for path in paths
+        if path.name not in {"__init__", "__main__"} | _CHECKED_BY_HAND | _PYTREES
+    ]
+
+
+if "jax_ep" not in sys.modules:
+    jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
+
+# Few examples, always the same; for a hunt: pytest --hypothesis-profile=hunt tests/test_hypothesis.py
+common = hypothesis.settings(deadline=None, database=None)
+hypothesis.settings.register_profile("suite", common, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile("hunt", common, max_examples=300)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backend under test."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def native_backend() -> str:
+    """The native backend of the platform under test."""
+    return BACKENDS[-1]

@@ -1,0 +1,71 @@
+"""``examples/train_moe.py`` in two processes gives the loss curve of one."""
+
+from __future__ import annotations
+
+import pathlib
+import socket
+
+import numpy as np
+import pytest
+import train_moe_cli
+from byte_lm import cluster, data
+from byte_lm.config import RunConfig
+from byte_lm.run import Run
+from byte_lm.training import Trainer
+from conftest import PLATFORM
+from spmd import need_devices
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PLATFORM != "cpu", reason="the number of devices is set on CPU only"),
+]
+
+STEPS = 10
+TIMEOUT = 240  # seconds
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    random = np.random.default_rng(0)
+    words = random.choice(["one", "two", "three", "four", "five"], size=4000)
+    path.write_text(" ".join(words))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+# With two groups, each lies in one process; with one, it spans both.
+@pytest.mark.parametrize("data_parallel", [2, 1])
+def test_two_processes_train_as_one(text, tmp_path, data_parallel):
+    need_devices(4)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    address = f"127.0.0.1:{free_port()}"
+    arguments = (
+        f"{train_moe_cli.TINY} --steps {STEPS} --checkpoint-every 5 --data-parallel {data_parallel} "
+        f"--devices 2 --coordinator {address} --num-processes 2"
+    )
+    processes = [
+        train_moe_cli.start(f"{arguments} --process-id {index}", data=text, out=together)
+        for index in range(2)
+    ]
+    first, second = train_moe_cli.finish(processes, timeout=TIMEOUT)
+
+    mesh = cluster.make_mesh(devices=4, data_parallel=data_parallel)
+    trainer = Trainer(mesh, train_moe_cli.TINY_MODEL, train_moe_cli.TINY_TRAIN)
+    corpus = data.load(text, min_bytes=1000)
+    with Run(trainer, corpus, RunConfig(out=alone, steps=STEPS)) as run:
+        run.train()
+        summary = run.finish()
+    expected = train_moe_cli.losses(alone)
+    assert len(expected) == STEPS
+    assert expected[-1] < expected[0]
+    np.testing.assert_allclose(train_moe_cli.losses(together), expected, rtol=1e-4)
+    assert "held-out loss" in first
+    assert "loss" not in second
+    assert (together / "sample.txt").read_text() == summary.sample
+    assert {path.name for path in (together / "checkpoints").iterdir()} == {"5", "10"}

@@ -1,0 +1,216 @@
+"""``examples/train_moe.py``: what it computes, that it learns, resumes and runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from typing import Any
+
+import dense_moe
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import train_moe_cli
+from flax import nnx
+from spmd import need_devices
+
+# After train_moe_cli, which puts examples/ on the path.
+from byte_lm import cluster, data  # isort: skip
+from byte_lm.config import ModelConfig, RunConfig, TrainConfig  # isort: skip
+from byte_lm.run import Run  # isort: skip
+from byte_lm.training import Trainer, learning_rates, make_optimizer  # isort: skip
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden=32,
+    num_heads=2,
+    num_experts=8,
+    top_k=2,
+    expert_hidden=32,
+    capacity_factor=None,
+)
+TRAIN = TrainConfig(batch_size=16, seq_len=32, learning_rate=6e-3, warmup_steps=10)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> data.Corpus:
+    return data.load(None, min_bytes=1000)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return make_trainer(dataclasses.replace(MODEL, balance="bias", capacity_factor=1.0))
+
+
+def make_trainer(model: ModelConfig, train: TrainConfig = TRAIN) -> Trainer:
+    need_devices(8)
+    return Trainer(cluster.make_mesh(devices=8, data_parallel=2), model, train)
+
+
+def batches(corpus: data.Corpus, steps: int) -> list[np.ndarray]:
+    sizes = {"batch_size": TRAIN.batch_size, "seq_len": TRAIN.seq_len}
+    return [corpus.batch(seed=TRAIN.seed, step=step, **sizes) for step in range(steps)]
+
+
+def dense_losses(state: Any, corpus: data.Corpus, model: ModelConfig, steps: int) -> list[float]:
+    """The loss curve of the dense model on one device, from the weights of ``state``."""
+    params, buffers = jax.device_get(
+        (nnx.to_pure_dict(state.params), nnx.to_pure_dict(state.buffers))
+    )
+    optimizer = make_optimizer(TRAIN)
+    aux_weight = TRAIN.aux_weight if model.balance == "aux" else 0.0
+
+    def objective(params: Any, biases: Any, batch: jax.Array) -> Any:
+        report = dense_moe.loss(
+            params, biases, batch, num_heads=model.num_heads, top_k=model.top_k
+        )
+        return report.loss + aux_weight * report.aux_loss, report
+
+    @jax.jit
+    def step(params: Any, biases: Any, opt_state: Any, batch: jax.Array, rate: jax.Array) -> Any:
+        grads, report = jax.grad(objective, has_aux=True)(params, biases, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates))
+        for index, bias in enumerate(biases):
+            if bias is not None:
+                load = report.load[index]
+                biases[index] = bias + 1e-3 * jnp.sign(load.mean() - load)
+        return params, biases, opt_state, report.loss
+
+    blocks = range(model.num_layers)
+    if model.balance == "bias":
+        biases = [buffers["blocks"][index]["experts"]["router_bias"] for index in blocks]
+    else:
+        biases = [None for _ in blocks]
+    opt_state = optimizer.init(params)
+    rates = learning_rates(TRAIN, total_steps=steps)
+    losses = []
+    for batch, rate in zip(batches(corpus, steps), rates, strict=True):
+        params, biases, opt_state, value = step(params, biases, opt_state, batch, rate)
+        losses.append(float(value))
+    return losses
+
+
+@pytest.mark.parametrize("balance", ["aux", "bias"])
+def test_loss_curve_is_that_of_a_dense_model(corpus, balance):
+    steps = 50
+    model = dataclasses.replace(MODEL, balance=balance)
+    trainer = make_trainer(model)
+    state = trainer.initial_state()
+    expected = dense_losses(state, corpus, model, steps)
+    losses = []
+    rates = learning_rates(TRAIN, total_steps=steps)
+    for batch, rate in zip(batches(corpus, steps), rates, strict=True):
+        state, figures = trainer.step(state, trainer.put(batch), rate)
+        losses.append(float(figures.loss))
+        assert figures.dropped == 0
+        assert figures.load.sum() == model.num_layers * model.top_k * batch[:, 1:].size
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_experts_are_split_over_the_mesh(trainer):
+    state = trainer.initial_state()
+    block = nnx.to_pure_dict(state.params)["blocks"][0]
+    gate = block["experts"]["gate"]
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 32, 32)}
+    assert block["attention"]["out"]["kernel"].sharding.is_fully_replicated
+    assert nnx.to_pure_dict(state.opt_state[1][0].mu)["blocks"][0]["experts"]["gate"].sharding == (
+        gate.sharding
+    )
+
+
+def test_learns_more_than_byte_frequencies(trainer, corpus, tmp_path):
+    with Run(trainer, corpus, RunConfig(out=tmp_path, steps=100)) as run:
+        run.train()
+        summary = run.finish()
+    assert summary.held_out_loss < summary.unigram_loss - 0.2
+    assert summary.steps == 100
+    assert summary.bytes_per_second > 0
+
+
+def test_resumed_run_has_the_same_bits(trainer, corpus, tmp_path):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    config = RunConfig(out=whole, steps=12, checkpoint_every=6)
+    with Run(trainer, corpus, config) as run:
+        run.train()
+        summary = run.finish()
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "checkpoints" / "12")
+    config = dataclasses.replace(config, out=half, steps=None, resume=True)
+    with Run(trainer, corpus, config) as resumed:
+        assert resumed.step == 6
+        resumed.train()
+        again = resumed.finish()
+    assert jax.tree.structure(resumed.state) == jax.tree.structure(run.state)
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, run.state)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(resumed.state.buffers))
+    assert (half / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (again.held_out_loss, again.sample) == (summary.held_out_loss, summary.sample)
+
+
+def test_minutes_become_steps(trainer, corpus, tmp_path):
+    with Run(trainer, corpus, RunConfig(out=tmp_path, minutes=0.02)) as run:
+        run.train()
+        assert run.total_steps == run.step >= 21
+
+
+def test_refuses_what_would_mix_runs(trainer, corpus, tmp_path):
+    config = RunConfig(out=tmp_path, steps=1)
+    with pytest.raises(FileNotFoundError, match="--resume: expected a checkpoint in"):
+        Run(trainer, corpus, dataclasses.replace(config, resume=True))
+    with Run(trainer, corpus, config) as run:
+        run.train()
+    with pytest.raises(FileExistsError, match="which has one of step 1; pass --resume"):
+        Run(trainer, corpus, config)
+    other = dataclasses.replace(corpus, held_out=corpus.held_out[1:])
+    with pytest.raises(ValueError, match="got others: text is another"):
+        Run(trainer, other, dataclasses.replace(config, resume=True))
+
+
+def test_errors_name_the_option(trainer, corpus, tmp_path):
+    with pytest.raises(ValueError, match="--prompt: expected 1 to 31 bytes"):
+        Run(trainer, corpus, RunConfig(out=tmp_path, prompt="p" * 32))
+    with pytest.raises(ValueError, match="--batch-size: expected a positive multiple of 8, got 12"):
+        make_trainer(MODEL, dataclasses.replace(TRAIN, batch_size=12))
+    with pytest.raises(ValueError, match="--num-experts: expected a positive multiple of 4, got 6"):
+        make_trainer(dataclasses.replace(MODEL, num_experts=6))
+
+
+def test_data_depends_on_names_seed_and_step_alone(tmp_path):
+    for name in ("b.txt", "a/c.txt", "tests/d.txt", ".hidden/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"the text of {name} " * 20)
+    (tmp_path / "picture.bin").write_bytes(b"\x00\xff" * 500)
+    corpus = data.load(tmp_path, min_bytes=33)
+    text = (corpus.train.tobytes() + corpus.held_out.tobytes()).decode()
+    assert text == "the text of a/c.txt " * 20 + "\n" + "the text of b.txt " * 20
+    first = corpus.batch(seed=1, step=2, batch_size=4, seq_len=16)
+    assert first.shape == (4, 17)
+    assert first[0].astype(np.uint8).tobytes() in corpus.train.tobytes()
+    np.testing.assert_array_equal(
+        first, corpus.batch(seed=1, step=2, batch_size=4, seq_len=16)
+    )
+    assert (first != corpus.batch(seed=1, step=3, batch_size=4, seq_len=16)).any()
+    assert (first != corpus.batch(seed=2, step=2, batch_size=4, seq_len=16)).any()
+    with pytest.raises(ValueError, match="expected at least 20000 bytes of UTF-8 text"):
+        data.load(tmp_path, min_bytes=10_000)
+    with pytest.raises(FileNotFoundError, match="expected a file or folder"):
+        data.load(tmp_path / "absent", min_bytes=1)
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text("a small text, again and again. " * 200)
+    arguments = f"{train_moe_cli.TINY} --devices 4 --steps 3 --dtype bf16 --prompt again"
+    process = train_moe_cli.start(arguments, data=text, out=out)
+    output = train_moe_cli.finish([process], timeout=200)[0]
+    assert "held-out loss" in output
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "sample.txt").read_text().startswith("again")
+    assert json.loads((out / "summary.json").read_text())["steps"] == 3
+    assert len(train_moe_cli.losses(out)) == 3

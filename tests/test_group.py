@@ -1,0 +1,175 @@
+"""Groups: identity, memory, ids, backends, and what ``create_group`` refuses."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+import jax_ep
+from spmd import make_group, make_mesh, run_python, shard
+
+
+def test_equal_arguments_give_the_same_group(backend):
+    group = make_group(4, backend)
+    again = Mesh(np.array(jax.devices()[:4]), ("expert",))
+    assert jax_ep.create_group(again, backend=backend) is group
+    assert jax_ep.create_group(again, ("expert",), backend=backend) is group
+    assert jax_ep.create_group(again, ["expert"], backend=backend) is group
+
+
+def test_attributes(backend):
+    mesh = make_mesh((2, 4), ("data", "expert"))
+    group = jax_ep.create_group(mesh, "expert", backend=backend, timeout=5)
+    assert group.mesh == mesh and group.axis_names == ("expert",) and group.size == 4
+    assert group.backend == backend and group.timeout == 5
+    assert isinstance(group.id, int) and 0 <= group.id < 2**63
+    group.check()  # nothing has failed
+    both = jax_ep.create_group(mesh, ("data", "expert"), backend=backend)
+    assert both.axis_names == ("data", "expert") and both.size == 8
+    assert "data" in repr(both) and backend in repr(both)
+
+
+def test_copies_are_the_group_itself(backend):
+    group = make_group(2, backend)
+    assert copy.copy(group) is group and copy.deepcopy(group) is group
+    assert copy.deepcopy({"a": [group]})["a"][0] is group
+
+
+def test_hashable_and_frozen(backend):
+    group = make_group(2, backend)
+    assert {group: 1}[make_group(2, backend)] == 1
+    with pytest.raises(AttributeError):
+        group.timeout = 3.0  # type: ignore[misc]
+
+
+def test_a_static_argument_of_jit(backend):
+    traced = []
+
+    def run(group, x):
+        traced.append(group)
+        return x * group.size
+
+    jitted = jax.jit(run, static_argnums=0)
+    assert jitted(make_group(2, backend), 3) == jitted(make_group(2, backend), 3) == 6
+    assert jitted(make_group(4, backend), 3) == 12 and len(traced) == 2
+
+
+def test_ids_differ(backend):
+    mesh = make_mesh((2, 2), ("data", "expert"))
+    groups = [
+        jax_ep.create_group(mesh, "expert", backend=backend),
+        jax_ep.create_group(mesh, "data", backend=backend),
+        jax_ep.create_group(mesh, ("data", "expert"), backend=backend),
+        jax_ep.create_group(mesh, ("expert", "data"), backend=backend),
+        jax_ep.create_group(mesh, "expert", backend=backend, timeout=5),
+        make_group(2, backend),
+        make_group(4, backend),
+        jax_ep.create_group(Mesh(np.array(jax.devices()[:2][::-1]), ("expert",)), backend=backend),
+    ]
+    assert len({group.id for group in groups}) == len(groups)
+
+
+PRINT_ID = """
+import jax, jax_ep, numpy as np
+junk = [object() for _ in range({junk})]
+mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "expert"))
+if {junk}:
+    jax_ep.create_group(mesh, "data")
+print("id", jax_ep.create_group(mesh, "expert", backend="{backend}").id)
+"""
+
+
+def test_ids_are_the_same_in_every_process(backend):
+    """Whatever a process did before; so programs in the persistent cache stay valid."""
+    ids = set()
+    for junk, seed in ((0, "1"), (1000, "2")):
+        code = PRINT_ID.format(junk=junk, backend=backend)
+        done = run_python("-c", code, timeout=120, PYTHONHASHSEED=seed)
+        assert done.returncode == 0, done.stderr
+        ids.add(done.stdout.split()[-1])
+    mesh = make_mesh((2, 2), ("data", "expert"))
+    assert ids == {str(jax_ep.create_group(mesh, "expert", backend=backend).id)}
+
+
+def test_auto_follows_the_devices(native_backend, caplog):
+    with caplog.at_level(logging.WARNING, "jax_ep"):
+        group = jax_ep.create_group(make_mesh(3), "expert")
+    assert group.backend == native_backend
+    assert not caplog.records, "a fallback was logged, though the native backend is there"
+
+
+WITHOUT_LIBRARY = """
+import sys
+sys.modules["jax_ep._cpu"] = None  # an import of it fails
+import jax, jax_ep, logging, numpy as np
+logging.basicConfig(format="LOG %(message)s")
+for count in (1, 2):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("expert",))
+    assert jax_ep.create_group(mesh).backend == "reference"
+try:
+    jax_ep.create_group(mesh, backend="cpu")
+except ValueError as error:
+    print("ERROR", error)
+"""
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the CPU library serves CPU meshes")
+def test_fallback_to_the_reference_is_said_once():
+    done = run_python("-c", WITHOUT_LIBRARY, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("LOG") == 1
+    assert re.search(r"LOG .*reference backend.*_cpu", done.stderr)
+    assert re.search(r"ERROR .*argument backend: .*'cpu'.*_cpu.*backend='reference'", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"mesh": "cpu"}, TypeError, r"mesh: expected a jax\.sharding\.Mesh, got str; .*make_mesh"),
+        ({"axis_name": "model"}, ValueError, r"axis_name: .*\('data', 'expert'\), got \('model',\)"),
+        ({"axis_name": ("expert", "model")}, ValueError, r"axis_name: .*got \('expert', 'model'\)"),
+        ({"axis_name": ()}, ValueError, r"axis_name: .*got \(\)"),
+        ({"axis_name": ("data", "data")}, ValueError, r"axis_name: .*once, got \('data', 'data'\)"),
+        ({"axis_name": 3}, TypeError, "axis_name: expected .*, got int"),
+        ({"axis_name": (0,)}, ValueError, r"axis_name: .*got \(0,\)"),
+        ({"backend": "gpu"}, ValueError, "backend: expected one of .*'auto'.*, got 'gpu'"),
+        ({"timeout": 0}, ValueError, "timeout: expected seconds > 0, got 0"),
+        ({"timeout": -1.0}, ValueError, "timeout: expected seconds > 0, got -1.0"),
+        ({"timeout": float("nan")}, ValueError, "timeout: expected seconds > 0, got nan"),
+        ({"timeout": "1"}, TypeError, "timeout: expected .*, got"),
+    ],
+)  # fmt: skip
+def test_refused(arguments, error, text):
+    mesh = make_mesh((2, 2), ("data", "expert"))
+    with pytest.raises(error, match="jax_ep.create_group: argument " + text):
+        jax_ep.create_group(**{"mesh": mesh, "backend": "reference"} | arguments)
+
+
+def test_endless_timeout(backend):
+    """Either refused at once, or as good as any other."""
+    try:
+        group = jax_ep.create_group(make_mesh(2), backend=backend, timeout=float("inf"))
+    except ValueError as error:
+        text = str(error)
+        assert "argument timeout: expected" in text and "got inf" in text
+        return
+    run = lambda x, idx: jax_ep.dispatch(x, idx, group=group, num_experts=2).tokens  # noqa: E731
+    jax.jit(shard(run, group.mesh)).lower(jnp.zeros((4, 16)), jnp.zeros((4, 1), jnp.int32))
+
+
+def test_abstract_mesh_is_refused():
+    mesh = make_mesh(2).abstract_mesh
+    with pytest.raises(TypeError, match=r"mesh: expected a jax\.sharding\.Mesh, got AbstractMesh"):
+        jax_ep.create_group(mesh)  # type: ignore[arg-type]
+
+
+def test_axis_types_do_not_matter(backend):
+    group = jax_ep.create_group(make_mesh(2, axis_type=AxisType.Explicit), backend=backend)
+    assert group.size == 2

@@ -1,0 +1,101 @@
+"""What ``import jax_ep`` loads, and what it leaves alone, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+import jax_ep
+from spmd import run_python
+
+
+def run(code: str, **env: str) -> str:
+    """Output of ``code`` in a fresh interpreter, where warnings are errors."""
+    done = run_python("-c", code, timeout=120, PYTHONWARNINGS="error", **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+LOADED = """
+import sys
+import jax_ep
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+print(*sorted({name for name in sys.modules if name.startswith("jax_ep.")}))
+print(open("/proc/self/maps").read().lower())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc/self/maps")
+def test_import_loads_neither_flax_nor_cuda():
+    packages, modules, maps = run(LOADED).split("\n", 2)
+    assert {"jax", "jax_ep", "jaxtyping"} <= set(packages.split())  # the list is of what is loaded
+    unwanted = {"flax", "optax", "orbax", "hypothesis", "pytest", "beartype", "matplotlib"}
+    assert not unwanted & set(packages.split())
+    assert not {"jax_ep.nnx", "jax_ep.linen"} & set(modules.split())
+    libraries = {line.rpartition("/")[2] for line in maps.splitlines() if "/" in line}
+    assert any("jax" in name for name in libraries)
+    for name in libraries:
+        for word in ("libcuda", "libcudart", "libnccl", "nvshmem", "cublas", "jax_ep/_cuda"):
+            assert word not in name, f"{name} is mapped"
+
+
+def test_import_starts_no_backend():
+    """A program may still set up ``jax.distributed`` after the import."""
+    code = "import jax_ep, jax._src.xla_bridge as b; print(b.backends_are_initialized())"
+    assert run(code) == "False"
+
+
+def test_import_prepares_the_cpu_client():
+    code = "import os; {}; import jax_ep; print(os.environ['PJRT_NPROC'])"
+    assert int(run(code.format("del os.environ['PJRT_NPROC']"))) >= 64
+    assert run(code.format("os.environ['PJRT_NPROC'] = '7'")) == "7"  # what the user has set stays
+
+
+@pytest.mark.parametrize("name", ["nnx", "linen"])
+def test_layers_are_lazy(name):
+    code = f"""
+import sys, jax_ep
+assert "flax" not in sys.modules
+layer = jax_ep.{name}.MoE
+assert "flax" in sys.modules and "jax_ep.{name}" in sys.modules
+print(layer.__module__, layer.__name__)
+"""
+    assert run(code) == f"jax_ep.{name} MoE"
+
+
+def test_layers_without_flax():
+    """Without flax the rest works, and the layers say what is missing."""
+    code = """
+import sys
+sys.modules["flax"] = None
+import jax_ep
+print(jax_ep.dispatch.__name__)
+try:
+    jax_ep.nnx
+except ImportError as error:
+    print(error)
+"""
+    first, _, text = run(code).partition("\n")
+    assert first == "dispatch" and "flax" in text
+
+
+def test_index_is_complete():
+    """Every public name is there, is listed, and says what it is."""
+    assert sorted(jax_ep.__all__, key=str.lower) == sorted(set(jax_ep.__all__), key=str.lower)
+    assert set(jax_ep.__all__) <= set(dir(jax_ep))
+    for name in jax_ep.__all__:
+        value = getattr(jax_ep, name)
+        assert name == "__version__" or (value.__doc__ or "").strip(), f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="module 'jax_ep' has no attribute 'dispach'"):
+        jax_ep.dispach  # noqa: B018
+
+
+def test_versions_agree():
+    from jax_ep import _ffi
+
+    if _ffi.why_unavailable() is not None:
+        pytest.skip(f"no native library: {_ffi.why_unavailable()}")
+    from jax_ep import _cpu
+
+    assert _cpu.build_info()["version"] == jax_ep.__version__

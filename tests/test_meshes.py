@@ -1,0 +1,231 @@
+"""Meshes of several axes: which devices form a group, and what the other axes do.
+
+Data are made per device; for every group of a mesh the oracle says what its ranks must hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+import oracle
+import routings
+from spmd import make_mesh, shard, stacked
+
+TOKENS, TOP_K, LOCAL_EXPERTS, HIDDEN, ALIGNMENT = 5, 2, 2, 16, 4
+
+MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...], Any]] = {
+    # sizes, names, the group's axes
+    "expert": ((4,), ("expert",), "expert"),
+    "data-expert": ((2, 4), ("data", "expert"), "expert"),
+    "expert-data": ((4, 2), ("expert", "data"), "expert"),
+    "data-expert-model": ((2, 3, 2), ("data", "expert", "model"), "expert"),
+    "pod-expert": ((2, 3), ("pod", "expert"), ("pod", "expert")),
+    "expert-pod": ((2, 3), ("pod", "expert"), ("expert", "pod")),
+    "data-pod-expert": ((2, 2, 2), ("data", "pod", "expert"), ("pod", "expert")),
+    "pod-data-expert": ((2, 2, 2), ("pod", "data", "expert"), ("pod", "expert")),
+    "ranks-of-one": ((3, 1), ("data", "expert"), "expert"),
+}
+
+
+def groups_of(sizes, names, axes) -> list[list[int]]:
+    """For every group of the mesh, the positions of its ranks' devices, in rank order."""
+    axes = (axes,) if isinstance(axes, str) else axes
+    others = [name for name in names if name not in axes]
+    position = np.arange(int(np.prod(sizes))).reshape(sizes)
+    ordered = position.transpose([names.index(name) for name in (*others, *axes)])
+    ranks = int(np.prod([sizes[names.index(name)] for name in axes]))
+    return ordered.reshape(-1, ranks).tolist()
+
+
+def test_groups_of():
+    assert groups_of((2, 2), ("data", "expert"), "expert") == [[0, 1], [2, 3]]
+    assert groups_of((2, 2), ("expert", "data"), "expert") == [[0, 2], [1, 3]]
+    assert groups_of((2, 3), ("pod", "expert"), ("expert", "pod")) == [[0, 3, 1, 4, 2, 5]]
+
+
+def layer(group: jax_ep.Group):
+    """Dispatch, a scaling that differs from rank to rank, combine; and the gradients."""
+
+    def forward(x, weights, topk_idx, scale):
+        out = jax_ep.dispatch(
+            x,
+            topk_idx,
+            weights,
+            group=group,
+            num_experts=LOCAL_EXPERTS * group.size,
+            alignment=ALIGNMENT,
+        )
+        y = jax_ep.combine(out.tokens * scale, out.handle, group=group, weights=out.weights)
+        return y, out.tokens
+
+    def run(x, weights, topk_idx, scale, dy):
+        y, pull, tokens = jax.vjp(
+            lambda x, weights: forward(x, weights, topk_idx, scale), x, weights, has_aux=True
+        )
+        return y, tokens, *pull(dy)
+
+    return run
+
+
+def data(devices: int, experts: int) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(devices)
+    x, dy = rng.standard_normal((2, devices, TOKENS, HIDDEN)).astype(np.float32)
+    weights = rng.standard_normal((devices, TOKENS, TOP_K)).astype(np.float32)
+    idx = routings.uniform(rng, devices, TOKENS, TOP_K, experts)
+    scale = 2.0 ** np.arange(devices).astype(np.float32)[:, None]
+    return x, weights, idx, scale, dy
+
+
+def expected(x, weights, idx, scale, dy) -> tuple[np.ndarray, ...]:
+    """What one group must hold."""
+    experts = LOCAL_EXPERTS * len(x)
+    sizes = {"num_ranks": len(x), "num_tokens": TOKENS, "top_k": TOP_K, "num_experts": experts}
+    bounds = oracle.limits(**sizes, layout="expert", alignment=ALIGNMENT)
+    plan = oracle.plan(
+        idx, num_experts=experts, layout="expert", alignment=ALIGNMENT, bounds=bounds
+    )
+    tokens, row_weights = oracle.move(x, plan), oracle.move_weights(weights, plan)
+    rows = tokens * scale[..., None]
+    d_rows, d_row_weights = oracle.combine_vjp(dy, rows, row_weights, plan)
+    return (
+        oracle.combine(rows, plan, row_weights),
+        tokens,
+        oracle.combine(d_rows * scale[..., None], plan),
+        oracle.send_home(d_row_weights, plan),
+    )
+
+
+def check(mesh, run, sizes, names, axes) -> None:
+    groups = groups_of(sizes, names, axes)
+    arrays = data(mesh.size, LOCAL_EXPERTS * len(groups[0]))
+    everywhere = NamedSharding(mesh, P(mesh.axis_names))
+    found = run(*(jax.device_put(a.reshape(-1, *a.shape[2:]), everywhere) for a in arrays))
+    found = [stacked(leaf, mesh.size) for leaf in found]
+    for devices in groups:
+        wanted = expected(*(a[devices] for a in arrays))
+        for what, got, want in zip(("y", "tokens", "dx", "dw"), found, wanted, strict=True):
+            oracle.assert_same(got[devices], want, f"{what} of the group of devices {devices}")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", MESHES)
+def test_mesh(name, check_vma, backend):
+    sizes, names, axes = MESHES[name]
+    mesh = make_mesh(sizes, names)
+    group = jax_ep.create_group(mesh, axes, backend=backend)
+    check(mesh, jax.jit(shard(layer(group), mesh, check_vma=check_vma)), sizes, names, axes)
+
+
+@pytest.mark.parametrize("name", ["expert", "data-expert", "pod-expert"])
+def test_explicit_axes(name, backend):
+    """Axes of type Explicit, which ``jax.make_mesh`` makes, outside and in the context of a mesh."""
+    sizes, names, axes = MESHES[name]
+    mesh = make_mesh(sizes, names, AxisType.Explicit)
+    group = jax_ep.create_group(mesh, axes, backend=backend)
+    run = jax.jit(shard(layer(group), mesh))
+    check(mesh, run, sizes, names, axes)
+    with jax.set_mesh(mesh):
+        check(mesh, run, sizes, names, axes)
+
+
+def test_two_groups_of_one_mesh(backend):
+    """One program uses both axes of a mesh as groups, one after the other."""
+    sizes, names = (2, 3), ("row", "column")
+    mesh = make_mesh(sizes, names)
+    groups = [jax_ep.create_group(mesh, axis, backend=backend) for axis in names]
+    assert groups[0].id != groups[1].id
+
+    def both(*arrays):
+        return [layer(group)(*arrays) for group in groups]
+
+    run = jax.jit(shard(both, mesh))
+    for index, axis in enumerate(names):
+        ranks = sizes[names.index(axis)]
+        # Ids past the smaller group's experts are invalid there, and only there.
+        arrays = data(mesh.size, LOCAL_EXPERTS * ranks)
+        found = run(*(a.reshape(-1, *a.shape[2:]) for a in arrays))[index]
+        for devices in groups_of(sizes, names, axis):
+            wanted = expected(*(a[devices] for a in arrays))
+            for got, want in zip(found, wanted, strict=True):
+                oracle.assert_same(stacked(got, 6)[devices], want, f"{axis} of {devices}")
+
+
+def test_devices_in_another_order(backend):
+    """Ranks follow the mesh, not the devices' numbers."""
+    ordered = make_mesh(4)
+    devices = ordered.devices[[2, 0, 3, 1]]
+    mesh = jax.sharding.Mesh(devices, ("expert",))
+    group = jax_ep.create_group(mesh, backend=backend)
+    assert group is not jax_ep.create_group(ordered, backend=backend)
+    check(mesh, jax.jit(shard(layer(group), mesh)), (4,), ("expert",), "expert")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("varying", list(itertools.product([True, False], repeat=2)), ids=str)
+def test_operands_replicated_over_data(varying, check_vma, backend):
+    """x, the routing or both are the same in two groups side by side.
+
+    Where both are, so are the results, and JAX must be able to see it.
+    """
+    x_varies, idx_varies = varying
+    mesh = make_mesh((2, 2), ("data", "expert"))
+    group = jax_ep.create_group(mesh, "expert", backend=backend)
+    x, weights, idx, _, _ = data(4, 4)
+    x_spec = P(("data", "expert")) if x_varies else P("expert")
+    idx_spec = P(("data", "expert")) if idx_varies else P("expert")
+    out_spec = P(("data", "expert")) if x_varies or idx_varies else P("expert")
+
+    def run(x, weights, idx):
+        out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=4, alignment=ALIGNMENT)
+        rows = out.tokens * out.weights[:, None]
+        return jax_ep.combine(rows, out.handle, group=group), out.tokens
+
+    specs = {"in_specs": (x_spec, idx_spec, idx_spec), "out_specs": out_spec}
+    per_device = [x if x_varies else x[[0, 1, 0, 1]]]
+    per_device += [a if idx_varies else a[[0, 1, 0, 1]] for a in (weights, idx)]
+    given = [x if x_varies else x[:2], *(a if idx_varies else a[:2] for a in (weights, idx))]
+    found = jax.jit(shard(run, mesh, check_vma=check_vma, **specs))(
+        *(a.reshape(-1, *a.shape[2:]) for a in given)
+    )
+    num_parts = 4 if x_varies or idx_varies else 2
+    found = [stacked(leaf, num_parts) for leaf in found]
+    for devices in ([0, 1], [2, 3])[: num_parts // 2]:
+        a, b, c = (array[devices] for array in per_device)
+        bounds = oracle.limits(
+            num_ranks=2, num_tokens=5, top_k=2, num_experts=4, layout="expert", alignment=ALIGNMENT
+        )
+        plan = oracle.plan(c, num_experts=4, layout="expert", alignment=ALIGNMENT, bounds=bounds)
+        tokens, row_weights = oracle.move(a, plan), oracle.move_weights(b, plan)
+        oracle.assert_same(found[1][devices], tokens, f"tokens, {devices}")
+        y = oracle.combine(tokens * row_weights[..., None], plan)
+        oracle.assert_same(found[0][devices], y, f"y, {devices}")
+
+
+def test_scan_over_a_carry(backend):
+    """The result can be a scan's carry: it varies over the axes that the input varies over."""
+    mesh = make_mesh((2, 2), ("data", "expert"))
+    group = jax_ep.create_group(mesh, "expert", backend=backend)
+    x, weights, idx, _, _ = data(4, 4)
+
+    def step(x, idx, weights):
+        out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=4, alignment=1)
+        return jax_ep.combine(out.tokens, out.handle, group=group, weights=out.weights)
+
+    def run(x, idx, weights):
+        looped, _ = jax.lax.scan(lambda x, _: (step(x, idx, weights), None), x, length=3)
+        unrolled = step(step(step(x, idx, weights), idx, weights), idx, weights)
+        return looped, unrolled
+
+    arrays = (a.reshape(-1, *a.shape[2:]) for a in (x, idx, weights))
+    looped, unrolled = jax.jit(shard(run, mesh))(*arrays)
+    assert jnp.abs(looped).max() > 0
+    oracle.assert_same(looped, unrolled, "three steps")

@@ -1,0 +1,173 @@
+"""How the ranks of a group meet in the native CPU module: in time, late, never, or out of step."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_ep
+import oracle
+from jax_ep import _cpu, _ffi
+from native import EXPERTS, HIDDEN, TOKENS, indices, plan
+from spmd import make_group, stacked, stacked_jit
+
+
+def plan_where(group):
+    """Plans on the ranks whose ``go`` is set, which is what ranks must not do."""
+
+    def body(idx, go):
+        def here():
+            return plan(idx, group).counts
+
+        def elsewhere():
+            return jnp.zeros((EXPERTS // group.size,), jnp.int32)
+
+        return jax.lax.cond(go[0], here, elsewhere)
+
+    return stacked_jit(body, group.mesh, check_vma=False)
+
+
+def test_missing_ranks():
+    group = make_group(4, "cpu", timeout=0.5)
+    run, idx = plan_where(group), indices(4)
+    everybody = np.ones((4, 1), bool)
+    counts = run(idx, everybody)
+    start = time.monotonic()
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        run(idx, np.array([[True], [False], [True], [False]]))
+    assert 0.4 < time.monotonic() - start < 5
+    found = re.search(
+        r"jax_ep\.CommunicationError: rank (\d): op plan: phase arrival: "
+        r"waited 0\.\d s for ranks 1, 3; ranks 0, 2 arrived \(group id (-?\d+), group index 0\)\. "
+        r"Usually a lax\.cond .*create_group\(\.\.\., timeout=seconds\)",
+        str(error.value),
+    )
+    assert found and found[1] in "02" and int(found[2]) == group.id
+    assert _cpu.open_rendezvous() == 0
+    assert (run(idx, everybody) == counts).all()  # the next run is not affected
+
+
+def test_delays_change_nothing():
+    """Many steps in flight of a program with independent ops, ranks out of step."""
+    group = make_group(4, "cpu")
+    idx = indices(4)
+    x = np.random.default_rng(4).standard_normal((4, TOKENS, HIDDEN)).astype(np.float32)
+
+    def body(x, idx):
+        handle = plan(idx, group)
+        branches = []
+        for scale in (1.0, 2.0, 3.0):
+            rows, _ = _ffi.dispatch(scale * x, None, handle, group=group)
+            y, _ = _ffi.combine(rows, None, None, handle, group=group)
+            branches.append(y / scale)
+        return jnp.stack(branches, 1)
+
+    run = stacked_jit(body, group.mesh)
+    expected = run(x, idx)
+    _cpu.set_test_delay_us(200)
+    try:
+        flat = [a.reshape(-1, a.shape[-1]) for a in (x, idx)]
+        outs = [run.jitted(*flat) for _ in range(50)]
+        for out in outs:
+            oracle.assert_same(stacked(out, 4), expected, "with delays")
+    finally:
+        _cpu.set_test_delay_us(0)
+    assert _cpu.open_rendezvous() == 0
+
+
+def run_script(body: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs a script, since one that hangs or crashes must not take the suite along."""
+    prelude = """
+        import os
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+        import jax_ep, jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import Mesh, PartitionSpec as P
+        mesh = Mesh(np.array(jax.devices()), ("expert",))
+        def on_ranks(body):
+            return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("expert"),
+                                         out_specs=P("expert"), check_vma=False))
+        idx = np.tile(np.arange(8, dtype=np.int32), 4).reshape(16, 2)
+        x = np.ones((16, 8), np.float32)
+    """
+    root = pathlib.Path(jax_ep.__file__).parents[1]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(body)],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def test_blocking_collectives_follow_an_op():
+    """XLA's collectives block the thread that runs a rank; no other rank may wait behind it."""
+    done = run_script(
+        """
+        group = jax_ep.create_group(mesh, "expert", backend="cpu")
+        def body(x, idx):
+            for _ in range(4):
+                out = jax_ep.dispatch(x, idx, group=group, num_experts=8, alignment=8)
+                x = jax_ep.combine(out.tokens, out.handle, group=group)
+                x = x / jax.lax.psum(x.sum(), "expert")
+            return x
+        steps = [on_ranks(body)(x, idx) for _ in range(10)]
+        print(all(bool((step == steps[0]).all()) for step in steps))
+        """
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_ending_while_a_rank_is_missing():
+    """The process ends all by itself, at the deadline at the latest, although nobody looked."""
+    done = run_script(
+        """
+        group = jax_ep.create_group(mesh, "expert", backend="cpu", timeout=1.0)
+        def body(x, idx):
+            def here():
+                return jax_ep.dispatch(x, idx, group=group, num_experts=8, alignment=8).counts
+            return jax.lax.cond(jax.lax.axis_index("expert") < 3, here, lambda: jnp.zeros(2, jnp.int32))
+        out = on_ranks(body)(x, idx)
+        print("started")
+        """
+    )
+    assert (done.returncode, done.stdout) == (0, "started\n"), done.stderr
+
+
+def test_rank_that_comes_after_the_deadline():
+    """It fails at once: its peers have gone, and to wait for them would take a second deadline."""
+    done = run_script(
+        """
+        import time
+        group = jax_ep.create_group(mesh, "expert", backend="cpu", timeout=1.0)
+        def body(x, idx):
+            def wait(rank, idx):
+                time.sleep(2.0 if rank == 2 else 0.0)
+                return idx
+            kind = jax.ShapeDtypeStruct(idx.shape, idx.dtype)
+            idx = jax.pure_callback(wait, kind, jax.lax.axis_index("expert"), idx)
+            return jax_ep.dispatch(x, idx, group=group, num_experts=8, alignment=8).counts
+        start = time.monotonic()
+        for shard in on_ranks(body)(x, idx).addressable_shards:
+            try:
+                jax.block_until_ready(shard.data)
+            except jax.errors.JaxRuntimeError as error:
+                print(error)
+        print("seconds", time.monotonic() - start)
+        """
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5, done.stderr
+    assert all("waited 1.0 s for rank 2; ranks 0, 1, 3 arrived" in line for line in lines[:4])
+    assert float(lines[4].split()[1]) < 2.9

@@ -1,0 +1,109 @@
+"""``quantize`` and ``dequantize``, bit for bit against ml_dtypes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import jax_ep
+import ml_dtypes
+import numpy as np
+import pytest
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+CODES = np.arange(256, dtype=np.uint8).view(E4M3)
+
+
+def quantize(x: np.ndarray, scale_format: str) -> tuple[np.ndarray, np.ndarray]:
+    """The specification in NumPy; ml_dtypes rounds to nearest even in one step."""
+    blocks = x.astype(np.float32).reshape(len(x), -1, 128)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales = np.maximum(np.abs(blocks).max(-1), np.float32(1e-30)) * np.float32(1 / 448)
+        if scale_format == "ue8m0":
+            bits = (scales.view(np.uint32) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+            scales = np.where(np.isnan(scales), scales, bits.view(np.float32))
+        inverse = np.float32(1) / scales
+        values = np.clip(blocks * inverse[..., None], -448, 448).astype(E4M3)
+    return values.reshape(x.shape), scales
+
+
+def same_bits(got, want: np.ndarray) -> None:
+    """Equal bit for bit, but that any NaN is as good as another."""
+    got = np.asarray(got)
+    assert got.dtype == want.dtype
+    unsigned = np.dtype(f"u{got.dtype.itemsize}")
+    nan = np.isnan(want)
+    np.testing.assert_array_equal(np.isnan(got), nan)
+    np.testing.assert_array_equal(got.view(unsigned)[~nan], want.view(unsigned)[~nan])
+
+
+def rows(dtype: np.dtype) -> np.ndarray:
+    """``[n, 256]``: what makes rounding, scales and special values go wrong."""
+    rng = np.random.default_rng(5)
+    tiny, huge = float(ml_dtypes.finfo(dtype).smallest_subnormal), float(ml_dtypes.finfo(dtype).max)
+    normal = rng.normal(size=(64, 256)) * 2.0 ** rng.integers(-12, 12, (64, 1))
+    # A block whose largest magnitude is 448 has a scale of one: all codes, and what lies halfway
+    # between two of them or a little to either side.
+    codes = np.sort(CODES[np.isfinite(CODES)].astype(np.float64))
+    halfway = (codes[1:] + codes[:-1]) / 2
+    grid = [np.resize(np.append(halfway * (1 + d), 448), 256) for d in (-1e-3, -1e-7, 0, 1e-7, 1e-3)]
+    grid = [np.where(np.arange(256) % 128 == 0, 448, row) for row in [*grid, np.resize(codes, 256)]]
+    special = np.zeros((10, 256))
+    special[1] = -0.0
+    special[2, :3] = tiny, -tiny, 3 * tiny
+    special[3, ::2] = rng.uniform(0, 100, 128) * tiny
+    special[4] = rng.uniform(-1, 1, 256) * huge
+    special[5, 7], special[5, 9] = huge, tiny
+    special[6, 3] = np.nan
+    special[7, 200], special[7, 201] = np.inf, -1.0
+    special[8, 5], special[8, 6] = -np.inf, np.nan
+    special[9] = 1e-4 * (np.arange(256) - 128)
+    with np.errstate(over="ignore"):
+        return np.concatenate([normal, grid, special]).astype(dtype)
+
+
+@pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize(dtype, scale_format):
+    x = rows(DTYPES[dtype])
+    values, scales = quantize(x, scale_format)
+    got = jax.jit(lambda x: jax_ep.quantize(x, scale_format=scale_format))(x)
+    same_bits(got.scales, scales)
+    same_bits(got.values, values)
+    finite = np.isfinite(scales)
+    assert finite.any() and not finite.all()
+    if scale_format == "ue8m0":
+        mantissas, _ = np.frexp(scales[finite])
+        np.testing.assert_array_equal(mantissas, 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize(dtype):
+    """Every code with scales from subnormal results to overflow, rounded once to the row dtype."""
+    exponents = np.array([-60, -20, -9, -1, 0, 1, 7, 30, 110], np.float32)
+    scales = np.stack([2.0**exponents, 2.0**exponents * np.float32(1.2345678)], 1)
+    scales = np.append(scales, [[np.nan, np.inf]], axis=0).astype(np.float32)
+    values = np.broadcast_to(CODES, (len(scales), 256))
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = values.astype(np.float32).reshape(-1, 2, 128) * scales[..., None]
+        want = products.reshape(-1, 256).astype(DTYPES[dtype])
+    q = jax_ep.Quantized(jnp.asarray(values), jnp.asarray(scales))
+    same_bits(jax.jit(lambda q: jax_ep.dequantize(q, dtype))(q), want)
+
+
+def test_round_trip_is_close_and_stable():
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(16, 128)), jnp.float32)
+    once = jax_ep.dequantize(jax_ep.quantize(x, scale_format="ue8m0"), jnp.float32)
+    largest = np.abs(x).max(-1, keepdims=True)
+    assert np.all(np.abs(once - x) <= np.maximum(np.abs(x) * 2.0**-4, largest * 2.0**-15))
+    twice = jax_ep.dequantize(jax_ep.quantize(once, scale_format="ue8m0"), jnp.float32)
+    np.testing.assert_array_equal(once, twice)
+
+
+def test_hidden_of_whole_blocks():
+    with pytest.raises(ValueError, match="argument x: expected .* multiple of 128, got shape"):
+        jax_ep.quantize(jnp.zeros((2, 100)))

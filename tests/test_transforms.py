@@ -1,0 +1,392 @@
+"""The ops under jit, scan, checkpoint, vmap and donation, and several of them in one program."""
+
+from __future__ import annotations
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+import oracle
+import routings
+from spmd import count_calls, flat, make_group, make_mesh, shard, stacked, stacked_jit
+
+RANKS, TOKENS, TOP_K, EXPERTS, HIDDEN = 4, 6, 2, 8, 16
+NAMES = ("jax_ep.handle", "jax_ep.dispatch", "jax_ep.combine")
+TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine", "jax_ep_combine_vjp")
+
+
+def data(seed: int = 0, top_k: int = TOP_K, pattern: str = "uniform"):
+    rng = np.random.default_rng([21, seed])
+    x = rng.standard_normal((RANKS, TOKENS, HIDDEN)).astype(np.float32)
+    weights = rng.uniform(0.5, 1, (RANKS, TOKENS, top_k)).astype(np.float32)
+    sizes = {"ranks": RANKS, "tokens": TOKENS, "top_k": top_k, "experts": EXPERTS}
+    return x, weights, routings.make(pattern, **sizes, seed=seed)
+
+
+def layer(group, x, weights, idx, *, fused=True, **arguments):
+    """A small MoE layer with a residual connection."""
+    arguments = {"num_experts": EXPERTS, "alignment": 1} | arguments
+    out = jax_ep.dispatch(x, idx, weights, group=group, **arguments)
+    rows = jnp.tanh(out.tokens)
+    if fused:
+        return x + jax_ep.combine(rows, out.handle, group=group, weights=out.weights)
+    return x + jax_ep.combine(rows * out.weights[:, None], out.handle, group=group)
+
+
+def assert_close(found, wanted, what="", tolerance=1e-5):
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.abs(want).max() > 0
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance, err_msg=what)
+
+
+# ---- scan
+
+
+def test_scan_of_whole_layers(backend):
+    """Dispatch and combine inside scan, differentiated, against the loop unrolled."""
+    group = make_group(RANKS, backend)
+
+    def looped(x, weights, idx):
+        body = lambda x, _: (layer(group, x, weights, idx), x.sum())  # noqa: E731
+        return jax.lax.scan(body, x, None, length=4)[0]
+
+    def unrolled(x, weights, idx):
+        for _ in range(4):
+            x = layer(group, x, weights, idx)
+        return x
+
+    def run(x, weights, idx):
+        results = []
+        for forward in (looped, unrolled):
+            y, pull = jax.vjp(functools.partial(forward, idx=idx), x, weights)
+            results.append((y, *pull(jnp.cos(y))))
+        return results
+
+    scanned, plain = stacked_jit(run, group.mesh)(*data())
+    assert_close(scanned, plain)
+
+
+def test_scan_over_routings(backend):
+    """A new plan in every step, routings as scanned input; steps must not mix."""
+    group = make_group(RANKS, backend)
+
+    def run(x, weights, idx):
+        def body(x, step):
+            weights, idx = step
+            out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=EXPERTS)
+            return layer(group, x, weights, idx), out.counts
+
+        steps = jax.tree.map(lambda a: a.swapaxes(0, 1), (weights, idx))  # [steps, T, K]
+        return jax.lax.scan(body, x, steps)
+
+    many = [data(seed, pattern=p) for seed, p in enumerate(routings.PATTERNS)]
+    x = many[0][0]
+    weights, idx = (np.stack([d[i] for d in many], axis=2) for i in (1, 2))
+    y, counts = stacked_jit(run, group.mesh)(x, weights, idx)
+    once = stacked_jit(functools.partial(layer, group), group.mesh)
+    for step, (_, w, i) in enumerate(many):
+        clean, _ = oracle.sanitise(i, EXPERTS)
+        wanted = np.stack([(clean == e).sum() for e in range(EXPERTS)]).reshape(RANKS, -1)
+        np.testing.assert_array_equal(counts.reshape(RANKS, len(many), -1)[:, step], wanted)
+        x = once(x, w, i)
+    assert_close(y, x)
+
+
+def test_handle_through_jit_and_scan(backend):
+    """A handle leaves one jit, enters another, and is used and carried by a scan there."""
+    group = make_group(RANKS, backend)
+    x, weights, idx = data()
+
+    def first(x, weights, idx):
+        return jax_ep.dispatch(x, idx, weights, group=group, num_experts=EXPERTS)
+
+    out = jax.jit(shard(first, group.mesh))(flat(x), flat(weights), flat(idx))
+    assert isinstance(out.handle, jax_ep.Handle) and out.handle.capacity == len(out.tokens) // RANKS
+    leaves = jax.tree.leaves(out.handle)
+    assert all(leaf.dtype == jnp.int32 and leaf.ndim >= 1 for leaf in leaves)
+
+    def second(x, handle):
+        def body(carry, _):
+            x, handle = carry
+            rows = jax_ep.dispatch(x, group=group, handle=handle).tokens
+            return (x + 0.5 * jax_ep.combine(rows, handle, group=group), handle), rows.sum()
+
+        (x, handle), _ = jax.lax.scan(body, (x, handle), None, length=3)
+        return x, handle
+
+    y, handle = jax.jit(shard(second, group.mesh))(flat(x), out.handle)
+    for got, want in zip(jax.tree.leaves(handle), leaves, strict=True):
+        oracle.assert_same(got, want, "a carried handle")
+    assert_close(y, flat(x) * (1 + 0.5 * TOP_K) ** 3)
+
+
+# ---- checkpoint
+
+
+def remat(policy: str):
+    if policy == "none":
+        return lambda f: f
+    if policy == "everything":  # plain jax.checkpoint: nothing is saved
+        return jax.checkpoint
+    return functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*NAMES)
+    )
+
+
+def gradient(group, policy, fused):
+    block = remat(policy)(lambda x, w, idx: layer(group, x, w, idx, fused=fused))
+
+    def run(x, weights, idx):
+        loss = lambda x, w: jnp.sin(block(x, w, idx)).sum()  # noqa: E731
+        return jax.grad(loss, (0, 1))(x, weights)
+
+    return run
+
+
+# Forward: a plan, a dispatch, a combine. Backward: the dispatch's is a combine, the combine's a
+# dispatch or, with fused weights, a combine_vjp.
+ONCE = {True: (1, 1, 2, 1), False: (1, 2, 2, 0)}
+# Plain jax.checkpoint plans and dispatches again; the result of the second combine is not needed.
+AGAIN = {True: (2, 2, 2, 1), False: (2, 3, 2, 0)}
+
+
+def traced_calls(jaxpr) -> collections.Counter[str]:
+    """How often a program, as JAX traces it, calls each target."""
+    calls = collections.Counter[str]()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "ffi_call":
+            calls[equation.params["target_name"]] += 1
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                calls += traced_calls(inner)
+    return calls
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "sum"])
+@pytest.mark.parametrize("policy", ["none", "names", "everything"])
+def test_checkpoint(policy, fused, native_backend):
+    """With the three names saved, the backward pass plans and dispatches nothing again.
+
+    Counted in the program as traced, as compiled and, on CPU, in what really ran.
+    """
+    group = make_group(RANKS, native_backend)
+    x, weights, idx = (flat(a) for a in data())
+    mapped = shard(gradient(group, policy, fused), group.mesh)
+    wanted = dict(zip(TARGETS, (AGAIN if policy == "everything" else ONCE)[fused], strict=True))
+    traced = traced_calls(jax.make_jaxpr(mapped)(x, weights, idx).jaxpr)
+    assert {target: traced[target] for target in TARGETS} == wanted
+    compiled = jax.jit(mapped).lower(x, weights, idx).compile()
+    counts = count_calls(compiled.as_text(), TARGETS)
+    if policy == "everything":
+        # XLA before jaxlib 0.11 finds the repetition, since the ops are pure.
+        assert counts in (wanted, dict(zip(TARGETS, ONCE[fused], strict=True)))
+    else:
+        assert counts == wanted
+    plain = jax.jit(shard(gradient(make_group(RANKS, "reference"), "none", fused), group.mesh))
+    assert_close(compiled(x, weights, idx), plain(x, weights, idx))
+    if native_backend == "cpu":
+        from jax_ep import _cpu
+
+        _cpu.reset_call_counts()
+        jax.block_until_ready(compiled(x, weights, idx))
+        ran = _cpu.call_counts()
+        assert {target: ran[target] for target in TARGETS} == {
+            target: RANKS * count for target, count in counts.items()
+        }
+
+
+@pytest.mark.parametrize("policy", ["none", "names", "everything"])
+def test_checkpoint_in_a_scan(policy, backend):
+    """Layers stacked with scan, each a remat block, as models do it."""
+    group = make_group(RANKS, backend)
+    block = remat(policy)(functools.partial(layer, group))
+
+    def run(x, weights, idx):
+        def loss(x, w):
+            y, _ = jax.lax.scan(lambda x, _: (block(x, w, idx), None), x, None, length=3)
+            return jnp.sin(y).sum()
+
+        return jax.grad(loss, (0, 1))(x, weights)
+
+    assert_close(stacked_jit(run, group.mesh)(*data()), plain_scan_gradient(), policy)
+
+
+@functools.cache
+def plain_scan_gradient():
+    group = make_group(RANKS, "reference")
+
+    def run(x, weights, idx):
+        def loss(x, w):
+            for _ in range(3):
+                x = layer(group, x, w, idx)
+            return jnp.sin(x).sum()
+
+        return jax.grad(loss, (0, 1))(x, weights)
+
+    return stacked_jit(run, group.mesh)(*data())
+
+
+def test_names_are_where_policies_look():
+    """Each name marks what it says, in the program that JAX traces."""
+    group = make_group(RANKS, "reference")
+    text = str(
+        jax.make_jaxpr(shard(functools.partial(layer, group), group.mesh))(*map(flat, data()))
+    )
+    for name in NAMES:
+        assert f"name={name}]" in text
+
+
+# ---- vmap
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "sum"])
+def test_vmap(fused, backend):
+    """One call per element: values and gradients are those of a loop."""
+    group = make_group(RANKS, backend)
+
+    def value_and_gradients(x, weights, idx):
+        y, pull = jax.vjp(lambda x, w: layer(group, x, w, idx, fused=fused), x, weights)
+        return y, *pull(jnp.cos(y))
+
+    def run(x, weights, idx):  # [n, T, ...]
+        mapped = jax.vmap(value_and_gradients)(x, weights, idx)
+        loop = [value_and_gradients(*(a[i] for a in (x, weights, idx))) for i in range(len(x))]
+        return mapped, jax.tree.map(lambda *leaves: jnp.stack(leaves), *loop)
+
+    many = [data(seed) for seed in range(3)]
+    arrays = [np.stack(a, axis=1) for a in zip(*many, strict=True)]  # [R, n, T, ...]
+    mapped, loop = stacked_jit(run, group.mesh)(*arrays)
+    for what, got, want in zip(("y", "dx", "dw"), mapped, loop, strict=True):
+        assert_close(got, want, what)
+    if not fused:
+        oracle.assert_same(mapped[0], loop[0], "y")
+
+
+def test_vmap_of_rows_only(backend):
+    """One routing, several x: the routing and the handle are not mapped."""
+    group = make_group(RANKS, backend)
+
+    def run(x, idx):
+        dispatch = lambda x: jax_ep.dispatch(x, idx, group=group, num_experts=EXPERTS)  # noqa: E731
+        out = jax.vmap(dispatch)(x)
+        again = jax.vmap(
+            lambda x: jax_ep.combine(dispatch(x).tokens, dispatch(x).handle, group=group)
+        )
+        return out.tokens, again(x)
+
+    x, _, idx = data()
+    many = np.stack([x, 2 * x], axis=1)
+    tokens, y = stacked_jit(run, group.mesh)(many, idx)
+    oracle.assert_same(tokens[:, 1], 2 * tokens[:, 0], "twice x")
+    assert_close(y, many * TOP_K)
+
+
+# ---- donation
+
+
+def test_donation(backend):
+    """x is given away and overwritten by the result; the ops must have read it by then."""
+    group = make_group(RANKS, backend)
+    sharding = jax.sharding.NamedSharding(group.mesh, P("expert"))
+    keep = jax.jit(shard(functools.partial(layer, group), group.mesh))
+    give = jax.jit(shard(functools.partial(layer, group), group.mesh), donate_argnums=0)
+    x, weights, idx = (jax.device_put(flat(a), sharding) for a in data())
+    wanted = keep(x, weights, idx)
+    for _ in range(4):
+        wanted = keep(wanted, weights, idx)
+    given = jax.device_put(flat(data()[0]), sharding)
+    y = given
+    for _ in range(5):
+        y = give(y, weights, idx)
+    oracle.assert_same(y, wanted, "five steps")
+    assert given.is_deleted()
+
+
+# ---- several in one program
+
+
+def test_several_configurations_in_one_program(backend):
+    """Different K, layouts, capacities and wire formats side by side, and none disturbs another."""
+    group = make_group(RANKS, backend)
+    configurations = [
+        {"top_k": 1},
+        {"top_k": 2, "capacity": 8},
+        {"top_k": 3, "layout": "token"},
+        {"top_k": 8, "capacity_factor": 0.5},
+        {"top_k": 2},
+        {"top_k": 2, "config": jax_ep.DispatchConfig(mode="latency", num_sms=4)},
+    ]
+    inputs = [data(seed, c["top_k"]) for seed, c in enumerate(configurations)]
+
+    def one(configuration, x, weights, idx):
+        arguments = {"num_experts": EXPERTS, "alignment": 1} | configuration
+        arguments.pop("top_k")
+        out = jax_ep.dispatch(x, idx, weights, group=group, **arguments)
+        return jax_ep.combine(out.tokens, out.handle, group=group), out.tokens, out.num_dropped
+
+    def everything(*inputs):
+        return [one(c, *i) for c, i in zip(configurations, inputs, strict=True)]
+
+    together = stacked_jit(everything, group.mesh)(*inputs)
+    dropped = []
+    for configuration, given, found in zip(configurations, inputs, together, strict=True):
+        alone = stacked_jit(functools.partial(one, configuration), group.mesh)(*given)
+        for got, want in zip(found, alone, strict=True):
+            oracle.assert_same(got, want, str(configuration))
+        dropped.append(bool(found[2].any()))
+    assert dropped == [False, True, False, True, False, False]
+
+
+def test_interleaved_groups(backend):
+    """Two groups of one mesh, their ops in turn and independent of each other."""
+    mesh = make_mesh((2, 2), ("row", "column"))
+    groups = [jax_ep.create_group(mesh, axis, backend=backend) for axis in ("row", "column")]
+    experts = 4
+
+    def run(x, weights, idx):
+        results = []
+        a = b = x
+        for _ in range(3):
+            a = layer(groups[0], a, weights, idx, num_experts=experts)
+            b = layer(groups[1], b, weights, idx, num_experts=experts)
+            results.append(a * b)
+        return a, b, sum(results)
+
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((4, 5, 16)).astype(np.float32)
+    weights = rng.uniform(0.5, 1, (4, 5, 2)).astype(np.float32)
+    idx = routings.make("uniform", ranks=4, tokens=5, top_k=2, experts=experts)
+    a, b, _ = stacked_jit(run, mesh)(x, weights, idx)
+    # Every expert is the same function, so the layer is a function of each token alone.
+    for _ in range(3):
+        x = x + np.tanh(x) * weights.sum(-1, keepdims=True)
+    assert_close(a, x)
+    assert_close(b, x)
+
+
+def test_second_derivative(backend):
+    """Without fused weights both ops are linear, and each one's gradient is the other one."""
+    group = make_group(2, backend)
+
+    def run(x, idx):
+        def y(x):
+            out = jax_ep.dispatch(x, idx, group=group, num_experts=4, alignment=1)
+            return (jax_ep.combine(out.tokens**3, out.handle, group=group)).sum()
+
+        return jax.grad(lambda x: jax.grad(y)(x).sum())(x)
+
+    x = np.linspace(-1, 1, 2 * 4 * 16, dtype=np.float32).reshape(2, 4, 16)
+    idx = routings.make("uniform", ranks=2, tokens=4, top_k=2, experts=4)
+    assert_close(stacked_jit(run, group.mesh)(x, idx), 6 * 2 * x)
+
+
+def test_stacked_helpers():
+    x = np.arange(12).reshape(3, 2, 2)
+    np.testing.assert_array_equal(stacked(flat(x), 3), x)
