@@ -76,10 +76,11 @@ def combine(
         )
     _check_weights(op, weights, handle)
     rows, weights, handle = _ops.vary_together(group, rows, weights, handle)
+    options = _ops.CombineOptions(group, config)
     if weights is None:
-        y, _ = _ops.combine(group, rows, None, handle)
+        y, _ = _ops.combine(options, rows, None, handle)
     else:
-        y = _ops.combine_weighted(group, rows, weights, handle)
+        y = _ops.combine_weighted(options, rows, weights, handle)
     return checkpoint_name(y, "jax_ep.combine")
 
 

@@ -56,3 +56,13 @@ def register_ffi_types(types: dict[str, dict[str, Any]], *, platform: str) -> No
     """Register the state types of FFI handlers with the runtime of ``platform``."""
     for name, info in types.items():
         jax.ffi.register_ffi_type(name, cast(Any, info), platform=platform)
+
+
+def local_ordinal(device: jax.Device) -> int:
+    """The number by which the runtime of this process knows ``device``, its CUDA ordinal on GPUs."""
+    return device.local_hardware_id
+
+
+def compute_capability(device: jax.Device) -> str:
+    """The compute capability of a GPU, as in "9.0"."""
+    return str(getattr(device, "compute_capability", "unknown"))

@@ -119,6 +119,7 @@ def dispatch(
             alignment,
             capacity,
             capacity_factor,
+            config,
         )
     else:
         _checks.check_handle(op, handle, group)
@@ -140,6 +141,7 @@ def dispatch(
         row_dtype=values.dtype,
         scale_format=quantize_as,
         dense_output=output != "quantized",
+        config=config,
     )
     if isinstance(x, Quantized):
         x = _ops.refuse_gradient(x)
@@ -171,6 +173,7 @@ def _plan(
     alignment: int,
     capacity: int | None,
     capacity_factor: float | None,
+    config: DispatchConfig | None,
 ) -> Handle:
     _checks.check_topk_idx(op, topk_idx, num_tokens)
     assert topk_idx is not None  # for the type checker: check_topk_idx has seen to it
@@ -214,6 +217,7 @@ def _plan(
         capacity=capacity,
         alignment=alignment,
         expert_capacity=expert_capacity,
+        config=config,
     )
     return _name(handle, "jax_ep.handle")
 

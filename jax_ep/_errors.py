@@ -24,10 +24,12 @@ def from_runtime_error(error: BaseException) -> CommunicationError | None:
     (``jax.errors.JaxRuntimeError``), behind a status code and sometimes followed by a trace.
     """
     text = str(error)
-    start = text.find(_PREFIX)
-    if start < 0:
-        return None
-    return CommunicationError(text[start + len(_PREFIX) :].strip())
+    return from_text(text) if _PREFIX in text else None
+
+
+def from_text(text: str) -> CommunicationError:
+    """The error that native code reported as ``text``."""
+    return CommunicationError(text.partition(_PREFIX)[2].strip())
 
 
 @contextlib.contextmanager

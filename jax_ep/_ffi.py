@@ -1,6 +1,7 @@
-"""The native backend: loads the library, registers its FFI targets and calls them.
+"""The native backends: loads a library, registers its FFI targets and calls them.
 
-The same target names, operands and attributes serve every platform. A backend is a module with
+The same target names, operands and attributes serve every platform; on GPUs some targets have a scratch
+result more. A backend is a module with
 ``plan``, ``dispatch``, ``combine`` and ``combine_vjp``; ``jax_ep.reference`` is the other one.
 """
 
@@ -17,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat
-from jax_ep._types import Handle, Layout, Quantized, ScaleFormat
+from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._version import __version__
 
 if TYPE_CHECKING:
@@ -25,27 +26,52 @@ if TYPE_CHECKING:
 
 _LAYOUTS = {"expert": 0, "token": 1}
 _QUANTIZATIONS = {None: 0, "f32": 1, "ue8m0": 2}
-_PLATFORM = "cpu"
+_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
+_OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
 
 
 @functools.cache
-def why_unavailable() -> str | None:
-    """None once the native CPU library is loaded and registered, else the reason why not."""
+def why_unavailable(backend: str = "cpu") -> str | None:
+    """None once the native library of ``backend`` is loaded and registered, else why it is not."""
     try:
-        library: Any = importlib.import_module("jax_ep._cpu")
+        library: Any = importlib.import_module(f"jax_ep._{backend}")
     except ImportError as error:
-        return f"the native CPU library did not load ({error}); reinstall jax_ep"
+        return f"the native {backend} library did not load ({error}); reinstall jax_ep"
     built = library.build_info()["version"]
     if built != __version__:
         return (
-            f"the native CPU library is of version {built} and the package of {__version__}; "
+            f"the native {backend} library is of version {built} and the package of {__version__}; "
             "reinstall jax_ep"
         )
-    jax.devices(_PLATFORM)  # XLA's CPU client must be up before targets with state are registered.
-    _compat.register_ffi_types(library.types(), platform=_PLATFORM)
+    platform = _PLATFORMS[backend]
+    jax.devices(platform)  # XLA's client must be up before targets with state are registered.
+    if backend == "cpu":
+        _compat.register_ffi_types(library.types(), platform=platform)
     for name, handlers in library.targets().items():
-        jax.ffi.register_ffi_target(name, handlers, platform=_PLATFORM)
+        jax.ffi.register_ffi_target(name, handlers, platform=platform)
     return None
+
+
+def create_device_group(
+    group_id: int, instances: list[list[int]], arrival_timeout: float
+) -> str | None:
+    """Make the native side of a group of GPUs of this process; the reason if that fails.
+
+    Args:
+        group_id: The id of the group.
+        instances: CUDA ordinals in rank order, for each of the groups side by side.
+        arrival_timeout: Seconds that an op waits for a peer to arrive.
+    """
+    return _cuda().create_group(group_id, instances, arrival_timeout, _OP_TIMEOUT_S)
+
+
+def device_group_failure(group_id: int) -> str | None:
+    """The first failure of a group of GPUs as a text, or None."""
+    return _cuda().group_failure(group_id)
+
+
+def _cuda() -> Any:
+    return importlib.import_module("jax_ep._cuda")
 
 
 def plan(
@@ -57,6 +83,7 @@ def plan(
     capacity: int,
     alignment: int,
     expert_capacity: int,
+    config: DispatchConfig | None = None,
 ) -> Handle:
     """See ``jax_ep.reference.plan``."""
     num_tokens, top_k = topk_idx.shape
@@ -74,17 +101,19 @@ def plan(
         (1,),
         (1,),
     ]
+    if group.backend == "cuda":
+        shapes.append((_cuda().plan_scratch_size(num_experts, group.size),))
     leaves = _call(
         "jax_ep_plan",
         [_compat.result_type(topk_idx, shape, jnp.int32) for shape in shapes],
         topk_idx,
         _coords(group),
-        **_attributes(group, num_experts, layout),
+        **_attributes(group, num_experts, layout, config),
         alignment=np.int32(alignment),
         expert_capacity=np.int32(expert_capacity),
     )
     topk, dest_row, recv_rows, recv_src, expert_idx, group_sizes, counts, demand = leaves[:8]
-    num_dropped, num_invalid = leaves[8:]
+    num_dropped, num_invalid = leaves[8:10]
     return Handle(
         topk_idx=topk,
         dest_row=dest_row,
@@ -112,6 +141,7 @@ def dispatch(
     group: Group,
     scale_format: ScaleFormat | None = None,
     dense_output: bool = True,
+    config: DispatchConfig | None = None,
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
     """See ``jax_ep.reference.dispatch``."""
     values, scales = x if isinstance(x, Quantized) else (x, None)
@@ -119,24 +149,28 @@ def dispatch(
     quantized = scales is not None or (scale_format is not None and not dense_output)
     weights_shape = (rows,) if handle.layout == "expert" else (rows, top_k)
     row_dtype = jnp.float8_e4m3fn if quantized else values.dtype
+    results = [
+        _compat.result_type(values, (rows, hidden), row_dtype),
+        _compat.result_type(values, (rows, hidden // 128) if quantized else (0,), jnp.float32),
+        _compat.result_type(values, weights_shape if weights is not None else (0,), jnp.float32),
+    ]
+    if group.backend == "cuda":
+        # What is sent in float8, and what is received so before it becomes dense again.
+        sent = 0 if scale_format is None else len(values)
+        received = rows if scale_format is not None and dense_output else 0
+        results.append(_scratch(values, (sent + received) * (hidden + hidden // 128 * 4)))
     tokens, row_scales, row_weights = _call(
         "jax_ep_dispatch",
-        [
-            _compat.result_type(values, (rows, hidden), row_dtype),
-            _compat.result_type(values, (rows, hidden // 128) if quantized else (0,), jnp.float32),
-            _compat.result_type(
-                values, weights_shape if weights is not None else (0,), jnp.float32
-            ),
-        ],
+        results,
         values,
         _optional(scales),
         _optional(weights),
         *_routes(handle),
         _coords(group),
-        **_attributes(group, handle.num_experts, handle.layout),
+        **_attributes(group, handle.num_experts, handle.layout, config),
         quantization=np.int32(_QUANTIZATIONS[scale_format]),
         dense_output=np.int32(dense_output),
-    )
+    )[:3]
     out = Quantized(tokens, row_scales) if quantized else tokens
     return out, row_weights if weights is not None else None
 
@@ -148,24 +182,30 @@ def combine(
     handle: Handle,
     *,
     group: Group,
+    config: DispatchConfig | None = None,
 ) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
     """See ``jax_ep.reference.combine``."""
     num_tokens, top_k = handle.topk_idx.shape
+    results = [
+        _compat.result_type(rows, (num_tokens, rows.shape[1]), rows.dtype),
+        _compat.result_type(
+            rows, (num_tokens, top_k) if values is not None else (0,), jnp.float32
+        ),
+    ]
+    if group.backend == "cuda":
+        # Sums of this rank's rows, which the home ranks read.
+        sums = group.size * num_tokens if handle.layout == "expert" and group.size > 1 else 0
+        results.append(_scratch(rows, sums * rows.shape[1] * rows.dtype.itemsize))
     y, home = _call(
         "jax_ep_combine",
-        [
-            _compat.result_type(rows, (num_tokens, rows.shape[1]), rows.dtype),
-            _compat.result_type(
-                rows, (num_tokens, top_k) if values is not None else (0,), jnp.float32
-            ),
-        ],
+        results,
         rows,
         _optional(row_weights),
         _optional(values),
         *_routes(handle),
         _coords(group),
-        **_attributes(group, handle.num_experts, handle.layout),
-    )
+        **_attributes(group, handle.num_experts, handle.layout, config),
+    )[:2]
     return y, home if values is not None else None
 
 
@@ -176,6 +216,7 @@ def combine_vjp(
     handle: Handle,
     *,
     group: Group,
+    config: DispatchConfig | None = None,
 ) -> tuple[Array, Float32[Array, " capacity"]]:
     """See ``jax_ep.reference.combine_vjp``."""
     d_rows, d_weights = _call(
@@ -189,7 +230,7 @@ def combine_vjp(
         row_weights,
         *_routes(handle),
         _coords(group),
-        **_attributes(group, handle.num_experts, handle.layout),
+        **_attributes(group, handle.num_experts, handle.layout, config),
     )
     return d_rows, d_weights
 
@@ -210,14 +251,23 @@ def _coords(group: Group) -> Int32[Array, "2"]:
     return jnp.stack([_compat.cast_varying(rank, axes), _compat.cast_varying(instance, axes)])
 
 
-def _attributes(group: Group, num_experts: int, layout: Layout) -> dict[str, Any]:
+def _attributes(
+    group: Group, num_experts: int, layout: Layout, config: DispatchConfig | None
+) -> dict[str, Any]:
+    num_sms = config.num_sms if config is not None and config.num_sms is not None else 0
     return {
         "num_ranks": np.int32(group.size),
         "num_experts": np.int32(num_experts),
         "layout": np.int32(_LAYOUTS[layout]),
         "group_id": np.int64(group.id),
         "timeout_ms": np.int64(min(group.timeout * 1000, 2**62)),
+        "num_sms": np.int32(num_sms),
     }
+
+
+def _scratch(like: Array, num_bytes: int) -> Any:
+    """A result that only the op itself and its peers use, while it runs."""
+    return _compat.result_type(like, (num_bytes,), jnp.uint8)
 
 
 def _routes(handle: Handle) -> tuple[Array, ...]:

@@ -12,15 +12,17 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from jax_ep import _ffi
+from jax_ep import _compat, _ffi
+from jax_ep._errors import CommunicationError, from_text
 
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "cuda"]
 
 _DEFAULT_TIMEOUT_S = 600.0
 
 logger = logging.getLogger("jax_ep")
 
 _groups: dict[tuple[Any, ...], Group] = {}
+_generations: dict[tuple[Any, ...], int] = {}
 _warned: set[str] = set()
 
 
@@ -35,7 +37,7 @@ class Group:
     Attributes:
         mesh: The mesh that the group was made on.
         axis_names: The axes that form the group, row-major.
-        backend: "cpu" (native, XLA FFI) or "reference" (pure JAX).
+        backend: "cpu" or "cuda" (native, XLA FFI) or "reference" (pure JAX).
         timeout: Seconds that an op waits for a peer to arrive.
         id: The same in every process and every run with the same devices and axes.
     """
@@ -57,11 +59,16 @@ class Group:
         return tuple(name for name in self.mesh.axis_names if name not in self.axis_names)
 
     def check(self) -> None:
-        """Raise ``CommunicationError`` if an op of this group has failed unseen.
+        """Raise ``CommunicationError`` if an op of this group has failed on a GPU of this process.
 
+        Replays of CUDA graphs run no host code that could report a failure, so ask now and then.
         The CPU and the reference backends report a failure through the computation that it
         happened in and leave nothing behind, so for them this always returns.
         """
+        if self.backend == "cuda":
+            failure = _ffi.device_group_failure(self.id)
+            if failure is not None:
+                raise from_text(failure)
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name}={self.mesh.shape[name]}" for name in self.axis_names)
@@ -135,16 +142,36 @@ def create_group(
             f"default is {_DEFAULT_TIMEOUT_S:g}."
         )
     key = (mesh, axis_names, backend, float(timeout))
-    if key not in _groups:
+    group = _groups.get(key)
+    if group is None or _has_failed(group):
+        # A group that failed is not used again; programs that were made for it keep failing.
+        generation = _generations[key] = _generations.get(key, -1) + 1
         resolved = _resolve_backend(mesh, axis_names, backend)
-        _groups[key] = Group(
+        group = Group(
             mesh=mesh,
             axis_names=axis_names,
             backend=resolved,
             timeout=float(timeout),
-            id=_group_id(mesh, axis_names, resolved, float(timeout)),
+            id=_group_id(mesh, axis_names, resolved, float(timeout), generation),
         )
-    return _groups[key]
+        if resolved == "cuda":
+            _make_device_group(group)
+        _groups[key] = group
+    return group
+
+
+def _has_failed(group: Group) -> bool:
+    return group.backend == "cuda" and _ffi.device_group_failure(group.id) is not None
+
+
+def _make_device_group(group: Group) -> None:
+    instances = [
+        [_compat.local_ordinal(device) for device in instance]
+        for instance in _instances(group.mesh, group.axis_names)
+    ]
+    error = _ffi.create_device_group(group.id, instances, group.timeout)
+    if error is not None:
+        raise CommunicationError(f"the group of {group.axis_names} was not made: {error}")
 
 
 def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
@@ -161,11 +188,16 @@ def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
 
 
 def _group_id(
-    mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], backend: str, timeout: float
+    mesh: jax.sharding.Mesh,
+    axis_names: tuple[str, ...],
+    backend: str,
+    timeout: float,
+    generation: int,
 ) -> int:
     """A positive 63-bit id made of what the group is, never of where it lives in memory."""
     devices = [(device.platform, device.id) for device in mesh.devices.flat]
-    text = repr((axis_names, mesh.axis_names, mesh.devices.shape, devices, backend, timeout))
+    what = (axis_names, mesh.axis_names, mesh.devices.shape, devices, backend, timeout, generation)
+    text = repr(what)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -174,29 +206,44 @@ def _resolve_backend(
 ) -> str:
     if backend == "reference":
         return "reference"
-    reason = _why_not_cpu(mesh, axis_names)
-    if reason is None:
-        return "cpu"
-    if backend == "cpu":
+    platforms = sorted({device.platform for device in mesh.devices.flat})
+    native = {"cpu": "cpu", "gpu": "cuda"}.get(platforms[0]) if len(platforms) == 1 else None
+    if native is None:
+        reason: str | None = f"there are no kernels for devices of {', '.join(platforms)}"
+    elif backend not in ("auto", native):
+        reason = f"its devices are of platform {platforms[0]!r}"
+    else:
+        reason = _why_not(native, mesh, axis_names)
+        if reason is None:
+            return native
+    if backend != "auto":
         raise ValueError(
             f"jax_ep.create_group: argument backend: expected a backend that serves this mesh, got "
-            f"'cpu', but {reason}; use backend='reference'."
+            f"{backend!r}, but {reason}; use backend='reference'."
         )
     if reason not in _warned:
-        _warned.add(reason)
+        _warned.add(str(reason))
         logger.warning("using the pure-JAX reference backend: %s", reason)
     return "reference"
 
 
-def _why_not_cpu(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> str | None:
-    """Why the native CPU backend cannot serve ``mesh``, or None if it can."""
-    platforms = sorted({device.platform for device in mesh.devices.flat})
-    if platforms != ["cpu"]:
-        return f"there are no native kernels for devices of platform {', '.join(platforms)}"
-    axes = [mesh.axis_names.index(name) for name in axis_names]
-    instances = np.moveaxis(mesh.devices, axes, range(-len(axes), 0))
-    size = math.prod(mesh.devices.shape[axis] for axis in axes)
-    for instance in instances.reshape(-1, size):
+def _why_not(native: str, mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> str | None:
+    """Why the backend ``native`` cannot serve ``mesh``, or None if it can."""
+    processes = {device.process_index for device in mesh.devices.flat}
+    for instance in _instances(mesh, axis_names):
         if len({device.process_index for device in instance}) > 1:
-            return "the group spans several processes and its devices are CPUs"
-    return _ffi.why_unavailable()
+            return f"the group spans several processes, which the {native} backend cannot do yet"
+    if native == "cuda":
+        if len(processes) > 1:
+            return "the mesh spans several processes, which the cuda backend cannot do yet"
+        kinds = {_compat.compute_capability(device) for device in mesh.devices.flat}
+        if kinds != {"9.0"}:
+            return f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
+    return _ffi.why_unavailable(native)
+
+
+def _instances(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> np.ndarray:
+    """``[groups side by side, R]`` devices in rank order."""
+    axes = [mesh.axis_names.index(name) for name in axis_names]
+    size = math.prod(mesh.devices.shape[axis] for axis in axes)
+    return np.moveaxis(mesh.devices, axes, range(-len(axes), 0)).reshape(-1, size)

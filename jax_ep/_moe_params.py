@@ -73,6 +73,9 @@ class PartitionNames:
     intermediate: AxisName = None
 
 
+DEFAULT_NAMES = PartitionNames()
+
+
 def moe_param_shapes(
     *,
     hidden: int,
@@ -101,20 +104,23 @@ def moe_param_shapes(
 
     shared = None
     if shared_intermediate is not None:
-        up = weight(hidden, shared_intermediate)
-        shared = SharedExpert(up, up, weight(shared_intermediate, hidden))
+        shared_up = weight(hidden, shared_intermediate)
+        shared = SharedExpert(shared_up, shared_up, weight(shared_intermediate, hidden))
     up = weight(num_experts, hidden, intermediate)
+    bias: Any = jax.ShapeDtypeStruct((num_experts,), jnp.float32)
     return MoEParams(
         router_kernel=weight(hidden, num_experts),
         gate=up,
         up=up,
         down=weight(num_experts, intermediate, hidden),
-        router_bias=jax.ShapeDtypeStruct((num_experts,), jnp.float32) if router_bias else None,
+        router_bias=bias if router_bias else None,
         shared=shared,
     )
 
 
-def default_init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
+def default_init(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
+) -> Float[Array, "..."]:
     """Truncated normal of variance 1 / fan-in, the experts each on their own."""
     batch = tuple(range(len(shape) - 2))
     return jax.nn.initializers.lecun_normal(batch_axis=batch)(key, shape, dtype)
@@ -161,15 +167,16 @@ def init_moe_params(
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
     inits = [router_init] + [kernel_init] * (len(leaves) - 1)
-    params = structure.unflatten(
+    weights = [
         init(k, leaf.shape, leaf.dtype) for init, k, leaf in zip(inits, keys, leaves, strict=True)
-    )
+    ]
+    params = jax.tree.unflatten(structure, weights)
     bias = jnp.zeros((num_experts,), jnp.float32) if router_bias else None
     return params._replace(router_bias=bias)
 
 
 def moe_partition_specs(
-    params: MoEParams, *, group: Group, names: PartitionNames = PartitionNames()
+    params: MoEParams, *, group: Group, names: PartitionNames = DEFAULT_NAMES
 ) -> MoEParams:
     """A ``PartitionSpec`` for each weight: experts over the axes of the group.
 
@@ -188,17 +195,22 @@ def moe_partition_specs(
     """
     experts = group_axis(group) if names.experts is None else names.experts
     hidden, intermediate = names.hidden, names.intermediate
-    up = PartitionSpec(experts, hidden, intermediate)
-    shared_up = PartitionSpec(hidden, intermediate)
+
+    def split(*dimensions: AxisName) -> Any:
+        return PartitionSpec(*dimensions)
+
+    shared = None
+    if params.shared is not None:
+        shared_up = split(hidden, intermediate)
+        shared = SharedExpert(shared_up, shared_up, split(intermediate, hidden))
+    up = split(experts, hidden, intermediate)
     return MoEParams(
-        router_kernel=PartitionSpec(hidden, None),
+        router_kernel=split(hidden, None),
         gate=up,
         up=up,
-        down=PartitionSpec(experts, intermediate, hidden),
-        router_bias=None if params.router_bias is None else PartitionSpec(None),
-        shared=None
-        if params.shared is None
-        else SharedExpert(shared_up, shared_up, PartitionSpec(intermediate, hidden)),
+        down=split(experts, intermediate, hidden),
+        router_bias=None if params.router_bias is None else split(None),
+        shared=shared,
     )
 
 

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat, _ffi, reference
 from jax_ep._group import Group
-from jax_ep._types import Handle, Layout, Quantized, ScaleFormat
+from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 
-_BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": _ffi}
+_BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": _ffi, "cuda": _ffi}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,27 @@ class DispatchOptions:
         row_dtype: Dtype of the rows given.
         scale_format: None, or how rows are quantized on their way.
         dense_output: With ``scale_format``: whether rows are given back in ``row_dtype``.
+        config: How to use the machine.
     """
 
     group: Group
     row_dtype: Any
     scale_format: ScaleFormat | None = None
     dense_output: bool = True
+    config: DispatchConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CombineOptions:
+    """Static arguments of one combine.
+
+    Attributes:
+        group: The group.
+        config: How to use the machine.
+    """
+
+    group: Group
+    config: DispatchConfig | None = None
 
 
 def plan(
@@ -51,6 +66,7 @@ def plan(
     capacity: int,
     alignment: int,
     expert_capacity: int,
+    config: DispatchConfig | None = None,
 ) -> Handle:
     """See ``jax_ep.reference.plan``."""
     (topk_idx,) = vary_together(group, topk_idx)
@@ -65,7 +81,9 @@ def plan(
         handle = _empty_plan(topk_idx, **static)
     else:
         backend = _BACKENDS[group.backend]
-        handle = backend.plan(topk_idx, **static, expert_capacity=expert_capacity)
+        handle = backend.plan(
+            topk_idx, **static, expert_capacity=expert_capacity, config=config
+        )
     return _match(handle, topk_idx)
 
 
@@ -91,6 +109,7 @@ def _dispatch(options, x, weights, handle):
         group=options.group,
         scale_format=options.scale_format,
         dense_output=options.dense_output,
+        config=options.config,
     )
     return _match(out, x)
 
@@ -102,7 +121,8 @@ def _dispatch_fwd(options, x, weights, handle):
 def _dispatch_bwd(options, handle, cotangents):
     d_rows, d_row_weights = cotangents
     if not isinstance(d_rows, Quantized):
-        d_tokens, d_weights = combine(options.group, d_rows, d_row_weights, handle)
+        transpose = CombineOptions(options.group, options.config)
+        d_tokens, d_weights = combine(transpose, d_rows, d_row_weights, handle)
         return d_tokens, d_weights, None
     # refuse_gradient has seen to it that nothing flows back through the rows themselves.
     num_tokens, (_, hidden) = handle.topk_idx.shape[0], d_rows.values.shape
@@ -111,7 +131,9 @@ def _dispatch_bwd(options, handle, cotangents):
         no_scales = jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32)
         d_x = Quantized(d_x, no_scales)
     no_rows = _match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
-    _, d_weights = combine(options.group, no_rows, d_row_weights, handle)
+    _, d_weights = combine(
+        CombineOptions(options.group, options.config), no_rows, d_row_weights, handle
+    )
     return _match(d_x, d_rows), d_weights, None
 
 
@@ -119,7 +141,7 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 def combine(
-    group: Group,
+    options: CombineOptions,
     rows: Array,
     values: Float32[Array, "capacity *top_k"] | None,
     handle: Handle,
@@ -129,22 +151,25 @@ def combine(
     if num_tokens == 0:
         home = None if values is None else jnp.zeros((0, top_k), jnp.float32)
         return _match((jnp.zeros((0, rows.shape[1]), rows.dtype), home), rows)
-    return _combine(group, rows, values, handle)
+    return _combine(options, rows, values, handle)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(group, rows, values, handle):
+def _combine(options, rows, values, handle):
+    group, config = options.group, options.config
     backend = _BACKENDS[group.backend]
-    return _match(backend.combine(rows, None, values, handle, group=group), rows)
+    results = backend.combine(rows, None, values, handle, group=group, config=config)
+    return _match(results, rows)
 
 
-def _combine_fwd(group, rows, values, handle):
-    return _combine(group, rows, values, handle), handle
+def _combine_fwd(options, rows, values, handle):
+    return _combine(options, rows, values, handle), handle
 
 
-def _combine_bwd(group, handle, cotangents):
+def _combine_bwd(options, handle, cotangents):
     dy, d_home = cotangents
-    d_rows, d_values = dispatch(DispatchOptions(group, dy.dtype), dy, d_home, handle)
+    transpose = DispatchOptions(options.group, dy.dtype, config=options.config)
+    d_rows, d_values = dispatch(transpose, dy, d_home, handle)
     return d_rows, d_values, None
 
 
@@ -152,28 +177,31 @@ _combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def combine_weighted(
-    group: Group, rows: Array, row_weights: Float32[Array, " capacity"], handle: Handle
+    options: CombineOptions, rows: Array, row_weights: Float32[Array, " capacity"], handle: Handle
 ) -> Array:
     """See ``jax_ep.reference.combine``, with row weights; keeps rows and weights for backward."""
     if handle.topk_idx.shape[0] == 0:
         return _match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
-    return _combine_weighted(group, rows, row_weights, handle)
+    return _combine_weighted(options, rows, row_weights, handle)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine_weighted(group, rows, row_weights, handle):
-    y, _ = _BACKENDS[group.backend].combine(rows, row_weights, None, handle, group=group)
+def _combine_weighted(options, rows, row_weights, handle):
+    group, config = options.group, options.config
+    backend = _BACKENDS[group.backend]
+    y, _ = backend.combine(rows, row_weights, None, handle, group=group, config=config)
     return _match(y, rows)
 
 
-def _combine_weighted_fwd(group, rows, row_weights, handle):
-    return _combine_weighted(group, rows, row_weights, handle), (rows, row_weights, handle)
+def _combine_weighted_fwd(options, rows, row_weights, handle):
+    return _combine_weighted(options, rows, row_weights, handle), (rows, row_weights, handle)
 
 
-def _combine_weighted_bwd(group, residuals, dy):
+def _combine_weighted_bwd(options, residuals, dy):
     rows, row_weights, handle = residuals
+    group, config = options.group, options.config
     backend = _BACKENDS[group.backend]
-    gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group)
+    gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group, config=config)
     return *_match(gradients, rows), None
 
 

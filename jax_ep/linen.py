@@ -15,6 +15,7 @@ from jax_ep import _checks
 from jax_ep._group import Group
 from jax_ep._moe import MoEAux, RouterLike, moe
 from jax_ep._moe_params import (
+    DEFAULT_NAMES,
     Initializer,
     MoEParams,
     PartitionNames,
@@ -79,11 +80,12 @@ class MoE(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = default_init
     router_init: Initializer = default_init
-    partition_names: PartitionNames = PartitionNames()
+    partition_names: PartitionNames = DEFAULT_NAMES
     with_partitioning: Callable[..., Any] = nn.with_partitioning
     options: Mapping[str, Any] = FrozenDict()
 
     def setup(self) -> None:
+        """Make the weights."""
         shapes = moe_param_shapes(
             hidden=self.hidden,
             intermediate=self.intermediate,
@@ -103,7 +105,7 @@ class MoE(nn.Module):
 
         init = self.kernel_init
         shared = None
-        if shapes.shared is not None:
+        if shapes.shared is not None and specs.shared is not None:
             shared = SharedExpert(
                 param("shared_gate", init, shapes.shared.gate, specs.shared.gate),
                 param("shared_up", init, shapes.shared.up, specs.shared.up),

@@ -13,6 +13,7 @@ from jax_ep import _checks
 from jax_ep._group import Group
 from jax_ep._moe import MoEAux, RouterLike, moe
 from jax_ep._moe_params import (
+    DEFAULT_NAMES,
     Initializer,
     MoEParams,
     PartitionNames,
@@ -74,7 +75,7 @@ class MoE(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = default_init,
         router_init: Initializer = default_init,
-        partition_names: PartitionNames = PartitionNames(),
+        partition_names: PartitionNames = DEFAULT_NAMES,
         rngs: nnx.Rngs,
         **options: Any,
     ):
@@ -123,7 +124,10 @@ class MoE(nnx.Module):
         self.up = param(kernel_init, shapes.up, specs.up)
         self.down = param(kernel_init, shapes.down, specs.down)
         self.router_bias = RouterBias(jnp.zeros((num_experts,))) if router_bias else nnx.data(None)
-        if shapes.shared is None:
+        self.shared_gate: Any
+        self.shared_up: Any
+        self.shared_down: Any
+        if shapes.shared is None or specs.shared is None:
             self.shared_gate = self.shared_up = self.shared_down = nnx.data(None)
         else:
             self.shared_gate = param(kernel_init, shapes.shared.gate, specs.shared.gate)

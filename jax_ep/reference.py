@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from jax_ep._numerics import round_to
 from jax_ep._quantize import dequantize, quantize
-from jax_ep._types import Handle, Layout, Quantized, ScaleFormat
+from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 
 if TYPE_CHECKING:
     from jax_ep._group import Group
@@ -40,6 +40,7 @@ def plan(
     capacity: int,
     alignment: int,
     expert_capacity: int,
+    config: DispatchConfig | None = None,
 ) -> Handle:
     """Give every (token, k) its destination row.
 
@@ -54,6 +55,7 @@ def plan(
         capacity: Rows C of each rank; a multiple of ``alignment`` in layout "expert".
         alignment: Each expert's group is padded to a multiple of it (layout "expert").
         expert_capacity: Rows that one expert keeps at most (layout "expert").
+        config: Has no meaning here.
 
     Returns:
         The handle.
@@ -114,6 +116,7 @@ def dispatch(
     group: Group,
     scale_format: ScaleFormat | None = None,
     dense_output: bool = True,
+    config: DispatchConfig | None = None,
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
     """Bring each row of ``x`` to the ranks of its experts.
 
@@ -124,6 +127,7 @@ def dispatch(
         group: The group of the plan.
         scale_format: None sends rows as they are; "f32" or "ue8m0" sends them as float8_e4m3fn.
         dense_output: With ``scale_format``: rows come back in the dtype of ``x``.
+        config: Has no meaning here.
 
     Returns:
         ``[C, H]`` rows (unused ones zero) and their weights, ``[C]`` in layout "expert", ``[C, K]``
@@ -161,6 +165,7 @@ def combine(
     handle: Handle,
     *,
     group: Group,
+    config: DispatchConfig | None = None,
 ) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
     """Bring the rows of each token home and sum them.
 
@@ -174,6 +179,7 @@ def combine(
             unsummed, or None.
         handle: The plan.
         group: The group of the plan.
+        config: Has no meaning here.
 
     Returns:
         ``[T, H]`` sums in the row dtype, and ``[T, K]`` values (0 where a pair has no row) or None.
@@ -221,6 +227,7 @@ def combine_vjp(
     handle: Handle,
     *,
     group: Group,
+    config: DispatchConfig | None = None,
 ) -> tuple[Array, Float32[Array, " capacity"]]:
     """Gradients of ``combine`` with ``row_weights`` (layout "expert").
 
@@ -234,6 +241,7 @@ def combine_vjp(
         row_weights: ``[C]`` their factors.
         handle: The plan.
         group: The group of the plan.
+        config: Has no meaning here.
 
     Returns:
         ``[C, H]`` in the row dtype and ``[C]`` float32; zero for unused rows.

@@ -4,9 +4,9 @@
 
 #include "bindings/version.h"
 #include "cpu/rendezvous.h"
-#include "ffi/call_state.h"
+#include "ffi/cpu/call_state.h"
 #include "ffi/targets.h"
-#include "ffi/test_hooks.h"
+#include "ffi/cpu/test_hooks.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;

@@ -69,4 +69,18 @@ Checker::Matrix Checker::MatrixArgument(const char* name, ffi::AnyBuffer got) {
   return {0, 0};
 }
 
+ffi::Error ToError(const cpu::Status& status) {
+  switch (status.code()) {
+    case cpu::StatusCode::kOk:
+      return ffi::Error::Success();
+    case cpu::StatusCode::kInvalidArgument:
+      return ffi::Error::InvalidArgument(status.message());
+    case cpu::StatusCode::kDeadlineExceeded:
+      return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, status.message());
+    case cpu::StatusCode::kInternal:
+      return ffi::Error::Internal(status.message());
+  }
+  return ffi::Error::Internal(status.message());
+}
+
 }  // namespace jax_ep

@@ -44,6 +44,9 @@ class Checker {
   cpu::Status status_;
 };
 
+// The same outcome as XLA takes it.
+::xla::ffi::Error ToError(const cpu::Status& status);
+
 // Optional operands and results are arrays of shape (0,) when absent.
 bool IsPresent(::xla::ffi::AnyBuffer buffer);
 

@@ -1,4 +1,4 @@
-#include "ffi/call_state.h"
+#include "ffi/cpu/call_state.h"
 
 #include <atomic>
 #include <memory>

@@ -2,17 +2,8 @@
 
 #include "cpu/combine.h"
 
-#include "ffi/group_call.h"
-
-namespace jax_ep {
-
-struct CombineAttrs {
-  GroupAttrs group;
-};
-
-}  // namespace jax_ep
-
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jax_ep::CombineAttrs, JAX_EP_GROUP_ATTRS);
+#include "ffi/cpu/group_call.h"
+#include "ffi/decode.h"
 
 namespace jax_ep {
 
@@ -28,29 +19,8 @@ ffi::Future Combine(CallState* state, ffi::RunId run_id, ffi::ThreadPool pool, C
                     ffi::AnyBuffer recv_src, ffi::AnyBuffer expert_idx, ffi::AnyBuffer coords,
                     Out y, Out home) {
   const auto decode = [&](Checker& check, cpu::CombineArgs& args) {
-    cpu::Geometry& geometry = args.geometry;
-    args.handle = CheckHandle(check, attrs.group, {topk, dest_row, recv_rows, recv_src, expert_idx},
-                              geometry);
-    if (!check.ok()) return;
-    CheckSummableRows(check, "rows", rows, geometry.capacity, geometry);
-    check.Result("y", *y, rows.element_type(), {geometry.num_tokens, geometry.hidden});
-    args.rows = rows.untyped_data();
-    args.y = y->untyped_data();
-    if (IsPresent(row_weights)) {
-      check.Argument("row_weights", row_weights, ffi::F32, {geometry.capacity});
-      args.row_weights = static_cast<const float*>(row_weights.untyped_data());
-    } else {
-      check.Argument("row_weights", row_weights, ffi::F32, {0});
-    }
-    if (IsPresent(*home)) {
-      CheckRowValues(check, "argument values", values, geometry);
-      check.Result("home", *home, ffi::F32, {geometry.num_tokens, geometry.top_k});
-      args.values = static_cast<const float*>(values.untyped_data());
-      args.home = static_cast<float*>(home->untyped_data());
-    } else {
-      check.Argument("values", values, ffi::F32, {0});
-      check.Result("home", *home, ffi::F32, {0});
-    }
+    DecodeCombine(check, attrs, {topk, dest_row, recv_rows, recv_src, expert_idx},
+                  {rows, row_weights, values, *y, *home}, args);
   };
   return JoinGroup<cpu::CombineArgs, cpu::CombineWork>(Target::kCombine, {state, run_id, pool},
                                                        attrs.group, coords, decode);

@@ -1,4 +1,4 @@
-#include "ffi/test_hooks.h"
+#include "ffi/cpu/test_hooks.h"
 
 #include <atomic>
 #include <chrono>

@@ -1,0 +1,42 @@
+// The combine op on a GPU.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/group_params.h"
+#include "cuda/row_type.h"
+#include "plan/routing.h"
+
+namespace jax_ep::cuda {
+
+// Symbols as in plan/routing.h; H is the hidden size.
+struct CombineParams {
+  GroupParams group;
+  plan::Layout layout;
+  RowType type;
+  int32_t num_tokens;        // T
+  int32_t top_k;             // K
+  int32_t num_experts;       // E
+  int32_t capacity;          // C
+  int32_t num_rows;          // M, rows of a source at most
+  int32_t hidden;            // H
+  const void* rows;          // [C, H], this rank's
+  const float* row_weights;  // [C], or null
+  const float* values;       // [C] or [C, K], or null
+  const int32_t* topk;       // [T, K]
+  const int32_t* dest_row;   // [T, K]
+  const int32_t* recv_rows;  // [R * T, M]
+  void* partials;            // layout "expert": [R, T, H] scratch that peers read
+  void* y;                   // [T, H]
+  float* home;               // [T, K], or null
+  int32_t num_blocks;
+};
+
+// On failure every byte of y is 0xff, which is NaN in every row dtype.
+cudaError_t LaunchCombine(const CombineParams& params, cudaStream_t stream);
+
+cudaError_t LoadCombine();
+
+}  // namespace jax_ep::cuda

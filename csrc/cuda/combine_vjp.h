@@ -1,0 +1,35 @@
+// The gradients of combine with fused weights, on a GPU (layout "expert").
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/group_params.h"
+#include "cuda/row_type.h"
+
+namespace jax_ep::cuda {
+
+// Symbols as in plan/routing.h; H is the hidden size.
+struct CombineVjpParams {
+  GroupParams group;
+  RowType type;
+  int32_t num_tokens;
+  int32_t num_rows;
+  int32_t capacity;
+  int32_t hidden;
+  const void* dy;            // [T, H], this rank's
+  const void* rows;          // [C, H]
+  const float* row_weights;  // [C]
+  const int32_t* recv_rows;  // [R * T, M]
+  const int32_t* recv_src;   // [C]
+  void* d_rows;              // [C, H]
+  float* d_weights;          // [C]
+  int32_t num_blocks;
+};
+
+cudaError_t LaunchCombineVjp(const CombineVjpParams& params, cudaStream_t stream);
+
+cudaError_t LoadCombineVjp();
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,329 @@
+// The dispatch op: every rank reads the rows that it needs, each once over the link, and writes
+// each to all its places.
+//
+// In a block, *movers* are warps that copy rows by bulk copies through a ring of stages in shared
+// memory: while some loads are under way, finished ones are stored. The other warps are *helpers*:
+// they bring weights and scales, and clear unused rows.
+
+#include <algorithm>
+
+#include "cuda/dispatch.h"
+#include "cuda/sync.cuh"
+#include "cuda/vectors.cuh"
+
+namespace jax_ep::cuda {
+namespace {
+
+using plan::Layout;
+
+constexpr int kStages = 4;
+constexpr int kMaxMovers = 8;
+constexpr int kHelpers = 4;  // warps
+constexpr int kRingBytes = 200 << 10;
+constexpr int kMaxChunkBytes = 16 << 10;
+constexpr int kZeroBytes = 4 << 10;
+
+// How a row is cut for the stages.
+struct Chunks {
+  int32_t bytes;  // of all but the last
+  int32_t count;
+};
+
+__host__ __device__ Chunks ChunksOf(int32_t row_bytes) {
+  const int32_t count = (row_bytes + kMaxChunkBytes - 1) / kMaxChunkBytes;
+  const int32_t bytes = plan::RoundUp((row_bytes + count - 1) / count, 16);
+  return {bytes, (row_bytes + bytes - 1) / bytes};
+}
+
+// Scales travel with the last chunk of their row if bulk copies can carry them.
+__host__ __device__ int32_t BulkScaleBytes(const DispatchParams& p) {
+  const int32_t bytes = p.scales_per_row * static_cast<int32_t>(sizeof(float));
+  return bytes % 16 == 0 ? bytes : 0;
+}
+
+__host__ __device__ int32_t StageBytes(const DispatchParams& p) {
+  return plan::RoundUp(ChunksOf(p.row_bytes).bytes, 128) + plan::RoundUp(BulkScaleBytes(p), 128);
+}
+
+__host__ __device__ int32_t NumMovers(const DispatchParams& p) {
+  return plan::Min(kRingBytes / (kStages * StageBytes(p)), kMaxMovers);
+}
+
+// Shared memory of a block.
+struct Shared {
+  char* zeros;         // [kZeroBytes]
+  uint64_t* barriers;  // [kMaxMovers, kStages]
+  char* stages;        // [movers, kStages, StageBytes()]
+  __device__ explicit Shared(char* memory)
+      : zeros(memory),
+        barriers(reinterpret_cast<uint64_t*>(memory + kZeroBytes)),
+        stages(memory + kZeroBytes + kMaxMovers * kStages * sizeof(uint64_t)) {}
+};
+
+size_t SharedBytes(const DispatchParams& p) {
+  return kZeroBytes + kMaxMovers * kStages * sizeof(uint64_t) +
+         static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
+}
+
+// The rows of one source; lane m of the warp has row m, or -1.
+__device__ int32_t RowOfLane(const DispatchParams& p, int32_t source) {
+  const int32_t lane = threadIdx.x % 32;
+  if (lane >= p.num_rows) return plan::kNone;
+  const int32_t row = p.recv_rows[int64_t{source} * p.num_rows + lane];
+  return row < p.capacity ? row : plan::kNone;
+}
+
+// Goes through the sources that one of `num_warps` warps is to bring, leaving out those without
+// rows. Sources alternate between ranks, so that every link and the local memory are busy
+// throughout.
+class SourceIterator {
+ public:
+  __device__ SourceIterator(const DispatchParams& p, int32_t warp, int32_t num_warps)
+      : p_(p), next_(warp), step_(num_warps) {}
+
+  // The next source, or -1; the same in all lanes.
+  __device__ int32_t Next() {
+    const int32_t num_sources = p_.group.num_ranks * p_.num_tokens;
+    while (found_ == 0) {
+      if (next_ >= num_sources) return plan::kNone;
+      // Each lane looks at one of the next 32.
+      const int64_t index = next_ + int64_t{step_} * (threadIdx.x % 32);
+      candidate_ = index < num_sources ? SourceAt(static_cast<int32_t>(index)) : plan::kNone;
+      const bool has_rows = candidate_ != plan::kNone &&
+                            p_.recv_rows[int64_t{candidate_} * p_.num_rows] != plan::kNone;
+      found_ = __ballot_sync(~0u, has_rows);
+      const int64_t after = next_ + int64_t{step_} * 32;
+      next_ = after < num_sources ? static_cast<int32_t>(after) : num_sources;
+    }
+    const int lane = __ffs(found_) - 1;
+    found_ &= found_ - 1;
+    return __shfl_sync(~0u, candidate_, lane);
+  }
+
+ private:
+  __device__ int32_t SourceAt(int32_t index) const {
+    const int32_t num_ranks = p_.group.num_ranks;
+    const int32_t rank = (p_.group.rank + 1 + index % num_ranks) % num_ranks;
+    return rank * p_.num_tokens + index / num_ranks;
+  }
+
+  const DispatchParams& p_;
+  int32_t next_;
+  int32_t step_;
+  int32_t candidate_ = plan::kNone;
+  uint32_t found_ = 0;
+};
+
+// One mover. The load of an item runs up to kStages - 1 items ahead of its stores.
+__device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, int32_t num_warps, char* stages,
+                         uint64_t* barriers) {
+  const int32_t lane = threadIdx.x % 32;
+  const Chunks chunks = ChunksOf(p.row_bytes);
+  const int32_t stage_bytes = StageBytes(p);
+  const int32_t scale_bytes = BulkScaleBytes(p);
+  const int32_t scale_offset = stage_bytes - plan::RoundUp(scale_bytes, 128);
+  if (lane == 0) {
+    for (int s = 0; s < kStages; ++s) ptx::InitBarrier(&barriers[s], 1);
+    ptx::FenceBarrierInit();
+    ptx::FenceProxyAsyncGlobal();
+  }
+  __syncwarp();
+
+  SourceIterator sources(p, warp, num_warps);
+  int32_t source = plan::kNone;
+  int32_t load_chunk = chunks.count;
+  int32_t row_of_stage[kStages];
+  int32_t offset_of_stage[kStages];
+  bool more = true;
+  // Starts the next load into `stage`; sets `more` to false when there is none.
+  const auto load = [&](int stage, int32_t& row, int32_t& offset) {
+    if (!more) return;
+    if (load_chunk == chunks.count) {
+      source = sources.Next();
+      load_chunk = 0;
+      more = source != plan::kNone;
+      if (!more) return;
+    }
+    row = RowOfLane(p, source);
+    offset = load_chunk * chunks.bytes;
+    ++load_chunk;
+    if (lane == 0) {
+      const int32_t bytes = plan::Min(chunks.bytes, p.row_bytes - offset);
+      const int32_t rank = source / p.num_tokens;
+      const int64_t token = source % p.num_tokens;
+      char* memory = stages + stage * stage_bytes;
+      const bool with_scales = scale_bytes != 0 && load_chunk == chunks.count;
+      ptx::ArriveExpectBytes(&barriers[stage], bytes + (with_scales ? scale_bytes : 0));
+      ptx::BulkLoad(memory, PeerAddress<char>(p.group, epoch, rank, 0) + token * p.row_bytes + offset,
+                    bytes, &barriers[stage]);
+      if (with_scales) {
+        ptx::BulkLoad(memory + scale_offset,
+                      PeerAddress<char>(p.group, epoch, rank, 1) + token * scale_bytes, scale_bytes,
+                      &barriers[stage]);
+      }
+    }
+  };
+  int32_t num_loaded = 0;
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    load(s, row_of_stage[s], offset_of_stage[s]);
+    num_loaded += more;
+  }
+  for (int32_t item = 0; item < num_loaded;) {
+    const uint32_t parity = (item / kStages) & 1;
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      if (item >= num_loaded) break;
+      while (!ptx::TryWaitParity(&barriers[s], parity)) {
+      }
+      const int32_t row = row_of_stage[s];
+      if (row >= 0) {
+        const int32_t bytes = plan::Min(chunks.bytes, p.row_bytes - offset_of_stage[s]);
+        char* target = static_cast<char*>(p.rows) + int64_t{row} * p.row_bytes + offset_of_stage[s];
+        ptx::BulkStore(target, stages + s * stage_bytes, bytes);
+        if (scale_bytes != 0 && offset_of_stage[s] + bytes == p.row_bytes) {
+          ptx::BulkStore(reinterpret_cast<char*>(p.row_scales) + int64_t{row} * scale_bytes,
+                         stages + s * stage_bytes + scale_offset, scale_bytes);
+        }
+      }
+      ptx::CommitBulkGroup();
+      ++item;
+      // The next load takes the stage of the item before this one: its stores must have read it.
+      ptx::WaitBulkGroupRead<1>();
+      __syncwarp();
+      constexpr int kBefore = kStages - 1;
+      const int next = (s + kBefore) % kStages;
+      load(next, row_of_stage[next], offset_of_stage[next]);
+      num_loaded += more;
+    }
+  }
+  ptx::WaitBulkGroups();
+}
+
+// Helpers: the weight of each row.
+__device__ void BringWeights(const DispatchParams& p, uint64_t epoch, int32_t thread, int32_t num_threads) {
+  const bool by_pair = p.layout == Layout::kToken;
+  const int64_t count = int64_t{p.capacity} * (by_pair ? p.top_k : 1);
+  const int32_t num_sources = plan::NumSources(p.layout, p.group.num_ranks, p.num_tokens, p.top_k);
+  for (int64_t i = thread; i < count; i += num_threads) {
+    const int32_t encoded = p.recv_src[by_pair ? i / p.top_k : i];
+    float weight = 0.0f;
+    if (encoded >= 0 && encoded < num_sources && (!by_pair || p.expert_idx[i] >= 0)) {
+      const plan::Source source = plan::DecodeSource(p.layout, encoded, p.num_tokens, p.top_k);
+      const int32_t k = by_pair ? static_cast<int32_t>(i % p.top_k) : source.k;
+      const float* weights = PeerAddress<float>(p.group, epoch, source.rank, 2);
+      weight = __ldcg(&weights[int64_t{source.token} * p.top_k + k]);
+    }
+    p.row_weights[i] = weight;
+  }
+}
+
+// Helpers: the scales of the sources of one warp, several sources at a time to hide the link's
+// latency.
+__device__ void BringScales(const DispatchParams& p, uint64_t epoch, int32_t warp, int32_t num_warps) {
+  constexpr int kAtOnce = 4;
+  const int32_t lane = threadIdx.x % 32;
+  SourceIterator sources(p, warp, num_warps);
+  for (bool more = true; more;) {
+    int32_t batch[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      batch[i] = more ? sources.Next() : plan::kNone;
+      more = more && batch[i] != plan::kNone;
+    }
+    for (int32_t j0 = 0; j0 < p.scales_per_row; j0 += 32) {
+      const int32_t j = j0 + lane;
+      float scale[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (batch[i] < 0 || j >= p.scales_per_row) continue;
+        const float* scales = PeerAddress<float>(p.group, epoch, batch[i] / p.num_tokens, 1);
+        scale[i] = __ldcg(&scales[int64_t{batch[i] % p.num_tokens} * p.scales_per_row + j]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (batch[i] < 0 || j >= p.scales_per_row) continue;
+        for (int32_t m = 0; m < p.num_rows; ++m) {
+          const int32_t row = p.recv_rows[int64_t{batch[i]} * p.num_rows + m];
+          if (row < 0 || row >= p.capacity) break;
+          p.row_scales[int64_t{row} * p.scales_per_row + j] = scale[i];
+        }
+      }
+    }
+  }
+}
+
+// Helpers: zeros for the rows that have no source; each lane has rows of its own.
+__device__ void ClearUnusedRows(const DispatchParams& p, const char* zeros, int32_t thread,
+                                int32_t num_threads) {
+  for (int64_t row = thread; row < p.capacity; row += num_threads) {
+    if (p.recv_src[row] >= 0) continue;
+    char* target = static_cast<char*>(p.rows) + row * p.row_bytes;
+    for (int32_t offset = 0; offset < p.row_bytes; offset += kZeroBytes) {
+      ptx::BulkStore(target + offset, zeros, plan::Min(kZeroBytes, p.row_bytes - offset));
+    }
+    ptx::CommitBulkGroup();
+    ptx::WaitBulkGroupRead<4>();  // leaves the link and the memory some room for the movers
+    for (int32_t j = 0; j < p.scales_per_row; ++j) {
+      p.row_scales[row * p.scales_per_row + j] = 0.0f;
+    }
+  }
+  ptx::WaitBulkGroups();
+}
+
+// What a failed dispatch gives: NaN in every row.
+__device__ void Poison(const DispatchParams& p) {
+  const int64_t num_words = int64_t{p.capacity} * p.row_bytes / 16;
+  uint4* words = static_cast<uint4*>(p.rows);
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < num_words; i += step) {
+    words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+  }
+}
+
+__global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
+    DispatchKernel(const __grid_constant__ DispatchParams p) {
+  extern __shared__ __align__(128) char memory[];
+  const Shared shared(memory);
+  const uint64_t epoch = BeginOp(p.group);
+  if (blockIdx.x == 0) Publish(p.group, epoch, {p.x, p.scales, p.weights});
+  for (int32_t i = threadIdx.x; i < kZeroBytes / 16; i += blockDim.x) {
+    reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
+  }
+  ptx::FenceProxyAsyncShared();
+  if (!WaitArrivals(p.group, epoch)) {  // also orders the zeros before their use
+    Poison(p);
+    EndOp(p.group, epoch);
+    return;
+  }
+  const int32_t warp = threadIdx.x / 32;
+  const int32_t num_movers = NumMovers(p);
+  if (warp < num_movers) {
+    MoveRows(p, epoch, warp * gridDim.x + blockIdx.x, num_movers * gridDim.x,
+             shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
+             shared.barriers + warp * kStages);
+  } else {
+    const int32_t helper = (warp - num_movers) * gridDim.x + blockIdx.x;
+    const int32_t num_helpers = kHelpers * gridDim.x;
+    const int32_t thread = helper * 32 + threadIdx.x % 32;
+    if (p.scales_per_row != 0 && BulkScaleBytes(p) == 0) BringScales(p, epoch, helper, num_helpers);
+    if (p.weights != nullptr) BringWeights(p, epoch, thread, num_helpers * 32);
+    ClearUnusedRows(p, shared.zeros, thread, num_helpers * 32);
+  }
+  EndOp(p.group, epoch);
+}
+
+}  // namespace
+
+cudaError_t LoadDispatch() {
+  return cudaFuncSetAttribute(DispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              220 << 10);
+}
+
+cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
+  const int num_threads = (NumMovers(params) + kHelpers) * 32;
+  DispatchKernel<<<params.num_blocks, num_threads, SharedBytes(params), stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,44 @@
+// The dispatch op on a GPU: every rank reads the rows that it needs from its peers.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/group_params.h"
+#include "plan/routing.h"
+
+namespace jax_ep::cuda {
+
+// Channels that share one scale.
+constexpr int32_t kScaleBlock = 128;
+
+// Symbols as in plan/routing.h; H is the hidden size.
+struct DispatchParams {
+  GroupParams group;
+  plan::Layout layout;
+  int32_t num_tokens;         // T
+  int32_t top_k;              // K
+  int32_t capacity;           // C
+  int32_t num_rows;           // M, rows of a source at most
+  int32_t row_bytes;          // of a row as it travels; a multiple of 16
+  int32_t scales_per_row;     // float32 that travel with each row; 0 without scales
+  const void* x;              // [T, H], this rank's
+  const float* scales;        // [T, scales_per_row], or null
+  const float* weights;       // [T, K], or null
+  const int32_t* recv_rows;   // [R * T, M]
+  const int32_t* recv_src;    // [C]
+  const int32_t* expert_idx;  // [C, K] in layout "token"
+  void* rows;                 // [C, H]
+  float* row_scales;          // [C, scales_per_row], or null
+  float* row_weights;         // [C] or [C, K], or null
+  int32_t num_blocks;
+};
+
+// Moves rows as they are. On failure every byte of the rows is 0xff, which is NaN in every row
+// dtype.
+cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream);
+
+cudaError_t LoadDispatch();
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,46 @@
+// The plan op on a GPU.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/group_params.h"
+#include "plan/routing.h"
+
+namespace jax_ep::cuda {
+
+// Symbols as in plan/routing.h. A *column* is what rows are counted by: an expert in layout
+// "expert", a rank in layout "token".
+struct PlanParams {
+  GroupParams group;
+  plan::Layout layout;
+  int32_t num_tokens;
+  int32_t top_k;
+  int32_t num_experts;
+  int32_t capacity;
+  int32_t alignment;
+  int32_t expert_capacity;
+  const int32_t* topk_idx;  // [T, K]
+  int32_t* topk;            // [T, K]
+  int32_t* dest_row;        // [T, K]
+  int32_t* recv_rows;       // [R * T, M]
+  int32_t* recv_src;        // [C]
+  int32_t* expert_idx;      // [C, K] in layout "token", else unused
+  int32_t* group_sizes;     // [L]
+  int32_t* counts;          // [L]
+  int32_t* demand;          // [L]
+  int32_t* num_dropped;     // [1]
+  int32_t* num_invalid;     // [1]
+  int32_t* scratch;         // [PlanScratchSize()]; peers read it
+};
+
+// Number of int32 in PlanParams::scratch.
+int64_t PlanScratchSize(int32_t num_experts, int32_t num_ranks);
+
+cudaError_t LaunchPlan(const PlanParams& params, cudaStream_t stream);
+
+// Loads the kernel on the current device, so that no launch has to.
+cudaError_t LoadPlan();
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,37 @@
+// Rows to float8_e4m3fn and back, on one GPU.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/row_type.h"
+
+namespace jax_ep::cuda {
+
+struct QuantizeParams {
+  RowType type;
+  bool ue8m0;  // scales are rounded up to powers of two
+  int64_t num_rows;
+  int32_t hidden;  // a multiple of 128
+  const void* x;   // [num_rows, hidden]
+  void* values;    // [num_rows, hidden] float8_e4m3fn
+  float* scales;   // [num_rows, hidden / 128]
+};
+
+cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream);
+
+struct DequantizeParams {
+  RowType type;
+  int64_t num_rows;
+  int32_t hidden;
+  const void* values;   // [num_rows, hidden] float8_e4m3fn
+  const float* scales;  // [num_rows, hidden / 128]
+  void* rows;           // [num_rows, hidden]
+};
+
+cudaError_t LaunchDequantize(const DequantizeParams& params, cudaStream_t stream);
+
+cudaError_t LoadQuantize();
+
+}  // namespace jax_ep::cuda

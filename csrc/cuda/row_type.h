@@ -1,0 +1,12 @@
+// Dtypes of rows that kernels compute with.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_ep::cuda {
+
+enum class RowType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+constexpr int32_t ByteWidth(RowType type) { return type == RowType::kFloat32 ? 4 : 2; }
+
+}  // namespace jax_ep::cuda

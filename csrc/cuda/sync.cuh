@@ -1,0 +1,160 @@
+// How the ranks of a group keep step inside kernels: arrival, closing, deadlines and failures.
+//
+// Every op of a group is one kernel on each rank, and runs in these steps:
+//
+//   1. BeginOp: all blocks learn the epoch of the op.
+//   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
+//   3. WaitArrivals: every block waits until all peers have done so; then it may read their inputs.
+//   4. EndOp: the last block to finish tells every peer that this rank reads no more, and waits until
+//      all peers have said the same; then the inputs may be reused.
+//
+// A wait that passes its deadline, or that meets another op, records the failure, tells all peers and
+// returns false; from then on every wait of the group returns false at once. Nothing traps.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/group_params.h"
+#include "cuda/ptx.cuh"
+#include "cuda/workspace.h"
+
+namespace jax_ep::cuda {
+
+__device__ __forceinline__ Workspace& Own(const GroupParams& group) {
+  return *group.peers[group.rank];
+}
+
+// Records the failure unless there was one before, and tells all peers.
+__device__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phase, int peer,
+                            uint64_t expected, uint64_t seen, uint64_t waited_ns) {
+  ErrorRecord* error = group.error;
+  if (atomicCAS_system(&error->set, 0u, 2u) == 0u) {
+    error->kind = static_cast<uint32_t>(kind);
+    error->rank = group.rank;
+    error->peer = peer;
+    error->op = static_cast<uint32_t>(group.op);
+    error->phase = static_cast<uint32_t>(phase);
+    error->expected = expected;
+    error->seen = seen;
+    error->waited_ns = waited_ns;
+    ptx::StoreReleaseSystem(&error->set, 1u);
+  }
+  for (int r = 0; r < group.num_ranks; ++r) {
+    ptx::StoreReleaseSystem(&group.peers[r]->failed, 1u);
+  }
+}
+
+// Waits for `flag` of `peer` to reach `epoch`; false once the group has failed.
+__device__ inline bool WaitFlag(const GroupParams& group, const uint64_t& flag, uint64_t epoch,
+                                Phase phase, int peer) {
+  const uint64_t expected = FlagValue(epoch, group.tag);
+  const uint64_t limit =
+      phase == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
+  uint64_t start = 0;
+  for (uint32_t spins = 0;; ++spins) {
+    const uint64_t seen = ptx::LoadAcquireSystem(&flag);
+    if (seen == expected) return true;
+    if (seen >> kTagBits >= epoch) {
+      Fail(group, ErrorKind::kMismatch, phase, peer, expected, seen, 0);
+      return false;
+    }
+    if (spins % 64 != 63) continue;
+    if (ptx::LoadAcquireSystem(&Own(group).failed) != 0u) {
+      Fail(group, ErrorKind::kAborted, phase, peer, expected, seen, 0);
+      return false;
+    }
+    const uint64_t now = ptx::GlobalTimer();
+    if (start == 0) start = now;
+    if (now - start > limit) {
+      Fail(group, ErrorKind::kTimeout, phase, peer, expected, seen, now - start);
+      return false;
+    }
+  }
+}
+
+// The epoch of the running op. All threads of all blocks call it before EndOp.
+__device__ __forceinline__ uint64_t BeginOp(const GroupParams& group) {
+  return *static_cast<volatile uint64_t*>(&Own(group).epoch) + 1;
+}
+
+// True in all threads of the last block that comes here, which sees all that the other blocks wrote
+// before they came. `counter` is reset. Called by all threads of all blocks.
+__device__ inline bool IsLastBlock(uint32_t* counter) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(counter, 1u) == gridDim.x - 1;
+    if (is_last) {
+      *counter = 0;
+      __threadfence();
+    }
+  }
+  __syncthreads();
+  return is_last;
+}
+
+// Tells every peer that this rank's inputs are ready, at `addresses`. Called by all threads of one
+// block, after the inputs were made visible (by an earlier kernel, or IsLastBlock).
+__device__ inline void Publish(const GroupParams& group, uint64_t epoch,
+                               const void* const (&addresses)[kMaxAddresses]) {
+  constexpr int kWords = kMaxAddresses + 1;
+  ptx::FenceAcquireReleaseSystem();
+  for (int i = threadIdx.x; i < group.num_ranks * kWords; i += blockDim.x) {
+    Workspace& peer = *group.peers[i / kWords];
+    const int word = i % kWords;
+    if (word == kMaxAddresses) {
+      ptx::StoreRelaxedSystem(&peer.arrival[group.rank].value, FlagValue(epoch, group.tag));
+      continue;
+    }
+    const void* address = nullptr;
+#pragma unroll
+    for (int j = 0; j < kMaxAddresses; ++j) address = word == j ? addresses[j] : address;
+    ptx::StoreRelaxedSystem(&peer.addresses[group.rank][word], PackAddress(address, epoch));
+  }
+}
+
+// Waits until the inputs of all ranks are ready; false in all threads once the group has failed.
+// Called by all threads of a block.
+__device__ inline bool WaitArrivals(const GroupParams& group, uint64_t epoch) {
+  bool arrived = true;
+  for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
+    arrived = arrived && WaitFlag(group, Own(group).arrival[r].value, epoch, Phase::kArrival, r);
+  }
+  return __syncthreads_and(arrived);
+}
+
+// An address that rank `peer` published; after WaitArrivals.
+template <typename T>
+__device__ __forceinline__ const T* PeerAddress(const GroupParams& group, uint64_t epoch, int peer,
+                                                int index) {
+  uint64_t word;
+  do {  // it left together with the flag that was waited for
+    word = ptx::LoadRelaxedSystem(&Own(group).addresses[peer][index]);
+  } while ((word & 0xffff) != (epoch & 0xffff));
+  return reinterpret_cast<const T*>(word >> 16);
+}
+
+// Ends the op: the last block returns once all ranks read no more. Called by all threads of all
+// blocks, each after its last read of a peer, also after a failure. Meanwhile all threads of the last
+// block run `finish`, which sees what the other blocks wrote.
+template <typename Finish>
+__device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish) {
+  Workspace& own = Own(group);
+  if (!IsLastBlock(&own.blocks_done)) return;
+  for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
+    ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value, FlagValue(epoch, group.tag));
+  }
+  finish();
+  for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
+    WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) own.epoch = epoch;
+}
+
+__device__ inline void EndOp(const GroupParams& group, uint64_t epoch) {
+  EndOp(group, epoch, [] {});
+}
+
+}  // namespace jax_ep::cuda

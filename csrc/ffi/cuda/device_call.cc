@@ -1,0 +1,79 @@
+#include "ffi/cuda/device_call.h"
+
+#include <algorithm>
+#include <string>
+
+#include "transport/peers.h"
+
+namespace jax_ep {
+
+namespace ffi = ::xla::ffi;
+
+namespace {
+
+// Of the blocks of an H100 or H200, which has 132 SMs; the rest stays to other kernels that wait.
+constexpr int32_t kMaxBlocks = 100;
+
+// FNV-1a, folded into the bits of a tag; never 0.
+uint32_t Tag(cuda::OpKind op, std::initializer_list<int64_t> shape) {
+  uint64_t digest = 14695981039346656037u;
+  const auto add = [&](uint64_t value) { digest = (digest ^ value) * 1099511628211u; };
+  add(static_cast<uint64_t>(op));
+  for (const int64_t value : shape) add(static_cast<uint64_t>(value));
+  const uint64_t folded = digest ^ digest >> 32;
+  return static_cast<uint32_t>((folded ^ folded >> 16) & ((1u << cuda::kTagBits) - 1)) | 1u;
+}
+
+}  // namespace
+
+ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device, cuda::OpKind op,
+                        std::initializer_list<int64_t> shape, cuda::GroupParams& group) {
+  CheckGroup(check, attrs);
+  check.Attribute("num_experts", attrs.num_experts <= cuda::kMaxExperts, "at most 4096 on GPUs",
+                  attrs.num_experts);
+  if (!check.ok()) return ToError(check.status());
+  const transport::Member* member = transport::FindMember(attrs.group_id, device);
+  if (member == nullptr) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                      "jax_ep: GPU " + std::to_string(device) + " is in no group of id " +
+                          std::to_string(attrs.group_id) +
+                          "; make the group with jax_ep.create_group in this process first");
+  }
+  if (auto failure = transport::Failure(*member)) {
+    return ffi::Error(ffi::ErrorCode::kAborted, *failure);
+  }
+  group = member->params;
+  group.op = op;
+  group.tag = Tag(op, shape);
+  return ffi::Error::Success();
+}
+
+void CheckScratch(Checker& check, ffi::AnyBuffer scratch, int64_t bytes) {
+  if (static_cast<int64_t>(scratch.size_bytes()) < bytes) {
+    check.Fail("result scratch", std::to_string(bytes) + " bytes",
+               std::to_string(scratch.size_bytes()));
+  }
+}
+
+cuda::RowType RowTypeOf(cpu::DType dtype) {
+  switch (dtype) {
+    case cpu::DType::kBFloat16:
+      return cuda::RowType::kBFloat16;
+    case cpu::DType::kFloat16:
+      return cuda::RowType::kFloat16;
+    default:
+      return cuda::RowType::kFloat32;
+  }
+}
+
+int32_t NumBlocks(const GroupAttrs& attrs, int32_t fallback) {
+  return std::clamp(attrs.num_sms > 0 ? attrs.num_sms : fallback, 2, kMaxBlocks);
+}
+
+ffi::Error ToError(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("jax_ep.") + op +
+                              ": launch failed: " + cudaGetErrorString(error));
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,123 @@
+// Handler of target jax_ep_dispatch on GPUs.
+
+#include "cuda/dispatch.h"
+
+#include "cuda/quantize.h"
+#include "ffi/cuda/device_call.h"
+
+namespace jax_ep {
+
+namespace ffi = ::xla::ffi;
+
+namespace {
+
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+// Rows in float8 with their scales, in scratch memory.
+struct QuantizedRows {
+  char* values;
+  float* scales;
+  // Takes room for `num_rows` rows from `scratch` on, and moves it past them.
+  static QuantizedRows Take(char*& scratch, int64_t num_rows, int32_t hidden) {
+    QuantizedRows rows{scratch, reinterpret_cast<float*>(scratch + num_rows * hidden)};
+    scratch += num_rows * (hidden + hidden / cuda::kScaleBlock * int64_t{sizeof(float)});
+    return rows;
+  }
+};
+
+ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ffi::AnyBuffer x,
+                    ffi::AnyBuffer scales, ffi::AnyBuffer weights, ffi::AnyBuffer topk,
+                    ffi::AnyBuffer dest_row, ffi::AnyBuffer recv_rows, ffi::AnyBuffer recv_src,
+                    ffi::AnyBuffer expert_idx, ffi::AnyBuffer /*coords*/, Out rows, Out row_scales,
+                    Out row_weights, Out scratch) {
+  Checker check("dispatch");
+  cpu::DispatchArgs args{};
+  DecodeDispatch(check, attrs, {topk, dest_row, recv_rows, recv_src, expert_idx},
+                 {x, scales, weights, *rows, *row_scales, *row_weights}, args);
+  const cpu::Geometry& geometry = args.geometry;
+  const bool quantize = args.quantization != cpu::Quantization::kNone;
+  const bool dequantize = quantize && args.dense_output;
+  const int64_t quantized_row = geometry.hidden + geometry.hidden / cuda::kScaleBlock * 4;
+  CheckScratch(check, *scratch,
+               quantized_row * ((quantize ? geometry.num_tokens : 0) +
+                                (dequantize ? geometry.capacity : 0)));
+  cuda::DispatchParams params{};
+  if (auto error =
+          PrepareGroup(check, attrs.group, device, cuda::OpKind::kDispatch,
+                       {geometry.num_tokens, geometry.top_k, geometry.capacity, geometry.hidden,
+                        static_cast<int64_t>(geometry.dtype), attrs.quantization,
+                        args.weights != nullptr, static_cast<int64_t>(geometry.layout)},
+                       params.group);
+      error.failure()) {
+    return error;
+  }
+  const bool by_expert = geometry.layout == plan::Layout::kExpert;
+  params.layout = geometry.layout;
+  params.num_tokens = geometry.num_tokens;
+  params.top_k = geometry.top_k;
+  params.capacity = geometry.capacity;
+  params.num_rows = geometry.rows_per_source();
+  params.row_bytes = static_cast<int32_t>(geometry.row_bytes());
+  params.x = args.x;
+  params.scales = args.scales;
+  params.scales_per_row = args.scales != nullptr ? geometry.hidden / cuda::kScaleBlock : 0;
+  params.weights = args.weights;
+  params.recv_rows = args.handle.recv_rows;
+  params.recv_src = args.handle.recv_src;
+  params.expert_idx = args.handle.expert_idx;
+  params.rows = args.rows;
+  params.row_scales = args.row_scales;
+  params.row_weights = args.row_weights;
+  params.num_blocks = NumBlocks(attrs.group, by_expert ? 64 : 24);
+
+  char* memory = static_cast<char*>(scratch->untyped_data());
+  if (quantize) {
+    const QuantizedRows sent =
+        QuantizedRows::Take(memory, geometry.num_tokens, geometry.hidden);
+    const cuda::QuantizeParams quantize_params{
+        RowTypeOf(geometry.dtype), args.quantization == cpu::Quantization::kFp8Ue8m0,
+        geometry.num_tokens,       geometry.hidden,
+        args.x,                    sent.values,
+        sent.scales};
+    if (auto error = ToError(cuda::LaunchQuantize(quantize_params, stream), "dispatch");
+        error.failure()) {
+      return error;
+    }
+    params.x = sent.values;
+    params.scales = sent.scales;
+    params.scales_per_row = geometry.hidden / cuda::kScaleBlock;
+    params.row_bytes = geometry.hidden;
+  }
+  if (!dequantize) return ToError(cuda::LaunchDispatch(params, stream), "dispatch");
+  const QuantizedRows received = QuantizedRows::Take(memory, geometry.capacity, geometry.hidden);
+  params.rows = received.values;
+  params.row_scales = received.scales;
+  if (auto error = ToError(cuda::LaunchDispatch(params, stream), "dispatch"); error.failure()) {
+    return error;
+  }
+  const cuda::DequantizeParams dequantize_params{RowTypeOf(geometry.dtype), geometry.capacity,
+                                                 geometry.hidden,           received.values,
+                                                 received.scales,           args.rows};
+  return ToError(cuda::LaunchDequantize(dequantize_params, stream), "dispatch");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_dispatch_execute, Dispatch,
+                              BindDeviceCall<DispatchAttrs>()
+                                  .Arg<ffi::AnyBuffer>()   // x
+                                  .Arg<ffi::AnyBuffer>()   // scales
+                                  .Arg<ffi::AnyBuffer>()   // weights
+                                  .Arg<ffi::AnyBuffer>()   // topk
+                                  .Arg<ffi::AnyBuffer>()   // dest_row
+                                  .Arg<ffi::AnyBuffer>()   // recv_rows
+                                  .Arg<ffi::AnyBuffer>()   // recv_src
+                                  .Arg<ffi::AnyBuffer>()   // expert_idx
+                                  .Arg<ffi::AnyBuffer>()   // coords
+                                  .Ret<ffi::AnyBuffer>()   // rows
+                                  .Ret<ffi::AnyBuffer>()   // row_scales
+                                  .Ret<ffi::AnyBuffer>()   // row_weights
+                                  .Ret<ffi::AnyBuffer>(),  // scratch
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_ep

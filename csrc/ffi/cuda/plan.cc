@@ -1,0 +1,78 @@
+// Handler of target jax_ep_plan on GPUs.
+
+#include "cuda/plan.h"
+
+#include "ffi/cuda/device_call.h"
+
+namespace jax_ep {
+
+namespace ffi = ::xla::ffi;
+
+namespace {
+
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBuffer topk_idx,
+                ffi::AnyBuffer /*coords*/, Out topk, Out dest_row, Out recv_rows, Out recv_src,
+                Out expert_idx, Out group_sizes, Out counts, Out demand, Out num_dropped,
+                Out num_invalid, Out scratch) {
+  Checker check("plan");
+  cpu::PlanArgs args;
+  DecodePlan(check, attrs,
+             {topk_idx, *topk, *dest_row, *recv_rows, *recv_src, *expert_idx, *group_sizes, *counts,
+              *demand, *num_dropped, *num_invalid},
+             args);
+  const plan::PlanShape& shape = args.shape;
+  CheckScratch(check, *scratch,
+               cuda::PlanScratchSize(shape.num_experts, shape.num_ranks) * sizeof(int32_t));
+  cuda::PlanParams params;
+  if (auto error = PrepareGroup(check, attrs.group, device, cuda::OpKind::kPlan,
+                                {shape.num_tokens, shape.top_k, shape.num_experts, shape.capacity,
+                                 shape.alignment, static_cast<int64_t>(shape.layout)},
+                                params.group);
+      error.failure()) {
+    return error;
+  }
+  const plan::RankPlan& buffers = args.buffers;
+  params.layout = shape.layout;
+  params.num_tokens = shape.num_tokens;
+  params.top_k = shape.top_k;
+  params.num_experts = shape.num_experts;
+  params.capacity = shape.capacity;
+  params.alignment = shape.alignment;
+  params.expert_capacity = shape.expert_capacity;
+  params.topk_idx = buffers.topk_idx;
+  params.topk = buffers.topk;
+  params.dest_row = buffers.dest_row;
+  params.recv_rows = buffers.recv_rows;
+  params.recv_src = buffers.recv_src;
+  params.expert_idx = buffers.expert_idx;
+  params.group_sizes = buffers.group_sizes;
+  params.counts = buffers.counts;
+  params.demand = buffers.demand;
+  params.num_dropped = buffers.num_dropped;
+  params.num_invalid = buffers.num_invalid;
+  params.scratch = static_cast<int32_t*>(scratch->untyped_data());
+  return ToError(cuda::LaunchPlan(params, stream), "plan");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_plan_execute, Plan,
+                              BindDeviceCall<PlanAttrs>()
+                                  .Arg<ffi::AnyBuffer>()   // topk_idx
+                                  .Arg<ffi::AnyBuffer>()   // coords
+                                  .Ret<ffi::AnyBuffer>()   // topk
+                                  .Ret<ffi::AnyBuffer>()   // dest_row
+                                  .Ret<ffi::AnyBuffer>()   // recv_rows
+                                  .Ret<ffi::AnyBuffer>()   // recv_src
+                                  .Ret<ffi::AnyBuffer>()   // expert_idx
+                                  .Ret<ffi::AnyBuffer>()   // group_sizes
+                                  .Ret<ffi::AnyBuffer>()   // counts
+                                  .Ret<ffi::AnyBuffer>()   // demand
+                                  .Ret<ffi::AnyBuffer>()   // num_dropped
+                                  .Ret<ffi::AnyBuffer>()   // num_invalid
+                                  .Ret<ffi::AnyBuffer>(),  // scratch
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_ep

@@ -1,0 +1,277 @@
+#include "ffi/decode.h"
+
+#include <limits>
+#include <string>
+
+#include "plan/routing.h"
+
+namespace jax_ep {
+
+namespace ffi = ::xla::ffi;
+
+namespace {
+
+constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
+
+}  // namespace
+
+void CheckGroup(Checker& check, const GroupAttrs& attrs) {
+  check.Attribute("num_ranks", attrs.num_ranks > 0, "a positive number", attrs.num_ranks);
+  if (!check.ok()) return;
+  check.Attribute("num_experts", attrs.num_experts > 0 && attrs.num_experts % attrs.num_ranks == 0,
+                  "a positive multiple of num_ranks", attrs.num_experts);
+  check.Attribute("layout", attrs.layout == 0 || attrs.layout == 1, "0 (expert) or 1 (token)",
+                  attrs.layout);
+  check.Attribute("timeout_ms", attrs.timeout_ms > 0, "a positive number", attrs.timeout_ms);
+}
+
+Coords CheckCoords(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer buffer) {
+  check.Argument("coords", buffer, ffi::S32, {2});
+  if (!check.ok()) return {};
+  const auto* values = static_cast<const int32_t*>(buffer.untyped_data());
+  const Coords coords{values[0], values[1]};
+  if (coords.rank < 0 || coords.rank >= attrs.num_ranks) {
+    check.Fail("argument coords", "a rank in [0, " + std::to_string(attrs.num_ranks) + ")",
+               std::to_string(coords.rank));
+  }
+  return coords;
+}
+
+void CheckExtents(Checker& check, const GroupAttrs& attrs, int64_t num_tokens, int64_t top_k,
+                  int64_t capacity) {
+  const int64_t num_entries = attrs.num_ranks * num_tokens * top_k;
+  if (num_tokens < 1 || top_k < 1 || num_entries > kMaxIndex) {
+    check.Fail("argument topk", "at least one entry, and fewer than 2^31 over all ranks",
+               std::to_string(num_entries));
+  }
+  if (attrs.num_ranks * capacity > kMaxIndex) {
+    check.Fail("argument recv_src", "fewer than 2^31 rows over all ranks",
+               std::to_string(attrs.num_ranks * capacity));
+  }
+}
+
+cpu::Handle CheckHandle(Checker& check, const GroupAttrs& attrs, const HandleBuffers& buffers,
+                        cpu::Geometry& geometry) {
+  const auto [num_tokens, top_k] = check.MatrixArgument("topk", buffers.topk);
+  const int64_t capacity = static_cast<int64_t>(buffers.recv_src.element_count());
+  CheckExtents(check, attrs, num_tokens, top_k, capacity);
+  if (!check.ok()) return {};
+  geometry.num_ranks = attrs.num_ranks;
+  geometry.num_experts = attrs.num_experts;
+  geometry.num_tokens = static_cast<int32_t>(num_tokens);
+  geometry.top_k = static_cast<int32_t>(top_k);
+  geometry.capacity = static_cast<int32_t>(capacity);
+  geometry.layout = static_cast<plan::Layout>(attrs.layout);
+  const bool by_token = geometry.layout == plan::Layout::kToken;
+  check.Argument("topk", buffers.topk, ffi::S32, {num_tokens, top_k});
+  check.Argument("dest_row", buffers.dest_row, ffi::S32, {num_tokens, top_k});
+  check.Argument("recv_rows", buffers.recv_rows, ffi::S32,
+                 {attrs.num_ranks * num_tokens, geometry.rows_per_source()});
+  check.Argument("recv_src", buffers.recv_src, ffi::S32, {capacity});
+  check.Argument("expert_idx", buffers.expert_idx, ffi::S32, {by_token ? capacity : 0, top_k});
+  const auto data = [](ffi::AnyBuffer buffer) {
+    return static_cast<const int32_t*>(buffer.untyped_data());
+  };
+  return {data(buffers.topk), data(buffers.dest_row), data(buffers.recv_rows),
+          data(buffers.recv_src), data(buffers.expert_idx)};
+}
+
+void CheckRows(Checker& check, const char* name, ffi::AnyBuffer x, int64_t num_rows,
+               cpu::Geometry& geometry) {
+  const int64_t hidden = check.MatrixArgument(name, x).cols;
+  const std::string what = std::string("argument ") + name;
+  if (hidden > kMaxIndex) check.Fail(what, "a hidden size below 2^31", std::to_string(hidden));
+  check.Buffer(what, x, x.element_type(), {num_rows, hidden});
+  geometry.hidden = static_cast<int32_t>(hidden);
+  switch (x.element_type()) {
+    case ffi::F32:
+      geometry.dtype = cpu::DType::kFloat32;
+      return;
+    case ffi::BF16:
+      geometry.dtype = cpu::DType::kBFloat16;
+      return;
+    case ffi::F16:
+      geometry.dtype = cpu::DType::kFloat16;
+      return;
+    case ffi::F8E4M3FN:
+      geometry.dtype = cpu::DType::kFloat8E4M3FN;
+      return;
+    default:
+      check.Fail(what, "dtype BF16, F16, F32 or F8E4M3FN", Describe(x));
+  }
+}
+
+void CheckSummableRows(Checker& check, const char* name, ffi::AnyBuffer x, int64_t num_rows,
+                       cpu::Geometry& geometry) {
+  CheckRows(check, name, x, num_rows, geometry);
+  if (geometry.dtype == cpu::DType::kFloat8E4M3FN) {
+    check.Fail(std::string("argument ") + name, "dtype BF16, F16 or F32", Describe(x));
+  }
+}
+
+void CheckRowValues(Checker& check, const char* what, ffi::AnyBuffer values,
+                    const cpu::Geometry& geometry) {
+  if (geometry.layout == plan::Layout::kExpert) {
+    check.Buffer(what, values, ffi::F32, {geometry.capacity});
+  } else {
+    check.Buffer(what, values, ffi::F32, {geometry.capacity, geometry.top_k});
+  }
+}
+
+namespace {
+
+int32_t* Ints(ffi::AnyBuffer buffer) { return static_cast<int32_t*>(buffer.untyped_data()); }
+
+}  // namespace
+
+void DecodePlan(Checker& check, const PlanAttrs& attrs, const PlanBuffers& buffers,
+                cpu::PlanArgs& args) {
+  const auto [num_tokens, top_k] = check.MatrixArgument("topk_idx", buffers.topk_idx);
+  const int64_t capacity = static_cast<int64_t>(buffers.recv_src.element_count());
+  CheckExtents(check, attrs.group, num_tokens, top_k, capacity);
+  const bool by_token = attrs.group.layout == static_cast<int32_t>(plan::Layout::kToken);
+  check.Attribute("expert_capacity", attrs.expert_capacity >= 0, "a number of rows",
+                  attrs.expert_capacity);
+  check.Attribute("alignment", attrs.alignment > 0, "a positive number", attrs.alignment);
+  if (!check.ok()) return;
+  check.Attribute("alignment", by_token || capacity % attrs.alignment == 0,
+                  "a divisor of the capacity", attrs.alignment);
+
+  plan::PlanShape& shape = args.shape;
+  shape = {attrs.group.num_ranks,          static_cast<int32_t>(num_tokens),
+           static_cast<int32_t>(top_k),    attrs.group.num_experts,
+           static_cast<int32_t>(capacity), attrs.alignment,
+           attrs.expert_capacity,          static_cast<plan::Layout>(attrs.group.layout)};
+  const int64_t num_local_experts = shape.num_local_experts();
+  check.Argument("topk_idx", buffers.topk_idx, ffi::S32, {num_tokens, top_k});
+  check.Result("topk", buffers.topk, ffi::S32, {num_tokens, top_k});
+  check.Result("dest_row", buffers.dest_row, ffi::S32, {num_tokens, top_k});
+  check.Result("recv_rows", buffers.recv_rows, ffi::S32,
+               {shape.num_ranks * num_tokens, shape.rows_per_source()});
+  check.Result("recv_src", buffers.recv_src, ffi::S32, {capacity});
+  check.Result("expert_idx", buffers.expert_idx, ffi::S32, {by_token ? capacity : 0, top_k});
+  check.Result("group_sizes", buffers.group_sizes, ffi::S32, {num_local_experts});
+  check.Result("counts", buffers.counts, ffi::S32, {num_local_experts});
+  check.Result("demand", buffers.demand, ffi::S32, {num_local_experts});
+  check.Result("num_dropped", buffers.num_dropped, ffi::S32, {1});
+  check.Result("num_invalid", buffers.num_invalid, ffi::S32, {1});
+  args.buffers = {static_cast<const int32_t*>(buffers.topk_idx.untyped_data()),
+                  Ints(buffers.topk),
+                  Ints(buffers.dest_row),
+                  Ints(buffers.recv_rows),
+                  Ints(buffers.recv_src),
+                  Ints(buffers.expert_idx),
+                  Ints(buffers.group_sizes),
+                  Ints(buffers.counts),
+                  Ints(buffers.demand),
+                  Ints(buffers.num_dropped),
+                  Ints(buffers.num_invalid)};
+}
+
+namespace {
+
+// Checks the payload: x, its scales, and the rows that come of them.
+void CheckPayload(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x,
+                  ffi::AnyBuffer scales, ffi::AnyBuffer rows, ffi::AnyBuffer row_scales,
+                  cpu::DispatchArgs& args) {
+  cpu::Geometry& geometry = args.geometry;
+  CheckRows(check, "x", x, geometry.num_tokens, geometry);
+  check.Attribute("quantization", attrs.quantization >= 0 && attrs.quantization <= 2,
+                  "0 (none), 1 (float32 scales) or 2 (ue8m0 scales)", attrs.quantization);
+  args.quantization = static_cast<cpu::Quantization>(attrs.quantization);
+  args.dense_output = attrs.dense_output != 0;
+
+  const bool quantize = args.quantization != cpu::Quantization::kNone;
+  const bool quantized_input = geometry.dtype == cpu::DType::kFloat8E4M3FN;
+  const bool quantized_output = quantized_input || (quantize && !args.dense_output);
+  const int64_t num_blocks = geometry.hidden / cpu::kScaleBlock;
+  if (quantize && quantized_input)
+    check.Argument("x", x, ffi::BF16, {geometry.num_tokens, geometry.hidden});
+  if ((quantize || quantized_input) && geometry.hidden % cpu::kScaleBlock != 0) {
+    check.Fail("argument x", "a hidden size that is a multiple of 128",
+               std::to_string(geometry.hidden));
+  }
+  if (quantized_input) {
+    check.Argument("scales", scales, ffi::F32, {geometry.num_tokens, num_blocks});
+  } else {
+    check.Argument("scales", scales, ffi::F32, {0});
+  }
+  check.Result("rows", rows, quantized_output ? ffi::F8E4M3FN : x.element_type(),
+               {geometry.capacity, geometry.hidden});
+  if (quantized_output) {
+    check.Result("row_scales", row_scales, ffi::F32, {geometry.capacity, num_blocks});
+  } else {
+    check.Result("row_scales", row_scales, ffi::F32, {0});
+  }
+  args.x = x.untyped_data();
+  args.rows = rows.untyped_data();
+  args.scales = quantized_input ? static_cast<const float*>(scales.untyped_data()) : nullptr;
+  args.row_scales = quantized_output ? static_cast<float*>(row_scales.untyped_data()) : nullptr;
+}
+
+}  // namespace
+
+void DecodeDispatch(Checker& check, const DispatchAttrs& attrs, const HandleBuffers& routes,
+                    const DispatchBuffers& buffers, cpu::DispatchArgs& args) {
+  args.handle = CheckHandle(check, attrs.group, routes, args.geometry);
+  if (!check.ok()) return;
+  CheckPayload(check, attrs, buffers.x, buffers.scales, buffers.rows, buffers.row_scales, args);
+  const cpu::Geometry& geometry = args.geometry;
+  if (!IsPresent(buffers.weights)) {
+    check.Argument("weights", buffers.weights, ffi::F32, {0});
+    check.Result("row_weights", buffers.row_weights, ffi::F32, {0});
+    return;
+  }
+  check.Argument("weights", buffers.weights, ffi::F32, {geometry.num_tokens, geometry.top_k});
+  CheckRowValues(check, "result row_weights", buffers.row_weights, geometry);
+  args.weights = static_cast<const float*>(buffers.weights.untyped_data());
+  args.row_weights = static_cast<float*>(buffers.row_weights.untyped_data());
+}
+
+void DecodeCombine(Checker& check, const CombineAttrs& attrs, const HandleBuffers& routes,
+                   const CombineBuffers& buffers, cpu::CombineArgs& args) {
+  cpu::Geometry& geometry = args.geometry;
+  args.handle = CheckHandle(check, attrs.group, routes, geometry);
+  if (!check.ok()) return;
+  CheckSummableRows(check, "rows", buffers.rows, geometry.capacity, geometry);
+  check.Result("y", buffers.y, buffers.rows.element_type(), {geometry.num_tokens, geometry.hidden});
+  args.rows = buffers.rows.untyped_data();
+  args.y = buffers.y.untyped_data();
+  if (IsPresent(buffers.row_weights)) {
+    check.Argument("row_weights", buffers.row_weights, ffi::F32, {geometry.capacity});
+    args.row_weights = static_cast<const float*>(buffers.row_weights.untyped_data());
+  } else {
+    check.Argument("row_weights", buffers.row_weights, ffi::F32, {0});
+  }
+  if (IsPresent(buffers.home)) {
+    CheckRowValues(check, "argument values", buffers.values, geometry);
+    check.Result("home", buffers.home, ffi::F32, {geometry.num_tokens, geometry.top_k});
+    args.values = static_cast<const float*>(buffers.values.untyped_data());
+    args.home = static_cast<float*>(buffers.home.untyped_data());
+  } else {
+    check.Argument("values", buffers.values, ffi::F32, {0});
+    check.Result("home", buffers.home, ffi::F32, {0});
+  }
+}
+
+void DecodeCombineVjp(Checker& check, const CombineVjpAttrs& attrs, const HandleBuffers& routes,
+                      const CombineVjpBuffers& buffers, cpu::CombineVjpArgs& args) {
+  cpu::Geometry& geometry = args.geometry;
+  check.Attribute("layout", attrs.group.layout == 0, "0 (expert)", attrs.group.layout);
+  args.handle = CheckHandle(check, attrs.group, routes, geometry);
+  if (!check.ok()) return;
+  CheckSummableRows(check, "rows", buffers.rows, geometry.capacity, geometry);
+  check.Argument("dy", buffers.dy, buffers.rows.element_type(),
+                 {geometry.num_tokens, geometry.hidden});
+  check.Argument("row_weights", buffers.row_weights, ffi::F32, {geometry.capacity});
+  check.Result("d_rows", buffers.d_rows, buffers.rows.element_type(),
+               {geometry.capacity, geometry.hidden});
+  check.Result("d_weights", buffers.d_weights, ffi::F32, {geometry.capacity});
+  args.dy = buffers.dy.untyped_data();
+  args.rows = buffers.rows.untyped_data();
+  args.row_weights = static_cast<const float*>(buffers.row_weights.untyped_data());
+  args.d_rows = buffers.d_rows.untyped_data();
+  args.d_weights = static_cast<float*>(buffers.d_weights.untyped_data());
+}
+
+}  // namespace jax_ep
