@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat
+from jax_ep._capacity import round_up
 from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._version import __version__
 
@@ -44,7 +45,7 @@ def why_unavailable(backend: str = "cpu") -> str | None:
             "reinstall jax_ep"
         )
     platform = _PLATFORMS[backend]
-    jax.devices(platform)  # XLA's client must be up before targets with state are registered.
+    jax.devices(backend)  # XLA's client must be up before targets with state are registered.
     if backend == "cpu":
         _compat.register_ffi_types(library.types(), platform=platform)
     for name, handlers in library.targets().items():
@@ -156,9 +157,10 @@ def dispatch(
     ]
     if group.backend == "cuda":
         # What is sent in float8, and what is received so before it becomes dense again.
-        sent = 0 if scale_format is None else len(values)
-        received = rows if scale_format is not None and dense_output else 0
-        results.append(_scratch(values, (sent + received) * (hidden + hidden // 128 * 4)))
+        sent = 0 if scale_format is None else _quantized_bytes(len(values), hidden)
+        dense = scale_format is not None and dense_output
+        received = _quantized_bytes(rows, hidden) if dense else 0
+        results.append(_scratch(values, sent + received))
     tokens, row_scales, row_weights = _call(
         "jax_ep_dispatch",
         results,
@@ -263,6 +265,11 @@ def _attributes(
         "timeout_ms": np.int64(min(group.timeout * 1000, 2**62)),
         "num_sms": np.int32(num_sms),
     }
+
+
+def _quantized_bytes(rows: int, hidden: int) -> int:
+    """Bytes of float8 rows and of their scales, each aligned for bulk copies."""
+    return round_up(rows * hidden, 128) + round_up(rows * (hidden // 128) * 4, 128)
 
 
 def _scratch(like: Array, num_bytes: int) -> Any:

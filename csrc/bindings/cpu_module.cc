@@ -5,8 +5,8 @@
 #include "bindings/version.h"
 #include "cpu/rendezvous.h"
 #include "ffi/cpu/call_state.h"
-#include "ffi/targets.h"
 #include "ffi/cpu/test_hooks.h"
+#include "ffi/targets.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;

@@ -37,12 +37,14 @@ nb::dict BuildInfo() {
 NB_MODULE(_cuda, m) {
   m.doc() = "FFI targets of jax_ep's GPU backend, and the life of its groups.";
   m.def("targets", &Targets, "FFI targets: name -> capsule, for register_ffi_target.");
-  m.def("build_info", &BuildInfo, "Version of jax_ep, (major, minor) of the FFI API, CUDA runtime.");
-  m.def("create_group", &transport::CreateGroup, nb::arg("group_id"), nb::arg("instances"),
-        nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"),
-        nb::call_guard<nb::gil_scoped_release>(),
-        "Makes a group of GPUs of this process: CUDA ordinals in rank order, for each of the groups "
-        "side by side. Returns an error text or None.");
+  m.def("build_info", &BuildInfo,
+        "Version of jax_ep, (major, minor) of the FFI API, CUDA runtime.");
+  m.def(
+      "create_group", &transport::CreateGroup, nb::arg("group_id"), nb::arg("instances"),
+      nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"),
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Makes a group of GPUs of this process: CUDA ordinals in rank order, for each of the groups "
+      "side by side. Returns an error text or None.");
   m.def("group_failure", &transport::GroupFailure, nb::arg("group_id"),
         "The first failure of the group in this process as a text, or None.");
   m.def("workspace_bytes", &transport::WorkspaceBytes,

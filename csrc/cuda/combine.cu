@@ -1,17 +1,17 @@
 // The combine op: the rows of a token meet at home.
 //
-// Layout "token": each rank has one row of a token at most, so home reads them over the link and adds.
-// Layout "expert": each rank first adds its own rows of every token of its peers; home reads these
-// partial sums as soon as the chunk of tokens that they belong to is ready. The first blocks add
+// Layout "token": each rank has one row of a token at most, so home reads them over the link and
+// adds. Layout "expert": each rank first adds its own rows of every token of its peers; home reads
+// these partial sums as soon as the chunk of tokens that they belong to is ready. The first blocks
+// add
 // (*producers*), the others bring home (*consumers*), at the same time.
 //
-// Either way a warp makes one sum after the other from a list of terms. It loads them by bulk copies into
-// a ring of stages of its own, several terms ahead, across the bounds of sums.
-
-#include "cuda/combine.h"
+// Either way a warp makes one sum after the other from a list of terms. It loads them by bulk
+// copies into a ring of stages of its own, several terms ahead, across the bounds of sums.
 
 #include <algorithm>
 
+#include "cuda/combine.h"
 #include "cuda/sync.cuh"
 #include "cuda/vectors.cuh"
 
@@ -38,10 +38,10 @@ struct Term {
 
 // What a warp's ring keeps for each stage.
 struct Stage {
-  char* output;       // where the finished sum goes, if this is its last term; else null
+  char* output;  // where the finished sum goes, if this is its last term; else null
   float factor;
   uint16_t bytes;
-  bool is_segment;    // on its own
+  bool is_segment;  // on its own
   bool ends_segment;
 };
 
@@ -51,14 +51,16 @@ struct WarpMemory {
   Term terms[kMaxTerms];
 };
 
-constexpr int kSharedBytes = kWarps * (kStages * kStageBytes + static_cast<int>(sizeof(WarpMemory)));
+constexpr int kSharedBytes =
+    kWarps * (kStages * kStageBytes + static_cast<int>(sizeof(WarpMemory)));
 
 // Adds rows for one warp. All methods are called by all lanes together.
 template <typename T>
 class Adder {
  public:
   __device__ Adder(const CombineParams& p, char* shared)
-      : row_bytes_(p.hidden * static_cast<int32_t>(sizeof(T))), weighted_(p.row_weights != nullptr) {
+      : row_bytes_(p.hidden * static_cast<int32_t>(sizeof(T))),
+        weighted_(p.row_weights != nullptr) {
     const int32_t warp = threadIdx.x / 32;
     buffers_ = shared + warp * kStages * kStageBytes;
     memory_ = reinterpret_cast<WarpMemory*>(shared + kWarps * kStages * kStageBytes) + warp;
@@ -73,8 +75,8 @@ class Adder {
   // The list that the next sum is made from; valid until Sum returns.
   __device__ Term* terms() { return memory_->terms; }
 
-  // Starts the sum of the first `num_terms` terms, as long as a row, to `output`. Waits for stages by
-  // finishing earlier terms.
+  // Starts the sum of the first `num_terms` terms, as long as a row, to `output`. Waits for stages
+  // by finishing earlier terms.
   __device__ void Sum(int32_t num_terms, void* output) {
     __syncwarp();
     for (int32_t offset = 0; offset < row_bytes_; offset += kStageBytes) {
@@ -191,15 +193,16 @@ class Adder {
   float total_[kPerLane][kVector] = {};
 };
 
-// Puts this rank's rows of one source into the list, from `first` on, as one segment. `row` is row m in
-// lane m, or -1; rows are packed to the left. Returns how many there are.
-__device__ int32_t ListOwnRows(const CombineParams& p, int32_t row, int32_t row_bytes, Term* terms) {
+// Puts this rank's rows of one source into the list, from `first` on, as one segment. `row` is row
+// m in lane m, or -1; rows are packed to the left. Returns how many there are.
+__device__ int32_t ListOwnRows(const CombineParams& p, int32_t row, int32_t row_bytes,
+                               Term* terms) {
   const int32_t lane = threadIdx.x % 32;
   const int32_t count = __popc(__ballot_sync(~0u, row >= 0));
   if (row >= 0) {
     const float factor = p.row_weights == nullptr ? 1.0f : p.row_weights[row];
-    terms[lane] = {static_cast<const char*>(p.rows) + int64_t{row} * row_bytes, factor,
-                   lane == 0, lane + 1 == count};
+    terms[lane] = {static_cast<const char*>(p.rows) + int64_t{row} * row_bytes, factor, lane == 0,
+                   lane + 1 == count};
   }
   return count;
 }
@@ -222,8 +225,8 @@ __host__ __device__ int32_t ChunkSize(int32_t num_tokens) {
   return (num_tokens + num_chunks - 1) / num_chunks;
 }
 
-// Producers: the partial sums for all peers, by one of `num_warps` warps. Tokens of all peers take turns,
-// so that all homes can begin early. The warp that finishes a chunk last tells its home.
+// Producers: the partial sums for all peers, by one of `num_warps` warps. Tokens of all peers take
+// turns, so that all homes can begin early. The warp that finishes a chunk last tells its home.
 template <typename T>
 __device__ void Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder, int32_t warp,
                         int32_t num_warps) {
@@ -255,8 +258,7 @@ __device__ void Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder,
     const int32_t token = item / num_peers;
     const int32_t peer = (p.group.rank + 1 + item % num_peers) % p.group.num_ranks;
     const int32_t source = peer * p.num_tokens + token;
-    const int32_t num_terms =
-        ListOwnRows(p, RowOfLane(p, source), row_bytes, adder.terms());
+    const int32_t num_terms = ListOwnRows(p, RowOfLane(p, source), row_bytes, adder.terms());
     if (num_terms > 0) {
       adder.Sum(num_terms, static_cast<char*>(p.partials) + int64_t{source} * row_bytes);
     }
@@ -269,9 +271,10 @@ __device__ void Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder,
   finish(pending);
 }
 
-// Home: lists the terms of a token: for each rank, ascending, this rank's own rows or the peer's one row.
-// Returns how many there are.
-__device__ int32_t ListTerms(const CombineParams& p, uint64_t epoch, int32_t token, int32_t row_bytes, Term* terms) {
+// Home: lists the terms of a token: for each rank, ascending, this rank's own rows or the peer's
+// one row. Returns how many there are.
+__device__ int32_t ListTerms(const CombineParams& p, uint64_t epoch, int32_t token,
+                             int32_t row_bytes, Term* terms) {
   const int32_t lane = threadIdx.x % 32;
   const bool by_expert = p.layout == Layout::kExpert;
   const int32_t source = p.group.rank * p.num_tokens + token;
@@ -302,8 +305,8 @@ __device__ int32_t ListTerms(const CombineParams& p, uint64_t epoch, int32_t tok
   return count;
 }
 
-// Home: the sums of all tokens, by one of `num_warps` warps. In layout "expert" it waits for each chunk of
-// its peers' partial sums; false once the group has failed.
+// Home: the sums of all tokens, by one of `num_warps` warps. In layout "expert" it waits for each
+// chunk of its peers' partial sums; false once the group has failed.
 template <typename T>
 __device__ bool BringHome(const CombineParams& p, uint64_t epoch, Adder<T>& adder, int32_t warp,
                           int32_t num_warps) {
@@ -343,7 +346,8 @@ __device__ bool BringHome(const CombineParams& p, uint64_t epoch, Adder<T>& adde
 }
 
 // Home: values of single rows.
-__device__ void BringValues(const CombineParams& p, uint64_t epoch, int32_t thread, int32_t num_threads) {
+__device__ void BringValues(const CombineParams& p, uint64_t epoch, int32_t thread,
+                            int32_t num_threads) {
   const int32_t count = p.num_tokens * p.top_k;
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   for (int32_t i = thread; i < count; i += num_threads) {
@@ -351,7 +355,8 @@ __device__ void BringValues(const CombineParams& p, uint64_t epoch, int32_t thre
     const int32_t row = p.dest_row[i];
     float value = 0.0f;
     if (expert >= 0 && expert < p.num_experts && row >= 0 && row < p.capacity) {
-      const float* values = PeerAddress<float>(p.group, epoch, plan::RankOfExpert(expert, num_local), 1);
+      const float* values =
+          PeerAddress<float>(p.group, epoch, plan::RankOfExpert(expert, num_local), 1);
       value = __ldcg(&values[p.layout == Layout::kExpert ? int64_t{row}
                                                          : int64_t{row} * p.top_k + i % p.top_k]);
     }

@@ -50,13 +50,14 @@ __device__ float AddLanes(float (&lanes)[kVector]) {
 
 // One source, by one warp.
 template <typename T>
-__device__ void Differentiate(const CombineVjpParams& p, uint64_t epoch, int32_t source, T* staged) {
+__device__ void Differentiate(const CombineVjpParams& p, uint64_t epoch, int32_t source,
+                              T* staged) {
   const int32_t lane = threadIdx.x % 32;
   const int32_t num_vectors = p.hidden / kVector;
   const int32_t* source_rows = p.recv_rows + int64_t{source} * p.num_rows;
   if (source_rows[0] < 0) return;
-  const T* dy =
-      PeerAddress<T>(p.group, epoch, source / p.num_tokens, 0) + int64_t{source % p.num_tokens} * p.hidden;
+  const T* dy = PeerAddress<T>(p.group, epoch, source / p.num_tokens, 0) +
+                int64_t{source % p.num_tokens} * p.hidden;
 #pragma unroll 4
   for (int32_t v = lane; v < num_vectors; v += 32) {
     StoreVector(staged + v * kVector, LoadVector(dy + v * kVector));

@@ -115,8 +115,8 @@ class SourceIterator {
 };
 
 // One mover. The load of an item runs up to kStages - 1 items ahead of its stores.
-__device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, int32_t num_warps, char* stages,
-                         uint64_t* barriers) {
+__device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, int32_t num_warps,
+                         char* stages, uint64_t* barriers) {
   const int32_t lane = threadIdx.x % 32;
   const Chunks chunks = ChunksOf(p.row_bytes);
   const int32_t stage_bytes = StageBytes(p);
@@ -154,7 +154,8 @@ __device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, 
       char* memory = stages + stage * stage_bytes;
       const bool with_scales = scale_bytes != 0 && load_chunk == chunks.count;
       ptx::ArriveExpectBytes(&barriers[stage], bytes + (with_scales ? scale_bytes : 0));
-      ptx::BulkLoad(memory, PeerAddress<char>(p.group, epoch, rank, 0) + token * p.row_bytes + offset,
+      ptx::BulkLoad(memory,
+                    PeerAddress<char>(p.group, epoch, rank, 0) + token * p.row_bytes + offset,
                     bytes, &barriers[stage]);
       if (with_scales) {
         ptx::BulkLoad(memory + scale_offset,
@@ -201,7 +202,8 @@ __device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, 
 }
 
 // Helpers: the weight of each row.
-__device__ void BringWeights(const DispatchParams& p, uint64_t epoch, int32_t thread, int32_t num_threads) {
+__device__ void BringWeights(const DispatchParams& p, uint64_t epoch, int32_t thread,
+                             int32_t num_threads) {
   const bool by_pair = p.layout == Layout::kToken;
   const int64_t count = int64_t{p.capacity} * (by_pair ? p.top_k : 1);
   const int32_t num_sources = plan::NumSources(p.layout, p.group.num_ranks, p.num_tokens, p.top_k);
@@ -220,7 +222,8 @@ __device__ void BringWeights(const DispatchParams& p, uint64_t epoch, int32_t th
 
 // Helpers: the scales of the sources of one warp, several sources at a time to hide the link's
 // latency.
-__device__ void BringScales(const DispatchParams& p, uint64_t epoch, int32_t warp, int32_t num_warps) {
+__device__ void BringScales(const DispatchParams& p, uint64_t epoch, int32_t warp,
+                            int32_t num_warps) {
   constexpr int kAtOnce = 4;
   const int32_t lane = threadIdx.x % 32;
   SourceIterator sources(p, warp, num_warps);

@@ -31,8 +31,8 @@ __host__ __device__ int32_t ScratchStride(int32_t num_experts, int32_t num_ranks
   return num_experts + num_ranks + 1;
 }
 
-// Columns that a block counts tokens of `source` by: for this rank's own tokens all, for those of peers
-// the ones whose rows are here. They have consecutive *slots*, this rank's first.
+// Columns that a block counts tokens of `source` by: for this rank's own tokens all, for those of
+// peers the ones whose rows are here. They have consecutive *slots*, this rank's first.
 struct Columns {
   int32_t first;
   int32_t count;
@@ -265,9 +265,8 @@ __device__ void CountBefore(const PlanParams& p, uint64_t epoch, const Shared& s
   const int32_t stride = ScratchStride(p.num_experts, p.group.num_ranks);
   for (int32_t slot = threadIdx.x; slot < NumSlots(p); slot += kThreads) {
     const auto [source, column] = ColumnOfSlot(p, slot);
-    const int32_t* block_totals = source == p.group.rank
-                                      ? p.scratch
-                                      : PeerAddress<int32_t>(p.group, epoch, source, 1);
+    const int32_t* block_totals =
+        source == p.group.rank ? p.scratch : PeerAddress<int32_t>(p.group, epoch, source, 1);
     int32_t counts[kMaxBlocks];  // all on their way at once
 #pragma unroll
     for (int b = 0; b < kMaxBlocks; ++b) {
@@ -280,8 +279,8 @@ __device__ void CountBefore(const PlanParams& p, uint64_t epoch, const Shared& s
   }
 }
 
-// Numbers this block's chunk of the tokens of all ranks: the rows that their entries have on this rank,
-// and, for this rank's own tokens, on every rank.
+// Numbers this block's chunk of the tokens of all ranks: the rows that their entries have on this
+// rank, and, for this rank's own tokens, on every rank.
 __device__ void NumberEntries(const PlanParams& p, uint64_t epoch, const Shared& shared) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t num_rows = plan::RowsPerSource(p.layout, p.top_k, num_local);
@@ -337,8 +336,7 @@ __device__ void NumberEntries(const PlanParams& p, uint64_t epoch, const Shared&
       if (source == p.group.rank) p.dest_row[tile * p.top_k + i % per_source] = row;
       shared.entries[i] = is_here ? row : plan::kNone;
       if (!is_here) continue;
-      p.recv_src[row] =
-          plan::EncodeSource(p.layout, {source, tile + t, k}, p.num_tokens, p.top_k);
+      p.recv_src[row] = plan::EncodeSource(p.layout, {source, tile + t, k}, p.num_tokens, p.top_k);
       if (p.layout == Layout::kToken) {
         const int32_t local = plan::LocalExpert(expert, num_local);
         p.expert_idx[int64_t{row} * p.top_k + k] = local;

@@ -5,11 +5,12 @@
 //   1. BeginOp: all blocks learn the epoch of the op.
 //   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
 //   3. WaitArrivals: every block waits until all peers have done so; then it may read their inputs.
-//   4. EndOp: the last block to finish tells every peer that this rank reads no more, and waits until
+//   4. EndOp: the last block to finish tells every peer that this rank reads no more, and waits
+//   until
 //      all peers have said the same; then the inputs may be reused.
 //
-// A wait that passes its deadline, or that meets another op, records the failure, tells all peers and
-// returns false; from then on every wait of the group returns false at once. Nothing traps.
+// A wait that passes its deadline, or that meets another op, records the failure, tells all peers
+// and returns false; from then on every wait of the group returns false at once. Nothing traps.
 #pragma once
 
 #include <cstdint>
@@ -48,8 +49,7 @@ __device__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phas
 __device__ inline bool WaitFlag(const GroupParams& group, const uint64_t& flag, uint64_t epoch,
                                 Phase phase, int peer) {
   const uint64_t expected = FlagValue(epoch, group.tag);
-  const uint64_t limit =
-      phase == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
+  const uint64_t limit = phase == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
   uint64_t start = 0;
   for (uint32_t spins = 0;; ++spins) {
     const uint64_t seen = ptx::LoadAcquireSystem(&flag);
@@ -136,8 +136,8 @@ __device__ __forceinline__ const T* PeerAddress(const GroupParams& group, uint64
 }
 
 // Ends the op: the last block returns once all ranks read no more. Called by all threads of all
-// blocks, each after its last read of a peer, also after a failure. Meanwhile all threads of the last
-// block run `finish`, which sees what the other blocks wrote.
+// blocks, each after its last read of a peer, also after a failure. Meanwhile all threads of the
+// last block run `finish`, which sees what the other blocks wrote.
 template <typename Finish>
 __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish) {
   Workspace& own = Own(group);

@@ -32,8 +32,8 @@ JAX_EP_HOST_DEVICE uint64_t FlagValue(uint64_t epoch, uint32_t tag) {
   return epoch << kTagBits | (tag & ((1u << kTagBits) - 1));
 }
 
-// Words that carry the epoch beside the value need no flag of their own: who finds the epoch has the
-// value too. An address is below 2^48; 16 bits of the epoch tell an op from the one before it.
+// Words that carry the epoch beside the value need no flag of their own: who finds the epoch has
+// the value too. An address is below 2^48; 16 bits of the epoch tell an op from the one before it.
 JAX_EP_HOST_DEVICE uint64_t PackAddress(const void* address, uint64_t epoch) {
   return reinterpret_cast<uint64_t>(address) << 16 | (epoch & 0xffff);
 }
@@ -76,8 +76,9 @@ struct Workspace {
   Flag arrival[kMaxRanks];                       // its inputs are ready, its addresses below
   Flag close[kMaxRanks];                         // it reads this rank's inputs no more
   uint64_t rows[kMaxRanks][kMaxRowChunks];       // combine: its partial sums of a chunk are ready
-  uint64_t addresses[kMaxRanks][kMaxAddresses];    // of its inputs, PackAddress
-  uint64_t totals[kMaxRanks][kMaxExperts + kMaxRanks];  // plan: its entries of each column, PackCount
+  uint64_t addresses[kMaxRanks][kMaxAddresses];  // of its inputs, PackAddress
+  uint64_t totals[kMaxRanks]
+                 [kMaxExperts + kMaxRanks];  // plan: its entries of each column, PackCount
   // Any rank: not 0 once a rank of the group has failed. Never reset.
   uint32_t failed;
   // This rank only:

@@ -27,12 +27,12 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, CombineAttrs attrs, ffi:
       by_expert && geometry.num_ranks > 1 ? int64_t{geometry.num_ranks} * geometry.num_tokens : 0;
   CheckScratch(check, *scratch, partial_rows * geometry.row_bytes());
   cuda::CombineParams params{};
-  if (auto error = PrepareGroup(
-          check, attrs.group, device, cuda::OpKind::kCombine,
-          {geometry.num_tokens, geometry.top_k, geometry.capacity, geometry.hidden,
-           static_cast<int64_t>(geometry.dtype), args.row_weights != nullptr,
-           args.values != nullptr, static_cast<int64_t>(geometry.layout)},
-          params.group);
+  if (auto error =
+          PrepareGroup(check, attrs.group, device, cuda::OpKind::kCombine,
+                       {geometry.num_tokens, geometry.top_k, geometry.capacity, geometry.hidden,
+                        static_cast<int64_t>(geometry.dtype), args.row_weights != nullptr,
+                        args.values != nullptr, static_cast<int64_t>(geometry.layout)},
+                       params.group);
       error.failure()) {
     return error;
   }

@@ -23,11 +23,10 @@ ffi::Error CombineVjp(cudaStream_t stream, int32_t device, CombineVjpAttrs attrs
                    {dy, rows, row_weights, *d_rows, *d_weights}, args);
   const cpu::Geometry& geometry = args.geometry;
   cuda::CombineVjpParams params{};
-  if (auto error =
-          PrepareGroup(check, attrs.group, device, cuda::OpKind::kCombineVjp,
-                       {geometry.num_tokens, geometry.top_k, geometry.capacity, geometry.hidden,
-                        static_cast<int64_t>(geometry.dtype)},
-                       params.group);
+  if (auto error = PrepareGroup(check, attrs.group, device, cuda::OpKind::kCombineVjp,
+                                {geometry.num_tokens, geometry.top_k, geometry.capacity,
+                                 geometry.hidden, static_cast<int64_t>(geometry.dtype)},
+                                params.group);
       error.failure()) {
     return error;
   }

@@ -22,8 +22,8 @@ auto BindDeviceCall() {
       .template Attrs<Attrs>();
 }
 
-// Checks the common part of a call and finds this device's member of the group. The tag is a digest of
-// the op and `shape`, which all ranks must agree on.
+// Checks the common part of a call and finds this device's member of the group. The tag is a digest
+// of the op and `shape`, which all ranks must agree on.
 ::xla::ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device,
                                cuda::OpKind op, std::initializer_list<int64_t> shape,
                                cuda::GroupParams& group);

@@ -17,12 +17,18 @@ using Out = ffi::Result<ffi::AnyBuffer>;
 struct QuantizedRows {
   char* values;
   float* scales;
-  // Takes room for `num_rows` rows from `scratch` on, and moves it past them.
-  static QuantizedRows Take(char*& scratch, int64_t num_rows, int32_t hidden) {
-    QuantizedRows rows{scratch, reinterpret_cast<float*>(scratch + num_rows * hidden)};
-    scratch += num_rows * (hidden + hidden / cuda::kScaleBlock * int64_t{sizeof(float)});
-    return rows;
+
+  // Bytes that `num_rows` rows take, with every part aligned for bulk copies.
+  static int64_t Bytes(int64_t num_rows, int32_t hidden) {
+    return Align(num_rows * hidden) + Align(num_rows * (hidden / cuda::kScaleBlock) * 4);
   }
+
+  static QuantizedRows At(char* memory, int64_t num_rows, int32_t hidden) {
+    return {memory, reinterpret_cast<float*>(memory + Align(num_rows * hidden))};
+  }
+
+ private:
+  static int64_t Align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 };
 
 ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ffi::AnyBuffer x,
@@ -37,10 +43,11 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
   const cpu::Geometry& geometry = args.geometry;
   const bool quantize = args.quantization != cpu::Quantization::kNone;
   const bool dequantize = quantize && args.dense_output;
-  const int64_t quantized_row = geometry.hidden + geometry.hidden / cuda::kScaleBlock * 4;
-  CheckScratch(check, *scratch,
-               quantized_row * ((quantize ? geometry.num_tokens : 0) +
-                                (dequantize ? geometry.capacity : 0)));
+  const int64_t sent_bytes =
+      quantize ? QuantizedRows::Bytes(geometry.num_tokens, geometry.hidden) : 0;
+  const int64_t received_bytes =
+      dequantize ? QuantizedRows::Bytes(geometry.capacity, geometry.hidden) : 0;
+  CheckScratch(check, *scratch, sent_bytes + received_bytes);
   cuda::DispatchParams params{};
   if (auto error =
           PrepareGroup(check, attrs.group, device, cuda::OpKind::kDispatch,
@@ -72,13 +79,14 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
 
   char* memory = static_cast<char*>(scratch->untyped_data());
   if (quantize) {
-    const QuantizedRows sent =
-        QuantizedRows::Take(memory, geometry.num_tokens, geometry.hidden);
-    const cuda::QuantizeParams quantize_params{
-        RowTypeOf(geometry.dtype), args.quantization == cpu::Quantization::kFp8Ue8m0,
-        geometry.num_tokens,       geometry.hidden,
-        args.x,                    sent.values,
-        sent.scales};
+    const QuantizedRows sent = QuantizedRows::At(memory, geometry.num_tokens, geometry.hidden);
+    const cuda::QuantizeParams quantize_params{RowTypeOf(geometry.dtype),
+                                               args.quantization == cpu::Quantization::kFp8Ue8m0,
+                                               geometry.num_tokens,
+                                               geometry.hidden,
+                                               args.x,
+                                               sent.values,
+                                               sent.scales};
     if (auto error = ToError(cuda::LaunchQuantize(quantize_params, stream), "dispatch");
         error.failure()) {
       return error;
@@ -89,7 +97,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
     params.row_bytes = geometry.hidden;
   }
   if (!dequantize) return ToError(cuda::LaunchDispatch(params, stream), "dispatch");
-  const QuantizedRows received = QuantizedRows::Take(memory, geometry.capacity, geometry.hidden);
+  const QuantizedRows received =
+      QuantizedRows::At(memory + sent_bytes, geometry.capacity, geometry.hidden);
   params.rows = received.values;
   params.row_scales = received.scales;
   if (auto error = ToError(cuda::LaunchDispatch(params, stream), "dispatch"); error.failure()) {
