@@ -32,6 +32,8 @@ SECTIONS = {
         "moe",
         "MoEParams",
         "MoEAux",
+        "SharedExpert",
+        "PartitionNames",
         "init_moe_params",
         "moe_partition_specs",
         "grouped_dot",

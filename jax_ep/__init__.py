@@ -31,7 +31,8 @@ from jax_ep._types import DispatchConfig, Dispatched, Handle, Quantized
 from jax_ep._version import __version__
 
 if TYPE_CHECKING:
-    from jax_ep import linen, nnx
+    import jax_ep.linen as linen
+    import jax_ep.nnx as nnx
 
 __all__ = [
     "CommunicationError",

@@ -14,7 +14,7 @@ from jax_ep._group import Group
 from jax_ep._types import DispatchConfig, Handle, Layout, Quantized
 
 MAX_TOP_K = 32
-_ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def value_error(op: str, argument: str, expected: str, got: object, fix: str) -> ValueError:
@@ -82,7 +82,7 @@ def check_one_of(op: str, argument: str, value: object, allowed: Sequence[object
 def check_rows(op: str, argument: str, x: Any) -> None:
     """``x`` is ``[rows, hidden]`` in a row dtype, or Quantized, and rows are whole vectors."""
     if isinstance(x, Quantized):
-        _check_quantized(op, argument, x)
+        check_quantized(op, argument, x)
         return
     if not isinstance(x, jax.Array):
         raise type_error(
@@ -96,7 +96,7 @@ def check_rows(op: str, argument: str, x: Any) -> None:
             f"shape {x.shape}",
             "flatten the leading dimensions into tokens",
         )
-    if x.dtype not in _ROW_DTYPES:
+    if x.dtype not in ROW_DTYPES:
         raise type_error(
             op,
             argument,
@@ -115,7 +115,8 @@ def check_rows(op: str, argument: str, x: Any) -> None:
         )
 
 
-def _check_quantized(op: str, argument: str, x: Quantized) -> None:
+def check_quantized(op: str, argument: str, x: Quantized) -> None:
+    """Values and scales have the dtypes and shapes of quantized rows."""
     values, scales = x
     if values.ndim != 2 or values.shape[1] == 0 or values.shape[1] % 128:
         raise value_error(

@@ -190,9 +190,7 @@ def combine(
     num_tokens, top_k = handle.topk_idx.shape
     results = [
         _compat.result_type(rows, (num_tokens, rows.shape[1]), rows.dtype),
-        _compat.result_type(
-            rows, (num_tokens, top_k) if values is not None else (0,), jnp.float32
-        ),
+        _compat.result_type(rows, (num_tokens, top_k) if values is not None else (0,), jnp.float32),
     ]
     if group.backend == "cuda":
         # Sums of this rank's rows, which the home ranks read.

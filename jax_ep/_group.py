@@ -201,9 +201,7 @@ def _group_id(
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def _resolve_backend(
-    mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], backend: Backend
-) -> str:
+def _resolve_backend(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], backend: Backend) -> str:
     if backend == "reference":
         return "reference"
     platforms = sorted({device.platform for device in mesh.devices.flat})

@@ -81,9 +81,7 @@ def plan(
         handle = _empty_plan(topk_idx, **static)
     else:
         backend = _BACKENDS[group.backend]
-        handle = backend.plan(
-            topk_idx, **static, expert_capacity=expert_capacity, config=config
-        )
+        handle = backend.plan(topk_idx, **static, expert_capacity=expert_capacity, config=config)
     return _match(handle, topk_idx)
 
 
@@ -126,10 +124,11 @@ def _dispatch_bwd(options, handle, cotangents):
         return d_tokens, d_weights, None
     # refuse_gradient has seen to it that nothing flows back through the rows themselves.
     num_tokens, (_, hidden) = handle.topk_idx.shape[0], d_rows.values.shape
-    d_x: Array | Quantized = jnp.zeros((num_tokens, hidden), options.row_dtype)
+    d_values = jnp.zeros((num_tokens, hidden), options.row_dtype)
+    d_x: Array | Quantized = d_values
     if options.row_dtype == jnp.float8_e4m3fn:
         no_scales = jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32)
-        d_x = Quantized(d_x, no_scales)
+        d_x = Quantized(d_values, no_scales)
     no_rows = _match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
     _, d_weights = combine(
         CombineOptions(options.group, options.config), no_rows, d_row_weights, handle

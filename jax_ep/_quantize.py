@@ -7,6 +7,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jax_ep import _checks
 from jax_ep._numerics import round_to
 from jax_ep._types import Quantized, ScaleFormat
 
@@ -65,7 +66,20 @@ def dequantize(q: Quantized, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "r
 
     Returns:
         ``[rows, hidden]`` in ``dtype``.
+
+    Raises:
+        TypeError: for another dtype of the values or the result.
+        ValueError: for shapes that do not fit together.
     """
+    _checks.check_quantized("dequantize", "q", q)
+    if jnp.dtype(dtype) not in _checks.ROW_DTYPES:
+        raise _checks.type_error(
+            "dequantize",
+            "dtype",
+            "dtype bfloat16, float16 or float32",
+            f"dtype {jnp.dtype(dtype)}",
+            "choose one of these and cast the rows afterwards",
+        )
     rows, hidden = q.values.shape
     blocks = q.values.astype(jnp.float32).reshape(rows, hidden // BLOCK, BLOCK)
     products = (blocks * q.scales[..., None]).reshape(rows, hidden)
