@@ -83,32 +83,54 @@ def _entry(name: str, value: object) -> str:
     signature = ""
     if inspect.isfunction(value):
         bare = inspect.signature(value).replace(return_annotation=inspect.Signature.empty)
-        plain = [p.replace(annotation=p.empty) for p in bare.parameters.values()]
+        plain = [_plain(parameter) for parameter in bare.parameters.values()]
         signature = str(bare.replace(parameters=plain))
     return f"### `{name}{signature}`\n\n{_text(value)}\n"
 
 
+class _Name:
+    """Prints as a name: functions and classes print as their addresses."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _plain(parameter: inspect.Parameter) -> inspect.Parameter:
+    default = parameter.default
+    if default is not parameter.empty and hasattr(default, "__name__"):
+        default = _Name(default.__name__)
+    return parameter.replace(annotation=parameter.empty, default=default)
+
+
 def _text(value: object) -> str:
     """The docstring as Markdown: sections become bold titles, their entries bullets."""
-    lines = []
+    lines: list[str] = []
     in_section = in_code = False
     for line in (inspect.getdoc(value) or "").splitlines():
         if in_code and line.strip() and not line.startswith("    "):
-            lines.append("```")
+            while not lines[-1]:
+                lines.pop()
+            lines += ["```", ""]
             in_code = False
+        if in_code:
+            if line.strip() or lines[-1] != "```":
+                lines.append(line[4:])
+            continue
         section = re.fullmatch(r"(Args|Attributes|Returns|Raises|Yields):", line)
         entry = re.match(r"    (\*{0,2}[\w, *]+):\s*(.*)", line) if in_section else None
         if section:
             in_section = True
             lines.append(f"**{section[1]}**\n")
         elif line.endswith("::"):
-            in_code = True
-            in_section = False
-            lines.append(f"{line[:-1]}\n\n```")
-        elif in_code:
-            lines.append(line[4:])
+            in_code, in_section = True, False
+            lines += [line[:-1], "", "```"]
         elif entry:
             lines.append(f"* `{entry[1]}`: {entry[2]}")
+        elif in_section and line.startswith("        "):
+            lines.append(f"  {line.strip()}")
         else:
             in_section = in_section and (not line or line.startswith(" "))
             lines.append(line.strip() if in_section else line)
