@@ -119,10 +119,12 @@ def _native_library() -> Iterator[Finding]:
     if reason is not None:
         yield Finding("fail", "native CPU library", reason, "reinstall jax_ep")
         return
-    info = _cpu.build_info()
-    details = ", ".join(f"{key} {value}" for key, value in info.items())
-    yield Finding("ok", "native CPU library", details)
+    yield Finding("ok", "native CPU library", _describe(_cpu.build_info()))
     yield Finding("ok", "FFI targets", ", ".join(sorted(_cpu.targets())))
+
+
+def _describe(build_info: dict[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in build_info.items())
 
 
 def _devices() -> Iterator[Finding]:
@@ -173,11 +175,16 @@ def _gpus() -> Iterator[Finding]:
         return
     for line in listing.stdout.strip().splitlines():
         yield Finding("ok", "NVIDIA GPU", line)
-    yield Finding(
-        "note",
-        "GPU kernels",
-        "this version has none yet: groups of GPUs use the pure-JAX reference over XLA's collectives",
-    )
+    if importlib.util.find_spec("jax_ep._cuda") is None:
+        yield Finding(
+            "fail",
+            "native GPU library",
+            "not built; groups of GPUs use the pure-JAX reference over XLA's collectives",
+            "install again with nvcc of CUDA 13 on the PATH (JAX_EP_CUDA=ON insists)",
+        )
+        return
+    cuda = importlib.import_module("jax_ep._cuda")
+    yield Finding("ok", "native GPU library", _describe(cuda.build_info()))
 
 
 def _round_trip() -> Iterator[Finding]:
