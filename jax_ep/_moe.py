@@ -95,9 +95,9 @@ def moe(
     Call it on whole (global) arrays, inside ``jit`` or not, on meshes with Auto or Explicit axes. It
     splits the tokens over ``token_axes`` (adding masked ones where they do not split evenly) and
     enters ``shard_map`` over the whole mesh of the group, where ``dispatch`` and ``combine`` move the
-    rows. Mesh axes that are not token axes see the same tokens. ``x`` may be sharded in any way;
-    nothing is moved where it is split over the leading token axes in their order, as a batch over
-    "data" is.
+    rows. Mesh axes that are not token axes see the same tokens. ``x`` may be sharded in any way; where
+    it is split over the leading token axes in their order, as a batch over "data" is, every device
+    works on a part of what it has, and only the outputs are gathered again.
 
     Example::
 
@@ -115,7 +115,8 @@ def moe(
         num_experts: E over the whole group; a multiple of its size.
         top_k: Experts of each token.
         router: "softmax", "sigmoid", a ``routing.Router`` with settings, or a function of
-            ``(logits [T, E], bias)`` that returns a ``routing.Routing``.
+            ``(logits [T, E], bias)`` that returns a ``routing.Routing`` and has no traced values of
+            its own.
         token_axes: Mesh axes that tokens are split over; those of the group must be among them. The
             default stands for "data", if the mesh has an axis of that name, and the group's axes.
         mask: Boolean, the shape of ``x`` without H: False keeps a token from the router; its output is

@@ -48,9 +48,7 @@ def loss(
     for index, bias in enumerate(biases):
         block = params["blocks"][index]
         x = x + _attention(_norm(x, block["norm_attention"]), block["attention"], num_heads)
-        y, aux_loss, load = _experts(
-            _norm(x, block["norm_experts"]), block["experts"], bias, top_k
-        )
+        y, aux_loss, load = _experts(_norm(x, block["norm_experts"]), block["experts"], bias, top_k)
         x = x + y
         aux_losses.append(aux_loss)
         loads.append(load)

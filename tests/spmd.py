@@ -113,7 +113,7 @@ def run_python(*arguments: str, timeout: float, **env: str) -> subprocess.Comple
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **env},
+        env={**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **env},
         capture_output=True,
         text=True,
         timeout=timeout,

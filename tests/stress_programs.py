@@ -170,6 +170,16 @@ def never_arrives() -> None:
         print("TEXT", text.replace("\n", " "))
         expect(good(x, attempt), TOP_K * x, "the step after")
         group.check()
+    pending = bad(x, 3)
+    others = [good(x + i, i) for i in range(20)]
+    for i, other in enumerate(others):
+        expect(other, TOP_K * (x + i), f"step {i} beside one that waits")
+    try:
+        jax.block_until_ready(pending)
+    except jax.errors.JaxRuntimeError:
+        pass
+    else:
+        raise AssertionError("no error")
     gc.collect()
     if _cpu.open_rendezvous():
         raise AssertionError("meetings were left open")

@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 
+import pytest
+
 from jax_ep import _cpu
 
 TARGETS_H = pathlib.Path(__file__).parents[1] / "csrc" / "ffi" / "targets.h"
@@ -21,3 +23,8 @@ def test_library_is_that_of_the_running_build():
     """Under Bazel, not one that another build has left in the source tree."""
     runfiles = os.environ.get("TEST_SRCDIR", "/")
     assert pathlib.Path(_cpu.__file__).is_relative_to(runfiles)
+
+
+def test_gpu_library_exports_the_same_targets():
+    cuda = pytest.importorskip("jax_ep._cuda", reason="the GPU backend was not built (no nvcc)")
+    assert list(cuda.targets()) == list(_cpu.targets())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import train_moe_cli  # isort: skip  (first: it puts examples/ on the path)
+
 import pathlib
 import socket
 
 import numpy as np
 import pytest
-import train_moe_cli
+
 from byte_lm import cluster, data
 from byte_lm.config import RunConfig
 from byte_lm.run import Run
@@ -57,7 +59,7 @@ def test_two_processes_train_as_one(text, tmp_path, data_parallel):
 
     mesh = cluster.make_mesh(devices=4, data_parallel=data_parallel)
     trainer = Trainer(mesh, train_moe_cli.TINY_MODEL, train_moe_cli.TINY_TRAIN)
-    corpus = data.load(text, min_bytes=1000)
+    corpus = data.load(text, min_bytes=train_moe_cli.TINY_TRAIN.seq_len + 1)
     with Run(trainer, corpus, RunConfig(out=alone, steps=STEPS)) as run:
         run.train()
         summary = run.finish()

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import train_moe_cli  # isort: skip  (first: it puts examples/ on the path)
+
 import dataclasses
 import json
 import shutil
 from typing import Any
 
-import dense_moe
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import train_moe_cli
 from flax import nnx
-from spmd import need_devices
 
-# After train_moe_cli, which puts examples/ on the path.
-from byte_lm import cluster, data  # isort: skip
-from byte_lm.config import ModelConfig, RunConfig, TrainConfig  # isort: skip
-from byte_lm.run import Run  # isort: skip
-from byte_lm.training import Trainer, learning_rates, make_optimizer  # isort: skip
+import dense_moe
+from byte_lm import cluster, data
+from byte_lm.config import ModelConfig, RunConfig, TrainConfig
+from byte_lm.run import Run
+from byte_lm.training import Trainer, learning_rates, make_optimizer
+from spmd import need_devices
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -64,9 +64,7 @@ def dense_losses(state: Any, corpus: data.Corpus, model: ModelConfig, steps: int
     aux_weight = TRAIN.aux_weight if model.balance == "aux" else 0.0
 
     def objective(params: Any, biases: Any, batch: jax.Array) -> Any:
-        report = dense_moe.loss(
-            params, biases, batch, num_heads=model.num_heads, top_k=model.top_k
-        )
+        report = dense_moe.loss(params, biases, batch, num_heads=model.num_heads, top_k=model.top_k)
         return report.loss + aux_weight * report.aux_loss, report
 
     @jax.jit
@@ -191,9 +189,7 @@ def test_data_depends_on_names_seed_and_step_alone(tmp_path):
     first = corpus.batch(seed=1, step=2, batch_size=4, seq_len=16)
     assert first.shape == (4, 17)
     assert first[0].astype(np.uint8).tobytes() in corpus.train.tobytes()
-    np.testing.assert_array_equal(
-        first, corpus.batch(seed=1, step=2, batch_size=4, seq_len=16)
-    )
+    np.testing.assert_array_equal(first, corpus.batch(seed=1, step=2, batch_size=4, seq_len=16))
     assert (first != corpus.batch(seed=1, step=3, batch_size=4, seq_len=16)).any()
     assert (first != corpus.batch(seed=2, step=2, batch_size=4, seq_len=16)).any()
     with pytest.raises(ValueError, match="expected at least 20000 bytes of UTF-8 text"):

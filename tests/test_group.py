@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import jax_ep
-from spmd import make_group, make_mesh, run_python, shard
+from spmd import make_group, make_mesh, need_devices, run_python, shard
 
 
 def test_equal_arguments_give_the_same_group(backend):
@@ -88,6 +88,7 @@ print("id", jax_ep.create_group(mesh, "expert", backend="{backend}").id)
 
 def test_ids_are_the_same_in_every_process(backend):
     """Whatever a process did before; so programs in the persistent cache stay valid."""
+    need_devices(4)
     ids = set()
     for junk, seed in ((0, "1"), (1000, "2")):
         code = PRINT_ID.format(junk=junk, backend=backend)

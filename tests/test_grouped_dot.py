@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
-import jax_ep
 import numpy as np
 import pytest
-import spmd
 from jax.sharding import PartitionSpec as P
+
+import jax_ep
+import spmd
 
 # Rows and sizes of the groups: less than a tile, several tiles with ends inside tiles, empty groups
 # at both ends, nothing at all, one group.
@@ -26,7 +28,7 @@ SIZES = {
 def numpy_grouped_dot(lhs, rhs, sizes):
     """The result and, for a cotangent of the result, the gradients; in float64."""
     bounds = np.concatenate([[0], np.cumsum(sizes)])
-    parts = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(bounds)]
     out = np.zeros((lhs.shape[0], rhs.shape[2]))
     for part, matrix in zip(parts, rhs, strict=True):
         out[part] = lhs[part] @ matrix
@@ -128,5 +130,7 @@ def test_no_rows():
 def test_errors():
     sizes = jnp.zeros(2, jnp.int32)
     lhs = jnp.zeros((4, 8))
-    with pytest.raises(TypeError, match="argument rhs: expected dtype float32 as lhs, got dtype bf"):
+    with pytest.raises(
+        TypeError, match="argument rhs: expected dtype float32 as lhs, got dtype bf"
+    ):
         jax_ep.grouped_dot(lhs, jnp.zeros((2, 8, 4), jnp.bfloat16), sizes)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import jax_ep
 import ml_dtypes
 import numpy as np
 import pytest
+
+import jax_ep
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 DTYPES = {
@@ -50,7 +51,9 @@ def rows(dtype: np.dtype) -> np.ndarray:
     # between two of them or a little to either side.
     codes = np.sort(CODES[np.isfinite(CODES)].astype(np.float64))
     halfway = (codes[1:] + codes[:-1]) / 2
-    grid = [np.resize(np.append(halfway * (1 + d), 448), 256) for d in (-1e-3, -1e-7, 0, 1e-7, 1e-3)]
+    grid = [
+        np.resize(np.append(halfway * (1 + d), 448), 256) for d in (-1e-3, -1e-7, 0, 1e-7, 1e-3)
+    ]
     grid = [np.where(np.arange(256) % 128 == 0, 448, row) for row in [*grid, np.resize(codes, 256)]]
     special = np.zeros((10, 256))
     special[1] = -0.0
@@ -105,5 +108,5 @@ def test_round_trip_is_close_and_stable():
 
 
 def test_hidden_of_whole_blocks():
-    with pytest.raises(ValueError, match="argument x: expected .* multiple of 128, got shape"):
+    with pytest.raises(ValueError, match=r"argument x: expected .* multiple of 128, got shape"):
         jax_ep.quantize(jnp.zeros((2, 100)))

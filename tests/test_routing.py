@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spmd
 from jax.sharding import PartitionSpec as P
+
+import spmd
 from jax_ep import routing
 
 
@@ -92,7 +93,7 @@ def test_ties_go_to_the_lowest_expert(router):
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 def test_group_limited(logits, bias, scoring):
-    settings = dict(num_groups=4, top_groups=2, scale=2.5, scoring=scoring)
+    settings = {"num_groups": 4, "top_groups": 2, "scale": 2.5, "scoring": scoring}
     routes = jax.jit(
         lambda logits, bias: routing.group_limited_top_k(logits, 5, bias=bias, **settings)
     )(logits, bias)
@@ -123,9 +124,7 @@ def test_router_settings(logits, bias):
     settings = routing.Router("group_limited", num_groups=4, top_groups=2, scale=2.5)
     same = routing.Router("group_limited", num_groups=4, top_groups=2, scale=2.5)
     assert settings == same and hash(settings) == hash(same)
-    want = routing.group_limited_top_k(
-        logits, 5, num_groups=4, top_groups=2, bias=bias, scale=2.5
-    )
+    want = routing.group_limited_top_k(logits, 5, num_groups=4, top_groups=2, bias=bias, scale=2.5)
     for got, expected in zip(settings(logits, 5, bias), want, strict=True):
         np.testing.assert_array_equal(got, expected)
     plain = routing.Router("sigmoid", renormalize=False)(logits, 3)
