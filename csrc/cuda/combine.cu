@@ -77,7 +77,7 @@ class Adder {
 
   // Starts the sum of the first `num_terms` terms, as long as a row, to `output`. Waits for stages
   // by finishing earlier terms.
-  __device__ void Sum(int32_t num_terms, void* output) {
+  __device__ void Sum(int32_t num_terms, char* output) {
     __syncwarp();
     for (int32_t offset = 0; offset < row_bytes_; offset += kStageBytes) {
       const int32_t bytes = plan::Min(kStageBytes, row_bytes_ - offset);
@@ -86,7 +86,7 @@ class Adder {
         if (Lane() == 0) {
           const int32_t s = num_loaded_ % kStages;
           const Term& term = memory_->terms[i];
-          char* target = i + 1 == num_terms ? static_cast<char*>(output) + offset : nullptr;
+          char* target = i + 1 == num_terms ? output + offset : nullptr;
           memory_->stages[s] = {target, term.factor, static_cast<uint16_t>(bytes),
                                 term.begins_segment && term.ends_segment, term.ends_segment};
           ptx::ArriveExpectBytes(&memory_->barriers[s], bytes);
@@ -234,33 +234,40 @@ __device__ void Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder,
   const int32_t num_peers = p.group.num_ranks - 1;
   const int32_t chunk_size = ChunkSize(p.num_tokens);
   Workspace& own = Own(p.group);
+  const auto token_of = [&](int32_t item) { return item / num_peers; };
+  const auto peer_of = [&](int32_t item) {
+    return (p.group.rank + 1 + item % num_peers) % p.group.num_ranks;
+  };
+  const auto source_of = [&](int32_t item) {
+    return peer_of(item) * p.num_tokens + token_of(item);
+  };
   const auto finish = [&](int32_t item) {
     if (item < 0) return;
     ptx::FenceProxyAsyncGlobal();  // home reads by bulk copies what this lane stored
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
-    const int32_t token = item / num_peers;
-    const int32_t peer = (p.group.rank + 1 + item % num_peers) % p.group.num_ranks;
-    const int32_t chunk = token / chunk_size;
+    const int32_t chunk = token_of(item) / chunk_size;
     const int32_t size = plan::Min(chunk_size, p.num_tokens - chunk * chunk_size);
     __threadfence();
-    uint32_t* counter = &own.chunk_tokens[peer][chunk];
+    uint32_t* counter = &own.chunk_tokens[peer_of(item)][chunk];
     if (atomicAdd(counter, 1u) != static_cast<uint32_t>(size) - 1) return;
     *counter = 0;
     __threadfence_system();
-    ptx::StoreReleaseSystem(&p.group.peers[peer]->rows[p.group.rank][chunk],
+    ptx::StoreReleaseSystem(&p.group.peers[peer_of(item)]->rows[p.group.rank][chunk],
                             FlagValue(epoch, p.group.tag));
   };
   // A sum is finished while the next one's terms are on their way.
   int32_t pending = -1;
   int32_t pending_mark = 0;
-  for (int32_t item = warp; item < p.num_tokens * num_peers; item += num_warps) {
-    const int32_t token = item / num_peers;
-    const int32_t peer = (p.group.rank + 1 + item % num_peers) % p.group.num_ranks;
-    const int32_t source = peer * p.num_tokens + token;
-    const int32_t num_terms = ListOwnRows(p, RowOfLane(p, source), row_bytes, adder.terms());
+  const int32_t num_items = p.num_tokens * num_peers;
+  int32_t next_row = warp < num_items ? RowOfLane(p, source_of(warp)) : plan::kNone;
+  for (int32_t item = warp; item < num_items; item += num_warps) {
+    const int32_t row = next_row;
+    const int32_t next = item + num_warps;
+    if (next < num_items) next_row = RowOfLane(p, source_of(next));  // there when it is needed
+    const int32_t num_terms = ListOwnRows(p, row, row_bytes, adder.terms());
     if (num_terms > 0) {
-      adder.Sum(num_terms, static_cast<char*>(p.partials) + int64_t{source} * row_bytes);
+      adder.Sum(num_terms, static_cast<char*>(p.partials) + int64_t{source_of(item)} * row_bytes);
     }
     adder.FinishUntil(pending_mark);
     finish(pending);
@@ -271,34 +278,50 @@ __device__ void Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder,
   finish(pending);
 }
 
+// What a warp needs to know of a token: its entries (lane k has entry k) and, in layout "expert",
+// this rank's rows of it (lane m has row m).
+struct TokenRows {
+  int32_t expert;
+  int32_t row;
+  int32_t own_row;
+};
+
+__device__ TokenRows LoadToken(const CombineParams& p, int32_t token) {
+  const int32_t lane = threadIdx.x % 32;
+  TokenRows rows{plan::kNone, plan::kNone, plan::kNone};
+  if (token >= p.num_tokens) return rows;
+  if (lane < p.top_k) {
+    rows.expert = p.topk[int64_t{token} * p.top_k + lane];
+    rows.row = p.dest_row[int64_t{token} * p.top_k + lane];
+  }
+  if (p.layout == Layout::kExpert) {
+    rows.own_row = RowOfLane(p, p.group.rank * p.num_tokens + token);
+  }
+  return rows;
+}
+
 // Home: lists the terms of a token: for each rank, ascending, this rank's own rows or the peer's
 // one row. Returns how many there are.
 __device__ int32_t ListTerms(const CombineParams& p, uint64_t epoch, int32_t token,
-                             int32_t row_bytes, Term* terms) {
+                             const TokenRows& rows, int32_t row_bytes, Term* terms) {
   const int32_t lane = threadIdx.x % 32;
   const bool by_expert = p.layout == Layout::kExpert;
   const int32_t source = p.group.rank * p.num_tokens + token;
-  int32_t rank = plan::kNone;
-  int32_t row = plan::kNone;
-  if (lane < p.top_k) {
-    const int64_t i = int64_t{token} * p.top_k + lane;
-    const int32_t expert = p.topk[i];
-    row = p.dest_row[i];
-    if (expert >= 0 && expert < p.num_experts && row >= 0 && row < p.capacity) {
-      rank = plan::RankOfExpert(expert, p.num_experts / p.group.num_ranks);
-    }
-  }
+  const bool exists =
+      rows.expert >= 0 && rows.expert < p.num_experts && rows.row >= 0 && rows.row < p.capacity;
+  const int32_t rank =
+      exists ? plan::RankOfExpert(rows.expert, p.num_experts / p.group.num_ranks) : plan::kNone;
   int32_t count = 0;
   for (int32_t r = 0; r < p.group.num_ranks; ++r) {
     const uint32_t there = __ballot_sync(~0u, rank == r);
     if (there == 0) continue;
     if (by_expert && r == p.group.rank) {
-      count += ListOwnRows(p, RowOfLane(p, source), row_bytes, terms + count);
+      count += ListOwnRows(p, rows.own_row, row_bytes, terms + count);
       continue;
     }
     if (lane == __ffs(there) - 1) {
-      const char* rows = PeerAddress<char>(p.group, epoch, r, 0);
-      terms[count] = {rows + int64_t{by_expert ? source : row} * row_bytes, 1.0f, true, true};
+      const char* base = PeerAddress<char>(p.group, epoch, r, 0);
+      terms[count] = {base + int64_t{by_expert ? source : rows.row} * row_bytes, 1.0f, true, true};
     }
     ++count;
   }
@@ -315,7 +338,10 @@ __device__ bool BringHome(const CombineParams& p, uint64_t epoch, Adder<T>& adde
   const int32_t chunk_size = ChunkSize(p.num_tokens);
   const bool by_expert = p.layout == Layout::kExpert;
   int32_t ready_chunk = -1;
+  TokenRows next_rows = LoadToken(p, warp);
   for (int32_t token = warp; token < p.num_tokens; token += num_warps) {
+    const TokenRows rows = next_rows;
+    next_rows = LoadToken(p, token + num_warps);  // there when it is needed
     const int32_t chunk = token / chunk_size;
     if (by_expert && chunk != ready_chunk) {
       bool ready = true;
@@ -332,7 +358,7 @@ __device__ bool BringHome(const CombineParams& p, uint64_t epoch, Adder<T>& adde
       ready_chunk = chunk;
     }
     char* y = static_cast<char*>(p.y) + int64_t{token} * row_bytes;
-    const int32_t num_terms = ListTerms(p, epoch, token, row_bytes, adder.terms());
+    const int32_t num_terms = ListTerms(p, epoch, token, rows, row_bytes, adder.terms());
     if (num_terms > 0) {
       adder.Sum(num_terms, y);
       continue;

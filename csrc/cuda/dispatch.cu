@@ -17,6 +17,9 @@ namespace {
 using plan::Layout;
 
 constexpr int kStages = 4;
+// Loads ahead of the stores, where a row is stored once and where it may be stored many times.
+constexpr int kFewStores = 3;
+constexpr int kManyStores = 2;
 constexpr int kMaxMovers = 8;
 constexpr int kHelpers = 4;  // warps
 constexpr int kRingBytes = 200 << 10;
@@ -114,7 +117,9 @@ class SourceIterator {
   uint32_t found_ = 0;
 };
 
-// One mover. The load of an item runs up to kStages - 1 items ahead of its stores.
+// One mover. The load of an item runs up to kAhead items ahead of its stores; the other stages hold
+// items whose stores still read them.
+template <int kAhead>
 __device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, int32_t num_warps,
                          char* stages, uint64_t* barriers) {
   const int32_t lane = threadIdx.x % 32;
@@ -166,7 +171,7 @@ __device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, 
   };
   int32_t num_loaded = 0;
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
+  for (int s = 0; s < kAhead; ++s) {
     load(s, row_of_stage[s], offset_of_stage[s]);
     num_loaded += more;
   }
@@ -189,11 +194,10 @@ __device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, 
       }
       ptx::CommitBulkGroup();
       ++item;
-      // The next load takes the stage of the item before this one: its stores must have read it.
-      ptx::WaitBulkGroupRead<1>();
+      // The next load takes the stage of an earlier item, whose stores must have read it.
+      ptx::WaitBulkGroupRead<kStages - kAhead>();
       __syncwarp();
-      constexpr int kBefore = kStages - 1;
-      const int next = (s + kBefore) % kStages;
+      const int next = (s + kAhead) % kStages;
       load(next, row_of_stage[next], offset_of_stage[next]);
       num_loaded += more;
     }
@@ -284,6 +288,7 @@ __device__ void Poison(const DispatchParams& p) {
   }
 }
 
+template <int kAhead>
 __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     DispatchKernel(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) char memory[];
@@ -302,9 +307,9 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_movers = NumMovers(p);
   if (warp < num_movers) {
-    MoveRows(p, epoch, warp * gridDim.x + blockIdx.x, num_movers * gridDim.x,
-             shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
-             shared.barriers + warp * kStages);
+    MoveRows<kAhead>(p, epoch, warp * gridDim.x + blockIdx.x, num_movers * gridDim.x,
+                     shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
+                     shared.barriers + warp * kStages);
   } else {
     const int32_t helper = (warp - num_movers) * gridDim.x + blockIdx.x;
     const int32_t num_helpers = kHelpers * gridDim.x;
@@ -319,13 +324,17 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
 }  // namespace
 
 cudaError_t LoadDispatch() {
-  return cudaFuncSetAttribute(DispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              220 << 10);
+  constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  const cudaError_t error = cudaFuncSetAttribute(DispatchKernel<kFewStores>, kAttribute, 220 << 10);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(DispatchKernel<kManyStores>, kAttribute, 220 << 10);
 }
 
 cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
   const int num_threads = (NumMovers(params) + kHelpers) * 32;
-  DispatchKernel<<<params.num_blocks, num_threads, SharedBytes(params), stream>>>(params);
+  const auto kernel =
+      params.layout == Layout::kToken ? DispatchKernel<kFewStores> : DispatchKernel<kManyStores>;
+  kernel<<<params.num_blocks, num_threads, SharedBytes(params), stream>>>(params);
   return cudaGetLastError();
 }
 

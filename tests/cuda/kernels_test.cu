@@ -196,6 +196,9 @@ int main(int argc, char** argv) {
     CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&rank.error), sizeof(cuda::ErrorRecord),
                              cudaHostAllocPortable | cudaHostAllocMapped));
     std::memset(rank.error, 0, sizeof(cuda::ErrorRecord));
+    // What a stream's first launch sets up must not wait for kernels that wait for this rank.
+    CHECK_CUDA(cudaMemsetAsync(rank.workspace, 0, sizeof(cuda::Workspace), rank.stream));
+    CHECK_CUDA(cudaStreamSynchronize(rank.stream));
     CHECK_CUDA(cuda::LoadPlan());
     CHECK_CUDA(cuda::LoadDispatch());
     CHECK_CUDA(cuda::LoadCombine());
