@@ -14,6 +14,9 @@ In two processes of four devices each (on one machine or on two that share the f
     python examples/train_moe.py --devices 4 --coordinator 127.0.0.1:9911 --num-processes 2 \
         --process-id 1
 
+Where there are GPUs it runs on those, all of them or the first ``--devices``; of several processes on
+one machine, each must see its own alone (``CUDA_VISIBLE_DEVICES``).
+
 The parts are in ``examples/byte_lm``: the model with its ``jax_ep.nnx.MoE`` layers in model.py, the
 training step in training.py, batches in data.py, checkpoints in checkpoint.py.
 """

@@ -138,6 +138,8 @@ def test_resumed_run_has_the_same_bits(trainer, corpus, tmp_path):
         summary = run.finish()
     shutil.copytree(whole, half)
     shutil.rmtree(half / "checkpoints" / "12")
+    with (half / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')  # as of a process that was killed
     config = dataclasses.replace(config, out=half, steps=None, resume=True)
     with Run(trainer, corpus, config) as resumed:
         assert resumed.step == 6
@@ -172,10 +174,12 @@ def test_refuses_what_would_mix_runs(trainer, corpus, tmp_path):
 def test_errors_name_the_option(trainer, corpus, tmp_path):
     with pytest.raises(ValueError, match="--prompt: expected 1 to 31 bytes"):
         Run(trainer, corpus, RunConfig(out=tmp_path, prompt="p" * 32))
-    with pytest.raises(ValueError, match="--batch-size: expected a positive multiple of 8, got 12"):
+    with pytest.raises(ValueError, match="--batch-size: expected a positive multiple of 8, the "):
         make_trainer(MODEL, dataclasses.replace(TRAIN, batch_size=12))
-    with pytest.raises(ValueError, match="--num-experts: expected a positive multiple of 4, got 6"):
+    with pytest.raises(ValueError, match="--num-experts: expected a positive multiple of 4, "):
         make_trainer(dataclasses.replace(MODEL, num_experts=6))
+    with pytest.raises(ValueError, match="--hidden: expected a positive multiple of 6, twice"):
+        make_trainer(dataclasses.replace(MODEL, num_heads=3))
 
 
 def test_data_depends_on_names_seed_and_step_alone(tmp_path):
@@ -196,6 +200,19 @@ def test_data_depends_on_names_seed_and_step_alone(tmp_path):
         data.load(tmp_path, min_bytes=10_000)
     with pytest.raises(FileNotFoundError, match="expected a file or folder"):
         data.load(tmp_path / "absent", min_bytes=1)
+
+
+def test_whole_files_are_held_out(tmp_path):
+    for index in range(60):
+        (tmp_path / f"{index}.txt").write_text(f"[{index}]" * 10)
+    corpus = data.load(tmp_path, min_bytes=10)
+    train, held_out = (part.tobytes().split(b"\n") for part in (corpus.train, corpus.held_out))
+    assert sorted(train + held_out) == sorted(f"[{index}]".encode() * 10 for index in range(60))
+    assert 0 < len(held_out) < 10
+    windows = np.concatenate(list(corpus.held_out_batches(num_batches=3, batch_size=2, seq_len=8)))
+    assert windows.shape == (6, 9)
+    np.testing.assert_array_equal(windows[0], corpus.held_out[:9])
+    np.testing.assert_array_equal(windows[-1], corpus.held_out[-9:])
 
 
 def test_command_line(tmp_path):

@@ -30,8 +30,7 @@ class Metrics:
         """Open ``path`` (None: write nothing), keeping records up to ``first_step`` steps."""
         self.records: list[dict[str, Any]] = []
         if path is not None and path.exists():
-            records = map(json.loads, path.read_text().splitlines())
-            self.records = [record for record in records if record["step"] <= first_step]
+            self.records = _read(path, first_step)
         self._file = None if path is None else path.open("w")
         for record in self.records:
             self._write(record)
@@ -45,6 +44,11 @@ class Metrics:
     def last(self, name: str) -> dict[str, Any] | None:
         """The last record that has ``name``."""
         return next((record for record in reversed(self.records) if name in record), None)
+
+    def flush(self) -> None:
+        """Make sure that a process that is killed loses nothing recorded so far."""
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
         """Write out everything."""
@@ -99,6 +103,19 @@ def plot(
         loads.legend(title="expert", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _read(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
+    """The records up to ``last_step``."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # half a line, of a process that was killed
+            break
+        if record["step"] <= last_step:
+            records.append(record)
+    return records
 
 
 def _smooth(curves: np.ndarray) -> np.ndarray:

@@ -222,6 +222,7 @@ class Run:
                 self._save()
 
     def _save(self) -> None:
+        self._metrics.flush()
         settings = self._settings | {"total_steps": self.total_steps}
         self._checkpoints.save(self.step, self.state, settings)
 

@@ -104,14 +104,18 @@ class Trainer:
             config: Of the training.
 
         Raises:
-            ValueError: if the batch or the experts do not split over the mesh.
+            ValueError: if the batch or the experts do not split over the mesh, or the channels over
+                the heads.
         """
-        for name, value, ranks in (
-            ("--batch-size", config.batch_size, mesh.size),
-            ("--num-experts", model_config.num_experts, mesh.shape["expert"]),
+        for name, value, unit, reason in (
+            ("--batch-size", config.batch_size, mesh.size, "the devices"),
+            ("--num-experts", model_config.num_experts, mesh.shape["expert"], "the ranks"),
+            ("--hidden", model_config.hidden, 2 * model_config.num_heads, "twice --num-heads"),
         ):
-            if value < 1 or value % ranks:
-                raise ValueError(f"{name}: expected a positive multiple of {ranks}, got {value}.")
+            if value < 1 or value % unit:
+                raise ValueError(
+                    f"{name}: expected a positive multiple of {unit}, {reason}; got {value}."
+                )
         self.mesh = mesh
         self.model_config = model_config
         self.config = config
@@ -157,7 +161,7 @@ class Trainer:
 
     def _initial_state(self) -> TrainState:
         model = ByteLM(self.model_config, self._group, rngs=nnx.Rngs(self.config.seed))
-        _, params, buffers = nnx.split(model, nnx.Param, ...)
+        params, buffers = _variables(model)
         return TrainState(params, buffers, self._optimizer.init(params))
 
     def _step(
@@ -180,7 +184,7 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         model = nnx.merge(self._graph, params, state.buffers)
         model.update_router_biases(report.load)
-        _, params, buffers = nnx.split(model, nnx.Param, ...)
+        params, buffers = _variables(model)
         load = report.load.sum(axis=0)
         dropped = report.num_dropped.sum() / jnp.maximum(load.sum(), 1)
         return TrainState(params, buffers, opt_state), Figures(loss, load, dropped)
@@ -209,6 +213,11 @@ class Trainer:
             return tokens.at[:, length].set(chosen.astype(tokens.dtype))
 
         return jax.lax.fori_loop(length, tokens.shape[1], extend, tokens)
+
+
+def _variables(model: ByteLM) -> tuple[nnx.State, nnx.State]:
+    """What the optimizer trains, and the rest."""
+    return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
 
 
 def _cross_entropy(
