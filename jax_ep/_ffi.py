@@ -235,11 +235,29 @@ def combine_vjp(
     return d_rows, d_weights
 
 
-def _call(target: str, results: list[Any], *operands: Array, **attributes: Any) -> Any:
+def _call(target: str, results: list[Any], *operands: Any, **attributes: Any) -> Any:
+    """Call a target; an operand that is a ``jax.ShapeDtypeStruct`` without elements is absent."""
     # Pure on purpose: XLA may merge, drop or move calls only in the one program that all ranks
     # share, and a side effect would keep jax.checkpoint from differentiating them.
     call = jax.ffi.ffi_call(target, results, has_side_effect=False, vmap_method="sequential")
-    return call(*operands, **attributes)
+
+    @jax.jit
+    def with_absent(*given: Array) -> Any:
+        # Arrays without elements that are inputs of shard_map crash XLA's partitioner (Shardy,
+        # jaxlib 0.11.2), and constants become inputs where shard_map stands in a differentiated scan
+        # or runs op by op. So absent operands are made here, out of one that is there.
+        rest, nothing = iter(given), given[0].reshape(-1)[:0]
+        return call(
+            *(
+                nothing.astype(x.dtype).reshape(x.shape)
+                if isinstance(x, jax.ShapeDtypeStruct)
+                else next(rest)
+                for x in operands
+            ),
+            **attributes,
+        )
+
+    return with_absent(*(x for x in operands if not isinstance(x, jax.ShapeDtypeStruct)))
 
 
 def _coords(group: Group) -> Int32[Array, "2"]:
@@ -275,22 +293,17 @@ def _scratch(like: Array, num_bytes: int) -> Any:
     return _compat.result_type(like, (num_bytes,), jnp.uint8)
 
 
-def _routes(handle: Handle) -> tuple[Array, ...]:
+def _routes(handle: Handle) -> tuple[Any, ...]:
+    no_expert_idx = jax.ShapeDtypeStruct((0, handle.topk_idx.shape[1]), jnp.int32)
     return (
         handle.topk_idx,
         handle.dest_row,
         handle.recv_rows,
         handle.recv_src,
-        _no_expert_idx(handle) if handle.expert_idx is None else handle.expert_idx,
+        no_expert_idx if handle.expert_idx is None else handle.expert_idx,
     )
 
 
-def _no_expert_idx(handle: Handle) -> Int32[Array, "0 top_k"]:
-    # Made here, not kept in the handle: as a residual of shard_map, an array without elements
-    # crashes XLA's partitioner (Shardy, jaxlib 0.11.2).
-    return jnp.zeros((0, handle.topk_idx.shape[1]), jnp.int32)
-
-
-def _optional(x: Array | None) -> Array:
-    """``x``, or the zero-element array that stands for an absent operand."""
-    return jnp.zeros((0,), jnp.float32) if x is None else x
+def _optional(x: Array | None) -> Any:
+    """``x``, or what stands for an absent operand."""
+    return jax.ShapeDtypeStruct((0,), jnp.float32) if x is None else x
