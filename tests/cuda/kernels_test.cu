@@ -4,7 +4,7 @@
 //   kernels_test [layout=expert|token] [tokens=4096] [hidden=7168] [topk=8] [experts=256]
 //   [blocks=24]
 //                [ranks=2] [alignment=128] [capacity=0 (what is received, rounded up)] [repeat=20]
-//                [dtype=bf16|f32|f16] [fp8=0|1]
+//                [dtype=bf16|f32|f16] [fp8=0|1] [timeout=5 (seconds)] [check=1]
 //
 // With more ranks than GPUs, ranks share GPUs, each on a stream of its own.
 
@@ -257,7 +257,8 @@ int main(int argc, char** argv) {
     group.error = ranks[r].error;
     group.rank = r;
     group.num_ranks = R;
-    group.arrival_timeout_ns = group.op_timeout_ns = 5'000'000'000;
+    group.arrival_timeout_ns = group.op_timeout_ns =
+        options.Int("timeout", 5) * uint64_t{1'000'000'000};
     group.tag = 7;
   }
 
