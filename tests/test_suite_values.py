@@ -132,7 +132,9 @@ def test_no_tokens_and_no_rows(layout, backend):
 def test_quantize(dtype, scale_format):
     """``quantize`` and ``dequantize`` alone, on ordinary, tiny, huge and special blocks."""
     if jax.default_backend() != "cpu":
-        pytest.skip("bits of plain JAX are those of CPU, where XLA takes subnormal numbers for zero")
+        pytest.skip(
+            "bits of plain JAX are those of CPU, where XLA takes subnormal numbers for zero"
+        )
     rng = np.random.default_rng(0)
     x = rng.standard_normal((40, 256), np.float32)
     x *= np.exp2(rng.integers(-12, 12, size=(40, 1))).astype(np.float32)
