@@ -141,12 +141,12 @@ def create_group(
             f"jax_ep.create_group: argument timeout: expected seconds > 0, got {timeout!r}; the "
             f"default is {_DEFAULT_TIMEOUT_S:g}."
         )
-    key = (mesh, axis_names, backend, float(timeout))
+    resolved = _resolve_backend(mesh, axis_names, backend)
+    key = (mesh, axis_names, resolved, float(timeout))
     group = _groups.get(key)
     if group is None or _has_failed(group):
         # A group that failed is not used again; programs that were made for it keep failing.
         generation = _generations[key] = _generations.get(key, -1) + 1
-        resolved = _resolve_backend(mesh, axis_names, backend)
         group = Group(
             mesh=mesh,
             axis_names=axis_names,

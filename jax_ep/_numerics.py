@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 
 def round_to(x: Float32[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -17,3 +18,22 @@ def round_to(x: Float32[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
     if jnp.dtype(dtype) == jnp.bfloat16:
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(dtype)
     return lax.optimization_barrier(x.astype(dtype))
+
+
+@jax.custom_jvp
+def keep(x: Float32[Array, "..."], zero: Int32[Array, "..."]) -> Float32[Array, "..."]:
+    """``x`` as it was rounded: no product in it becomes part of a fused multiply-add.
+
+    Before jaxlib 0.11, XLA's CPU compiler contracts across an ``optimization_barrier``. It cannot see
+    through an exclusive or.
+
+    Args:
+        x: Any numbers.
+        zero: Zeros that the compiler does not know to be zero.
+    """
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) ^ zero, jnp.float32)
+
+
+@keep.defjvp
+def _keep_jvp(primals, tangents):
+    return keep(*primals), tangents[0]

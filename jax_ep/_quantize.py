@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jax_ep import _checks
-from jax_ep._numerics import round_to
+from jax_ep._numerics import keep, round_to
 from jax_ep._types import Quantized, ScaleFormat
 
 BLOCK = 128
@@ -82,7 +82,10 @@ def dequantize(q: Quantized, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "r
         )
     rows, hidden = q.values.shape
     blocks = q.values.astype(jnp.float32).reshape(rows, hidden // BLOCK, BLOCK)
-    products = (blocks * q.scales[..., None]).reshape(rows, hidden)
+    scales = q.scales[..., None]
+    # A scale is positive, so its sign bit is a zero that the compiler does not know.
+    sign = lax.shift_right_logical(lax.bitcast_convert_type(scales, jnp.int32), 31)
+    products = keep(blocks * scales, lax.stop_gradient(sign)).reshape(rows, hidden)
     return round_to(products, dtype)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jax_ep._numerics import round_to
+from jax_ep._numerics import keep, round_to
 from jax_ep._quantize import dequantize, quantize
 from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 
@@ -186,16 +186,17 @@ def combine(
     """
     # Rows are rounded before they are summed: no product that made them joins the sum.
     rows, row_weights = lax.optimization_barrier((rows, row_weights))
+    zero = _zero(handle)
     num_tokens, top_k = handle.topk_idx.shape
     sources, num_rows = handle.recv_rows.shape
     # Behind a barrier, or XLA takes 0 + x for x, whose zero may be negative.
     total = lax.optimization_barrier(jnp.zeros((sources, rows.shape[1]), jnp.float32))
     for m in range(num_rows):
         index = handle.recv_rows[:, m]
-        term = jnp.take(rows, index, axis=0, mode="clip").astype(jnp.float32)
+        term = keep(jnp.take(rows, index, axis=0, mode="clip").astype(jnp.float32), zero)
         if row_weights is not None:
             factor = jnp.take(row_weights, index, mode="clip")
-            term = lax.optimization_barrier(term * factor[:, None])
+            term = keep(term * factor[:, None], zero)
         total = total + jnp.where((index >= 0)[:, None], term, 0.0)
     partial = round_to(total, rows.dtype)
     arrived = _all_to_all(partial.reshape(group.size, num_tokens, -1), group)
@@ -251,9 +252,9 @@ def combine_vjp(
     assert isinstance(arrived, jax.Array)
     used = handle.recv_src >= 0
     gradient = arrived.astype(jnp.float32)
-    weighted = lax.optimization_barrier(gradient * row_weights[:, None])
+    weighted = keep(gradient * row_weights[:, None], _zero(handle))
     d_rows = jnp.where(used[:, None], round_to(weighted, rows.dtype), jnp.zeros((), rows.dtype))
-    products = lax.optimization_barrier(gradient * rows.astype(jnp.float32))
+    products = keep(gradient * rows.astype(jnp.float32), _zero(handle))
     missing = -products.shape[1] % _LANES
     blocks = jnp.pad(products, ((0, 0), (0, missing))).reshape(len(products), -1, _LANES)
     lanes = jnp.zeros_like(products, shape=(len(products), _LANES))
@@ -262,6 +263,11 @@ def combine_vjp(
         half = lanes.shape[1] // 2
         lanes = lax.optimization_barrier(lanes[:, :half] + lanes[:, half:])
     return d_rows, jnp.where(used, lanes[:, 0], 0.0)
+
+
+def _zero(handle: Handle) -> Int32[Array, ""]:
+    """A zero that the compiler cannot know to be one: what a scatter left, no less than -1."""
+    return jnp.maximum(-1 - handle.recv_src[0], 0)
 
 
 def _sanitise(
