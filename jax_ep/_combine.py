@@ -48,7 +48,7 @@ def combine(
         weights: ``[C]`` float32 factors of the rows (layout "expert"), such as the ``weights`` that
             dispatch returned. None sums plainly: multiply before the down projection instead,
             where it is cheaper.
-        config: How to use the machine; None takes the tuned or analytic default.
+        config: How to use the machine; None takes the defaults.
 
     Returns:
         ``[T, H]`` in the dtype of ``rows``; zero for tokens without rows.

@@ -93,7 +93,7 @@ def dispatch(
         scale_format: "f32" or "ue8m0", as in ``jax_ep.quantize``.
         handle: The handle of an earlier dispatch, to send along the same routes without a new plan;
             then ``topk_idx``, ``num_experts`` and the capacity are left out.
-        config: How to use the machine; None takes the tuned or analytic default.
+        config: How to use the machine; None takes the defaults.
 
     Returns:
         What this rank received, with C rows.

@@ -45,9 +45,8 @@ def dispatch_start(
         shared = shared_expert(x)
         out = jax_ep.dispatch_done(ticket)
 
-    Results and gradients are those of ``dispatch``. The CPU and the reference backends do all the
-    work in this half; XLA still runs independent work beside it, since their ops never block a
-    thread.
+    Results and gradients are those of ``dispatch``. So far all backends do all the work in this half;
+    on CPU, XLA still runs independent work beside it, since ops never block a thread there.
 
     Args:
         x: As in ``dispatch``.
