@@ -192,10 +192,6 @@ def combine(
         _compat.result_type(rows, (num_tokens, rows.shape[1]), rows.dtype),
         _compat.result_type(rows, (num_tokens, top_k) if values is not None else (0,), jnp.float32),
     ]
-    if group.backend == "cuda":
-        # Sums of this rank's rows, which the home ranks read.
-        sums = group.size * num_tokens if handle.layout == "expert" and group.size > 1 else 0
-        results.append(_scratch(rows, sums * rows.shape[1] * rows.dtype.itemsize))
     y, home = _call(
         "jax_ep_combine",
         results,
@@ -205,7 +201,7 @@ def combine(
         *_routes(handle),
         _coords(group),
         **_attributes(group, handle.num_experts, handle.layout, config),
-    )[:2]
+    )
     return y, home if values is not None else None
 
 

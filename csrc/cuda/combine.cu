@@ -1,16 +1,14 @@
 // The combine op: the rows of a token meet at home.
 //
 // Layout "token": each rank has one row of a token at most, so home reads them over the link and
-// adds. Layout "expert": each rank first adds its own rows of every token of its peers; home reads
-// these partial sums as soon as the chunk of tokens that they belong to is ready. The first blocks
-// add
-// (*producers*), the others bring home (*consumers*), at the same time.
-//
-// Either way a warp makes one sum after the other from a list of terms. It loads them by bulk
-// copies into a ring of stages of its own, several terms ahead, across the bounds of sums.
+// adds. Layout "expert": each rank first adds its own rows of every token of its peers
+// (*producers*) and puts the sum into a slot of home's ring, with a word that says so; home
+// (*consumers*) adds it to its own rows. Both go on at the same time, token by token, in every
+// block.
 
 #include <algorithm>
 
+#include "cuda/adder.cuh"
 #include "cuda/combine.h"
 #include "cuda/sync.cuh"
 #include "cuda/vectors.cuh"
@@ -20,178 +18,15 @@ namespace {
 
 using plan::Layout;
 
-constexpr int kWarps = 16;
+constexpr int kWarps = kAdderWarps;
 constexpr int kThreads = kWarps * 32;
-constexpr int kStages = 6;
-constexpr int kStageBytes = 2048;
-// Tokens whose partial sums become ready together.
-constexpr int kChunkTokens = 32;
-constexpr int kMaxTerms = 32;
+// Warps of a block that produce, in layout "expert".
+constexpr int kProducers = kWarps / 2;
 
-// One term of a sum.
-struct Term {
-  const char* row;
-  float factor;
-  bool begins_segment;  // of the terms of one rank, whose sum is rounded
-  bool ends_segment;
-};
-
-// What a warp's ring keeps for each stage.
-struct Stage {
-  char* output;  // where the finished sum goes, if this is its last term; else null
-  float factor;
-  uint16_t bytes;
-  bool is_segment;  // on its own
-  bool ends_segment;
-};
-
-struct WarpMemory {
-  uint64_t barriers[kStages];
-  Stage stages[kStages];
-  Term terms[kMaxTerms];
-};
-
-constexpr int kSharedBytes =
-    kWarps * (kStages * kStageBytes + static_cast<int>(sizeof(WarpMemory)));
-
-// Adds rows for one warp. All methods are called by all lanes together.
-template <typename T>
-class Adder {
- public:
-  __device__ Adder(const CombineParams& p, char* shared)
-      : row_bytes_(p.hidden * static_cast<int32_t>(sizeof(T))),
-        weighted_(p.row_weights != nullptr) {
-    const int32_t warp = threadIdx.x / 32;
-    buffers_ = shared + warp * kStages * kStageBytes;
-    memory_ = reinterpret_cast<WarpMemory*>(shared + kWarps * kStages * kStageBytes) + warp;
-    if (Lane() == 0) {
-      for (uint64_t& barrier : memory_->barriers) ptx::InitBarrier(&barrier, 1);
-      ptx::FenceBarrierInit();
-      ptx::FenceProxyAsyncGlobal();
-    }
-    __syncwarp();
-  }
-
-  // The list that the next sum is made from; valid until Sum returns.
-  __device__ Term* terms() { return memory_->terms; }
-
-  // Starts the sum of the first `num_terms` terms, as long as a row, to `output`. Waits for stages
-  // by finishing earlier terms.
-  __device__ void Sum(int32_t num_terms, char* output) {
-    __syncwarp();
-    for (int32_t offset = 0; offset < row_bytes_; offset += kStageBytes) {
-      const int32_t bytes = plan::Min(kStageBytes, row_bytes_ - offset);
-      for (int32_t i = 0; i < num_terms; ++i) {
-        if (num_loaded_ - num_added_ == kStages) Add();
-        if (Lane() == 0) {
-          const int32_t s = num_loaded_ % kStages;
-          const Term& term = memory_->terms[i];
-          char* target = i + 1 == num_terms ? output + offset : nullptr;
-          memory_->stages[s] = {target, term.factor, static_cast<uint16_t>(bytes),
-                                term.begins_segment && term.ends_segment, term.ends_segment};
-          ptx::ArriveExpectBytes(&memory_->barriers[s], bytes);
-          ptx::BulkLoad(buffers_ + s * kStageBytes, term.row + offset, bytes,
-                        &memory_->barriers[s]);
-        }
-        ++num_loaded_;
-      }
-    }
-    __syncwarp();
-  }
-
-  // How many terms were started so far: a mark for FinishUntil.
-  __device__ int32_t num_started() const { return num_loaded_; }
-
-  // Finishes the sums whose terms were started before `mark`.
-  __device__ void FinishUntil(int32_t mark) {
-    while (num_added_ < mark) Add();
-  }
-
-  // Finishes all sums that were started.
-  __device__ void Finish() { FinishUntil(num_loaded_); }
-
- private:
-  static constexpr int kVectorBytes = kVector * sizeof(T);
-  static constexpr int kPerLane = kStageBytes / kVectorBytes / 32;
-
-  __device__ static int32_t Lane() { return threadIdx.x % 32; }
-
-  // Adds the oldest term that is loaded.
-  __device__ void Add() {
-    const int32_t s = num_added_ % kStages;
-    const uint32_t parity = (num_added_ / kStages) & 1;
-    while (!ptx::TryWaitParity(&memory_->barriers[s], parity)) {
-    }
-    const Stage stage = memory_->stages[s];
-    const T* row = reinterpret_cast<const T*>(buffers_ + s * kStageBytes);
-    // Lanes past the end of a short chunk add what lies there and store nothing.
-    RawVector<T> raw[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      raw[i] = *reinterpret_cast<const RawVector<T>*>(row + (Lane() + 32 * i) * kVector);
-    }
-    if (stage.is_segment && !weighted_) {  // its sum needs no rounding
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        float term[kVector];
-        Unpack(raw[i], term);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) total_[i][j] = __fadd_rn(total_[i][j], term[j]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        float term[kVector];
-        Unpack(raw[i], term);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          if (weighted_) term[j] = __fmul_rn(term[j], stage.factor);
-          segment_[i][j] = __fadd_rn(segment_[i][j], term[j]);
-        }
-      }
-      if (stage.ends_segment) CloseSegment();
-    }
-    if (stage.output != nullptr) StoreTotal(stage);
-    ++num_added_;
-    __syncwarp();  // the stage may be loaded again
-  }
-
-  // Adds the segment, rounded, to the total.
-  __device__ void CloseSegment() {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      float rounded[kVector];
-      Unpack(Pack<T>(segment_[i]), rounded);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        total_[i][j] = __fadd_rn(total_[i][j], rounded[j]);
-        segment_[i][j] = 0.0f;
-      }
-    }
-  }
-
-  __device__ void StoreTotal(const Stage& stage) {
-    const int32_t num_vectors = stage.bytes / kVectorBytes;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int32_t v = Lane() + 32 * i;
-      if (v < num_vectors) {
-        StoreVector(reinterpret_cast<T*>(stage.output) + v * kVector, Pack<T>(total_[i]));
-      }
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) total_[i][j] = 0.0f;
-    }
-  }
-
-  char* buffers_;
-  WarpMemory* memory_;
-  int32_t row_bytes_;
-  bool weighted_;
-  int32_t num_loaded_ = 0;
-  int32_t num_added_ = 0;
-  float segment_[kPerLane][kVector] = {};
-  float total_[kPerLane][kVector] = {};
-};
+// Sums of one source that home's ring has room for.
+__host__ __device__ int32_t NumRingSlots(const CombineParams& p) {
+  return RingSlots(p.group.num_ranks, int64_t{p.hidden} * ByteWidth(p.type));
+}
 
 // Puts this rank's rows of one source into the list, from `first` on, as one segment. `row` is row
 // m in lane m, or -1; rows are packed to the left. Returns how many there are.
@@ -215,50 +50,104 @@ __device__ int32_t RowOfLane(const CombineParams& p, int32_t source) {
   return row < p.capacity ? row : plan::kNone;
 }
 
-__host__ __device__ int32_t NumChunks(int32_t num_tokens) {
-  return plan::Min((num_tokens + kChunkTokens - 1) / kChunkTokens, kMaxRowChunks);
-}
+// The part of home's ring that rank `source` puts its sums into, and the words beside it.
+class Ring {
+ public:
+  __device__ Ring(const CombineParams& p, uint64_t epoch)
+      : p_(p), epoch_(epoch), num_slots_(NumRingSlots(p)) {}
 
-// Tokens of a chunk; all but the last have as many.
-__host__ __device__ int32_t ChunkSize(int32_t num_tokens) {
-  const int32_t num_chunks = NumChunks(num_tokens);
-  return (num_tokens + num_chunks - 1) / num_chunks;
-}
+  __device__ char* Sum(int home, int source, int32_t token) const {
+    const int part = source < home ? source : source - 1;
+    const int64_t slot = int64_t{part} * num_slots_ + token % num_slots_;
+    return p_.group.peers[home]->ring + slot * p_.hidden * ByteWidth(p_.type);
+  }
 
-// Producers: the partial sums for all peers, by one of `num_warps` warps. Tokens of all peers take
-// turns, so that all homes can begin early. The warp that finishes a chunk last tells its home.
+  // Source: whether home has read the sum that was in the slot before; WaitFree waits for it.
+  __device__ bool IsFree(int home, int32_t token) const {
+    return token < num_slots_ || ptx::LoadAcquireSystem(FreeWord(home, token)) == Before(token);
+  }
+  __device__ bool WaitFree(int home, int32_t token) const {
+    return token < num_slots_ || Wait(FreeWord(home, token), Before(token), home);
+  }
+
+  // Home: tells that the sum of `source`, if there was one, is read.
+  __device__ void TellFree(int source, int32_t token) const {
+    if (token + num_slots_ >= p_.num_tokens) return;  // nobody will ask
+    ptx::StoreRelaxedSystem(&p_.group.peers[source]->ring_free[p_.group.rank][token % num_slots_],
+                            Word(token));
+  }
+
+  // Source: tells that the sum is there. After a fence.
+  __device__ void TellReady(int home, int32_t token) const {
+    ptx::StoreRelaxedSystem(&p_.group.peers[home]->ring_ready[p_.group.rank][token % num_slots_],
+                            Word(token));
+  }
+
+  // Home: whether the sum of `source` is there; WaitReady waits for it.
+  __device__ bool IsReady(int source, int32_t token) const {
+    return ptx::LoadAcquireSystem(ReadyWord(source, token)) == Word(token);
+  }
+  __device__ bool WaitReady(int source, int32_t token) const {
+    return Wait(ReadyWord(source, token), Word(token), source);
+  }
+
+ private:
+  __device__ uint64_t Word(int32_t token) const {
+    return epoch_ << 32 | static_cast<uint32_t>(token);
+  }
+  __device__ uint64_t Before(int32_t token) const { return Word(token - num_slots_); }
+  __device__ const uint64_t* FreeWord(int home, int32_t token) const {
+    return &Own(p_.group).ring_free[home][token % num_slots_];
+  }
+  __device__ const uint64_t* ReadyWord(int source, int32_t token) const {
+    return &Own(p_.group).ring_ready[source][token % num_slots_];
+  }
+
+  __device__ bool Wait(const uint64_t* word, uint64_t expected, int peer) const {
+    for (Deadline deadline;;) {
+      const uint64_t seen = ptx::LoadAcquireSystem(word);
+      if (seen == expected) return true;
+      if (!deadline.Continue(p_.group, Phase::kRows, peer, expected, seen)) return false;
+    }
+  }
+
+  const CombineParams& p_;
+  uint64_t epoch_;
+  int32_t num_slots_;
+};
+
+// Producers: this rank's sums for all peers, by one of `num_warps` warps. Tokens of all peers take
+// turns. Every rank goes through the tokens in the same order, and a warp waits only when it has
+// told all that it did: so what it waits for comes.
 template <typename T>
-__device__ void Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder, int32_t warp,
+__device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder, int32_t warp,
                         int32_t num_warps) {
   const int32_t row_bytes = p.hidden * sizeof(T);
   const int32_t num_peers = p.group.num_ranks - 1;
-  const int32_t chunk_size = ChunkSize(p.num_tokens);
-  Workspace& own = Own(p.group);
+  const Ring ring(p, epoch);
   const auto token_of = [&](int32_t item) { return item / num_peers; };
-  const auto peer_of = [&](int32_t item) {
+  const auto home_of = [&](int32_t item) {
     return (p.group.rank + 1 + item % num_peers) % p.group.num_ranks;
   };
   const auto source_of = [&](int32_t item) {
-    return peer_of(item) * p.num_tokens + token_of(item);
+    return home_of(item) * p.num_tokens + token_of(item);
   };
-  const auto finish = [&](int32_t item) {
+  const auto tell = [&](int32_t item) {
     if (item < 0) return;
     ptx::FenceProxyAsyncGlobal();  // home reads by bulk copies what this lane stored
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
-    const int32_t chunk = token_of(item) / chunk_size;
-    const int32_t size = plan::Min(chunk_size, p.num_tokens - chunk * chunk_size);
-    __threadfence();
-    uint32_t* counter = &own.chunk_tokens[peer_of(item)][chunk];
-    if (atomicAdd(counter, 1u) != static_cast<uint32_t>(size) - 1) return;
-    *counter = 0;
-    __threadfence_system();
-    ptx::StoreReleaseSystem(&p.group.peers[peer_of(item)]->rows[p.group.rank][chunk],
-                            FlagValue(epoch, p.group.tag));
+    ptx::FenceAcquireReleaseSystem();
+    ring.TellReady(home_of(item), token_of(item));
   };
   // A sum is finished while the next one's terms are on their way.
   int32_t pending = -1;
   int32_t pending_mark = 0;
+  const auto flush = [&] {
+    adder.FinishUntil(pending_mark);
+    tell(pending);
+    pending = -1;
+  };
   const int32_t num_items = p.num_tokens * num_peers;
   int32_t next_row = warp < num_items ? RowOfLane(p, source_of(warp)) : plan::kNone;
   for (int32_t item = warp; item < num_items; item += num_warps) {
@@ -266,16 +155,24 @@ __device__ void Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder,
     const int32_t next = item + num_warps;
     if (next < num_items) next_row = RowOfLane(p, source_of(next));  // there when it is needed
     const int32_t num_terms = ListOwnRows(p, row, row_bytes, adder.terms());
-    if (num_terms > 0) {
-      adder.Sum(num_terms, static_cast<char*>(p.partials) + int64_t{source_of(item)} * row_bytes);
+    if (num_terms == 0) {
+      flush();
+      continue;
     }
-    adder.FinishUntil(pending_mark);
-    finish(pending);
+    const int home = home_of(item);
+    const int32_t token = token_of(item);
+    if (!__all_sync(~0u, ring.IsFree(home, token))) {
+      flush();
+      if (!__all_sync(~0u, ring.WaitFree(home, token))) return false;
+    }
+    adder.Sum(num_terms, ring.Sum(home, p.group.rank, token));
+    flush();
     pending = item;
     pending_mark = adder.num_started();
   }
   adder.Finish();
-  finish(pending);
+  flush();
+  return true;
 }
 
 // What a warp needs to know of a token: its entries (lane k has entry k) and, in layout "expert",
@@ -300,17 +197,20 @@ __device__ TokenRows LoadToken(const CombineParams& p, int32_t token) {
   return rows;
 }
 
-// Home: lists the terms of a token: for each rank, ascending, this rank's own rows or the peer's
-// one row. Returns how many there are.
-__device__ int32_t ListTerms(const CombineParams& p, uint64_t epoch, int32_t token,
-                             const TokenRows& rows, int32_t row_bytes, Term* terms) {
-  const int32_t lane = threadIdx.x % 32;
-  const bool by_expert = p.layout == Layout::kExpert;
-  const int32_t source = p.group.rank * p.num_tokens + token;
+// The rank that holds this lane's entry of a token, or -1.
+__device__ int32_t RankOfEntry(const CombineParams& p, const TokenRows& rows) {
   const bool exists =
       rows.expert >= 0 && rows.expert < p.num_experts && rows.row >= 0 && rows.row < p.capacity;
-  const int32_t rank =
-      exists ? plan::RankOfExpert(rows.expert, p.num_experts / p.group.num_ranks) : plan::kNone;
+  return exists ? plan::RankOfExpert(rows.expert, p.num_experts / p.group.num_ranks) : plan::kNone;
+}
+
+// Home: lists the terms of a token: for each rank, ascending, this rank's own rows or the peer's
+// one row. Returns how many there are.
+__device__ int32_t ListTerms(const CombineParams& p, const Ring& ring, const PeerInputs& inputs,
+                             int32_t token, const TokenRows& rows, int32_t rank, Term* terms) {
+  const int32_t lane = threadIdx.x % 32;
+  const bool by_expert = p.layout == Layout::kExpert;
+  const int32_t row_bytes = p.hidden * ByteWidth(p.type);
   int32_t count = 0;
   for (int32_t r = 0; r < p.group.num_ranks; ++r) {
     const uint32_t there = __ballot_sync(~0u, rank == r);
@@ -320,59 +220,73 @@ __device__ int32_t ListTerms(const CombineParams& p, uint64_t epoch, int32_t tok
       continue;
     }
     if (lane == __ffs(there) - 1) {
-      const char* base = PeerAddress<char>(p.group, epoch, r, 0);
-      terms[count] = {base + int64_t{by_expert ? source : rows.row} * row_bytes, 1.0f, true, true};
+      const char* row = by_expert ? ring.Sum(p.group.rank, r, token)
+                                  : inputs.Of<char>(r, 0) + int64_t{rows.row} * row_bytes;
+      terms[count] = {row, 1.0f, true, true};
     }
     ++count;
   }
   return count;
 }
 
-// Home: the sums of all tokens, by one of `num_warps` warps. In layout "expert" it waits for each
-// chunk of its peers' partial sums; false once the group has failed.
+// Home: the sums of all tokens, by one of `num_warps` warps; false once the group has failed.
 template <typename T>
-__device__ bool BringHome(const CombineParams& p, uint64_t epoch, Adder<T>& adder, int32_t warp,
-                          int32_t num_warps) {
-  const int32_t row_bytes = p.hidden * sizeof(T);
+__device__ bool BringHome(const CombineParams& p, uint64_t epoch, const PeerInputs& inputs,
+                          Adder<T>& adder, int32_t warp, int32_t num_warps) {
   const int32_t lane = threadIdx.x % 32;
-  const int32_t chunk_size = ChunkSize(p.num_tokens);
+  const int32_t row_bytes = p.hidden * sizeof(T);
   const bool by_expert = p.layout == Layout::kExpert;
-  int32_t ready_chunk = -1;
+  const Ring ring(p, epoch);
+  // Slots become free once their sums are read: a token later.
+  int32_t pending = -1;
+  int32_t pending_mark = 0;
+  const auto flush = [&] {
+    adder.FinishUntil(pending_mark);
+    if (pending >= 0 && lane < p.group.num_ranks && lane != p.group.rank) {
+      ring.TellFree(lane, pending);
+    }
+    pending = -1;
+  };
   TokenRows next_rows = LoadToken(p, warp);
   for (int32_t token = warp; token < p.num_tokens; token += num_warps) {
     const TokenRows rows = next_rows;
     next_rows = LoadToken(p, token + num_warps);  // there when it is needed
-    const int32_t chunk = token / chunk_size;
-    if (by_expert && chunk != ready_chunk) {
-      bool ready = true;
-      for (int32_t r = lane; r < p.group.num_ranks; r += 32) {
-        if (r == p.group.rank) continue;
-        ready = ready && WaitFlag(p.group, Own(p.group).rows[r][chunk], epoch, Phase::kRows, r);
-      }
-      if (!__all_sync(~0u, ready)) {
-        adder.Finish();
-        return false;
+    const int32_t rank = RankOfEntry(p, rows);
+    if (by_expert) {
+      // The first lane that has an entry of a rank waits for that rank.
+      const int first = __ffs(__match_any_sync(~0u, rank)) - 1;
+      const bool awaits = rank >= 0 && rank != p.group.rank && first == lane;
+      if (!__all_sync(~0u, !awaits || ring.IsReady(rank, token))) {
+        flush();
+        if (!__all_sync(~0u, !awaits || ring.WaitReady(rank, token))) {
+          adder.Finish();
+          return false;
+        }
       }
       ptx::FenceProxyAsyncGlobal();
       __syncwarp();
-      ready_chunk = chunk;
     }
     char* y = static_cast<char*>(p.y) + int64_t{token} * row_bytes;
-    const int32_t num_terms = ListTerms(p, epoch, token, rows, row_bytes, adder.terms());
+    const int32_t num_terms = ListTerms(p, ring, inputs, token, rows, rank, adder.terms());
     if (num_terms > 0) {
       adder.Sum(num_terms, y);
-      continue;
+    } else {
+      for (int32_t i = lane; i < row_bytes / 16; i += 32) {
+        reinterpret_cast<uint4*>(y)[i] = make_uint4(0, 0, 0, 0);
+      }
     }
-    for (int32_t i = lane; i < row_bytes / 16; i += 32) {
-      reinterpret_cast<uint4*>(y)[i] = make_uint4(0, 0, 0, 0);
-    }
+    if (!by_expert) continue;
+    flush();
+    pending = token;
+    pending_mark = adder.num_started();
   }
   adder.Finish();
+  flush();
   return true;
 }
 
 // Home: values of single rows.
-__device__ void BringValues(const CombineParams& p, uint64_t epoch, int32_t thread,
+__device__ void BringValues(const CombineParams& p, const PeerInputs& inputs, int32_t thread,
                             int32_t num_threads) {
   const int32_t count = p.num_tokens * p.top_k;
   const int32_t num_local = p.num_experts / p.group.num_ranks;
@@ -381,8 +295,7 @@ __device__ void BringValues(const CombineParams& p, uint64_t epoch, int32_t thre
     const int32_t row = p.dest_row[i];
     float value = 0.0f;
     if (expert >= 0 && expert < p.num_experts && row >= 0 && row < p.capacity) {
-      const float* values =
-          PeerAddress<float>(p.group, epoch, plan::RankOfExpert(expert, num_local), 1);
+      const float* values = inputs.Of<float>(plan::RankOfExpert(expert, num_local), 1);
       value = __ldcg(&values[p.layout == Layout::kExpert ? int64_t{row}
                                                          : int64_t{row} * p.top_k + i % p.top_k]);
     }
@@ -400,36 +313,31 @@ __device__ void Poison(const CombineParams& p) {
   }
 }
 
-// Blocks that add; the rest bring home.
-__device__ int32_t NumProducers(const CombineParams& p) {
-  if (p.layout == Layout::kToken || p.group.num_ranks == 1) return 0;
-  return max(1, static_cast<int32_t>(gridDim.x) / 2);
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     CombineKernel(const __grid_constant__ CombineParams p) {
   extern __shared__ __align__(128) char shared[];
+  __shared__ PeerInputs inputs;
   const uint64_t epoch = BeginOp(p.group);
-  const void* payload = p.layout == Layout::kToken ? p.rows : p.partials;
-  if (blockIdx.x == 0) Publish(p.group, epoch, {payload, p.values, nullptr});
+  const bool by_expert = p.layout == Layout::kExpert;
+  if (blockIdx.x == 0) {
+    Publish(p.group, epoch, {by_expert ? nullptr : p.rows, p.values, nullptr});
+  }
   Adder<T> adder(p, shared);
-  const int32_t num_producers = NumProducers(p);
+  const int32_t num_blocks = gridDim.x;
   const int32_t block = blockIdx.x;
   const int32_t warp = threadIdx.x / 32;
-  if (block < num_producers) {
-    Produce<T>(p, epoch, adder, warp * num_producers + block, num_producers * kWarps);
-    EndOp(p.group, epoch);
-    return;
-  }
-  const int32_t num_consumers = gridDim.x - num_producers;
-  const int32_t consumer = block - num_producers;
-  bool ok = WaitArrivals(p.group, epoch);
-  if (ok) {
+  const int32_t num_producers = by_expert && p.group.num_ranks > 1 ? kProducers : 0;
+  bool ok = WaitInputs(p.group, epoch, inputs);
+  if (ok && warp < num_producers) {
+    ok = Produce<T>(p, epoch, adder, warp * num_blocks + block, num_producers * num_blocks);
+  } else if (ok) {
+    const int32_t num_consumers = kWarps - num_producers;
+    const int32_t consumer = (warp - num_producers) * num_blocks + block;
     if (p.values != nullptr) {
-      BringValues(p, epoch, consumer * kThreads + threadIdx.x, num_consumers * kThreads);
+      BringValues(p, inputs, consumer * 32 + threadIdx.x % 32, num_consumers * num_blocks * 32);
     }
-    ok = BringHome<T>(p, epoch, adder, warp * num_consumers + consumer, num_consumers * kWarps);
+    ok = BringHome<T>(p, epoch, inputs, adder, consumer, num_consumers * num_blocks);
   }
   if (!__syncthreads_and(ok)) Poison<T>(p);
   EndOp(p.group, epoch);
@@ -441,7 +349,7 @@ cudaError_t LoadCombine() {
   for (const RowType type : {RowType::kFloat32, RowType::kBFloat16, RowType::kFloat16}) {
     const cudaError_t error = VisitRowType(type, [](auto element) {
       return cudaFuncSetAttribute(CombineKernel<decltype(element)>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kAdderBytes);
     });
     if (error != cudaSuccess) return error;
   }
@@ -450,7 +358,7 @@ cudaError_t LoadCombine() {
 
 cudaError_t LaunchCombine(const CombineParams& params, cudaStream_t stream) {
   return VisitRowType(params.type, [&](auto element) {
-    CombineKernel<decltype(element)><<<params.num_blocks, kThreads, kSharedBytes, stream>>>(params);
+    CombineKernel<decltype(element)><<<params.num_blocks, kThreads, kAdderBytes, stream>>>(params);
     return cudaGetLastError();
   });
 }

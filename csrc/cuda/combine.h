@@ -28,7 +28,6 @@ struct CombineParams {
   const int32_t* topk;       // [T, K]
   const int32_t* dest_row;   // [T, K]
   const int32_t* recv_rows;  // [R * T, M]
-  void* partials;            // layout "expert": [R, T, H] scratch that peers read
   void* y;                   // [T, H]
   float* home;               // [T, K], or null
   int32_t num_blocks;

@@ -50,14 +50,13 @@ __device__ float AddLanes(float (&lanes)[kVector]) {
 
 // One source, by one warp.
 template <typename T>
-__device__ void Differentiate(const CombineVjpParams& p, uint64_t epoch, int32_t source,
+__device__ void Differentiate(const CombineVjpParams& p, const PeerInputs& inputs, int32_t source,
                               T* staged) {
   const int32_t lane = threadIdx.x % 32;
   const int32_t num_vectors = p.hidden / kVector;
   const int32_t* source_rows = p.recv_rows + int64_t{source} * p.num_rows;
   if (source_rows[0] < 0) return;
-  const T* dy = PeerAddress<T>(p.group, epoch, source / p.num_tokens, 0) +
-                int64_t{source % p.num_tokens} * p.hidden;
+  const T* dy = inputs.Of<T>(source / p.num_tokens, 0) + int64_t{source % p.num_tokens} * p.hidden;
 #pragma unroll 4
   for (int32_t v = lane; v < num_vectors; v += 32) {
     StoreVector(staged + v * kVector, LoadVector(dy + v * kVector));
@@ -112,7 +111,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   extern __shared__ __align__(16) char memory[];
   const uint64_t epoch = BeginOp(p.group);
   if (blockIdx.x == 0) Publish(p.group, epoch, {p.dy, nullptr, nullptr});
-  const bool ok = WaitArrivals(p.group, epoch);
+  __shared__ PeerInputs inputs;
+  const bool ok = WaitInputs(p.group, epoch, inputs);
   if (ok) {
     const int32_t num_warps = blockDim.x / 32;
     T* staged = reinterpret_cast<T*>(memory) + int64_t{threadIdx.x / 32} * p.hidden;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
          i += gridDim.x * num_warps) {
       // Sources alternate between ranks, as in dispatch.
       const int32_t rank = (p.group.rank + 1 + i % p.group.num_ranks) % p.group.num_ranks;
-      Differentiate<T>(p, epoch, rank * p.num_tokens + i / p.group.num_ranks, staged);
+      Differentiate<T>(p, inputs, rank * p.num_tokens + i / p.group.num_ranks, staged);
     }
   }
   Fill<T>(p, !ok);

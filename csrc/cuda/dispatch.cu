@@ -53,19 +53,25 @@ __host__ __device__ int32_t NumMovers(const DispatchParams& p) {
 }
 
 // Shared memory of a block.
+constexpr int kBarriersAt = kZeroBytes;
+constexpr int kInputsAt = kBarriersAt + kMaxMovers * kStages * static_cast<int>(sizeof(uint64_t));
+constexpr int kStagesAt = kInputsAt + static_cast<int>(sizeof(PeerInputs));
+static_assert(kStagesAt % 128 == 0, "bulk copies want aligned stages");
+
 struct Shared {
   char* zeros;         // [kZeroBytes]
   uint64_t* barriers;  // [kMaxMovers, kStages]
+  PeerInputs* inputs;  // x, scales, weights
   char* stages;        // [movers, kStages, StageBytes()]
   __device__ explicit Shared(char* memory)
       : zeros(memory),
-        barriers(reinterpret_cast<uint64_t*>(memory + kZeroBytes)),
-        stages(memory + kZeroBytes + kMaxMovers * kStages * sizeof(uint64_t)) {}
+        barriers(reinterpret_cast<uint64_t*>(memory + kBarriersAt)),
+        inputs(reinterpret_cast<PeerInputs*>(memory + kInputsAt)),
+        stages(memory + kStagesAt) {}
 };
 
 size_t SharedBytes(const DispatchParams& p) {
-  return kZeroBytes + kMaxMovers * kStages * sizeof(uint64_t) +
-         static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
+  return kStagesAt + static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
 }
 
 // The rows of one source; lane m of the warp has row m, or -1.
@@ -120,8 +126,8 @@ class SourceIterator {
 // One mover. The load of an item runs up to kAhead items ahead of its stores; the other stages hold
 // items whose stores still read them.
 template <int kAhead>
-__device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, int32_t num_warps,
-                         char* stages, uint64_t* barriers) {
+__device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int32_t warp,
+                         int32_t num_warps, char* stages, uint64_t* barriers) {
   const int32_t lane = threadIdx.x % 32;
   const Chunks chunks = ChunksOf(p.row_bytes);
   const int32_t stage_bytes = StageBytes(p);
@@ -159,13 +165,11 @@ __device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, 
       char* memory = stages + stage * stage_bytes;
       const bool with_scales = scale_bytes != 0 && load_chunk == chunks.count;
       ptx::ArriveExpectBytes(&barriers[stage], bytes + (with_scales ? scale_bytes : 0));
-      ptx::BulkLoad(memory,
-                    PeerAddress<char>(p.group, epoch, rank, 0) + token * p.row_bytes + offset,
-                    bytes, &barriers[stage]);
+      ptx::BulkLoad(memory, inputs.Of<char>(rank, 0) + token * p.row_bytes + offset, bytes,
+                    &barriers[stage]);
       if (with_scales) {
-        ptx::BulkLoad(memory + scale_offset,
-                      PeerAddress<char>(p.group, epoch, rank, 1) + token * scale_bytes, scale_bytes,
-                      &barriers[stage]);
+        ptx::BulkLoad(memory + scale_offset, inputs.Of<char>(rank, 1) + token * scale_bytes,
+                      scale_bytes, &barriers[stage]);
       }
     }
   };
@@ -206,7 +210,7 @@ __device__ void MoveRows(const DispatchParams& p, uint64_t epoch, int32_t warp, 
 }
 
 // Helpers: the weight of each row.
-__device__ void BringWeights(const DispatchParams& p, uint64_t epoch, int32_t thread,
+__device__ void BringWeights(const DispatchParams& p, const PeerInputs& inputs, int32_t thread,
                              int32_t num_threads) {
   const bool by_pair = p.layout == Layout::kToken;
   const int64_t count = int64_t{p.capacity} * (by_pair ? p.top_k : 1);
@@ -217,7 +221,7 @@ __device__ void BringWeights(const DispatchParams& p, uint64_t epoch, int32_t th
     if (encoded >= 0 && encoded < num_sources && (!by_pair || p.expert_idx[i] >= 0)) {
       const plan::Source source = plan::DecodeSource(p.layout, encoded, p.num_tokens, p.top_k);
       const int32_t k = by_pair ? static_cast<int32_t>(i % p.top_k) : source.k;
-      const float* weights = PeerAddress<float>(p.group, epoch, source.rank, 2);
+      const float* weights = inputs.Of<float>(source.rank, 2);
       weight = __ldcg(&weights[int64_t{source.token} * p.top_k + k]);
     }
     p.row_weights[i] = weight;
@@ -226,7 +230,7 @@ __device__ void BringWeights(const DispatchParams& p, uint64_t epoch, int32_t th
 
 // Helpers: the scales of the sources of one warp, several sources at a time to hide the link's
 // latency.
-__device__ void BringScales(const DispatchParams& p, uint64_t epoch, int32_t warp,
+__device__ void BringScales(const DispatchParams& p, const PeerInputs& inputs, int32_t warp,
                             int32_t num_warps) {
   constexpr int kAtOnce = 4;
   const int32_t lane = threadIdx.x % 32;
@@ -244,7 +248,7 @@ __device__ void BringScales(const DispatchParams& p, uint64_t epoch, int32_t war
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (batch[i] < 0 || j >= p.scales_per_row) continue;
-        const float* scales = PeerAddress<float>(p.group, epoch, batch[i] / p.num_tokens, 1);
+        const float* scales = inputs.Of<float>(batch[i] / p.num_tokens, 1);
         scale[i] = __ldcg(&scales[int64_t{batch[i] % p.num_tokens} * p.scales_per_row + j]);
       }
 #pragma unroll
@@ -299,7 +303,7 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
   ptx::FenceProxyAsyncShared();
-  if (!WaitArrivals(p.group, epoch)) {  // also orders the zeros before their use
+  if (!WaitInputs(p.group, epoch, *shared.inputs)) {  // also orders the zeros before their use
     Poison(p);
     EndOp(p.group, epoch);
     return;
@@ -307,15 +311,16 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_movers = NumMovers(p);
   if (warp < num_movers) {
-    MoveRows<kAhead>(p, epoch, warp * gridDim.x + blockIdx.x, num_movers * gridDim.x,
+    MoveRows<kAhead>(p, *shared.inputs, warp * gridDim.x + blockIdx.x, num_movers * gridDim.x,
                      shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
                      shared.barriers + warp * kStages);
   } else {
     const int32_t helper = (warp - num_movers) * gridDim.x + blockIdx.x;
     const int32_t num_helpers = kHelpers * gridDim.x;
     const int32_t thread = helper * 32 + threadIdx.x % 32;
-    if (p.scales_per_row != 0 && BulkScaleBytes(p) == 0) BringScales(p, epoch, helper, num_helpers);
-    if (p.weights != nullptr) BringWeights(p, epoch, thread, num_helpers * 32);
+    if (p.scales_per_row != 0 && BulkScaleBytes(p) == 0)
+      BringScales(p, *shared.inputs, helper, num_helpers);
+    if (p.weights != nullptr) BringWeights(p, *shared.inputs, thread, num_helpers * 32);
     ClearUnusedRows(p, shared.zeros, thread, num_helpers * 32);
   }
   EndOp(p.group, epoch);

@@ -261,12 +261,13 @@ __device__ void LayOutColumns(const PlanParams& p, uint64_t epoch, const Shared&
 }
 
 // Rows of each slot that lie before this block's chunk.
-__device__ void CountBefore(const PlanParams& p, uint64_t epoch, const Shared& shared) {
+__device__ void CountBefore(const PlanParams& p, uint64_t epoch, const PeerInputs& inputs,
+                            const Shared& shared) {
   const int32_t stride = ScratchStride(p.num_experts, p.group.num_ranks);
   for (int32_t slot = threadIdx.x; slot < NumSlots(p); slot += kThreads) {
     const auto [source, column] = ColumnOfSlot(p, slot);
     const int32_t* block_totals =
-        source == p.group.rank ? p.scratch : PeerAddress<int32_t>(p.group, epoch, source, 1);
+        source == p.group.rank ? p.scratch : inputs.Of<int32_t>(source, 1);
     int32_t counts[kMaxBlocks];  // all on their way at once
 #pragma unroll
     for (int b = 0; b < kMaxBlocks; ++b) {
@@ -281,7 +282,7 @@ __device__ void CountBefore(const PlanParams& p, uint64_t epoch, const Shared& s
 
 // Numbers this block's chunk of the tokens of all ranks: the rows that their entries have on this
 // rank, and, for this rank's own tokens, on every rank.
-__device__ void NumberEntries(const PlanParams& p, uint64_t epoch, const Shared& shared) {
+__device__ void NumberEntries(const PlanParams& p, const PeerInputs& inputs, const Shared& shared) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t num_rows = plan::RowsPerSource(p.layout, p.top_k, num_local);
   const int32_t tile_size = TileSize(p);
@@ -305,8 +306,7 @@ __device__ void NumberEntries(const PlanParams& p, uint64_t epoch, const Shared&
 #pragma unroll 4
     for (int32_t i = threadIdx.x; i < num_entries; i += kThreads) {
       const int32_t source = i / per_source;
-      const int32_t* topk =
-          source == p.group.rank ? p.topk : PeerAddress<int32_t>(p.group, epoch, source, 0);
+      const int32_t* topk = source == p.group.rank ? p.topk : inputs.Of<int32_t>(source, 0);
       shared.entries[i] = __ldcg(&topk[tile * p.top_k + i % per_source]);
     }
     for (int32_t i = threadIdx.x; i < num_entries; i += kThreads) {
@@ -396,16 +396,17 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(const __grid_constant__ P
     Publish(p.group, epoch, {p.topk, p.scratch, nullptr});
     SendTotals(p, epoch, num_totals);
   }
-  if (!WaitArrivals(p.group, epoch)) {
+  __shared__ PeerInputs inputs;
+  if (!WaitInputs(p.group, epoch, inputs)) {
     Poison(p);
     EndOp(p.group, epoch);
     return;
   }
   for (int32_t l = threadIdx.x; l < num_local; l += kThreads) shared.kept[l] = 0;
-  CountBefore(p, epoch, shared);
+  CountBefore(p, epoch, inputs, shared);
   LayOutColumns(p, epoch, shared);
   __syncthreads();
-  NumberEntries(p, epoch, shared);
+  NumberEntries(p, inputs, shared);
   if (p.layout == Layout::kToken) {
     int32_t* row = p.scratch + blockIdx.x * ScratchStride(p.num_experts, p.group.num_ranks);
     int32_t* kept = row + p.group.num_ranks;  // no peer reads this part

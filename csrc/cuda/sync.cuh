@@ -6,8 +6,8 @@
 //   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
 //   3. WaitArrivals: every block waits until all peers have done so; then it may read their inputs.
 //   4. EndOp: the last block to finish tells every peer that this rank reads no more, and waits
-//   until
-//      all peers have said the same; then the inputs may be reused.
+//      until all peers have said the same; then the inputs may be reused. An op whose peers read
+//      nothing of this rank's ends without that (EndOpAtOnce).
 //
 // A wait that passes its deadline, or that meets another op, records the failure, tells all peers
 // and returns false; from then on every wait of the group returns false at once. Nothing traps.
@@ -45,36 +45,64 @@ __device__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phas
   }
 }
 
+// Keeps a wait from lasting for ever: Continue is called now and then while nothing has come.
+class Deadline {
+ public:
+  // False once the group has failed; `expected` and `seen` are for the report.
+  __device__ bool Continue(const GroupParams& group, Phase phase, int peer, uint64_t expected,
+                           uint64_t seen) {
+    if (++spins_ % 64 != 0) return true;
+    if (ptx::LoadAcquireSystem(&Own(group).failed) != 0u) {
+      Fail(group, ErrorKind::kAborted, phase, peer, expected, seen, 0);
+      return false;
+    }
+    const uint64_t now = ptx::GlobalTimer();
+    if (start_ == 0) start_ = now;
+    const uint64_t waited = now - start_;
+    if (spins_ % 1024 == 0) {  // across PCIe, so less often
+      const uint32_t lost = ptx::LoadAcquireSystem(&group.error->lost_peer);
+      if (lost != 0u) {
+        Fail(group, ErrorKind::kPeerLost, phase, static_cast<int>(lost) - 1, expected, seen,
+             waited);
+        return false;
+      }
+    }
+    const uint64_t limit =
+        phase == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
+    if (waited <= limit) return true;
+    Fail(group, ErrorKind::kTimeout, phase, peer, expected, seen, waited);
+    return false;
+  }
+
+ private:
+  uint32_t spins_ = 0;
+  uint64_t start_ = 0;
+};
+
 // Waits for `flag` of `peer` to reach `epoch`; false once the group has failed.
 __device__ inline bool WaitFlag(const GroupParams& group, const uint64_t& flag, uint64_t epoch,
                                 Phase phase, int peer) {
   const uint64_t expected = FlagValue(epoch, group.tag);
-  const uint64_t limit = phase == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
-  uint64_t start = 0;
-  for (uint32_t spins = 0;; ++spins) {
+  for (Deadline deadline;;) {
     const uint64_t seen = ptx::LoadAcquireSystem(&flag);
     if (seen == expected) return true;
     if (seen >> kTagBits >= epoch) {
       Fail(group, ErrorKind::kMismatch, phase, peer, expected, seen, 0);
       return false;
     }
-    if (spins % 64 != 63) continue;
-    if (ptx::LoadAcquireSystem(&Own(group).failed) != 0u) {
-      Fail(group, ErrorKind::kAborted, phase, peer, expected, seen, 0);
-      return false;
-    }
-    const uint64_t now = ptx::GlobalTimer();
-    if (start == 0) start = now;
-    if (now - start > limit) {
-      Fail(group, ErrorKind::kTimeout, phase, peer, expected, seen, now - start);
-      return false;
-    }
+    if (!deadline.Continue(group, phase, peer, expected, seen)) return false;
   }
 }
 
 // The epoch of the running op. All threads of all blocks call it before EndOp.
 __device__ __forceinline__ uint64_t BeginOp(const GroupParams& group) {
-  return *static_cast<volatile uint64_t*>(&Own(group).epoch) + 1;
+  Workspace& own = Own(group);
+  const uint64_t epoch = *static_cast<volatile uint64_t*>(&own.epoch) + 1;
+  // By a thread that has nothing to do while the answer comes.
+  if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && atomicExch(&own.active, 1u) != 0u) {
+    Fail(group, ErrorKind::kConcurrent, Phase::kArrival, group.rank, epoch, epoch, 0);
+  }
+  return epoch;
 }
 
 // True in all threads of the last block that comes here, which sees all that the other blocks wrote
@@ -94,8 +122,19 @@ __device__ inline bool IsLastBlock(uint32_t* counter) {
   return is_last;
 }
 
-// Tells every peer that this rank's inputs are ready, at `addresses`. Called by all threads of one
-// block, after the inputs were made visible (by an earlier kernel, or IsLastBlock).
+// This rank's address as its peers may name it; ~0 if they cannot read it.
+__device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t epoch,
+                                         const void* address) {
+  const uint64_t value = reinterpret_cast<uint64_t>(address);
+  for (int i = 0; i < kMaxRegions; ++i) {
+    const Region region = Own(group).regions[group.rank][i];
+    if (value - region.base < region.size) return PackAddress(i, value - region.base, epoch);
+  }
+  return ~uint64_t{0};
+}
+
+// Tells every peer that this rank's inputs are ready, at `addresses` (null: none). Called by all
+// threads of one block, after the inputs were made visible (by an earlier kernel, or IsLastBlock).
 __device__ inline void Publish(const GroupParams& group, uint64_t epoch,
                                const void* const (&addresses)[kMaxAddresses]) {
   constexpr int kWords = kMaxAddresses + 1;
@@ -104,35 +143,69 @@ __device__ inline void Publish(const GroupParams& group, uint64_t epoch,
     Workspace& peer = *group.peers[i / kWords];
     const int word = i % kWords;
     if (word == kMaxAddresses) {
-      ptx::StoreRelaxedSystem(&peer.arrival[group.rank].value, FlagValue(epoch, group.tag));
+      ptx::StoreRelaxedSystem(&peer.arrival[epoch % 2][group.rank].value,
+                              FlagValue(epoch, group.tag));
       continue;
     }
     const void* address = nullptr;
 #pragma unroll
     for (int j = 0; j < kMaxAddresses; ++j) address = word == j ? addresses[j] : address;
-    ptx::StoreRelaxedSystem(&peer.addresses[group.rank][word], PackAddress(address, epoch));
+    uint64_t encoded = PackAddress(0, 0, epoch);
+    if (address != nullptr) {
+      encoded = EncodeAddress(group, epoch, address);
+      if (encoded == ~uint64_t{0}) {
+        Fail(group, ErrorKind::kUnreachable, Phase::kArrival, group.rank,
+             reinterpret_cast<uint64_t>(address), word, 0);
+        encoded = PackAddress(0, 0, epoch);
+      }
+    }
+    ptx::StoreRelaxedSystem(&peer.addresses[group.rank][word], encoded);
   }
 }
 
-// Waits until the inputs of all ranks are ready; false in all threads once the group has failed.
-// Called by all threads of a block.
+// Where the peers' inputs are, as this device maps them. In shared memory.
+struct PeerInputs {
+  const char* address[kMaxRanks][kMaxAddresses];
+
+  template <typename T>
+  __device__ __forceinline__ const T* Of(int peer, int index) const {
+    return reinterpret_cast<const T*>(address[peer][index]);
+  }
+};
+
+// Waits until all ranks have arrived; false in all threads once the group has failed. Called by all
+// threads of a block.
 __device__ inline bool WaitArrivals(const GroupParams& group, uint64_t epoch) {
   bool arrived = true;
   for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
-    arrived = arrived && WaitFlag(group, Own(group).arrival[r].value, epoch, Phase::kArrival, r);
+    const Flag& flag = Own(group).arrival[epoch % 2][r];
+    arrived = arrived && WaitFlag(group, flag.value, epoch, Phase::kArrival, r);
   }
   return __syncthreads_and(arrived);
 }
 
-// An address that rank `peer` published; after WaitArrivals.
-template <typename T>
-__device__ __forceinline__ const T* PeerAddress(const GroupParams& group, uint64_t epoch, int peer,
-                                                int index) {
-  uint64_t word;
-  do {  // it left together with the flag that was waited for
-    word = ptx::LoadRelaxedSystem(&Own(group).addresses[peer][index]);
-  } while ((word & 0xffff) != (epoch & 0xffff));
-  return reinterpret_cast<const T*>(word >> 16);
+// WaitArrivals, after which `inputs` says where the peers' inputs are.
+__device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, PeerInputs& inputs) {
+  Workspace& own = Own(group);
+  bool arrived = true;
+  for (int i = threadIdx.x; i < group.num_ranks * kMaxAddresses; i += blockDim.x) {
+    const int r = i / kMaxAddresses;
+    if (!WaitFlag(group, own.arrival[epoch % 2][r].value, epoch, Phase::kArrival, r)) {
+      arrived = false;
+      break;
+    }
+    uint64_t word;
+    do {  // it left together with the flag that was waited for
+      word = ptx::LoadRelaxedSystem(&own.addresses[r][i % kMaxAddresses]);
+    } while ((word & 0xffff) != (epoch & 0xffff));
+    const uint64_t encoded = word >> 16;
+    const Region region = own.regions[r][encoded >> kRegionShift];
+    const uint64_t offset = encoded & ((uint64_t{1} << kRegionShift) - 1);
+    // Ranges that this device does not map cannot be named.
+    inputs.address[r][i % kMaxAddresses] =
+        reinterpret_cast<const char*>(region.base + (offset < region.size ? offset : 0));
+  }
+  return __syncthreads_and(arrived);
 }
 
 // Ends the op: the last block returns once all ranks read no more. Called by all threads of all
@@ -150,7 +223,9 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
     WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r);
   }
   __syncthreads();
-  if (threadIdx.x == 0) own.epoch = epoch;
+  if (threadIdx.x != 0) return;
+  own.epoch = epoch;
+  own.active = 0;
 }
 
 __device__ inline void EndOp(const GroupParams& group, uint64_t epoch) {

@@ -1,7 +1,8 @@
 // The symmetric workspace: the memory of a rank that its peers write to, as one type.
 //
-// Every rank of a group has one, in device memory that all peers of its host map. Payload never
-// passes through it: peers read each other's XLA buffers in place, at the addresses published here.
+// Every rank of a group has one, in device memory that all peers of its host map. Rows never pass
+// through it: peers read each other's XLA buffers in place, at the addresses published here. Only
+// sums of rows do, which exist in no buffer (ring).
 #pragma once
 
 #include <cstddef>
@@ -15,10 +16,24 @@ namespace jax_ep::cuda {
 constexpr int kMaxRanks = 32;
 // Experts over the whole group.
 constexpr int kMaxExperts = 4096;
-// Chunks of the tokens of one rank that combine signals one by one.
-constexpr int kMaxRowChunks = 128;
 // Addresses that one op publishes.
 constexpr int kMaxAddresses = 3;
+// Memory of the plan's messages, in words, for one of two plans that follow each other.
+constexpr int kInboxWords = 1 << 19;
+// Memory of the sums of rows that are under way.
+constexpr int kRingBytes = 16 << 20;
+// Sums from one rank that are under way, at most.
+constexpr int kMaxRingSlots = 1024;
+
+// A range of a rank's memory that its peers can read: where the one who holds the list maps it.
+// Between GPUs of one process addresses are the same everywhere, and the regions are parts of the
+// address space.
+struct Region {
+  uint64_t base;
+  uint64_t size;
+};
+constexpr int kMaxRegions = 8;
+constexpr int kRegionShift = 45;  // 8 regions of 2^45 bytes at most: 48 bits
 
 // A flag on a cache line of its own. Its value is FlagValue(epoch, tag).
 struct alignas(128) Flag {
@@ -33,12 +48,19 @@ JAX_EP_HOST_DEVICE uint64_t FlagValue(uint64_t epoch, uint32_t tag) {
 }
 
 // Words that carry the epoch beside the value need no flag of their own: who finds the epoch has
-// the value too. An address is below 2^48; 16 bits of the epoch tell an op from the one before it.
-JAX_EP_HOST_DEVICE uint64_t PackAddress(const void* address, uint64_t epoch) {
-  return reinterpret_cast<uint64_t>(address) << 16 | (epoch & 0xffff);
+// the value too. An address travels as region and offset; 16 bits of the epoch tell an op from the
+// one before it.
+JAX_EP_HOST_DEVICE uint64_t PackAddress(uint64_t region, uint64_t offset, uint64_t epoch) {
+  return (region << kRegionShift | offset) << 16 | (epoch & 0xffff);
 }
 JAX_EP_HOST_DEVICE uint64_t PackCount(int32_t count, uint64_t epoch) {
   return static_cast<uint64_t>(static_cast<uint32_t>(count)) << 32 | (epoch & 0xffffffff);
+}
+
+// Sums that the ring holds of each of the other ranks; 0 if a row is too long.
+JAX_EP_HOST_DEVICE int32_t RingSlots(int32_t num_ranks, int64_t row_bytes) {
+  const int64_t slots = kRingBytes / ((num_ranks > 1 ? num_ranks - 1 : 1) * row_bytes);
+  return static_cast<int32_t>(slots < kMaxRingSlots ? slots : kMaxRingSlots);
 }
 
 // What an op waits for.
@@ -60,12 +82,18 @@ struct ErrorRecord {
   uint64_t expected;
   uint64_t seen;
   uint64_t waited_ns;
+  // Written by the host, and polled by every wait: not 0 once the process of a peer is gone, then
+  // 1 + its rank.
+  uint32_t lost_peer;
 };
 
 enum class ErrorKind : uint32_t {
-  kTimeout = 1,   // a peer did not come within the deadline
-  kMismatch = 2,  // a peer came with another op
-  kAborted = 3,   // a peer reported a failure
+  kTimeout = 1,      // a peer did not come within the deadline
+  kMismatch = 2,     // a peer came with another op
+  kAborted = 3,      // a peer reported a failure
+  kPeerLost = 4,     // the process of a peer is gone
+  kUnreachable = 5,  // an input of this rank is in memory that peers cannot read
+  kConcurrent = 6,   // another op of the group was running
 };
 
 enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2, kCombineVjp = 3 };
@@ -73,19 +101,27 @@ enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2, kCombineV
 struct Workspace {
   // Written by peer r into entry r, for the op of that epoch. One of each is enough: no rank begins
   // the next op before all have closed this one.
-  Flag arrival[kMaxRanks];                       // its inputs are ready, its addresses below
+  // An op that does not wait for the others' end may be followed by the next one's arrival.
+  Flag arrival[2][kMaxRanks];                    // by epoch % 2: its inputs are ready
   Flag close[kMaxRanks];                         // it reads this rank's inputs no more
-  uint64_t rows[kMaxRanks][kMaxRowChunks];       // combine: its partial sums of a chunk are ready
   uint64_t addresses[kMaxRanks][kMaxAddresses];  // of its inputs, PackAddress
   uint64_t totals[kMaxRanks]
                  [kMaxExperts + kMaxRanks];  // plan: its entries of each column, PackCount
+  uint64_t inbox[2][kInboxWords];            // plan: messages, by the plan's number % 2
+  // Combine: slot (token % slots) of rank r's part of the ring holds a sum (RingWord) ...
+  uint64_t ring_ready[kMaxRanks][kMaxRingSlots];
+  // ... and the sum that this rank had put there, at home r, has been read.
+  uint64_t ring_free[kMaxRanks][kMaxRingSlots];
+  alignas(1024) char ring[kRingBytes];
   // Any rank: not 0 once a rank of the group has failed. Never reset.
   uint32_t failed;
   // This rank only:
-  uint32_t chunk_tokens[kMaxRanks][kMaxRowChunks];  // combine: tokens done of a chunk
-  uint32_t blocks_arrived;                          // of the running kernel
-  uint32_t blocks_done;                             // of the running kernel
-  uint64_t epoch;                                   // of the last op that completed
+  Region regions[kMaxRanks][kMaxRegions];       // of every rank, as this device maps them
+  uint32_t active;                              // 1 while an op of the group runs
+  uint32_t num_plans;                           // that ended
+  uint32_t blocks_arrived;                      // of the running kernel
+  uint32_t blocks_done;                         // of the running kernel
+  uint64_t epoch;                               // of the last op that completed
   int32_t num_invalid;                          // plan: of the running kernel; zero between plans
   int32_t own_totals[kMaxExperts + kMaxRanks];  // plan: this rank's totals; zero between plans
 };

@@ -84,6 +84,22 @@ std::optional<std::string> EnablePeerAccess(int device, int peer) {
   return Explain(error, "cudaDeviceEnablePeerAccess", device);
 }
 
+// Between GPUs of one process every address is good everywhere: the regions are the parts of the
+// address space.
+std::optional<std::string> NameAddressSpace(int device, int num_ranks, Workspace* workspace) {
+  ScopedDevice scope(device);
+  std::vector<cuda::Region> regions(static_cast<size_t>(num_ranks) * cuda::kMaxRegions);
+  for (size_t i = 0; i < regions.size(); ++i) {
+    constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
+    regions[i] = {i % cuda::kMaxRegions * kSize, kSize};
+  }
+  JAX_EP_RETURN_IF_CUDA_ERROR(
+      cudaMemcpy(workspace->regions, regions.data(), regions.size() * sizeof(cuda::Region),
+                 cudaMemcpyHostToDevice),
+      device);
+  return std::nullopt;
+}
+
 // Loading a kernel lazily, while a peer waits inside one, would deadlock.
 std::optional<std::string> LoadKernels(int device) {
   ScopedDevice scope(device);
@@ -111,6 +127,9 @@ std::optional<std::string> AddInstance(const std::vector<int>& devices, double a
     }
     if (auto error = LoadKernels(devices[rank])) return error;
     if (auto error = Allocate(devices[rank], memory[rank])) return error;
+    if (auto error = NameAddressSpace(devices[rank], num_ranks, memory[rank].workspace)) {
+      return error;
+    }
   }
   for (int rank = 0; rank < num_ranks; ++rank) {
     Member member{};
@@ -162,6 +181,15 @@ std::string Describe(const ErrorRecord& error) {
       break;
     case cuda::ErrorKind::kMismatch:
       text += peer + " is at another op";
+      break;
+    case cuda::ErrorKind::kPeerLost:
+      text += "the process of " + peer + " is gone";
+      break;
+    case cuda::ErrorKind::kUnreachable:
+      text += "an input is in memory that its peers cannot read";
+      break;
+    case cuda::ErrorKind::kConcurrent:
+      text += "another op of the group was running at the same time";
       break;
     default:
       text += "another rank of the group failed while this one waited for " + peer;

@@ -85,7 +85,7 @@ struct Rank {
   cuda::ErrorRecord* error;
   Buffer<int32_t> topk_idx, topk, dest_row, recv_rows, recv_src, expert_idx, group_sizes, counts,
       demand, num_dropped, num_invalid, scratch;
-  Buffer<char> x, rows, y, dy, d_rows, partials;
+  Buffer<char> x, rows, y, dy, d_rows;
   Buffer<float> scales, weights, row_scales, row_weights, home, d_weights;
   cuda::GroupParams group;
 };
@@ -226,7 +226,6 @@ int main(int argc, char** argv) {
     rank.dy.Resize(T * row);
     rank.d_rows.Resize(C * row);
     rank.d_weights.Resize(C);
-    rank.partials.Resize(by_expert ? size_t(R) * T * row : 0);
     const auto fill = [&](Buffer<char>& buffer, bool bytes) {
       if (bytes) {
         for (char& byte : buffer.host) byte = static_cast<char>(generator());
@@ -260,6 +259,14 @@ int main(int argc, char** argv) {
     group.arrival_timeout_ns = group.op_timeout_ns =
         options.Int("timeout", 5) * uint64_t{1'000'000'000};
     group.tag = 7;
+    // All addresses are good everywhere, as transport/peers.cc says.
+    std::vector<cuda::Region> regions(size_t(R) * cuda::kMaxRegions);
+    for (size_t i = 0; i < regions.size(); ++i) {
+      constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
+      regions[i] = {i % cuda::kMaxRegions * kSize, kSize};
+    }
+    CHECK_CUDA(cudaMemcpy(ranks[r].workspace->regions, regions.data(),
+                          regions.size() * sizeof(cuda::Region), cudaMemcpyHostToDevice));
   }
 
   const auto run_plan = [&](int r) {
@@ -327,7 +334,6 @@ int main(int argc, char** argv) {
                           k.topk.device,
                           k.dest_row.device,
                           k.recv_rows.device,
-                          k.partials.device,
                           k.y.device,
                           k.home.device,
                           blocks};

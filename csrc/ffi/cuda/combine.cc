@@ -15,17 +15,16 @@ using Out = ffi::Result<ffi::AnyBuffer>;
 ffi::Error Combine(cudaStream_t stream, int32_t device, CombineAttrs attrs, ffi::AnyBuffer rows,
                    ffi::AnyBuffer row_weights, ffi::AnyBuffer values, ffi::AnyBuffer topk,
                    ffi::AnyBuffer dest_row, ffi::AnyBuffer recv_rows, ffi::AnyBuffer recv_src,
-                   ffi::AnyBuffer expert_idx, ffi::AnyBuffer /*coords*/, Out y, Out home,
-                   Out scratch) {
+                   ffi::AnyBuffer expert_idx, ffi::AnyBuffer /*coords*/, Out y, Out home) {
   Checker check("combine");
   cpu::CombineArgs args{};
   DecodeCombine(check, attrs, {topk, dest_row, recv_rows, recv_src, expert_idx},
                 {rows, row_weights, values, *y, *home}, args);
   const cpu::Geometry& geometry = args.geometry;
   const bool by_expert = geometry.layout == plan::Layout::kExpert;
-  const int64_t partial_rows =
-      by_expert && geometry.num_ranks > 1 ? int64_t{geometry.num_ranks} * geometry.num_tokens : 0;
-  CheckScratch(check, *scratch, partial_rows * geometry.row_bytes());
+  check.Attribute("hidden",
+                  !by_expert || cuda::RingSlots(geometry.num_ranks, geometry.row_bytes()) > 0,
+                  "rows that fit the ring of sums", geometry.hidden);
   cuda::CombineParams params{};
   if (auto error =
           PrepareGroup(check, attrs.group, device, cuda::OpKind::kCombine,
@@ -50,7 +49,6 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, CombineAttrs attrs, ffi:
   params.topk = args.handle.topk;
   params.dest_row = args.handle.dest_row;
   params.recv_rows = args.handle.recv_rows;
-  params.partials = scratch->untyped_data();
   params.y = args.y;
   params.home = args.home;
   params.num_blocks = NumBlocks(attrs.group, by_expert ? 64 : 24);
@@ -71,8 +69,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_execute, Combine,
                                   .Arg<ffi::AnyBuffer>()   // expert_idx
                                   .Arg<ffi::AnyBuffer>()   // coords
                                   .Ret<ffi::AnyBuffer>()   // y
-                                  .Ret<ffi::AnyBuffer>()   // home
-                                  .Ret<ffi::AnyBuffer>(),  // scratch
+                                  .Ret<ffi::AnyBuffer>(),  // home
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_ep
