@@ -156,10 +156,10 @@ def dispatch(
         _compat.result_type(values, weights_shape if weights is not None else (0,), jnp.float32),
     ]
     if group.backend == "cuda":
-        # What is sent in float8, and what is received so before it becomes dense again.
+        # The rows that are sent in float8, and the scales of those that become dense again.
         sent = 0 if scale_format is None else _quantized_bytes(len(values), hidden)
         dense = scale_format is not None and dense_output
-        received = _quantized_bytes(rows, hidden) if dense else 0
+        received = rows * (hidden // 128) * 4 if dense else 0
         results.append(_scratch(values, sent + received))
     tokens, row_scales, row_weights = _call(
         "jax_ep_dispatch",

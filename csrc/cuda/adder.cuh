@@ -13,8 +13,8 @@
 
 namespace jax_ep::cuda {
 
-constexpr int kAdderWarps = 16;  // of a block
-constexpr int kStages = 6;
+constexpr int kAdderWarps = 12;  // of a block: more would leave too few registers
+constexpr int kStages = 8;
 constexpr int kStageBytes = 2048;
 constexpr int kMaxTerms = 32;
 
@@ -45,13 +45,12 @@ struct WarpMemory {
 constexpr int kAdderBytes =
     kAdderWarps * (kStages * kStageBytes + static_cast<int>(sizeof(WarpMemory)));
 
-// Adds rows for one warp. All methods are called by all lanes together.
-template <typename T>
+// Adds rows for one warp. All methods are called by all lanes together. With kOneSegment, all terms
+// of a sum are of one rank.
+template <typename T, bool kOneSegment>
 class Adder {
  public:
-  __device__ Adder(const CombineParams& p, char* shared)
-      : row_bytes_(p.hidden * static_cast<int32_t>(sizeof(T))),
-        weighted_(p.row_weights != nullptr) {
+  __device__ Adder(const CombineParams& p, char* shared) : p_(p) {
     const int32_t warp = threadIdx.x / 32;
     buffers_ = shared + warp * kStages * kStageBytes;
     memory_ = reinterpret_cast<WarpMemory*>(shared + kAdderWarps * kStages * kStageBytes) + warp;
@@ -70,8 +69,8 @@ class Adder {
   // by finishing earlier terms.
   __device__ void Sum(int32_t num_terms, char* output) {
     __syncwarp();
-    for (int32_t offset = 0; offset < row_bytes_; offset += kStageBytes) {
-      const int32_t bytes = plan::Min(kStageBytes, row_bytes_ - offset);
+    for (int32_t offset = 0; offset < RowBytes(); offset += kStageBytes) {
+      const int32_t bytes = plan::Min(kStageBytes, RowBytes() - offset);
       for (int32_t i = 0; i < num_terms; ++i) {
         if (num_loaded_ - num_added_ == kStages) Add();
         if (Lane() == 0) {
@@ -106,6 +105,8 @@ class Adder {
   static constexpr int kPerLane = kStageBytes / kVectorBytes / 32;
 
   __device__ static int32_t Lane() { return threadIdx.x % 32; }
+  __device__ int32_t RowBytes() const { return p_.hidden * static_cast<int32_t>(sizeof(T)); }
+  __device__ bool IsWeighted() const { return p_.row_weights != nullptr; }
 
   // Adds the oldest term that is loaded.
   __device__ void Add() {
@@ -121,7 +122,7 @@ class Adder {
     for (int i = 0; i < kPerLane; ++i) {
       raw[i] = *reinterpret_cast<const RawVector<T>*>(row + (Lane() + 32 * i) * kVector);
     }
-    if (stage.is_segment && !weighted_) {  // its sum needs no rounding
+    if (!kOneSegment && stage.is_segment && !IsWeighted()) {  // its sum needs no rounding
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         float term[kVector];
@@ -136,11 +137,11 @@ class Adder {
         Unpack(raw[i], term);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-          if (weighted_) term[j] = __fmul_rn(term[j], stage.factor);
+          if (IsWeighted()) term[j] = __fmul_rn(term[j], stage.factor);
           segment_[i][j] = __fadd_rn(segment_[i][j], term[j]);
         }
       }
-      if (stage.ends_segment) CloseSegment();
+      if (!kOneSegment && stage.ends_segment) CloseSegment();
     }
     if (stage.output != nullptr) StoreTotal(stage);
     ++num_added_;
@@ -162,22 +163,22 @@ class Adder {
   }
 
   __device__ void StoreTotal(const Stage& stage) {
+    float (&sum)[kPerLane][kVector] = kOneSegment ? segment_ : total_;
     const int32_t num_vectors = stage.bytes / kVectorBytes;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int32_t v = Lane() + 32 * i;
       if (v < num_vectors) {
-        StoreVector(reinterpret_cast<T*>(stage.output) + v * kVector, Pack<T>(total_[i]));
+        StoreVector(reinterpret_cast<T*>(stage.output) + v * kVector, Pack<T>(sum[i]));
       }
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) total_[i][j] = 0.0f;
+      for (int j = 0; j < kVector; ++j) sum[i][j] = 0.0f;
     }
   }
 
+  const CombineParams& p_;
   char* buffers_;
   WarpMemory* memory_;
-  int32_t row_bytes_;
-  bool weighted_;
   int32_t num_loaded_ = 0;
   int32_t num_added_ = 0;
   float segment_[kPerLane][kVector] = {};

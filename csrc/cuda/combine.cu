@@ -62,15 +62,24 @@ class Ring {
     return p_.group.peers[home]->ring + slot * p_.hidden * ByteWidth(p_.type);
   }
 
-  // Source: whether home has read the sum that was in the slot before; WaitFree waits for it.
-  __device__ bool IsFree(int home, int32_t token) const {
-    return token < num_slots_ || ptx::LoadAcquireSystem(FreeWord(home, token)) == Before(token);
-  }
-  __device__ bool WaitFree(int home, int32_t token) const {
-    return token < num_slots_ || Wait(FreeWord(home, token), Before(token), home);
+  // Source: the token whose sum was in the slot of `token` before, or less than 0. Not every token
+  // has a sum.
+  __device__ int32_t Before(int home, int32_t token) const {
+    do {
+      token -= num_slots_;
+    } while (token >= 0 && !HasRows(home * p_.num_tokens + token));
+    return token;
   }
 
-  // Home: tells that the sum of `source`, if there was one, is read.
+  // Source: whether home has read the sum of `token`; WaitFree waits for it.
+  __device__ bool IsFree(int home, int32_t token) const {
+    return token < 0 || ptx::LoadAcquireSystem(FreeWord(home, token)) == Word(token);
+  }
+  __device__ bool WaitFree(int home, int32_t token) const {
+    return token < 0 || Wait(FreeWord(home, token), Word(token), home);
+  }
+
+  // Home: tells that the sum of `source` is read.
   __device__ void TellFree(int source, int32_t token) const {
     if (token + num_slots_ >= p_.num_tokens) return;  // nobody will ask
     ptx::StoreRelaxedSystem(&p_.group.peers[source]->ring_free[p_.group.rank][token % num_slots_],
@@ -95,7 +104,10 @@ class Ring {
   __device__ uint64_t Word(int32_t token) const {
     return epoch_ << 32 | static_cast<uint32_t>(token);
   }
-  __device__ uint64_t Before(int32_t token) const { return Word(token - num_slots_); }
+  __device__ bool HasRows(int32_t source) const {
+    const int32_t row = p_.recv_rows[int64_t{source} * p_.num_rows];
+    return row >= 0 && row < p_.capacity;
+  }
   __device__ const uint64_t* FreeWord(int home, int32_t token) const {
     return &Own(p_.group).ring_free[home][token % num_slots_];
   }
@@ -120,7 +132,7 @@ class Ring {
 // turns. Every rank goes through the tokens in the same order, and a warp waits only when it has
 // told all that it did: so what it waits for comes.
 template <typename T>
-__device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder, int32_t warp,
+__device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T, true>& adder, int32_t warp,
                         int32_t num_warps) {
   const int32_t row_bytes = p.hidden * sizeof(T);
   const int32_t num_peers = p.group.num_ranks - 1;
@@ -161,9 +173,10 @@ __device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T>& adder,
     }
     const int home = home_of(item);
     const int32_t token = token_of(item);
-    if (!__all_sync(~0u, ring.IsFree(home, token))) {
+    const int32_t before = ring.Before(home, token);
+    if (!__all_sync(~0u, ring.IsFree(home, before))) {
       flush();
-      if (!__all_sync(~0u, ring.WaitFree(home, token))) return false;
+      if (!__all_sync(~0u, ring.WaitFree(home, before))) return false;
     }
     adder.Sum(num_terms, ring.Sum(home, p.group.rank, token));
     flush();
@@ -232,30 +245,29 @@ __device__ int32_t ListTerms(const CombineParams& p, const Ring& ring, const Pee
 // Home: the sums of all tokens, by one of `num_warps` warps; false once the group has failed.
 template <typename T>
 __device__ bool BringHome(const CombineParams& p, uint64_t epoch, const PeerInputs& inputs,
-                          Adder<T>& adder, int32_t warp, int32_t num_warps) {
+                          Adder<T, false>& adder, int32_t warp, int32_t num_warps) {
   const int32_t lane = threadIdx.x % 32;
   const int32_t row_bytes = p.hidden * sizeof(T);
   const bool by_expert = p.layout == Layout::kExpert;
   const Ring ring(p, epoch);
-  // Slots become free once their sums are read: a token later.
+  // Slots become free once their sums are read: a token later. Lane by lane, those of one rank.
   int32_t pending = -1;
+  int32_t pending_rank = -1;
   int32_t pending_mark = 0;
   const auto flush = [&] {
     adder.FinishUntil(pending_mark);
-    if (pending >= 0 && lane < p.group.num_ranks && lane != p.group.rank) {
-      ring.TellFree(lane, pending);
-    }
-    pending = -1;
+    if (pending_rank >= 0) ring.TellFree(pending_rank, pending);
+    pending_rank = -1;
   };
   TokenRows next_rows = LoadToken(p, warp);
   for (int32_t token = warp; token < p.num_tokens; token += num_warps) {
     const TokenRows rows = next_rows;
     next_rows = LoadToken(p, token + num_warps);  // there when it is needed
     const int32_t rank = RankOfEntry(p, rows);
+    // The first lane that has an entry of a rank waits for that rank.
+    const int first = __ffs(__match_any_sync(~0u, rank)) - 1;
+    const bool awaits = by_expert && rank >= 0 && rank != p.group.rank && first == lane;
     if (by_expert) {
-      // The first lane that has an entry of a rank waits for that rank.
-      const int first = __ffs(__match_any_sync(~0u, rank)) - 1;
-      const bool awaits = rank >= 0 && rank != p.group.rank && first == lane;
       if (!__all_sync(~0u, !awaits || ring.IsReady(rank, token))) {
         flush();
         if (!__all_sync(~0u, !awaits || ring.WaitReady(rank, token))) {
@@ -278,6 +290,7 @@ __device__ bool BringHome(const CombineParams& p, uint64_t epoch, const PeerInpu
     if (!by_expert) continue;
     flush();
     pending = token;
+    pending_rank = awaits ? rank : -1;
     pending_mark = adder.num_started();
   }
   adder.Finish();
@@ -323,13 +336,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (blockIdx.x == 0) {
     Publish(p.group, epoch, {by_expert ? nullptr : p.rows, p.values, nullptr});
   }
-  Adder<T> adder(p, shared);
   const int32_t num_blocks = gridDim.x;
   const int32_t block = blockIdx.x;
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_producers = by_expert && p.group.num_ranks > 1 ? kProducers : 0;
   bool ok = WaitInputs(p.group, epoch, inputs);
   if (ok && warp < num_producers) {
+    Adder<T, true> adder(p, shared);
     ok = Produce<T>(p, epoch, adder, warp * num_blocks + block, num_producers * num_blocks);
   } else if (ok) {
     const int32_t num_consumers = kWarps - num_producers;
@@ -337,6 +350,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (p.values != nullptr) {
       BringValues(p, inputs, consumer * 32 + threadIdx.x % 32, num_consumers * num_blocks * 32);
     }
+    Adder<T, false> adder(p, shared);
     ok = BringHome<T>(p, epoch, inputs, adder, consumer, num_consumers * num_blocks);
   }
   if (!__syncthreads_and(ok)) Poison<T>(p);

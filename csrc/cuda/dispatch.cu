@@ -2,8 +2,9 @@
 // each to all its places.
 //
 // In a block, *movers* are warps that copy rows by bulk copies through a ring of stages in shared
-// memory: while some loads are under way, finished ones are stored. The other warps are *helpers*:
-// they bring weights and scales, and clear unused rows.
+// memory: while some loads are under way, finished ones are stored. In between they clear unused
+// rows, at a pace that spreads this over the whole op: all at once would keep the links idle
+// meanwhile. The other warps are *helpers*: they bring weights and scales.
 
 #include <algorithm>
 
@@ -24,7 +25,7 @@ constexpr int kMaxMovers = 8;
 constexpr int kHelpers = 4;  // warps
 constexpr int kRingBytes = 200 << 10;
 constexpr int kMaxChunkBytes = 16 << 10;
-constexpr int kZeroBytes = 4 << 10;
+constexpr int kZeroBytes = 8 << 10;
 
 // How a row is cut for the stages.
 struct Chunks {
@@ -123,11 +124,55 @@ class SourceIterator {
   uint32_t found_ = 0;
 };
 
+// Clears the rows without a source, those of one of `num_warps` warps, bit by bit. Neighbouring
+// rows belong to different warps: unused rows lie together.
+class RowClearer {
+ public:
+  __device__ RowClearer(const DispatchParams& p, const char* zeros, int32_t warp, int32_t num_warps)
+      : p_(p), zeros_(zeros), warp_(warp), num_warps_(num_warps) {
+    const int32_t share = warp < p.capacity ? (p.capacity - warp - 1) / num_warps + 1 : 0;
+    num_steps_ = (share + 31) / 32;
+    next_is_unused_ = IsUnused(0);
+  }
+
+  // Goes on until `done` of `total` parts of the work are done. The stores are in each lane's
+  // current bulk group.
+  __device__ void Advance(int64_t done, int64_t total) {
+    while (step_ < num_steps_ && step_ * total < done * num_steps_) {
+      const int32_t row = RowAt(step_);
+      const bool is_unused = next_is_unused_;
+      next_is_unused_ = IsUnused(++step_);  // there when it is needed
+      if (!is_unused) continue;
+      char* target = static_cast<char*>(p_.rows) + row * p_.row_stride;
+      for (int32_t offset = 0; offset < p_.row_bytes; offset += kZeroBytes) {
+        ptx::BulkStore(target + offset, zeros_, plan::Min(kZeroBytes, p_.row_bytes - offset));
+      }
+    }
+  }
+
+ private:
+  __device__ int64_t RowAt(int32_t step) const {
+    return (int64_t{step} * 32 + threadIdx.x % 32) * num_warps_ + warp_;
+  }
+  __device__ bool IsUnused(int32_t step) const {
+    const int64_t row = RowAt(step);
+    return row < p_.capacity && p_.recv_src[row] < 0;
+  }
+
+  const DispatchParams& p_;
+  const char* zeros_;
+  int32_t warp_;
+  int32_t num_warps_;
+  int32_t num_steps_;
+  int32_t step_ = 0;
+  bool next_is_unused_;
+};
+
 // One mover. The load of an item runs up to kAhead items ahead of its stores; the other stages hold
 // items whose stores still read them.
 template <int kAhead>
 __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int32_t warp,
-                         int32_t num_warps, char* stages, uint64_t* barriers) {
+                         int32_t num_warps, const char* zeros, char* stages, uint64_t* barriers) {
   const int32_t lane = threadIdx.x % 32;
   const Chunks chunks = ChunksOf(p.row_bytes);
   const int32_t stage_bytes = StageBytes(p);
@@ -140,6 +185,10 @@ __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int3
   }
   __syncwarp();
 
+  RowClearer clearer(p, zeros, warp, num_warps);
+  // If all sources have rows; what is left is cleared at the end.
+  const int64_t items_expected =
+      int64_t{p.group.num_ranks} * p.num_tokens * chunks.count / num_warps + 1;
   SourceIterator sources(p, warp, num_warps);
   int32_t source = plan::kNone;
   int32_t load_chunk = chunks.count;
@@ -189,15 +238,16 @@ __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int3
       const int32_t row = row_of_stage[s];
       if (row >= 0) {
         const int32_t bytes = plan::Min(chunks.bytes, p.row_bytes - offset_of_stage[s]);
-        char* target = static_cast<char*>(p.rows) + int64_t{row} * p.row_bytes + offset_of_stage[s];
+        char* target = static_cast<char*>(p.rows) + row * p.row_stride + offset_of_stage[s];
         ptx::BulkStore(target, stages + s * stage_bytes, bytes);
         if (scale_bytes != 0 && offset_of_stage[s] + bytes == p.row_bytes) {
           ptx::BulkStore(reinterpret_cast<char*>(p.row_scales) + int64_t{row} * scale_bytes,
                          stages + s * stage_bytes + scale_offset, scale_bytes);
         }
       }
-      ptx::CommitBulkGroup();
       ++item;
+      clearer.Advance(item, items_expected);
+      ptx::CommitBulkGroup();
       // The next load takes the stage of an earlier item, whose stores must have read it.
       ptx::WaitBulkGroupRead<kStages - kAhead>();
       __syncwarp();
@@ -206,6 +256,8 @@ __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int3
       num_loaded += more;
     }
   }
+  clearer.Advance(1, 1);
+  ptx::CommitBulkGroup();
   ptx::WaitBulkGroups();
 }
 
@@ -264,31 +316,24 @@ __device__ void BringScales(const DispatchParams& p, const PeerInputs& inputs, i
   }
 }
 
-// Helpers: zeros for the rows that have no source; each lane has rows of its own.
-__device__ void ClearUnusedRows(const DispatchParams& p, const char* zeros, int32_t thread,
-                                int32_t num_threads) {
-  for (int64_t row = thread; row < p.capacity; row += num_threads) {
+// Helpers: zeros for the scales of rows that have no source.
+__device__ void ClearUnusedScales(const DispatchParams& p, int32_t warp, int32_t num_warps) {
+  for (int64_t row = warp; row < p.capacity; row += num_warps) {
     if (p.recv_src[row] >= 0) continue;
-    char* target = static_cast<char*>(p.rows) + row * p.row_bytes;
-    for (int32_t offset = 0; offset < p.row_bytes; offset += kZeroBytes) {
-      ptx::BulkStore(target + offset, zeros, plan::Min(kZeroBytes, p.row_bytes - offset));
-    }
-    ptx::CommitBulkGroup();
-    ptx::WaitBulkGroupRead<4>();  // leaves the link and the memory some room for the movers
-    for (int32_t j = 0; j < p.scales_per_row; ++j) {
+    for (int32_t j = threadIdx.x % 32; j < p.scales_per_row; j += 32) {
       p.row_scales[row * p.scales_per_row + j] = 0.0f;
     }
   }
-  ptx::WaitBulkGroups();
 }
 
 // What a failed dispatch gives: NaN in every row.
 __device__ void Poison(const DispatchParams& p) {
-  const int64_t num_words = int64_t{p.capacity} * p.row_bytes / 16;
-  uint4* words = static_cast<uint4*>(p.rows);
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < num_words; i += step) {
-    words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+  const int32_t words_per_row = p.row_bytes / 16;
+  for (int64_t row = blockIdx.x; row < p.capacity; row += gridDim.x) {
+    uint4* words = reinterpret_cast<uint4*>(static_cast<char*>(p.rows) + row * p.row_stride);
+    for (int32_t i = threadIdx.x; i < words_per_row; i += blockDim.x) {
+      words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    }
   }
 }
 
@@ -312,6 +357,7 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   const int32_t num_movers = NumMovers(p);
   if (warp < num_movers) {
     MoveRows<kAhead>(p, *shared.inputs, warp * gridDim.x + blockIdx.x, num_movers * gridDim.x,
+                     shared.zeros,
                      shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
                      shared.barriers + warp * kStages);
   } else {
@@ -321,7 +367,7 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     if (p.scales_per_row != 0 && BulkScaleBytes(p) == 0)
       BringScales(p, *shared.inputs, helper, num_helpers);
     if (p.weights != nullptr) BringWeights(p, *shared.inputs, thread, num_helpers * 32);
-    ClearUnusedRows(p, shared.zeros, thread, num_helpers * 32);
+    if (p.scales_per_row != 0) ClearUnusedScales(p, helper, num_helpers);
   }
   EndOp(p.group, epoch);
 }

@@ -22,6 +22,7 @@ struct DispatchParams {
   int32_t capacity;           // C
   int32_t num_rows;           // M, rows of a source at most
   int32_t row_bytes;          // of a row as it travels; a multiple of 16
+  int64_t row_stride;         // bytes from one row of `rows` to the next; row_bytes or more
   int32_t scales_per_row;     // float32 that travel with each row; 0 without scales
   const void* x;              // [T, H], this rank's
   const float* scales;        // [T, scales_per_row], or null
@@ -29,7 +30,7 @@ struct DispatchParams {
   const int32_t* recv_rows;   // [R * T, M]
   const int32_t* recv_src;    // [C]
   const int32_t* expert_idx;  // [C, K] in layout "token"
-  void* rows;                 // [C, H]
+  void* rows;                 // [C, row_stride], row_bytes of each are written
   float* row_scales;          // [C, scales_per_row], or null
   float* row_weights;         // [C] or [C, K], or null
   int32_t num_blocks;

@@ -66,26 +66,48 @@ __global__ void __launch_bounds__(kThreads) QuantizeKernel(QuantizeParams p) {
   }
 }
 
+// One warp a row. The float8 channels are the last bytes of their row, so that what a vector of
+// results overwrites are channels that it, or a vector before it, is made of.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) DequantizeKernel(DequantizeParams p) {
-  const int64_t num_vectors = p.num_rows * p.hidden / kVector;
-  const uint2* values = static_cast<const uint2*>(p.values);
-  T* rows = static_cast<T*>(p.rows);
-  const int64_t step = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < num_vectors; i += step) {
-    const uint2 packed = __ldcg(&values[i]);
-    const float scale = __ldcg(&p.scales[i / kThreadsPerBlock128]);
-    float channels[kVector];
+  constexpr int kAtOnce = 4;  // vectors of a lane that are on their way together
+  constexpr int kWarps = kThreads / 32;
+  const int32_t lane = threadIdx.x % 32;
+  const int32_t num_vectors = p.hidden / kVector;
+  for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; row < p.num_rows;
+       row += int64_t{gridDim.x} * kWarps) {
+    T* channels_out = static_cast<T*>(p.rows) + row * p.hidden;
+    const uint2* values = reinterpret_cast<const uint2*>(
+        reinterpret_cast<const char*>(channels_out) + (sizeof(T) - 1) * p.hidden);
+    const float* scales = p.scales + row * (p.hidden / 128);
+    for (int32_t v0 = lane; v0 - lane < num_vectors; v0 += 32 * kAtOnce) {
+      uint2 packed[kAtOnce];
+      float scale[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kVector; j += 2) {
-      const uint32_t word = j < 4 ? packed.x : packed.y;
-      const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(
-          static_cast<__nv_fp8x2_storage_t>(word >> (j % 4 * 8)), __NV_E4M3);
-      const float2 both = __half22float2(__half2(pair));
-      channels[j] = __fmul_rn(both.x, scale);
-      channels[j + 1] = __fmul_rn(both.y, scale);
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int32_t v = v0 + 32 * n;
+        if (v >= num_vectors) continue;
+        packed[n] = __ldcg(&values[v]);
+        scale[n] = __ldcg(&scales[v / kThreadsPerBlock128]);
+      }
+      __syncwarp();  // all are read before any is overwritten
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int32_t v = v0 + 32 * n;
+        if (v >= num_vectors) continue;
+        float channels[kVector];
+#pragma unroll
+        for (int j = 0; j < kVector; j += 2) {
+          const uint32_t word = j < 4 ? packed[n].x : packed[n].y;
+          const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(
+              static_cast<__nv_fp8x2_storage_t>(word >> (j % 4 * 8)), __NV_E4M3);
+          const float2 both = __half22float2(__half2(pair));
+          channels[j] = __fmul_rn(both.x, scale[n]);
+          channels[j + 1] = __fmul_rn(both.y, scale[n]);
+        }
+        StoreVector(channels_out + v * kVector, Pack<T>(channels));
+      }
     }
-    StoreVector(rows + i * kVector, Pack<T>(channels));
   }
 }
 

@@ -21,11 +21,11 @@ struct QuantizeParams {
 
 cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream);
 
+// In place: the last `hidden` bytes of each row hold its channels as float8_e4m3fn.
 struct DequantizeParams {
   RowType type;
   int64_t num_rows;
   int32_t hidden;
-  const void* values;   // [num_rows, hidden] float8_e4m3fn
   const float* scales;  // [num_rows, hidden / 128]
   void* rows;           // [num_rows, hidden]
 };

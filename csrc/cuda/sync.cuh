@@ -194,10 +194,14 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
       arrived = false;
       break;
     }
+    // It left together with the flag; after a failure it may never come.
     uint64_t word;
-    do {  // it left together with the flag that was waited for
+    for (Deadline deadline; arrived;) {
       word = ptx::LoadRelaxedSystem(&own.addresses[r][i % kMaxAddresses]);
-    } while ((word & 0xffff) != (epoch & 0xffff));
+      if ((word & 0xffff) == (epoch & 0xffff)) break;
+      arrived = deadline.Continue(group, Phase::kArrival, r, epoch & 0xffff, word & 0xffff);
+    }
+    if (!arrived) break;
     const uint64_t encoded = word >> 16;
     const Region region = own.regions[r][encoded >> kRegionShift];
     const uint64_t offset = encoded & ((uint64_t{1} << kRegionShift) - 1);

@@ -303,6 +303,7 @@ int main(int argc, char** argv) {
                            C,
                            M,
                            fp8 ? H : H * width,
+                           fp8 ? H : H * width,
                            fp8 ? H / 128 : 0,
                            k.x.device,
                            fp8 ? k.scales.device : nullptr,

@@ -46,7 +46,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
   const int64_t sent_bytes =
       quantize ? QuantizedRows::Bytes(geometry.num_tokens, geometry.hidden) : 0;
   const int64_t received_bytes =
-      dequantize ? QuantizedRows::Bytes(geometry.capacity, geometry.hidden) : 0;
+      dequantize ? int64_t{geometry.capacity} * (geometry.hidden / cuda::kScaleBlock) * 4 : 0;
   CheckScratch(check, *scratch, sent_bytes + received_bytes);
   cuda::DispatchParams params{};
   if (auto error =
@@ -65,6 +65,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
   params.capacity = geometry.capacity;
   params.num_rows = geometry.rows_per_source();
   params.row_bytes = static_cast<int32_t>(geometry.row_bytes());
+  params.row_stride = geometry.row_bytes();
   params.x = args.x;
   params.scales = args.scales;
   params.scales_per_row = args.scales != nullptr ? geometry.hidden / cuda::kScaleBlock : 0;
@@ -95,18 +96,19 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
     params.scales = sent.scales;
     params.scales_per_row = geometry.hidden / cuda::kScaleBlock;
     params.row_bytes = geometry.hidden;
+    params.row_stride = geometry.hidden;
   }
   if (!dequantize) return ToError(cuda::LaunchDispatch(params, stream), "dispatch");
-  const QuantizedRows received =
-      QuantizedRows::At(memory + sent_bytes, geometry.capacity, geometry.hidden);
-  params.rows = received.values;
-  params.row_scales = received.scales;
+  // Float8 rows are received in the ends of the rows that they become.
+  const int32_t row_bytes = static_cast<int32_t>(geometry.row_bytes());
+  params.rows = static_cast<char*>(args.rows) + (row_bytes - geometry.hidden);
+  params.row_stride = row_bytes;
+  params.row_scales = reinterpret_cast<float*>(memory + sent_bytes);
   if (auto error = ToError(cuda::LaunchDispatch(params, stream), "dispatch"); error.failure()) {
     return error;
   }
   const cuda::DequantizeParams dequantize_params{RowTypeOf(geometry.dtype), geometry.capacity,
-                                                 geometry.hidden,           received.values,
-                                                 received.scales,           args.rows};
+                                                 geometry.hidden, params.row_scales, args.rows};
   return ToError(cuda::LaunchDequantize(dequantize_params, stream), "dispatch");
 }
 
