@@ -10,6 +10,7 @@
 
 #include "cuda/adder.cuh"
 #include "cuda/combine.h"
+#include "cuda/sources.cuh"
 #include "cuda/sync.cuh"
 #include "cuda/vectors.cuh"
 
@@ -40,14 +41,6 @@ __device__ int32_t ListOwnRows(const CombineParams& p, int32_t row, int32_t row_
                    lane + 1 == count};
   }
   return count;
-}
-
-// Row m of a source in lane m, or -1.
-__device__ int32_t RowOfLane(const CombineParams& p, int32_t source) {
-  const int32_t lane = threadIdx.x % 32;
-  if (lane >= p.num_rows) return plan::kNone;
-  const int32_t row = p.recv_rows[int64_t{source} * p.num_rows + lane];
-  return row < p.capacity ? row : plan::kNone;
 }
 
 // The part of home's ring that rank `source` puts its sums into, and the words beside it.

@@ -6,10 +6,15 @@
 // The dot product has the fixed order of jax_ep.reference.combine_vjp: lane j of 256 adds the
 // products of channels j, j + 256, ... and the lanes are added in a tree by halves. Thread t of a
 // warp holds lanes 8 t to 8 t + 7.
+//
+// Each warp has two buffers for cotangents and a ring of stages for parts of rows in shared memory,
+// all filled by bulk copies: the cotangent of the next source and the parts to come are on their
+// way while a part is computed with.
 
 #include <algorithm>
 
 #include "cuda/combine_vjp.h"
+#include "cuda/sources.cuh"
 #include "cuda/sync.cuh"
 #include "cuda/vectors.cuh"
 #include "plan/routing.h"
@@ -17,14 +22,25 @@
 namespace jax_ep::cuda {
 namespace {
 
-constexpr int kMaxWarps = 16;
-constexpr int kSharedBytes = 200 << 10;
+constexpr int kMaxWarps = 6;
+constexpr int kSharedBytes = 216 << 10;
+constexpr int kStages = 4;
+constexpr int kStageBytes = 2048;
+constexpr int kBuffers = 2;  // of cotangents
 
-// Warps of a block: each stages one row in shared memory.
-int NumWarps(const CombineVjpParams& p) {
-  const int64_t row_bytes = int64_t{p.hidden} * ByteWidth(p.type);
-  return static_cast<int>(std::clamp<int64_t>(kSharedBytes / row_bytes, 1, kMaxWarps));
+__host__ __device__ int32_t RowBytes(const CombineVjpParams& p) {
+  return p.hidden * ByteWidth(p.type);
 }
+
+// Of a warp: barriers of buffers and stages, then buffers, then stages.
+constexpr int kBarrierBytes = 128;
+static_assert((kBuffers + kStages) * sizeof(uint64_t) <= kBarrierBytes);
+
+__host__ __device__ int32_t WarpBytes(const CombineVjpParams& p) {
+  return kBarrierBytes + kBuffers * plan::RoundUp(RowBytes(p), 128) + kStages * kStageBytes;
+}
+
+int NumWarps(const CombineVjpParams& p) { return std::min(kSharedBytes / WarpBytes(p), kMaxWarps); }
 
 __device__ __forceinline__ void Multiply(float (&x)[kVector], const float (&y)[kVector]) {
 #pragma unroll
@@ -48,45 +64,153 @@ __device__ float AddLanes(float (&lanes)[kVector]) {
   return lanes[0];
 }
 
-// One source, by one warp.
+// The work of one warp. All methods are called by all lanes together.
 template <typename T>
-__device__ void Differentiate(const CombineVjpParams& p, const PeerInputs& inputs, int32_t source,
-                              T* staged) {
-  const int32_t lane = threadIdx.x % 32;
-  const int32_t num_vectors = p.hidden / kVector;
-  const int32_t* source_rows = p.recv_rows + int64_t{source} * p.num_rows;
-  if (source_rows[0] < 0) return;
-  const T* dy = inputs.Of<T>(source / p.num_tokens, 0) + int64_t{source % p.num_tokens} * p.hidden;
-#pragma unroll 4
-  for (int32_t v = lane; v < num_vectors; v += 32) {
-    StoreVector(staged + v * kVector, LoadVector(dy + v * kVector));
-  }
-  __syncwarp();
-  for (int32_t m = 0; m < p.num_rows; ++m) {
-    const int32_t row = source_rows[m];
-    if (row < 0 || row >= p.capacity) break;
-    const float weight = p.row_weights[row];
-    const T* given = static_cast<const T*>(p.rows) + int64_t{row} * p.hidden;
-    T* d_row = static_cast<T*>(p.d_rows) + int64_t{row} * p.hidden;
-    float lanes[kVector] = {};
-#pragma unroll 4
-    for (int32_t v = lane; v < num_vectors; v += 32) {
-      float gradient[kVector], products[kVector], scaled[kVector];
-      Unpack(*reinterpret_cast<const RawVector<T>*>(staged + v * kVector), gradient);
-      Unpack(LoadVector(given + v * kVector), products);
-      Multiply(products, gradient);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        lanes[i] = __fadd_rn(lanes[i], products[i]);
-        scaled[i] = __fmul_rn(gradient[i], weight);
-      }
-      StoreVector(d_row + v * kVector, Pack<T>(scaled));
+class Differentiator {
+ public:
+  __device__ Differentiator(const CombineVjpParams& p, const PeerInputs& inputs, int32_t warp,
+                            int32_t num_warps, char* memory)
+      : p_(p),
+        inputs_(inputs),
+        sources_(p, warp, num_warps),
+        barriers_(reinterpret_cast<uint64_t*>(memory)),
+        buffers_(memory + kBarrierBytes),
+        stages_(buffers_ + kBuffers * plan::RoundUp(RowBytes(p), 128)) {
+    if (Lane() == 0) {
+      for (int i = 0; i < kBuffers + kStages; ++i) ptx::InitBarrier(&barriers_[i], 1);
+      ptx::FenceBarrierInit();
+      ptx::FenceProxyAsyncGlobal();
     }
-    const float d_weight = AddLanes(lanes);
-    if (lane == 0) p.d_weights[row] = d_weight;
+    __syncwarp();
   }
-  __syncwarp();
-}
+
+  __device__ void Run() {
+    int32_t nth = 0;  // row of the source
+    int32_t offset = 0;
+    float lanes[kVector] = {};
+    float weight = 0.0f;
+    while (true) {
+      while (num_loaded_ - num_done_ < kStages && Load()) {
+      }
+      if (num_done_ == num_loaded_) return;
+      const int buffer = sources_done_ % kBuffers;
+      const int32_t row = __shfl_sync(~0u, buffer == 0 ? rows_[0] : rows_[1], nth);
+      if (offset == 0) {
+        weight = p_.row_weights[row];
+        if (nth == 0) Wait(buffer, sources_done_ / kBuffers);
+      }
+      const int stage = num_done_ % kStages;
+      Wait(kBuffers + stage, num_done_ / kStages);
+      const int32_t bytes = plan::Min(kStageBytes, RowBytes(p_) - offset);
+      Compute(stages_ + stage * kStageBytes, Buffer(buffer) + offset,
+              static_cast<char*>(p_.d_rows) + int64_t{row} * RowBytes(p_) + offset, bytes, weight,
+              lanes);
+      ++num_done_;
+      offset += bytes;
+      if (offset == RowBytes(p_)) {
+        const float d_weight = AddLanes(lanes);
+        if (Lane() == 0) p_.d_weights[row] = d_weight;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) lanes[i] = 0.0f;
+        offset = 0;
+        if (++nth == __popc(__ballot_sync(~0u, (buffer == 0 ? rows_[0] : rows_[1]) >= 0))) {
+          nth = 0;
+          ++sources_done_;
+        }
+      }
+      __syncwarp();  // stage and buffer may be loaded again
+    }
+  }
+
+ private:
+  static constexpr int kVectorBytes = kVector * sizeof(T);
+  static constexpr int kPerLane = kStageBytes / kVectorBytes / 32;
+
+  __device__ static int32_t Lane() { return threadIdx.x % 32; }
+
+  __device__ char* Buffer(int i) { return buffers_ + i * plan::RoundUp(RowBytes(p_), 128); }
+
+  __device__ void Wait(int barrier, int32_t use) {
+    while (!ptx::TryWaitParity(&barriers_[barrier], use & 1)) {
+    }
+  }
+
+  // Starts the load of the next part of a row, and with a source's first one that of its cotangent;
+  // false if there is none or no buffer.
+  __device__ bool Load() {
+    if (load_nth_ == load_count_) {
+      if (sources_started_ - sources_done_ == kBuffers) return false;
+      const int32_t source = sources_.Next();
+      if (source < 0) return false;
+      const int buffer = sources_started_ % kBuffers;
+      load_rows_ = RowOfLane(p_, source);
+      (buffer == 0 ? rows_[0] : rows_[1]) = load_rows_;
+      load_count_ = __popc(__ballot_sync(~0u, load_rows_ >= 0));
+      load_nth_ = load_offset_ = 0;
+      if (load_count_ == 0) return true;  // no row of it was kept
+      ++sources_started_;
+      if (Lane() == 0) {
+        const int32_t rank = source / p_.num_tokens;
+        const int64_t token = source % p_.num_tokens;
+        ptx::ArriveExpectBytes(&barriers_[buffer], RowBytes(p_));
+        ptx::BulkLoad(Buffer(buffer), inputs_.Of<char>(rank, 0) + token * RowBytes(p_),
+                      RowBytes(p_), &barriers_[buffer]);
+      }
+    }
+    const int32_t row = __shfl_sync(~0u, load_rows_, load_nth_);
+    const int32_t bytes = plan::Min(kStageBytes, RowBytes(p_) - load_offset_);
+    if (Lane() == 0) {
+      const int stage = num_loaded_ % kStages;
+      uint64_t* barrier = &barriers_[kBuffers + stage];
+      ptx::ArriveExpectBytes(barrier, bytes);
+      ptx::BulkLoad(stages_ + stage * kStageBytes,
+                    static_cast<const char*>(p_.rows) + int64_t{row} * RowBytes(p_) + load_offset_,
+                    bytes, barrier);
+    }
+    ++num_loaded_;
+    load_offset_ += bytes;
+    if (load_offset_ == RowBytes(p_)) {
+      load_offset_ = 0;
+      ++load_nth_;
+    }
+    return true;
+  }
+
+  __device__ static void Compute(const char* given, const char* gradient, char* d_row,
+                                 int32_t bytes, float weight, float (&lanes)[kVector]) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int32_t at = (Lane() + 32 * i) * kVectorBytes;
+      if (at >= bytes) break;
+      float cotangent[kVector], products[kVector], scaled[kVector];
+      Unpack(*reinterpret_cast<const RawVector<T>*>(gradient + at), cotangent);
+      Unpack(*reinterpret_cast<const RawVector<T>*>(given + at), products);
+      Multiply(products, cotangent);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        lanes[j] = __fadd_rn(lanes[j], products[j]);
+        scaled[j] = __fmul_rn(cotangent[j], weight);
+      }
+      StoreVector(reinterpret_cast<T*>(d_row + at), Pack<T>(scaled));
+    }
+  }
+
+  const CombineVjpParams& p_;
+  const PeerInputs& inputs_;
+  SourceIterator<CombineVjpParams> sources_;
+  uint64_t* barriers_;
+  char* buffers_;
+  char* stages_;
+  int32_t rows_[kBuffers] = {plan::kNone, plan::kNone};  // of the sources whose cotangent is there
+  int32_t load_rows_ = plan::kNone;
+  int32_t load_count_ = 0;
+  int32_t load_nth_ = 0;
+  int32_t load_offset_ = 0;
+  int32_t sources_started_ = 0;
+  int32_t sources_done_ = 0;
+  uint32_t num_loaded_ = 0;
+  uint32_t num_done_ = 0;
+};
 
 // Zeros for the rows that have no source, or NaN for all rows.
 template <typename T>
@@ -108,21 +232,17 @@ __device__ void Fill(const CombineVjpParams& p, bool failed) {
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps * 32)
     CombineVjpKernel(const __grid_constant__ CombineVjpParams p) {
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(128) char memory[];
+  __shared__ PeerInputs inputs;
   const uint64_t epoch = BeginOp(p.group);
   if (blockIdx.x == 0) Publish(p.group, epoch, {p.dy, nullptr, nullptr});
-  __shared__ PeerInputs inputs;
   const bool ok = WaitInputs(p.group, epoch, inputs);
   if (ok) {
+    const int32_t warp = threadIdx.x / 32;
     const int32_t num_warps = blockDim.x / 32;
-    T* staged = reinterpret_cast<T*>(memory) + int64_t{threadIdx.x / 32} * p.hidden;
-    const int32_t num_sources = p.group.num_ranks * p.num_tokens;
-    for (int32_t i = blockIdx.x * num_warps + threadIdx.x / 32; i < num_sources;
-         i += gridDim.x * num_warps) {
-      // Sources alternate between ranks, as in dispatch.
-      const int32_t rank = (p.group.rank + 1 + i % p.group.num_ranks) % p.group.num_ranks;
-      Differentiate<T>(p, inputs, rank * p.num_tokens + i / p.group.num_ranks, staged);
-    }
+    Differentiator<T>(p, inputs, warp * gridDim.x + blockIdx.x, num_warps * gridDim.x,
+                      memory + warp * WarpBytes(p))
+        .Run();
   }
   Fill<T>(p, !ok);
   EndOp(p.group, epoch);
@@ -141,11 +261,13 @@ cudaError_t LoadCombineVjp() {
   return cudaSuccess;
 }
 
+bool FitsCombineVjp(int64_t row_bytes) {
+  return kBarrierBytes + kBuffers * (row_bytes + 128) + kStages * kStageBytes <= kSharedBytes;
+}
+
 cudaError_t LaunchCombineVjp(const CombineVjpParams& params, cudaStream_t stream) {
   const int num_warps = NumWarps(params);
-  const size_t shared_bytes =
-      static_cast<size_t>(params.hidden) * ByteWidth(params.type) * num_warps;
-  if (shared_bytes > kSharedBytes) return cudaErrorInvalidValue;
+  const size_t shared_bytes = static_cast<size_t>(num_warps) * WarpBytes(params);
   return VisitRowType(params.type, [&](auto element) {
     CombineVjpKernel<decltype(element)>
         <<<params.num_blocks, num_warps * 32, shared_bytes, stream>>>(params);

@@ -28,6 +28,9 @@ struct CombineVjpParams {
   int32_t num_blocks;
 };
 
+// Whether rows of so many bytes fit the kernel's shared memory.
+bool FitsCombineVjp(int64_t row_bytes);
+
 cudaError_t LaunchCombineVjp(const CombineVjpParams& params, cudaStream_t stream);
 
 cudaError_t LoadCombineVjp();

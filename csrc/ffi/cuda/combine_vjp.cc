@@ -22,6 +22,8 @@ ffi::Error CombineVjp(cudaStream_t stream, int32_t device, CombineVjpAttrs attrs
   DecodeCombineVjp(check, attrs, {topk, dest_row, recv_rows, recv_src, expert_idx},
                    {dy, rows, row_weights, *d_rows, *d_weights}, args);
   const cpu::Geometry& geometry = args.geometry;
+  check.Attribute("hidden", cuda::FitsCombineVjp(geometry.row_bytes()),
+                  "rows of about 100 KB at most on GPUs", geometry.hidden);
   cuda::CombineVjpParams params{};
   if (auto error = PrepareGroup(check, attrs.group, device, cuda::OpKind::kCombineVjp,
                                 {geometry.num_tokens, geometry.top_k, geometry.capacity,
