@@ -66,3 +66,19 @@ def local_ordinal(device: jax.Device) -> int:
 def compute_capability(device: jax.Device) -> str:
     """The compute capability of a GPU, as in "9.0"."""
     return str(getattr(device, "compute_capability", "unknown"))
+
+
+def key_value_set(key: str, value: bytes) -> None:
+    """Publish a value to all processes of the program."""
+    _key_value_client().key_value_set_bytes(key, value)
+
+
+def key_value_get(key: str, timeout: float) -> bytes:
+    """A value that a process published; waits for it, ``timeout`` seconds at most."""
+    return _key_value_client().blocking_key_value_get_bytes(key, int(timeout * 1000))
+
+
+def _key_value_client() -> Any:
+    from jax._src import distributed
+
+    return distributed.global_state.client

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from jax_ep import _compat
+from jax_ep import _compat, _device_group
 from jax_ep._capacity import round_up
 from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._version import __version__
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _LAYOUTS = {"expert": 0, "token": 1}
 _QUANTIZATIONS = {None: 0, "f32": 1, "ue8m0": 2}
 _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
-_OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
 
 
 @functools.cache
@@ -51,28 +50,6 @@ def why_unavailable(backend: str = "cpu") -> str | None:
     for name, handlers in library.targets().items():
         jax.ffi.register_ffi_target(name, handlers, platform=platform)
     return None
-
-
-def create_device_group(
-    group_id: int, instances: list[list[int]], arrival_timeout: float
-) -> str | None:
-    """Make the native side of a group of GPUs of this process; the reason if that fails.
-
-    Args:
-        group_id: The id of the group.
-        instances: CUDA ordinals in rank order, for each of the groups side by side.
-        arrival_timeout: Seconds that an op waits for a peer to arrive.
-    """
-    return _cuda().create_group(group_id, instances, arrival_timeout, _OP_TIMEOUT_S)
-
-
-def device_group_failure(group_id: int) -> str | None:
-    """The first failure of a group of GPUs as a text, or None."""
-    return _cuda().group_failure(group_id)
-
-
-def _cuda() -> Any:
-    return importlib.import_module("jax_ep._cuda")
 
 
 def plan(
@@ -103,7 +80,7 @@ def plan(
         (1,),
     ]
     if group.backend == "cuda":
-        shapes.append((_cuda().plan_scratch_size(num_experts, group.size),))
+        shapes.append((_device_group.library().plan_scratch_size(num_experts, group.size),))
     leaves = _call(
         "jax_ep_plan",
         [_compat.result_type(topk_idx, shape, jnp.int32) for shape in shapes],

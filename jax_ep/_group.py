@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from jax_ep import _compat, _ffi
-from jax_ep._errors import CommunicationError, from_text
+from jax_ep import _compat, _device_group, _ffi
+from jax_ep._errors import from_text
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
@@ -66,7 +66,7 @@ class Group:
         happened in and leave nothing behind, so for them this always returns.
         """
         if self.backend == "cuda":
-            failure = _ffi.device_group_failure(self.id)
+            failure = _device_group.failure(self.id)
             if failure is not None:
                 raise from_text(failure)
 
@@ -146,7 +146,11 @@ def create_group(
     group = _groups.get(key)
     if group is None or _has_failed(group):
         # A group that failed is not used again; programs that were made for it keep failing.
-        generation = _generations[key] = _generations.get(key, -1) + 1
+        generation = _generations.get(key, -1) + 1
+        if resolved == "cuda" and len(processes := _processes(mesh)) > 1:
+            what = f"{axis_names} of {mesh.shape}, timeout {timeout:g}"
+            generation = _device_group.agree(processes, what, generation)
+        _generations[key] = generation
         group = Group(
             mesh=mesh,
             axis_names=axis_names,
@@ -155,23 +159,15 @@ def create_group(
             id=_group_id(mesh, axis_names, resolved, float(timeout), generation),
         )
         if resolved == "cuda":
-            _make_device_group(group)
+            _device_group.create(
+                group.id, _device_group.ranks_of(_instances(mesh, axis_names)), group.timeout
+            )
         _groups[key] = group
     return group
 
 
 def _has_failed(group: Group) -> bool:
-    return group.backend == "cuda" and _ffi.device_group_failure(group.id) is not None
-
-
-def _make_device_group(group: Group) -> None:
-    instances = [
-        [_compat.local_ordinal(device) for device in instance]
-        for instance in _instances(group.mesh, group.axis_names)
-    ]
-    error = _ffi.create_device_group(group.id, instances, group.timeout)
-    if error is not None:
-        raise CommunicationError(f"the group of {group.axis_names} was not made: {error}")
+    return group.backend == "cuda" and _device_group.failure(group.id) is not None
 
 
 def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
@@ -227,17 +223,27 @@ def _resolve_backend(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], backe
 
 def _why_not(native: str, mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> str | None:
     """Why the backend ``native`` cannot serve ``mesh``, or None if it can."""
-    processes = {device.process_index for device in mesh.devices.flat}
-    for instance in _instances(mesh, axis_names):
-        if len({device.process_index for device in instance}) > 1:
-            return f"the group spans several processes, which the {native} backend cannot do yet"
+    processes = _processes(mesh)
+    spans = any(
+        len({device.process_index for device in instance}) > 1
+        for instance in _instances(mesh, axis_names)
+    )
+    if spans and native == "cpu":
+        return "the group spans several processes, which the cpu backend cannot do yet"
     if native == "cuda":
-        if len(processes) > 1:
-            return "the mesh spans several processes, which the cuda backend cannot do yet"
         kinds = {_compat.compute_capability(device) for device in mesh.devices.flat}
         if kinds != {"9.0"}:
             return f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
-    return _ffi.why_unavailable(native)
+    unavailable = _ffi.why_unavailable(native)
+    if unavailable is not None or native != "cuda" or len(processes) == 1:
+        return unavailable
+    if len(_device_group.hosts(processes)) > 1:
+        return "the mesh spans several hosts, which the cuda backend cannot do yet"
+    return None
+
+
+def _processes(mesh: jax.sharding.Mesh) -> list[int]:
+    return sorted({device.process_index for device in mesh.devices.flat})
 
 
 def _instances(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> np.ndarray:

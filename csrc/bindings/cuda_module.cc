@@ -3,12 +3,15 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings/version.h"
 #include "cuda/plan.h"
 #include "ffi/targets.h"
+#include "transport/liveness.h"
 #include "transport/peers.h"
+#include "transport/shared_memory.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;
@@ -32,6 +35,59 @@ nb::dict BuildInfo() {
   return info;
 }
 
+using Text = std::optional<std::string>;
+using RegionTuple = std::tuple<uint64_t, uint64_t>;
+using RankTuple = std::tuple<int, int, uint64_t, std::vector<RegionTuple>>;
+using StagingTuple = std::tuple<int, uint64_t, uint64_t>;
+
+Text CreateGroup(int64_t group_id, const std::vector<std::vector<RankTuple>>& instances,
+                 double arrival_timeout_s, double op_timeout_s, int max_blocks,
+                 const std::vector<StagingTuple>& staging) {
+  transport::GroupSpec spec;
+  spec.id = group_id;
+  for (const std::vector<RankTuple>& ranks : instances) {
+    std::vector<transport::RankSpec>& instance = spec.instances.emplace_back();
+    for (const auto& [device, process, workspace, regions] : ranks) {
+      transport::RankSpec& rank = instance.emplace_back();
+      rank.device = device;
+      rank.process = process;
+      rank.workspace = workspace;
+      for (const auto& [base, size] : regions) rank.regions.push_back({base, size});
+    }
+  }
+  spec.arrival_timeout_s = arrival_timeout_s;
+  spec.op_timeout_s = op_timeout_s;
+  spec.max_blocks = max_blocks;
+  for (const auto& [device, base, size] : staging) spec.staging.push_back({device, {base, size}});
+  return transport::CreateGroup(spec);
+}
+
+std::tuple<uint64_t, Text> AllocateExportable(int device, const std::vector<int>& devices,
+                                              uint64_t size) {
+  uint64_t base = 0;
+  const Text error = transport::AllocateExportable(device, devices, size, base);
+  return {base, error};
+}
+
+std::tuple<int, uint64_t, uint64_t, Text> ExportAllocation(uint64_t pointer) {
+  transport::ExportedMemory memory;
+  const Text error = transport::ExportAllocation(pointer, memory);
+  return {memory.descriptor, memory.base, memory.size, error};
+}
+
+std::tuple<uint64_t, Text> ImportMemory(int descriptor, uint64_t size,
+                                        const std::vector<int>& devices) {
+  uint64_t base = 0;
+  const Text error = transport::ImportMemory(descriptor, size, devices, base);
+  return {base, error};
+}
+
+std::tuple<std::string, Text> DeviceUuid(int device) {
+  std::string uuid;
+  const Text error = transport::DeviceUuid(device, uuid);
+  return {uuid, error};
+}
+
 }  // namespace
 
 NB_MODULE(_cuda, m) {
@@ -39,12 +95,27 @@ NB_MODULE(_cuda, m) {
   m.def("targets", &Targets, "FFI targets: name -> capsule, for register_ffi_target.");
   m.def("build_info", &BuildInfo,
         "Version of jax_ep, (major, minor) of the FFI API, CUDA runtime.");
-  m.def(
-      "create_group", &transport::CreateGroup, nb::arg("group_id"), nb::arg("instances"),
-      nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"),
-      nb::call_guard<nb::gil_scoped_release>(),
-      "Makes a group of GPUs of this process: CUDA ordinals in rank order, for each of the groups "
-      "side by side. Returns an error text or None.");
+  m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
+        nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
+        nb::arg("staging"), nb::call_guard<nb::gil_scoped_release>(),
+        "Makes a group. Each of the groups side by side is a list of ranks: (CUDA ordinal or -1, "
+        "process, address of the workspace or 0, regions as (base, size)). Staging memory is (CUDA "
+        "ordinal, base, size). Returns an error text or None.");
+  m.def("allocate_exportable", &AllocateExportable, nb::arg("device"), nb::arg("devices"),
+        nb::arg("size"),
+        "Allocates zeros that other processes can map: (address, None) or (0, "
+        "error text).");
+  m.def("export_allocation", &ExportAllocation, nb::arg("pointer"),
+        "The allocation of an address: (descriptor, base, size, None) or (-1, 0, 0, error text).");
+  m.def("import_memory", &ImportMemory, nb::arg("descriptor"), nb::arg("size"), nb::arg("devices"),
+        nb::call_guard<nb::gil_scoped_release>(),
+        "Maps what another process exported: (address, None) or (0, error text).");
+  m.def("device_uuid", &DeviceUuid, nb::arg("device"),
+        "Names the physical GPU: (digits, None) or ('', error text).");
+  m.def("watch_process", &transport::WatchProcess, nb::arg("process"), nb::arg("descriptor"),
+        "Watches a connected socket to a process that shares a group. Returns an error text or "
+        "None.");
+  m.def("say_goodbye", &transport::SayGoodbye, "Tells all watched processes that this one ends.");
   m.def("group_failure", &transport::GroupFailure, nb::arg("group_id"),
         "The first failure of the group in this process as a text, or None.");
   m.def("workspace_bytes", &transport::WorkspaceBytes,

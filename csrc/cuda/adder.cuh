@@ -13,8 +13,8 @@
 
 namespace jax_ep::cuda {
 
-constexpr int kAdderWarps = 12;  // of a block: more would leave too few registers
-constexpr int kStages = 8;
+constexpr int kAdderWarps = 16;  // of a block
+constexpr int kStages = 6;
 constexpr int kStageBytes = 2048;
 constexpr int kMaxTerms = 32;
 
@@ -114,19 +114,17 @@ class Adder {
     const uint32_t parity = (num_added_ / kStages) & 1;
     while (!ptx::TryWaitParity(&memory_->barriers[s], parity)) {
     }
-    const Stage stage = memory_->stages[s];
+    const Stage& stage = memory_->stages[s];
     const T* row = reinterpret_cast<const T*>(buffers_ + s * kStageBytes);
     // Lanes past the end of a short chunk add what lies there and store nothing.
-    RawVector<T> raw[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      raw[i] = *reinterpret_cast<const RawVector<T>*>(row + (Lane() + 32 * i) * kVector);
-    }
+    const auto load = [&](int i) {
+      return *reinterpret_cast<const RawVector<T>*>(row + (Lane() + 32 * i) * kVector);
+    };
     if (!kOneSegment && stage.is_segment && !IsWeighted()) {  // its sum needs no rounding
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         float term[kVector];
-        Unpack(raw[i], term);
+        Unpack(load(i), term);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) total_[i][j] = __fadd_rn(total_[i][j], term[j]);
       }
@@ -134,7 +132,7 @@ class Adder {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         float term[kVector];
-        Unpack(raw[i], term);
+        Unpack(load(i), term);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
           if (IsWeighted()) term[j] = __fmul_rn(term[j], stage.factor);
@@ -179,8 +177,8 @@ class Adder {
   const CombineParams& p_;
   char* buffers_;
   WarpMemory* memory_;
-  int32_t num_loaded_ = 0;
-  int32_t num_added_ = 0;
+  uint32_t num_loaded_ = 0;
+  uint32_t num_added_ = 0;
   float segment_[kPerLane][kVector] = {};
   float total_[kPerLane][kVector] = {};
 };

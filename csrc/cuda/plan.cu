@@ -161,7 +161,9 @@ __device__ void CountEntries(const PlanParams& p, const Shared& shared, int32_t 
     const int32_t* ids = p.topk_idx + first + i - k;
     const bool valid = IsValid(ids, k, p.num_experts);
     num_invalid += !valid && ids[k] != plan::kNone;
-    p.topk[first + i] = valid ? ids[k] : plan::kNone;
+    const int32_t clean = valid ? ids[k] : plan::kNone;
+    p.topk[first + i] = clean;
+    if (p.shared_topk != p.topk) p.shared_topk[first + i] = clean;
     if (!valid) continue;
     atomicAdd(&expert_totals[ids[k]], 1);
     if (p.layout == Layout::kToken && IsFirstOnRank(ids, k, p)) {
@@ -393,7 +395,7 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(const __grid_constant__ P
   const uint64_t epoch = BeginOp(p.group);
   CountEntries(p, shared, columns);
   if (IsLastBlock(&Own(p.group).blocks_arrived)) {
-    Publish(p.group, epoch, {p.topk, p.scratch, nullptr});
+    Publish(p.group, epoch, {p.shared_topk, p.scratch, nullptr});
     SendTotals(p, epoch, num_totals);
   }
   __shared__ PeerInputs inputs;

@@ -23,6 +23,7 @@ struct PlanParams {
   int32_t expert_capacity;
   const int32_t* topk_idx;  // [T, K]
   int32_t* topk;            // [T, K]
+  int32_t* shared_topk;     // [T, K], where peers read them; may be topk
   int32_t* dest_row;        // [T, K]
   int32_t* recv_rows;       // [R * T, M]
   int32_t* recv_src;        // [C]

@@ -61,11 +61,12 @@ class Deadline {
     const uint64_t waited = now - start_;
     if (spins_ % 1024 == 0) {  // across PCIe, so less often
       const uint32_t lost = ptx::LoadAcquireSystem(&group.error->lost_peer);
-      if (lost != 0u) {
+      if (lost != 0u && lost_) {
         Fail(group, ErrorKind::kPeerLost, phase, static_cast<int>(lost) - 1, expected, seen,
              waited);
         return false;
       }
+      lost_ = lost != 0u;  // what it sent before it went may still be found by another look
     }
     const uint64_t limit =
         phase == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
@@ -77,6 +78,7 @@ class Deadline {
  private:
   uint32_t spins_ = 0;
   uint64_t start_ = 0;
+  bool lost_ = false;
 };
 
 // Waits for `flag` of `peer` to reach `epoch`; false once the group has failed.

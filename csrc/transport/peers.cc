@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -12,6 +13,7 @@
 #include "cuda/dispatch.h"
 #include "cuda/plan.h"
 #include "cuda/quantize.h"
+#include "transport/cuda_status.h"
 
 namespace jax_ep::transport {
 namespace {
@@ -19,51 +21,23 @@ namespace {
 using cuda::ErrorRecord;
 using cuda::Workspace;
 
-// An error as a text that says which call failed; nothing for success.
-std::optional<std::string> Explain(cudaError_t error, const char* call, int device) {
-  if (error == cudaSuccess) return std::nullopt;
-  cudaGetLastError();  // clears it for those who come after
-  return std::string(call) + " failed on GPU " + std::to_string(device) + ": " +
-         cudaGetErrorString(error);
+// Never freed: a kernel of a failed peer may still write to it.
+std::optional<std::string> AllocateWorkspace(int device, uint64_t& workspace) {
+  ScopedDevice scope(device);
+  void* memory = nullptr;
+  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMalloc(&memory, sizeof(Workspace)), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMemset(memory, 0, sizeof(Workspace)), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
+  workspace = reinterpret_cast<uint64_t>(memory);
+  return std::nullopt;
 }
 
-#define JAX_EP_RETURN_IF_CUDA_ERROR(call, device)                              \
-  do {                                                                         \
-    if (auto error_text = Explain((call), #call, (device))) return error_text; \
-  } while (false)
-
-// Sets the current device until it goes out of scope.
-class ScopedDevice {
- public:
-  explicit ScopedDevice(int device) {
-    cudaGetDevice(&saved_);
-    cudaSetDevice(device);
-  }
-  ~ScopedDevice() { cudaSetDevice(saved_); }
-  ScopedDevice(const ScopedDevice&) = delete;
-  ScopedDevice& operator=(const ScopedDevice&) = delete;
-
- private:
-  int saved_ = 0;
-};
-
-// Memory of one rank. Never freed: a kernel of a failed peer may still write to it.
-struct RankMemory {
-  Workspace* workspace = nullptr;
-  ErrorRecord* error = nullptr;
-};
-
-std::optional<std::string> Allocate(int device, RankMemory& memory) {
+std::optional<std::string> AllocateErrorRecord(int device, ErrorRecord** error) {
   ScopedDevice scope(device);
-  JAX_EP_RETURN_IF_CUDA_ERROR(
-      cudaMalloc(reinterpret_cast<void**>(&memory.workspace), sizeof(Workspace)), device);
-  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMemset(memory.workspace, 0, sizeof(Workspace)), device);
-  JAX_EP_RETURN_IF_CUDA_ERROR(
-      cudaHostAlloc(reinterpret_cast<void**>(&memory.error), sizeof(ErrorRecord),
-                    cudaHostAllocPortable | cudaHostAllocMapped),
-      device);
-  *memory.error = {};
-  JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cudaHostAlloc(reinterpret_cast<void**>(error), sizeof(ErrorRecord),
+                                            cudaHostAllocPortable | cudaHostAllocMapped),
+                              device);
+  **error = {};
   return std::nullopt;
 }
 
@@ -86,15 +60,27 @@ std::optional<std::string> EnablePeerAccess(int device, int peer) {
 
 // Between GPUs of one process every address is good everywhere: the regions are the parts of the
 // address space.
-std::optional<std::string> NameAddressSpace(int device, int num_ranks, Workspace* workspace) {
-  ScopedDevice scope(device);
-  std::vector<cuda::Region> regions(static_cast<size_t>(num_ranks) * cuda::kMaxRegions);
-  for (size_t i = 0; i < regions.size(); ++i) {
+std::vector<cuda::Region> AddressSpace() {
+  std::vector<cuda::Region> regions(cuda::kMaxRegions);
+  for (int i = 0; i < cuda::kMaxRegions; ++i) {
     constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
-    regions[i] = {i % cuda::kMaxRegions * kSize, kSize};
+    regions[i] = {i * kSize, kSize};
+  }
+  return regions;
+}
+
+// Gives the member on `device` the regions of all ranks.
+std::optional<std::string> WriteRegions(int device, const std::vector<RankSpec>& ranks,
+                                        Workspace* workspace) {
+  ScopedDevice scope(device);
+  std::vector<cuda::Region> table(ranks.size() * cuda::kMaxRegions);
+  for (size_t rank = 0; rank < ranks.size(); ++rank) {
+    const std::vector<cuda::Region>& regions = ranks[rank].regions;
+    if (regions.size() > cuda::kMaxRegions) return "a rank has too many regions of memory";
+    std::copy(regions.begin(), regions.end(), table.begin() + rank * cuda::kMaxRegions);
   }
   JAX_EP_RETURN_IF_CUDA_ERROR(
-      cudaMemcpy(workspace->regions, regions.data(), regions.size() * sizeof(cuda::Region),
+      cudaMemcpy(workspace->regions, table.data(), table.size() * sizeof(cuda::Region),
                  cudaMemcpyHostToDevice),
       device);
   return std::nullopt;
@@ -113,46 +99,47 @@ std::optional<std::string> LoadKernels(int device) {
 
 using Group = std::map<int, Member>;  // by device
 
-std::optional<std::string> AddInstance(const std::vector<int>& devices, double arrival_timeout_s,
-                                       double op_timeout_s, Group& group) {
-  const int num_ranks = static_cast<int>(devices.size());
+std::optional<std::string> AddInstance(const GroupSpec& spec, std::vector<RankSpec> ranks,
+                                       Group& group) {
+  const int num_ranks = static_cast<int>(ranks.size());
   if (num_ranks > cuda::kMaxRanks) {
     return "a group on one host has at most " + std::to_string(cuda::kMaxRanks) + " ranks, got " +
            std::to_string(num_ranks);
   }
-  std::vector<RankMemory> memory(num_ranks);
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    for (const int peer : devices) {
-      if (auto error = EnablePeerAccess(devices[rank], peer)) return error;
+  for (RankSpec& rank : ranks) {
+    if (rank.regions.empty()) rank.regions = AddressSpace();
+    if (rank.device < 0) continue;
+    for (const RankSpec& peer : ranks) {
+      if (peer.device < 0) continue;
+      if (auto error = EnablePeerAccess(rank.device, peer.device)) return error;
     }
-    if (auto error = LoadKernels(devices[rank])) return error;
-    if (auto error = Allocate(devices[rank], memory[rank])) return error;
-    if (auto error = NameAddressSpace(devices[rank], num_ranks, memory[rank].workspace)) {
-      return error;
-    }
+    if (auto error = LoadKernels(rank.device)) return error;
+    if (rank.workspace != 0) continue;
+    if (auto error = AllocateWorkspace(rank.device, rank.workspace)) return error;
   }
   for (int rank = 0; rank < num_ranks; ++rank) {
+    const int device = ranks[rank].device;
+    if (device < 0) continue;
     Member member{};
-    for (int peer = 0; peer < num_ranks; ++peer) member.params.peers[peer] = memory[peer].workspace;
-    member.params.error = memory[rank].error;
+    for (int peer = 0; peer < num_ranks; ++peer) {
+      member.params.peers[peer] = reinterpret_cast<Workspace*>(ranks[peer].workspace);
+      member.processes.push_back(ranks[peer].process);
+    }
+    if (auto error = AllocateErrorRecord(device, &member.params.error)) return error;
+    if (auto error = WriteRegions(device, ranks, member.params.peers[rank])) return error;
     member.params.rank = rank;
     member.params.num_ranks = num_ranks;
-    member.params.arrival_timeout_ns = static_cast<uint64_t>(arrival_timeout_s * 1e9);
-    member.params.op_timeout_ns = static_cast<uint64_t>(op_timeout_s * 1e9);
-    member.device = devices[rank];
-    group[devices[rank]] = member;
+    member.params.arrival_timeout_ns = static_cast<uint64_t>(spec.arrival_timeout_s * 1e9);
+    member.params.op_timeout_ns = static_cast<uint64_t>(spec.op_timeout_s * 1e9);
+    member.device = device;
+    member.max_blocks = spec.max_blocks;
+    member.regions = ranks[rank].regions;
+    for (const auto& [staged_device, staging] : spec.staging) {
+      if (staged_device == device) member.staging = staging;
+    }
+    group[device] = member;
   }
   return std::nullopt;
-}
-
-std::mutex& Mutex() {
-  static auto* mutex = new std::mutex;
-  return *mutex;
-}
-
-std::map<int64_t, std::unique_ptr<Group>>& Groups() {
-  static auto* groups = new std::map<int64_t, std::unique_ptr<Group>>;
-  return *groups;
 }
 
 const char* OpName(uint32_t op) {
@@ -198,18 +185,69 @@ std::string Describe(const ErrorRecord& error) {
          ". The group takes no more ops; make it again with jax_ep.create_group.";
 }
 
+std::mutex& Mutex() {
+  static auto* mutex = new std::mutex;
+  return *mutex;
+}
+
+std::map<int64_t, std::unique_ptr<Group>>& Groups() {
+  static auto* groups = new std::map<int64_t, std::unique_ptr<Group>>;
+  return *groups;
+}
+
+// Processes that have gone, and whether orderly.
+std::map<int, bool>& GoneProcesses() {
+  static auto* processes = new std::map<int, bool>;
+  return *processes;
+}
+
+// Tells the member if a rank of it belongs to a process that has gone.
+void NoteGone(const Member& member) {
+  for (size_t rank = 0; rank < member.processes.size(); ++rank) {
+    if (GoneProcesses().count(member.processes[rank]) == 0) continue;
+    __atomic_store_n(&member.params.error->lost_peer, static_cast<uint32_t>(rank) + 1,
+                     __ATOMIC_RELEASE);
+    return;
+  }
+}
+
+// The failure that a peer's process has gone, unless orderly and that is no failure.
+std::optional<std::string> LostPeer(const Member& member, bool orderly_is_failure) {
+  const uint32_t lost = __atomic_load_n(&member.params.error->lost_peer, __ATOMIC_ACQUIRE);
+  if (lost == 0) return std::nullopt;
+  const bool orderly = GoneProcesses()[member.processes[lost - 1]];
+  if (orderly && !orderly_is_failure) return std::nullopt;
+  return "jax_ep.CommunicationError: rank " + std::to_string(member.params.rank) +
+         ": the process of rank " + std::to_string(lost - 1) +
+         (orderly ? " has ended" : " is gone") +
+         ". The group takes no more ops; start the job again.";
+}
+
+// The failure that a kernel has recorded.
+std::optional<std::string> RecordedFailure(const Member& member) {
+  const ErrorRecord& error = *member.params.error;
+  if (__atomic_load_n(&error.set, __ATOMIC_ACQUIRE) != 1) return std::nullopt;
+  return Describe(error);
+}
+
 }  // namespace
 
-std::optional<std::string> CreateGroup(int64_t group_id,
-                                       const std::vector<std::vector<int>>& instances,
-                                       double arrival_timeout_s, double op_timeout_s) {
+bool Member::IsReachable(const void* pointer, int64_t bytes) const {
+  const uint64_t begin = reinterpret_cast<uint64_t>(pointer);
+  return std::any_of(regions.begin(), regions.end(), [&](const cuda::Region& region) {
+    return begin >= region.base && begin + bytes <= region.base + region.size;
+  });
+}
+
+std::optional<std::string> CreateGroup(const GroupSpec& spec) {
   auto group = std::make_unique<Group>();
-  for (const std::vector<int>& devices : instances) {
-    if (auto error = AddInstance(devices, arrival_timeout_s, op_timeout_s, *group)) return error;
+  for (const std::vector<RankSpec>& ranks : spec.instances) {
+    if (auto error = AddInstance(spec, ranks, *group)) return error;
   }
   std::lock_guard<std::mutex> lock(Mutex());
+  for (const auto& [device, member] : *group) NoteGone(member);
   // A replaced group is kept: handlers may still hold its members.
-  auto& slot = Groups()[group_id];
+  auto& slot = Groups()[spec.id];
   if (slot != nullptr) static_cast<void>(slot.release());
   slot = std::move(group);
   return std::nullopt;
@@ -224,9 +262,9 @@ const Member* FindMember(int64_t group_id, int device) {
 }
 
 std::optional<std::string> Failure(const Member& member) {
-  const ErrorRecord& error = *member.params.error;
-  if (__atomic_load_n(&error.set, __ATOMIC_ACQUIRE) != 1) return std::nullopt;
-  return Describe(error);
+  if (auto failure = RecordedFailure(member)) return failure;
+  std::lock_guard<std::mutex> lock(Mutex());
+  return LostPeer(member, /*orderly_is_failure=*/true);
 }
 
 std::optional<std::string> GroupFailure(int64_t group_id) {
@@ -234,9 +272,18 @@ std::optional<std::string> GroupFailure(int64_t group_id) {
   const auto group = Groups().find(group_id);
   if (group == Groups().end()) return std::nullopt;
   for (const auto& [device, member] : *group->second) {
-    if (auto failure = Failure(member)) return failure;
+    if (auto failure = RecordedFailure(member)) return failure;
+    if (auto failure = LostPeer(member, /*orderly_is_failure=*/false)) return failure;
   }
   return std::nullopt;
+}
+
+void ReportProcess(int process, bool orderly) {
+  std::lock_guard<std::mutex> lock(Mutex());
+  GoneProcesses().emplace(process, orderly);  // what was said first counts
+  for (const auto& [id, group] : Groups()) {
+    for (const auto& [device, member] : *group) NoteGone(member);
+  }
 }
 
 int64_t WorkspaceBytes() { return sizeof(Workspace); }

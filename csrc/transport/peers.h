@@ -1,6 +1,7 @@
-// Who can reach whose memory: the ranks of a group, their workspaces and their failures.
+// The groups of this process: who can reach whose memory, and the failures of their members.
 //
-// Within a process, GPUs reach each other's memory by plain pointers once peer access is on.
+// Within a process, GPUs reach each other's memory by plain pointers once peer access is on. Memory
+// of other processes has been mapped beforehand (shared_memory.h).
 #pragma once
 
 #include <cstdint>
@@ -12,27 +13,62 @@
 
 namespace jax_ep::transport {
 
+// A rank of a group, as this process sees it.
+struct RankSpec {
+  int device = -1;         // CUDA ordinal, or -1 for a rank of another process
+  int process = 0;         // that the rank belongs to
+  uint64_t workspace = 0;  // where this process has it; 0: allocate it (ranks of this process)
+  // What peers can read of the rank's memory, in an order that all agree on, as this process has
+  // it; none: everything.
+  std::vector<cuda::Region> regions;
+};
+
+// Memory that operands are copied into where peers cannot read them in place.
+struct Staging {
+  uint64_t base = 0;
+  uint64_t size = 0;
+};
+
+struct GroupSpec {
+  int64_t id = 0;
+  // The groups that lie side by side in the mesh: ranks in order. Only those with ranks here.
+  std::vector<std::vector<RankSpec>> instances;
+  double arrival_timeout_s = 0;
+  double op_timeout_s = 0;
+  int max_blocks = 0;                            // of an op on one GPU
+  std::vector<std::pair<int, Staging>> staging;  // by device; none: nothing is staged
+};
+
 // What one rank of a group needs to launch ops; lives until the process ends.
 struct Member {
   cuda::GroupParams params;  // without tag and op
   int device;                // CUDA ordinal
+  int max_blocks;
+  std::vector<cuda::Region> regions;  // of its own memory
+  Staging staging;
+  std::vector<int> processes;  // of the ranks
+
+  // Whether peers can read these bytes in place.
+  bool IsReachable(const void* pointer, int64_t bytes) const;
 };
 
-// Makes group `group_id` of GPUs of this process, eagerly: workspaces, peer access, loaded kernels.
-// `instances` are the groups that lie side by side in the mesh: CUDA ordinals in rank order.
-// Replaces a group of the same id, which must be idle. Returns an error text, or nothing.
-std::optional<std::string> CreateGroup(int64_t group_id,
-                                       const std::vector<std::vector<int>>& instances,
-                                       double arrival_timeout_s, double op_timeout_s);
+// Makes a group, eagerly: workspaces, peer access, loaded kernels. Replaces a group of the same id,
+// which must be idle. Returns an error text, or nothing.
+std::optional<std::string> CreateGroup(const GroupSpec& spec);
 
 // The member of group `group_id` on `device`, or null.
 const Member* FindMember(int64_t group_id, int device);
 
-// The first failure of `member`, as a text for CommunicationError, or nothing.
+// The first failure of `member`, as a text for CommunicationError, or nothing. A peer whose process
+// has gone is one too.
 std::optional<std::string> Failure(const Member& member);
 
-// The first failure of any member of the group in this process, or nothing.
+// The first failure of any member of the group in this process, or nothing. Not one: a peer whose
+// process has ended orderly.
 std::optional<std::string> GroupFailure(int64_t group_id);
+
+// Notes that a process has gone, in all groups with ranks of it: waits for its ranks end.
+void ReportProcess(int process, bool orderly);
 
 // Bytes of device memory that a group takes on each of its GPUs.
 int64_t WorkspaceBytes();

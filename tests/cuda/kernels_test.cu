@@ -81,6 +81,7 @@ struct Buffer {
 struct Rank {
   int device;
   cudaStream_t stream;
+  cudaEvent_t begin, end;
   cuda::Workspace* workspace;
   cuda::ErrorRecord* error;
   Buffer<int32_t> topk_idx, topk, dest_row, recv_rows, recv_src, expert_idx, group_sizes, counts,
@@ -198,6 +199,10 @@ int main(int argc, char** argv) {
     std::memset(rank.error, 0, sizeof(cuda::ErrorRecord));
     // What a stream's first launch sets up must not wait for kernels that wait for this rank.
     CHECK_CUDA(cudaMemsetAsync(rank.workspace, 0, sizeof(cuda::Workspace), rank.stream));
+    CHECK_CUDA(cudaEventCreate(&rank.begin));
+    CHECK_CUDA(cudaEventCreate(&rank.end));
+    CHECK_CUDA(cudaEventRecord(rank.begin, rank.stream));
+    CHECK_CUDA(cudaEventRecord(rank.end, rank.stream));
     CHECK_CUDA(cudaStreamSynchronize(rank.stream));
     CHECK_CUDA(cuda::LoadPlan());
     CHECK_CUDA(cuda::LoadDispatch());
@@ -280,6 +285,7 @@ int main(int argc, char** argv) {
                        alignment,
                        std::numeric_limits<int32_t>::max(),
                        k.topk_idx.device,
+                       k.topk.device,
                        k.topk.device,
                        k.dest_row.device,
                        k.recv_rows.device,
@@ -368,9 +374,7 @@ int main(int argc, char** argv) {
     for (int r = 0; r < R; ++r) {
       threads.emplace_back([&, r] {
         CHECK_CUDA(cudaSetDevice(ranks[r].device));
-        cudaEvent_t begin, end;
-        CHECK_CUDA(cudaEventCreate(&begin));
-        CHECK_CUDA(cudaEventCreate(&end));
+        const cudaEvent_t begin = ranks[r].begin, end = ranks[r].end;
         launch(r);
         CHECK_CUDA(cudaEventRecord(begin, ranks[r].stream));
         for (int i = 0; i < repeat; ++i) launch(r);

@@ -25,16 +25,19 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, CombineAttrs attrs, ffi:
   check.Attribute("hidden",
                   !by_expert || cuda::RingSlots(geometry.num_ranks, geometry.row_bytes()) > 0,
                   "rows that fit the ring of sums", geometry.hidden);
-  cuda::CombineParams params{};
+  DeviceGroup group;
   if (auto error =
           PrepareGroup(check, attrs.group, device, cuda::OpKind::kCombine,
                        {geometry.num_tokens, geometry.top_k, geometry.capacity, geometry.hidden,
                         static_cast<int64_t>(geometry.dtype), args.row_weights != nullptr,
                         args.values != nullptr, static_cast<int64_t>(geometry.layout)},
-                       params.group);
+                       group);
       error.failure()) {
     return error;
   }
+  cuda::CombineParams params{};
+  params.group = group.params;
+  SharedOperands shared(group, stream);
   params.layout = geometry.layout;
   params.type = RowTypeOf(geometry.dtype);
   params.num_tokens = geometry.num_tokens;
@@ -43,15 +46,21 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, CombineAttrs attrs, ffi:
   params.capacity = geometry.capacity;
   params.num_rows = geometry.rows_per_source();
   params.hidden = geometry.hidden;
-  params.rows = args.rows;
+  // Sums of rows, in layout "expert", reach home through its ring.
+  params.rows = by_expert
+                    ? args.rows
+                    : shared.Input("rows", args.rows, geometry.capacity * geometry.row_bytes());
   params.row_weights = args.row_weights;
-  params.values = args.values;
+  params.values =
+      shared.Input("values", args.values,
+                   int64_t{geometry.capacity} * (by_expert ? 1 : geometry.top_k) * sizeof(float));
   params.topk = args.handle.topk;
   params.dest_row = args.handle.dest_row;
   params.recv_rows = args.handle.recv_rows;
   params.y = args.y;
   params.home = args.home;
-  params.num_blocks = NumBlocks(attrs.group, by_expert ? 64 : 24);
+  params.num_blocks = group.NumBlocks(attrs.group, by_expert ? 64 : 24);
+  if (auto error = shared.error(); error.failure()) return error;
   return ToError(cuda::LaunchCombine(params, stream), "combine");
 }
 

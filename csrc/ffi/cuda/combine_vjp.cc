@@ -24,27 +24,31 @@ ffi::Error CombineVjp(cudaStream_t stream, int32_t device, CombineVjpAttrs attrs
   const cpu::Geometry& geometry = args.geometry;
   check.Attribute("hidden", cuda::FitsCombineVjp(geometry.row_bytes()),
                   "rows of about 100 KB at most on GPUs", geometry.hidden);
-  cuda::CombineVjpParams params{};
+  DeviceGroup group;
   if (auto error = PrepareGroup(check, attrs.group, device, cuda::OpKind::kCombineVjp,
                                 {geometry.num_tokens, geometry.top_k, geometry.capacity,
                                  geometry.hidden, static_cast<int64_t>(geometry.dtype)},
-                                params.group);
+                                group);
       error.failure()) {
     return error;
   }
+  cuda::CombineVjpParams params{};
+  params.group = group.params;
+  SharedOperands shared(group, stream);
   params.type = RowTypeOf(geometry.dtype);
   params.num_tokens = geometry.num_tokens;
   params.num_rows = geometry.rows_per_source();
   params.capacity = geometry.capacity;
   params.hidden = geometry.hidden;
-  params.dy = args.dy;
+  params.dy = shared.Input("dy", args.dy, geometry.num_tokens * geometry.row_bytes());
   params.rows = args.rows;
   params.row_weights = args.row_weights;
   params.recv_rows = args.handle.recv_rows;
   params.recv_src = args.handle.recv_src;
   params.d_rows = args.d_rows;
   params.d_weights = args.d_weights;
-  params.num_blocks = NumBlocks(attrs.group, 64);
+  params.num_blocks = group.NumBlocks(attrs.group, 64);
+  if (auto error = shared.error(); error.failure()) return error;
   return ToError(cuda::LaunchCombineVjp(params, stream), "combine_vjp");
 }
 

@@ -11,9 +11,6 @@ namespace ffi = ::xla::ffi;
 
 namespace {
 
-// Of the blocks of an H100 or H200, which has 132 SMs; the rest stays to other kernels that wait.
-constexpr int32_t kMaxBlocks = 100;
-
 // FNV-1a, folded into the bits of a tag; never 0.
 uint32_t Tag(cuda::OpKind op, std::initializer_list<int64_t> shape) {
   uint64_t digest = 14695981039346656037u;
@@ -27,7 +24,7 @@ uint32_t Tag(cuda::OpKind op, std::initializer_list<int64_t> shape) {
 }  // namespace
 
 ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device, cuda::OpKind op,
-                        std::initializer_list<int64_t> shape, cuda::GroupParams& group) {
+                        std::initializer_list<int64_t> shape, DeviceGroup& group) {
   CheckGroup(check, attrs);
   check.Attribute("num_experts", attrs.num_experts <= cuda::kMaxExperts, "at most 4096 on GPUs",
                   attrs.num_experts);
@@ -42,9 +39,10 @@ ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device,
   if (auto failure = transport::Failure(*member)) {
     return ffi::Error(ffi::ErrorCode::kAborted, *failure);
   }
-  group = member->params;
-  group.op = op;
-  group.tag = Tag(op, shape);
+  group.member = member;
+  group.params = member->params;
+  group.params.op = op;
+  group.params.tag = Tag(op, shape);
   return ffi::Error::Success();
 }
 
@@ -66,8 +64,35 @@ cuda::RowType RowTypeOf(cpu::DType dtype) {
   }
 }
 
-int32_t NumBlocks(const GroupAttrs& attrs, int32_t fallback) {
-  return std::clamp(attrs.num_sms > 0 ? attrs.num_sms : fallback, 2, kMaxBlocks);
+int32_t DeviceGroup::NumBlocks(const GroupAttrs& attrs, int32_t fallback) const {
+  return std::clamp(attrs.num_sms > 0 ? attrs.num_sms : fallback, 2, member->max_blocks);
+}
+
+const void* SharedOperands::Place(const char* name, const void* pointer, int64_t bytes, bool copy) {
+  if (pointer == nullptr || bytes == 0 || member_.IsReachable(pointer, bytes)) return pointer;
+  const uint64_t begin = used_;
+  used_ += (static_cast<uint64_t>(bytes) + 127) / 128 * 128;
+  if (used_ > member_.staging.size) {
+    failure_ =
+        std::string(name) + " and what comes before it need " + std::to_string(used_) +
+        " bytes of staging memory, since peers cannot read it where it is, and there are " +
+        std::to_string(member_.staging.size) +
+        "; set JAX_EP_STAGING_BYTES to more before the group is made, or let XLA preallocate "
+        "its memory (see python -m jax_ep.doctor)";
+    return pointer;
+  }
+  void* place = reinterpret_cast<void*>(member_.staging.base + begin);
+  if (copy) {
+    const cudaError_t error =
+        cudaMemcpyAsync(place, pointer, bytes, cudaMemcpyDeviceToDevice, stream_);
+    if (error != cudaSuccess) failure_ = std::string(name) + ": " + cudaGetErrorString(error);
+  }
+  return place;
+}
+
+ffi::Error SharedOperands::error() const {
+  if (failure_.empty()) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_ep: argument " + failure_);
 }
 
 ffi::Error ToError(cudaError_t error, const char* op) {

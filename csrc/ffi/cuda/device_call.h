@@ -4,11 +4,14 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <string>
 
 #include "cuda/group_params.h"
 #include "cuda/row_type.h"
 #include "ffi/checker.h"
 #include "ffi/decode.h"
+#include "transport/peers.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {
@@ -22,19 +25,57 @@ auto BindDeviceCall() {
       .template Attrs<Attrs>();
 }
 
+// What a call needs to know of its group.
+struct DeviceGroup {
+  cuda::GroupParams params;
+  const transport::Member* member = nullptr;
+
+  // Blocks of an op: what the caller asked for, or `fallback`, as far as the GPU has room for the
+  // blocks of all its ranks at once.
+  int32_t NumBlocks(const GroupAttrs& attrs, int32_t fallback) const;
+};
+
 // Checks the common part of a call and finds this device's member of the group. The tag is a digest
 // of the op and `shape`, which all ranks must agree on.
 ::xla::ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device,
                                cuda::OpKind op, std::initializer_list<int64_t> shape,
-                               cuda::GroupParams& group);
+                               DeviceGroup& group);
+
+// Where peers find the operands and scratch memory of a call: in place, or, in a group whose
+// members cannot read each other's XLA buffers, in staging memory.
+class SharedOperands {
+ public:
+  SharedOperands(const DeviceGroup& group, cudaStream_t stream)
+      : member_(*group.member), stream_(stream) {}
+
+  // An operand, copied on the stream if need be. Null stays null.
+  template <typename T>
+  const T* Input(const char* name, const T* pointer, int64_t bytes) {
+    return static_cast<const T*>(Place(name, pointer, bytes, /*copy=*/true));
+  }
+
+  // Memory that the op itself writes.
+  template <typename T>
+  T* Scratch(const char* name, T* pointer, int64_t bytes) {
+    return static_cast<T*>(const_cast<void*>(Place(name, pointer, bytes, /*copy=*/false)));
+  }
+
+  // The first operand that found no place.
+  ::xla::ffi::Error error() const;
+
+ private:
+  const void* Place(const char* name, const void* pointer, int64_t bytes, bool copy);
+
+  const transport::Member& member_;
+  cudaStream_t stream_;
+  uint64_t used_ = 0;
+  std::string failure_;
+};
 
 // Checks that a scratch result has at least `bytes`.
 void CheckScratch(Checker& check, ::xla::ffi::AnyBuffer scratch, int64_t bytes);
 
 cuda::RowType RowTypeOf(cpu::DType dtype);
-
-// Blocks of an op: what the caller asked for, or `fallback`.
-int32_t NumBlocks(const GroupAttrs& attrs, int32_t fallback);
 
 ::xla::ffi::Error ToError(cudaError_t error, const char* op);
 

@@ -48,16 +48,19 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
   const int64_t received_bytes =
       dequantize ? int64_t{geometry.capacity} * (geometry.hidden / cuda::kScaleBlock) * 4 : 0;
   CheckScratch(check, *scratch, sent_bytes + received_bytes);
-  cuda::DispatchParams params{};
+  DeviceGroup group;
   if (auto error =
           PrepareGroup(check, attrs.group, device, cuda::OpKind::kDispatch,
                        {geometry.num_tokens, geometry.top_k, geometry.capacity, geometry.hidden,
                         static_cast<int64_t>(geometry.dtype), attrs.quantization,
                         args.weights != nullptr, static_cast<int64_t>(geometry.layout)},
-                       params.group);
+                       group);
       error.failure()) {
     return error;
   }
+  cuda::DispatchParams params{};
+  params.group = group.params;
+  SharedOperands shared(group, stream);
   const bool by_expert = geometry.layout == plan::Layout::kExpert;
   params.layout = geometry.layout;
   params.num_tokens = geometry.num_tokens;
@@ -66,21 +69,27 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
   params.num_rows = geometry.rows_per_source();
   params.row_bytes = static_cast<int32_t>(geometry.row_bytes());
   params.row_stride = geometry.row_bytes();
-  params.x = args.x;
-  params.scales = args.scales;
+  const int64_t num_scales = int64_t{geometry.num_tokens} * (geometry.hidden / cuda::kScaleBlock);
+  if (!quantize) {
+    params.x = shared.Input("x", args.x, geometry.num_tokens * geometry.row_bytes());
+    params.scales = shared.Input("scales", args.scales, num_scales * sizeof(float));
+  }
   params.scales_per_row = args.scales != nullptr ? geometry.hidden / cuda::kScaleBlock : 0;
-  params.weights = args.weights;
+  params.weights = shared.Input("weights", args.weights,
+                                int64_t{geometry.num_tokens} * geometry.top_k * sizeof(float));
   params.recv_rows = args.handle.recv_rows;
   params.recv_src = args.handle.recv_src;
   params.expert_idx = args.handle.expert_idx;
   params.rows = args.rows;
   params.row_scales = args.row_scales;
   params.row_weights = args.row_weights;
-  params.num_blocks = NumBlocks(attrs.group, by_expert ? 64 : 24);
+  params.num_blocks = group.NumBlocks(attrs.group, by_expert ? 64 : 24);
 
   char* memory = static_cast<char*>(scratch->untyped_data());
+  char* sent_memory = shared.Scratch("scratch", memory, sent_bytes);
+  if (auto error = shared.error(); error.failure()) return error;
   if (quantize) {
-    const QuantizedRows sent = QuantizedRows::At(memory, geometry.num_tokens, geometry.hidden);
+    const QuantizedRows sent = QuantizedRows::At(sent_memory, geometry.num_tokens, geometry.hidden);
     const cuda::QuantizeParams quantize_params{RowTypeOf(geometry.dtype),
                                                args.quantization == cpu::Quantization::kFp8Ue8m0,
                                                geometry.num_tokens,

@@ -25,14 +25,17 @@ ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBu
   const plan::PlanShape& shape = args.shape;
   CheckScratch(check, *scratch,
                cuda::PlanScratchSize(shape.num_experts, shape.num_ranks) * sizeof(int32_t));
-  cuda::PlanParams params;
+  DeviceGroup group;
   if (auto error = PrepareGroup(check, attrs.group, device, cuda::OpKind::kPlan,
                                 {shape.num_tokens, shape.top_k, shape.num_experts, shape.capacity,
                                  shape.alignment, static_cast<int64_t>(shape.layout)},
-                                params.group);
+                                group);
       error.failure()) {
     return error;
   }
+  cuda::PlanParams params{};
+  params.group = group.params;
+  SharedOperands shared(group, stream);
   const plan::RankPlan& buffers = args.buffers;
   params.layout = shape.layout;
   params.num_tokens = shape.num_tokens;
@@ -52,7 +55,11 @@ ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBu
   params.demand = buffers.demand;
   params.num_dropped = buffers.num_dropped;
   params.num_invalid = buffers.num_invalid;
-  params.scratch = static_cast<int32_t*>(scratch->untyped_data());
+  params.shared_topk = shared.Scratch("topk", buffers.topk,
+                                      int64_t{shape.num_tokens} * shape.top_k * sizeof(int32_t));
+  params.scratch = shared.Scratch("scratch", static_cast<int32_t*>(scratch->untyped_data()),
+                                  scratch->size_bytes());
+  if (auto error = shared.error(); error.failure()) return error;
   return ToError(cuda::LaunchPlan(params, stream), "plan");
 }
 

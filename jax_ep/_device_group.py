@@ -1,0 +1,330 @@
+"""The native side of groups of GPUs, made in one process or by several together.
+
+Within a process, GPUs reach each other's memory as it is. Across the processes of a host, each
+process exports its workspaces and the allocation that XLA's arrays lie in, and maps those of its
+peers; from then on kernels read peers' arrays in place. Where XLA's memory cannot be exported, the
+group is *staged*: operands are copied into memory that can be.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import importlib
+import logging
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_ep import _compat, _handles
+from jax_ep._errors import CommunicationError
+
+_OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
+_MEETING_TIMEOUT_S = 300.0  # for all processes to come and make a group
+# Of the 132 SMs of an H100 or H200; the rest stays to other kernels that wait, such as NCCL's.
+_MAX_BLOCKS = 100
+_STAGING_BYTES = 1 << 30
+_MIB = 1 << 20
+
+logger = logging.getLogger("jax_ep")
+
+# What was exported and mapped so far; it stays until the process ends.
+_staging: dict[int, tuple[int, int]] = {}  # by CUDA ordinal: address, size
+_mapped: dict[tuple[int, int, int, int], int] = {}  # by process, ordinal, base, size there
+_staged_groups: dict[int, str] = {}  # by id: why
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """A device of a group.
+
+    Attributes:
+        process: JAX's index of the process that it belongs to.
+        ordinal: Its CUDA ordinal there.
+    """
+
+    process: int
+    ordinal: int
+
+
+def library() -> Any:
+    """The native GPU library."""
+    return importlib.import_module("jax_ep._cuda")
+
+
+def ranks_of(instances: np.ndarray) -> list[list[Rank]]:
+    """The ranks of each of the groups side by side."""
+    return [
+        [Rank(device.process_index, _compat.local_ordinal(device)) for device in instance]
+        for instance in instances
+    ]
+
+
+def is_staged(group_id: int) -> bool:
+    """Whether operands of the group are copied before peers read them."""
+    return group_id in _staged_groups
+
+
+def why_staged(group_id: int) -> str | None:
+    """Why operands of the group are copied, or None."""
+    return _staged_groups.get(group_id)
+
+
+def failure(group_id: int) -> str | None:
+    """The first failure of the group in this process as a text, or None."""
+    return library().group_failure(group_id)
+
+
+def hosts(processes: list[int]) -> set[str]:
+    """The hosts that processes run on."""
+    me = jax.process_index()
+    return {
+        found["host"] for found in _handles.introduce(me, processes, _MEETING_TIMEOUT_S).values()
+    }
+
+
+def agree(processes: list[int], what: str, value: int) -> int:
+    """The largest of the values that the processes have."""
+    received = _meet(processes, {"what": what, "value": value})
+    for process, (message, _) in received.items():
+        if message.get("what") != what:
+            raise CommunicationError(
+                f"process {process} makes another group ({message.get('what')}) than this one "
+                f"({what}); call jax_ep.create_group in the same order in every process"
+            )
+    return max([value, *(message["value"] for message, _ in received.values())])
+
+
+def create(group_id: int, instances: list[list[Rank]], timeout: float) -> None:
+    """Make the native side of a group.
+
+    Args:
+        group_id: The id of the group, the same in all processes.
+        instances: The ranks of each of the groups side by side.
+        timeout: Seconds that an op waits for a peer to arrive.
+
+    Raises:
+        CommunicationError: if the group cannot be made; then in all processes.
+    """
+    me = jax.process_index()
+    mine = [ranks for ranks in instances if any(rank.process == me for rank in ranks)]
+    processes = sorted({rank.process for ranks in instances for rank in ranks})
+    if processes == [me]:
+        specs: list[Any] = [[(rank.ordinal, me, 0, []) for rank in ranks] for ranks in mine]
+        error = library().create_group(group_id, specs, timeout, _OP_TIMEOUT_S, _MAX_BLOCKS, [])
+        if error is not None:
+            raise CommunicationError(f"the group was not made: {error}")
+        return
+    _create_together(group_id, mine, processes, timeout)
+
+
+def _create_together(
+    group_id: int, instances: list[list[Rank]], processes: list[int], timeout: float
+) -> None:
+    me = jax.process_index()
+    ordinals = sorted({r.ordinal for ranks in instances for r in ranks if r.process == me})
+    offer = _Offer()
+    error: str | None = None
+    try:
+        for ordinal in ordinals:
+            offer.add(ordinal, ordinals)
+    except CommunicationError as failed:
+        error = str(failed)
+    message = {"what": f"group {group_id}", "devices": offer.devices, "error": error}
+    received = _meet(processes, message, offer.descriptors)
+    offer.close()
+    _raise_first({me: error, **{p: m["error"] for p, (m, _) in received.items()}})
+
+    try:
+        error = _map_and_create(group_id, instances, ordinals, offer, received, timeout)
+    except CommunicationError as failed:
+        error = str(failed)
+    finally:
+        for _, descriptors in received.values():
+            for descriptor in descriptors:
+                os.close(descriptor)
+    answers = _meet(processes, {"what": f"made {group_id}", "error": error})
+    _raise_first({me: error, **{p: m["error"] for p, (m, _) in answers.items()}})
+    reasons = [
+        device["staged"]
+        for devices in [offer.devices, *(m["devices"] for m, _ in received.values())]
+        for device in devices.values()
+        if device["staged"]
+    ]
+    if reasons:
+        _staged_groups[group_id] = reasons[0]
+        logger.warning(
+            "operands are copied before peers read them, which costs time: %s. Let XLA preallocate "
+            "its memory (the default) with its default allocator to avoid this.",
+            reasons[0],
+        )
+
+
+class _Offer:
+    """What this process lets its peers map.
+
+    Attributes:
+        devices: By CUDA ordinal, as text since it travels as JSON: the GPU's uuid, why it is staged
+            ("" if it is not), and the memories as (base, size): the workspace, then the region that
+            peers read.
+        descriptors: Two for each device, in the order of ``devices``.
+        workspaces: Addresses by ordinal.
+    """
+
+    def __init__(self) -> None:
+        self.devices: dict[str, dict[str, Any]] = {}
+        self.descriptors: list[int] = []
+        self.workspaces: dict[int, int] = {}
+
+    def add(self, ordinal: int, ordinals: list[int]) -> None:
+        """Offer the memory of one GPU of this process, of ``ordinals``."""
+        native = library()
+        uuid = _checked(native.device_uuid(ordinal))[0]
+        size = native.workspace_bytes()
+        workspace = _checked(native.allocate_exportable(ordinal, ordinals, size))[0]
+        self.workspaces[ordinal] = workspace
+        exported = [_checked(native.export_allocation(workspace))]
+        self.descriptors.append(exported[0][0])
+        reason = _why_not_in_place(ordinal)
+        if reason == "":
+            exported.append(_checked(native.export_allocation(_address_of_an_array(ordinal))))
+        else:
+            address, _ = _staging_of(ordinal, ordinals)
+            exported.append(_checked(native.export_allocation(address)))
+        self.descriptors.append(exported[1][0])
+        self.devices[str(ordinal)] = {
+            "uuid": uuid,
+            "staged": reason,
+            "memories": [[base, size] for _, base, size in exported],
+        }
+
+    def close(self) -> None:
+        """Close the descriptors, which were sent."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = []
+
+
+def _why_not_in_place(ordinal: int) -> str:
+    """Why peers cannot read XLA's arrays of a GPU where they are, or ""."""
+    if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0"):
+        return "XLA_PYTHON_CLIENT_PREALLOCATE=false lets XLA's memory grow"
+    allocator = os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower()
+    if allocator not in ("default", "bfc"):
+        return f"XLA_PYTHON_CLIENT_ALLOCATOR={allocator} gives no one arena"
+    descriptor, _, size, error = library().export_allocation(_address_of_an_array(ordinal))
+    if error is not None:
+        return f"XLA's memory cannot be exported ({error})"
+    os.close(descriptor)
+    if size < 64 * _MIB:
+        return f"XLA's memory comes in parts of {size} bytes"
+    return ""
+
+
+def _address_of_an_array(ordinal: int) -> int:
+    device = next(d for d in jax.local_devices() if _compat.local_ordinal(d) == ordinal)
+    array = jax.device_put(np.zeros(256, np.float32), device)
+    return jax.block_until_ready(array).unsafe_buffer_pointer()
+
+
+def _staging_of(ordinal: int, ordinals: list[int]) -> tuple[int, int]:
+    if ordinal not in _staging:
+        text = os.environ.get("JAX_EP_STAGING_BYTES", str(_STAGING_BYTES))
+        if not text.isdigit() or int(text) == 0:
+            raise CommunicationError(
+                f"JAX_EP_STAGING_BYTES: expected a number of bytes, got {text!r}"
+            )
+        size = int(text)
+        _staging[ordinal] = (
+            _checked(library().allocate_exportable(ordinal, ordinals, size))[0],
+            size,
+        )
+    return _staging[ordinal]
+
+
+def _map_and_create(
+    group_id: int,
+    instances: list[list[Rank]],
+    ordinals: list[int],
+    offer: _Offer,
+    received: dict[int, tuple[dict[str, Any], list[int]]],
+    timeout: float,
+) -> str | None:
+    """Map what the peers offer and make the group; an error text or None."""
+    native = library()
+    me = jax.process_index()
+    memories: dict[Rank, list[tuple[int, int]]] = {}
+    uuids = [device["uuid"] for device in offer.devices.values()]
+    for ordinal in ordinals:
+        own = offer.devices[str(ordinal)]["memories"]
+        memories[Rank(me, ordinal)] = [(base, size) for base, size in own]
+    for process, (message, descriptors) in received.items():
+        uuids += [device["uuid"] for device in message["devices"].values()]
+        index = 0
+        for text, device in message["devices"].items():
+            mapped = []
+            for base, size in device["memories"]:
+                key = (process, int(text), base, size)
+                if key not in _mapped:
+                    _mapped[key] = _checked(
+                        native.import_memory(descriptors[index], size, ordinals)
+                    )[0]
+                mapped.append((_mapped[key], size))
+                index += 1
+            memories[Rank(process, int(text))] = mapped
+    specs = []
+    for ranks in instances:
+        spec = []
+        for rank in ranks:
+            (workspace, _), *regions = memories[rank]
+            is_mine = rank.process == me
+            address = offer.workspaces[rank.ordinal] if is_mine else workspace
+            spec.append((rank.ordinal if is_mine else -1, rank.process, address, regions))
+        specs.append(spec)
+    sharing = max(uuids.count(uuid) for uuid in uuids)
+    staging = [
+        (ordinal, *_staging[ordinal])
+        for ordinal in ordinals
+        if offer.devices[str(ordinal)]["staged"]
+    ]
+    error = native.create_group(
+        group_id, specs, timeout, _OP_TIMEOUT_S, max(2, _MAX_BLOCKS // sharing), staging
+    )
+    for process, lifeline in _handles.take_lifelines().items():
+        with lifeline:
+            error = error or native.watch_process(process, lifeline.fileno())
+        _say_goodbye_at_exit()
+    return error
+
+
+@functools.cache
+def _say_goodbye_at_exit() -> None:
+    atexit.register(library().say_goodbye)
+
+
+def _meet(
+    processes: list[int], message: dict[str, Any], descriptors: list[int] | None = None
+) -> dict[int, tuple[dict[str, Any], list[int]]]:
+    """Exchange a message with the other processes."""
+    me = jax.process_index()
+    others = [process for process in processes if process != me]
+    peers = _handles.introduce(me, others, _MEETING_TIMEOUT_S)
+    connections = _handles.connect(me, peers, _MEETING_TIMEOUT_S)
+    return _handles.exchange(connections, message, descriptors or [], _MEETING_TIMEOUT_S)
+
+
+def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A native result without the error text at its end, which is raised."""
+    *values, error = result
+    if error is not None:
+        raise CommunicationError(error)
+    return tuple(values)
+
+
+def _raise_first(errors: dict[int, str | None]) -> None:
+    for process, error in sorted(errors.items()):
+        if error is not None:
+            raise CommunicationError(f"the group was not made: process {process}: {error}")

@@ -1,0 +1,274 @@
+"""Programs of several processes that share one or more GPUs, a rank each.
+
+    python tests/gpu_processes.py PROGRAM PROCESSES
+
+starts the processes, which run the function of that name below. XLA's own collectives cannot run
+with two processes on one GPU, so results are compared with NumPy, each rank its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from jax_ep import _device_group
+
+TOKENS, TOP_K, HIDDEN = 96, 4, 512
+
+
+@contextlib.contextmanager
+def multi_process_service() -> Iterator[dict[str, str]]:
+    """NVIDIA's MPS, of our own, so that kernels of several processes run side by side; its variables."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = {
+            "CUDA_MPS_PIPE_DIRECTORY": str(pathlib.Path(folder, "pipe")),
+            "CUDA_MPS_LOG_DIRECTORY": str(pathlib.Path(folder, "log")),
+        }
+        control = "nvidia-cuda-mps-control"
+        subprocess.run([control, "-d"], env={**os.environ, **env}, check=True)
+        try:
+            yield env
+        finally:
+            subprocess.run(
+                [control], input="quit\n", text=True, env={**os.environ, **env}, check=False
+            )
+
+
+def start(program: str, processes: int, num_gpus: int, **env: str) -> list[subprocess.Popen[str]]:
+    """Start ``program`` in so many processes, rank i on GPU i modulo ``num_gpus``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fraction = 0.7 / -(-processes // num_gpus)
+    root = pathlib.Path(jax_ep.__file__).parent.parent
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    base = {**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}"}
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, program, str(processes), str(rank), str(port)],
+            env={**base, "JAX_EP_TEST_GPU": str(rank % num_gpus), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(running: list[subprocess.Popen[str]], timeout: float) -> list[tuple[int, str]]:
+    """Status and output of each; processes that do not end in time are killed."""
+    deadline = time.monotonic() + timeout
+    results = []
+    for process in running:
+        try:
+            output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output = process.communicate()[0] + "\n(killed: it did not end in time)"
+        results.append((process.returncode, output))
+    return results
+
+
+# What the processes run ---------------------------------------------------------------------------
+
+
+def routes(ranks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """``[R, T, K]`` experts, some masked, and weights; the same in all processes."""
+    rng = np.random.default_rng(seed)
+    experts = 8 * ranks
+    scores = rng.random((ranks, TOKENS, experts))
+    idx = np.argsort(scores, axis=-1)[..., :TOP_K].astype(np.int32)
+    idx[rng.random(idx.shape) < 0.1] = -1
+    return idx, rng.random(idx.shape).astype(np.float32)
+
+
+def spread(mesh: jax.sharding.Mesh, x: np.ndarray) -> jax.Array:
+    """``[R, n, ...]`` as a global array of ``[R * n, ...]``, a slice a rank."""
+    flat = x.reshape(-1, *x.shape[2:])
+    sharding = NamedSharding(mesh, P("expert"))
+    return jax.make_array_from_callback(flat.shape, sharding, lambda index: flat[index])
+
+
+def mine(x: jax.Array) -> np.ndarray:
+    """This rank's slice."""
+    return np.asarray(x.addressable_shards[0].data)
+
+
+def identity_layer(group: jax_ep.Group, **options: Any) -> Callable[..., jax.Array]:
+    """Dispatch, weigh, combine: y = x · sum of the weights of the entries that count."""
+
+    def run(x, idx, weights):
+        out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=8 * group.size, **options)
+        rows = out.tokens.astype(jnp.float32)
+        if out.handle.layout == "expert":
+            rows = rows * out.weights[:, None]
+        else:
+            rows = rows * out.weights.sum(axis=1, keepdims=True)
+        return jax_ep.combine(rows, out.handle, group=group)
+
+    return jax.shard_map(run, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert"))
+
+
+def expected(x: np.ndarray, idx: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """What ``identity_layer`` gives one rank."""
+    return x.astype(np.float64) * np.where(idx >= 0, weights, 0).sum(-1, keepdims=True)
+
+
+def values(ranks: int) -> None:
+    """Both layouts, dtypes and fp8; then many steps under scan with changing routes."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
+    begin = time.perf_counter()
+    group = jax_ep.create_group(mesh, backend="cuda", timeout=60)
+    seconds = time.perf_counter() - begin
+    print(f"group in {seconds:.3f} s, staged: {_device_group.why_staged(group.id)}")
+    me = jax.process_index()
+    idx, weights = routes(ranks, seed=0)
+    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN))
+    cases = [
+        ({"layout": "expert", "alignment": 8}, jnp.float32, 1e-6),
+        ({"layout": "token"}, jnp.float32, 1e-6),
+        ({"layout": "expert", "alignment": 16}, jnp.bfloat16, 1e-6),
+        ({"layout": "token"}, jnp.bfloat16, 1e-6),
+        ({"layout": "expert", "quantization": "fp8"}, jnp.bfloat16, 0.07),
+        ({"layout": "token", "quantization": "fp8"}, jnp.float32, 0.07),
+    ]
+    for options, dtype, tolerance in cases:
+        given = np.asarray(jnp.asarray(x, dtype))
+        y = jax.jit(identity_layer(group, **options))(
+            spread(mesh, given), spread(mesh, idx), spread(mesh, weights)
+        )
+        want = expected(given[me].astype(np.float64), idx[me], weights[me])
+        worst = np.abs(mine(y) - want).max() / np.abs(want).max()
+        assert worst <= tolerance, (options, dtype, worst)
+
+    other = jax_ep.create_group(mesh, backend="cuda", timeout=61)
+    experts = 8 * ranks
+
+    # Counted rank by rank: a sum over ranks would be a collective.
+    def local_steps(x, idx, weights):
+        total = jnp.where(idx >= 0, weights, 0).sum(-1, keepdims=True)
+
+        def step(wrong, i):
+            shifted = jnp.where(idx >= 0, (idx + i) % experts, idx)
+            stamped = x + i.astype(x.dtype)
+            want = stamped * total
+            for g, layout in ((group, "expert"), (other, "token")):
+                out = jax_ep.dispatch(
+                    stamped,
+                    shifted,
+                    weights,
+                    group=g,
+                    num_experts=experts,
+                    layout=layout,
+                    alignment=8 if layout == "expert" else 1,
+                )
+                factor = out.weights if layout == "expert" else out.weights.sum(axis=1)
+                y = jax_ep.combine(out.tokens * factor[:, None], out.handle, group=g)
+                off = jnp.abs(y - want) > 1e-4 * (1 + jnp.abs(want))
+                wrong = wrong + off.sum(dtype=jnp.int32)[None]
+            return wrong, None
+
+        start_count = jnp.zeros((1,), jnp.int32) + 0 * idx[:1, 0]
+        return jax.lax.scan(step, start_count, jnp.arange(200))[0]
+
+    program = jax.jit(
+        jax.shard_map(local_steps, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    )
+    given = x.astype(np.float32)
+    begin = time.perf_counter()
+    for _ in range(3):
+        wrong = program(spread(mesh, given), spread(mesh, idx), spread(mesh, weights))
+        assert mine(wrong).tolist() == [0], mine(wrong)
+    print(f"600 steps of two groups in {time.perf_counter() - begin:.2f} s")
+    group.check()
+    other.check()
+
+
+def endless(ranks: int) -> None:
+    """Steps until a peer is gone; prints how the error came."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
+    group = jax_ep.create_group(mesh, backend="cuda", timeout=60)
+    idx, weights = routes(ranks, seed=0)
+    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
+    layer = jax.jit(identity_layer(group))
+    operands = [spread(mesh, a) for a in (x, idx, weights)]
+    try:
+        with jax_ep.errors():
+            for step in range(10**9):
+                jax.block_until_ready(layer(*operands))
+                group.check()
+                if step == 20:
+                    print("running", flush=True)
+    except jax_ep.CommunicationError as error:
+        print(f"CommunicationError at {time.time():.3f}: {error}", flush=True)
+        os._exit(7)  # JAX's own shutdown would wait for the lost process
+
+
+def again(ranks: int) -> None:
+    """A rank that stays away for one op; then a new group works."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
+    group = jax_ep.create_group(mesh, backend="cuda", timeout=2)
+    idx, weights = routes(ranks, seed=0)
+    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
+    operands = [spread(mesh, a) for a in (x, idx, weights)]
+    layer = jax.jit(identity_layer(group))
+    jax.block_until_ready(layer(*operands))
+    if jax.process_index() != 0:
+        try:
+            with jax_ep.errors():
+                jax.block_until_ready(layer(*operands))
+            group.check()
+            raise AssertionError("no error")
+        except jax_ep.CommunicationError as error:
+            assert "phase arrival: waited 2" in str(error) or "another rank" in str(error), error
+    else:
+        time.sleep(4)
+    new = jax_ep.create_group(mesh, backend="cuda", timeout=2)
+    assert new is not group
+    y = jax.jit(identity_layer(new))(*operands)
+    me = jax.process_index()
+    np.testing.assert_allclose(mine(y), expected(x[me], idx[me], weights[me]), rtol=1e-4, atol=1e-5)
+    new.check()
+
+
+def main() -> None:
+    """One of the processes, or all of them."""
+    program, processes = sys.argv[1], int(sys.argv[2])
+    if len(sys.argv) == 3:
+        status = 0
+        for rank, (code, output) in enumerate(finish(start(program, processes, 1), 300)):
+            print(f"--- rank {rank}: {code}\n{output}")
+            status = status or code
+        raise SystemExit(status)
+    rank, port = int(sys.argv[3]), sys.argv[4]
+    address = f"127.0.0.1:{port}"
+    jax.distributed.initialize(
+        address,
+        processes,
+        rank,
+        local_device_ids=[int(os.environ["JAX_EP_TEST_GPU"])],
+        coordinator_bind_address=address,
+    )
+    globals()[program](processes)
+    print("fine", flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    main()

@@ -1,0 +1,75 @@
+"""Groups of GPUs that span processes: one process for each rank, with as many ranks as wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import time
+
+import jax
+import pytest
+
+import gpu_processes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+]
+
+
+def run(program: str, processes: int, timeout: float = 240, **env: str) -> list[str]:
+    """The outputs of processes that all end well, under MPS where ranks share a GPU."""
+    gpus = jax.device_count()
+    shares = processes > gpus and shutil.which("nvidia-cuda-mps-control") is not None
+    with gpu_processes.multi_process_service() if shares else contextlib.nullcontext({}) as mps:
+        running = gpu_processes.start(program, processes, gpus, **mps, **env)
+        results = gpu_processes.finish(running, timeout)
+    for rank, (status, output) in enumerate(results):
+        assert status == 0, f"rank {rank} ended with {status}:\n{output}"
+    return [output for _, output in results]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4, 8])
+def test_values(processes):
+    """Results and 600 replayed steps of two interleaved groups, rank by rank."""
+    for output in run("values", processes):
+        assert "staged: None" in output
+
+
+def test_values_without_command_buffers():
+    """The same with every kernel launched by itself."""
+    run("values", 2, XLA_FLAGS="--xla_gpu_enable_command_buffer=")
+
+
+def test_staged():
+    """Memory that peers cannot map is copied first; results stay right, and a warning says it."""
+    for output in run("values", 2, XLA_PYTHON_CLIENT_PREALLOCATE="false"):
+        assert "XLA_PYTHON_CLIENT_PREALLOCATE=false" in output
+
+
+def test_new_group_after_a_failure():
+    """A rank that stays away fails the others; all of them can go on with a new group."""
+    run("again", 2)
+
+
+def test_killed_process():
+    """The others raise within two seconds, and can end."""
+    running = gpu_processes.start("endless", 2, jax.device_count())
+    lines = [process.stdout for process in running]
+    assert all("running" in line for stdout in lines for line in [_line_with(stdout, "running")])
+    running[1].send_signal(signal.SIGKILL)
+    killed_at = time.time()
+    (status, output), _ = gpu_processes.finish(running, 60)
+    assert status == 7, output
+    reported = next(line for line in output.splitlines() if line.startswith("CommunicationError"))
+    assert "rank 1" in reported
+    assert "is gone" in reported
+    assert float(reported.split()[2].rstrip(":")) - killed_at < 2, reported
+
+
+def _line_with(stream, text: str) -> str:
+    for line in stream:
+        if text in line:
+            return line
+    return "(ended)"
