@@ -58,8 +58,8 @@ def register_ffi_types(types: dict[str, dict[str, Any]], *, platform: str) -> No
         jax.ffi.register_ffi_type(name, cast(Any, info), platform=platform)
 
 
-def local_ordinal(device: jax.Device) -> int:
-    """The number by which the runtime of this process knows ``device``, its CUDA ordinal on GPUs."""
+def local_ordinal(device: jax.Device) -> int | None:
+    """The CUDA ordinal of ``device`` in this process; None if it belongs to another one."""
     return device.local_hardware_id
 
 

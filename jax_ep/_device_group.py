@@ -43,11 +43,13 @@ class Rank:
 
     Attributes:
         process: JAX's index of the process that it belongs to.
-        ordinal: Its CUDA ordinal there.
+        device: JAX's id of the device, which all processes know.
+        ordinal: Its CUDA ordinal, if it belongs to this process.
     """
 
     process: int
-    ordinal: int
+    device: int
+    ordinal: int | None
 
 
 def library() -> Any:
@@ -58,7 +60,10 @@ def library() -> Any:
 def ranks_of(instances: np.ndarray) -> list[list[Rank]]:
     """The ranks of each of the groups side by side."""
     return [
-        [Rank(device.process_index, _compat.local_ordinal(device)) for device in instance]
+        [
+            Rank(device.process_index, device.id, _compat.local_ordinal(device))
+            for device in instance
+        ]
         for instance in instances
     ]
 
@@ -125,12 +130,12 @@ def _create_together(
     group_id: int, instances: list[list[Rank]], processes: list[int], timeout: float
 ) -> None:
     me = jax.process_index()
-    ordinals = sorted({r.ordinal for ranks in instances for r in ranks if r.process == me})
+    own = {r.device: r.ordinal for ranks in instances for r in ranks if r.ordinal is not None}
     offer = _Offer()
     error: str | None = None
     try:
-        for ordinal in ordinals:
-            offer.add(ordinal, ordinals)
+        for device, ordinal in own.items():
+            offer.add(device, ordinal, sorted(own.values()))
     except CommunicationError as failed:
         error = str(failed)
     message = {"what": f"group {group_id}", "devices": offer.devices, "error": error}
@@ -139,7 +144,7 @@ def _create_together(
     _raise_first({me: error, **{p: m["error"] for p, (m, _) in received.items()}})
 
     try:
-        error = _map_and_create(group_id, instances, ordinals, offer, received, timeout)
+        error = _map_and_create(group_id, instances, own, offer, received, timeout)
     except CommunicationError as failed:
         error = str(failed)
     finally:
@@ -167,11 +172,11 @@ class _Offer:
     """What this process lets its peers map.
 
     Attributes:
-        devices: By CUDA ordinal, as text since it travels as JSON: the GPU's uuid, why it is staged
+        devices: By id, as text since it travels as JSON: the GPU's uuid, why it is staged
             ("" if it is not), and the memories as (base, size): the workspace, then the region that
             peers read.
         descriptors: Two for each device, in the order of ``devices``.
-        workspaces: Addresses by ordinal.
+        workspaces: Addresses by device.
     """
 
     def __init__(self) -> None:
@@ -179,13 +184,13 @@ class _Offer:
         self.descriptors: list[int] = []
         self.workspaces: dict[int, int] = {}
 
-    def add(self, ordinal: int, ordinals: list[int]) -> None:
-        """Offer the memory of one GPU of this process, of ``ordinals``."""
+    def add(self, device: int, ordinal: int, ordinals: list[int]) -> None:
+        """Offer the memory of one GPU of this process, whose GPUs are ``ordinals``."""
         native = library()
         uuid = _checked(native.device_uuid(ordinal))[0]
         size = native.workspace_bytes()
         workspace = _checked(native.allocate_exportable(ordinal, ordinals, size))[0]
-        self.workspaces[ordinal] = workspace
+        self.workspaces[device] = workspace
         exported = [_checked(native.export_allocation(workspace))]
         self.descriptors.append(exported[0][0])
         reason = _why_not_in_place(ordinal)
@@ -195,7 +200,7 @@ class _Offer:
             address, _ = _staging_of(ordinal, ordinals)
             exported.append(_checked(native.export_allocation(address)))
         self.descriptors.append(exported[1][0])
-        self.devices[str(ordinal)] = {
+        self.devices[str(device)] = {
             "uuid": uuid,
             "staged": reason,
             "memories": [[base, size] for _, base, size in exported],
@@ -248,47 +253,51 @@ def _staging_of(ordinal: int, ordinals: list[int]) -> tuple[int, int]:
 def _map_and_create(
     group_id: int,
     instances: list[list[Rank]],
-    ordinals: list[int],
+    own: dict[int, int],
     offer: _Offer,
     received: dict[int, tuple[dict[str, Any], list[int]]],
     timeout: float,
 ) -> str | None:
-    """Map what the peers offer and make the group; an error text or None."""
+    """Map what the peers offer and make the group; an error text or None.
+
+    ``own`` has the CUDA ordinals of this process's devices by their ids.
+    """
     native = library()
-    me = jax.process_index()
-    memories: dict[Rank, list[tuple[int, int]]] = {}
+    ordinals = sorted(own.values())
     uuids = [device["uuid"] for device in offer.devices.values()]
-    for ordinal in ordinals:
-        own = offer.devices[str(ordinal)]["memories"]
-        memories[Rank(me, ordinal)] = [(base, size) for base, size in own]
+    regions = {
+        int(text): [(base, size) for base, size in device["memories"][1:]]
+        for text, device in offer.devices.items()
+    }
+    workspaces = dict(offer.workspaces)
     for process, (message, descriptors) in received.items():
         uuids += [device["uuid"] for device in message["devices"].values()]
-        index = 0
+        unused = iter(descriptors)
         for text, device in message["devices"].items():
             mapped = []
-            for base, size in device["memories"]:
+            for (base, size), descriptor in zip(device["memories"], unused, strict=False):
                 key = (process, int(text), base, size)
                 if key not in _mapped:
-                    _mapped[key] = _checked(
-                        native.import_memory(descriptors[index], size, ordinals)
-                    )[0]
+                    _mapped[key] = _checked(native.import_memory(descriptor, size, ordinals))[0]
                 mapped.append((_mapped[key], size))
-                index += 1
-            memories[Rank(process, int(text))] = mapped
-    specs = []
-    for ranks in instances:
-        spec = []
-        for rank in ranks:
-            (workspace, _), *regions = memories[rank]
-            is_mine = rank.process == me
-            address = offer.workspaces[rank.ordinal] if is_mine else workspace
-            spec.append((rank.ordinal if is_mine else -1, rank.process, address, regions))
-        specs.append(spec)
+            (workspaces[int(text)], _), *regions[int(text)] = mapped
+    specs = [
+        [
+            (
+                -1 if rank.ordinal is None else rank.ordinal,
+                rank.process,
+                workspaces[rank.device],
+                regions[rank.device],
+            )
+            for rank in ranks
+        ]
+        for ranks in instances
+    ]
     sharing = max(uuids.count(uuid) for uuid in uuids)
     staging = [
         (ordinal, *_staging[ordinal])
-        for ordinal in ordinals
-        if offer.devices[str(ordinal)]["staged"]
+        for device, ordinal in own.items()
+        if offer.devices[str(device)]["staged"]
     ]
     error = native.create_group(
         group_id, specs, timeout, _OP_TIMEOUT_S, max(2, _MAX_BLOCKS // sharing), staging

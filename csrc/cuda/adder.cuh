@@ -117,14 +117,16 @@ class Adder {
     const Stage& stage = memory_->stages[s];
     const T* row = reinterpret_cast<const T*>(buffers_ + s * kStageBytes);
     // Lanes past the end of a short chunk add what lies there and store nothing.
-    const auto load = [&](int i) {
-      return *reinterpret_cast<const RawVector<T>*>(row + (Lane() + 32 * i) * kVector);
-    };
+    RawVector<T> raw[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      raw[i] = *reinterpret_cast<const RawVector<T>*>(row + (Lane() + 32 * i) * kVector);
+    }
     if (!kOneSegment && stage.is_segment && !IsWeighted()) {  // its sum needs no rounding
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         float term[kVector];
-        Unpack(load(i), term);
+        Unpack(raw[i], term);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) total_[i][j] = __fadd_rn(total_[i][j], term[j]);
       }
@@ -132,7 +134,7 @@ class Adder {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         float term[kVector];
-        Unpack(load(i), term);
+        Unpack(raw[i], term);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
           if (IsWeighted()) term[j] = __fmul_rn(term[j], stage.factor);
