@@ -6,6 +6,7 @@ met in one place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -82,3 +83,14 @@ def _key_value_client() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+@functools.cache
+def has_hopper_gpu() -> bool:
+    """Whether the default devices are GPUs of compute capability 9.0."""
+    return jax.default_backend() == "gpu" and compute_capability(jax.local_devices()[0]) == "9.0"
+
+
+def num_multiprocessors() -> int:
+    """Streaming multiprocessors of the GPUs here."""
+    return next((d.core_count for d in jax.local_devices() if hasattr(d, "core_count")), 132)
