@@ -1,9 +1,10 @@
 """Grouped matmuls as kernels for Hopper GPUs, in Pallas's Mosaic GPU dialect.
 
-Both kernels are persistent: one block a streaming multiprocessor, in which one warpgroup loads tiles and
-two multiply, as in JAX's own matmul for Hopper (``hopper_matmul_mgpu``), whose pipeline they use. What
-they add is the schedule: a table, made by XLA from the group sizes, says for each tile of rows which group
-it belongs to. So rows past the last group cost nothing but the zeros that are written there.
+Both kernels are persistent: one block a streaming multiprocessor, in which one warpgroup loads tiles
+and two multiply, as in JAX's own matmul for Hopper (``hopper_matmul_mgpu``), whose pipeline they use.
+What they add is the schedule: a table, made by XLA from the group sizes, says for each tile of rows
+which group it belongs to. So rows past the last group cost nothing but the zeros that are written
+there.
 
 Rows of a tile that belong to two groups are computed once for each, and each writes its own.
 
@@ -21,9 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
-from jax_ep import _compat
+from jax_ep import _compat, _numerics
+
+plgpu: Any = mosaic_gpu  # experimental, and its annotations do not hold
 
 _EPILOGUE = 64  # rows and columns that a warpgroup writes at a time
 _MEMORY_REGISTERS = 40  # of the warpgroup that loads, as in JAX's matmul
@@ -39,14 +42,14 @@ class Tiles:
         n: Columns of the result, of both warpgroups together.
         k: Channels or rows that are summed at a time.
         steps: Loads that are under way.
-        width: Tiles of columns (rows, for the gradient of the matrices) that blocks walk over before they
-            turn to the next rows, for the sake of the L2 cache.
+        width: Tiles of columns (rows, for the gradient of the matrices) that blocks walk over before
+            they turn to the next rows, for the sake of the L2 cache.
     """
 
     m: int = 128
     n: int = 256
-    k: int = 64
-    steps: int = 4
+    k: int = 128
+    steps: int = 2
     width: int = 8
 
     def for_columns(self, columns: int) -> Tiles:
@@ -56,7 +59,7 @@ class Tiles:
 
 def _default_tiles(dtype: Any) -> Tiles:
     """What fits shared memory together with the results on their way out."""
-    return Tiles(steps=3) if dtype == jnp.float32 else Tiles()
+    return Tiles(k=64, steps=3) if dtype == jnp.float32 else Tiles()
 
 
 def why_not(dtype: Any, rows: int, inner: int, outer: int) -> str | None:
@@ -131,7 +134,7 @@ def rows_by_rows(
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``x`` as the sum of two bfloat16 arrays, up to 2⁻¹⁶ of it."""
-    high = x.astype(jnp.bfloat16)
+    high = _numerics.round_to(x, jnp.bfloat16)  # a pair of casts XLA would drop
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
