@@ -223,6 +223,15 @@ def stacked_jit(fn: Callable[..., Any], mesh: Mesh, **kwargs: Any) -> Callable[.
     return call
 
 
+def one_device_jit(fn: Callable[..., Any], axis: str = "expert") -> Callable[..., Any]:
+    """As ``stacked_jit``, but all ranks on one device, for which XLA needs no collectives.
+
+    ``fn`` may use JAX's collectives and so ``jax_ep.reference``, but no native backend.
+    """
+    jitted = jax.jit(jax.vmap(fn, axis_name=axis))
+    return lambda *args: jax.device_get(jitted(*args))
+
+
 def count_calls(compiled_text: str, targets: Sequence[str]) -> dict[str, int]:
     """How often each custom call target stands in the text of a compiled module."""
     return {t: compiled_text.count(f'custom_call_target="{t}"') for t in targets}
