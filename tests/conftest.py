@@ -3,6 +3,9 @@
 ``JAX_EP_TEST_PLATFORM`` (default "cpu") is the value of ``JAX_PLATFORMS`` to test on. On "cpu" the
 suite forces 16 host devices and runs the reference and the native CPU backend; on another platform
 it takes the devices that are there, and tests that need more are skipped with that reason.
+
+``run_processes.py`` runs the suite in several processes, which ``lockstep.py`` keeps together. Groups
+that span processes are "cuda" on GPUs and "reference", on XLA's collectives, on CPU.
 """
 
 from __future__ import annotations
@@ -19,13 +22,23 @@ os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ.setdefault("PJRT_NPROC", "256")
 if PLATFORM == "cpu" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=16".strip()
+    count = 1 if "JAX_EP_TEST_PROCESSES" in os.environ else 16
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
 
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-BACKENDS = ("reference", "cpu") if PLATFORM == "cpu" else ("cuda",)
+import lockstep  # noqa: E402
+
+lockstep.start(PLATFORM)
+
+if PLATFORM != "cpu":
+    BACKENDS = ("cuda",)
+elif lockstep.ACTIVE:
+    BACKENDS = ("reference",)  # the native CPU backend serves groups of one process
+else:
+    BACKENDS = ("reference", "cpu")
 
 # Wrong calls of these reach the user as errors that name the fix, so no type checker may come first.
 _CHECKED_BY_HAND = {"_dispatch", "_combine", "_overlap", "_group", "_quantize"}
@@ -54,7 +67,24 @@ if "jax_ep" not in sys.modules:
 common = hypothesis.settings(deadline=None, database=None)
 hypothesis.settings.register_profile("suite", common, max_examples=25, derandomize=True)
 hypothesis.settings.register_profile("hunt", common, max_examples=300)
-hypothesis.settings.load_profile("suite")
+hypothesis.settings.register_profile(
+    "lockstep",  # all processes must try the same examples, whatever the time that each takes
+    hypothesis.settings.get_profile("suite"),
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("lockstep" if lockstep.ACTIVE else "suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if lockstep.ACTIVE:
+        config.pluginmanager.register(lockstep.Plugin())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if reason := lockstep.why_not(item, PLATFORM):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=BACKENDS)

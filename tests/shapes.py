@@ -125,6 +125,13 @@ class Case:
             **wire,
         }
 
+    def on(self, devices: int) -> Case:
+        """This case, with as many ranks as ``devices`` allow; two at least, if it has several."""
+        ranks = min(self.ranks, max(2, devices))
+        # So that a token still has top_k experts to choose from.
+        local_experts = max(self.local_experts, -(-self.top_k // ranks))
+        return dataclasses.replace(self, ranks=ranks, local_experts=local_experts)
+
     def __str__(self) -> str:
         return "-".join(
             str(part)

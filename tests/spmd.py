@@ -1,6 +1,8 @@
 """Runs an op on every rank of a mesh, and moves arrays between stacked and sharded form.
 
-Tests keep arrays stacked, ``[R, n, ...]`` with the rank first; the mesh sees ``[R * n, ...]``.
+Tests keep arrays stacked, ``[R, n, ...]`` with the rank first; the mesh sees ``[R * n, ...]``. They
+hold whole arrays, also where a mesh spans several processes (see ``lockstep.py``): every process has
+all of each input and gets all of each output.
 """
 
 from __future__ import annotations
@@ -17,16 +19,41 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+import lockstep
 
 
 def need_devices(count: int) -> None:
     """Skip the test where the platform has fewer devices."""
     if jax.device_count() < count:
         pytest.skip(f"needs {count} devices, this machine has {jax.device_count()}")
+
+
+def ranks_at_most(count: int) -> int:
+    """``count``, or as many ranks as there are devices; two at least, for which a test may skip."""
+    return max(2, min(count, jax.device_count()))
+
+
+def fit(
+    sizes: Sequence[int], names: Sequence[str], axes: str | Sequence[str] = "expert"
+) -> tuple[int, ...]:
+    """``sizes`` of a mesh, made smaller until the devices that are there suffice.
+
+    All axes keep two devices as long as that is possible, and of the group, ``axes``, the last keeps
+    them to the end.
+    """
+    group = (axes,) if isinstance(axes, str) else tuple(axes)
+    order = sorted(range(len(sizes)), key=lambda i: (names[i] in group, i))
+    fitted = list(sizes)
+    while np.prod(fitted) > ranks_at_most(int(np.prod(sizes))):
+        largest = max(range(len(sizes)), key=lambda i: fitted[i])
+        if fitted[largest] <= 2:
+            largest = next(i for i in order if fitted[i] > 1)
+        fitted[largest] -= 1
+    return tuple(fitted)
 
 
 @functools.cache
@@ -43,9 +70,81 @@ def make_mesh(
     return Mesh(devices, names, axis_types=(axis_type,) * len(sizes))
 
 
+def create_group(
+    mesh: Mesh, axes: str | tuple[str, ...] = "expert", *, backend: str, **kwargs: Any
+) -> jax_ep.Group:
+    """``jax_ep.create_group``; in a process that has no device of ``mesh``, a group that is not run."""
+    return jax_ep.create_group(mesh, axes, backend=backend if here(mesh) else "reference", **kwargs)
+
+
 def make_group(ranks: int, backend: str, **kwargs: Any) -> jax_ep.Group:
     """The group of a mesh with nothing but the axis "expert"."""
-    return jax_ep.create_group(make_mesh(ranks), "expert", backend=backend, **kwargs)
+    return create_group(make_mesh(ranks), backend=backend, **kwargs)
+
+
+def here(mesh: Mesh) -> bool:
+    """Whether this process has a device of ``mesh``."""
+    return jax.process_index() in _processes(mesh)
+
+
+def need_part(mesh: Mesh) -> None:
+    """Skip the test in a process that has no part in it."""
+    if not here(mesh):
+        pytest.skip(f"process {jax.process_index()} has no device of the mesh of this test")
+
+
+def _processes(mesh: Mesh) -> list[int]:
+    return sorted({device.process_index for device in mesh.devices.flat})
+
+
+def put(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
+    """Whole arrays, laid out over ``mesh``: split on axis 0 unless ``spec`` says else."""
+    sharding = NamedSharding(mesh, P(mesh.axis_names) if spec is None else spec)
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        if not lockstep.ACTIVE:
+            return jax.device_put(x, sharding)
+        # device_put would compare the processes' data, by a collective of XLA.
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What one process has of an array: ``(where, values)`` for each of its shards."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    shards: list[tuple[tuple[slice, ...], np.ndarray]]
+
+
+def fetch(tree: Any, mesh: Mesh) -> Any:
+    """Whole NumPy arrays of what lies on ``mesh``, in every process.
+
+    A process that has no device of the mesh passes anything, and gets what the others have.
+    """
+    if not lockstep.ACTIVE:
+        return jax.device_get(tree)
+
+    def part(x: jax.Array) -> Any:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        shards = [(s.index, np.asarray(s.data)) for s in x.addressable_shards if s.replica_id == 0]
+        return _Parts(x.shape, x.dtype, shards)
+
+    def whole(*parts: Any) -> np.ndarray:
+        if not isinstance(parts[0], _Parts):
+            return parts[0]
+        out = np.empty(parts[0].shape, parts[0].dtype)
+        for index, values in (shard for part in parts for shard in part.shards):
+            out[index] = values
+        return out
+
+    mine = jax.tree.map(part, tree) if here(mesh) else None
+    parts = lockstep.exchange.swap(mine, _processes(mesh))
+    return jax.tree.map(whole, *parts, is_leaf=lambda leaf: isinstance(leaf, _Parts))
 
 
 def flat(x: Any) -> np.ndarray:
@@ -87,19 +186,50 @@ def shard(
     )
 
 
-def stacked_jit(
-    fn: Callable[..., Any], mesh: Mesh, *, check_vma: bool = True, **jit_kwargs: Any
+def mesh_jit(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    in_specs: Any = None,
+    out_specs: Any = None,
+    check_vma: bool = True,
+    **jit_kwargs: Any,
 ) -> Callable[..., Any]:
-    """A jitted function of stacked arrays: each rank calls ``fn`` with its slices."""
-    jitted = jax.jit(shard(fn, mesh, check_vma=check_vma), **jit_kwargs)
-    ranks = mesh.size
+    """A jitted function of whole arrays: ``fn`` runs on every device of ``mesh``.
+
+    The attribute ``jitted`` is the function of arrays on the mesh.
+    """
+    specs = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": check_vma}
+    jitted = jax.jit(shard(fn, mesh, **specs), **jit_kwargs)
 
     def call(*args: Any) -> Any:
-        out = jax.device_get(jitted(*jax.tree.map(flat, args)))
-        return jax.tree.map(lambda x: stacked(x, ranks), out)
+        if lockstep.ACTIVE and here(mesh):
+            each = in_specs if isinstance(in_specs, tuple) else (in_specs,) * len(args)
+            args = tuple(put(arg, mesh, spec) for arg, spec in zip(args, each, strict=True))
+        return fetch(jitted(*args) if here(mesh) else None, mesh)
 
     call.jitted = jitted  # type: ignore[attr-defined]
     return call
+
+
+def stacked_jit(fn: Callable[..., Any], mesh: Mesh, **kwargs: Any) -> Callable[..., Any]:
+    """A jitted function of stacked arrays: each rank calls ``fn`` with its slices."""
+    run = mesh_jit(fn, mesh, **kwargs)
+
+    def call(*args: Any) -> Any:
+        return jax.tree.map(lambda x: stacked(x, mesh.size), run(*jax.tree.map(flat, args)))
+
+    call.jitted = run.jitted  # type: ignore[attr-defined]
+    return call
+
+
+def one_device_jit(fn: Callable[..., Any], axis: str = "expert") -> Callable[..., Any]:
+    """As ``stacked_jit``, but all ranks on one device, for which XLA needs no collectives.
+
+    ``fn`` may use JAX's collectives and so ``jax_ep.reference``, but no native backend.
+    """
+    jitted = jax.jit(jax.vmap(fn, axis_name=axis))
+    return lambda *args: jax.device_get(jitted(*args))
 
 
 def count_calls(compiled_text: str, targets: Sequence[str]) -> dict[str, int]:

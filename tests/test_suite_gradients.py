@@ -18,9 +18,21 @@ import problems
 import routings
 import shapes
 from jax_ep import reference
-from spmd import make_group, make_mesh, shard, stacked_jit
+from spmd import (
+    create_group,
+    fetch,
+    fit,
+    here,
+    make_group,
+    make_mesh,
+    one_device_jit,
+    put,
+    ranks_at_most,
+    shard,
+    stacked_jit,
+)
 
-DIFFERENTIABLE = [case for case in shapes.CASES if case.output == "dense"]
+DIFFERENTIABLE = [case.on(jax.device_count()) for case in shapes.CASES if case.output == "dense"]
 
 
 def pullbacks(case: shapes.Case, group: jax_ep.Group):
@@ -81,7 +93,8 @@ SMOOTH = {  # layout, fused, bound: of the program below
     "token": ("token", False, {}),
     "token-capacity": ("token", False, {"capacity": 9}),
 }
-RANKS, TOKENS, TOP_K, EXPERTS, HIDDEN = 4, 13, 3, 12, 24
+RANKS, TOKENS, TOP_K, HIDDEN = ranks_at_most(4), 13, 3, 24
+EXPERTS = 3 * RANKS
 
 
 def model(dispatch, combine, layout: str, fused: bool):
@@ -155,27 +168,28 @@ def plain(group, layout, bound):
     return dispatch, combine
 
 
-def value_and_pullback(run, mesh):
+def value_and_pullback(run):
     def both(x, topk_idx, weights, dy):
         y, pull = jax.vjp(lambda x, weights: run(x, topk_idx, weights), x, weights)
         return y, *pull(dy)
 
-    return stacked_jit(both, mesh)
+    return both
 
 
 @functools.cache
 def ours(name: str, backend: str):
     layout, fused, bound = SMOOTH[name]
     group = make_group(RANKS, backend)
-    return value_and_pullback(model(*public(group, layout, bound), layout, fused), group.mesh)
+    run = value_and_pullback(model(*public(group, layout, bound), layout, fused))
+    return stacked_jit(run, group.mesh)
 
 
 @functools.cache
 def theirs(name: str, dtype: str) -> dict[str, tuple[np.ndarray, ...]]:
-    """Value and gradients by pattern, differentiated by JAX."""
+    """Value and gradients by pattern, differentiated by JAX; all ranks on one device."""
     layout, fused, bound = SMOOTH[name]
     group = make_group(RANKS, "reference")
-    run = value_and_pullback(model(*plain(group, layout, bound), layout, fused), group.mesh)
+    run = one_device_jit(value_and_pullback(model(*plain(group, layout, bound), layout, fused)))
     return {pattern: run(*inputs(dtype, pattern)) for pattern in ("masked", "one_rank", "invalid")}
 
 
@@ -215,13 +229,15 @@ def test_against_finite_differences(name, backend):
     x, idx, weights, dy = inputs("float32")
     rng = np.random.default_rng(8)
     step = np.float32(2**-7)
+    _, dx, dw = run(x, idx, weights, dy)
     for towards in ("x", "weights", "both"):
-        v = rng.standard_normal(x.shape).astype(np.float32) * (towards != "weights")
-        u = rng.standard_normal(weights.shape).astype(np.float32) * (towards != "x")
+        # Random, but leaning to where the value grows: else what changes may nearly cancel.
+        v = (rng.standard_normal(x.shape) + np.sign(dx)).astype(np.float32) * (towards != "weights")
+        u = (rng.standard_normal(weights.shape) + np.sign(dw)).astype(np.float32)
+        u *= towards != "x"
         y_more = run(x + step * v, idx, weights + step * u, dy)[0].astype(np.float64)
         y_less = run(x - step * v, idx, weights - step * u, dy)[0].astype(np.float64)
         numeric = ((y_more - y_less) * dy).sum() / (2 * step)
-        _, dx, dw = run(x, idx, weights, dy)
         analytic = (dx.astype(np.float64) * v).sum() + (dw.astype(np.float64) * u).sum()
         assert abs(numeric) > 1, "a direction in which nothing changes tests nothing"
         np.testing.assert_allclose(analytic, numeric, rtol=5e-3, err_msg=towards)
@@ -296,29 +312,34 @@ def test_weights_of_quantized_rows_have_a_gradient(backend):
     np.testing.assert_allclose(found, [128 * kept * np.arange(1, 5)[:, None]] * 2, rtol=1e-2)
 
 
+@pytest.mark.needs_collectives
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("inside", [True, False], ids=["grad-inside", "grad-outside"])
 def test_operands_replicated_over_another_axis(inside, check_vma, backend):
     """The gradient of an operand that two groups share is the sum of both groups' gradients."""
     if inside and not check_vma:
         pytest.skip("without varying axes, JAX does not sum gradients taken inside shard_map")
-    mesh = make_mesh((2, 2), ("data", "expert"))
-    group = jax_ep.create_group(mesh, "expert", backend=backend)
+    names = ("data", "expert")
+    mesh = make_mesh(fit((2, 2), names), names)
+    copies, ranks = mesh.devices.shape
+    group = create_group(mesh, backend=backend)
     rng = np.random.default_rng(5)
-    x = rng.standard_normal((2, 5, 16)).astype(np.float32)  # one for each rank, both groups alike
-    weights = rng.standard_normal((2, 5, 2)).astype(np.float32)
-    idx = np.stack(
-        [routings.make("uniform", ranks=2, tokens=5, top_k=2, experts=4, seed=s) for s in (0, 1)]
-    )
+    x = rng.standard_normal((ranks, 5, 16)).astype(np.float32)  # of each rank, all groups alike
+    weights = rng.standard_normal((ranks, 5, 2)).astype(np.float32)
+    sizes = {"ranks": ranks, "tokens": 5, "top_k": 2, "experts": 2 * ranks}
+    idx = np.stack([routings.make("uniform", **sizes, seed=copy) for copy in range(copies)])
     bounds = oracle.Limits(capacity=24, per_expert=oracle.INT32_MAX)
     plans = [
-        oracle.plan(i, num_experts=4, layout="expert", alignment=1, bounds=bounds) for i in idx
+        oracle.plan(i, num_experts=2 * ranks, layout="expert", alignment=1, bounds=bounds)
+        for i in idx
     ]
-    c_rows = rng.standard_normal((2, 2, 24, 16)).astype(np.float32)
-    c_weights = rng.standard_normal((2, 2, 24)).astype(np.float32)
+    c_rows = rng.standard_normal((copies, ranks, 24, 16)).astype(np.float32)
+    c_weights = rng.standard_normal((copies, ranks, 24)).astype(np.float32)
 
     def loss(x, weights, idx, c_rows, c_weights):
-        out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=4, alignment=1, capacity=24)
+        out = jax_ep.dispatch(
+            x, idx, weights, group=group, num_experts=2 * ranks, alignment=1, capacity=24
+        )
         return (out.tokens * c_rows).sum() + (out.weights * c_weights).sum()
 
     shared, everywhere = P("expert"), P(("data", "expert"))
@@ -334,11 +355,10 @@ def test_operands_replicated_over_another_axis(inside, check_vma, backend):
             check_vma=check_vma,
         )
         run = jax.grad(lambda *a: total(*a).sum(), (0, 1))
-    flat = (x, weights, idx, c_rows, c_weights)
-    dx, dw = jax.jit(run)(
-        *(a.reshape(-1, *a.shape[2:]) for a in flat[:2]),
-        *(a.reshape(-1, *a.shape[3:]) for a in flat[2:]),
-    )
+    arrays = [a.reshape(-1, *a.shape[2:]) for a in (x, weights)]
+    arrays += [a.reshape(-1, *a.shape[3:]) for a in (idx, c_rows, c_weights)]
+    given = [put(a, mesh, spec) for a, spec in zip(arrays, specs, strict=True)]
+    dx, dw = fetch(jax.jit(run)(*given) if here(mesh) else None, mesh)
     want_x = sum(oracle.combine(c, plan) for c, plan in zip(c_rows, plans, strict=True))
     want_w = sum(oracle.send_home(c, plan) for c, plan in zip(c_weights, plans, strict=True))
     np.testing.assert_allclose(dx, want_x.reshape(dx.shape), rtol=1e-5, atol=1e-6)

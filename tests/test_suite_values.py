@@ -57,7 +57,10 @@ def program(case: shapes.Case, group: jax_ep.Group):
     return run
 
 
-@pytest.mark.parametrize("case", shapes.CASES, ids=str)
+CASES = [case.on(jax.device_count()) for case in shapes.CASES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case, backend):
     group = make_group(case.ranks, backend)
     run = stacked_jit(program(case, group), group.mesh)
@@ -86,7 +89,7 @@ def test_patterns_reach_what_they_are_for():
 
 
 EMPTY = [
-    shapes.COVERING[index]
+    CASES[index]
     for index in (2, 5, 7, 13)  # both layouts, quantized or not, bounded or not
 ]
 

@@ -1,0 +1,149 @@
+"""Runs the suite in several processes, one device each.
+
+Usage: python tests/run_processes.py [--timeout S] [--grace S] N [pytest arguments]
+
+On CPU each process has one device. On GPUs (``JAX_EP_TEST_PLATFORM=cuda``) process i has GPU i, or,
+where there are more processes than GPUs, shares GPU i modulo their number with others.
+``XLA_PYTHON_CLIENT_MEM_FRACTION`` is made to fit unless it is set.
+
+The output is the report of the first process that failed, or else of process 0, and the last line of
+every process. The exit status is the worst one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+_DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
+_TAIL = 150  # lines of the log of a process that failed
+
+
+def main(arguments: list[str]) -> int:
+    """Start the processes, wait for them, and say how they ended."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for the whole run")
+    parser.add_argument("--grace", type=float, default=20, help="seconds for the others to end")
+    parser.add_argument("count", type=int, metavar="N", help="number of processes")
+    parser.add_argument("pytest", nargs=argparse.REMAINDER, help="arguments of pytest")
+    options = parser.parse_args(arguments)
+    if options.count < 2:
+        parser.error(
+            f"argument N: expected two processes or more, got {options.count}; use pytest."
+        )
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="jax_ep-") as folder:
+        logs = [pathlib.Path(folder) / f"{index}.log" for index in range(options.count)]
+        processes = _start(options.count, options.pytest, pathlib.Path(folder), logs)
+        try:
+            why = _wait(processes, start + options.timeout, options.grace)
+        finally:
+            _end(processes)
+        status = [_exit_status(process) for process in processes]
+        _report(logs, status, why)
+    worst = max(status)
+    verdict = "all passed" if worst == 0 else f"FAILED, exit status {worst}"
+    if why is not None:
+        verdict += f" ({why})"
+    print(f"{options.count} processes: {verdict}, in {time.monotonic() - start:.0f} s")
+    return worst
+
+
+def _start(
+    count: int, arguments: list[str], folder: pathlib.Path, logs: list[pathlib.Path]
+) -> list[subprocess.Popen[bytes]]:
+    exchange = folder / "exchange"
+    exchange.mkdir()
+    environment = dict(os.environ) | {
+        "JAX_EP_TEST_PROCESSES": str(count),
+        "JAX_EP_TEST_COORDINATOR": f"127.0.0.1:{_free_port()}",
+        "JAX_EP_TEST_FOLDER": str(exchange),
+        "XLA_FLAGS": _DEVICE_COUNT.sub("", os.environ.get("XLA_FLAGS", "")),
+    }
+    if os.environ.get("JAX_EP_TEST_PLATFORM", "cpu") == "cuda":
+        gpus = _count_gpus()
+        environment["JAX_EP_TEST_GPUS"] = str(gpus)
+        share = 0.8 * min(1.0, gpus / count)
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
+    processes = []
+    for index, log in enumerate(logs):
+        with log.open("wb") as file:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+                    env=environment | {"JAX_EP_TEST_PROCESS": str(index)},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return processes
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _count_gpus() -> int:
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(visible.split(","))
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    return len(re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE))
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], deadline: float, grace: float) -> str | None:
+    """Until all have ended; why not, if some have to be ended."""
+    while any(process.poll() is None for process in processes):
+        failed = [index for index, process in enumerate(processes) if process.poll()]
+        if failed and time.monotonic() + grace < deadline:
+            deadline = time.monotonic() + grace
+        if time.monotonic() > deadline:
+            left = [index for index, process in enumerate(processes) if process.poll() is None]
+            reason = f"after process {failed[0]} had failed" if failed else "at the time limit"
+            return f"processes {left} were killed {reason}"
+        time.sleep(0.05)
+    return None
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _exit_status(process: subprocess.Popen[bytes]) -> int:
+    """As a shell says it: 128 and the number of the signal, where one ended the process."""
+    code = process.returncode
+    return code if code >= 0 else 128 - code
+
+
+def _report(logs: list[pathlib.Path], status: list[int], why: str | None) -> None:
+    texts = [log.read_text(errors="replace").splitlines() for log in logs]
+    # A process that was killed tells less than one that failed by itself.
+    failed = [i for i, code in enumerate(status) if 0 < code < 128]
+    failed += [i for i, code in enumerate(status) if code >= 128]
+    shown = failed[0] if failed else 0
+    lines = texts[shown][-_TAIL:] if failed else _after_summary(texts[shown])
+    print(f"process {shown}:", *lines, sep="\n")
+    for index, (text, code) in enumerate(zip(texts, status, strict=True)):
+        last = text[-1] if text else "(no output)"
+        print(f"process {index}, exit status {code}: {last}")
+
+
+def _after_summary(lines: list[str]) -> list[str]:
+    """The short summary of pytest, which says what was skipped and why."""
+    starts = [number for number, line in enumerate(lines) if "short test summary" in line]
+    return lines[starts[-1] :] if starts else lines[-1:]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
