@@ -1,0 +1,146 @@
+"""The kernels for Hopper GPUs: their schedule, that they lower anywhere, and, on a GPU, their values."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from jax_ep import _compat, _grouped_dot_hopper
+from test_grouped_dot import SIZES, numpy_grouped_dot, problem, with_gradients
+
+needs_hopper = pytest.mark.skipif(not _compat.has_hopper_gpu(), reason="needs a Hopper GPU")
+WIDTHS = [(128, 128), (256, 384), (512, 256)]
+DTYPES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4}
+
+
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("tile", [8, 128])
+def test_tile_table(case, tile):
+    """Every row stands in one tile of its group; tiles do not reach over blocks."""
+    rows, sizes = SIZES[case]
+    group, block, first, end = (
+        np.asarray(a)
+        for a in _grouped_dot_hopper._tile_table(jnp.array(sizes, jnp.int32), rows, tile)
+    )
+    owner = np.full(rows, -1)
+    owner[: sum(sizes)] = np.repeat(np.arange(len(sizes)), sizes)
+    seen = np.full(rows, -2)
+    for g, b, f, e in zip(group, block, first, end, strict=True):
+        if f == e:
+            continue
+        assert b * tile <= f < e <= (b + 1) * tile
+        assert (seen[f:e] == -2).all()
+        seen[f:e] = g
+    np.testing.assert_array_equal(seen, owner)
+
+
+def test_why_not():
+    why_not = _grouped_dot_hopper.why_not
+    assert why_not(jnp.bfloat16, 8, 128, 256) is None
+    assert "multiples of 128 channels, not 100 and 256" in why_not(jnp.bfloat16, 8, 100, 256)
+    assert "none for int8" in why_not(jnp.dtype(jnp.int8), 8, 128, 128)
+    assert "no rows" in why_not(jnp.bfloat16, 0, 128, 128)
+
+
+@pytest.mark.skipif(
+    _grouped_dot_hopper.why_not(jnp.bfloat16, 8, 128, 128) is not None,
+    reason="this version of JAX has other Pallas interfaces",
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inner", "outer"), [(256, 384), (512, 256)])
+def test_lowers_for_gpus_anywhere(dtype, inner, outer):
+    """Forward and backward, with rows that no tile divides: Pallas checks shapes and shared memory."""
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape in [(1003, inner), (4, inner, outer), (1003, outer)]
+    ]
+
+    def passes(lhs, rhs, d_out, sizes):
+        kernels = _grouped_dot_hopper
+        return (
+            kernels.rows_by_matrices(lhs, rhs, sizes, contract=0),
+            kernels.rows_by_matrices(d_out, rhs, sizes, contract=1),
+            kernels.rows_by_rows(lhs, d_out, sizes),
+        )
+
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    exported = jax.export.export(jax.jit(passes), platforms=["cuda"])(*given, sizes)
+    assert [a.shape for a in exported.out_avals] == [
+        (1003, outer),
+        (1003, inner),
+        (4, inner, outer),
+    ]
+    assert exported.mlir_module().count("mosaic_gpu_v2") >= 3
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("case", SIZES)
+def test_values_and_gradients(case, width, dtype):
+    """As float64 gives them; NaN in unused rows reaches nothing."""
+    rows, sizes = SIZES[case]
+    lhs, rhs, d_out, unused = (
+        np.float64(jnp.asarray(a, dtype)) if isinstance(a, np.ndarray) else a
+        for a in problem(rows, sizes, *width)
+    )
+    want, gradients = numpy_grouped_dot(lhs, rhs, sizes)
+    wants = [want, *gradients(d_out)]
+    lhs[unused] = d_out[unused] = np.nan
+    gots = jax.jit(with_gradients)(
+        *(jnp.asarray(a, dtype) for a in (lhs, rhs)),
+        jnp.array(sizes, jnp.int32),
+        jnp.asarray(d_out, dtype),
+    )
+    for got, want in zip(gots, wants, strict=True):
+        scale = np.abs(want).max() + 1e-9
+        np.testing.assert_allclose(np.float64(got) / scale, want / scale, atol=DTYPES[dtype])
+    assert not np.any(gots[0][unused]) and not np.any(gots[1][unused])
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_transformations(check_vma):
+    """Under shard_map, scan, remat and donation the same comes out."""
+    lhs, rhs, _, _ = problem(300, (100, 0, 150), 128, 128)
+    lhs, rhs = jnp.asarray(lhs, jnp.bfloat16), jnp.asarray(rhs / 12, jnp.bfloat16)
+    sizes = jnp.array((100, 0, 150), jnp.int32)
+
+    def loss(rhs, lhs, sizes):
+        def step(x, _):
+            return jnp.tanh(jax.checkpoint(jax_ep.grouped_dot)(x, rhs, sizes)), None
+
+        return jax.lax.scan(step, lhs, length=4)[0].astype(jnp.float32).sum()
+
+    want = jax.jit(jax.grad(loss, argnums=(0, 1)))(rhs, lhs, sizes)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("expert",))
+    sharded = jax.shard_map(
+        jax.grad(loss, argnums=(0, 1)),
+        mesh=mesh,
+        in_specs=P("expert"),
+        out_specs=P("expert"),
+        check_vma=check_vma,
+    )
+    got = jax.jit(sharded, donate_argnums=1)(rhs, jnp.array(lhs), sizes)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_what_kernels_cannot_do_is_said(caplog):
+    """Other widths go through the loop, with a warning."""
+    jax_ep._grouped_dot._warn_of_loop.cache_clear()
+    out = jax.jit(functools.partial(jax_ep.grouped_dot))(
+        jnp.ones((16, 24)), jnp.ones((2, 24, 8)), jnp.array([4, 8], jnp.int32)
+    )
+    np.testing.assert_array_equal(out[:12], 24)
+    assert "multiples of 128 channels, not 24 and 8" in caplog.text
