@@ -80,7 +80,10 @@ def plan(
         (1,),
     ]
     if group.backend == "cuda":
-        shapes.append((_device_group.library().plan_scratch_size(num_experts, group.size),))
+        scratch = _device_group.library().plan_scratch_size(
+            _LAYOUTS[layout], num_tokens, top_k, num_experts, group.size
+        )
+        shapes.append((scratch,))
     leaves = _call(
         "jax_ep_plan",
         [_compat.result_type(topk_idx, shape, jnp.int32) for shape in shapes],

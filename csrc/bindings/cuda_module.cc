@@ -88,6 +88,17 @@ std::tuple<std::string, Text> DeviceUuid(int device) {
   return {uuid, error};
 }
 
+int64_t PlanScratchSize(int32_t layout, int32_t num_tokens, int32_t top_k, int32_t num_experts,
+                        int32_t num_ranks) {
+  cuda::PlanParams params{};
+  params.layout = static_cast<plan::Layout>(layout);
+  params.num_tokens = num_tokens;
+  params.top_k = top_k;
+  params.num_experts = num_experts;
+  params.group.num_ranks = num_ranks;
+  return cuda::PlanScratchSize(params);
+}
+
 }  // namespace
 
 NB_MODULE(_cuda, m) {
@@ -120,7 +131,8 @@ NB_MODULE(_cuda, m) {
         "The first failure of the group in this process as a text, or None.");
   m.def("workspace_bytes", &transport::WorkspaceBytes,
         "Bytes of device memory that a group takes on each of its GPUs.");
-  m.def("plan_scratch_size", &cuda::PlanScratchSize, nb::arg("num_experts"), nb::arg("num_ranks"),
+  m.def("plan_scratch_size", &PlanScratchSize, nb::arg("layout"), nb::arg("num_tokens"),
+        nb::arg("top_k"), nb::arg("num_experts"), nb::arg("num_ranks"),
         "Number of int32 in the scratch result of target jax_ep_plan.");
 }
 

@@ -164,13 +164,10 @@ class Adder {
 
   __device__ void StoreTotal(const Stage& stage) {
     float (&sum)[kPerLane][kVector] = kOneSegment ? segment_ : total_;
-    const int32_t num_vectors = stage.bytes / kVectorBytes;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int32_t v = Lane() + 32 * i;
-      if (v < num_vectors) {
-        StoreVector(reinterpret_cast<T*>(stage.output) + v * kVector, Pack<T>(sum[i]));
-      }
+      const int32_t offset = (Lane() + 32 * i) * kVectorBytes;
+      StorePart(reinterpret_cast<T*>(stage.output + offset), Pack<T>(sum[i]), stage.bytes - offset);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum[i][j] = 0.0f;
     }

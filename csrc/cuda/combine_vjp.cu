@@ -185,13 +185,18 @@ class Differentiator {
       float cotangent[kVector], products[kVector], scaled[kVector];
       Unpack(*reinterpret_cast<const RawVector<T>*>(gradient + at), cotangent);
       Unpack(*reinterpret_cast<const RawVector<T>*>(given + at), products);
+      // What lies past the end of a row, after half a vector, is no part of it.
+      if (at + kVectorBytes > bytes) {
+#pragma unroll
+        for (int j = kVector / 2; j < kVector; ++j) cotangent[j] = products[j] = 0.0f;
+      }
       Multiply(products, cotangent);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         lanes[j] = __fadd_rn(lanes[j], products[j]);
         scaled[j] = __fmul_rn(cotangent[j], weight);
       }
-      StoreVector(reinterpret_cast<T*>(d_row + at), Pack<T>(scaled));
+      StorePart(reinterpret_cast<T*>(d_row + at), Pack<T>(scaled), bytes - at);
     }
   }
 

@@ -36,12 +36,21 @@ struct PlanParams {
   int32_t* scratch;         // [PlanScratchSize()]; peers read it
 };
 
-// Number of int32 in PlanParams::scratch.
-int64_t PlanScratchSize(int32_t num_experts, int32_t num_ranks);
+enum class PlanKernel {
+  kPush,  // ranks send each other what they need: fast
+  kPull,  // ranks read it, for shapes that kPush has no room for
+  kNone,  // too many experts or ranks for either
+};
 
-cudaError_t LaunchPlan(const PlanParams& params, cudaStream_t stream);
+// By the shape alone, so that all ranks agree.
+PlanKernel ChoosePlanKernel(const PlanParams& params);
 
-// Loads the kernel on the current device, so that no launch has to.
+// Number of int32 in PlanParams::scratch, by the shape.
+int64_t PlanScratchSize(const PlanParams& params);
+
+cudaError_t LaunchPlan(const PlanParams& params, PlanKernel kernel, cudaStream_t stream);
+
+// Loads the kernels on the current device, so that no launch has to.
 cudaError_t LoadPlan();
 
 }  // namespace jax_ep::cuda

@@ -38,6 +38,15 @@ __device__ __forceinline__ void StoreVector(T* channels, const RawVector<T>& raw
   }
 }
 
+// As far as `bytes` go, a multiple of 16: a row of float32 may end in half a vector.
+template <typename T>
+__device__ __forceinline__ void StorePart(T* channels, const RawVector<T>& raw, int32_t bytes) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(raw.words) / 16); ++i) {
+    if (16 * i < bytes) reinterpret_cast<uint4*>(channels)[i] = raw.words[i];
+  }
+}
+
 __device__ __forceinline__ float ToFloat(float x) { return x; }
 __device__ __forceinline__ float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float ToFloat(__half x) { return __half2float(x); }

@@ -2,6 +2,8 @@
 
 #include "cuda/plan.h"
 
+#include <string>
+
 #include "ffi/cuda/device_call.h"
 
 namespace jax_ep {
@@ -11,6 +13,18 @@ namespace ffi = ::xla::ffi;
 namespace {
 
 using Out = ffi::Result<ffi::AnyBuffer>;
+
+cuda::PlanParams ShapeOf(const plan::PlanShape& shape) {
+  cuda::PlanParams params{};
+  params.layout = shape.layout;
+  params.num_tokens = shape.num_tokens;
+  params.top_k = shape.top_k;
+  params.num_experts = shape.num_experts;
+  params.capacity = shape.capacity;
+  params.alignment = shape.alignment;
+  params.expert_capacity = shape.expert_capacity;
+  return params;
+}
 
 ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBuffer topk_idx,
                 ffi::AnyBuffer /*coords*/, Out topk, Out dest_row, Out recv_rows, Out recv_src,
@@ -23,8 +37,6 @@ ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBu
               *demand, *num_dropped, *num_invalid},
              args);
   const plan::PlanShape& shape = args.shape;
-  CheckScratch(check, *scratch,
-               cuda::PlanScratchSize(shape.num_experts, shape.num_ranks) * sizeof(int32_t));
   DeviceGroup group;
   if (auto error = PrepareGroup(check, attrs.group, device, cuda::OpKind::kPlan,
                                 {shape.num_tokens, shape.top_k, shape.num_experts, shape.capacity,
@@ -33,17 +45,17 @@ ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBu
       error.failure()) {
     return error;
   }
-  cuda::PlanParams params{};
+  cuda::PlanParams params = ShapeOf(shape);
   params.group = group.params;
+  const cuda::PlanKernel kernel = cuda::ChoosePlanKernel(params);
+  if (kernel == cuda::PlanKernel::kNone) {
+    check.Fail("attributes num_experts and num_ranks", "a plan that fits the GPU's shared memory",
+               std::to_string(shape.num_experts) + " and " + std::to_string(shape.num_ranks));
+  }
+  CheckScratch(check, *scratch, cuda::PlanScratchSize(params) * sizeof(int32_t));
+  if (!check.ok()) return ToError(check.status());
   SharedOperands shared(group, stream);
   const plan::RankPlan& buffers = args.buffers;
-  params.layout = shape.layout;
-  params.num_tokens = shape.num_tokens;
-  params.top_k = shape.top_k;
-  params.num_experts = shape.num_experts;
-  params.capacity = shape.capacity;
-  params.alignment = shape.alignment;
-  params.expert_capacity = shape.expert_capacity;
   params.topk_idx = buffers.topk_idx;
   params.topk = buffers.topk;
   params.dest_row = buffers.dest_row;
@@ -55,12 +67,14 @@ ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBu
   params.demand = buffers.demand;
   params.num_dropped = buffers.num_dropped;
   params.num_invalid = buffers.num_invalid;
-  params.shared_topk = shared.Scratch("topk", buffers.topk,
-                                      int64_t{shape.num_tokens} * shape.top_k * sizeof(int32_t));
-  params.scratch = shared.Scratch("scratch", static_cast<int32_t*>(scratch->untyped_data()),
-                                  scratch->size_bytes());
+  if (kernel == cuda::PlanKernel::kPull) {
+    params.shared_topk = shared.Scratch("topk", buffers.topk,
+                                        int64_t{shape.num_tokens} * shape.top_k * sizeof(int32_t));
+    params.scratch = shared.Scratch("scratch", static_cast<int32_t*>(scratch->untyped_data()),
+                                    scratch->size_bytes());
+  }
   if (auto error = shared.error(); error.failure()) return error;
-  return ToError(cuda::LaunchPlan(params, stream), "plan");
+  return ToError(cuda::LaunchPlan(params, kernel, stream), "plan");
 }
 
 }  // namespace
