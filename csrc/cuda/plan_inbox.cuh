@@ -52,8 +52,8 @@ struct Shared {
   int32_t* own;      // [totals]: of this rank
   int32_t* found;    // [totals + 1]: in this block's chunk; then its invalid entries
   int32_t* kept;     // [L]: pairs kept of each local expert (layout "token")
-  uint32_t* masks;   // [slots, masks]
-  int32_t* bits;     // [slots, masks]: set in the words before
+  uint32_t* masks;   // [masks, slots]
+  int32_t* bits;     // [masks, slots]: set in the words before
 
   __device__ Shared(const PlanParams& p, const Sizes& n, int32_t* memory) {
     entries = memory;

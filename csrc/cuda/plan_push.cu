@@ -49,7 +49,7 @@ __device__ void CleanEntries(const PlanParams& p, const Sizes& n, const Shared& 
           id = given[k];
           const int32_t slot =
               p.layout == Layout::kExpert ? id : plan::RankOfExpert(id, n.num_local);
-          atomicOr(&shared.masks[slot * n.masks + t / 32], 1u << (t % 32));
+          atomicOr(&shared.masks[(t / 32) * n.slots + slot], 1u << (t % 32));
           if (p.layout == Layout::kToken) atomicAdd(&shared.found[n.columns + id], 1);
         } else {
           num_invalid += given[k] != plan::kNone;
@@ -71,8 +71,8 @@ __device__ void CountBits(const Sizes& n, const Shared& shared, int32_t first, i
   for (int32_t slot = first + threadIdx.x; slot < end; slot += kThreads) {
     int32_t sum = 0;
     for (int32_t w = 0; w < n.masks; ++w) {
-      shared.bits[slot * n.masks + w] = sum;
-      sum += __popc(shared.masks[slot * n.masks + w]);
+      shared.bits[w * n.slots + slot] = sum;
+      sum += __popc(shared.masks[w * n.slots + slot]);
     }
     total(slot, sum);
   }
@@ -166,7 +166,7 @@ __device__ bool TakeEntries(const PlanParams& p, const Sizes& n, const Shared& s
                  const int32_t t = e / p.top_k;
                  const int32_t slot =
                      n.columns + place * n.here + (p.layout == Layout::kExpert ? local : 0);
-                 atomicOr(&shared.masks[slot * n.masks + t / 32], 1u << (t % 32));
+                 atomicOr(&shared.masks[(t / 32) * n.slots + slot], 1u << (t % 32));
                }
              }) &&
          ok;
@@ -224,6 +224,21 @@ __device__ void LayOutColumns(const PlanParams& p, const Sizes& n, const Shared&
   }
 }
 
+// The token and the place of the entries that a thread goes through, without a division for each.
+struct Entry {
+  int32_t t, k;
+
+  __device__ Entry(int32_t e, int32_t top_k) : t(e / top_k), k(e % top_k) {}
+  // On by `tokens` tokens and `places` places, less than a token's.
+  __device__ void Advance(int32_t tokens, int32_t places, int32_t top_k) {
+    t += tokens;
+    k += places;
+    if (k < top_k) return;
+    k -= top_k;
+    ++t;
+  }
+};
+
 // Numbers the chunk's entries of one source.
 __device__ void NumberEntries(const PlanParams& p, const Sizes& n, const Shared& shared, int source,
                               int32_t begin, int32_t count) {
@@ -232,10 +247,13 @@ __device__ void NumberEntries(const PlanParams& p, const Sizes& n, const Shared&
   const int32_t first_slot =
       source == me ? 0 : n.columns + (source < me ? source : source - 1) * n.here;
   int32_t* entries = shared.entries + source * n.entries;
-  for (int32_t e = threadIdx.x; e < count; e += kThreads) {
+  const int32_t tokens = kThreads / p.top_k;
+  const int32_t places = kThreads % p.top_k;
+  Entry entry(threadIdx.x, p.top_k);
+  for (int32_t e = threadIdx.x; e < count; e += kThreads, entry.Advance(tokens, places, p.top_k)) {
     const int32_t id = entries[e];  // of peers the local one
-    const int32_t t = e / p.top_k;
-    const int32_t k = e - t * p.top_k;
+    const int32_t t = entry.t;
+    const int32_t k = entry.k;
     int32_t row = plan::kNone;
     int32_t local = plan::kNone;  // if the row is here
     if (id != plan::kNone) {
@@ -243,7 +261,7 @@ __device__ void NumberEntries(const PlanParams& p, const Sizes& n, const Shared&
       const int32_t expert = source == me ? id : id + me * n.num_local;
       const int32_t column = by_expert ? expert : rank;
       const int32_t slot = first_slot + (source == me ? column : by_expert ? id : 0);
-      const int32_t word = slot * n.masks + t / 32;
+      const int32_t word = (t / 32) * n.slots + slot;
       const int32_t position = shared.before[slot] + shared.bits[word] +
                                __popc(shared.masks[word] & ((1u << (t % 32)) - 1));
       row = plan::ExpertRow(shared.starts[column], shared.counts[column], position);
@@ -264,11 +282,15 @@ __device__ void ListRows(const PlanParams& p, const Sizes& n, const Shared& shar
                          int32_t begin, int32_t count) {
   const int32_t num_rows = plan::RowsPerSource(p.layout, p.top_k, n.num_local);
   const int32_t* entries = shared.entries + source * n.entries;
-  for (int32_t e = threadIdx.x; e < count; e += kThreads) {
+  const int32_t tokens = kThreads / p.top_k;
+  const int32_t places = kThreads % p.top_k;
+  Entry entry(threadIdx.x, p.top_k);
+  for (int32_t e = threadIdx.x; e < count; e += kThreads, entry.Advance(tokens, places, p.top_k)) {
     const int32_t row = entries[e];
     if (row == plan::kNone) continue;
-    const int32_t t = e / p.top_k;
+    const int32_t t = entry.t;
     int32_t place = 0;
+#pragma unroll 8
     for (int32_t k = 0; k < p.top_k; ++k) {
       const int32_t other = entries[t * p.top_k + k];
       place += other != plan::kNone && other < row;
