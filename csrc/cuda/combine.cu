@@ -66,7 +66,8 @@ class Ring {
 
   // Source: whether home has read the sum of `token`; WaitFree waits for it.
   __device__ bool IsFree(int home, int32_t token) const {
-    return token < 0 || ptx::LoadAcquireSystem(FreeWord(home, token)) == Word(token);
+    if (token < 0 || kMutation == kWithoutRingFree) return true;
+    return ptx::LoadAcquireSystem(FreeWord(home, token)) == Word(token);
   }
   __device__ bool WaitFree(int home, int32_t token) const {
     return token < 0 || Wait(FreeWord(home, token), Word(token), home);
@@ -87,6 +88,7 @@ class Ring {
 
   // Home: whether the sum of `source` is there; WaitReady waits for it.
   __device__ bool IsReady(int source, int32_t token) const {
+    if (kMutation == kWithoutRingReady) return true;
     return ptx::LoadAcquireSystem(ReadyWord(source, token)) == Word(token);
   }
   __device__ bool WaitReady(int source, int32_t token) const {
@@ -142,6 +144,7 @@ __device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T, true>& 
     ptx::FenceProxyAsyncGlobal();  // home reads by bulk copies what this lane stored
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
+    TestDelay(p.group.rank, epoch, 3 + token_of(item));
     ptx::FenceAcquireReleaseSystem();
     ring.TellReady(home_of(item), token_of(item));
   };

@@ -108,7 +108,8 @@ __device__ bool Take(const GroupParams& group, uint64_t epoch, int32_t count, Ad
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (first + i >= count) continue;
-      for (Deadline deadline; ok && static_cast<uint32_t>(words[i]) != expected;) {
+      for (Deadline deadline;
+           ok && kMutation != kWithoutPlanWords && static_cast<uint32_t>(words[i]) != expected;) {
         ok = deadline.Continue(group, Phase::kRows, group.rank, expected,
                                static_cast<uint32_t>(words[i]));
         words[i] = ptx::LoadRelaxedSystem(address_of(first + i));

@@ -185,7 +185,7 @@ __device__ int32_t TotalOf(const PlanParams& p, uint64_t epoch, int32_t c, int32
     uint64_t word;
     do {  // it left together with the flag that was waited for
       word = ptx::LoadRelaxedSystem(&Own(p.group).totals[r][c]);
-    } while ((word & 0xffffffff) != (epoch & 0xffffffff));
+    } while (kMutation != kWithoutPlanTotals && (word & 0xffffffff) != (epoch & 0xffffffff));
     total += static_cast<int32_t>(word >> 32);
   }
   return total;

@@ -353,6 +353,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   for (int32_t i = threadIdx.x; i <= n.totals; i += kThreads) shared.found[i] = 0;
   for (int32_t i = threadIdx.x; i < n.num_local; i += kThreads) shared.kept[i] = 0;
   __syncthreads();
+  TestDelay(p.group.rank, epoch, 0);
   CleanEntries(p, n, shared, inbox, epoch, begin, count);
   // Before the blocks meet, since any of them may write any row.
   FillNone(p.recv_src, p.capacity);
@@ -362,6 +363,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   __syncthreads();
   CountBits(n, shared, 0, n.columns,
             [&](int32_t slot, int32_t total) { shared.found[slot] = total; });
+  TestDelay(p.group.rank, epoch, 1);
   cluster.sync();
   AddBlocks(p, n, shared, inbox, epoch, cluster);
   bool ok = WaitArrivals(p.group, epoch);  // also for what the block shares

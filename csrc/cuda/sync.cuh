@@ -17,6 +17,7 @@
 
 #include "cuda/group_params.h"
 #include "cuda/ptx.cuh"
+#include "cuda/test_hooks.cuh"
 #include "cuda/workspace.h"
 
 namespace jax_ep::cuda {
@@ -140,6 +141,7 @@ __device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t epoc
 __device__ inline void Publish(const GroupParams& group, uint64_t epoch,
                                const void* const (&addresses)[kMaxAddresses]) {
   constexpr int kWords = kMaxAddresses + 1;
+  TestDelay(group.rank, epoch, 0);
   ptx::FenceAcquireReleaseSystem();
   for (int i = threadIdx.x; i < group.num_ranks * kWords; i += blockDim.x) {
     Workspace& peer = *group.peers[i / kWords];
@@ -192,7 +194,8 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
   bool arrived = true;
   for (int i = threadIdx.x; i < group.num_ranks * kMaxAddresses; i += blockDim.x) {
     const int r = i / kMaxAddresses;
-    if (!WaitFlag(group, own.arrival[epoch % 2][r].value, epoch, Phase::kArrival, r)) {
+    const uint64_t& flag = own.arrival[epoch % 2][r].value;
+    if (kMutation != kWithoutArrival && !WaitFlag(group, flag, epoch, Phase::kArrival, r)) {
       arrived = false;
       break;
     }
@@ -200,7 +203,7 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
     uint64_t word;
     for (Deadline deadline; arrived;) {
       word = ptx::LoadRelaxedSystem(&own.addresses[r][i % kMaxAddresses]);
-      if ((word & 0xffff) == (epoch & 0xffff)) break;
+      if ((word & 0xffff) == (epoch & 0xffff) || kMutation == kWithoutArrival) break;
       arrived = deadline.Continue(group, Phase::kArrival, r, epoch & 0xffff, word & 0xffff);
     }
     if (!arrived) break;
@@ -211,6 +214,7 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
     inputs.address[r][i % kMaxAddresses] =
         reinterpret_cast<const char*>(region.base + (offset < region.size ? offset : 0));
   }
+  TestDelay(group.rank, epoch, 1);
   return __syncthreads_and(arrived);
 }
 
@@ -220,13 +224,16 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
 template <typename Finish>
 __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish) {
   Workspace& own = Own(group);
+  TestDelay(group.rank, epoch, 2);
   if (!IsLastBlock(&own.blocks_done)) return;
   for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
     ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value, FlagValue(epoch, group.tag));
   }
   finish();
   for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
-    WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r);
+    if (kMutation != kWithoutClose) {
+      WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r);
+    }
   }
   __syncthreads();
   if (threadIdx.x != 0) return;

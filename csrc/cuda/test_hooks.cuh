@@ -1,0 +1,37 @@
+// What stress tests build into the kernels: delays that bring races to light, and mutations, each
+// of which takes one wait out, to show that the tests would notice. Neither is in the library.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_ep::cuda {
+
+#ifdef JAX_EP_MUTATION
+constexpr int kMutation = JAX_EP_MUTATION;
+#else
+constexpr int kMutation = 0;
+#endif
+
+// The waits that can be taken out.
+constexpr int kWithoutArrival = 1;     // of peers' inputs
+constexpr int kWithoutClose = 2;       // until peers have read this rank's inputs
+constexpr int kWithoutRingReady = 3;   // for sums of peers
+constexpr int kWithoutRingFree = 4;    // until home has read a slot
+constexpr int kWithoutPlanWords = 5;   // for the messages of the plan that pushes
+constexpr int kWithoutPlanTotals = 6;  // for the totals of the plan that pulls
+
+// Some blocks, at some points of some ops, wait for up to 30 us.
+__device__ __forceinline__ void TestDelay([[maybe_unused]] int rank,
+                                          [[maybe_unused]] uint64_t epoch,
+                                          [[maybe_unused]] uint32_t point) {
+#ifdef JAX_EP_TEST_DELAYS
+  uint32_t x = static_cast<uint32_t>(epoch) * 2654435761u ^ point * 40503u ^
+               (blockIdx.x + 1) * 2246822519u ^ (rank + 1) * 3266489917u;
+  x ^= x >> 15;
+  x *= 2246822519u;
+  x ^= x >> 13;
+  if (x % 4 == 0) __nanosleep(x / 4 % 30000);
+#endif
+}
+
+}  // namespace jax_ep::cuda
