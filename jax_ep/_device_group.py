@@ -228,14 +228,14 @@ class _Offer:
         size = native.workspace_bytes()
         workspace = _checked(native.allocate_exportable(ordinal, ordinals, size))[0]
         self.workspaces[device] = workspace
-        exported = [_checked(native.export_allocation(workspace))]
+        exported = [_checked(native.export_allocation(ordinal, workspace))]
         self.descriptors.append(exported[0][0])
         reason = _why_not_in_place(ordinal)
         if reason == "":
-            exported.append(_checked(native.export_allocation(_address_of_an_array(ordinal))))
+            address = _address_of_an_array(ordinal)
         else:
             address, _ = _staging_of(ordinal, ordinals)
-            exported.append(_checked(native.export_allocation(address)))
+        exported.append(_checked(native.export_allocation(ordinal, address)))
         self.descriptors.append(exported[1][0])
         self.devices[str(device)] = {
             "uuid": uuid,
@@ -250,8 +250,7 @@ class _Offer:
 
 
 def _prepare(offer: _Offer, own: dict[int, int]) -> None:
-    """Watch the peers that are new, and offer the memory of this process's GPUs."""
-    _watch_peers()
+    """Offer the memory of this process's GPUs."""
     for device, ordinal in own.items():
         offer.add(device, ordinal, sorted(own.values()))
 
@@ -263,7 +262,7 @@ def _why_not_in_place(ordinal: int) -> str:
     allocator = os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower()
     if allocator not in ("default", "bfc"):
         return f"XLA_PYTHON_CLIENT_ALLOCATOR={allocator} gives no one arena"
-    descriptor, _, size, error = library().export_allocation(_address_of_an_array(ordinal))
+    descriptor, _, size, error = library().export_allocation(ordinal, _address_of_an_array(ordinal))
     if error is not None:
         return f"XLA's memory cannot be exported ({error})"
     os.close(descriptor)
@@ -305,6 +304,7 @@ def _map_and_create(
     ``own`` has the CUDA ordinals of this process's devices by their ids.
     """
     native = library()
+    _watch_peers()
     ordinals = sorted(own.values())
     wanted = {rank.device for ranks in instances for rank in ranks}
     uuids = [device["uuid"] for device in offer.devices.values()]
