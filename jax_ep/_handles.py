@@ -235,14 +235,16 @@ class Endpoint:
             if not _same_user(connection):
                 raise OSError("it belongs to another user")
             ours, theirs = socket.socketpair()
+            self._lifelines[process] = ours
             with theirs:
                 greeting = {"process": self.me, "token": facts["token"]}
                 send(connection, greeting, [theirs.fileno()])
         except OSError as error:
             connection.close()
+            if process in self._lifelines:
+                self._lifelines.pop(process).close()
             raise CommunicationError(f"process {process} cannot be reached: {error}") from error
         self._connections[process] = connection
-        self._lifelines[process] = ours
 
 
 def host_name() -> str:

@@ -280,7 +280,7 @@ def ending(ranks: int) -> None:
 def side_by_side(ranks: int) -> None:
     """Groups of two side by side, of which one fails: all make new ones, and they work."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(-1, 2), ("data", "expert"))
-    group = jax_ep.create_group(mesh, backend="cuda", timeout=2)
+    group = jax_ep.create_group(mesh, backend="cuda", timeout=5)
     me = jax.process_index()
     idx, weights = routes(2, seed=0)
     x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
@@ -319,9 +319,9 @@ def side_by_side(ranks: int) -> None:
         except (jax_ep.CommunicationError, AssertionError) as error:
             print(f"second: {type(error).__name__}")
     new = jax_ep.create_group(mesh, backend="cuda", timeout=20)
-    again = jax_ep.create_group(mesh, backend="cuda", timeout=2)
+    again = jax_ep.create_group(mesh, backend="cuda", timeout=5)
     assert again is not group
-    assert jax_ep.create_group(mesh, backend="cuda", timeout=2) is again
+    assert jax_ep.create_group(mesh, backend="cuda", timeout=5) is again
     for made in (new, again):
         check(program(made)(*operands))
         made.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -171,9 +172,20 @@ def error_of(do):
     return str(caught.value)
 
 
-def knock(end, process, token, lifeline=True):
-    """Connects to ``end`` with a greeting."""
-    facts = end.introduce([end.me], 1)[end.me]
+@pytest.fixture
+def knock():
+    """Connects to an end with a greeting; the connection and the lifeline."""
+    with contextlib.ExitStack() as stack:
+
+        def connect(*arguments):
+            return [stack.enter_context(opened) for opened in greet(*arguments)]
+
+        yield connect
+
+
+def greet(end, process, token, lifeline=True):
+    """``knock``; the sockets are the caller's to close."""
+    facts = end.introduce([end.me], 1.0)[end.me]
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(facts["path"])
     ours, theirs = socket.socketpair()
@@ -193,7 +205,7 @@ def is_closed(connection) -> bool:
 
 
 def test_the_socket_is_this_users_alone(ends):
-    path = pathlib.Path(ends[0].introduce([0], 1)[0]["path"])
+    path = pathlib.Path(ends[0].introduce([0], 1.0)[0]["path"])
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert path.is_socket()
     ends[0].close()
@@ -206,7 +218,7 @@ def test_long_temporary_directories(store, tmp_path, monkeypatch):
     long.mkdir()
     monkeypatch.setattr(_handles.tempfile, "tempdir", str(long))
     end = _handles.Endpoint(0, 2, {})
-    path = end.introduce([0], 1)[0]["path"]
+    path = end.introduce([0], 1.0)[0]["path"]
     assert len(path) <= 107 and pathlib.Path(path).is_socket()
     end.close()
     assert not list(long.iterdir())
@@ -216,8 +228,8 @@ def test_descriptors_arrive_and_are_not_inherited(ends):
     first, second = ends
     with open(os.memfd_create("memory"), "wb+", buffering=0) as file:
         file.write(b"rows")
-        join = in_background(lambda: first.exchange([1], {"n": 1}, [file.fileno()] * 3, 20))
-        message, descriptors = second.exchange([0], {"n": 2}, [], 20)[0]
+        join = in_background(lambda: first.exchange([1], {"n": 1}, [file.fileno()] * 3, 20.0))
+        message, descriptors = second.exchange([0], {"n": 2}, [], 20.0)[0]
         assert join() == {1: ({"n": 2}, [])}
     assert message == {"n": 1} and len(descriptors) == 3
     assert all(os.pread(descriptor, 9, 0) == b"rows" for descriptor in descriptors)
@@ -226,12 +238,12 @@ def test_descriptors_arrive_and_are_not_inherited(ends):
 
 
 @pytest.mark.parametrize("token", ["", "0" * 32, "é", 7, ["a"]])
-def test_wrong_tokens_are_refused(ends, token):
+def test_wrong_tokens_are_refused(ends, knock, token):
     """Whoever comes with one is sent away, and those who are awaited still come in."""
     first, second = ends
     connection, lifeline = knock(first, 1, token)
-    join = in_background(lambda: first.exchange([1], {}, [], 20))
-    second.exchange([0], {}, [], 20)
+    join = in_background(lambda: first.exchange([1], {}, [], 20.0))
+    second.exchange([0], {}, [], 20.0)
     join()
     assert is_closed(connection) and is_closed(lifeline)
 
@@ -241,40 +253,40 @@ def test_wrong_tokens_are_refused(ends, token):
     [("1", True), (None, True), (1, False)],
     ids=["text", "none", "lifeline"],
 )
-def test_greetings_with_the_token_but_wrong_are_refused(ends, process, lifeline):
+def test_greetings_with_the_token_but_wrong_are_refused(ends, knock, process, lifeline):
     first, second = ends
     connection, _ = knock(first, process, None, lifeline)
-    join = in_background(lambda: first.exchange([1], {}, [], 20))
-    second.exchange([0], {}, [], 20)
+    join = in_background(lambda: first.exchange([1], {}, [], 20.0))
+    second.exchange([0], {}, [], 20.0)
     join()
     assert is_closed(connection)
 
 
-def test_other_users_are_refused(ends, monkeypatch):
+def test_other_users_are_refused(ends, knock, monkeypatch):
     """On both sides: who connects, and whom one connects to."""
     first, second = ends
     monkeypatch.setattr(_handles.os, "getuid", lambda: os.geteuid() + 1)
     connection, _ = knock(first, 1, None)
-    text = error_of(lambda: first.exchange([1], {}, [], 1))
+    text = error_of(lambda: first.exchange([1], {}, [], 1.0))
     assert text == "processes [1] did not connect within 1 s"
     assert is_closed(connection)
-    text = error_of(lambda: second.exchange([0], {}, [], 1))
+    text = error_of(lambda: second.exchange([0], {}, [], 1.0))
     assert text == "process 0 cannot be reached: it belongs to another user"
 
 
 def test_silence_breaks_the_connection_for_good(ends):
     """What comes too late is not taken for the answer to something else."""
     first, second = ends
-    join = in_background(lambda: first.exchange([1], {"n": 1}, [], 20))
-    second.exchange([0], {"n": 1}, [], 20)
+    join = in_background(lambda: first.exchange([1], {"n": 1}, [], 20.0))
+    second.exchange([0], {"n": 1}, [], 20.0)
     join()
     text = "process 1 took no part in making the group: it sent nothing within 0.2 s"
     assert error_of(lambda: first.exchange([1], {"n": 2}, [], 0.2)) == text
     for _ in range(2):
-        text = error_of(lambda: second.exchange([0], {"n": 3}, [], 20))
+        text = error_of(lambda: second.exchange([0], {"n": 3}, [], 20.0))
         assert text.startswith("process 0 took no part in making the group: it is gone")
     text = "process 1 took no part in making the group: it sent nothing within 0.2 s"
-    assert error_of(lambda: first.exchange([1], {"n": 4}, [], 20)) == text
+    assert error_of(lambda: first.exchange([1], {"n": 4}, [], 20.0)) == text
 
 
 def test_messages_that_are_cut_leak_no_descriptors():
