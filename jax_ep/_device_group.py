@@ -230,7 +230,7 @@ class _Offer:
         self.workspaces[device] = workspace
         exported = [_checked(native.export_allocation(ordinal, workspace))]
         self.descriptors.append(exported[0][0])
-        reason = _why_not_in_place(ordinal)
+        reason = why_not_in_place(ordinal)
         if reason == "":
             address = _address_of_an_array(ordinal)
         else:
@@ -255,7 +255,7 @@ def _prepare(offer: _Offer, own: dict[int, int]) -> None:
         offer.add(device, ordinal, sorted(own.values()))
 
 
-def _why_not_in_place(ordinal: int) -> str:
+def why_not_in_place(ordinal: int) -> str:
     """Why peers cannot read XLA's arrays of a GPU where they are, or ""."""
     if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0"):
         return "XLA_PYTHON_CLIENT_PREALLOCATE=false lets XLA's memory grow"
@@ -277,15 +277,18 @@ def _address_of_an_array(ordinal: int) -> int:
     return jax.block_until_ready(array).unsafe_buffer_pointer()
 
 
+def staging_bytes() -> int:
+    """Bytes of memory on each GPU of a group that operands are copied into, where they must be."""
+    text = os.environ.get("JAX_EP_STAGING_BYTES", str(_STAGING_BYTES))
+    if not text.isdigit() or int(text) == 0:
+        raise CommunicationError(f"JAX_EP_STAGING_BYTES: expected a number of bytes, got {text!r}")
+    return int(text)
+
+
 def _staging_of(ordinal: int, ordinals: list[int]) -> tuple[int, int]:
     key = (ordinal, tuple(ordinals))
     if key not in _staging:
-        text = os.environ.get("JAX_EP_STAGING_BYTES", str(_STAGING_BYTES))
-        if not text.isdigit() or int(text) == 0:
-            raise CommunicationError(
-                f"JAX_EP_STAGING_BYTES: expected a number of bytes, got {text!r}"
-            )
-        size = int(text)
+        size = staging_bytes()
         address = _checked(library().allocate_exportable(ordinal, ordinals, size))[0]
         _staging[key] = (address, size)
     return _staging[key]

@@ -182,6 +182,6 @@ if __name__ == "__main__":
     jax.process_index, jax.process_count = lambda: ME, lambda: PROCESSES
     _device_group.library = lambda: memory
     _device_group._address_of_an_array = lambda ordinal: memory.allocate_exportable(0, [0], 4096)[0]
-    _device_group._why_not_in_place = lambda ordinal: ""
+    _device_group.why_not_in_place = lambda ordinal: ""
     _device_group._MEETING_TIMEOUT_S = 60.0
     print("SAW " + json.dumps(globals()[SCENE]()), flush=True)
