@@ -169,6 +169,29 @@ def killed() -> Any:
     return {"seconds": seconds, "results": results}
 
 
+def forked() -> Any:
+    """A process that is gone while a fork of it lives on; the fork is alive until "end" is there."""
+    _device_group.agree(EVERYBODY, "group", 0)
+    pid, end = FOLDER / "fork", FOLDER / "end"
+    if ME == 1:
+        fork = os.fork()
+        if fork == 0:
+            for descriptor in (0, 1, 2):
+                os.close(descriptor)
+            deadline = time.monotonic() + 60
+            while not end.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os._exit(0)
+        pid.write_text(str(fork))
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    result = create(1, [EVERYBODY])
+    seconds = time.monotonic() - begin
+    os.kill(int(pid.read_text()), 0)
+    end.touch()
+    return {"seconds": seconds, "result": result}
+
+
 def absent() -> Any:
     """A process that does not come."""
     _device_group._MEETING_TIMEOUT_S = 2.0

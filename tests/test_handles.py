@@ -115,6 +115,14 @@ def test_killed_process(tmp_path):
         assert saw["seconds"] < 5
 
 
+def test_forks_hold_no_connections(tmp_path):
+    """A data loader's process, say, that outlives the one that made it."""
+    saw, gone = play("forked", 2, tmp_path)
+    assert gone is None
+    assert "process 1 took no part in making the group: it is gone" in saw["result"]
+    assert saw["seconds"] < 5
+
+
 def test_process_that_does_not_come(tmp_path):
     first, second, _ = play("absent", 3, tmp_path)
     for text in (first, second):
