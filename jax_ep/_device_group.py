@@ -14,6 +14,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 
 from jax_ep import _compat, _handles
 from jax_ep._errors import CommunicationError
+from jax_ep._version import __version__
 
 _OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
 _MEETING_TIMEOUT_S = 300.0  # for all processes to come and make a group
@@ -31,10 +33,12 @@ _MIB = 1 << 20
 
 logger = logging.getLogger("jax_ep")
 
-# What was exported and mapped so far; it stays until the process ends.
-_staging: dict[int, tuple[int, int]] = {}  # by CUDA ordinal: address, size
-_mapped: dict[tuple[int, int, int, int], int] = {}  # by process, ordinal, base, size there
+# What was exported and mapped so far; it stays until the process ends. Only the GPUs that it was
+# mapped for can use it, so they are part of the keys.
+_staging: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # by CUDA ordinal: address, size
+_mapped: dict[tuple[Any, ...], int] = {}  # by process, device, base, size there: address
 _staged_groups: dict[int, str] = {}  # by id: why
+_warned: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +87,37 @@ def failure(group_id: int) -> str | None:
     return library().group_failure(group_id)
 
 
-def hosts(processes: list[int]) -> set[str]:
-    """The hosts that processes run on."""
+def obstacle(processes: list[int], unavailable: str | None) -> str | None:
+    """Why the processes cannot make groups of GPUs together, the same in all of them, or None.
+
+    Args:
+        processes: JAX's indices of the processes of the mesh.
+        unavailable: Why this process has no kernels.
+    """
     me = jax.process_index()
-    return {
-        found["host"] for found in _handles.introduce(me, processes, _MEETING_TIMEOUT_S).values()
-    }
+    if me not in processes:
+        return unavailable
+    found = _endpoint(unavailable).introduce(processes, _MEETING_TIMEOUT_S)
+    for process, facts in found.items():
+        if facts["unavailable"]:
+            return f"in process {process} {facts['unavailable']}"
+    if len({facts["host"] for facts in found.values()}) > 1:
+        return "the mesh spans several hosts, which the cuda backend cannot do yet"
+    versions = {facts["version"]: process for process, facts in found.items()}
+    if len(versions) > 1:
+        texts = [f"process {process} has {version}" for version, process in versions.items()]
+        return f"the processes have different versions of jax_ep: {', '.join(texts)}"
+    return None
 
 
 def agree(processes: list[int], what: str, value: int) -> int:
-    """The largest of the values that the processes have."""
+    """The largest of the values that the processes have.
+
+    Raises:
+        CommunicationError: if a process does not come, or comes with another ``what``.
+    """
+    if jax.process_index() not in processes:
+        return value
     received = _meet(processes, {"what": what, "value": value})
     for process, (message, _) in received.items():
         if message.get("what") != what:
@@ -117,6 +142,8 @@ def create(group_id: int, instances: list[list[Rank]], timeout: float) -> None:
     me = jax.process_index()
     mine = [ranks for ranks in instances if any(rank.process == me for rank in ranks)]
     processes = sorted({rank.process for ranks in instances for rank in ranks})
+    if me not in processes:
+        return
     if processes == [me]:
         specs: list[Any] = [[(rank.ordinal, me, 0, []) for rank in ranks] for ranks in mine]
         error = library().create_group(group_id, specs, timeout, _OP_TIMEOUT_S, _MAX_BLOCKS, [])
@@ -132,25 +159,21 @@ def _create_together(
     me = jax.process_index()
     own = {r.device: r.ordinal for ranks in instances for r in ranks if r.ordinal is not None}
     offer = _Offer()
-    error: str | None = None
-    try:
-        for device, ordinal in own.items():
-            offer.add(device, ordinal, sorted(own.values()))
-    except CommunicationError as failed:
-        error = str(failed)
+    # Whatever goes wrong here, the others wait for this process: it tells them.
+    error = _error_of(lambda: _prepare(offer, own))
     message = {"what": f"group {group_id}", "devices": offer.devices, "error": error}
-    received = _meet(processes, message, offer.descriptors)
-    offer.close()
-    _raise_first({me: error, **{p: m["error"] for p, (m, _) in received.items()}})
-
     try:
-        error = _map_and_create(group_id, instances, own, offer, received, timeout)
-    except CommunicationError as failed:
-        error = str(failed)
+        received = _meet(processes, message, offer.descriptors)
+    finally:
+        offer.close()
+    try:
+        _raise_first({me: error, **{p: m["error"] for p, (m, _) in received.items()}})
+        error = _error_of(
+            lambda: _map_and_create(group_id, instances, own, offer, received, timeout)
+        )
     finally:
         for _, descriptors in received.values():
-            for descriptor in descriptors:
-                os.close(descriptor)
+            _handles.close_all(descriptors)
     answers = _meet(processes, {"what": f"made {group_id}", "error": error})
     _raise_first({me: error, **{p: m["error"] for p, (m, _) in answers.items()}})
     reasons = [
@@ -161,11 +184,25 @@ def _create_together(
     ]
     if reasons:
         _staged_groups[group_id] = reasons[0]
-        logger.warning(
-            "operands are copied before peers read them, which costs time: %s. Let XLA preallocate "
-            "its memory (the default) with its default allocator to avoid this.",
-            reasons[0],
-        )
+        if reasons[0] not in _warned:
+            _warned.add(reasons[0])
+            logger.warning(
+                "operands are copied before peers read them, which costs time: %s. Let XLA "
+                "preallocate its memory (the default) with its default allocator to avoid this.",
+                reasons[0],
+            )
+
+
+def _error_of(do: Callable[[], None]) -> str | None:
+    """The text of the error that ``do`` raises, or None."""
+    try:
+        do()
+    except CommunicationError as error:
+        return str(error)
+    except Exception as error:
+        logger.exception("making a group failed")
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 class _Offer:
@@ -191,14 +228,14 @@ class _Offer:
         size = native.workspace_bytes()
         workspace = _checked(native.allocate_exportable(ordinal, ordinals, size))[0]
         self.workspaces[device] = workspace
-        exported = [_checked(native.export_allocation(workspace))]
+        exported = [_checked(native.export_allocation(ordinal, workspace))]
         self.descriptors.append(exported[0][0])
-        reason = _why_not_in_place(ordinal)
+        reason = why_not_in_place(ordinal)
         if reason == "":
-            exported.append(_checked(native.export_allocation(_address_of_an_array(ordinal))))
+            address = _address_of_an_array(ordinal)
         else:
             address, _ = _staging_of(ordinal, ordinals)
-            exported.append(_checked(native.export_allocation(address)))
+        exported.append(_checked(native.export_allocation(ordinal, address)))
         self.descriptors.append(exported[1][0])
         self.devices[str(device)] = {
             "uuid": uuid,
@@ -208,19 +245,24 @@ class _Offer:
 
     def close(self) -> None:
         """Close the descriptors, which were sent."""
-        for descriptor in self.descriptors:
-            os.close(descriptor)
+        _handles.close_all(self.descriptors)
         self.descriptors = []
 
 
-def _why_not_in_place(ordinal: int) -> str:
+def _prepare(offer: _Offer, own: dict[int, int]) -> None:
+    """Offer the memory of this process's GPUs."""
+    for device, ordinal in own.items():
+        offer.add(device, ordinal, sorted(own.values()))
+
+
+def why_not_in_place(ordinal: int) -> str:
     """Why peers cannot read XLA's arrays of a GPU where they are, or ""."""
     if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0"):
         return "XLA_PYTHON_CLIENT_PREALLOCATE=false lets XLA's memory grow"
     allocator = os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower()
     if allocator not in ("default", "bfc"):
         return f"XLA_PYTHON_CLIENT_ALLOCATOR={allocator} gives no one arena"
-    descriptor, _, size, error = library().export_allocation(_address_of_an_array(ordinal))
+    descriptor, _, size, error = library().export_allocation(ordinal, _address_of_an_array(ordinal))
     if error is not None:
         return f"XLA's memory cannot be exported ({error})"
     os.close(descriptor)
@@ -235,19 +277,21 @@ def _address_of_an_array(ordinal: int) -> int:
     return jax.block_until_ready(array).unsafe_buffer_pointer()
 
 
+def staging_bytes() -> int:
+    """Bytes of memory on each GPU of a group that operands are copied into, where they must be."""
+    text = os.environ.get("JAX_EP_STAGING_BYTES", str(_STAGING_BYTES))
+    if not text.isdigit() or int(text) == 0:
+        raise CommunicationError(f"JAX_EP_STAGING_BYTES: expected a number of bytes, got {text!r}")
+    return int(text)
+
+
 def _staging_of(ordinal: int, ordinals: list[int]) -> tuple[int, int]:
-    if ordinal not in _staging:
-        text = os.environ.get("JAX_EP_STAGING_BYTES", str(_STAGING_BYTES))
-        if not text.isdigit() or int(text) == 0:
-            raise CommunicationError(
-                f"JAX_EP_STAGING_BYTES: expected a number of bytes, got {text!r}"
-            )
-        size = int(text)
-        _staging[ordinal] = (
-            _checked(library().allocate_exportable(ordinal, ordinals, size))[0],
-            size,
-        )
-    return _staging[ordinal]
+    key = (ordinal, tuple(ordinals))
+    if key not in _staging:
+        size = staging_bytes()
+        address = _checked(library().allocate_exportable(ordinal, ordinals, size))[0]
+        _staging[key] = (address, size)
+    return _staging[key]
 
 
 def _map_and_create(
@@ -255,15 +299,17 @@ def _map_and_create(
     instances: list[list[Rank]],
     own: dict[int, int],
     offer: _Offer,
-    received: dict[int, tuple[dict[str, Any], list[int]]],
+    received: _handles.Received,
     timeout: float,
-) -> str | None:
-    """Map what the peers offer and make the group; an error text or None.
+) -> None:
+    """Map what the peers offer and make the group.
 
     ``own`` has the CUDA ordinals of this process's devices by their ids.
     """
     native = library()
+    _watch_peers()
     ordinals = sorted(own.values())
+    wanted = {rank.device for ranks in instances for rank in ranks}
     uuids = [device["uuid"] for device in offer.devices.values()]
     regions = {
         int(text): [(base, size) for base, size in device["memories"][1:]]
@@ -274,9 +320,12 @@ def _map_and_create(
         uuids += [device["uuid"] for device in message["devices"].values()]
         unused = iter(descriptors)
         for text, device in message["devices"].items():
+            memories = [(*memory, next(unused)) for memory in device["memories"]]
+            if int(text) not in wanted:  # of another of the groups side by side
+                continue
             mapped = []
-            for (base, size), descriptor in zip(device["memories"], unused, strict=False):
-                key = (process, int(text), base, size)
+            for base, size, descriptor in memories:
+                key = (process, int(text), base, size, *ordinals)
                 if key not in _mapped:
                     _mapped[key] = _checked(native.import_memory(descriptor, size, ordinals))[0]
                 mapped.append((_mapped[key], size))
@@ -293,20 +342,38 @@ def _map_and_create(
         ]
         for ranks in instances
     ]
-    sharing = max(uuids.count(uuid) for uuid in uuids)
     staging = [
-        (ordinal, *_staging[ordinal])
+        (ordinal, *_staging_of(ordinal, ordinals))
         for device, ordinal in own.items()
         if offer.devices[str(device)]["staged"]
     ]
     error = native.create_group(
-        group_id, specs, timeout, _OP_TIMEOUT_S, max(2, _MAX_BLOCKS // sharing), staging
+        group_id, specs, timeout, _OP_TIMEOUT_S, blocks_per_rank(uuids), staging
     )
-    for process, lifeline in _handles.take_lifelines().items():
+    if error is not None:
+        raise CommunicationError(error)
+
+
+def blocks_per_rank(uuids: list[str]) -> int:
+    """Blocks that an op may have, given the GPU of each rank.
+
+    The ranks that share a GPU wait for each other, so all their blocks must fit it at once. An op
+    has two at least.
+    """
+    sharing = max(uuids.count(uuid) for uuid in uuids)
+    return max(2, _MAX_BLOCKS // sharing)
+
+
+def _watch_peers() -> None:
+    """Have the native library notice when processes that were met for the first time end."""
+    _say_goodbye_at_exit()
+    errors = []
+    for process, lifeline in _endpoint().take_lifelines().items():
         with lifeline:
-            error = error or native.watch_process(process, lifeline.fileno())
-        _say_goodbye_at_exit()
-    return error
+            errors.append(library().watch_process(process, lifeline.fileno()))
+    for error in errors:
+        if error is not None:
+            raise CommunicationError(error)
 
 
 @functools.cache
@@ -314,15 +381,26 @@ def _say_goodbye_at_exit() -> None:
     atexit.register(library().say_goodbye)
 
 
+@functools.cache
+def _the_endpoint(me: int, unavailable: str | None) -> _handles.Endpoint:
+    facts = {
+        "host": _handles.host_name(),
+        "unavailable": unavailable or "",
+        "version": __version__,
+    }
+    return _handles.Endpoint(me, jax.process_count(), facts)
+
+
+def _endpoint(unavailable: str | None = None) -> _handles.Endpoint:
+    return _the_endpoint(jax.process_index(), unavailable)
+
+
 def _meet(
-    processes: list[int], message: dict[str, Any], descriptors: list[int] | None = None
-) -> dict[int, tuple[dict[str, Any], list[int]]]:
+    processes: list[int], message: dict[str, Any], descriptors: Sequence[int] = ()
+) -> _handles.Received:
     """Exchange a message with the other processes."""
-    me = jax.process_index()
-    others = [process for process in processes if process != me]
-    peers = _handles.introduce(me, others, _MEETING_TIMEOUT_S)
-    connections = _handles.connect(me, peers, _MEETING_TIMEOUT_S)
-    return _handles.exchange(connections, message, descriptors or [], _MEETING_TIMEOUT_S)
+    others = [process for process in processes if process != jax.process_index()]
+    return _endpoint().exchange(others, message, list(descriptors), _MEETING_TIMEOUT_S)
 
 
 def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -90,8 +90,10 @@ def create_group(
 ) -> Group:
     """Make the group of ranks along ``axis_name`` of ``mesh``.
 
-    Call it eagerly (outside ``jit``), in every process and with the same arguments. Calls with
-    equal arguments return the same object.
+    Call it eagerly (outside ``jit``), in every process, with the same arguments and in the same
+    order: where GPUs of several processes form groups, the processes meet in each call. Calls with
+    equal arguments return the same object, unless a group has failed: then all processes get a new
+    one.
 
     Example::
 
@@ -113,6 +115,8 @@ def create_group(
         TypeError: for a mesh, axis or timeout of another type.
         ValueError: for an unknown axis, backend or timeout, or a backend that cannot serve the
             mesh.
+        CommunicationError: if GPUs of several processes form the group and a process did not come,
+            came with another group, or could not do its part; then in all of them.
     """
     if not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(
@@ -144,12 +148,17 @@ def create_group(
     resolved = _resolve_backend(mesh, axis_names, backend)
     key = (mesh, axis_names, resolved, float(timeout))
     group = _groups.get(key)
-    if group is None or _has_failed(group):
-        # A group that failed is not used again; programs that were made for it keep failing.
-        generation = _generations.get(key, -1) + 1
-        if resolved == "cuda" and len(processes := _processes(mesh)) > 1:
-            what = f"{axis_names} of {mesh.shape}, timeout {timeout:g}"
-            generation = _device_group.agree(processes, what, generation)
+    # A group that failed is not used again; programs that were made for it keep failing.
+    alive = group is not None and not _has_failed(group)
+    before = _generations.get(key, -1)
+    generation = before if alive else before + 1
+    processes = _processes(mesh)
+    if resolved == "cuda" and len(processes) > 1:
+        # Some processes may know of a failure that others have not met yet.
+        first_id = _group_id(mesh, axis_names, resolved, float(timeout), 0)
+        what = f"{axis_names} of {dict(mesh.shape)}, timeout {timeout:g}, id {first_id:x}"
+        generation = _device_group.agree(processes, what, generation)
+    if group is None or generation != before:
         _generations[key] = generation
         group = Group(
             mesh=mesh,
@@ -159,6 +168,7 @@ def create_group(
             id=_group_id(mesh, axis_names, resolved, float(timeout), generation),
         )
         if resolved == "cuda":
+            _groups.pop(key, None)
             _device_group.create(
                 group.id, _device_group.ranks_of(_instances(mesh, axis_names)), group.timeout
             )
@@ -235,11 +245,9 @@ def _why_not(native: str, mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) 
         if kinds != {"9.0"}:
             return f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
     unavailable = _ffi.why_unavailable(native)
-    if unavailable is not None or native != "cuda" or len(processes) == 1:
-        return unavailable
-    if len(_device_group.hosts(processes)) > 1:
-        return "the mesh spans several hosts, which the cuda backend cannot do yet"
-    return None
+    if native == "cuda" and len(processes) > 1:
+        return _device_group.obstacle(processes, unavailable)
+    return unavailable
 
 
 def _processes(mesh: jax.sharding.Mesh) -> list[int]:

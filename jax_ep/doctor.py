@@ -58,6 +58,9 @@ def examine() -> Iterator[Finding]:
         _devices,
         _cpu_client,
         _gpus,
+        _reach,
+        _sharing,
+        _xla_flags,
         _round_trip,
     ):
         try:
@@ -185,6 +188,66 @@ def _gpus() -> Iterator[Finding]:
         return
     cuda = importlib.import_module("jax_ep._cuda")
     yield Finding("ok", "native GPU library", _describe(cuda.build_info()))
+
+
+def _reach() -> Iterator[Finding]:
+    """What other processes of this host could read of each GPU's arrays."""
+    import jax
+
+    from jax_ep import _compat, _device_group
+
+    if importlib.util.find_spec("jax_ep._cuda") is None:
+        return
+    for device in jax.local_devices():
+        ordinal = _compat.local_ordinal(device)
+        if device.platform != "gpu" or ordinal is None:
+            continue
+        name = f"arrays of GPU {ordinal}"
+        reason = _device_group.why_not_in_place(ordinal)
+        if reason == "":
+            yield Finding("ok", name, "other processes of this host can read them in place")
+            continue
+        yield Finding(
+            "note",
+            name,
+            f"other processes cannot read them in place ({reason}): groups that span processes "
+            f"copy operands first, into {_device_group.staging_bytes()} bytes "
+            "(JAX_EP_STAGING_BYTES)",
+            "unset XLA_PYTHON_CLIENT_PREALLOCATE and XLA_PYTHON_CLIENT_ALLOCATOR, so that XLA "
+            "allocates its memory at once",
+        )
+
+
+def _sharing() -> Iterator[Finding]:
+    """Whether processes that share a GPU run side by side on it."""
+    if shutil.which("nvidia-smi") is None:
+        return
+    pipes = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    if os.path.exists(os.path.join(pipes, "control")):
+        yield Finding("ok", "MPS", f"it runs, in {pipes}")
+    else:
+        yield Finding(
+            "note",
+            "MPS",
+            "it does not run: ranks that share a GPU, each in a process of its own, wait for each "
+            "other's time slices in every op",
+            "nothing with one process for each GPU; else start it: nvidia-cuda-mps-control -d",
+        )
+
+
+def _xla_flags() -> Iterator[Finding]:
+    """Flags under which ops of one group could run at the same time."""
+    flag = "--xla_gpu_command_buffer_scheduling_mode"
+    for word in os.environ.get("XLA_FLAGS", "").split():
+        name, _, value = word.partition("=")
+        if name == flag and value.upper() == "CONCURRENT":
+            yield Finding(
+                "fail",
+                "XLA_FLAGS",
+                f"{word} runs ops that do not depend on each other at once, which is an error "
+                "within a group of GPUs",
+                f"take {flag} out of XLA_FLAGS",
+            )
 
 
 def _round_trip() -> Iterator[Finding]:

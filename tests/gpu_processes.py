@@ -248,6 +248,85 @@ def again(ranks: int) -> None:
     new.check()
 
 
+def ending(ranks: int) -> None:
+    """A rank that ends orderly: the others' check says nothing, their next op raises."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
+    group = jax_ep.create_group(mesh, backend="cuda", timeout=60)
+    idx, weights = routes(ranks, seed=0)
+    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
+    operands = [spread(mesh, a) for a in (x, idx, weights)]
+    layer = jax.jit(identity_layer(group))
+    y = layer(*operands)  # not waited for by the rank that ends
+    if jax.process_index() == 1:
+        _device_group.library().say_goodbye()
+        return
+    me = jax.process_index()
+    np.testing.assert_allclose(mine(y), expected(x[me], idx[me], weights[me]), rtol=1e-4, atol=1e-5)
+    deadline = time.monotonic() + 30
+    while 1 not in _device_group.library().gone_processes():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    group.check()
+    try:
+        with jax_ep.errors():
+            jax.block_until_ready(layer(*operands))
+        text = "no error"
+    except jax_ep.CommunicationError as error:
+        text = str(error)
+    print(f"raised: {text}")
+    assert "the process of rank 1 has ended" in text, text
+
+
+def side_by_side(ranks: int) -> None:
+    """Groups of two side by side, of which one fails: all make new ones, and they work."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(-1, 2), ("data", "expert"))
+    group = jax_ep.create_group(mesh, backend="cuda", timeout=5)
+    me = jax.process_index()
+    idx, weights = routes(2, seed=0)
+    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
+    everywhere = P(("data", "expert"))
+
+    def global_array(a: np.ndarray) -> jax.Array:
+        flat = a.reshape(-1, *a.shape[2:])
+        return jax.make_array_from_callback(
+            flat.shape, NamedSharding(mesh, everywhere), lambda index: flat[index]
+        )
+
+    copies = (ranks // 2, 1, 1)
+    operands = [global_array(a) for a in (x, np.tile(idx, copies), np.tile(weights, copies))]
+
+    def program(group: jax_ep.Group) -> Callable[..., jax.Array]:
+        def run(x, idx, weights):
+            out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=16)
+            return jax_ep.combine(out.tokens * out.weights[:, None], out.handle, group=group)
+
+        return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=everywhere, out_specs=everywhere))
+
+    def check(y: jax.Array) -> None:
+        want = expected(x[me], idx[me % 2], weights[me % 2])
+        np.testing.assert_allclose(mine(y), want, rtol=1e-4, atol=1e-5)
+
+    check(program(group)(*operands))
+    if me == 1:  # its peer, of rank 0, is left alone
+        with contextlib.suppress(jax_ep.CommunicationError):
+            group.check()
+    else:
+        try:
+            with jax_ep.errors():
+                check(program(group)(*operands))
+            group.check()
+            print("second: fine")
+        except (jax_ep.CommunicationError, AssertionError) as error:
+            print(f"second: {type(error).__name__}")
+    new = jax_ep.create_group(mesh, backend="cuda", timeout=20)
+    again = jax_ep.create_group(mesh, backend="cuda", timeout=5)
+    assert again is not group
+    assert jax_ep.create_group(mesh, backend="cuda", timeout=5) is again
+    for made in (new, again):
+        check(program(made)(*operands))
+        made.check()
+
+
 def main() -> None:
     """One of the processes, or all of them."""
     program, processes = sys.argv[1], int(sys.argv[2])

@@ -53,6 +53,18 @@ def test_new_group_after_a_failure():
     run("again", 2)
 
 
+def test_new_groups_after_a_failure_beside():
+    """A failure in one of two groups side by side, of which the other's processes know nothing."""
+    outputs = run("side_by_side", 4)
+    assert "second: fine" not in outputs[0]
+    assert all("second: fine" in output for output in outputs[2:])
+
+
+def test_process_that_ends():
+    """An op that was under way ends well; the next one raises."""
+    run("ending", 2)
+
+
 def test_killed_process():
     """The others raise within two seconds, and can end."""
     running = gpu_processes.start("endless", 2, jax.device_count())

@@ -1,6 +1,7 @@
 // Python module jax_ep._cuda: the GPU backend's FFI targets, and the life of its groups.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -69,9 +70,9 @@ std::tuple<uint64_t, Text> AllocateExportable(int device, const std::vector<int>
   return {base, error};
 }
 
-std::tuple<int, uint64_t, uint64_t, Text> ExportAllocation(uint64_t pointer) {
+std::tuple<int, uint64_t, uint64_t, Text> ExportAllocation(int device, uint64_t pointer) {
   transport::ExportedMemory memory;
-  const Text error = transport::ExportAllocation(pointer, memory);
+  const Text error = transport::ExportAllocation(device, pointer, memory);
   return {memory.descriptor, memory.base, memory.size, error};
 }
 
@@ -116,7 +117,7 @@ NB_MODULE(_cuda, m) {
         nb::arg("size"),
         "Allocates zeros that other processes can map: (address, None) or (0, "
         "error text).");
-  m.def("export_allocation", &ExportAllocation, nb::arg("pointer"),
+  m.def("export_allocation", &ExportAllocation, nb::arg("device"), nb::arg("pointer"),
         "The allocation of an address: (descriptor, base, size, None) or (-1, 0, 0, error text).");
   m.def("import_memory", &ImportMemory, nb::arg("descriptor"), nb::arg("size"), nb::arg("devices"),
         nb::call_guard<nb::gil_scoped_release>(),
@@ -126,7 +127,11 @@ NB_MODULE(_cuda, m) {
   m.def("watch_process", &transport::WatchProcess, nb::arg("process"), nb::arg("descriptor"),
         "Watches a connected socket to a process that shares a group. Returns an error text or "
         "None.");
-  m.def("say_goodbye", &transport::SayGoodbye, "Tells all watched processes that this one ends.");
+  m.def("say_goodbye", &transport::SayGoodbye, nb::call_guard<nb::gil_scoped_release>(),
+        "Waits for the GPUs of this process's groups, then tells all watched processes that this "
+        "one ends.");
+  m.def("gone_processes", &transport::GoneProcesses,
+        "The watched processes that have gone: process -> whether it said goodbye.");
   m.def("group_failure", &transport::GroupFailure, nb::arg("group_id"),
         "The first failure of the group in this process as a text, or None.");
   m.def("workspace_bytes", &transport::WorkspaceBytes,

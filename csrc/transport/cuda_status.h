@@ -6,6 +6,8 @@
 #include <optional>
 #include <string>
 
+#include "transport/driver.h"
+
 namespace jax_ep::transport {
 
 // An error as a text that says which call failed; nothing for success.
@@ -21,19 +23,23 @@ inline std::optional<std::string> Explain(cudaError_t error, const char* call, i
     if (auto error_text = Explain((call), #call, (device))) return error_text; \
   } while (false)
 
-// Sets the current device until it goes out of scope.
+// Sets the current device until it goes out of scope. Where the thread had none, it has none again:
+// naming device 0 would make a context there, in every process of the host.
 class ScopedDevice {
  public:
   explicit ScopedDevice(int device) {
-    cudaGetDevice(&saved_);
+    if (!GetDriver(&driver_)) driver_->cuCtxGetCurrent_(&saved_);
     cudaSetDevice(device);
   }
-  ~ScopedDevice() { cudaSetDevice(saved_); }
+  ~ScopedDevice() {
+    if (driver_->cuCtxSetCurrent_ != nullptr) driver_->cuCtxSetCurrent_(saved_);
+  }
   ScopedDevice(const ScopedDevice&) = delete;
   ScopedDevice& operator=(const ScopedDevice&) = delete;
 
  private:
-  int saved_ = 0;
+  const Driver* driver_ = nullptr;
+  CUcontext saved_ = nullptr;
 };
 
 }  // namespace jax_ep::transport

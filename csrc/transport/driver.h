@@ -11,8 +11,11 @@ namespace jax_ep::transport {
 
 // Name of the driver's function, and of the member that holds it.
 #define JAX_EP_DRIVER_FUNCTIONS(X)  \
+  X(cuCtxGetCurrent)                \
+  X(cuCtxSetCurrent)                \
   X(cuDeviceGetUuid)                \
   X(cuGetErrorString)               \
+  X(cuMemAddressFree)               \
   X(cuMemAddressReserve)            \
   X(cuMemCreate)                    \
   X(cuMemExportToShareableHandle)   \
@@ -22,7 +25,8 @@ namespace jax_ep::transport {
   X(cuMemMap)                       \
   X(cuMemRelease)                   \
   X(cuMemRetainAllocationHandle)    \
-  X(cuMemSetAccess)
+  X(cuMemSetAccess)                 \
+  X(cuMemUnmap)
 
 struct Driver {
 #define JAX_EP_DRIVER_MEMBER(name) decltype(&::name) name##_;

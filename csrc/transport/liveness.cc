@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -62,20 +63,37 @@ void Run(Watch& watch) {
   }
 }
 
-// Started with the first socket. Never stopped: it holds nothing that needs an end.
-Watch* Start() {
-  auto* watch = new Watch;
-  if (pipe2(watch->wake, O_CLOEXEC) != 0) {
-    delete watch;
-    return nullptr;
-  }
-  std::thread([watch] { Run(*watch); }).detach();
+Watch*& Slot() {
+  static Watch* watch = nullptr;
   return watch;
 }
 
+// A fork that outlives this process must not keep its sockets open, nor say its goodbye.
+void BeforeFork() { Slot()->mutex.lock(); }
+void AfterForkInParent() { Slot()->mutex.unlock(); }
+void AfterForkInChild() {
+  for (const auto& [process, descriptor] : Slot()->descriptors) close(descriptor);
+  Slot()->descriptors.clear();
+  Slot()->mutex.unlock();
+}
+
+// Started with the first socket. Never stopped: it holds nothing that needs an end.
+bool Start() {
+  auto* watch = new Watch;
+  if (pipe2(watch->wake, O_CLOEXEC) != 0) {
+    delete watch;
+    return false;
+  }
+  Slot() = watch;
+  pthread_atfork(BeforeFork, AfterForkInParent, AfterForkInChild);
+  std::thread([watch] { Run(*watch); }).detach();
+  return true;
+}
+
+// Null if it could not be started.
 Watch* Get() {
-  static Watch* watch = Start();
-  return watch;
+  static const bool started = Start();
+  return started ? Slot() : nullptr;
 }
 
 }  // namespace
@@ -97,6 +115,11 @@ std::optional<std::string> WatchProcess(int process, int descriptor) {
 void SayGoodbye() {
   Watch* watch = Get();
   if (watch == nullptr) return;
+  {
+    std::lock_guard<std::mutex> lock(watch->mutex);
+    if (watch->descriptors.empty()) return;  // nobody is there, or this is a fork
+  }
+  FinishOps();
   std::lock_guard<std::mutex> lock(watch->mutex);
   for (const auto& [process, descriptor] : watch->descriptors) {
     static_cast<void>(send(descriptor, &kGoodbye, 1, MSG_DONTWAIT | MSG_NOSIGNAL));

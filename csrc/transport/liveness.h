@@ -11,7 +11,8 @@ namespace jax_ep::transport {
 // duplicate of the descriptor.
 std::optional<std::string> WatchProcess(int process, int descriptor);
 
-// Says goodbye to all watched processes: this one is about to end orderly.
+// Says goodbye to all watched processes: this one is about to end orderly. Waits for the ops that
+// it has launched first, since their peers take a goodbye for the end of them.
 void SayGoodbye();
 
 }  // namespace jax_ep::transport

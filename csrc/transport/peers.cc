@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "cuda/combine.h"
@@ -196,26 +197,29 @@ std::map<int64_t, std::unique_ptr<Group>>& Groups() {
 }
 
 // Processes that have gone, and whether orderly.
-std::map<int, bool>& GoneProcesses() {
+std::map<int, bool>& Gone() {
   static auto* processes = new std::map<int, bool>;
   return *processes;
 }
 
-// Tells the member if a rank of it belongs to a process that has gone.
+// Tells the member if a rank of it belongs to a process that has gone; rather of one that did not
+// say goodbye.
 void NoteGone(const Member& member) {
+  uint32_t lost = 0;
   for (size_t rank = 0; rank < member.processes.size(); ++rank) {
-    if (GoneProcesses().count(member.processes[rank]) == 0) continue;
-    __atomic_store_n(&member.params.error->lost_peer, static_cast<uint32_t>(rank) + 1,
-                     __ATOMIC_RELEASE);
-    return;
+    const auto gone = Gone().find(member.processes[rank]);
+    if (gone == Gone().end()) continue;
+    if (lost == 0 || !gone->second) lost = static_cast<uint32_t>(rank) + 1;
+    if (!gone->second) break;
   }
+  if (lost != 0) __atomic_store_n(&member.params.error->lost_peer, lost, __ATOMIC_RELEASE);
 }
 
 // The failure that a peer's process has gone, unless orderly and that is no failure.
 std::optional<std::string> LostPeer(const Member& member, bool orderly_is_failure) {
   const uint32_t lost = __atomic_load_n(&member.params.error->lost_peer, __ATOMIC_ACQUIRE);
   if (lost == 0) return std::nullopt;
-  const bool orderly = GoneProcesses()[member.processes[lost - 1]];
+  const bool orderly = Gone()[member.processes[lost - 1]];
   if (orderly && !orderly_is_failure) return std::nullopt;
   return "jax_ep.CommunicationError: rank " + std::to_string(member.params.rank) +
          ": the process of rank " + std::to_string(lost - 1) +
@@ -280,9 +284,28 @@ std::optional<std::string> GroupFailure(int64_t group_id) {
 
 void ReportProcess(int process, bool orderly) {
   std::lock_guard<std::mutex> lock(Mutex());
-  GoneProcesses().emplace(process, orderly);  // what was said first counts
+  Gone().emplace(process, orderly);  // what was said first counts
   for (const auto& [id, group] : Groups()) {
     for (const auto& [device, member] : *group) NoteGone(member);
+  }
+}
+
+std::map<int, bool> GoneProcesses() {
+  std::lock_guard<std::mutex> lock(Mutex());
+  return Gone();
+}
+
+void FinishOps() {
+  std::set<int> devices;
+  {
+    std::lock_guard<std::mutex> lock(Mutex());
+    for (const auto& [id, group] : Groups()) {
+      for (const auto& [device, member] : *group) devices.insert(device);
+    }
+  }
+  for (const int device : devices) {
+    ScopedDevice scope(device);
+    cudaDeviceSynchronize();  // a GPU that has failed has nothing left to wait for
   }
 }
 

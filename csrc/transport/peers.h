@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -69,6 +70,12 @@ std::optional<std::string> GroupFailure(int64_t group_id);
 
 // Notes that a process has gone, in all groups with ranks of it: waits for its ranks end.
 void ReportProcess(int process, bool orderly);
+
+// The processes that have gone, and whether orderly.
+std::map<int, bool> GoneProcesses();
+
+// Waits until the GPUs of this process that are in groups have done what was launched on them.
+void FinishOps();
 
 // Bytes of device memory that a group takes on each of its GPUs.
 int64_t WorkspaceBytes();

@@ -13,40 +13,68 @@ namespace {
     if (auto error_text = Explain(*(driver), (driver)->call, #call)) return error_text; \
   } while (false)
 
-// Maps `handle` of `size` bytes somewhere, for reading and writing by `devices`.
-std::optional<std::string> Map(const Driver* driver, CUmemGenericAllocationHandle handle,
-                               uint64_t size, const std::vector<int>& devices, uint64_t& base) {
-  CUdeviceptr address = 0;
-  JAX_EP_RETURN_IF_DRIVER_ERROR(driver, cuMemAddressReserve_(&address, size, 0, 0, 0));
-  JAX_EP_RETURN_IF_DRIVER_ERROR(driver, cuMemMap_(address, size, 0, handle, 0));
+// A handle of memory; what is mapped through it stays when it is gone.
+class Handle {
+ public:
+  explicit Handle(const Driver* driver) : driver_(driver) {}
+  ~Handle() {
+    if (value != 0) driver_->cuMemRelease_(value);
+  }
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+
+  CUmemGenericAllocationHandle value = 0;
+
+ private:
+  const Driver* driver_;
+};
+
+// Maps `handle` of `size` bytes at `address`, for reading and writing by `devices`.
+std::optional<std::string> MapAt(const Driver* driver, const Handle& handle, CUdeviceptr address,
+                                 uint64_t size, const std::vector<int>& devices) {
+  JAX_EP_RETURN_IF_DRIVER_ERROR(driver, cuMemMap_(address, size, 0, handle.value, 0));
   std::vector<CUmemAccessDesc> access(devices.size());
   for (size_t i = 0; i < devices.size(); ++i) {
     access[i].location.type = CU_MEM_LOCATION_TYPE_DEVICE;
     access[i].location.id = devices[i];
     access[i].flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
   }
-  JAX_EP_RETURN_IF_DRIVER_ERROR(driver,
-                                cuMemSetAccess_(address, size, access.data(), access.size()));
-  base = address;
-  return std::nullopt;
+  const CUresult result = driver->cuMemSetAccess_(address, size, access.data(), access.size());
+  if (result != CUDA_SUCCESS) driver->cuMemUnmap_(address, size);
+  return Explain(*driver, result, "cuMemSetAccess");
+}
+
+// The same, somewhere.
+std::optional<std::string> Map(const Driver* driver, const Handle& handle, uint64_t size,
+                               const std::vector<int>& devices, uint64_t& base) {
+  CUdeviceptr address = 0;
+  JAX_EP_RETURN_IF_DRIVER_ERROR(driver, cuMemAddressReserve_(&address, size, 0, 0, 0));
+  auto error = MapAt(driver, handle, address, size, devices);
+  if (error) {
+    driver->cuMemAddressFree_(address, size);
+  } else {
+    base = address;
+  }
+  return error;
 }
 
 }  // namespace
 
-std::optional<std::string> ExportAllocation(uint64_t pointer, ExportedMemory& exported) {
+std::optional<std::string> ExportAllocation(int device, uint64_t pointer,
+                                            ExportedMemory& exported) {
   const Driver* driver;
   if (auto error = GetDriver(&driver)) return error;
+  ScopedDevice scope(device);
   CUdeviceptr base = 0;
   size_t size = 0;
   JAX_EP_RETURN_IF_DRIVER_ERROR(driver, cuMemGetAddressRange_(&base, &size, pointer));
-  CUmemGenericAllocationHandle handle;
+  Handle handle(driver);
   JAX_EP_RETURN_IF_DRIVER_ERROR(
-      driver, cuMemRetainAllocationHandle_(&handle, reinterpret_cast<void*>(base)));
+      driver, cuMemRetainAllocationHandle_(&handle.value, reinterpret_cast<void*>(base)));
   int descriptor = -1;
-  const CUresult result = driver->cuMemExportToShareableHandle_(
-      &descriptor, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
-  driver->cuMemRelease_(handle);
-  if (auto error = Explain(*driver, result, "cuMemExportToShareableHandle")) return error;
+  JAX_EP_RETURN_IF_DRIVER_ERROR(
+      driver, cuMemExportToShareableHandle_(&descriptor, handle.value,
+                                            CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
   exported = {descriptor, base, size};
   return std::nullopt;
 }
@@ -67,10 +95,9 @@ std::optional<std::string> AllocateExportable(int device, const std::vector<int>
       driver, cuMemGetAllocationGranularity_(&granularity, &properties,
                                              CU_MEM_ALLOC_GRANULARITY_RECOMMENDED));
   const uint64_t size = (bytes + granularity - 1) / granularity * granularity;
-  CUmemGenericAllocationHandle handle;
-  JAX_EP_RETURN_IF_DRIVER_ERROR(driver, cuMemCreate_(&handle, size, &properties, 0));
+  Handle handle(driver);
+  JAX_EP_RETURN_IF_DRIVER_ERROR(driver, cuMemCreate_(&handle.value, size, &properties, 0));
   if (auto error = Map(driver, handle, size, devices, base)) return error;
-  driver->cuMemRelease_(handle);  // the mapping keeps it
   JAX_EP_RETURN_IF_CUDA_ERROR(cudaMemset(reinterpret_cast<void*>(base), 0, size), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
   return std::nullopt;
@@ -85,14 +112,12 @@ std::optional<std::string> ImportMemory(int descriptor, uint64_t size,
     JAX_EP_RETURN_IF_CUDA_ERROR(cudaFree(nullptr), device);
   }
   ScopedDevice scope(devices.front());
-  CUmemGenericAllocationHandle handle;
+  Handle handle(driver);
   JAX_EP_RETURN_IF_DRIVER_ERROR(
       driver, cuMemImportFromShareableHandle_(
-                  &handle, reinterpret_cast<void*>(static_cast<uintptr_t>(descriptor)),
+                  &handle.value, reinterpret_cast<void*>(static_cast<uintptr_t>(descriptor)),
                   CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
-  if (auto error = Map(driver, handle, size, devices, base)) return error;
-  driver->cuMemRelease_(handle);
-  return std::nullopt;
+  return Map(driver, handle, size, devices, base);
 }
 
 std::optional<std::string> DeviceUuid(int device, std::string& uuid) {

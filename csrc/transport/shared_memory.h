@@ -18,9 +18,9 @@ struct ExportedMemory {
   uint64_t size = 0;  // bytes
 };
 
-// Exports the allocation that holds `pointer`. Fails for memory that did not come from
+// Exports the allocation on `device` that holds `pointer`. Fails for memory that did not come from
 // cuMemCreate, as that of cudaMalloc and of memory pools.
-std::optional<std::string> ExportAllocation(uint64_t pointer, ExportedMemory& exported);
+std::optional<std::string> ExportAllocation(int device, uint64_t pointer, ExportedMemory& exported);
 
 // Allocates at least `bytes` of zeros on `device` that ExportAllocation can export; `devices` of
 // this process can use it.

@@ -73,12 +73,20 @@ const void* SharedOperands::Place(const char* name, const void* pointer, int64_t
   const uint64_t begin = used_;
   used_ += (static_cast<uint64_t>(bytes) + 127) / 128 * 128;
   if (used_ > member_.staging.size) {
-    failure_ =
-        std::string(name) + " and what comes before it need " + std::to_string(used_) +
-        " bytes of staging memory, since peers cannot read it where it is, and there are " +
-        std::to_string(member_.staging.size) +
-        "; set JAX_EP_STAGING_BYTES to more before the group is made, or let XLA preallocate "
-        "its memory (see python -m jax_ep.doctor)";
+    failure_ = std::string(name);
+    if (member_.staging.size == 0) {
+      failure_ +=
+          ": expected memory of XLA's arena, which the peers have mapped, got an address outside "
+          "of it; make the group with XLA_PYTHON_CLIENT_PREALLOCATE=false, so that operands are "
+          "copied to where peers can read them";
+    } else {
+      failure_ += ": expected at most " + std::to_string(member_.staging.size) +
+                  " bytes of operands that peers read, since they are copied to staging memory, "
+                  "got " +
+                  std::to_string(used_) +
+                  " so far; set JAX_EP_STAGING_BYTES to more before the group is made, or let XLA "
+                  "preallocate its memory (see python -m jax_ep.doctor)";
+    }
     return pointer;
   }
   void* place = reinterpret_cast<void*>(member_.staging.base + begin);

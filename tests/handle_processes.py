@@ -1,0 +1,210 @@
+"""Several real processes that make groups of GPUs together, without GPUs.
+
+    python tests/handle_processes.py SCENE FOLDER RANK PROCESSES
+
+The native library is replaced by one whose device memory is files in memory, and JAX's key-value
+store by files in FOLDER. A process prints what it saw as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+
+from jax_ep import _compat, _device_group
+from jax_ep._device_group import Rank
+from jax_ep._errors import CommunicationError
+
+SCENE, FOLDER, ME, PROCESSES = sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:])
+EVERYBODY = list(range(PROCESSES))
+
+
+def key_value_set(key: str, value: bytes) -> None:
+    """A file, which appears with all of its contents."""
+    path = FOLDER / key.replace("/", "_")
+    unfinished = path.with_suffix(f".{ME}")
+    unfinished.write_bytes(value)
+    unfinished.rename(path)
+
+
+def key_value_get(key: str, timeout: float) -> bytes:
+    """The contents of the file, once it is there."""
+    deadline = time.monotonic() + timeout
+    path = FOLDER / key.replace("/", "_")
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"DEADLINE_EXCEEDED: {key}")
+        time.sleep(0.01)
+    return path.read_bytes()
+
+
+class Memory:
+    """A native library with memory in files instead of GPUs."""
+
+    def __init__(self) -> None:
+        self.next_address = 0x1000 * (ME + 1)
+        self.allocations: dict[int, int] = {}  # address: descriptor
+        self.imported: list[str] = []  # contents
+        self.specs: list[Any] = []
+        self.max_blocks = 0
+        self.fails = ""
+
+    def device_uuid(self, ordinal: int) -> tuple[str, None]:
+        return "shared", None
+
+    def workspace_bytes(self) -> int:
+        return 4096
+
+    def allocate_exportable(self, ordinal: int, ordinals: list[int], size: int) -> Any:
+        if self.fails == "allocate":
+            raise MemoryError("no room")  # of no kind that the code expects
+        address, self.next_address = self.next_address, self.next_address + size
+        descriptor = os.memfd_create("memory")
+        os.write(descriptor, f"process {ME} at {address:#x}".encode())
+        self.allocations[address] = descriptor
+        return address, None
+
+    def export_allocation(self, ordinal: int, address: int) -> Any:
+        return os.dup(self.allocations[address]), address, 4096, None
+
+    def import_memory(self, descriptor: int, size: int, ordinals: list[int]) -> Any:
+        if self.fails == "import":
+            return 0, "cuMemMap failed: out of memory"
+        self.imported.append(os.pread(descriptor, size, 0).decode())
+        return 0x7000000 + len(self.imported), None
+
+    def create_group(self, group_id, specs, arrival, op, max_blocks, staging) -> str | None:
+        self.specs.append(specs)
+        self.max_blocks = max_blocks
+        return None
+
+    def watch_process(self, process: int, descriptor: int) -> None:
+        pass
+
+    def say_goodbye(self) -> None:
+        pass
+
+
+memory = Memory()
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has, but for its memory."""
+    return len(os.listdir("/proc/self/fd")) - len(memory.allocations)
+
+
+def create(group_id: int, instances: list[list[int]]) -> str:
+    """Make a group of one rank for each process; "made", or the error."""
+    ranks = [[Rank(p, 10 + p, 0 if p == ME else None) for p in procs] for procs in instances]
+    try:
+        _device_group.create(group_id, ranks, 60.0)
+    except CommunicationError as error:
+        return str(error)
+    return "made"
+
+
+# Scenes --------------------------------------------------------------------------------------------
+
+
+def groups() -> Any:
+    """Groups over all, side by side, and a second one that finds all mapped."""
+    results = [create(1, [EVERYBODY])]
+    before = open_descriptors()
+    results += [create(2, [EVERYBODY]), create(3, [EVERYBODY[:2], EVERYBODY[2:]])]
+    return {
+        "results": results,
+        "imported": memory.imported,
+        "specs": memory.specs,
+        "max_blocks": memory.max_blocks,
+        "more_descriptors": open_descriptors() - before,
+        "listening": [str(path) for path in pathlib.Path(os.environ["TMPDIR"]).glob("jax_ep-*")],
+    }
+
+
+def failures() -> Any:
+    """A process that cannot do its part: all hear why, and the next try works."""
+    results = []
+    for fails in ("allocate", "import"):
+        memory.fails = fails if ME == 1 else ""
+        results.append(create(1, [EVERYBODY]))
+    memory.fails = ""
+    before = open_descriptors()
+    results.append(create(1, [EVERYBODY]))
+    return {"results": results, "more_descriptors": open_descriptors() - before}
+
+
+def agreements() -> Any:
+    """The largest value counts; another group is an error in all; one outside is not asked."""
+    results: list[Any] = [_device_group.agree(EVERYBODY, "group", 3 + ME)]
+    try:
+        _device_group.agree(EVERYBODY, "one" if ME == 0 else "other", 0)
+    except CommunicationError as error:
+        results.append(str(error))
+    results.append(_device_group.agree([0, 1], "two", 5 * (ME + 1)))
+    return results
+
+
+def obstacles() -> Any:
+    """What keeps one process from it keeps all."""
+    return _device_group.obstacle(EVERYBODY, "there is no library" if ME == 1 else None)
+
+
+def killed() -> Any:
+    """A process that is gone in the middle; the others know soon."""
+    _device_group.agree(EVERYBODY, "group", 0)
+    if ME == PROCESSES - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    results = [create(1, [EVERYBODY])]
+    seconds = time.monotonic() - begin
+    results.append(create(2, [EVERYBODY]))
+    results.append(create(3, [EVERYBODY[:-1]]))  # those that are left go on
+    return {"seconds": seconds, "results": results}
+
+
+def forked() -> Any:
+    """A process that is gone while a fork of it lives on; the fork is alive until "end" is there."""
+    _device_group.agree(EVERYBODY, "group", 0)
+    pid, end = FOLDER / "fork", FOLDER / "end"
+    if ME == 1:
+        fork = os.fork()
+        if fork == 0:
+            for descriptor in (0, 1, 2):
+                os.close(descriptor)
+            deadline = time.monotonic() + 60
+            while not end.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os._exit(0)
+        pid.write_text(str(fork))
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    result = create(1, [EVERYBODY])
+    seconds = time.monotonic() - begin
+    os.kill(int(pid.read_text()), 0)
+    end.touch()
+    return {"seconds": seconds, "result": result}
+
+
+def absent() -> Any:
+    """A process that does not come."""
+    _device_group._MEETING_TIMEOUT_S = 2.0
+    if ME == PROCESSES - 1:
+        return "absent"
+    return create(1, [EVERYBODY])
+
+
+if __name__ == "__main__":
+    _compat.key_value_set, _compat.key_value_get = key_value_set, key_value_get
+    jax.process_index, jax.process_count = lambda: ME, lambda: PROCESSES
+    _device_group.library = lambda: memory
+    _device_group._address_of_an_array = lambda ordinal: memory.allocate_exportable(0, [0], 4096)[0]
+    _device_group.why_not_in_place = lambda ordinal: ""
+    _device_group._MEETING_TIMEOUT_S = 60.0
+    print("SAW " + json.dumps(globals()[SCENE]()), flush=True)
