@@ -169,7 +169,7 @@ def test_load_balancing_loss_over_a_mesh(logits):
         def local(topk_idx, scores):
             return routing.load_balancing_loss(topk_idx, scores, axis_names=("a", "b"))
 
-        mesh = spmd.make_mesh((2, 2), ("a", "b"))
+        mesh = spmd.make_mesh(spmd.fit((2, 2), ("a", "b"), "b"), ("a", "b"))
         specs = P(("a", "b"))
         return spmd.shard(local, mesh, in_specs=(specs, specs), out_specs=P())(topk_idx, scores)
 

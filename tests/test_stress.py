@@ -20,7 +20,8 @@ PROGRAMS = pathlib.Path(__file__).with_name("stress_programs.py")
 
 
 def run(*arguments: str, timeout: float = 60) -> str:
-    done = run_python("-W", "error", str(PROGRAMS), *arguments, timeout=timeout)
+    flags = "--xla_force_host_platform_device_count=16"
+    done = run_python("-W", "error", str(PROGRAMS), *arguments, timeout=timeout, XLA_FLAGS=flags)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == "done"
