@@ -21,6 +21,7 @@ from spmd import make_mesh, ranks_at_most
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.one_process("its programs have processes of their own"),
     pytest.mark.skipif(PLATFORM != "cpu", reason="the number of devices is set on CPU only"),
 ]
 

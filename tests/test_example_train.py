@@ -23,6 +23,8 @@ from byte_lm.run import Run
 from byte_lm.training import Trainer, learning_rates, make_optimizer
 from spmd import make_mesh, ranks_at_most
 
+pytestmark = pytest.mark.one_process("trains in one process")
+
 MODEL = ModelConfig(
     num_layers=2,
     hidden=32,

@@ -18,6 +18,8 @@ import jax_ep
 import spmd
 from jax_ep import routing
 
+pytestmark = pytest.mark.one_process("calls layers with arrays of one process")
+
 H, F, E = 8, 12, 4
 SETTINGS = {
     "num_experts": E,

@@ -15,6 +15,8 @@ from jax.sharding import AxisType, Mesh
 import jax_ep
 from spmd import fit, make_group, make_mesh, ranks_at_most, run_python, shard
 
+pytestmark = pytest.mark.one_process("asks for backends that serve one process")
+
 RANKS = ranks_at_most(4)
 DATA_EXPERT = ("data", "expert")
 

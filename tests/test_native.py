@@ -20,6 +20,8 @@ from jax_ep import _cpu, _ffi, reference
 from native import RANKS, UNBOUNDED, indices, plan
 from spmd import make_group, ranks_at_most, stacked_jit
 
+pytestmark = pytest.mark.one_process("the native CPU backend serves groups of one process")
+
 
 def test_build_info():
     info = _cpu.build_info()

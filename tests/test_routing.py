@@ -157,6 +157,7 @@ def test_load_balancing_loss_of_even_and_no_routes():
     np.testing.assert_allclose(routing.load_balancing_loss(one, certain), 8.0, rtol=1e-6)
 
 
+@pytest.mark.one_process("calls the loss with arrays of one process")
 def test_load_balancing_loss_over_a_mesh(logits):
     """Statistics are summed before the product: unequal shards give the loss of all tokens."""
     routes = routing.softmax_top_k(logits[:32], 3)

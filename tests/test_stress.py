@@ -13,9 +13,12 @@ import pytest
 
 from spmd import run_python
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="these programs drive the native CPU backend"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.default_backend() != "cpu", reason="these programs drive the native CPU backend"
+    ),
+    pytest.mark.one_process("its programs have processes of their own"),
+]
 PROGRAMS = pathlib.Path(__file__).with_name("stress_programs.py")
 
 
