@@ -6,8 +6,8 @@ On CPU each process has one device. On GPUs (``JAX_EP_TEST_PLATFORM=cuda``) proc
 where there are more processes than GPUs, shares GPU i modulo their number with others.
 ``XLA_PYTHON_CLIENT_MEM_FRACTION`` is made to fit unless it is set.
 
-The output is the report of the first process that failed, or else of process 0, and the last line of
-every process. The exit status is the worst one.
+The output is the end of the report of the first process that failed, or else what was skipped and
+why; then the last line of every process. The exit status is the worst one.
 """
 
 from __future__ import annotations
@@ -132,17 +132,20 @@ def _report(logs: list[pathlib.Path], status: list[int], why: str | None) -> Non
     failed = [i for i, code in enumerate(status) if 0 < code < 128]
     failed += [i for i, code in enumerate(status) if code >= 128]
     shown = failed[0] if failed else 0
-    lines = texts[shown][-_TAIL:] if failed else _after_summary(texts[shown])
-    print(f"process {shown}:", *lines, sep="\n")
+    if failed:
+        print(f"process {shown}:", *texts[shown][-_TAIL:], sep="\n")
+    else:
+        # What was skipped and why, which may differ in processes that have no part in a test.
+        print(*dict.fromkeys(line for text in texts for line in _summary(text)), sep="\n")
     for index, (text, code) in enumerate(zip(texts, status, strict=True)):
         last = text[-1] if text else "(no output)"
         print(f"process {index}, exit status {code}: {last}")
 
 
-def _after_summary(lines: list[str]) -> list[str]:
-    """The short summary of pytest, which says what was skipped and why."""
+def _summary(lines: list[str]) -> list[str]:
+    """The short summary of pytest without its last line."""
     starts = [number for number, line in enumerate(lines) if "short test summary" in line]
-    return lines[starts[-1] :] if starts else lines[-1:]
+    return lines[starts[-1] + 1 : -1] if starts else []
 
 
 if __name__ == "__main__":

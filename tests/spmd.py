@@ -223,6 +223,18 @@ def stacked_jit(fn: Callable[..., Any], mesh: Mesh, **kwargs: Any) -> Callable[.
     return call
 
 
+def whole_jit(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """``fn`` of whole arrays, jitted; it says itself what it does on which devices of ``mesh``."""
+    jitted = jax.jit(fn)
+
+    def call(*args: Any) -> Any:
+        if lockstep.ACTIVE and here(mesh):
+            args = put(args, mesh, P())
+        return fetch(jitted(*args) if here(mesh) else None, mesh)
+
+    return call
+
+
 def one_device_jit(fn: Callable[..., Any], axis: str = "expert") -> Callable[..., Any]:
     """As ``stacked_jit``, but all ranks on one device, for which XLA needs no collectives.
 

@@ -10,6 +10,8 @@ import pytest
 
 from jax_ep import _cpu
 
+pytestmark = pytest.mark.one_process("looks at files, not at devices")
+
 TARGETS_H = pathlib.Path(__file__).parents[1] / "csrc" / "ffi" / "targets.h"
 
 

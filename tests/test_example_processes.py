@@ -17,10 +17,11 @@ from byte_lm.config import RunConfig
 from byte_lm.run import Run
 from byte_lm.training import Trainer
 from conftest import PLATFORM
-from spmd import need_devices
+from spmd import make_mesh, ranks_at_most
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.one_process("its programs have processes of their own"),
     pytest.mark.skipif(PLATFORM != "cpu", reason="the number of devices is set on CPU only"),
 ]
 
@@ -46,12 +47,13 @@ def free_port() -> int:
 # With two groups, each lies in one process; with one, it spans both.
 @pytest.mark.parametrize("data_parallel", [2, 1])
 def test_two_processes_train_as_one(text, tmp_path, data_parallel):
-    need_devices(4)
+    each = ranks_at_most(4) // 2
+    make_mesh(2 * each)  # or the test is skipped
     alone, together = tmp_path / "alone", tmp_path / "together"
     address = f"127.0.0.1:{free_port()}"
     arguments = (
         f"{train_moe_cli.TINY} --steps {STEPS} --checkpoint-every 5 --data-parallel {data_parallel} "
-        f"--devices 2 --coordinator {address} --num-processes 2"
+        f"--devices {each} --coordinator {address} --num-processes 2"
     )
     processes = [
         train_moe_cli.start(f"{arguments} --process-id {index}", data=text, out=together)
@@ -59,7 +61,7 @@ def test_two_processes_train_as_one(text, tmp_path, data_parallel):
     ]
     first, second = train_moe_cli.finish(processes, timeout=TIMEOUT)
 
-    mesh = cluster.make_mesh(devices=4, data_parallel=data_parallel)
+    mesh = cluster.make_mesh(devices=2 * each, data_parallel=data_parallel)
     trainer = Trainer(mesh, train_moe_cli.TINY_MODEL, train_moe_cli.TINY_TRAIN)
     corpus = data.load(text, min_bytes=train_moe_cli.TINY_TRAIN.seq_len + 1)
     with Run(trainer, corpus, RunConfig(out=alone, steps=STEPS)) as run:

@@ -18,6 +18,8 @@ import jax_ep
 import spmd
 from jax_ep import routing
 
+pytestmark = pytest.mark.one_process("calls layers with arrays of one process")
+
 H, F, E = 8, 12, 4
 SETTINGS = {
     "num_experts": E,
@@ -30,7 +32,8 @@ RULES = (("exp", "expert"), ("embed", "data"), ("mlp", None))
 
 
 def make_group(backend: str, axis_type: AxisType = AxisType.Auto) -> jax_ep.Group:
-    mesh = spmd.make_mesh((2, 2), ("data", "expert"), axis_type)
+    names = ("data", "expert")
+    mesh = spmd.make_mesh(spmd.fit((2, 2), names), names, axis_type)
     return jax_ep.create_group(mesh, "expert", backend=backend)
 
 

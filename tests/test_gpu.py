@@ -16,6 +16,7 @@ import routings
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.gpu2,
+    pytest.mark.one_process("drives two GPUs from one process"),
     pytest.mark.skipif(
         jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two GPUs"
     ),

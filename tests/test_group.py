@@ -13,26 +13,32 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import jax_ep
-from spmd import make_group, make_mesh, need_devices, run_python, shard
+from spmd import fit, make_group, make_mesh, ranks_at_most, run_python, shard
+
+pytestmark = pytest.mark.one_process("asks for backends that serve one process")
+
+RANKS = ranks_at_most(4)
+DATA_EXPERT = ("data", "expert")
 
 
 def test_equal_arguments_give_the_same_group(backend):
-    group = make_group(4, backend)
-    again = Mesh(np.array(jax.devices()[:4]), ("expert",))
+    group = make_group(RANKS, backend)
+    again = Mesh(np.array(jax.devices()[:RANKS]), ("expert",))
     assert jax_ep.create_group(again, backend=backend) is group
     assert jax_ep.create_group(again, ("expert",), backend=backend) is group
     assert jax_ep.create_group(again, ["expert"], backend=backend) is group
 
 
 def test_attributes(backend):
-    mesh = make_mesh((2, 4), ("data", "expert"))
+    sizes = fit((2, 4), DATA_EXPERT)
+    mesh = make_mesh(sizes, DATA_EXPERT)
     group = jax_ep.create_group(mesh, "expert", backend=backend, timeout=5)
-    assert group.mesh == mesh and group.axis_names == ("expert",) and group.size == 4
+    assert group.mesh == mesh and group.axis_names == ("expert",) and group.size == sizes[1]
     assert group.backend == backend and group.timeout == 5
     assert isinstance(group.id, int) and 0 <= group.id < 2**63
     group.check()  # nothing has failed
     both = jax_ep.create_group(mesh, ("data", "expert"), backend=backend)
-    assert both.axis_names == ("data", "expert") and both.size == 8
+    assert both.axis_names == ("data", "expert") and both.size == mesh.size
     assert "data" in repr(both) and backend in repr(both)
 
 
@@ -57,20 +63,20 @@ def test_a_static_argument_of_jit(backend):
         return x * group.size
 
     jitted = jax.jit(run, static_argnums=0)
-    assert jitted(make_group(2, backend), 3) == jitted(make_group(2, backend), 3) == 6
-    assert jitted(make_group(4, backend), 3) == 12 and len(traced) == 2
+    few, many = RANKS // 2, RANKS
+    assert jitted(make_group(few, backend), 3) == jitted(make_group(few, backend), 3) == 3 * few
+    assert jitted(make_group(many, backend), 3) == 3 * many and len(traced) == 2
 
 
 def test_ids_differ(backend):
-    mesh = make_mesh((2, 2), ("data", "expert"))
+    mesh = make_mesh(fit((2, 2), DATA_EXPERT), DATA_EXPERT)
     groups = [
         jax_ep.create_group(mesh, "expert", backend=backend),
         jax_ep.create_group(mesh, "data", backend=backend),
         jax_ep.create_group(mesh, ("data", "expert"), backend=backend),
         jax_ep.create_group(mesh, ("expert", "data"), backend=backend),
         jax_ep.create_group(mesh, "expert", backend=backend, timeout=5),
-        make_group(2, backend),
-        make_group(4, backend),
+        *(make_group(ranks, backend) for ranks in sorted({1, 2, RANKS})),
         jax_ep.create_group(Mesh(np.array(jax.devices()[:2][::-1]), ("expert",)), backend=backend),
     ]
     assert len({group.id for group in groups}) == len(groups)
@@ -79,7 +85,8 @@ def test_ids_differ(backend):
 PRINT_ID = """
 import jax, jax_ep, numpy as np
 junk = [object() for _ in range({junk})]
-mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "expert"))
+devices = np.array(jax.devices()[:{sizes[0]} * {sizes[1]}]).reshape({sizes})
+mesh = jax.sharding.Mesh(devices, ("data", "expert"))
 if {junk}:
     jax_ep.create_group(mesh, "data")
 print("id", jax_ep.create_group(mesh, "expert", backend="{backend}").id)
@@ -88,20 +95,20 @@ print("id", jax_ep.create_group(mesh, "expert", backend="{backend}").id)
 
 def test_ids_are_the_same_in_every_process(backend):
     """Whatever a process did before; so programs in the persistent cache stay valid."""
-    need_devices(4)
+    sizes = fit((2, 2), DATA_EXPERT)
+    mesh = make_mesh(sizes, DATA_EXPERT)
     ids = set()
     for junk, seed in ((0, "1"), (1000, "2")):
-        code = PRINT_ID.format(junk=junk, backend=backend)
+        code = PRINT_ID.format(junk=junk, backend=backend, sizes=sizes)
         done = run_python("-c", code, timeout=120, PYTHONHASHSEED=seed)
         assert done.returncode == 0, done.stderr
         ids.add(done.stdout.split()[-1])
-    mesh = make_mesh((2, 2), ("data", "expert"))
     assert ids == {str(jax_ep.create_group(mesh, "expert", backend=backend).id)}
 
 
 def test_auto_follows_the_devices(native_backend, caplog):
     with caplog.at_level(logging.WARNING, "jax_ep"):
-        group = jax_ep.create_group(make_mesh(3), "expert")
+        group = jax_ep.create_group(make_mesh(ranks_at_most(3)), "expert")
     assert group.backend == native_backend
     assert not caplog.records, "a fallback was logged, though the native backend is there"
 
@@ -148,7 +155,7 @@ def test_fallback_to_the_reference_is_said_once():
     ],
 )  # fmt: skip
 def test_refused(arguments, error, text):
-    mesh = make_mesh((2, 2), ("data", "expert"))
+    mesh = make_mesh(fit((2, 2), DATA_EXPERT), DATA_EXPERT)
     with pytest.raises(error, match="jax_ep.create_group: argument " + text):
         jax_ep.create_group(**{"mesh": mesh, "backend": "reference"} | arguments)
 

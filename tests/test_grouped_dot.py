@@ -93,6 +93,7 @@ def test_same_as_ragged_dot():
     np.testing.assert_allclose(jax_ep.grouped_dot(*arguments), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_process("calls grouped_dot with arrays of one process")
 def test_in_shard_map_with_weights_that_do_not_vary():
     """Rows vary over an axis, weights do not: their gradient is summed over it."""
     mesh = spmd.make_mesh((2,), ("data",))

@@ -9,6 +9,8 @@ import pytest
 import jax_ep
 from spmd import run_python
 
+pytestmark = pytest.mark.one_process("its programs have processes of their own")
+
 
 def run(code: str, **env: str) -> str:
     """Output of ``code`` in a fresh interpreter, where warnings are errors."""

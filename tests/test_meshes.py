@@ -9,20 +9,31 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
 import oracle
 import routings
-from spmd import make_mesh, shard, stacked
+from spmd import (
+    create_group,
+    fetch,
+    fit,
+    make_mesh,
+    mesh_jit,
+    need_part,
+    put,
+    ranks_at_most,
+    shard,
+    stacked,
+    stacked_jit,
+)
 
 TOKENS, TOP_K, LOCAL_EXPERTS, HIDDEN, ALIGNMENT = 5, 2, 2, 16, 4
 
-MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...], Any]] = {
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[str, ...], Any]] = {
     # sizes, names, the group's axes
     "expert": ((4,), ("expert",), "expert"),
     "data-expert": ((2, 4), ("data", "expert"), "expert"),
@@ -34,6 +45,12 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...], Any]] = {
     "pod-data-expert": ((2, 2, 2), ("pod", "data", "expert"), ("pod", "expert")),
     "ranks-of-one": ((3, 1), ("data", "expert"), "expert"),
 }
+MESHES = {
+    key: (fit(sizes, names, axes), names, axes) for key, (sizes, names, axes) in SHAPES.items()
+}
+
+
+DATA_EXPERT = fit((2, 2), ("data", "expert"))
 
 
 def groups_of(sizes, names, axes) -> list[list[int]]:
@@ -107,9 +124,8 @@ def expected(x, weights, idx, scale, dy) -> tuple[np.ndarray, ...]:
 def check(mesh, run, sizes, names, axes) -> None:
     groups = groups_of(sizes, names, axes)
     arrays = data(mesh.size, LOCAL_EXPERTS * len(groups[0]))
-    everywhere = NamedSharding(mesh, P(mesh.axis_names))
-    found = run(*(jax.device_put(a.reshape(-1, *a.shape[2:]), everywhere) for a in arrays))
-    found = [stacked(leaf, mesh.size) for leaf in found]
+    found = run(*(put(a.reshape(-1, *a.shape[2:]), mesh) for a in arrays))
+    found = [stacked(leaf, mesh.size) for leaf in fetch(found, mesh)]
     for devices in groups:
         wanted = expected(*(a[devices] for a in arrays))
         for what, got, want in zip(("y", "tokens", "dx", "dw"), found, wanted, strict=True):
@@ -121,7 +137,8 @@ def check(mesh, run, sizes, names, axes) -> None:
 def test_mesh(name, check_vma, backend):
     sizes, names, axes = MESHES[name]
     mesh = make_mesh(sizes, names)
-    group = jax_ep.create_group(mesh, axes, backend=backend)
+    need_part(mesh)
+    group = create_group(mesh, axes, backend=backend)
     check(mesh, jax.jit(shard(layer(group), mesh, check_vma=check_vma)), sizes, names, axes)
 
 
@@ -130,7 +147,8 @@ def test_explicit_axes(name, backend):
     """Axes of type Explicit, which ``jax.make_mesh`` makes, outside and in the context of a mesh."""
     sizes, names, axes = MESHES[name]
     mesh = make_mesh(sizes, names, AxisType.Explicit)
-    group = jax_ep.create_group(mesh, axes, backend=backend)
+    need_part(mesh)
+    group = create_group(mesh, axes, backend=backend)
     run = jax.jit(shard(layer(group), mesh))
     check(mesh, run, sizes, names, axes)
     with jax.set_mesh(mesh):
@@ -139,15 +157,16 @@ def test_explicit_axes(name, backend):
 
 def test_two_groups_of_one_mesh(backend):
     """One program uses both axes of a mesh as groups, one after the other."""
-    sizes, names = (2, 3), ("row", "column")
+    names = ("row", "column")
+    sizes = fit((2, 3), names, "column")
     mesh = make_mesh(sizes, names)
-    groups = [jax_ep.create_group(mesh, axis, backend=backend) for axis in names]
+    groups = [create_group(mesh, axis, backend=backend) for axis in names]
     assert groups[0].id != groups[1].id
 
     def both(*arrays):
         return [layer(group)(*arrays) for group in groups]
 
-    run = jax.jit(shard(both, mesh))
+    run = mesh_jit(both, mesh)
     for index, axis in enumerate(names):
         ranks = sizes[names.index(axis)]
         # Ids past the smaller group's experts are invalid there, and only there.
@@ -156,17 +175,19 @@ def test_two_groups_of_one_mesh(backend):
         for devices in groups_of(sizes, names, axis):
             wanted = expected(*(a[devices] for a in arrays))
             for got, want in zip(found, wanted, strict=True):
-                oracle.assert_same(stacked(got, 6)[devices], want, f"{axis} of {devices}")
+                oracle.assert_same(stacked(got, mesh.size)[devices], want, f"{axis} of {devices}")
 
 
 def test_devices_in_another_order(backend):
     """Ranks follow the mesh, not the devices' numbers."""
-    ordered = make_mesh(4)
-    devices = ordered.devices[[2, 0, 3, 1]]
+    ordered = make_mesh(ranks_at_most(4))
+    need_part(ordered)
+    order = {2: [1, 0], 3: [2, 0, 1], 4: [2, 0, 3, 1]}[ordered.size]
+    devices = ordered.devices[order]
     mesh = jax.sharding.Mesh(devices, ("expert",))
-    group = jax_ep.create_group(mesh, backend=backend)
-    assert group is not jax_ep.create_group(ordered, backend=backend)
-    check(mesh, jax.jit(shard(layer(group), mesh)), (4,), ("expert",), "expert")
+    group = create_group(mesh, backend=backend)
+    assert group is not create_group(ordered, backend=backend)
+    check(mesh, jax.jit(shard(layer(group), mesh)), (mesh.size,), ("expert",), "expert")
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -177,33 +198,39 @@ def test_operands_replicated_over_data(varying, check_vma, backend):
     Where both are, so are the results, and JAX must be able to see it.
     """
     x_varies, idx_varies = varying
-    mesh = make_mesh((2, 2), ("data", "expert"))
-    group = jax_ep.create_group(mesh, "expert", backend=backend)
-    x, weights, idx, _, _ = data(4, 4)
+    mesh = make_mesh(DATA_EXPERT, ("data", "expert"))
+    groups = groups_of(DATA_EXPERT, mesh.axis_names, "expert")
+    ranks, experts = len(groups[0]), LOCAL_EXPERTS * len(groups[0])
+    group = create_group(mesh, backend=backend)
+    x, weights, idx, _, _ = data(mesh.size, experts)
     x_spec = P(("data", "expert")) if x_varies else P("expert")
     idx_spec = P(("data", "expert")) if idx_varies else P("expert")
     out_spec = P(("data", "expert")) if x_varies or idx_varies else P("expert")
 
     def run(x, weights, idx):
-        out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=4, alignment=ALIGNMENT)
+        out = jax_ep.dispatch(
+            x, idx, weights, group=group, num_experts=experts, alignment=ALIGNMENT
+        )
         rows = out.tokens * out.weights[:, None]
         return jax_ep.combine(rows, out.handle, group=group), out.tokens
 
     specs = {"in_specs": (x_spec, idx_spec, idx_spec), "out_specs": out_spec}
-    per_device = [x if x_varies else x[[0, 1, 0, 1]]]
-    per_device += [a if idx_varies else a[[0, 1, 0, 1]] for a in (weights, idx)]
-    given = [x if x_varies else x[:2], *(a if idx_varies else a[:2] for a in (weights, idx))]
-    found = jax.jit(shard(run, mesh, check_vma=check_vma, **specs))(
-        *(a.reshape(-1, *a.shape[2:]) for a in given)
-    )
-    num_parts = 4 if x_varies or idx_varies else 2
+    first = np.tile(np.arange(ranks), len(groups))  # the first group's data, for all groups
+    per_device = [x if x_varies else x[first]]
+    per_device += [a if idx_varies else a[first] for a in (weights, idx)]
+    given = [x if x_varies else x[:ranks]]
+    given += [a if idx_varies else a[:ranks] for a in (weights, idx)]
+    call = mesh_jit(run, mesh, check_vma=check_vma, **specs)
+    found = call(*(a.reshape(-1, *a.shape[2:]) for a in given))
+    num_parts = mesh.size if x_varies or idx_varies else ranks
     found = [stacked(leaf, num_parts) for leaf in found]
-    for devices in ([0, 1], [2, 3])[: num_parts // 2]:
+    for devices in groups[: num_parts // ranks]:
         a, b, c = (array[devices] for array in per_device)
-        bounds = oracle.limits(
-            num_ranks=2, num_tokens=5, top_k=2, num_experts=4, layout="expert", alignment=ALIGNMENT
+        sizes = {"num_ranks": ranks, "num_tokens": TOKENS, "top_k": TOP_K, "num_experts": experts}
+        bounds = oracle.limits(**sizes, layout="expert", alignment=ALIGNMENT)
+        plan = oracle.plan(
+            c, num_experts=experts, layout="expert", alignment=ALIGNMENT, bounds=bounds
         )
-        plan = oracle.plan(c, num_experts=4, layout="expert", alignment=ALIGNMENT, bounds=bounds)
         tokens, row_weights = oracle.move(a, plan), oracle.move_weights(b, plan)
         oracle.assert_same(found[1][devices], tokens, f"tokens, {devices}")
         y = oracle.combine(tokens * row_weights[..., None], plan)
@@ -212,12 +239,13 @@ def test_operands_replicated_over_data(varying, check_vma, backend):
 
 def test_scan_over_a_carry(backend):
     """The result can be a scan's carry: it varies over the axes that the input varies over."""
-    mesh = make_mesh((2, 2), ("data", "expert"))
-    group = jax_ep.create_group(mesh, "expert", backend=backend)
-    x, weights, idx, _, _ = data(4, 4)
+    mesh = make_mesh(DATA_EXPERT, ("data", "expert"))
+    group = create_group(mesh, backend=backend)
+    experts = LOCAL_EXPERTS * group.size
+    x, weights, idx, _, _ = data(mesh.size, experts)
 
     def step(x, idx, weights):
-        out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=4, alignment=1)
+        out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=experts, alignment=1)
         return jax_ep.combine(out.tokens, out.handle, group=group, weights=out.weights)
 
     def run(x, idx, weights):
@@ -225,7 +253,6 @@ def test_scan_over_a_carry(backend):
         unrolled = step(step(step(x, idx, weights), idx, weights), idx, weights)
         return looped, unrolled
 
-    arrays = (a.reshape(-1, *a.shape[2:]) for a in (x, idx, weights))
-    looped, unrolled = jax.jit(shard(run, mesh))(*arrays)
-    assert jnp.abs(looped).max() > 0
+    looped, unrolled = stacked_jit(run, mesh)(x, idx, weights)
+    assert np.abs(looped).max() > 0
     oracle.assert_same(looped, unrolled, "three steps")

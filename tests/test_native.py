@@ -18,7 +18,9 @@ import oracle
 import routings
 from jax_ep import _cpu, _ffi, reference
 from native import RANKS, UNBOUNDED, indices, plan
-from spmd import make_group, stacked_jit
+from spmd import make_group, ranks_at_most, stacked_jit
+
+pytestmark = pytest.mark.one_process("the native CPU backend serves groups of one process")
 
 
 def test_build_info():
@@ -52,7 +54,8 @@ def test_call_counts():
 @pytest.mark.parametrize("layout", ["expert", "token"])
 def test_large_payload(layout):
     """Rows of several chunks, which threads share."""
-    ranks, tokens, top_k, experts, hidden = 3, 257, 4, 12, 1024
+    ranks, tokens, top_k, hidden = ranks_at_most(3), 257, 4, 1024
+    experts = 4 * ranks
     rng = np.random.default_rng(1)
     idx = routings.zipf(rng, ranks, tokens, top_k, experts)
     capacity = 2048 if layout == "expert" else 700

@@ -16,6 +16,8 @@ from jax_ep import _cpu
 from native import CAPACITY, EXPERTS, HIDDEN, RANKS, TOKENS, TOP_K, UNBOUNDED, indices, plan
 from spmd import make_group, make_mesh, stacked_jit
 
+pytestmark = pytest.mark.one_process("the native CPU backend serves groups of one process")
+
 
 def raw_call(group, target, *operands, results, **attributes):
     """Calls a target with the attributes that all of them have."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pathlib
 import re
 
+import pytest
+
+pytestmark = pytest.mark.one_process("reads results of one process")
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 

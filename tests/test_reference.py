@@ -20,6 +20,8 @@ import oracle
 from jax_ep import reference
 from spmd import fields, make_group, stacked_jit
 
+pytestmark = pytest.mark.needs_collectives
+
 ROUTES = np.array([[[0, 2], [1, 0], [3, -1]], [[2, 3], [0, 0], [7, 1]]], np.int32)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NO_LIMIT = oracle.INT32_MAX

@@ -157,6 +157,7 @@ def test_load_balancing_loss_of_even_and_no_routes():
     np.testing.assert_allclose(routing.load_balancing_loss(one, certain), 8.0, rtol=1e-6)
 
 
+@pytest.mark.one_process("calls the loss with arrays of one process")
 def test_load_balancing_loss_over_a_mesh(logits):
     """Statistics are summed before the product: unequal shards give the loss of all tokens."""
     routes = routing.softmax_top_k(logits[:32], 3)
@@ -169,7 +170,7 @@ def test_load_balancing_loss_over_a_mesh(logits):
         def local(topk_idx, scores):
             return routing.load_balancing_loss(topk_idx, scores, axis_names=("a", "b"))
 
-        mesh = spmd.make_mesh((2, 2), ("a", "b"))
+        mesh = spmd.make_mesh(spmd.fit((2, 2), ("a", "b"), "b"), ("a", "b"))
         specs = P(("a", "b"))
         return spmd.shard(local, mesh, in_specs=(specs, specs), out_specs=P())(topk_idx, scores)
 

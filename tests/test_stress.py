@@ -13,14 +13,18 @@ import pytest
 
 from spmd import run_python
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="these programs drive the native CPU backend"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.default_backend() != "cpu", reason="these programs drive the native CPU backend"
+    ),
+    pytest.mark.one_process("its programs have processes of their own"),
+]
 PROGRAMS = pathlib.Path(__file__).with_name("stress_programs.py")
 
 
 def run(*arguments: str, timeout: float = 60) -> str:
-    done = run_python("-W", "error", str(PROGRAMS), *arguments, timeout=timeout)
+    flags = "--xla_force_host_platform_device_count=16"
+    done = run_python("-W", "error", str(PROGRAMS), *arguments, timeout=timeout, XLA_FLAGS=flags)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == "done"
