@@ -238,4 +238,10 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch) {
   EndOp(group, epoch, [] {});
 }
 
+// Ends an op whose peers read nothing of this rank's. Called by one thread, after all blocks' waits.
+__device__ inline void EndOpAtOnce(const GroupParams& group, uint64_t epoch) {
+  Own(group).epoch = epoch;
+  Own(group).active = 0;
+}
+
 }  // namespace jax_ep::cuda
