@@ -69,20 +69,20 @@ struct alignas(16) SlotRows {
 };
 
 struct Shared {
-  int32_t* records;    // [chunk, kMaxK] of own entries: expert, then column and position
-  Cell* cells;         // [columns or slots, stride]
-  int32_t* staging;    // [sources, chunk, K or 1] rows here; over the cells, once they are done with
-  uint32_t* ids;       // [sources, chunk, token_words] local experts, packed
-  uint32_t* list;      // entries here, by slot: in the chunk of the source, and the slot above
-  uint32_t* totals;    // [R, columns] entries of the rank, and of its blocks before this one above
-  int32_t* sent;       // [4 * quads] counts of this block
-  ColumnRows* rows;    // [row_columns]
-  int32_t* demand;     // [row_columns]
-  int32_t* padded;     // [row_columns] rows that it would have
-  int32_t* starts;     // [row_columns] first row of the column on its rank
-  SlotRows* slots;     // [sources, here]
-  int32_t* firsts;     // [sources, here] place in the list of the slot's first entry
-  int32_t* kept;       // [L] pairs kept of each local expert (layout "token")
+  int32_t* records;  // [chunk, kMaxK] of own entries: expert, then column and position
+  Cell* cells;       // [columns or slots, stride]
+  int32_t* staging;  // [sources, chunk, K or 1] rows here; over the cells, once they are done with
+  uint32_t* ids;     // [sources, chunk, token_words] local experts, packed
+  uint32_t* list;    // entries here, by slot: in the chunk of the source, and the slot above
+  uint32_t* totals;  // [R, columns] entries of the rank, and of its blocks before this one above
+  int32_t* sent;     // [4 * quads] counts of this block
+  ColumnRows* rows;  // [row_columns]
+  int32_t* demand;   // [row_columns]
+  int32_t* padded;   // [row_columns] rows that it would have
+  int32_t* starts;   // [row_columns] first row of the column on its rank
+  SlotRows* slots;   // [sources, here]
+  int32_t* firsts;   // [sources, here] place in the list of the slot's first entry
+  int32_t* kept;     // [L] pairs kept of each local expert (layout "token")
 
   __device__ Shared(const PushShape& n, int32_t* memory) {
     records = memory;
@@ -159,6 +159,18 @@ PushShape PushShapeOf(const PlanParams& p) {
   return n;
 }
 
+struct PushParams {
+  PlanParams plan;
+  PushShape shape;
+  bool aligned;  // all arrays, to 16 bytes
+};
+
+// The tokens of a block.
+struct Chunk {
+  int32_t begin;
+  int32_t count;
+};
+
 // The inbox: [R, kBlocks, quads] pairs of counts, then [R, T, token_words] ids. A word has its data
 // in the upper half, the epoch in the lower one.
 __device__ __forceinline__ uint64_t* CountsOf(Workspace& workspace, const PushShape& n,
@@ -193,8 +205,8 @@ struct Pair {
   __device__ __forceinline__ bool Await(const GroupParams& group, uint64_t epoch, int source,
                                         const uint64_t* from) {
     const uint32_t expected = static_cast<uint32_t>(epoch);
-    for (Deadline deadline; static_cast<uint32_t>(first) != expected ||
-                            static_cast<uint32_t>(second) != expected;) {
+    for (Deadline deadline;
+         static_cast<uint32_t>(first) != expected || static_cast<uint32_t>(second) != expected;) {
       const uint64_t seen = (first & 0xffffffff) << kTagBits;
       if (!deadline.Continue(group, Phase::kArrival, source, FlagValue(epoch, group.tag), seen)) {
         return false;

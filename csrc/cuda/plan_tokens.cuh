@@ -8,18 +8,6 @@
 namespace jax_ep::cuda {
 namespace {
 
-struct PushParams {
-  PlanParams plan;
-  PushShape shape;
-  bool aligned;  // all arrays, to 16 bytes
-};
-
-// The tokens of a block.
-struct Chunk {
-  int32_t begin;
-  int32_t count;
-};
-
 // `count` of kMaxK values that lie together. What is past them loads as -1.
 template <int kMaxK>
 __device__ __forceinline__ void LoadValues(int32_t (&values)[kMaxK], const int32_t* from,
@@ -108,6 +96,7 @@ __device__ __forceinline__ int32_t PositionOf(const PushShape& n, const Shared& 
 template <typename Body>
 __device__ __forceinline__ void ForTokens(const PushShape& n, int32_t sources, int32_t count,
                                           Body body) {
+#pragma unroll 1
   for (int32_t i = threadIdx.x / 32; i < sources * n.words; i += kWarps) {
     const int32_t s = n.by_words(i);
     const int32_t t = (i - s * n.words) * 32 + threadIdx.x % 32;
@@ -123,6 +112,7 @@ __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch
   const PushShape& n = params.shape;
   constexpr int kIdsOfWord = 32 / kIdBits;
   constexpr uint32_t kNoId = (1u << kIdBits) - 1;
+#pragma unroll 1
   for (int i = 1; i <= p.group.num_ranks; ++i) {  // not all to the same rank at once
     const int r = p.group.rank + i < p.group.num_ranks ? p.group.rank + i
                                                        : p.group.rank + i - p.group.num_ranks;
@@ -151,6 +141,7 @@ __device__ __forceinline__ void CleanTokens(const PushParams& params, const Shar
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   int32_t num_invalid = 0;
+#pragma unroll 1
   for (int32_t t = threadIdx.x; t < chunk.count; t += kThreads) {
     const int32_t token = chunk.begin + t;
     const int64_t first = int64_t{token} * p.top_k;
@@ -243,6 +234,7 @@ __device__ __forceinline__ bool TakeIds(const PushParams& params, const Shared& 
     const int source = first_source + s;
     const uint64_t* from = IdsOf(Own(p.group), p, n, epoch, source, chunk.begin + t);
     uint32_t* ids = shared.ids + (s * n.chunk + t) * n.token_words;
+#pragma unroll 1
     for (int32_t w = 0; w < n.token_words; w += 2) {
       Pair pair;
       pair.Load(from + w);
@@ -269,6 +261,7 @@ __device__ __forceinline__ void ListEntries(const PushParams& params, const Shar
   ForTokens(n, num_sources, chunk.count, [&](int32_t s, int32_t t) {
     const uint32_t* ids = shared.ids + (s * n.chunk + t) * n.token_words;
     bool is_here = false;
+#pragma unroll 1
     for (int32_t w = 0; w < n.token_words; w += 2) {
       const uint2 both = *reinterpret_cast<const uint2*>(ids + w);
       const uint32_t words[2] = {both.x, both.y};
@@ -281,8 +274,8 @@ __device__ __forceinline__ void ListEntries(const PushParams& params, const Shar
       });
     }
     if (p.layout != Layout::kToken || !is_here) return;
-    shared.list[PositionOf(n, shared, s, t)] =
-        static_cast<uint32_t>(t) | static_cast<uint32_t>(s) << 16;
+    shared.list[PositionOf(n, shared, s, t)] = static_cast<uint32_t>(t) | static_cast<uint32_t>(s)
+                                                                              << 16;
   });
 }
 

@@ -106,7 +106,7 @@ struct Workspace {
   Flag close[kMaxRanks];                         // it reads this rank's inputs no more
   uint64_t addresses[kMaxRanks][kMaxAddresses];  // of its inputs, PackAddress
   uint64_t totals[kMaxRanks]
-                 [kMaxExperts + kMaxRanks];  // plan: its entries of each column, PackCount
+                 [kMaxExperts + kMaxRanks];    // plan: its entries of each column, PackCount
   alignas(16) uint64_t inbox[2][kInboxWords];  // plan: messages, by epoch % 2
   // Combine: slot (token % slots) of rank r's part of the ring holds a sum (RingWord) ...
   uint64_t ring_ready[kMaxRanks][kMaxRingSlots];

@@ -47,9 +47,8 @@ using cuda::PlanKernel;
 using plan::Layout;
 
 int num_wrong = 0;
-std::map<std::string, int> options = {{"check", 1},      {"time", 1},  {"failures", 1},
-                                      {"repeat", 200},   {"small", 0}, {"seed", 1},
-                                      {"max_ranks", 32}};
+std::map<std::string, int> options = {{"check", 1}, {"time", 1}, {"failures", 1},  {"repeat", 200},
+                                      {"small", 0}, {"seed", 1}, {"max_ranks", 32}};
 
 __global__ void Spin(uint64_t ns) {
   const uint64_t begin = cuda::ptx::GlobalTimer();
@@ -94,7 +93,8 @@ int MaxClusters() {
 template <typename T>
 T* Allocate(size_t count) {
   T* pointer;
-  CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&pointer), std::max<size_t>(count, 1) * sizeof(T)));
+  CHECK_CUDA(
+      cudaMalloc(reinterpret_cast<void**>(&pointer), std::max<size_t>(count, 1) * sizeof(T)));
   return pointer;
 }
 
@@ -150,8 +150,7 @@ struct Group {
       if (group.error->set == 0) continue;
       std::printf("FAILED: kind %u rank %u peer %u phase %u expected %llx seen %llx\n",
                   group.error->kind, group.error->rank, group.error->peer, group.error->phase,
-                  (unsigned long long)group.error->expected,
-                  (unsigned long long)group.error->seen);
+                  (unsigned long long)group.error->expected, (unsigned long long)group.error->seen);
       std::exit(1);
     }
   }
@@ -170,8 +169,9 @@ struct Shape {
   int shift = 0;  // of all arrays, in int32: not aligned to 16 bytes
 };
 
-constexpr const char* kArrays[] = {"topk",        "dest_row", "recv_rows", "recv_src",    "expert_idx",
-                                   "group_sizes", "counts",   "demand",    "num_dropped", "num_invalid"};
+constexpr const char* kArrays[] = {"topk",        "dest_row",    "recv_rows", "recv_src",
+                                   "expert_idx",  "group_sizes", "counts",    "demand",
+                                   "num_dropped", "num_invalid"};
 
 // A shape with its routes, and what should come of them.
 struct Case {
@@ -194,8 +194,8 @@ struct Case {
     }
     C = Capacity(routes[0]);
     const int64_t TK = int64_t{s.T} * s.K;
-    sizes = {int(TK), int(TK), s.R * s.T * M, C, s.layout == Layout::kToken ? C * s.K : 0,
-             L,       L,       L,             1, 1};
+    sizes = {int(TK), int(TK), s.R * s.T * M, C, s.layout == Layout::kToken ? C * s.K : 0, L, L, L,
+             1,       1};
     total = 4;
     for (const int size : sizes) {
       offsets.push_back(total + s.shift);
@@ -213,7 +213,8 @@ struct Case {
       plan::BuildPlans({s.R, s.T, s.K, s.E, C, s.alignment, s.expert_capacity, s.layout}, plans);
       for (int r = 0; r < s.R; ++r) {
         topk_idx.push_back(Allocate<int32_t>(TK + 4) + s.shift);
-        CHECK_CUDA(cudaMemcpy(topk_idx.back(), routes[v][r].data(), TK * 4, cudaMemcpyHostToDevice));
+        CHECK_CUDA(
+            cudaMemcpy(topk_idx.back(), routes[v][r].data(), TK * 4, cudaMemcpyHostToDevice));
         expected.push_back(Allocate<int32_t>(total));
         CHECK_CUDA(
             cudaMemcpy(expected.back(), blocks[r].data(), total * 4, cudaMemcpyHostToDevice));
@@ -295,11 +296,27 @@ struct Case {
     int32_t* b = results[r];
     const std::vector<int>& o = offsets;
     int32_t* topk = b + o[0];
-    cuda::PlanParams p{group->params[r], s.layout,  s.T,      s.K,       s.E,
-                       C,                s.alignment, s.expert_capacity, topk_idx[variant * s.R + r],
-                       topk,             topk,      b + o[1], b + o[2],  b + o[3],
-                       b + o[4],         b + o[5],  b + o[6], b + o[7],  b + o[8],
-                       b + o[9],         scratch[r]};
+    cuda::PlanParams p{group->params[r],
+                       s.layout,
+                       s.T,
+                       s.K,
+                       s.E,
+                       C,
+                       s.alignment,
+                       s.expert_capacity,
+                       topk_idx[variant * s.R + r],
+                       topk,
+                       topk,
+                       b + o[1],
+                       b + o[2],
+                       b + o[3],
+                       b + o[4],
+                       b + o[5],
+                       b + o[6],
+                       b + o[7],
+                       b + o[8],
+                       b + o[9],
+                       scratch[r]};
     p.group.tag = tag;
     return p;
   }
@@ -337,9 +354,9 @@ struct Case {
     }
   }
   void Print(const char* end) const {
-    std::printf("  R=%d T=%d K=%d E=%d %s A=%d C=%d room=%d routes=%d cap=%d shift=%d %s\n", s.R, s.T,
-                s.K, s.E, s.layout == Layout::kToken ? "token" : "expert", s.alignment, C, s.room,
-                s.routes, s.expert_capacity, s.shift, end);
+    std::printf("  R=%d T=%d K=%d E=%d %s A=%d C=%d room=%d routes=%d cap=%d shift=%d %s\n", s.R,
+                s.T, s.K, s.E, s.layout == Layout::kToken ? "token" : "expert", s.alignment, C,
+                s.room, s.routes, s.expert_capacity, s.shift, end);
   }
 };
 
@@ -421,7 +438,8 @@ void CheckShapes() {
       one.Check(random() % Case::kVariants, pull ? PlanKernel::kPull : PlanKernel::kPush, random);
     }
     group->Wait();
-    const std::string kernels = std::to_string(pushed) + " push, " + std::to_string(pulled) + " pull";
+    const std::string kernels =
+        std::to_string(pushed) + " push, " + std::to_string(pulled) + " pull";
     if (last != nullptr) last->Report("before");
     now->Report(kernels.c_str());
     now->Print(kernels.c_str());
@@ -493,17 +511,16 @@ void CheckFailures() {
     for (int r = 0; r < (absent ? 1 : 2); ++r) {
       const Case& ran = r == 0 ? one : other;
       std::vector<int32_t> results(ran.total);
-      CHECK_CUDA(
-          cudaMemcpy(results.data(), ran.results[r], ran.total * 4, cudaMemcpyDeviceToHost));
+      CHECK_CUDA(cudaMemcpy(results.data(), ran.results[r], ran.total * 4, cudaMemcpyDeviceToHost));
       const cuda::ErrorRecord& error = *group.params[r].error;
       const auto kind = static_cast<cuda::ErrorKind>(error.kind);
-      const bool right = error.set == 1 && results[ran.offsets[6]] == -1 &&
-                         (absent ? kind == cuda::ErrorKind::kTimeout
-                                 : kind == cuda::ErrorKind::kMismatch ||
-                                       kind == cuda::ErrorKind::kAborted);
+      const bool right =
+          error.set == 1 && results[ran.offsets[6]] == -1 &&
+          (absent ? kind == cuda::ErrorKind::kTimeout
+                  : kind == cuda::ErrorKind::kMismatch || kind == cuda::ErrorKind::kAborted);
       if (!right) ++num_wrong;
-      std::printf("  %s, rank %d: kind %u, count %d: %s\n", absent ? "peer absent" : "another op", r,
-                  error.kind, results[ran.offsets[6]], right ? "right" : "WRONG");
+      std::printf("  %s, rank %d: kind %u, count %d: %s\n", absent ? "peer absent" : "another op",
+                  r, error.kind, results[ran.offsets[6]], right ? "right" : "WRONG");
     }
   }
 }
