@@ -1,4 +1,4 @@
-"""The kernels for Hopper GPUs: their schedule, that they lower anywhere, and, on a GPU, their values."""
+"""The kernels for Hopper GPUs: their schedule, that they lower anywhere, their values on GPUs."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ __device__ int32_t InclusiveWarpSum(int32_t value) {
 }
 
 // What a failed plan gives: no rows, and counts that no plan has.
-__device__ void Poison(const PlanParams& p) {
+__device__ __noinline__ void Poison(const PlanParams& p) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
   const int32_t num_threads = gridDim.x * blockDim.x;

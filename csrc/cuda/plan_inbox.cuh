@@ -9,128 +9,220 @@ namespace jax_ep::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 8;  // of the cluster; any GPU of this kind can hold them
-constexpr size_t kMaxSharedBytes = 200 << 10;
-constexpr uint32_t kNoId = 0xffff;
-// Words that are on their way together.
-constexpr int kAtOnce = 2;
+// What a block may have, less its static part.
+constexpr size_t kMaxSharedBytes = 226 << 10;
+// Shared memory up to which more sources are numbered at a time.
+constexpr size_t kGoodSharedBytes = 190 << 10;
+// Counts, positions and numbers of slots have 16 bits.
+constexpr int64_t kMaxCount = 0xffff;
 
-// Sizes that follow from the parameters.
-struct Sizes {
-  int32_t columns;
-  int32_t here;       // columns of a rank
-  int32_t slots;      // own columns, then those here of each peer
-  int32_t num_local;  // experts
-  int32_t chunk;      // tokens of a block
-  int32_t entries;    // of a chunk
-  int32_t id_words;   // of a chunk, in the inbox
-  int32_t masks;      // words of a slot's mask
-  int32_t totals;     // columns, and in layout "token" all experts after them
-  int32_t source;     // words of one source in the inbox
+// x / divisor as a product: for x below 2^16 and divisors up to 2^12.
+struct Divider {
+  uint32_t factor;
 
-  __host__ __device__ explicit Sizes(const PlanParams& p) {
-    columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
-    here = NumColumnsHere(p);
-    slots = NumSlots(p);
-    num_local = p.num_experts / p.group.num_ranks;
-    chunk = (p.num_tokens + kBlocks - 1) / kBlocks;
-    entries = chunk * p.top_k;
-    id_words = (entries + 1) / 2;
-    masks = (chunk + 31) / 32;
-    totals = columns + (p.layout == Layout::kToken ? p.num_experts : 0);
-    source = totals + kBlocks * (here + id_words);
+  static Divider By(int32_t divisor) { return {~0u / static_cast<uint32_t>(divisor)}; }
+  __device__ __forceinline__ int32_t operator()(int32_t x) const {
+    return static_cast<int32_t>(__umulhi(static_cast<uint32_t>(x) + 1, factor));
   }
 };
 
-// Views of a block's shared memory; all int32.
+// Sizes that follow from the static shape. Here a *slot* is a column of this rank together with a
+// source, this rank included.
+struct PushShape {
+  int32_t num_local;    // experts
+  int32_t here;         // columns of a rank
+  int32_t row_columns;  // that rows are counted by
+  int32_t columns;      // that are counted: in layout "token" all experts after the ranks
+  int32_t quads;        // of counts that a block sends: columns, invalid entries
+  int32_t chunk;        // tokens of a block, a multiple of 32
+  int32_t words;        // of a column's mask
+  int32_t stride;       // of a column's cells; odd
+  int32_t id_bits;      // of an expert id in a message: 8 or 16
+  int32_t token_words;  // of a token's message; even
+  int32_t sources;      // whose tokens are numbered at a time
+  Divider by_num_local, by_words, by_quads;
+  // Views of a block's shared memory, in int32.
+  int32_t cells, ids, list, totals, sent, rows, demand, padded, starts, slots, firsts, kept, end;
+};
+
+// What a column (or slot) has of 32 tokens that follow each other.
+struct Cell {
+  uint32_t mask;   // of tokens
+  int32_t before;  // entries in the cells before this one
+};
+
+// The rows of a column for this rank's chunk: [first, limit), of which those from `limit` on are
+// dropped.
+struct ColumnRows {
+  int32_t first;
+  int32_t limit;
+};
+
+// The same for a slot, together with what its entries are called.
+struct alignas(16) SlotRows {
+  int32_t offset;  // from the place in the list to the row
+  int32_t limit;
+  int32_t source;  // EncodeSource of the source's first entry
+  int32_t staged;  // its first entry's place in `staging`
+};
+
 struct Shared {
-  int32_t* entries;  // [R, entries]: expert ids, then rows on this rank
-  int32_t* before;   // [slots]: rows before this block's chunk
-  int32_t* demand;   // [columns]: of all ranks
-  int32_t* starts;   // [columns]: first row of the column on its rank
-  int32_t* counts;   // [columns]: rows kept of the column
-  int32_t* own;      // [totals]: of this rank
-  int32_t* found;    // [totals + 1]: in this block's chunk; then its invalid entries
-  int32_t* kept;     // [L]: pairs kept of each local expert (layout "token")
-  uint32_t* masks;   // [masks, slots]
-  int32_t* bits;     // [masks, slots]: set in the words before
+  int32_t* records;  // [chunk, kMaxK] of own entries: expert, then column and position
+  Cell* cells;       // [columns or slots, stride]
+  int32_t* staging;  // [sources, chunk, K or 1] rows here; over the cells, once they are done with
+  uint32_t* ids;     // [sources, chunk, token_words] local experts, packed
+  uint32_t* list;    // entries here, by slot: in the chunk of the source, and the slot above
+  uint32_t* totals;  // [R, columns] entries of the rank, and of its blocks before this one above
+  int32_t* sent;     // [4 * quads] counts of this block
+  ColumnRows* rows;  // [row_columns]
+  int32_t* demand;   // [row_columns]
+  int32_t* padded;   // [row_columns] rows that it would have
+  int32_t* starts;   // [row_columns] first row of the column on its rank
+  SlotRows* slots;   // [sources, here]
+  int32_t* firsts;   // [sources, here] place in the list of the slot's first entry
+  int32_t* kept;     // [L] pairs kept of each local expert (layout "token")
 
-  __device__ Shared(const PlanParams& p, const Sizes& n, int32_t* memory) {
-    entries = memory;
-    before = entries + p.group.num_ranks * n.entries;
-    demand = before + n.slots;
-    starts = demand + n.columns;
-    counts = starts + n.columns;
-    own = counts + n.columns;
-    found = own + n.totals;
-    kept = found + n.totals + 1;
-    masks = reinterpret_cast<uint32_t*>(kept + n.num_local);
-    bits = reinterpret_cast<int32_t*>(masks + n.slots * n.masks);
+  __device__ Shared(const PushShape& n, int32_t* memory) {
+    records = memory;
+    cells = reinterpret_cast<Cell*>(memory + n.cells);
+    staging = memory + n.cells;
+    ids = reinterpret_cast<uint32_t*>(memory + n.ids);
+    list = reinterpret_cast<uint32_t*>(memory + n.list);
+    totals = reinterpret_cast<uint32_t*>(memory + n.totals);
+    sent = memory + n.sent;
+    rows = reinterpret_cast<ColumnRows*>(memory + n.rows);
+    demand = memory + n.demand;
+    padded = memory + n.padded;
+    starts = memory + n.starts;
+    slots = reinterpret_cast<SlotRows*>(memory + n.slots);
+    firsts = memory + n.firsts;
+    kept = memory + n.kept;
   }
 };
 
-size_t SharedBytes(const PlanParams& p) {
-  const Sizes n(p);
-  return sizeof(int32_t) * (size_t(p.group.num_ranks) * n.entries + n.slots + 3 * n.columns +
-                            2 * n.totals + 1 + n.num_local + 2 * size_t(n.slots) * n.masks);
+// Ids that a thread holds: K, rounded up to what there is a kernel for.
+int32_t MaxTopK(const PlanParams& p) { return p.top_k <= 8 ? 8 : 32; }
+
+void LayOutShared(const PlanParams& p, PushShape& n) {
+  int32_t end = n.chunk * MaxTopK(p);  // records
+  const auto add = [&](int64_t count) {
+    const int32_t begin = end;
+    end += static_cast<int32_t>((count + 3) / 4 * 4);
+    return begin;
+  };
+  const bool by_expert = p.layout == Layout::kExpert;
+  const int64_t slots = int64_t{n.sources} * n.here;
+  const int64_t tokens = int64_t{n.sources} * n.chunk;
+  const int64_t cells = 2 * int64_t{n.stride} * (slots > n.columns ? slots : n.columns);
+  const int64_t staging = tokens * (by_expert ? p.top_k : 1);
+  n.cells = add(cells > staging ? cells : staging);
+  n.ids = add(tokens * n.token_words);
+  // Whatever a message says, a token is in no more slots than it has ids.
+  const int32_t token_ids = n.token_words * (32 / n.id_bits);
+  n.list = add(tokens * plan::RowsPerSource(p.layout, token_ids, n.num_local));
+  n.totals = add(int64_t{p.group.num_ranks} * n.columns);
+  n.sent = add(4 * n.quads);
+  n.rows = add(2 * n.row_columns);
+  n.demand = add(n.row_columns);
+  n.padded = add(n.row_columns);
+  n.starts = add(n.row_columns);
+  n.slots = add(4 * slots);
+  n.firsts = add(slots);
+  n.kept = add(by_expert ? 0 : n.num_local);
+  n.end = end;
 }
 
-// Where things are in an inbox.
-struct Inbox {
-  const Sizes& n;
-  int parity;
+PushShape PushShapeOf(const PlanParams& p) {
+  PushShape n;
+  const bool by_expert = p.layout == Layout::kExpert;
+  n.num_local = p.num_experts / p.group.num_ranks;
+  n.here = NumColumnsHere(p);
+  n.row_columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
+  n.columns = n.row_columns + (by_expert ? 0 : p.num_experts);
+  n.quads = n.columns / 4 + 1;
+  n.chunk = ((p.num_tokens + kBlocks - 1) / kBlocks + 31) / 32 * 32;
+  n.words = n.chunk / 32;
+  n.stride = n.words | 1;
+  n.id_bits = n.num_local <= 0xff && p.top_k <= 8 ? 8 : 16;
+  const int32_t ids_of_pair = 64 / n.id_bits;
+  n.token_words = 2 * ((p.top_k + ids_of_pair - 1) / ids_of_pair);
+  n.by_num_local = Divider::By(n.num_local);
+  n.by_words = Divider::By(n.words);
+  n.by_quads = Divider::By(n.quads);
+  n.sources = p.group.num_ranks;
+  for (LayOutShared(p, n); n.sources > 1 && n.end * sizeof(int32_t) > kGoodSharedBytes;) {
+    n.sources = (n.sources + 1) / 2;
+    LayOutShared(p, n);
+  }
+  return n;
+}
 
-  __device__ uint64_t* Of(Workspace& workspace, int source) const {
-    return workspace.inbox[parity] + int64_t{source} * n.source;
-  }
-  __device__ int32_t Total(int32_t column) const { return column; }
-  __device__ int32_t Prefix(int32_t block, int32_t nth) const {
-    return n.totals + block * n.here + nth;
-  }
-  __device__ int32_t Ids(int32_t block, int32_t word) const {
-    return n.totals + kBlocks * n.here + block * n.id_words + word;
-  }
+struct PushParams {
+  PlanParams plan;
+  PushShape shape;
+  bool aligned;  // all arrays, to 16 bytes
 };
 
-// Takes `count` words, several at once: `address_of(i)` says where one is, `use(i, data)` gets it.
-// False once the group has failed.
-template <typename AddressOf, typename Use>
-__device__ bool Take(const GroupParams& group, uint64_t epoch, int32_t count, AddressOf address_of,
-                     Use use) {
-  const uint32_t expected = static_cast<uint32_t>(epoch);
-  bool ok = true;
-  for (int32_t first = 0; first < count; first += kAtOnce) {
-    uint64_t words[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i < count) words[i] = ptx::LoadRelaxedSystem(address_of(first + i));
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i >= count) continue;
-      for (Deadline deadline;
-           ok && kMutation != kWithoutPlanWords && static_cast<uint32_t>(words[i]) != expected;) {
-        ok = deadline.Continue(group, Phase::kRows, group.rank, expected,
-                               static_cast<uint32_t>(words[i]));
-        words[i] = ptx::LoadRelaxedSystem(address_of(first + i));
+// The tokens of a block.
+struct Chunk {
+  int32_t begin;
+  int32_t count;
+};
+
+// The inbox: [R, kBlocks, quads] pairs of counts, then [R, T, token_words] ids. A word has its data
+// in the upper half, the epoch in the lower one.
+__device__ __forceinline__ uint64_t* CountsOf(Workspace& workspace, const PushShape& n,
+                                              uint64_t epoch, int source, int block) {
+  return workspace.inbox[epoch % 2] + 2 * (source * kBlocks + block) * n.quads;
+}
+__device__ __forceinline__ uint64_t* IdsOf(Workspace& workspace, const PlanParams& p,
+                                           const PushShape& n, uint64_t epoch, int source,
+                                           int32_t token) {
+  return workspace.inbox[epoch % 2] + 2 * p.group.num_ranks * kBlocks * n.quads +
+         (source * p.num_tokens + token) * n.token_words;
+}
+int64_t InboxWords(const PlanParams& p, const PushShape& n) {
+  return int64_t{p.group.num_ranks} *
+         (2 * kBlocks * n.quads + int64_t{p.num_tokens} * n.token_words);
+}
+
+__device__ __forceinline__ void SendPair(uint64_t* to, uint64_t epoch, uint32_t first,
+                                         uint32_t second) {
+  ptx::StoreRelaxedSystem(to, PackCount(static_cast<int32_t>(first), epoch),
+                          PackCount(static_cast<int32_t>(second), epoch));
+}
+
+// Two words of an inbox, on their way from `source`.
+struct Pair {
+  uint64_t first, second;
+
+  __device__ __forceinline__ void Load(const uint64_t* from) {
+    ptx::LoadRelaxedSystem(from, first, second);
+  }
+  // Returns once both are of this epoch; false once the group has failed.
+  __device__ __forceinline__ bool Await(const GroupParams& group, uint64_t epoch, int source,
+                                        const uint64_t* from) {
+    const uint32_t expected = static_cast<uint32_t>(epoch);
+    for (Deadline deadline;
+         kMutation != kWithoutPlanWords &&
+         (static_cast<uint32_t>(first) != expected || static_cast<uint32_t>(second) != expected);) {
+      const uint64_t seen = (first & 0xffffffff) << kTagBits;
+      if (!deadline.Continue(group, Phase::kArrival, source, FlagValue(epoch, group.tag), seen)) {
+        return false;
       }
-      if (ok) use(first + i, static_cast<int32_t>(words[i] >> 32));
+      Load(from);
     }
+    return true;
   }
-  return ok;
-}
-
-// Sends a word to all peers, or to one.
-__device__ void Send(const GroupParams& group, const Inbox& inbox, uint64_t epoch, int peer,
-                     int32_t at, int32_t data) {
-  ptx::StoreRelaxedSystem(inbox.Of(*group.peers[peer], group.rank) + at, PackCount(data, epoch));
-}
-__device__ void SendToAll(const GroupParams& group, const Inbox& inbox, uint64_t epoch, int32_t at,
-                          int32_t data) {
-  for (int r = 0; r < group.num_ranks; ++r) {
-    if (r != group.rank) Send(group, inbox, epoch, r, at, data);
+  __device__ __forceinline__ uint32_t FirstData() const {
+    return static_cast<uint32_t>(first >> 32);
   }
-}
+  __device__ __forceinline__ uint32_t SecondData() const {
+    return static_cast<uint32_t>(second >> 32);
+  }
+};
 
 }  // namespace
 }  // namespace jax_ep::cuda

@@ -182,10 +182,13 @@ __device__ int32_t TotalOf(const PlanParams& p, uint64_t epoch, int32_t c, int32
   int32_t total = 0;
 #pragma unroll 8
   for (int r = 0; r < num_ranks; ++r) {
-    uint64_t word;
-    do {  // it left together with the flag that was waited for
+    uint64_t word = ptx::LoadRelaxedSystem(&Own(p.group).totals[r][c]);
+    // It left together with the flag that was waited for; after a failure it may never come.
+    for (Deadline deadline;
+         kMutation != kWithoutPlanTotals && (word & 0xffffffff) != (epoch & 0xffffffff);) {
+      if (!deadline.Continue(p.group, Phase::kRows, r, FlagValue(epoch, p.group.tag), word)) break;
       word = ptx::LoadRelaxedSystem(&Own(p.group).totals[r][c]);
-    } while (kMutation != kWithoutPlanTotals && (word & 0xffffffff) != (epoch & 0xffffffff));
+    }
     total += static_cast<int32_t>(word >> 32);
   }
   return total;
@@ -365,10 +368,14 @@ __global__ void __launch_bounds__(kThreads) PullPlanKernel(const __grid_constant
   if (p.layout == Layout::kToken) {
     int32_t* row = p.scratch + blockIdx.x * ScratchStride(p.num_experts, p.group.num_ranks);
     int32_t* kept = row + p.group.num_ranks;  // no peer reads this part
-    for (int32_t l = threadIdx.x; l < num_local; l += kThreads) kept[l] = shared.kept[l];
+    for (int32_t l = threadIdx.x; l < num_local; l += kThreads) {
+      kept[l] = shared.kept[l];
+      if (blockIdx.x != 0) continue;
+      p.demand[l] = TotalOf(p, epoch, columns + p.group.rank * num_local + l, p.group.num_ranks);
+    }
   }
   EndOp(p.group, epoch, [&] {
-    // The counts of the whole rank.
+    // The counts of the whole rank. What peers sent may be overwritten from now on.
     const int32_t stride = ScratchStride(p.num_experts, p.group.num_ranks);
     if (p.layout == Layout::kToken) {
       for (int32_t l = threadIdx.x; l < num_local; l += kThreads) {
@@ -377,7 +384,6 @@ __global__ void __launch_bounds__(kThreads) PullPlanKernel(const __grid_constant
           count += __ldcg(&p.scratch[b * stride + p.group.num_ranks + l]);
         }
         p.counts[l] = p.group_sizes[l] = count;
-        p.demand[l] = TotalOf(p, epoch, columns + p.group.rank * num_local + l, p.group.num_ranks);
       }
     }
     __syncthreads();

@@ -37,6 +37,22 @@ __device__ __forceinline__ void StoreRelaxedSystem(uint64_t* address, uint64_t v
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+// Two words side by side, aligned to 16 bytes; each of them is whole, the pair need not be.
+__device__ __forceinline__ void LoadRelaxedSystem(const uint64_t* address, uint64_t& first,
+                                                  uint64_t& second) {
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(first), "=l"(second)
+               : "l"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void StoreRelaxedSystem(uint64_t* address, uint64_t first,
+                                                   uint64_t second) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(first),
+               "l"(second)
+               : "memory");
+}
+
 __device__ __forceinline__ void FenceAcquireReleaseSystem() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
@@ -46,6 +62,28 @@ __device__ __forceinline__ uint64_t GlobalTimer() {
   uint64_t ns;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
   return ns;
+}
+
+// Clusters of blocks -----------------------------------------------------------------------------
+
+// A barrier of all threads of the cluster in two halves; what was written before the first half is
+// seen after the second one.
+__device__ __forceinline__ void ClusterArriveRelease() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+
+__device__ __forceinline__ void ClusterWaitAcquire() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The same variable in the shared memory of another block of the cluster.
+template <typename T>
+__device__ __forceinline__ T* MapShared(T* shared, uint32_t block) {
+  uint64_t address;
+  asm volatile("mapa.u64 %0, %1, %2;"
+               : "=l"(address)
+               : "l"(reinterpret_cast<uint64_t>(shared)), "r"(block));
+  return reinterpret_cast<T*>(address);
 }
 
 // Asynchronous bulk copies -----------------------------------------------------------------------

@@ -26,9 +26,11 @@ __device__ __forceinline__ Workspace& Own(const GroupParams& group) {
   return *group.peers[group.rank];
 }
 
-// Records the failure unless there was one before, and tells all peers.
-__device__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phase, int peer,
-                            uint64_t expected, uint64_t seen, uint64_t waited_ns) {
+// Records the failure unless there was one before, and tells all peers. Not inlined, like all that
+// runs only when a wait takes long: the waits are many, and their code should stay short.
+__device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phase,
+                                         int peer, uint64_t expected, uint64_t seen,
+                                         uint64_t waited_ns) {
   ErrorRecord* error = group.error;
   if (atomicCAS_system(&error->set, 0u, 2u) == 0u) {
     error->kind = static_cast<uint32_t>(kind);
@@ -50,9 +52,14 @@ __device__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phas
 class Deadline {
  public:
   // False once the group has failed; `expected` and `seen` are for the report.
-  __device__ bool Continue(const GroupParams& group, Phase phase, int peer, uint64_t expected,
-                           uint64_t seen) {
-    if (++spins_ % 64 != 0) return true;
+  __device__ __forceinline__ bool Continue(const GroupParams& group, Phase phase, int peer,
+                                           uint64_t expected, uint64_t seen) {
+    return ++spins_ % 64 != 0 || Look(group, phase, peer, expected, seen);
+  }
+
+ private:
+  __device__ __noinline__ bool Look(const GroupParams& group, Phase phase, int peer,
+                                    uint64_t expected, uint64_t seen) {
     if (ptx::LoadAcquireSystem(&Own(group).failed) != 0u) {
       Fail(group, ErrorKind::kAborted, phase, peer, expected, seen, 0);
       return false;
@@ -76,7 +83,6 @@ class Deadline {
     return false;
   }
 
- private:
   uint32_t spins_ = 0;
   uint64_t start_ = 0;
   bool lost_ = false;
@@ -243,6 +249,13 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
 
 __device__ inline void EndOp(const GroupParams& group, uint64_t epoch) {
   EndOp(group, epoch, [] {});
+}
+
+// Ends an op whose peers read nothing of this rank's. Called by one thread, after all blocks'
+// waits.
+__device__ inline void EndOpAtOnce(const GroupParams& group, uint64_t epoch) {
+  Own(group).epoch = epoch;
+  Own(group).active = 0;
 }
 
 }  // namespace jax_ep::cuda

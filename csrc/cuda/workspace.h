@@ -106,8 +106,8 @@ struct Workspace {
   Flag close[kMaxRanks];                         // it reads this rank's inputs no more
   uint64_t addresses[kMaxRanks][kMaxAddresses];  // of its inputs, PackAddress
   uint64_t totals[kMaxRanks]
-                 [kMaxExperts + kMaxRanks];  // plan: its entries of each column, PackCount
-  uint64_t inbox[2][kInboxWords];            // plan: messages, by the plan's number % 2
+                 [kMaxExperts + kMaxRanks];    // plan: its entries of each column, PackCount
+  alignas(16) uint64_t inbox[2][kInboxWords];  // plan: messages, by epoch % 2
   // Combine: slot (token % slots) of rank r's part of the ring holds a sum (RingWord) ...
   uint64_t ring_ready[kMaxRanks][kMaxRingSlots];
   // ... and the sum that this rank had put there, at home r, has been read.
@@ -118,7 +118,6 @@ struct Workspace {
   // This rank only:
   Region regions[kMaxRanks][kMaxRegions];       // of every rank, as this device maps them
   uint32_t active;                              // 1 while an op of the group runs
-  uint32_t num_plans;                           // that ended
   uint32_t blocks_arrived;                      // of the running kernel
   uint32_t blocks_done;                         // of the running kernel
   uint64_t epoch;                               // of the last op that completed

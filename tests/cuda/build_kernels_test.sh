@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
-# Builds tests/cuda/kernels_test into the folder given (default: build/cuda).
+# Builds tests/cuda/kernels_test and plan_test into the folder given (default: build/cuda).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/cuda}
-mkdir -p "$out"
+mkdir -p "$out/library" "$out/tests"
 for source in csrc/plan/*.cc csrc/cpu/*.cc; do
-  g++ -std=c++17 -O3 -ffp-contract=off -Icsrc -c "$source" -o "$out/$(echo "$source" | tr / _).o" &
+  g++ -std=c++17 -O3 -ffp-contract=off -Icsrc -c "$source" \
+    -o "$out/library/$(echo "$source" | tr / _).o" &
 done
-for source in csrc/cuda/*.cu tests/cuda/kernels_test.cu; do
-  nvcc -std=c++17 -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Icsrc -c "$source" \
-    -o "$out/$(echo "$source" | tr / _).o" &
+compile() {
+  nvcc -std=c++17 -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Icsrc -c "$1" -o "$2"
+}
+for source in csrc/cuda/*.cu; do
+  compile "$source" "$out/library/$(echo "$source" | tr / _).o" &
+done
+for name in kernels_test plan_test; do
+  compile "tests/cuda/$name.cu" "$out/tests/$name.o" &
 done
 wait
-nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/*.o -o "$out/kernels_test"
+for name in kernels_test plan_test; do
+  nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/library/*.o "$out/tests/$name.o" -o "$out/$name"
+done

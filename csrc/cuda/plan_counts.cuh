@@ -1,0 +1,231 @@
+// Steps of the plan's fast kernel (plan_push.cu) over columns: what each of them has, and where its
+// rows begin.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/plan_inbox.cuh"
+
+namespace jax_ep::cuda {
+namespace {
+
+__device__ void ClearCells(const PushShape& n, const Shared& shared, int32_t columns) {
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < columns * n.stride; i += kThreads) {
+    shared.cells[i] = {0, 0};
+  }
+}
+
+// Gives each cell what lies before it, by column. `begin(is_last, column, total)`, called by whole
+// warps, says where the entries of a column begin; four lanes have a column.
+template <typename Begin>
+__device__ void SumCells(const PushShape& n, const Shared& shared, int32_t columns, Begin begin) {
+  constexpr int kLanes = 4;
+  const int32_t part = threadIdx.x % kLanes;
+  const int32_t words = (n.words + kLanes - 1) / kLanes;
+  const int32_t first = plan::Min(part * words, n.words);
+  const int32_t last = plan::Min(first + words, n.words);
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i / 32 * 32 < columns * kLanes; i += kThreads) {
+    const int32_t column = i / kLanes;
+    Cell* cells = shared.cells + column * n.stride;
+    int32_t sum = 0;
+    if (column < columns) {
+#pragma unroll 1
+      for (int32_t w = first; w < last; ++w) sum += __popc(cells[w].mask);
+    }
+    int32_t inclusive = sum;
+#pragma unroll
+    for (int offset = 1; offset < kLanes; offset *= 2) {
+      const int32_t other = __shfl_up_sync(~0u, inclusive, offset, kLanes);
+      if (part >= offset) inclusive += other;
+    }
+    const bool is_last = part == kLanes - 1 && column < columns;
+    const int32_t total = __shfl_sync(~0u, inclusive, kLanes - 1, kLanes);
+    int32_t before = begin(is_last, column, total) + inclusive - sum;
+    if (column >= columns) continue;
+#pragma unroll 1
+    for (int32_t w = first; w < last; ++w) {
+      cells[w].before = before;
+      before += __popc(cells[w].mask);
+    }
+  }
+}
+
+// Two numbers below 2^16 in one.
+__device__ __forceinline__ uint32_t Halves(int32_t low, int32_t high) {
+  return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
+}
+
+// This block's counts, to all ranks.
+__device__ void SendCounts(const PushParams& params, const Shared& shared, uint64_t epoch) {
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < p.group.num_ranks * n.quads; i += kThreads) {
+    const int32_t nth = n.by_quads(i);
+    const int32_t quad = i - nth * n.quads;
+    int r = p.group.rank + 1 + nth;
+    if (r >= p.group.num_ranks) r -= p.group.num_ranks;
+    const int4 counts = reinterpret_cast<const int4*>(shared.sent)[quad];
+    SendPair(CountsOf(*p.group.peers[r], n, epoch, p.group.rank, blockIdx.x) + 2 * quad, epoch,
+             Halves(counts.x, counts.y), Halves(counts.z, counts.w));
+  }
+}
+
+// The counts of all ranks.
+__device__ bool TakeCounts(const PushParams& params, const Shared& shared, uint64_t epoch) {
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < p.group.num_ranks * n.quads; i += kThreads) {
+    const int source = n.by_quads(i);
+    const int32_t quad = i - source * n.quads;
+    const uint64_t* from = CountsOf(Own(p.group), n, epoch, source, 0) + 2 * quad;
+    Pair pairs[kBlocks];  // all on their way at once
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) pairs[b].Load(from + b * 2 * n.quads);
+    int32_t total[4] = {}, before[4] = {};
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if (!pairs[b].Await(p.group, epoch, source, from + b * 2 * n.quads)) return false;
+      const uint32_t words[2] = {pairs[b].FirstData(), pairs[b].SecondData()};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int32_t count = words[j / 2] >> (j % 2 * 16) & 0xffff;
+        total[j] += count;
+        before[j] += b < blockIdx.x ? count : 0;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int32_t column = 4 * quad + j;
+      if (column < n.columns) {
+        shared.totals[source * n.columns + column] = Halves(total[j], before[j]);
+      } else if (column == n.columns && source == p.group.rank && blockIdx.x == 0) {
+        *p.num_invalid = total[j];
+      }
+    }
+  }
+  return true;
+}
+
+// Entries of all ranks in `column`; `before` gets those of the ranks before `source`, and of the
+// blocks before this one there.
+__device__ __forceinline__ int32_t SumRanks(const PushParams& params, const Shared& shared,
+                                            int32_t column, int source, int32_t& before) {
+  int32_t sum = 0;
+#pragma unroll 2
+  for (int r = 0; r < params.plan.group.num_ranks; ++r) {
+    const uint32_t total = shared.totals[r * params.shape.columns + column];
+    if (r == source) before = sum + static_cast<int32_t>(total >> 16);
+    sum += static_cast<int32_t>(total & 0xffff);
+  }
+  return sum;
+}
+
+// What every column of rows is asked for, and how many rows it would take.
+__device__ void SumColumns(const PushParams& params, const Shared& shared) {
+  const PlanParams& p = params.plan;
+#pragma unroll 1
+  for (int32_t column = threadIdx.x; column < params.shape.row_columns; column += kThreads) {
+    int32_t before = 0;
+    const int32_t demand = SumRanks(params, shared, column, p.group.rank, before);
+    shared.demand[column] = demand;
+    shared.rows[column] = {before, p.capacity};
+    shared.starts[column] = 0;
+    if (p.layout == Layout::kToken) continue;
+    const int32_t wanted = plan::Min(demand, p.expert_capacity);
+    shared.padded[column] = plan::Min(plan::RoundUp(wanted, p.alignment), p.capacity);
+  }
+}
+
+// Where the rows of every expert begin on its rank, and how many are kept: see LayOutExperts. Once
+// the groups reach the capacity, a multiple of the alignment, nothing is left for the rest: so a
+// start is the sum of the sizes before it, cut at the capacity. One warp a rank.
+__device__ void LayOutExpertRows(const PushParams& params, const Shared& shared) {
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+  const int32_t lane = threadIdx.x % 32;
+  const auto add = [&](int32_t a, int32_t b) {  // neither is above the capacity
+    return static_cast<int32_t>(min(static_cast<uint32_t>(a) + static_cast<uint32_t>(b),
+                                    static_cast<uint32_t>(p.capacity)));
+  };
+  const int32_t of_lane = (n.num_local + 31) / 32;
+  const int32_t first = plan::Min(lane * of_lane, n.num_local);
+  const int32_t last = plan::Min(first + of_lane, n.num_local);
+#pragma unroll 1
+  for (int r = threadIdx.x / 32; r < p.group.num_ranks; r += kWarps) {
+    const int32_t begin = r * n.num_local;
+    int32_t sum = 0;
+#pragma unroll 1
+    for (int32_t l = first; l < last; ++l) sum = add(sum, shared.padded[begin + l]);
+    int32_t inclusive = sum;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int32_t other = __shfl_up_sync(~0u, inclusive, offset);
+      if (lane >= offset) inclusive = add(inclusive, other);
+    }
+    int32_t start = __shfl_up_sync(~0u, inclusive, 1);
+    if (lane == 0) start = 0;
+    const bool writes = r == p.group.rank && blockIdx.x == 0;
+    int32_t dropped = 0;
+#pragma unroll 1
+    for (int32_t l = first; l < last; ++l) {
+      const int32_t demand = shared.demand[begin + l];
+      const int32_t count = plan::Min(plan::Min(demand, p.expert_capacity), p.capacity - start);
+      shared.starts[begin + l] = start;
+      shared.rows[begin + l].first += start;
+      shared.rows[begin + l].limit = start + count;
+      if (writes) {
+        const plan::ExpertRows rows =
+            plan::NextExpertRows(demand, p.expert_capacity, p.alignment, p.capacity, start);
+        p.counts[l] = rows.count;
+        p.group_sizes[l] = rows.group_size;
+        p.demand[l] = demand;
+        dropped += demand - rows.count;
+      }
+      start = add(start, shared.padded[begin + l]);
+    }
+    if (writes) {
+      dropped = __reduce_add_sync(~0u, dropped);
+      if (lane == 0) *p.num_dropped = dropped;
+    }
+  }
+}
+
+// Layout "token": the first block writes what the local experts are asked for; it is what they get,
+// too, unless tokens were dropped.
+__device__ void WriteDemand(const PushParams& params, const Shared& shared) {
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+  if (threadIdx.x == 0) *p.num_dropped = 0;
+#pragma unroll 1
+  for (int32_t l = threadIdx.x; l < n.num_local; l += kThreads) {
+    int32_t before;
+    const int32_t column = p.group.num_ranks + p.group.rank * n.num_local + l;
+    const int32_t demand = SumRanks(params, shared, column, p.group.rank, before);
+    p.demand[l] = p.counts[l] = p.group_sizes[l] = demand;
+  }
+}
+
+// Where the listed entries go.
+__device__ void LayOutSlots(const PushParams& params, const Shared& shared, Chunk chunk,
+                            int first_source, int num_sources) {
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+  const int32_t entries = p.layout == Layout::kToken ? 1 : p.top_k;  // of a token
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < num_sources * n.here; i += kThreads) {
+    const int32_t s = p.layout == Layout::kToken ? i : n.by_num_local(i);
+    const int32_t column = p.group.rank * n.here + i - s * n.here;
+    int32_t before = 0;
+    SumRanks(params, shared, column, first_source + s, before);
+    shared.slots[i] = {shared.starts[column] + before - shared.firsts[i], shared.rows[column].limit,
+                       ((first_source + s) * p.num_tokens + chunk.begin) * entries,
+                       s * n.chunk * entries};
+  }
+}
+
+}  // namespace
+}  // namespace jax_ep::cuda
