@@ -225,6 +225,18 @@ int main(int argc, char** argv) {
   for (Rank& k : ranks) {
     for (int r = 0; r < s.ranks; ++r) k.group.peers[r] = ranks[r].group.peers[r];
   }
+  // A kernel that is loaded while another one waits for it to run would wait for that one.
+  for (Rank& k : ranks) {
+    Shape nothing = s;
+    nothing.tokens = nothing.capacity = 0;
+    CHECK_CUDA(cudaSetDevice(k.device));
+    Begin<<<1, 32, 0, k.stream>>>(nothing, 0, 0, k.topk_idx, k.x, k.rows, k.y, k.recv_src);
+    CheckRows<<<1, 32, 0, k.stream>>>(nothing, 0, 0, k.rows, k.recv_src, k.counts, k.wrong);
+    CheckY<<<1, 32, 0, k.stream>>>(nothing, 0, 0, k.y, k.wrong);
+    CHECK_CUDA(cudaMemsetAsync(k.x, 0xff, 16, k.stream));
+    CHECK_CUDA(cudaStreamSynchronize(k.stream));
+    CHECK_CUDA(cudaMemset(k.wrong, 0, 4 * sizeof(int)));
+  }
   const auto run = [&](int r) {
     Rank& k = ranks[r];
     CHECK_CUDA(cudaSetDevice(k.device));
