@@ -63,7 +63,7 @@ def _start(
     exchange.mkdir()
     environment = dict(os.environ) | {
         "JAX_EP_TEST_PROCESSES": str(count),
-        "JAX_EP_TEST_COORDINATOR": f"127.0.0.1:{_free_port()}",
+        "JAX_EP_TEST_COORDINATOR": f"127.0.0.1:{free_port()}",
         "JAX_EP_TEST_FOLDER": str(exchange),
         "XLA_FLAGS": _DEVICE_COUNT.sub("", os.environ.get("XLA_FLAGS", "")),
     }
@@ -86,7 +86,8 @@ def _start(
     return processes
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
