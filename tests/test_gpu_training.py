@@ -79,4 +79,4 @@ def test_loss_curve_is_that_of_the_cpu(text, cpu_losses, tmp_path, count, data_p
     losses, expected = train_moe_cli.losses(out), cpu_losses(data_parallel)
     assert len(losses) == len(expected) == STEPS
     assert losses[-1] < losses[0]
-    np.testing.assert_allclose(losses, expected, rtol=0.03)
+    np.testing.assert_allclose(losses, expected, rtol=0.05)
