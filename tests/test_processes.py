@@ -140,6 +140,7 @@ def test_death_of_one_process(failing):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_suite_in_two_processes():
     """A part of the real suite, where the group spans both."""
     suite = str(pathlib.Path(__file__).with_name("test_suite_values.py"))
