@@ -137,7 +137,8 @@ def _report(logs: list[pathlib.Path], status: list[int], why: str | None) -> Non
         print(f"process {shown}:", *texts[shown][-_TAIL:], sep="\n")
     else:
         # What was skipped and why, which may differ in processes that have no part in a test.
-        print(*dict.fromkeys(line for text in texts for line in _summary(text)), sep="\n")
+        for line in dict.fromkeys(line for text in texts for line in _summary(text)):
+            print(line)
     for index, (text, code) in enumerate(zip(texts, status, strict=True)):
         last = text[-1] if text else "(no output)"
         print(f"process {index}, exit status {code}: {last}")
