@@ -29,7 +29,7 @@ _GPUS = int(os.environ.get("JAX_EP_TEST_GPUS", "0"))
 SHARED_GPUS = ACTIVE and 0 < _GPUS < COUNT
 _FOLDER = pathlib.Path(os.environ.get("JAX_EP_TEST_FOLDER", "/nonexistent"))
 # For another process; what it does meanwhile may be to compile on a busy machine.
-_TIMEOUT_S = float(os.environ.get("JAX_EP_TEST_EXCHANGE_TIMEOUT", "120"))
+TIMEOUT_S = float(os.environ.get("JAX_EP_TEST_EXCHANGE_TIMEOUT", "120"))
 
 
 def start(platform: str) -> None:
@@ -135,7 +135,7 @@ class Exchange:
             pause = min(1.5 * pause, 0.01)
 
 
-exchange = Exchange(_FOLDER, INDEX, COUNT, _TIMEOUT_S)
+exchange = Exchange(_FOLDER, INDEX, COUNT, TIMEOUT_S)
 
 
 class Plugin:

@@ -120,7 +120,7 @@ def test_every_step_is_right(backend):
     """Two groups in turn, new routes in every step, under scan and checkpoint; forward and backward."""
     mesh = make_mesh(RANKS)
     need_part(mesh)
-    groups = (make_group(RANKS, backend), create_group(mesh, backend=backend, timeout=500))
+    groups = (make_group(RANKS, backend), create_group(mesh, backend=backend, timeout=50))
     assert groups[0].id != groups[1].id
     wrong = run_all(groups)
     assert not wrong.any(), {what: wrong[:, n].tolist() for n, what in enumerate(WHAT)}
