@@ -26,9 +26,10 @@ INDEX = int(os.environ.get("JAX_EP_TEST_PROCESS", "0"))
 ACTIVE = COUNT > 1
 # GPUs of this machine; several processes may share one.
 _GPUS = int(os.environ.get("JAX_EP_TEST_GPUS", "0"))
+SHARED_GPUS = ACTIVE and 0 < _GPUS < COUNT
 _FOLDER = pathlib.Path(os.environ.get("JAX_EP_TEST_FOLDER", "/nonexistent"))
 # For another process; what it does meanwhile may be to compile on a busy machine.
-_TIMEOUT_S = float(os.environ.get("JAX_EP_TEST_EXCHANGE_TIMEOUT", "120"))
+TIMEOUT_S = float(os.environ.get("JAX_EP_TEST_EXCHANGE_TIMEOUT", "120"))
 
 
 def start(platform: str) -> None:
@@ -55,7 +56,7 @@ def why_not(item: pytest.Item, platform: str) -> str | None:
         return None
     if marker := item.get_closest_marker("one_process"):
         return f"for one process: {marker.args[0]}"
-    if platform == "cuda" and COUNT > _GPUS and item.get_closest_marker("needs_collectives"):
+    if platform == "cuda" and SHARED_GPUS and item.get_closest_marker("needs_collectives"):
         return f"needs XLA's collectives, which NCCL refuses to {COUNT} processes on {_GPUS} GPUs"
     return None
 
@@ -134,7 +135,7 @@ class Exchange:
             pause = min(1.5 * pause, 0.01)
 
 
-exchange = Exchange(_FOLDER, INDEX, COUNT, _TIMEOUT_S)
+exchange = Exchange(_FOLDER, INDEX, COUNT, TIMEOUT_S)
 
 
 class Plugin:

@@ -63,7 +63,7 @@ def _start(
     exchange.mkdir()
     environment = dict(os.environ) | {
         "JAX_EP_TEST_PROCESSES": str(count),
-        "JAX_EP_TEST_COORDINATOR": f"127.0.0.1:{_free_port()}",
+        "JAX_EP_TEST_COORDINATOR": f"127.0.0.1:{free_port()}",
         "JAX_EP_TEST_FOLDER": str(exchange),
         "XLA_FLAGS": _DEVICE_COUNT.sub("", os.environ.get("XLA_FLAGS", "")),
     }
@@ -86,7 +86,8 @@ def _start(
     return processes
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -136,7 +137,8 @@ def _report(logs: list[pathlib.Path], status: list[int], why: str | None) -> Non
         print(f"process {shown}:", *texts[shown][-_TAIL:], sep="\n")
     else:
         # What was skipped and why, which may differ in processes that have no part in a test.
-        print(*dict.fromkeys(line for text in texts for line in _summary(text)), sep="\n")
+        for line in dict.fromkeys(line for text in texts for line in _summary(text)):
+            print(line)
     for index, (text, code) in enumerate(zip(texts, status, strict=True)):
         last = text[-1] if text else "(no output)"
         print(f"process {index}, exit status {code}: {last}")

@@ -74,6 +74,8 @@ def create_group(
     mesh: Mesh, axes: str | tuple[str, ...] = "expert", *, backend: str, **kwargs: Any
 ) -> jax_ep.Group:
     """``jax_ep.create_group``; in a process that has no device of ``mesh``, a group that is not run."""
+    if lockstep.ACTIVE:  # ops must give up before the processes stop waiting for each other
+        kwargs.setdefault("timeout", lockstep.TIMEOUT_S / 2)
     return jax_ep.create_group(mesh, axes, backend=backend if here(mesh) else "reference", **kwargs)
 
 

@@ -6,12 +6,12 @@ import train_moe_cli  # isort: skip  (first: it puts examples/ on the path)
 
 import functools
 import pathlib
-import socket
 
 import jax
 import numpy as np
 import pytest
 
+import run_processes
 from byte_lm import cluster, data
 from byte_lm.config import RunConfig
 from byte_lm.run import Run
@@ -38,19 +38,13 @@ def text(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 # With two groups, each lies in one process; with one, it spans both.
 @pytest.mark.parametrize("data_parallel", [2, 1])
 def test_two_processes_train_as_one(text, tmp_path, data_parallel):
     each = ranks_at_most(4) // 2
     make_mesh(2 * each)  # or the test is skipped
     alone, together = tmp_path / "alone", tmp_path / "together"
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{run_processes.free_port()}"
     arguments = (
         f"{train_moe_cli.TINY} --steps {STEPS} --checkpoint-every 5 --data-parallel {data_parallel} "
         f"--devices {each} --coordinator {address} --num-processes 2"

@@ -67,6 +67,36 @@ def test_exchange_of_processes_in_other_tests(tmp_path):
         here.end("passed")
 
 
+MARKED = """
+import pytest
+
+@pytest.mark.one_process("because")
+def test_one(): ...
+
+@pytest.mark.needs_collectives
+def test_collectives(): ...
+
+def test_any(): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("active", "shared", "skipped"),
+    [(False, False, ""), (True, False, "one"), (True, True, "one collectives")],
+)
+def test_what_is_skipped(active, shared, skipped, request, tmp_path, monkeypatch):
+    monkeypatch.setattr(lockstep, "ACTIVE", active)
+    monkeypatch.setattr(lockstep, "SHARED_GPUS", shared)
+    path = tmp_path / f"test_marked_{active}_{shared}.py"  # modules of one name would clash
+    path.write_text(MARKED)
+    module = pytest.Module.from_parent(request.session, path=path)
+    reasons = {item.name: lockstep.why_not(item, "cuda") for item in module.collect()}
+    found = {name.removeprefix("test_"): reason for name, reason in reasons.items() if reason}
+    assert list(found) == skipped.split()
+    assert found.get("one", "because").endswith("because")
+    assert "NCCL" in found.get("collectives", "NCCL")
+
+
 def launch(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the launcher, on CPU wherever this suite runs."""
     env |= {"JAX_EP_TEST_PLATFORM": "cpu", "JAX_PLATFORMS": "cpu"}
@@ -140,6 +170,7 @@ def test_death_of_one_process(failing):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_suite_in_two_processes():
     """A part of the real suite, where the group spans both."""
     suite = str(pathlib.Path(__file__).with_name("test_suite_values.py"))

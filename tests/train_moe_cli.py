@@ -25,14 +25,16 @@ TINY = (
 )
 
 
-def start(arguments: str, *, data: pathlib.Path, out: pathlib.Path) -> subprocess.Popen[str]:
+def start(
+    arguments: str, *, data: pathlib.Path, out: pathlib.Path, **env: str
+) -> subprocess.Popen[str]:
     """Start the example with warnings as errors; ``finish`` must follow."""
     command = [sys.executable, "-W", "error", str(_EXAMPLES / "train_moe.py"), *arguments.split()]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["PYTHONPATH"] = str(pathlib.Path(jax_ep.__file__).parents[1])
     return subprocess.Popen(
         [*command, "--data", str(data), "--out", str(out)],
-        env=environment,
+        env=environment | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
