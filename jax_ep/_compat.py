@@ -66,3 +66,48 @@ def local_ordinal(device: jax.Device) -> int:
 def compute_capability(device: jax.Device) -> str:
     """The compute capability of a GPU, as in "9.0"."""
     return str(getattr(device, "compute_capability", "unknown"))
+
+
+def multiprocessor_count(device: jax.Device) -> int | None:
+    """Streaming multiprocessors of a GPU, of this process or another; None where that is unknown."""
+    count = getattr(device, "core_count", None)
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def broadcast_text(key: str, text: str | None, *, timeout: float) -> str:
+    """``text`` of the one process that gives it, to all that call this.
+
+    Args:
+        key: Of this broadcast and no other, the same in all processes.
+        text: What to tell; None in the processes that listen.
+        timeout: Seconds to wait for it.
+
+    Raises:
+        Exception: that of the JAX key-value store where the text did not come in time.
+    """
+    client = _key_value_store()
+    if client is None:
+        assert text is not None
+        return text
+    if text is not None:
+        client.key_value_set(key, text, allow_overwrite=True)
+        return text
+    return client.blocking_key_value_get(key, int(timeout * 1000))
+
+
+def all_gather_text(key: str, text: str, *, timeout: float = 600.0) -> list[str]:
+    """The texts of all processes, by their indices; ``key`` as in ``broadcast_text``."""
+    if jax.process_count() == 1:
+        return [text]
+    mine = jax.process_index()
+    return [
+        broadcast_text(f"{key}/{index}", text if index == mine else None, timeout=timeout)
+        for index in range(jax.process_count())
+    ]
+
+
+def _key_value_store() -> Any:
+    """The client of ``jax.distributed``, or None where it is not initialised."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

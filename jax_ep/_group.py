@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from jax_ep import _compat, _ffi
+from jax_ep import _compat, _ffi, _tuning
 from jax_ep._errors import CommunicationError, from_text
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
@@ -40,6 +40,7 @@ class Group:
         backend: "cpu" or "cuda" (native, XLA FFI) or "reference" (pure JAX).
         timeout: Seconds that an op waits for a peer to arrive.
         id: The same in every process and every run with the same devices and axes.
+        tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
     """
 
     mesh: jax.sharding.Mesh
@@ -47,6 +48,7 @@ class Group:
     backend: str
     timeout: float
     id: int
+    tuning: _tuning.Table
 
     @property
     def size(self) -> int:
@@ -147,12 +149,14 @@ def create_group(
     if group is None or _has_failed(group):
         # A group that failed is not used again; programs that were made for it keep failing.
         generation = _generations[key] = _generations.get(key, -1) + 1
+        group_id = _group_id(mesh, axis_names, resolved, float(timeout), generation)
         group = Group(
             mesh=mesh,
             axis_names=axis_names,
             backend=resolved,
             timeout=float(timeout),
-            id=_group_id(mesh, axis_names, resolved, float(timeout), generation),
+            id=group_id,
+            tuning=_tuning.agreed_table(mesh, str(group_id)) if resolved == "cuda" else {},
         )
         if resolved == "cuda":
             _make_device_group(group)
