@@ -17,7 +17,8 @@ try:
     import rich.progress
     import typer
 except ImportError as error:
-    sys.exit(f"jax_ep.bench: {error.name} is not installed: pip install 'jax-ep[bench]'")
+    package = str(error.name).partition(".")[0]
+    sys.exit(f"jax_ep.bench: {package} is not installed: pip install 'jax-ep[bench]'")
 
 from jax_ep.bench import launch, plot, records, suites
 from jax_ep.bench import table as tables
@@ -67,13 +68,13 @@ def main(
             cases = suites.suite(_one_of("--suite", suite or "baselines", suites.NAMES))
         else:
             fields = itertools.product(
-                _list("--routing", routing, get_args(Routing)),
-                _list("--tokens", tokens),
-                _list("--layout", layout, ("expert", "token")),
-                _list("--dtype", dtype, get_args(Dtype)),
-                _list("--quantization", quantization, get_args(Quantization)),
-                [None] if num_sms is None else _list("--num-sms", num_sms),
-                _list("--ops", ops, get_args(Op)),
+                listed("--routing", routing, get_args(Routing)),
+                listed("--tokens", tokens),
+                listed("--layout", layout, ("expert", "token")),
+                listed("--dtype", dtype, get_args(Dtype)),
+                listed("--quantization", quantization, get_args(Quantization)),
+                [None] if num_sms is None else listed("--num-sms", num_sms),
+                listed("--ops", ops, get_args(Op)),
             )
             cases = _cases(
                 fields,
@@ -162,7 +163,12 @@ def _cases(fields: Any, **rest: Any) -> list[Case]:
     return sorted(cases, key=lambda case: case.xla_flags)
 
 
-def _list(flag: str, text: str, choices: tuple[str, ...] | None = None) -> list[str]:
+def listed(flag: str, text: str, choices: tuple[str, ...] | None = None) -> list[str]:
+    """The values of an option that may be a list.
+
+    Raises:
+        ValueError: for a value that is not among ``choices``.
+    """
     values = [value.strip() for value in text.split(",") if value.strip()]
     return [_one_of(flag, value, choices) for value in values] if choices else values
 

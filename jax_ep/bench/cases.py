@@ -12,7 +12,7 @@ Quantization = Literal["none", "quantized", "fp8", "fp8-dense"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Routing = Literal["uniform", "group-limited", "zipf", "all-to-one"]
 
-OUR_OPS = ("plan", "dispatch", "dispatch_cached", "combine")
+OUR_OPS: tuple[Op, ...] = ("plan", "dispatch", "dispatch_cached", "combine")
 ALIGNMENT = 128  # rows of an expert are padded to multiples of it, as grouped matmuls like them
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from jax_ep.bench import records
@@ -95,7 +95,7 @@ def check_processes(ranks: int, processes: int, gpus: int) -> None:
         )
 
 
-def run(job: Job, *, timeout: float, progress: Progress) -> Generator[dict[str, Any], None, int]:
+def run(job: Job, *, timeout: float, progress: Progress) -> Iterator[dict[str, Any]]:
     """Measure all cases; yields each record as it comes.
 
     Args:

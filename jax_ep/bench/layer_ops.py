@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from jax_ep.bench import expected, layer, memory, timing, traffic
 from jax_ep.bench.cases import Case
@@ -20,7 +19,7 @@ from jax_ep.bench.session import Session
 from jax_ep.bench.timing import Step
 
 _PASSES = 4  # that rows make over the links: to the experts and home, forward and backward
-_LENGTH = 2
+_LENGTH = 2  # of a chain, on GPUs
 # Of the norm of the difference to that of the result; arms round at different places.
 _TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-4}
 
@@ -32,7 +31,11 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
     sizes = sizes_of(session, case, problem)
     sets = _sets(session, case, problem)
     measured = timing.measure(
-        _step(arm, sizes), sets, session.mesh, length=_LENGTH, repeat=session.repeat
+        _step(arm, sizes),
+        sets,
+        session.mesh,
+        length=_LENGTH if session.on_gpu else 1,
+        repeat=session.repeat,
     )
     wrong = _disagreement(session, case, arm, sizes, sets[measured.last_set], measured.result)
     link = session.link(case.tokens, case.top_k)
@@ -80,14 +83,14 @@ def _step(arm: Arm, sizes: Sizes) -> Step:
 def _sets(session: Session, case: Case, problem: Problem) -> list[Any]:
     experts = make_experts(session, case)
     tokens = [
-        session.put(lambda rank, index=index: problem.rows(index, rank)[0])
+        session.put(functools.partial(problem.part, index, 0))
         for index in range(len(problem.topk_idx))
     ]
     return [
         (
             tokens[index],
-            session.put(lambda rank, topk=topk: topk[rank]),
-            session.put(lambda rank, index=index: problem.weights(index, rank)),
+            session.put(topk.__getitem__),
+            session.put(functools.partial(problem.weights, index)),
             tokens[index - 1],  # another set's tokens are as good a cotangent as any
             experts,
         )
@@ -121,14 +124,7 @@ def _disagreement(
 ) -> str:
     """Where an arm's result differs from jax_ep's, and jax_ep's from that over all_to_all."""
     other = layer.BY_NAME["all_to_all" if arm.name == "jax_ep" else "jax_ep"]
-    spec = P(session.mesh.axis_names)
-    run = jax.shard_map(
-        _step(other, sizes).run,
-        mesh=session.mesh,
-        in_specs=(spec,),
-        out_specs=spec,
-        check_vma=False,
-    )
+    run = session.on_all_ranks(_step(other, sizes).run)
 
     @jax.jit
     def errors(result: Any, inputs: Any) -> Any:

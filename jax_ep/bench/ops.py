@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,8 +49,7 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         targets=_TARGETS[case.op] if native else (),
     )
     link = session.link(case.tokens, case.top_k)
-    check = {"plan": _check_plan, "combine": _check_combine}.get(case.op, _check_dispatch)
-    wrong = check(session, case, problem, measured.result, measured.last_set)
+    wrong = _CHECKS[case.op](session, case, problem, measured.result, measured.last_set)
     wrongs = [text for text in session.exchange(wrong) if text]
     return session.record(
         case,
@@ -106,7 +107,7 @@ def _staged(session: Session) -> bool:
 
 def _step(session: Session, case: Case, problem: Problem) -> Step:
     given = options(case, session)
-    routed = {
+    routed: dict[str, Any] = {
         "num_experts": case.experts,
         "layout": case.layout,
         "alignment": case.alignment,
@@ -157,45 +158,40 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
 
 def _sets(session: Session, case: Case, problem: Problem) -> list[Any]:
     """Inputs of the step: those of a dispatch, or what a dispatch has made of them."""
-    sets = []
+    sets: list[Any] = []
+    prepare = _prepare(session, case, problem)
     for index, topk in enumerate(problem.topk_idx):
-        topk_idx = session.put(lambda rank, topk=topk: topk[rank])
+        topk_idx = session.put(topk.__getitem__)
         if case.op == "plan":
             sets.append(topk_idx)
             continue
-        x: Any = session.put(lambda rank, index=index: problem.rows(index, rank)[0])
+        x: Any = session.put(functools.partial(problem.part, index, 0))
         if case.quantization == "quantized":
-            x = Quantized(x, session.put(lambda rank, index=index: problem.rows(index, rank)[1]))
+            x = Quantized(x, session.put(functools.partial(problem.part, index, 1)))
         weights = None
         if case.weights:
-            weights = session.put(lambda rank, index=index: problem.weights(index, rank))
+            weights = session.put(functools.partial(problem.weights, index))
         inputs = (x, topk_idx, weights)
         if case.op == "dispatch":
             sets.append(inputs)
             continue
-        prepare = _step(session, dataclasses.replace(case, op="dispatch"), problem).run
-
-        def rows_and_handle(inputs: Any, prepare: Any = prepare) -> Any:
-            out = prepare(inputs)
-            if case.op == "dispatch_cached":
-                return inputs[0], out.handle, inputs[2]
-            factors = jnp.asarray(row_factors(problem.capacity))[:, None]
-            rows = out.tokens.astype(jnp.float32) * factors
-            return rows.astype(out.tokens.dtype), out.handle
-
-        spec = jax.sharding.PartitionSpec(session.mesh.axis_names)
-        sets.append(
-            jax.jit(
-                jax.shard_map(
-                    rows_and_handle,
-                    mesh=session.mesh,
-                    in_specs=(spec,),
-                    out_specs=spec,
-                    check_vma=False,
-                )
-            )(inputs)
-        )
+        sets.append(prepare(inputs))
     return sets
+
+
+def _prepare(session: Session, case: Case, problem: Problem) -> Any:
+    """From a dispatch's inputs to those of an op that follows a dispatch."""
+    dispatch = _step(session, dataclasses.replace(case, op="dispatch"), problem).run
+
+    def prepare(inputs: Any) -> Any:
+        out = dispatch(inputs)
+        if case.op == "dispatch_cached":
+            return inputs[0], out.handle, inputs[2]
+        factors = jnp.asarray(row_factors(problem.capacity))[:, None]
+        rows = out.tokens.astype(jnp.float32) * factors
+        return rows.astype(out.tokens.dtype), out.handle
+
+    return session.on_all_ranks(prepare)
 
 
 def _check_plan(session: Session, case: Case, problem: Problem, out: Handle, index: int) -> str:
@@ -235,11 +231,12 @@ def _check_dispatch(
     for rank, got in session.parts(out.weights).items():
         sources = problem.sources(index, rank)
         if case.layout == "expert":
-            want = np.where(sources >= 0, weights.reshape(-1)[sources], np.float32(0))
+            wanted = np.where(sources >= 0, weights.reshape(-1)[sources], np.float32(0))
         else:
-            mine = (ids[sources] // local == rank) & (ids[sources] >= 0) & (sources >= 0)[:, None]
-            want = np.where(mine, weights[sources], np.float32(0))
-        if not np.array_equal(got, want):
+            there = (sources >= 0)[:, None] & (ids[sources] >= 0)
+            mine = there & (ids[sources] // local == rank)
+            wanted = np.where(mine, weights[sources], np.float32(0))
+        if not np.array_equal(got, wanted):
             return f"rank {rank}: weights differ from those sent"
     return ""
 
@@ -265,11 +262,19 @@ def _check_combine(
         sources = problem.sources(index, rank)
         token = sources // case.top_k if case.layout == "expert" else sources
         np.add.at(total, token[sources >= 0], factors[sources >= 0])
-    total = total.reshape(problem.ranks, case.tokens, 1)
+    of_rank = total.reshape(problem.ranks, case.tokens, 1)
     tolerance = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-22}[case.dtype]
     for rank, got in session.parts(out).items():
-        want = problem.rows(index, rank)[0].astype(np.float32) * total[rank]
+        want = problem.rows(index, rank)[0].astype(np.float32) * of_rank[rank]
         error = np.abs(got.astype(np.float32) - want)
         if not (error <= tolerance * np.abs(want) + 1e-6).all():  # NaN is no right sum either
             return f"rank {rank}: sums are off by up to {error.max()}"
     return ""
+
+
+_CHECKS: dict[str, Callable[[Session, Case, Problem, Any, int], str]] = {
+    "plan": _check_plan,
+    "dispatch": _check_dispatch,
+    "dispatch_cached": _check_dispatch,
+    "combine": _check_combine,
+}

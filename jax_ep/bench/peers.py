@@ -5,6 +5,7 @@ Neither op plans, packs or places rows as a dispatch does, so these figures flat
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -95,7 +96,7 @@ def _ragged(session: Session, case: Case, problem: Problem) -> Any:
         rows, sizes, _ = inputs
         return rows, sizes, lax.optimization_barrier(received)
 
-    def sent(rank: int, index: int) -> np.ndarray:
+    def sent(index: int, rank: int) -> np.ndarray:
         parts = [np.roll(problem.rows(index, rank)[0], to, axis=0) for to in range(ranks)]
         return np.concatenate(parts)
 
@@ -105,7 +106,7 @@ def _ragged(session: Session, case: Case, problem: Problem) -> Any:
     sizes = counts[0].astype(np.int32)
     sets = [
         (
-            session.put(lambda rank, index=index: sent(rank, index)),
+            session.put(functools.partial(sent, index)),
             session.put(lambda _: sizes),
             session.put(lambda _: nothing),
         )
@@ -117,7 +118,7 @@ def _ragged(session: Session, case: Case, problem: Problem) -> Any:
         for rank, got in session.parts(measured.result).items():
             want = np.concatenate(
                 [
-                    sent(source, index)[rank * tokens : rank * tokens + sizes[source, rank]]
+                    sent(index, source)[rank * tokens : rank * tokens + sizes[source, rank]]
                     for source in range(ranks)
                 ]
             )

@@ -41,6 +41,10 @@ class Problem:
         """Tokens of a rank in set ``index``: ``(x [T, H],)``, or values and scales if quantized."""
         return self._rows(index, rank)
 
+    def part(self, index: int, part: int, rank: int) -> np.ndarray:
+        """One of the arrays of ``rows``."""
+        return self.rows(index, rank)[part]
+
     def weights(self, index: int, rank: int) -> Float32[np.ndarray, "tokens top_k"]:
         """Top-k weights of a rank in set ``index``."""
         rng = np.random.default_rng([1, index, rank])

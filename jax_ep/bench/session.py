@@ -69,7 +69,7 @@ class Session:
         rows = mine[first].shape[0]
         shape = (self.ranks * rows, *mine[first].shape[1:])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             rank = (index[0].start or 0) // rows
             return mine[rank] if rank in mine else make(rank)
 
@@ -80,6 +80,14 @@ class Session:
         mine = jax.process_index()
         return [r for r, d in enumerate(self.mesh.devices.flat) if d.process_index == mine]
 
+    def on_all_ranks(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """``function`` of what one rank sees, jitted, as a function of global arrays."""
+        spec = P(AXIS)
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=(spec,), out_specs=spec, check_vma=False
+        )
+        return jax.jit(mapped)
+
     def parts(self, array: jax.Array) -> dict[int, np.ndarray]:
         """The parts of a global array that belong to this process' ranks."""
         rank_of = {device: rank for rank, device in enumerate(self.mesh.devices.flat)}
@@ -88,7 +96,7 @@ class Session:
     def length(self, estimate_us: float) -> int:
         """How many ops a chain has: on GPUs some 4 ms of them."""
         if not self.on_gpu:
-            return 2
+            return 1
         return int(2 ** np.clip(np.round(np.log2(4000 / max(estimate_us, 1))), 3, 6))
 
     def link(self, tokens: int, top_k: int) -> Spread:
@@ -96,8 +104,10 @@ class Session:
         key = (tokens, top_k)
         if key not in self._links:
             ids = np.arange(tokens * top_k, dtype=np.int32).reshape(tokens, top_k)
-            sets = [self.put(lambda rank, s=s: ids + s) for s in range(3)]
-            length = _LINK_LENGTH if self.on_gpu else 2
+            sets = [
+                self.put(dict.fromkeys(range(self.ranks), ids + s).__getitem__) for s in range(3)
+            ]
+            length = _LINK_LENGTH if self.on_gpu else 1
             measured = timing.measure(
                 timing.link_step(), sets, self.mesh, length=length, repeat=self.repeat
             )

@@ -66,22 +66,21 @@ def _baselines() -> list[Case]:
 
 
 def _decode() -> list[Case]:
+    token = Case(layout="token", tokens=128)
     return [
-        case
-        for layout, quantization in (("token", "quantized"), ("token", "none"), ("expert", "none"))
-        for case in _ours(
-            Case(layout=layout, quantization=quantization, tokens=128, alignment=16)  # type: ignore[arg-type]
-        )
+        *_ours(dataclasses.replace(token, quantization="quantized")),
+        *_ours(token),
+        *_ours(Case(layout="expert", tokens=128, alignment=16)),
     ]
 
 
 def _routing() -> list[Case]:
     bases = [
-        *(Case(routing=r) for r in ("uniform", "group-limited", "zipf", "all-to-one")),  # type: ignore[arg-type]
+        *(Case(routing=r) for r in ("uniform", "group-limited", "zipf", "all-to-one")),
         Case(ragged=True),
     ]
     return [
-        dataclasses.replace(base, op=op, layout=layout)  # type: ignore[arg-type]
+        dataclasses.replace(base, op=op, layout=layout)
         for base in bases
         for layout in _LAYOUTS
         for op in ("dispatch", "combine")
