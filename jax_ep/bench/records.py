@@ -43,6 +43,9 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
 }
 
 
+LAYER_SHAPE = ("hidden", "experts", "top_k", "intermediate", "tokens", "dtype")
+
+
 def check(record: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless ``record`` has exactly the fields above, of the right types."""
     missing = FIELDS.keys() - record.keys()

@@ -52,10 +52,11 @@ def layer_ratios(found: list[dict[str, Any]]) -> list[str]:
     """How the arms of each layer compare with jax_ep's, one line each."""
     lines = []
     layers = [r for r in found if r["op"] == "layer" and r["median_us"]]
-    shape = ("hidden", "experts", "top_k", "intermediate", "tokens", "dtype")
-    ours = {tuple(r[f] for f in shape): r for r in layers if r.get("name") == "jax_ep"}
+    ours = {
+        tuple(r[f] for f in records.LAYER_SHAPE): r for r in layers if r.get("name") == "jax_ep"
+    }
     for record in layers:
-        base = ours.get(tuple(record[field] for field in shape))
+        base = ours.get(tuple(record[field] for field in records.LAYER_SHAPE))
         if base is not None and base is not record and base["median_us"] > 0:
             ratio = record["median_us"] / base["median_us"]
             lines.append(f"{records.label(record)}: {ratio:.2f} x the time of jax_ep's")
