@@ -71,18 +71,12 @@ def compute_capability(device: jax.Device) -> str:
 
 def key_value_set(key: str, value: bytes) -> None:
     """Publish a value to all processes of the program."""
-    _key_value_client().key_value_set_bytes(key, value)
+    _key_value_store().key_value_set_bytes(key, value)
 
 
 def key_value_get(key: str, timeout: float) -> bytes:
     """A value that a process published; waits for it, ``timeout`` seconds at most."""
-    return _key_value_client().blocking_key_value_get_bytes(key, int(timeout * 1000))
-
-
-def _key_value_client() -> Any:
-    from jax._src import distributed
-
-    return distributed.global_state.client
+    return _key_value_store().blocking_key_value_get_bytes(key, int(timeout * 1000))
 
 
 @functools.cache
@@ -94,3 +88,48 @@ def has_hopper_gpu() -> bool:
 def num_multiprocessors() -> int:
     """Streaming multiprocessors of the GPUs here."""
     return next((d.core_count for d in jax.local_devices() if hasattr(d, "core_count")), 132)
+
+
+def multiprocessor_count(device: jax.Device) -> int | None:
+    """Streaming multiprocessors of a GPU, of this process or another; None where that is unknown."""
+    count = getattr(device, "core_count", None)
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def broadcast_text(key: str, text: str | None, *, timeout: float) -> str:
+    """``text`` of the one process that gives it, to all that call this.
+
+    Args:
+        key: Of this broadcast and no other, the same in all processes.
+        text: What to tell; None in the processes that listen.
+        timeout: Seconds to wait for it.
+
+    Raises:
+        Exception: that of the JAX key-value store where the text did not come in time.
+    """
+    client = _key_value_store()
+    if client is None:
+        assert text is not None
+        return text
+    if text is not None:
+        client.key_value_set(key, text, allow_overwrite=True)
+        return text
+    return client.blocking_key_value_get(key, int(timeout * 1000))
+
+
+def all_gather_text(key: str, text: str, *, timeout: float = 600.0) -> list[str]:
+    """The texts of all processes, by their indices; ``key`` as in ``broadcast_text``."""
+    if jax.process_count() == 1:
+        return [text]
+    mine = jax.process_index()
+    return [
+        broadcast_text(f"{key}/{index}", text if index == mine else None, timeout=timeout)
+        for index in range(jax.process_count())
+    ]
+
+
+def _key_value_store() -> Any:
+    """The client of ``jax.distributed``, or None where it is not initialised."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

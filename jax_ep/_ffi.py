@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from jax_ep import _compat, _device_group
+from jax_ep import _compat, _device_group, _tuning
 from jax_ep._capacity import round_up
 from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._version import __version__
@@ -50,6 +50,11 @@ def why_unavailable(backend: str = "cpu") -> str | None:
     for name, handlers in library.targets().items():
         jax.ffi.register_ffi_target(name, handlers, platform=platform)
     return None
+
+
+def workspace_bytes(group: Group) -> int:
+    """Device memory that ``group`` takes on each of its GPUs beyond XLA's; 0 on other platforms."""
+    return _device_group.library().workspace_bytes() if group.backend == "cuda" else 0
 
 
 def plan(
@@ -89,7 +94,7 @@ def plan(
         [_compat.result_type(topk_idx, shape, jnp.int32) for shape in shapes],
         topk_idx,
         _coords(group),
-        **_attributes(group, num_experts, layout, config),
+        **_attributes(group, num_experts, layout, config, op="plan", num_tokens=num_tokens),
         alignment=np.int32(alignment),
         expert_capacity=np.int32(expert_capacity),
     )
@@ -149,7 +154,16 @@ def dispatch(
         _optional(weights),
         *_routes(handle),
         _coords(group),
-        **_attributes(group, handle.num_experts, handle.layout, config),
+        **_attributes(
+            group,
+            handle.num_experts,
+            handle.layout,
+            config,
+            op="dispatch",
+            num_tokens=len(values),
+            hidden=hidden,
+            rows=_tuning.rows_name(values.dtype, scale_format, dense_output),
+        ),
         quantization=np.int32(_QUANTIZATIONS[scale_format]),
         dense_output=np.int32(dense_output),
     )[:3]
@@ -180,7 +194,16 @@ def combine(
         _optional(values),
         *_routes(handle),
         _coords(group),
-        **_attributes(group, handle.num_experts, handle.layout, config),
+        **_attributes(
+            group,
+            handle.num_experts,
+            handle.layout,
+            config,
+            op="combine",
+            num_tokens=num_tokens,
+            hidden=rows.shape[1],
+            rows=_tuning.rows_name(rows.dtype),
+        ),
     )
     return y, home if values is not None else None
 
@@ -206,7 +229,17 @@ def combine_vjp(
         row_weights,
         *_routes(handle),
         _coords(group),
-        **_attributes(group, handle.num_experts, handle.layout, config),
+        # Moves what a dispatch moves, and is tuned as one.
+        **_attributes(
+            group,
+            handle.num_experts,
+            handle.layout,
+            config,
+            op="dispatch",
+            num_tokens=len(dy),
+            hidden=rows.shape[1],
+            rows=_tuning.rows_name(rows.dtype),
+        ),
     )
     return d_rows, d_weights
 
@@ -246,9 +279,25 @@ def _coords(group: Group) -> Int32[Array, "2"]:
 
 
 def _attributes(
-    group: Group, num_experts: int, layout: Layout, config: DispatchConfig | None
+    group: Group,
+    num_experts: int,
+    layout: Layout,
+    config: DispatchConfig | None,
+    *,
+    op: _tuning.TunedOp,
+    num_tokens: int,
+    hidden: int = 0,
+    rows: str = "",
 ) -> dict[str, Any]:
-    num_sms = config.num_sms if config is not None and config.num_sms is not None else 0
+    num_sms = _tuning.num_sms(
+        group,
+        op=op,
+        layout=layout,
+        rows=rows,
+        hidden=hidden,
+        num_tokens=num_tokens,
+        requested=None if config is None else config.num_sms,
+    )
     return {
         "num_ranks": np.int32(group.size),
         "num_experts": np.int32(num_experts),

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from jax_ep import _compat, _device_group, _ffi
+from jax_ep import _compat, _device_group, _ffi, _tuning
 from jax_ep._errors import from_text
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
@@ -40,6 +40,7 @@ class Group:
         backend: "cpu" or "cuda" (native, XLA FFI) or "reference" (pure JAX).
         timeout: Seconds that an op waits for a peer to arrive.
         id: The same in every process and every run with the same devices and axes.
+        tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
     """
 
     mesh: jax.sharding.Mesh
@@ -47,6 +48,7 @@ class Group:
     backend: str
     timeout: float
     id: int
+    tuning: _tuning.Table
 
     @property
     def size(self) -> int:
@@ -160,12 +162,14 @@ def create_group(
         generation = _device_group.agree(processes, what, generation)
     if group is None or generation != before:
         _generations[key] = generation
+        group_id = _group_id(mesh, axis_names, resolved, float(timeout), generation)
         group = Group(
             mesh=mesh,
             axis_names=axis_names,
             backend=resolved,
             timeout=float(timeout),
-            id=_group_id(mesh, axis_names, resolved, float(timeout), generation),
+            id=group_id,
+            tuning=_tuning.agreed_table(mesh, str(group_id)) if resolved == "cuda" else {},
         )
         if resolved == "cuda":
             _groups.pop(key, None)

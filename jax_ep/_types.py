@@ -33,8 +33,9 @@ class DispatchConfig:
 
     Attributes:
         num_sms: Streaming multiprocessors (one block each) that a dispatch or combine may occupy on
-            a GPU, brought into 2 to 100; None takes 64 in layout "expert" and 24 in layout "token".
-            Has no meaning on CPU.
+            a GPU, brought into 2 to 100. None takes the number that ``python -m jax_ep.tune`` found
+            for this GPU, group size and shape, else 64 in layout "expert" and 24 in layout "token"
+            (less where 32 SMs would not stay free). Has no meaning on CPU.
         mode: "throughput" (prefill and training), "latency" (decode) or "auto" (by size). So far
             every mode runs the throughput kernels.
     """

@@ -33,6 +33,7 @@ def test_import_loads_neither_flax_nor_cuda():
     packages, modules, maps = run(LOADED).split("\n", 2)
     assert {"jax", "jax_ep", "jaxtyping"} <= set(packages.split())  # the list is of what is loaded
     unwanted = {"flax", "optax", "orbax", "hypothesis", "pytest", "beartype", "matplotlib"}
+    unwanted |= {"rich", "typer"}
     assert not unwanted & set(packages.split())
     assert not {"jax_ep.nnx", "jax_ep.linen"} & set(modules.split())
     libraries = {line.rpartition("/")[2] for line in maps.splitlines() if "/" in line}

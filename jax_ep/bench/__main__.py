@@ -1,0 +1,197 @@
+"""``python -m jax_ep.bench``: what dispatch, combine and whole layers take here.
+
+Without flags it runs the suite "baselines". A suite is a named set of cases; --ops and the flags after
+it make cases of your own. Figures are device times; every result is checked in the same run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import shlex
+import sys
+from typing import Annotated, Any, get_args
+
+try:
+    import rich.console
+    import rich.progress
+    import typer
+except ImportError as error:
+    package = str(error.name).partition(".")[0]
+    sys.exit(f"jax_ep.bench: {package} is not installed: pip install 'jax-ep[bench]'")
+
+from jax_ep.bench import launch, plot, records, suites
+from jax_ep.bench import table as tables
+from jax_ep.bench.cases import OUR_OPS, Case, Dtype, Op, Quantization, Routing
+
+_CPU_RANKS = 2
+
+
+def main(
+    suite: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(suites.NAMES)}; instead of cases.")
+    ] = None,
+    ops: Annotated[str | None, typer.Option(help=f"Of {', '.join(get_args(Op))}.")] = None,
+    layout: Annotated[str, typer.Option(help="expert, token or both.")] = "expert,token",
+    dtype: Annotated[str, typer.Option(help=f"Of {', '.join(get_args(Dtype))}.")] = "bfloat16",
+    quantization: Annotated[str, typer.Option(help=f"Of {', '.join(get_args(Quantization))}.")] = (
+        "none"
+    ),
+    routing: Annotated[str, typer.Option(help=f"Of {', '.join(get_args(Routing))}.")] = "uniform",
+    ragged: Annotated[bool, typer.Option(help="Ranks with fewer and fewer real tokens.")] = False,
+    tokens: Annotated[str, typer.Option(help="Of each rank.")] = "4096",
+    hidden: Annotated[int, typer.Option()] = Case.hidden,
+    top_k: Annotated[int, typer.Option()] = Case.top_k,
+    experts: Annotated[int, typer.Option(help="Over all ranks.")] = Case.experts,
+    intermediate: Annotated[int, typer.Option(help="Width of an expert (op layer).")] = 256,
+    num_sms: Annotated[str | None, typer.Option(help="SMs an op may occupy.")] = None,
+    mode: Annotated[str, typer.Option(help="auto, throughput or latency.")] = "auto",
+    weights: Annotated[bool, typer.Option(help="Top-k weights travel along.")] = True,
+    ranks: Annotated[int | None, typer.Option(help="All GPUs, or 2 on CPU.")] = None,
+    processes: Annotated[int, typer.Option(help="1, or one for each rank.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 50,
+    timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = 300.0,
+    json: Annotated[pathlib.Path | None, typer.Option(help="Write records there.")] = None,
+    plot_path: Annotated[pathlib.Path | None, typer.Option("--plot", help="Draw them there.")] = (
+        None
+    ),
+) -> None:
+    """Measure dispatch, combine and whole layers. Options may be lists: --tokens 128,4096."""
+    if plot_path is not None:
+        _need("matplotlib")
+    if suite is not None and ops is not None:
+        raise typer.BadParameter("--suite and --ops: expected one of them.")
+    gpus = launch.count_gpus()
+    count = ranks or max(gpus if processes == 1 else processes, 1 if gpus else _CPU_RANKS)
+    try:
+        if ops is None:
+            cases = suites.suite(_one_of("--suite", suite or "baselines", suites.NAMES))
+        else:
+            fields = itertools.product(
+                listed("--routing", routing, get_args(Routing)),
+                listed("--tokens", tokens),
+                listed("--layout", layout, ("expert", "token")),
+                listed("--dtype", dtype, get_args(Dtype)),
+                listed("--quantization", quantization, get_args(Quantization)),
+                [None] if num_sms is None else listed("--num-sms", num_sms),
+                listed("--ops", ops, get_args(Op)),
+            )
+            cases = _cases(
+                fields,
+                ragged=ragged,
+                hidden=hidden,
+                top_k=top_k,
+                experts=experts,
+                mode=mode,
+                weights=weights,
+                intermediate=intermediate,
+            )
+        launch.check_processes(count, processes, gpus)
+        for case in cases:
+            case.check_ranks(count)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    job = launch.Job(
+        cases=cases,
+        ranks=count,
+        processes=processes,
+        gpus=gpus,
+        repeat=repeat,
+        command="python -m jax_ep.bench " + shlex.join(sys.argv[1:]),
+    )
+    console = rich.console.Console()
+    found = measure(job, timeout=timeout, console=console)
+    console.print(tables.table(found))
+    for line in tables.layer_ratios(found):
+        console.print(line, highlight=False)
+    if json is not None:
+        records.save(json, found)
+    if plot_path is not None:
+        plot.plot(found, plot_path)
+    ours = [r for r in found if r["op"] in OUR_OPS]
+    if not all(record["correct"] for record in ours):
+        console.print("[red]some of jax_ep's own results are wrong or missing")
+        raise typer.Exit(1)
+
+
+def measure(
+    job: launch.Job, *, timeout: float, console: rich.console.Console
+) -> list[dict[str, Any]]:
+    """All records of a job, with a progress bar."""
+    found = []
+    with rich.progress.Progress(console=console, transient=True) as bar:
+        task = bar.add_task("", total=len(job.cases))
+
+        def progress(name: str) -> None:
+            bar.update(task, description=name)
+
+        seen: list[tuple[Any, ...]] = []
+        for record in launch.run(job, timeout=timeout, progress=progress):
+            bar.advance(task, record["op"] not in ("ceiling", "link"))
+            machine = (record["op"], record.get("name"), record["tokens"], record["top_k"])
+            # Each process measures the machine anew; the first figures stand for it.
+            if record["op"] in ("ceiling", "link"):
+                if machine in seen:
+                    continue
+                seen.append(machine)
+            found.append(record)
+    return found
+
+
+def _cases(fields: Any, **rest: Any) -> list[Case]:
+    cases = []
+    intermediate = rest.pop("intermediate")
+    for routing, tokens, layout, dtype, quantization, num_sms, op in fields:
+        base = Case(
+            routing=routing,
+            tokens=_integer("--tokens", tokens),
+            layout=layout,
+            dtype=dtype,
+            quantization=quantization,
+            num_sms=None if num_sms is None else _integer("--num-sms", num_sms),
+            op="dispatch" if op in ("exchange", "layer") else op,
+            **rest,
+        )
+        new = [base]
+        if op == "exchange":
+            new = suites.exchanges(base)
+        elif op == "layer":
+            new = suites.layers(base, intermediate)
+        elif op == "combine" and quantization != "none":
+            continue  # rows come home in full precision
+        cases += [case for case in new if case not in cases]
+    return sorted(cases, key=lambda case: case.xla_flags)
+
+
+def listed(flag: str, text: str, choices: tuple[str, ...] | None = None) -> list[str]:
+    """The values of an option that may be a list.
+
+    Raises:
+        ValueError: for a value that is not among ``choices``.
+    """
+    values = [value.strip() for value in text.split(",") if value.strip()]
+    return [_one_of(flag, value, choices) for value in values] if choices else values
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{flag}: expected one of {', '.join(choices)}, got {value!r}.")
+    return value
+
+
+def _integer(flag: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{flag}: expected an integer, got {text!r}.") from None
+
+
+def _need(package: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        sys.exit(f"jax_ep.bench: {package} is not installed: pip install 'jax-ep[bench]'")
+
+
+if __name__ == "__main__":
+    typer.run(main)

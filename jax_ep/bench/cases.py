@@ -1,0 +1,124 @@
+"""What one figure is measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from jax_ep._types import Layout, Mode
+
+Op = Literal["dispatch", "dispatch_cached", "combine", "plan", "exchange", "layer"]
+Quantization = Literal["none", "quantized", "fp8", "fp8-dense"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Routing = Literal["uniform", "group-limited", "zipf", "all-to-one"]
+
+OUR_OPS: tuple[Op, ...] = ("plan", "dispatch", "dispatch_cached", "combine")
+ALIGNMENT = 128  # rows of an expert are padded to multiples of it, as grouped matmuls like them
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op on one workload. Sizes are those of one rank.
+
+    Attributes:
+        op: "plan", "dispatch" (with its plan), "dispatch_cached" (along a handle), "combine",
+            "exchange" (what XLA has in their place) or "layer" (forward and backward).
+        layout: "expert" or "token".
+        dtype: Of the tokens, before any quantization.
+        quantization: "none"; "quantized": the rows given and received are ``Quantized``; "fp8": rows
+            of ``dtype`` are cast on their way and received ``Quantized``; "fp8-dense": and received in
+            ``dtype``.
+        routing: The pattern that the tokens' experts follow.
+        ragged: Whether ranks have different numbers of tokens; the rest are masked.
+        tokens: T of each rank.
+        hidden: H.
+        top_k: K.
+        experts: E over all ranks.
+        intermediate: Width F of an expert (op "layer").
+        alignment: Rows of an expert are padded to a multiple of it (layout "expert").
+        num_sms: SMs that the op may occupy; None takes the tuned number or the default.
+        mode: As in ``DispatchConfig``.
+        weights: Whether top-k weights travel with the rows.
+        name: Who does it; None is jax_ep.
+        xla_flags: Flags that its process must be started with.
+    """
+
+    op: Op = "dispatch"
+    layout: Layout = "expert"
+    dtype: Dtype = "bfloat16"
+    quantization: Quantization = "none"
+    routing: Routing = "uniform"
+    ragged: bool = False
+    tokens: int = 4096
+    hidden: int = 7168
+    top_k: int = 8
+    experts: int = 256
+    intermediate: int | None = None
+    alignment: int = ALIGNMENT
+    num_sms: int | None = None
+    mode: Mode = "auto"
+    weights: bool = True
+    name: str | None = None
+    xla_flags: str = ""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "op": Op,
+            "layout": Layout,
+            "quantization": Quantization,
+            "dtype": Dtype,
+            "routing": Routing,
+            "mode": Mode,
+        }
+        for field, kind in choices.items():
+            if getattr(self, field) not in get_args(kind):
+                raise ValueError(
+                    f"{field}: expected one of {get_args(kind)}, got {getattr(self, field)!r}."
+                )
+        for field in ("tokens", "hidden", "top_k", "experts", "alignment"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: expected 1 or more, got {getattr(self, field)}.")
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k: expected at most {self.experts} experts, got {self.top_k}.")
+        if self.quantization != "none" and self.hidden % 128:
+            raise ValueError(
+                f"hidden: expected a multiple of 128 with quantization {self.quantization!r}, got "
+                f"{self.hidden}."
+            )
+        if self.op == "layer" and self.intermediate is None:
+            raise ValueError("intermediate: expected the width of an expert for op 'layer'.")
+
+    @property
+    def row_dtype(self) -> str:
+        """Dtype of the rows that the op is given."""
+        return "float8_e4m3fn" if self.quantization == "quantized" else self.dtype
+
+    @property
+    def wire_row_bytes(self) -> int:
+        """Bytes of a row as it crosses a link, its scales included."""
+        if self.quantization != "none" and self.op in ("dispatch", "dispatch_cached"):
+            return self.hidden + self.hidden // 128 * 4
+        return self.hidden * (4 if self.dtype == "float32" else 2)
+
+    @property
+    def workload(self) -> Case:
+        """What decides about the inputs: cases with equal workloads share them."""
+        return dataclasses.replace(
+            self, op="dispatch", num_sms=None, mode="auto", name=None, xla_flags=""
+        )
+
+    @property
+    def pattern(self) -> str:
+        """The routing, with "+ragged" where ranks have different numbers of tokens."""
+        return self.routing + ("+ragged" if self.ragged else "")
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ``ValueError`` where the experts cannot be split over ``ranks``."""
+        if self.experts % ranks:
+            raise ValueError(
+                f"experts: expected a multiple of the {ranks} ranks, got {self.experts}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The case as a JSON object."""
+        return dataclasses.asdict(self)

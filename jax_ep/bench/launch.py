@@ -1,0 +1,235 @@
+"""Starts the processes that measure, and collects what they say.
+
+Each run of a set of cases has processes of its own, one for all devices or one for each rank, that
+find each other through ``jax.distributed``. A process that dies or hangs costs the case it was at,
+which becomes a record of a failure; the remaining cases are given to new processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+from jax_ep.bench import records
+from jax_ep.bench.cases import Case
+
+_POLL_S = 0.1
+_STDERR_LINES = 3
+_GPU_SHARE = 0.9  # of a GPU's memory, for XLA
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the processes of one run need to know.
+
+    Attributes:
+        cases: Cases that need the same XLA flags.
+        ranks: Devices that take part.
+        processes: 1, or as many as there are ranks, or a divisor of them on CPU.
+        gpus: GPUs of this machine that are used; 0 on CPU.
+        repeat: Samples of each figure.
+        command: Of the user, for the records.
+        output: File that process 0 appends JSON lines to.
+        coordinator: "host:port" of process 0.
+    """
+
+    cases: list[Case]
+    ranks: int
+    processes: int
+    gpus: int
+    repeat: int
+    command: str
+    output: str = ""
+    coordinator: str = ""
+
+    def save(self, path: pathlib.Path) -> None:
+        """Write the job as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> Job:
+        """Read a job."""
+        fields = json.loads(path.read_text())
+        cases = [Case(**case) for case in fields.pop("cases")]
+        return cls(cases=cases, **fields)
+
+
+def count_gpus() -> int:
+    """GPUs that JAX would use here, without waking it."""
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu" or not shutil.which("nvidia-smi"):
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    listing = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
+    )
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def check_processes(ranks: int, processes: int, gpus: int) -> None:
+    """Raise ``ValueError`` unless the ranks can be laid over so many processes and GPUs."""
+    if ranks < 1 or processes < 1:
+        raise ValueError(f"--ranks, --processes: expected 1 or more, got {ranks} and {processes}.")
+    if processes not in (1, ranks) and (gpus or ranks % processes):
+        raise ValueError(
+            f"--processes: expected 1 or one for each of the {ranks} ranks, got {processes}."
+        )
+    if gpus and processes == 1 and ranks > gpus:
+        raise ValueError(
+            f"--ranks: expected at most {gpus} GPUs for one process, got {ranks}; with --processes "
+            f"{ranks} ranks share GPUs."
+        )
+
+
+def run(job: Job, *, timeout: float, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Measure all cases; yields each record as it comes.
+
+    Args:
+        job: The run, ``output`` and ``coordinator`` left out. Its cases may need different XLA flags.
+        timeout: Seconds that one case may take, with the start of its processes.
+        progress: Is told the name of the case that is measured now.
+    """
+    with tempfile.TemporaryDirectory(prefix="jax_ep_bench_") as folder:
+        for flags, group in itertools.groupby(job.cases, key=lambda case: case.xla_flags):
+            left = list(group)
+            attempts = itertools.count()
+            while left:
+                where = pathlib.Path(folder) / f"{len(left)}-{next(attempts)}-{abs(hash(flags))}"
+                where.mkdir()
+                part = dataclasses.replace(
+                    job, cases=left, output=str(where / "records"), coordinator=_free_address()
+                )
+                finished = yield from _attempt(part, flags, where, timeout, progress)
+                if finished == len(left):
+                    break
+                yield _failure(part, left[finished], where)
+                left = left[finished + 1 :]
+
+
+def _attempt(
+    job: Job, flags: str, where: pathlib.Path, timeout: float, progress: Progress
+) -> Generator[dict[str, Any], None, int]:
+    """Run processes until all is measured or one fails; returns how many cases they finished."""
+    path = where / "job.json"
+    job.save(path)
+    output = pathlib.Path(job.output)
+    output.touch()
+    workers = []
+    for index in range(job.processes):
+        with (where / f"stderr-{index}").open("wb") as stderr:
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "jax_ep.bench.worker", str(path), str(index)],
+                    env=_environment(job, flags),
+                    stdout=stderr,
+                    stderr=stderr,
+                )
+            )
+    finished, seen = 0, 0
+    moved = time.monotonic()
+    try:
+        while True:
+            running = [worker.poll() is None for worker in workers]
+            lines = output.read_text().splitlines(keepends=True)
+            complete = [line for line in lines if line.endswith("\n")]
+            for line in complete[seen:]:
+                record = json.loads(line)
+                moved = time.monotonic()
+                if record is None:
+                    finished += 1
+                else:
+                    yield record
+            seen = len(complete)
+            if finished < len(job.cases):
+                progress(name_of(job.cases[finished]))
+            failed = any(worker.returncode not in (None, 0) for worker in workers)
+            if failed or not any(running) or time.monotonic() - moved > timeout:
+                return finished
+            time.sleep(_POLL_S)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
+
+
+def name_of(case: Case) -> str:
+    """A short name of a case."""
+    fields = {**case.to_json(), "dtype": case.row_dtype, "routing": case.pattern}
+    return records.label(fields)
+
+
+def _environment(job: Job, flags: str) -> dict[str, str]:
+    environment = dict(os.environ)
+    all_flags = [environment.get("XLA_FLAGS", ""), flags]
+    if job.gpus == 0:
+        environment["JAX_PLATFORMS"] = "cpu"
+        # XLA takes the last of several.
+        count = job.ranks // job.processes
+        all_flags.append(f"--xla_force_host_platform_device_count={count}")
+    elif "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:
+        sharing = -(-job.processes // job.gpus) if job.processes > 1 else 1
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{_GPU_SHARE / sharing:.3f}"
+    environment["XLA_FLAGS"] = " ".join(filter(None, all_flags))
+    return environment
+
+
+def _failure(job: Job, case: Case, where: pathlib.Path) -> dict[str, Any]:
+    """The record of a case at which a process died or was given up."""
+    lines = []
+    for index in range(job.processes):
+        text = (where / f"stderr-{index}").read_text(errors="replace")
+        lines += [line for line in text.splitlines() if line.strip()][-_STDERR_LINES:]
+    error = " | ".join(lines)[-300:] or "a process ended without a word, or took too long"
+    record: dict[str, Any] = dict.fromkeys(
+        ("median_us", "p10_us", "p90_us", "wire_gbs", "logical_gbs", "ceiling_gbs", "num_sms")
+    )
+    record |= {
+        "op": case.op,
+        "layout": case.layout,
+        "dtype": case.row_dtype,
+        "quantization": case.quantization,
+        "mode": case.mode,
+        "routing": case.pattern,
+        "ranks": job.ranks,
+        "gpus": min(job.gpus, job.ranks),
+        "processes": job.processes,
+        "tokens": case.tokens,
+        "hidden": case.hidden,
+        "top_k": case.top_k,
+        "experts": case.experts,
+        "wire_bytes": 0,
+        "workspace_bytes": 0,
+        "scratch_bytes": 0,
+        "staged": False,
+        "correct": False,
+        "device": "gpu" if job.gpus else "cpu",
+        "versions": {},
+        "command": job.command,
+        "error": error,
+    }
+    if case.name is not None:
+        record["name"] = case.name
+    if case.intermediate is not None:
+        record["intermediate"] = case.intermediate
+    return record
+
+
+def _free_address() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{listener.getsockname()[1]}"

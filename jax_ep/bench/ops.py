@@ -1,0 +1,279 @@
+"""Our own ops: the step of each, its inputs, and whether its result is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_ep
+from jax_ep import _device_group, _ffi, _ops, _tuning
+from jax_ep._capacity import INT32_MAX
+from jax_ep._types import Dispatched, Handle, Quantized
+from jax_ep.bench import expected, memory, timing, traffic
+from jax_ep.bench.cases import Case
+from jax_ep.bench.problems import Problem, row_factors
+from jax_ep.bench.session import Session
+from jax_ep.bench.timing import Step
+
+_TARGETS = {
+    "plan": ("jax_ep_plan",),
+    "dispatch": ("jax_ep_plan", "jax_ep_dispatch"),
+    "dispatch_cached": ("jax_ep_dispatch",),
+    "combine": ("jax_ep_combine",),
+}
+
+
+def measure(session: Session, case: Case) -> dict[str, Any]:
+    """The record of one of our ops."""
+    problem = session.problem(case)
+    step, sets = _step(session, case, problem), _sets(session, case, problem)
+    native = session.group.backend != "reference"
+    moved = traffic.Traffic(0, 0)
+    if case.op != "plan":
+        moved = traffic.of_dispatch(
+            problem.topk_idx[0], experts=case.experts, row_bytes=case.wire_row_bytes
+        )
+    written = problem.capacity * case.hidden * 2 if case.op != "plan" else 0
+    measured = timing.measure(
+        step,
+        sets,
+        session.mesh,
+        length=session.length(10 + moved.wire / 3e5 + written / 2e6),
+        repeat=session.repeat,
+        targets=_TARGETS[case.op] if native else (),
+    )
+    link = session.link(case.tokens, case.top_k)
+    wrong = _CHECKS[case.op](session, case, problem, measured.result, measured.last_set)
+    wrongs = [text for text in session.exchange(wrong) if text]
+    return session.record(
+        case,
+        session.slowest(measured.spread).less(link.median),
+        moved,
+        correct=not wrongs,
+        num_sms=_num_sms(session, case),
+        name=None if native else "reference",
+        workspace_bytes=_ffi.workspace_bytes(session.group),
+        scratch_bytes=memory.scratch_bytes(measured.text),
+        staged=_staged(session),
+        error=wrongs[0] if wrongs else None,
+    )
+
+
+def config(case: Case) -> jax_ep.DispatchConfig | None:
+    """What the case says about the use of the machine, or None."""
+    if case.num_sms is None and case.mode == "auto":
+        return None
+    return jax_ep.DispatchConfig(num_sms=case.num_sms, mode=case.mode)
+
+
+def options(case: Case, session: Session) -> dict[str, Any]:
+    """Arguments of ``jax_ep.dispatch`` with and without a handle."""
+    cast = case.quantization in ("fp8", "fp8-dense")
+    return {
+        "group": session.group,
+        "config": config(case),
+        "quantization": "fp8" if cast else None,
+        "output": "quantized" if case.quantization == "fp8" else None,
+    }
+
+
+def _num_sms(session: Session, case: Case) -> int:
+    cast = "f32" if case.quantization in ("fp8", "fp8-dense") else None
+    rows = _tuning.rows_name(case.row_dtype, cast, case.quantization == "fp8-dense")
+    op: _tuning.TunedOp = "dispatch"
+    if case.op in ("plan", "combine"):
+        op = "plan" if case.op == "plan" else "combine"
+    return _tuning.num_sms(
+        session.group,
+        op=op,
+        layout=case.layout,
+        rows="" if op == "plan" else rows,
+        hidden=0 if op == "plan" else case.hidden,
+        num_tokens=case.tokens,
+        requested=case.num_sms,
+    )
+
+
+def _staged(session: Session) -> bool:
+    return _device_group.is_staged(session.group.id)
+
+
+def _step(session: Session, case: Case, problem: Problem) -> Step:
+    given = options(case, session)
+    routed: dict[str, Any] = {
+        "num_experts": case.experts,
+        "layout": case.layout,
+        "alignment": case.alignment,
+        "capacity": problem.capacity,
+    }
+
+    def dispatch(inputs: Any) -> Dispatched:
+        x, topk_idx, weights = inputs
+        return jax_ep.dispatch(x, topk_idx, weights, **routed, **given)
+
+    def plan(topk_idx: jax.Array) -> Handle:
+        return _ops.plan(
+            topk_idx,
+            group=session.group,
+            **routed,
+            expert_capacity=INT32_MAX,
+            config=given["config"],
+        )
+
+    def dispatch_cached(inputs: Any) -> Dispatched:
+        x, handle, weights = inputs
+        return jax_ep.dispatch(x, None, weights, handle=handle, **given)
+
+    def combine(inputs: Any) -> jax.Array:
+        rows, handle = inputs
+        return jax_ep.combine(rows, handle, group=session.group, config=given["config"])
+
+    def link_ids(inputs: Any, out: Dispatched) -> Any:
+        x, topk_idx, weights = inputs
+        return x, timing.after(topk_idx, out.tokens), weights
+
+    def link_handle(inputs: Any, out: Any) -> Any:
+        rows, handle, *weights = inputs
+        result = out.tokens if isinstance(out, Dispatched) else out
+        topk_idx = timing.after(handle.topk_idx, result)
+        return rows, dataclasses.replace(handle, topk_idx=topk_idx), *weights
+
+    def link_plan(topk_idx: jax.Array, handle: Handle) -> jax.Array:
+        return timing.after(topk_idx, handle.recv_src)
+
+    return {
+        "plan": Step(plan, link_plan),
+        "dispatch": Step(dispatch, link_ids),
+        "dispatch_cached": Step(dispatch_cached, link_handle),
+        "combine": Step(combine, link_handle),
+    }[case.op]
+
+
+def _sets(session: Session, case: Case, problem: Problem) -> list[Any]:
+    """Inputs of the step: those of a dispatch, or what a dispatch has made of them."""
+    sets: list[Any] = []
+    prepare = _prepare(session, case, problem)
+    for index, topk in enumerate(problem.topk_idx):
+        topk_idx = session.put(topk.__getitem__)
+        if case.op == "plan":
+            sets.append(topk_idx)
+            continue
+        x: Any = session.put(functools.partial(problem.part, index, 0))
+        if case.quantization == "quantized":
+            x = Quantized(x, session.put(functools.partial(problem.part, index, 1)))
+        weights = None
+        if case.weights:
+            weights = session.put(functools.partial(problem.weights, index))
+        inputs = (x, topk_idx, weights)
+        if case.op == "dispatch":
+            sets.append(inputs)
+            continue
+        sets.append(prepare(inputs))
+    return sets
+
+
+def _prepare(session: Session, case: Case, problem: Problem) -> Any:
+    """From a dispatch's inputs to those of an op that follows a dispatch."""
+    dispatch = _step(session, dataclasses.replace(case, op="dispatch"), problem).run
+
+    def prepare(inputs: Any) -> Any:
+        out = dispatch(inputs)
+        if case.op == "dispatch_cached":
+            return inputs[0], out.handle, inputs[2]
+        factors = jnp.asarray(row_factors(problem.capacity))[:, None]
+        rows = out.tokens.astype(jnp.float32) * factors
+        return rows.astype(out.tokens.dtype), out.handle
+
+    return session.on_all_ranks(prepare)
+
+
+def _check_plan(session: Session, case: Case, problem: Problem, out: Handle, index: int) -> str:
+    for rank, sources in session.parts(out.recv_src).items():
+        if not np.array_equal(sources, problem.sources(index, rank)):
+            return f"rank {rank}: the rows' sources are not those of the routing"
+    return ""
+
+
+def _check_dispatch(
+    session: Session, case: Case, problem: Problem, out: Dispatched, index: int
+) -> str:
+    """Rows, scales and weights, bit by bit; the text says what differs."""
+    wrong = _check_plan(session, case, problem, out.handle, index)
+    if wrong:
+        return wrong
+    tokens = out.tokens if isinstance(out.tokens, Quantized) else (out.tokens,)
+    everyone = [
+        np.concatenate(parts)
+        for parts in zip(
+            *(_sent(case, problem, index, rank) for rank in range(problem.ranks)), strict=True
+        )
+    ]
+    for name, array, sent in zip(("rows", "scales"), tokens, everyone, strict=False):
+        for rank, got in session.parts(array).items():
+            sources = problem.sources(index, rank)
+            token = sources // case.top_k if case.layout == "expert" else sources
+            want = sent[np.maximum(token, 0)]
+            want[sources < 0] = 0
+            if not expected.same_bits(got, want):
+                return f"rank {rank}: {name} differ from those sent"
+    if out.weights is None:
+        return ""
+    weights = np.concatenate([problem.weights(index, rank) for rank in range(problem.ranks)])
+    ids = problem.topk_idx[index].reshape(weights.shape)
+    local = case.experts // problem.ranks
+    for rank, got in session.parts(out.weights).items():
+        sources = problem.sources(index, rank)
+        if case.layout == "expert":
+            wanted = np.where(sources >= 0, weights.reshape(-1)[sources], np.float32(0))
+        else:
+            there = (sources >= 0)[:, None] & (ids[sources] >= 0)
+            mine = there & (ids[sources] // local == rank)
+            wanted = np.where(mine, weights[sources], np.float32(0))
+        if not np.array_equal(got, wanted):
+            return f"rank {rank}: weights differ from those sent"
+    return ""
+
+
+def _sent(case: Case, problem: Problem, index: int, rank: int) -> tuple[np.ndarray, ...]:
+    """A rank's tokens in the form that they must arrive in."""
+    rows = problem.rows(index, rank)
+    if case.quantization in ("fp8", "fp8-dense"):
+        quantized = expected.quantize(rows[0])
+        if case.quantization == "fp8":
+            return quantized
+        return (expected.dequantize(*quantized, problem.rows(index, rank)[0].dtype.name),)
+    return rows
+
+
+def _check_combine(
+    session: Session, case: Case, problem: Problem, out: jax.Array, index: int
+) -> str:
+    """Each token's sum, within the roundings of its rows, its rank sums and itself."""
+    factors = row_factors(problem.capacity)
+    total = np.zeros(problem.ranks * case.tokens, np.float32)
+    for rank in range(problem.ranks):
+        sources = problem.sources(index, rank)
+        token = sources // case.top_k if case.layout == "expert" else sources
+        np.add.at(total, token[sources >= 0], factors[sources >= 0])
+    of_rank = total.reshape(problem.ranks, case.tokens, 1)
+    tolerance = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-22}[case.dtype]
+    for rank, got in session.parts(out).items():
+        want = problem.rows(index, rank)[0].astype(np.float32) * of_rank[rank]
+        error = np.abs(got.astype(np.float32) - want)
+        if not (error <= tolerance * np.abs(want) + 1e-6).all():  # NaN is no right sum either
+            return f"rank {rank}: sums are off by up to {error.max()}"
+    return ""
+
+
+_CHECKS: dict[str, Callable[[Session, Case, Problem, Any, int], str]] = {
+    "plan": _check_plan,
+    "dispatch": _check_dispatch,
+    "dispatch_cached": _check_dispatch,
+    "combine": _check_combine,
+}

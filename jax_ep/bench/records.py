@@ -1,0 +1,99 @@
+"""Records: one JSON object for each figure, with all that it takes to read and to repeat it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+FIELDS: dict[str, tuple[type, ...]] = {
+    "op": (str,),
+    "layout": (str,),
+    "dtype": (str,),  # of the rows given: float8_e4m3fn where they are Quantized
+    "quantization": (str,),
+    "mode": (str,),
+    "routing": (str,),
+    "ranks": (int,),
+    "gpus": (int,),
+    "processes": (int,),
+    "tokens": (int,),  # of a rank
+    "hidden": (int,),
+    "top_k": (int,),
+    "experts": (int,),
+    "num_sms": (int, type(None)),  # None: not ours to say
+    "median_us": (float, type(None)),  # None: it failed
+    "p10_us": (float, type(None)),
+    "p90_us": (float, type(None)),
+    "wire_bytes": (int,),  # of the busiest rank in its busier direction, between ranks only
+    "wire_gbs": (float, type(None)),
+    "logical_gbs": (float, type(None)),  # counts what stays on its rank too
+    "ceiling_gbs": (float, type(None)),  # of a link, in one direction, measured in the same run
+    "workspace_bytes": (int,),
+    "scratch_bytes": (int,),
+    "staged": (bool,),
+    "correct": (bool,),
+    "device": (str,),
+    "versions": (dict,),
+    "command": (str,),
+}
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    "name": (str,),  # who did it, where that was not jax_ep's own kernels
+    "intermediate": (int,),  # width of an expert (op "layer")
+    "error": (str,),  # why there is no figure, or what was wrong with the result
+}
+
+
+LAYER_SHAPE = ("hidden", "experts", "top_k", "intermediate", "tokens", "dtype")
+
+
+def check(record: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless ``record`` has exactly the fields above, of the right types."""
+    missing = FIELDS.keys() - record.keys()
+    unknown = record.keys() - FIELDS.keys() - OPTIONAL.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"record: expected the fields of jax_ep.bench.records, got {sorted(missing)} missing "
+            f"and {sorted(unknown)} besides."
+        )
+    for field, value in record.items():
+        types = FIELDS.get(field) or OPTIONAL[field]
+        if type(value) not in types:
+            expected = " or ".join(kind.__name__ for kind in types)
+            raise ValueError(f"record: field {field}: expected {expected}, got {value!r}.")
+
+
+def save(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    """Write records as a JSON list, one a line."""
+    for record in records:
+        check(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(record) for record in records)
+    path.write_text(f"[\n{lines}\n]\n" if records else "[]\n")
+
+
+def load(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a file, checked."""
+    loaded = json.loads(path.read_text())
+    for record in loaded:
+        check(record)
+    return loaded
+
+
+def label(record: dict[str, Any]) -> str:
+    """A short name of what was measured."""
+    parts = [record["op"]]
+    if record.get("name"):
+        parts.append(record["name"])
+    if record["op"] not in ("exchange", "layer", "ceiling", "link"):
+        parts.append(record["layout"])
+    if record["op"] == "layer":
+        parts.append(f"F={record['intermediate']}")
+    if record["op"] not in ("ceiling", "link", "plan"):
+        rows = record["dtype"]
+        if record["quantization"] in ("fp8", "fp8-dense"):
+            rows += f" ({record['quantization']})"
+        parts.append(rows)
+    parts.append(f"T={record['tokens']}")
+    if record["routing"] != "uniform":
+        parts.append(record["routing"])
+    return " ".join(parts)

@@ -1,0 +1,351 @@
+"""``python -m jax_ep.bench``: what it counts, what it finds wrong, and the whole of it on CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jax_ep
+from conftest import PLATFORM
+from jax_ep.bench import (
+    expected,
+    layer,
+    layer_ops,
+    memory,
+    patterns,
+    records,
+    suites,
+    table,
+    traffic,
+)
+from jax_ep.bench.cases import Case
+from jax_ep.bench.launch import Job, check_processes, run
+from jax_ep.bench.layer import Experts
+from jax_ep.bench.problems import Problem
+from jax_ep.bench.session import Session
+from spmd import need_devices, run_python
+
+TINY = Case(tokens=6, hidden=128, top_k=2, experts=8)
+on_cpu = pytest.mark.skipif(PLATFORM != "cpu", reason="sets up CPU devices of its own")
+
+# Two ranks, experts 0 and 1 on rank 0, 2 and 3 on rank 1.
+ROUTES = np.array(
+    [
+        [[0, 1], [0, 2], [3, 2]],  # rank 0: home; both; away
+        [[2, -1], [-1, -1], [1, 0]],  # rank 1: home; nowhere; away
+    ],
+    np.int32,
+)
+
+
+def test_wire_bytes_of_a_routing_worked_by_hand():
+    # Rows by (source, destination): 0→0: tokens 0, 1; 0→1: tokens 1, 2; 1→0: token 2; 1→1: token 0.
+    np.testing.assert_array_equal(expected.rank_rows(ROUTES, experts=4), [[2, 2], [1, 1]])
+    # Pairs: 0→0: 0, 1, 0; 0→1: 2, 3, 2; 1→0: 1, 0; 1→1: 2.
+    np.testing.assert_array_equal(expected.rank_pairs(ROUTES, experts=4), [[3, 3], [2, 1]])
+    moved = traffic.of_dispatch(ROUTES, experts=4, row_bytes=10)
+    assert moved.wire == 20  # rank 0 sends two rows away
+    assert moved.logical == 40  # and keeps two
+    assert traffic.of_rows(np.array([[5, 1], [3, 0]]), 10) == (30, 80)  # rank 0 receives 3, and 8
+
+
+@pytest.mark.parametrize(
+    ("case", "row_bytes"),
+    [
+        (Case(hidden=7168), 14336),
+        (Case(hidden=7168, dtype="float32"), 28672),
+        (Case(hidden=7168, quantization="quantized"), 7168 + 224),
+        (Case(hidden=7168, quantization="fp8-dense"), 7168 + 224),
+        (Case(hidden=7168, op="combine"), 14336),
+    ],
+)
+def test_bytes_of_a_row(case, row_bytes):
+    assert case.wire_row_bytes == row_bytes
+
+
+def test_rows_of_a_routing_worked_by_hand():
+    def rows(rank, layout, alignment=1):
+        found = expected.row_sources(ROUTES, rank, experts=4, layout=layout, alignment=alignment)
+        return found.tolist()
+
+    # (source · 3 + token) · 2 + k, by expert.
+    assert rows(0, "expert") == [0, 2, 11, 1, 10]
+    assert rows(1, "expert", 4) == [3, 5, 6, -1, 4, -1, -1, -1]
+    assert rows(0, "token") == [0, 1, 5]
+    assert rows(1, "token") == [1, 2, 3]
+    assert expected.capacity([ROUTES], experts=4, layout="expert", alignment=4) == 128
+
+
+@pytest.mark.parametrize("routing", ["uniform", "group-limited", "zipf", "all-to-one"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_patterns(routing, ragged):
+    case = Case(routing=routing, ragged=ragged, tokens=64, hidden=8, top_k=4, experts=32)
+    topk = patterns.topk_idx(case, ranks=2, rng=np.random.default_rng(0))
+    assert topk.shape == (2, 64, 4) and topk.dtype == np.int32
+    real = [patterns.num_real_tokens(64, rank, 2) for rank in range(2)] if ragged else [64, 64]
+    assert [(rows[:, 0] >= 0).sum() for rows in topk] == real
+    used = topk[topk[..., 0] >= 0]
+    assert (used >= 0).all() and (used < 32).all()
+    assert all(len(set(token)) == 4 for token in used.tolist())
+    if routing == "group-limited":
+        assert max(len({expert // 4 for expert in token}) for token in used.tolist()) <= 4
+    if routing == "all-to-one":
+        assert (used < 16).all()
+    if routing == "zipf":
+        counts = np.bincount(used.reshape(-1), minlength=32)
+        assert counts[:4].sum() > 4 * counts[-4:].sum()
+
+
+def test_float8_rows_are_those_of_the_library():
+    rows = Problem(TINY, 1).rows(0, 0)[0]
+    values, scales = expected.quantize(rows)
+    quantized = jax_ep.quantize(jnp.asarray(rows))
+    assert expected.same_bits(values, np.asarray(quantized.values))
+    assert expected.same_bits(scales, np.asarray(quantized.scales))
+    dense = np.asarray(jax_ep.dequantize(quantized, jnp.bfloat16))
+    assert expected.same_bits(expected.dequantize(values, scales, "bfloat16"), dense)
+
+
+def test_scratch_is_what_follows_the_results():
+    def call(target, results):
+        return f'  %c = ({results}) custom-call(%a), custom_call_target="{target}", api_version=X\n'
+
+    arrays = "bf16[256,128]{1,0}, f32[0]{0}, f32[256]{0}"
+    text = call("jax_ep_dispatch", arrays + ", u8[4096]{0}") * 2  # two calls, one after the other
+    text += call("jax_ep_combine", "bf16[6,128]{1,0}, f32[0]{0}")
+    assert memory.scratch_bytes(text) == 4096
+    plan = ", ".join(["s32[8]{0}"] * 10)
+    assert memory.scratch_bytes(text + call("jax_ep_plan", plan + ", s32[100]{0}")) == 4096 + 400
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"tokens": 0}, "tokens: expected 1 or more"),
+        ({"top_k": 9}, "top_k: expected at most 8"),
+        ({"hidden": 64, "quantization": "fp8"}, "hidden: expected a multiple of 128"),
+    ],
+)
+def test_impossible_cases_say_so(change, text):
+    with pytest.raises(ValueError, match=text):
+        dataclasses.replace(TINY, **change)
+
+
+def test_impossible_processes_say_so():
+    check_processes(4, 4, 1)  # four ranks share a GPU
+    check_processes(4, 2, 0)
+    with pytest.raises(ValueError, match="at most 1 GPUs for one process"):
+        check_processes(2, 1, 1)
+    with pytest.raises(ValueError, match="one for each of the 4 ranks"):
+        check_processes(4, 2, 4)
+
+
+@pytest.mark.parametrize("name", suites.NAMES)
+def test_suites_name_each_case_once(name):
+    cases = suites.suite(name)
+    assert cases and len(set(cases)) == len(cases)
+    flags = [case.xla_flags for case in cases]
+    assert flags == sorted(flags)
+
+
+def emulated_ragged_all_to_all(operand, output, starts, sizes, lands_at, received, *, axis_name):
+    """``lax.ragged_all_to_all`` of what XLA has on CPU, by its documentation."""
+    operands, starts, sizes, lands_at = (
+        lax.all_gather(x, axis_name) for x in (operand, starts, sizes, lands_at)
+    )
+    mine = lax.axis_index(axis_name)
+    row = jnp.arange(output.shape[0])
+    for source in range(operands.shape[0]):
+        within = row - lands_at[source, mine]
+        rows = jnp.take(operands[source], starts[source, mine] + within, axis=0, mode="clip")
+        here = (within >= 0) & (within < sizes[source, mine])
+        output = jnp.where(here[:, None], rows, output)
+    return output
+
+
+@on_cpu
+def test_arms_of_the_layer_are_one_layer(monkeypatch):
+    """All arms against the layer in NumPy; ragged rows, tokens without experts."""
+    need_devices(2)
+    monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+    case = dataclasses.replace(
+        TINY, op="layer", intermediate=16, dtype="float32", alignment=1, ragged=True
+    )
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    problem = session.problem(case)
+    sizes = layer_ops.sizes_of(session, case, problem)
+    experts = layer_ops.make_experts(session, case)
+    inputs = (
+        session.put(lambda rank: problem.rows(0, rank)[0]),
+        session.put(lambda rank: problem.topk_idx[0][rank]),
+        session.put(lambda rank: problem.weights(0, rank)),
+    )
+    want = layer_in_numpy(case, problem, Experts(*map(np.asarray, experts)))
+    for name in ("jax_ep", "ragged_all_to_all", "all_to_all", "plain"):
+        arm = layer.BY_NAME[name]
+        program = session.on_all_ranks(lambda given, a=arm: a.layer(*given, sizes))
+        got = np.asarray(program((inputs, experts)))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=name)
+    for name in ("jax_ep", "ragged_all_to_all", "plain"):
+        record = layer_ops.measure(session, dataclasses.replace(case, name=name))
+        assert record["correct"], record  # the gradients too
+
+
+def layer_in_numpy(case, problem, experts):
+    x = np.concatenate([problem.rows(0, rank)[0] for rank in range(2)])
+    weights = np.concatenate([problem.weights(0, rank) for rank in range(2)])
+    ids = problem.topk_idx[0].reshape(weights.shape)
+    y = np.zeros_like(x)
+    for token, k in np.argwhere(ids >= 0):
+        gate, up, down = (w[ids[token, k]] for w in experts)
+        gated = x[token] @ gate
+        gated = gated / (1 + np.exp(-gated)) * (x[token] @ up)
+        y[token] += weights[token, k] * (gated @ down)
+    return y
+
+
+@on_cpu
+def test_wrong_results_are_found(monkeypatch):
+    """A dispatch that moves one row wrongly, and a combine that loses one, are not correct."""
+    need_devices(2)
+    from jax_ep.bench import ops
+
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    dispatch, combine = jax_ep.dispatch, jax_ep.combine
+
+    def moves_wrongly(*args, **kwargs):
+        out = dispatch(*args, **kwargs)
+        return dataclasses.replace(out, tokens=out.tokens.at[1, 3].set(100))
+
+    def loses(*args, **kwargs):
+        return combine(*args, **kwargs).at[2].set(0)
+
+    monkeypatch.setattr(jax_ep, "dispatch", moves_wrongly)
+    record = ops.measure(session, TINY)
+    assert not record["correct"] and "rows differ" in record["error"]
+    monkeypatch.setattr(jax_ep, "dispatch", dispatch)
+    assert ops.measure(session, TINY)["correct"]
+    monkeypatch.setattr(jax_ep, "combine", loses)
+    record = ops.measure(session, dataclasses.replace(TINY, op="combine"))
+    assert not record["correct"] and "sums are off" in record["error"]
+
+
+def bench(*arguments: str, **env: str):
+    flags = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", "TERM": "dumb", "XLA_FLAGS": "", **env}
+    return run_python("-m", "jax_ep.bench", *arguments, timeout=300, **flags)
+
+
+@on_cpu
+def test_smoke(tmp_path):
+    """The suite in one process: records, table, picture, and failures that are records too."""
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    done = bench("--suite", "smoke", "--repeat", "3", "--json", str(out), "--plot", str(picture))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records.load(out)  # checks each
+    measured = [r for r in found if r["op"] not in ("ceiling", "link")]
+    assert len(measured) == len(suites.suite("smoke"))
+    for record in measured:
+        if "ragged" in record.get("name", "") or "plain" in record.get("name", ""):
+            assert record["median_us"] is None and "ragged-all-to-all" in record["error"]
+            continue
+        assert record["correct"], record
+        assert record["ranks"] == 2 and record["processes"] == 1 and record["device"] == "cpu"
+        assert record["workspace_bytes"] == record["scratch_bytes"] == 0
+        assert "--suite smoke" in record["command"]
+        assert (record["wire_bytes"] > 0) == (record["op"] != "plan")
+    assert {r["op"] for r in found} >= {"dispatch", "plan", "combine", "layer", "exchange", "link"}
+    assert "1 process(es)" in done.stdout and "the time of jax_ep's" in done.stdout
+    for record in measured:
+        assert record["op"] in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+@on_cpu
+def test_two_processes(tmp_path):
+    out = tmp_path / "out.json"
+    done = bench(
+        *("--ops", "plan,dispatch,dispatch_cached,combine", "--layout", "expert"),
+        *("--tokens", "16", "--hidden", "128", "--top-k", "2", "--experts", "8"),
+        *("--ranks", "2", "--processes", "2", "--repeat", "2", "--json", str(out)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [r for r in records.load(out) if r["op"] not in ("ceiling", "link")]
+    assert [r["op"] for r in found] == ["plan", "dispatch", "dispatch_cached", "combine"]
+    assert all(r["correct"] and r["processes"] == 2 and r["ranks"] == 2 for r in found)
+
+
+@on_cpu
+def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch):
+    """XLA stops a process over an unknown flag; the cases of other flags go on."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    root = os.path.dirname(os.path.dirname(jax_ep.__file__))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, *sys.path]))
+    plan = dataclasses.replace(TINY, op="plan")
+    broken = dataclasses.replace(plan, name="broken", xla_flags="--xla_no_such_flag=true")
+    job = Job(cases=[broken, plan], ranks=1, processes=1, gpus=0, repeat=1, command="")
+    found = [
+        record
+        for record in run(job, timeout=120.0, progress=lambda _: None)
+        if record["op"] == "plan"
+    ]
+    for record in found:
+        records.check(record)
+    assert [(r.get("name"), r["correct"]) for r in found] == [("broken", False), (None, True)]
+    assert "xla_no_such_flag" in found[0]["error"]
+    assert "failed" in table.row(found[0])[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--suite", "fast"], "--suite: expected one of baselines"),
+        (["--ops", "dispatch", "--tokens", "many"], "--tokens: expected an integer"),
+        (["--ops", "dispach"], "--ops: expected one of"),
+        (["--ops", "dispatch", "--experts", "9"], "experts: expected a multiple of the 2 ranks"),
+        (["--ops", "dispatch", "--suite", "smoke"], "expected one of them"),
+    ],
+)
+def test_wrong_flags_say_so(arguments, text):
+    done = bench(*arguments)
+    assert done.returncode == 2 and text in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"), [("typer", []), ("rich", []), ("matplotlib", ["--plot", "x.png"])]
+)
+def test_missing_packages_name_the_extra(missing, arguments):
+    code = f"""
+import runpy, sys
+sys.modules["{missing}"] = None
+import importlib.util as u
+find = u.find_spec
+u.find_spec = lambda name, *rest: None if name == "{missing}" else find(name, *rest)
+sys.argv = ["bench", *{arguments!r}]
+runpy.run_module("jax_ep.bench", run_name="__main__")
+"""
+    done = run_python("-c", code, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"jax_ep.bench: {missing} is not installed: pip install 'jax-ep[bench]'"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_records_are_checked(tmp_path):
+    good = {name: types[0]() for name, types in records.FIELDS.items()}
+    records.save(tmp_path / "a.json", [good])
+    assert records.load(tmp_path / "a.json") == [good]
+    for bad in ({**good, "extra": 1}, {**good, "ranks": 1.5}, {**good, "correct": None}):
+        with pytest.raises(ValueError, match="record: "):
+            records.check(bad)
+    (tmp_path / "b.json").write_text(json.dumps([{"op": "plan"}]))
+    with pytest.raises(ValueError, match="missing"):
+        records.load(tmp_path / "b.json")

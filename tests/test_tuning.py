@@ -1,0 +1,251 @@
+"""Numbers of SMs: the default, the cache and what a group makes of it, the search. Needs no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import jax_ep
+from conftest import PLATFORM
+from jax_ep import _compat, _ffi, _tuning, tune
+from jax_ep._tuning import Key
+from jax_ep.bench.cases import Case
+from spmd import make_group as make_real_group
+from spmd import run_python
+
+KEY = Key("cpu", 2, "dispatch", "token", "bfloat16", 7168, 4096)
+
+
+def entry(num_sms=20, **changes):
+    fields = {**dataclasses.asdict(KEY), "num_sms": num_sms, "median_us": 187.0}
+    return {**fields, "versions": {"jax_ep": jax_ep.__version__}, **changes}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    path = tmp_path / "sub" / "tuning.json"
+    monkeypatch.setenv("JAX_EP_TUNING_CACHE", str(path))
+    monkeypatch.setattr(_tuning, "_warned", set())
+    return path
+
+
+def make_group(backend="cuda", tuning=None):
+    """A group of CPU devices that takes itself for one of GPUs."""
+    group = make_real_group(2, "reference")
+    return dataclasses.replace(group, backend=backend, tuning=tuning or {})
+
+
+@pytest.fixture(autouse=True)
+def gpus_have_132_sms(monkeypatch):
+    monkeypatch.setattr(_compat, "multiprocessor_count", lambda device: 132)
+
+
+def num_sms(group, **changes):
+    arguments = {"op": "dispatch", "layout": "token", "rows": "bfloat16", "hidden": 7168}
+    return _tuning.num_sms(group, **{**arguments, "num_tokens": 4096, **changes})
+
+
+def test_default_leaves_32_sms():
+    assert _tuning.default_num_sms("expert", 132) == 64
+    assert _tuning.default_num_sms("token", 132) == 24
+    assert _tuning.default_num_sms("expert", 78) == 46
+    assert _tuning.default_num_sms("token", 40) == 8
+    assert _tuning.default_num_sms("token", 16) == 2
+    assert _tuning.default_num_sms("expert", None) == 64
+
+
+def test_what_is_asked_for_comes_first_then_the_table_then_the_default():
+    tuned = make_group(tuning={KEY: 20})
+    assert num_sms(tuned, requested=33) == 33
+    assert num_sms(tuned) == 20
+    assert num_sms(tuned, num_tokens=2049) == 20  # the same bucket
+    for change in ({"num_tokens": 2048}, {"op": "combine"}, {"rows": "float16"}, {"hidden": 4096}):
+        assert num_sms(tuned, **change) == 24, change
+    assert num_sms(tuned, layout="expert") == 64
+    assert num_sms(make_group(tuning={KEY: 120})) == 100  # 32 stay free, whatever a cache says
+    assert num_sms(make_group("cpu", tuning={KEY: 20}), requested=33) == 0
+
+
+@pytest.mark.parametrize(("tokens", "bucket"), [(0, 1), (1, 1), (3, 4), (128, 128), (129, 256)])
+def test_buckets(tokens, bucket):
+    assert _tuning.tokens_bucket(tokens) == bucket
+
+
+def test_attributes_carry_the_number():
+    group = make_group(tuning={KEY: 20})
+    attributes = functools.partial(
+        _ffi._attributes,
+        group,
+        8,
+        "token",
+        op="dispatch",
+        num_tokens=4096,
+        hidden=7168,
+        rows=_tuning.rows_name("bfloat16"),
+    )
+    assert attributes(None)["num_sms"] == 20
+    assert attributes(jax_ep.DispatchConfig(num_sms=8))["num_sms"] == 8
+
+
+def test_cache_round_trip(cache):
+    assert _tuning.load() == {}
+    _tuning.save(cache, [entry(), entry(16, layout="expert")])
+    assert _tuning.load() == {KEY: 20, dataclasses.replace(KEY, layout="expert"): 16}
+    assert [path.name for path in cache.parent.iterdir()] == ["tuning.json"]
+
+
+def test_cache_path(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_EP_TUNING_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _tuning.cache_path() == tmp_path / "jax_ep" / "tuning.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _tuning.cache_path() == tmp_path / ".cache" / "jax_ep" / "tuning.json"
+
+
+BAD = {
+    "it is not JSON": "{",
+    "it is no cache of format 1": '{"format": 2, "entries": []}',
+    "it has no list of entries": '{"format": 1}',
+    "not the fields of a key": json.dumps({"format": 1, "entries": [entry(ranks="two")]}),
+    "no positive number": json.dumps({"format": 1, "entries": [entry(0)]}),
+    "which jax_ep it is for": json.dumps({"format": 1, "entries": [entry(versions={})]}),
+    "it was made for jax_ep 0.0.0": json.dumps(
+        {"format": 1, "entries": [entry(versions={"jax_ep": "0.0.0"})]}
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_caches_are_ignored_with_one_warning(cache, caplog, reason):
+    cache.parent.mkdir()
+    cache.write_text(BAD[reason])
+    with caplog.at_level(logging.WARNING, "jax_ep"):
+        assert _tuning.load() == {} == _tuning.load()
+    assert len(caplog.records) == 1
+    text = caplog.text
+    assert reason in text and str(cache) in text and "python -m jax_ep.tune" in text
+
+
+def test_bytes_that_are_no_text(cache, caplog):
+    cache.parent.mkdir()
+    cache.write_bytes(b"\xff\xfe\x00")
+    assert _tuning.load() == {}
+    assert len(caplog.records) == 1
+
+
+WORKER = """
+import sys
+import jax, jax_ep
+from jax_ep import _tuning
+address, index = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize(address, 2, index, coordinator_bind_address=address if index == 0 else None)
+mesh = jax.sharding.Mesh(jax.devices(), ("expert",))
+assert mesh.size == 2
+table = _tuning.agreed_table(mesh, "test")
+print(sorted((key.device_kind, value) for key, value in table.items()))
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.skipif(PLATFORM != "cpu", reason="starts processes on CPU")
+def test_processes_take_the_table_of_rank_0(tmp_path, monkeypatch):
+    """Though the caches of their hosts differ."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    root = pathlib.Path(jax_ep.__file__).parent.parent
+    workers = []
+    for index in range(2):
+        path = tmp_path / f"{index}.json"
+        _tuning.save(path, [entry(20 + index, device_kind=f"host {index}")])
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "JAX_EP_TUNING_CACHE": str(path),
+            "PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)]),
+        }
+        command = [sys.executable, "-c", WORKER, address, str(index)]
+        workers.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    outputs = [worker.communicate(timeout=120)[0].strip() for worker in workers]
+    assert outputs == ["[('host 0', 20)]"] * 2
+
+
+def record(num_sms, median_us, **changes):
+    fields = {
+        "device": "cpu",
+        "ranks": 2,
+        "op": "dispatch",
+        "layout": "token",
+        "dtype": "bfloat16",
+        "quantization": "none",
+        "hidden": 7168,
+        "tokens": 4000,
+        "num_sms": num_sms,
+        "median_us": median_us,
+        "correct": True,
+        "versions": {"jax_ep": jax_ep.__version__},
+    }
+    return {**fields, **changes}
+
+
+def test_search_takes_the_fewest_sms_that_are_as_good():
+    found = tune.best_entries(
+        [
+            record(8, 300.0),
+            record(16, 201.0),
+            record(24, 199.0),
+            record(12, 100.0, correct=False),
+            record(10, None),
+            record(4, 50.0, name="reference"),
+            record(32, 150.0, quantization="fp8"),
+            record(32, 1.0, op="ceiling"),
+        ]
+    )
+    assert [(e["num_sms"], e["rows"], e["tokens"]) for e in found] == [
+        (16, "bfloat16", 4096),
+        (32, "bfloat16 as fp8", 4096),
+    ]
+    assert _tuning.key_of(found[0]) == KEY
+    kept = [entry(99), entry(98, device_kind="other")]
+    assert [e["num_sms"] for e in tune.merged(kept, found)] == [98, 16, 32]
+
+
+def test_search_covers_what_makes_sense():
+    cases = tune.cases_of(
+        Case(),
+        tokens=[128],
+        hidden=[7168],
+        layouts=["token"],
+        dtypes=["bfloat16"],
+        quantizations=["none", "fp8"],
+        candidates=[8, 16],
+    )
+    assert [(c.op, c.quantization, c.num_sms) for c in cases] == [
+        ("dispatch", "none", 8),
+        ("dispatch", "none", 16),
+        ("combine", "none", 8),
+        ("combine", "none", 16),
+        ("dispatch", "fp8", 8),
+        ("dispatch", "fp8", 16),
+    ]
+
+
+@pytest.mark.skipif(PLATFORM != "cpu", reason="a GPU would be tuned")
+def test_tuning_without_a_gpu_says_so():
+    done = run_python("-m", "jax_ep.tune", timeout=120, JAX_PLATFORMS="cpu")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("on CPU the number of SMs has no meaning")
+    assert jax.default_backend() == "cpu"
