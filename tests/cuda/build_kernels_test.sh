@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/cuda}
+rm -rf "$out/library" "$out/tests"  # no object of a source that is gone
 mkdir -p "$out/library" "$out/tests"
 for source in csrc/plan/*.cc csrc/cpu/*.cc; do
   g++ -std=c++17 -O3 -ffp-contract=off -Icsrc -c "$source" \
@@ -17,7 +18,8 @@ done
 for name in kernels_test plan_test; do
   compile "tests/cuda/$name.cu" "$out/tests/$name.o" &
 done
-wait
+# A bare wait would forget what failed.
+for job in $(jobs -p); do wait "$job"; done
 for name in kernels_test plan_test; do
   nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/library/*.o "$out/tests/$name.o" -o "$out/$name"
 done
