@@ -142,21 +142,29 @@ class Plugin:
     """Keeps the processes in the same test. Register it where there are several."""
 
     def __init__(self) -> None:
-        self._outcome = "passed"
+        self._outcome, self._failure = "passed", ""
+        self.elsewhere: list[str] = []
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._outcome = "passed"
+        self._outcome, self._failure = "passed", ""
         exchange.begin(nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.outcome != "passed" and self._outcome != "failed":
             self._outcome = report.outcome
+        if report.failed:
+            self._failure += f"\n{report.longreprtext}\n"
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         try:
             outcomes = exchange.end(self._outcome)
         except (TimeoutError, RuntimeError) as error:
-            pytest.exit(f"the processes are out of step: {error}", returncode=3)
-        if self._outcome == "passed" and "failed" in outcomes.values():
-            where = [str(index) for index, outcome in outcomes.items() if outcome == "failed"]
-            print(f"\n{nodeid} failed in process {', '.join(where)}, and passed here")
+            # pytest reports no failures after an exit.
+            pytest.exit(f"{self._failure}the processes are out of step: {error}", returncode=3)
+        failed = [index for index, outcome in outcomes.items() if outcome == "failed"]
+        if failed and INDEX not in failed:
+            self.elsewhere.append(f"{nodeid} failed in processes {failed}")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for line in self.elsewhere:
+            terminalreporter.write_line(line)

@@ -28,8 +28,10 @@ def plot(found: list[dict[str, Any]], path: pathlib.Path) -> None:
     medians = [record["median_us"] for record in shown]
     below = [max(r["median_us"] - r["p10_us"], 0) for r in shown]
     above = [max(r["p90_us"] - r["median_us"], 0) for r in shown]
-    colours = ["tab:gray" if "name" in r else "tab:blue" for r in shown]
+    colours = ["tab:blue" if r.get("name", "jax_ep") == "jax_ep" else "tab:gray" for r in shown]
     times.barh(places, medians, xerr=[below, above], color=colours)
+    if medians and min(medians) > 0:
+        times.set_xscale("log")
     times.set_yticks(places, [records.label(r) + ("" if r["correct"] else " WRONG") for r in shown])
     times.set_xlabel("us, median with 10th to 90th percentile")
     rates.barh(places, [record["wire_gbs"] or 0 for record in shown], color=colours)
