@@ -249,3 +249,30 @@ def test_tuning_without_a_gpu_says_so():
     assert done.returncode == 1
     assert done.stderr.strip().endswith("on CPU the number of SMs has no meaning")
     assert jax.default_backend() == "cpu"
+
+
+def test_search_writes_what_groups_read(cache, monkeypatch, capsys):
+    """All but the measuring itself; a second search keeps what it does not replace."""
+    asked = []
+
+    def measure(job, **_):
+        asked.extend(job.cases)
+        return [
+            record(c.num_sms, 100.0 + c.num_sms, op=c.op, layout=c.layout, tokens=c.tokens)
+            for c in job.cases
+        ]
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune.launch, "count_gpus", lambda: 2)
+    search = functools.partial(tune.main, quantization="none", layout="token")
+    search(tokens="4096", num_sms="16,24")
+    assert len(asked) == 4
+    assert _tuning.load() == {KEY: 16, dataclasses.replace(KEY, op="combine"): 16}
+    search(tokens="128", num_sms="8")
+    assert _tuning.load()[KEY] == 16
+    assert _tuning.load()[dataclasses.replace(KEY, tokens=128)] == 8
+    cache.write_text("{")
+    search(tokens="4096", num_sms="12")
+    assert _tuning.load()[KEY] == 12
+    out = " ".join(capsys.readouterr().out.split())
+    assert "is replaced" in out and "written to" in out
