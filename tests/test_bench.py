@@ -20,6 +20,7 @@ from jax_ep.bench import (
     layer_ops,
     memory,
     patterns,
+    peers,
     records,
     suites,
     table,
@@ -352,3 +353,14 @@ def test_records_are_checked(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps([{"op": "plan"}]))
     with pytest.raises(ValueError, match="missing"):
         records.load(tmp_path / "b.json")
+
+
+def test_ranks_that_share_a_gpu_need_no_collectives(monkeypatch):
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    monkeypatch.setattr(session, "shares_gpus", True)
+    (way,) = session.fastest_ways() or [None]
+    assert way is None or way.name == "local copy, GPU shared"
+    for case in suites.exchanges(TINY)[:1] + suites.layers(TINY, intermediate=64)[:1]:
+        measure = peers.measure if case.op == "exchange" else layer_ops.measure
+        with pytest.raises(ValueError, match="2 ranks share 0 GPUs: NCCL"):
+            measure(session, case)

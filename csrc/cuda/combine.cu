@@ -320,6 +320,11 @@ __device__ void Poison(const CombineParams& p) {
        i += int64_t{gridDim.x} * kThreads) {
     words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
   }
+  if (p.home == nullptr) return;
+  for (int32_t i = blockIdx.x * kThreads + threadIdx.x; i < p.num_tokens * p.top_k;
+       i += gridDim.x * kThreads) {
+    p.home[i] = __uint_as_float(~0u);
+  }
 }
 
 template <typename T>
@@ -329,13 +334,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ PeerInputs inputs;
   const uint64_t epoch = BeginOp(p.group);
   const bool by_expert = p.layout == Layout::kExpert;
+  const bool has_rows = p.hidden > 0;  // else only values come home
   if (blockIdx.x == 0) {
-    Publish(p.group, epoch, {by_expert ? nullptr : p.rows, p.values, nullptr});
+    Publish(p.group, epoch, {by_expert || !has_rows ? nullptr : p.rows, p.values, nullptr});
   }
   const int32_t num_blocks = gridDim.x;
   const int32_t block = blockIdx.x;
   const int32_t warp = threadIdx.x / 32;
-  const int32_t num_producers = by_expert && p.group.num_ranks > 1 ? kProducers : 0;
+  const int32_t num_producers = by_expert && has_rows && p.group.num_ranks > 1 ? kProducers : 0;
   bool ok = WaitInputs(p.group, epoch, inputs);
   if (ok && warp < num_producers) {
     Adder<T, true> adder(p, shared);
@@ -346,8 +352,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (p.values != nullptr) {
       BringValues(p, inputs, consumer * 32 + threadIdx.x % 32, num_consumers * num_blocks * 32);
     }
-    Adder<T, false> adder(p, shared);
-    ok = BringHome<T>(p, epoch, inputs, adder, consumer, num_consumers * num_blocks);
+    if (has_rows) {
+      Adder<T, false> adder(p, shared);
+      ok = BringHome<T>(p, epoch, inputs, adder, consumer, num_consumers * num_blocks);
+    }
   }
   if (!__syncthreads_and(ok)) Poison<T>(p);
   EndOp(p.group, epoch);

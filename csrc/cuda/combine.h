@@ -33,7 +33,7 @@ struct CombineParams {
   int32_t num_blocks;
 };
 
-// On failure every byte of y is 0xff, which is NaN in every row dtype.
+// On failure every byte of y and home is 0xff, which is NaN in every dtype.
 cudaError_t LaunchCombine(const CombineParams& params, cudaStream_t stream);
 
 cudaError_t LoadCombine();

@@ -287,6 +287,12 @@ __device__ void Poison(const DispatchParams& p) {
       words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
     }
   }
+  if (p.row_weights == nullptr) return;
+  const int64_t num_weights = int64_t{p.capacity} * (p.layout == Layout::kToken ? p.top_k : 1);
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < num_weights;
+       i += gridDim.x * blockDim.x) {
+    p.row_weights[i] = __uint_as_float(~0u);
+  }
 }
 
 template <int kAhead>

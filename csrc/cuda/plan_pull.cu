@@ -164,6 +164,7 @@ __device__ void CountEntries(const PlanParams& p, const Shared& shared, int32_t 
 // The last block: gives this rank's totals to all ranks.
 __device__ void SendTotals(const PlanParams& p, uint64_t epoch, int32_t num_totals) {
   Workspace& own = Own(p.group);
+  TestDelay(p.group.rank, epoch, 3);
   for (int32_t c = threadIdx.x; c < num_totals; c += kThreads) {
     const int32_t total = __ldcg(&own.own_totals[c]);
     own.own_totals[c] = 0;

@@ -59,6 +59,7 @@ JAX_EP_HOST_DEVICE uint64_t PackCount(int32_t count, uint64_t epoch) {
 
 // Sums that the ring holds of each of the other ranks; 0 if a row is too long.
 JAX_EP_HOST_DEVICE int32_t RingSlots(int32_t num_ranks, int64_t row_bytes) {
+  if (row_bytes == 0) return kMaxRingSlots;
   const int64_t slots = kRingBytes / ((num_ranks > 1 ? num_ranks - 1 : 1) * row_bytes);
   return static_cast<int32_t>(slots < kMaxRingSlots ? slots : kMaxRingSlots);
 }

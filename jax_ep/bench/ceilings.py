@@ -2,8 +2,8 @@
 
 With two or more devices: every rank sends to the next one at the same time, so each link is
 used in both directions, by ``lax.ppermute`` (XLA's way between devices) and, within one process, by
-``jax.device_put`` (the copy engines). With one: a copy in its own memory, where each byte is
-read and written; the figure counts it once, as a payload.
+``jax.device_put`` (the copy engines). With one, or with ranks that share GPUs: a copy in its own
+memory, where each byte is read and written; the figure counts it once, as a payload.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ def num_bytes(*, on_gpu: bool) -> int:
     return _GPU_BYTES if on_gpu else _CPU_BYTES
 
 
-def measure(mesh: jax.sharding.Mesh, sharding: Any, *, on_gpu: bool) -> list[Ceiling]:
-    """All the ways that there are."""
+def measure(
+    mesh: jax.sharding.Mesh, sharding: Any, *, on_gpu: bool, shares_gpus: bool = False
+) -> list[Ceiling]:
+    """All the ways that there are; ``shares_gpus`` if several ranks are on one GPU."""
     size = num_bytes(on_gpu=on_gpu)
     ranks = mesh.size
     shape = (ranks * size // 4,)
     full = np.zeros(size // 4, np.float32)
     x = jax.make_array_from_callback(shape, sharding, lambda _: full)
-    if ranks == 1:
-        return [Ceiling("local copy", _slope(_repeated(_local_copy, mesh), x, size))]
+    if ranks == 1 or shares_gpus:  # XLA's collectives want a GPU for each rank
+        name = "local copy, GPU shared" if shares_gpus else "local copy"
+        return [Ceiling(name, _slope(_repeated(_local_copy, mesh), x, size))]
     found = [Ceiling("ppermute", _slope(_repeated(_to_next, mesh), x, size))]
     if jax.process_count() == 1:
         found.append(Ceiling("device_put", _device_put(x, mesh, size)))

@@ -26,6 +26,7 @@ _TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-4}
 
 def measure(session: Session, case: Case) -> dict[str, Any]:
     """The record of one arm, named by ``case.name``."""
+    session.need_collectives()  # of the arms that it is compared with
     arm = layer.BY_NAME[case.name or "jax_ep"]
     problem = session.problem(case)
     sizes = sizes_of(session, case, problem)

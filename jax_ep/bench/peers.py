@@ -27,6 +27,7 @@ DECOMPOSER_FLAG = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=tru
 
 def measure(session: Session, case: Case) -> dict[str, Any]:
     """The record of an exchange."""
+    session.need_collectives()
     problem = session.problem(case)
     dense = case.name == ALL_TO_ALL
     make = _dense if dense else _ragged

@@ -51,6 +51,7 @@ class Session:
         self.sharding = NamedSharding(self.mesh, P(AXIS))
         self.group = jax_ep.create_group(self.mesh, AXIS, timeout=120)
         self.on_gpu = devices[0].platform == "gpu"
+        self.shares_gpus = self.on_gpu and self.gpus < self.ranks
         self._problem: Problem | None = None
         self._links: dict[tuple[int, int], Spread] = {}
         self._ceilings: list[ceilings.Ceiling] | None = None
@@ -118,10 +119,20 @@ class Session:
         """The links measured so far."""
         return self._links
 
+    def need_collectives(self) -> None:
+        """Raise ``ValueError`` where XLA's collectives cannot run."""
+        if self.shares_gpus:
+            raise ValueError(
+                f"{self.ranks} ranks share {self.gpus} GPUs: NCCL, which XLA's collectives run on, "
+                "wants a GPU for each."
+            )
+
     def fastest_ways(self) -> list[ceilings.Ceiling]:
         """How fast this machine moves bytes between the ranks, the fastest way first."""
         if self._ceilings is None:
-            measured = ceilings.measure(self.mesh, self.sharding, on_gpu=self.on_gpu)
+            measured = ceilings.measure(
+                self.mesh, self.sharding, on_gpu=self.on_gpu, shares_gpus=self.shares_gpus
+            )
             spreads = [self.slowest(Spread(-c.gbs, -c.gbs, -c.gbs)) for c in measured]
             slowest = [c._replace(gbs=-s.median) for c, s in zip(measured, spreads, strict=True)]
             # A slope that is not positive says that the machine was busy, and nothing about it.
