@@ -34,9 +34,13 @@ class Shard:
 def main(arguments: list[str]) -> int:
     """Runs pytest from the root of the source tree; nothing to run is no failure."""
     os.chdir(pathlib.Path(__file__).parents[1])
-    # An editable install in this interpreter would come before Bazel's build, which is on the path.
-    sys.meta_path.remove(importlib.machinery.PathFinder)
-    sys.meta_path.insert(0, importlib.machinery.PathFinder)
+    # An editable install in this interpreter would come before Bazel's build, which is on the path,
+    # and add the libraries that Bazel has not built.
+    sys.meta_path[:] = [
+        importlib.machinery.BuiltinImporter,
+        importlib.machinery.FrozenImporter,
+        importlib.machinery.PathFinder,
+    ]
     options = ["-c", "pyproject.toml", "-p", "no:cacheprovider"]
     if report := os.environ.get("XML_OUTPUT_FILE"):
         options.append(f"--junitxml={report}")

@@ -1,7 +1,9 @@
-"""Both builds of the native library, CMake's and Bazel's, export what its sources list."""
+"""Both builds of the native libraries, CMake's and Bazel's, export what their sources list."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -21,12 +23,17 @@ def test_exported_targets_are_those_listed():
     assert list(_cpu.targets()) == listed
 
 
-def test_library_is_that_of_the_running_build():
-    """Under Bazel, not one that another build has left in the source tree."""
+def test_libraries_are_those_of_the_running_build():
+    """Under Bazel, none that another build has left in the source tree or installed."""
     runfiles = os.environ.get("TEST_SRCDIR", "/")
-    assert pathlib.Path(_cpu.__file__).is_relative_to(runfiles)
+    found = [importlib.util.find_spec(f"jax_ep.{name}") for name in ("_cpu", "_cuda")]
+    for spec in filter(None, found):
+        assert spec.origin is not None
+        assert pathlib.Path(spec.origin).is_relative_to(runfiles)
 
 
 def test_gpu_library_exports_the_same_targets():
-    cuda = pytest.importorskip("jax_ep._cuda", reason="the GPU backend was not built (no nvcc)")
+    if not _cpu.build_info()["with_cuda"]:
+        pytest.skip("this build is without the GPU backend: no nvcc, or JAX_EP_CUDA=OFF")
+    cuda = importlib.import_module("jax_ep._cuda")  # so here a missing library is an error
     assert list(cuda.targets()) == list(_cpu.targets())

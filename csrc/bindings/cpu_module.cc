@@ -20,6 +20,13 @@ constexpr char kCompiler[] = __VERSION__;  // begins with the compiler's name
 constexpr char kCompiler[] = "GCC " __VERSION__;
 #endif
 
+// Whether this build also makes the GPU library, so that one that lacks it is noticed.
+#ifdef JAX_EP_WITH_CUDA
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
 nb::capsule Capsule(XLA_FFI_Handler* handler) {
   return nb::capsule(reinterpret_cast<void*>(handler));
 }
@@ -49,6 +56,7 @@ nb::dict BuildInfo() {
   info["version"] = JAX_EP_VERSION;
   info["ffi_api_version"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   info["compiler"] = kCompiler;
+  info["with_cuda"] = kWithCuda;
   return info;
 }
 
@@ -65,7 +73,9 @@ NB_MODULE(_cpu, m) {
   m.doc() = "FFI targets of jax_ep's CPU backend, and hooks for its tests.";
   m.def("targets", &Targets, "FFI targets: name -> {stage: capsule}, for register_ffi_target.");
   m.def("types", &Types, "FFI state types: name -> {type_id, type_info}, for register_ffi_type.");
-  m.def("build_info", &BuildInfo, "Version of jax_ep, (major, minor) of the FFI API, compiler.");
+  m.def("build_info", &BuildInfo,
+        "Version of jax_ep, (major, minor) of the FFI API, compiler, whether there is a GPU "
+        "library.");
   m.def("call_counts", &CallCountsByName,
         "Executions of each target, one per rank and call, since reset_call_counts().");
   m.def("reset_call_counts", &ResetCallCounts, "Sets all call counts to zero.");

@@ -1,0 +1,92 @@
+"""The CUDA toolkit to build the GPU library with, found as CMake finds it.
+
+nvcc comes from $CUDA_HOME, /usr/local/cuda or the path. $JAX_EP_CUDA is "AUTO" (the GPU library is
+built where there is nvcc), "ON" (it is an error if there is none) or "OFF". Where the GPU library is
+not built, the targets here are there, but incompatible with every platform: `bazel build //...` skips
+all that depends on them.
+"""
+
+_BUILD = """
+package(default_visibility = ["//visibility:public"])
+
+filegroup(
+    name = "compiler",
+    srcs = glob([
+        "bin/**",
+        "nvvm/**",
+    ]),
+)
+
+# Static, so that the library loads where there is no GPU.
+cc_library(
+    name = "runtime",
+    srcs = ["lib/libcudart_static.a"],
+    hdrs = glob(["include/**"]),
+    includes = ["include"],
+    linkopts = [
+        "-ldl",
+        "-lrt",
+        "-pthread",
+    ],
+)
+"""
+
+_BUILD_WITHOUT = """
+package(default_visibility = ["//visibility:public"])
+
+constraint_setting(name = "cuda")
+
+constraint_value(
+    name = "cuda_compiler",
+    constraint_setting = ":cuda",
+)
+
+filegroup(name = "compiler")
+
+cc_library(
+    name = "runtime",
+    target_compatible_with = [":cuda_compiler"],
+)
+"""
+
+def _find_nvcc(repository):
+    for home in [repository.os.environ.get("CUDA_HOME"), "/usr/local/cuda"]:
+        if home and repository.path(home + "/bin/nvcc").exists:
+            return repository.path(home + "/bin/nvcc")
+    return repository.which("nvcc")
+
+def _toolkit(repository, nvcc):
+    """The folder of the toolkit: nvcc on the path may be a script that calls the one in there."""
+    probe = repository.execute([nvcc, "-v", "-E", "-x", "cu", "/dev/null"])
+    for line in probe.stderr.split("\n"):
+        if line.startswith("#$ TOP="):
+            return repository.path(line[len("#$ TOP="):]).realpath
+    fail("{} does not say where its toolkit is:\n{}".format(nvcc, probe.stderr))
+
+def _cuda_env_impl(repository):
+    choice = repository.os.environ.get("JAX_EP_CUDA") or "AUTO"
+    if choice not in ["AUTO", "ON", "OFF"]:
+        fail("JAX_EP_CUDA is AUTO, ON or OFF, not " + choice)
+    nvcc = None if choice == "OFF" else _find_nvcc(repository)
+    if choice == "ON" and not nvcc:
+        fail("JAX_EP_CUDA=ON, but there is no nvcc; set CUDA_HOME")
+    repository.file("defs.bzl", "HAVE_CUDA = {}\n".format(bool(nvcc)))
+    repository.file("BUILD", _BUILD if nvcc else _BUILD_WITHOUT)
+    if not nvcc:
+        return
+
+    toolkit = _toolkit(repository, nvcc)
+    for folder in ["bin", "include", "nvvm"]:
+        repository.symlink(toolkit.get_child(folder), folder)
+    for folder in ["lib64", "lib"]:
+        library = toolkit.get_child(folder).get_child("libcudart_static.a")
+        if library.exists:
+            repository.symlink(library, "lib/libcudart_static.a")
+            return
+    fail("{} has no libcudart_static.a".format(toolkit))
+
+cuda_env = repository_rule(
+    implementation = _cuda_env_impl,
+    environ = ["CUDA_HOME", "JAX_EP_CUDA", "PATH"],
+    local = True,
+)
