@@ -23,6 +23,7 @@ import tempfile
 import time
 
 _DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
+_VERDICT = re.compile(r"\b(passed|failed|skipped|error|errors|deselected)\b.* in \d")
 _TAIL = 150  # lines of the log of a process that failed
 
 
@@ -140,14 +141,17 @@ def _report(logs: list[pathlib.Path], status: list[int], why: str | None) -> Non
         for line in dict.fromkeys(line for text in texts for line in _summary(text)):
             print(line)
     for index, (text, code) in enumerate(zip(texts, status, strict=True)):
-        last = text[-1] if text else "(no output)"
+        # Other libraries may write after pytest has said how it went.
+        last = next(filter(_VERDICT.search, reversed(text)), text[-1] if text else "(no output)")
         print(f"process {index}, exit status {code}: {last}")
 
 
 def _summary(lines: list[str]) -> list[str]:
     """The short summary of pytest without its last line."""
     starts = [number for number, line in enumerate(lines) if "short test summary" in line]
-    return lines[starts[-1] + 1 : -1] if starts else []
+    lines = lines[starts[-1] + 1 :] if starts else []
+    ends = [number for number, line in enumerate(lines) if _VERDICT.search(line)]
+    return lines[: ends[-1]] if ends else lines
 
 
 if __name__ == "__main__":

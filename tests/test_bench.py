@@ -8,6 +8,7 @@ import os
 import sys
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
@@ -55,6 +56,19 @@ def test_wire_bytes_of_a_routing_worked_by_hand():
     assert moved.wire == 20  # rank 0 sends two rows away
     assert moved.logical == 40  # and keeps two
     assert traffic.of_rows(np.array([[5, 1], [3, 0]]), 10) == (30, 80)  # rank 0 receives 3, and 8
+
+
+def test_sums_round_once_a_rank_and_once_at_home():
+    x = np.array([[1.0], [1.0], [1.0]], ml_dtypes.bfloat16)  # 8 bits: 256 + 1 is 256
+    nothing = np.nan
+    factors = [
+        np.array([[256, 1, 1], [256, 1, nothing], [nothing, nothing, nothing]], np.float32),
+        np.array([[1, 1, nothing], [1, 1, 1], [nothing, 3, nothing]], np.float32),
+    ]
+    got = expected.rounded_sums(x, factors)
+    # 258 + 2; 256 (of 257, to even) + 3, of which 259 goes to 260 (to even); 3.
+    assert got.astype(np.float32).tolist() == [[260], [260], [3]]
+    assert got.dtype == x.dtype
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,13 @@ SIZES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def in_float32():
+    """GPUs would multiply float32 matrices in TF32."""
+    with jax.default_matmul_precision("float32"):
+        yield
+
+
 def numpy_grouped_dot(lhs, rhs, sizes):
     """The result and, for a cotangent of the result, the gradients; in float64."""
     bounds = np.concatenate([[0], np.cumsum(sizes)])

@@ -25,6 +25,7 @@ from jax_ep.bench import table as tables
 from jax_ep.bench.cases import OUR_OPS, Case, Dtype, Op, Quantization, Routing
 
 _CPU_RANKS = 2
+_LOG_WIDTH = 160
 
 
 def main(
@@ -100,10 +101,12 @@ def main(
         command="python -m jax_ep.bench " + shlex.join(sys.argv[1:]),
     )
     console = rich.console.Console()
+    if not console.is_terminal:  # a log has no margin
+        console = rich.console.Console(width=max(console.width, _LOG_WIDTH))
     found = measure(job, timeout=timeout, console=console)
     console.print(tables.table(found))
-    for line in tables.layer_ratios(found):
-        console.print(line, highlight=False)
+    for line in (*tables.failures(found), *tables.layer_ratios(found)):
+        console.print(line, highlight=False, soft_wrap=True)
     if json is not None:
         records.save(json, found)
     if plot_path is not None:

@@ -96,6 +96,28 @@ def dequantize(
     return (blocks * scales[..., None]).reshape(values.shape).astype(np.dtype(dtype))
 
 
+def rounded_sums(x: np.ndarray, factors: list[Float32[np.ndarray, "tokens width"]]) -> np.ndarray:
+    """What combine gives for tokens whose rows are ``x`` times a factor, bit by bit.
+
+    Args:
+        x: ``[T, H]``, the tokens; rows have their dtype.
+        factors: For each rank, those of a token's rows there in the order in which they are summed; NaN
+            where there is no row.
+
+    Returns:
+        ``[T, H]``: float32 sums, rounded once for each rank and once at the end.
+    """
+    exact, total = x.astype(np.float32), np.zeros(x.shape, np.float32)
+    for of_rank in factors:
+        partial = np.zeros(x.shape, np.float32)
+        for factor in of_rank.T:
+            there = ~np.isnan(factor)
+            rows = (exact[there] * factor[there, None]).astype(x.dtype)
+            partial[there] += rows.astype(np.float32)
+        total += partial.astype(x.dtype).astype(np.float32)
+    return total.astype(x.dtype)
+
+
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays are of one shape and the same bytes (NaNs and signed zeros included)."""
     if a.shape != b.shape or a.dtype != b.dtype:

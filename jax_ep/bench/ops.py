@@ -254,20 +254,24 @@ def _sent(case: Case, problem: Problem, index: int, rank: int) -> tuple[np.ndarr
 def _check_combine(
     session: Session, case: Case, problem: Problem, out: jax.Array, index: int
 ) -> str:
-    """Each token's sum, within the roundings of its rows, its rank sums and itself."""
-    factors = row_factors(problem.capacity)
-    total = np.zeros(problem.ranks * case.tokens, np.float32)
+    """Each token's sum, bit by bit."""
+    ids = problem.topk_idx[index]
+    # Of the rows on each rank, by (source, token, entry); in layout "token" all entries share one.
+    shape = (*ids.shape[:2], case.top_k if case.layout == "expert" else 1)
+    factors = []
     for rank in range(problem.ranks):
         sources = problem.sources(index, rank)
-        token = sources // case.top_k if case.layout == "expert" else sources
-        np.add.at(total, token[sources >= 0], factors[sources >= 0])
-    of_rank = total.reshape(problem.ranks, case.tokens, 1)
-    tolerance = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-22}[case.dtype]
+        of_rank = np.full(np.prod(shape), np.nan, np.float32)
+        of_rank[sources[sources >= 0]] = row_factors(problem.capacity)[sources >= 0]
+        of_rank = of_rank.reshape(shape)
+        if case.layout == "expert":  # summed by ascending local expert
+            of_rank = np.take_along_axis(of_rank, np.argsort(ids, axis=-1), axis=-1)
+        factors.append(of_rank)
     for rank, got in session.parts(out).items():
-        want = problem.rows(index, rank)[0].astype(np.float32) * of_rank[rank]
-        error = np.abs(got.astype(np.float32) - want)
-        if not (error <= tolerance * np.abs(want) + 1e-6).all():  # NaN is no right sum either
-            return f"rank {rank}: sums are off by up to {error.max()}"
+        want = expected.rounded_sums(problem.rows(index, rank)[0], [f[rank] for f in factors])
+        if not expected.same_bits(got, want):
+            error = np.abs(got.astype(np.float32) - want.astype(np.float32)).max()
+            return f"rank {rank}: sums are off by up to {error}"
     return ""
 
 

@@ -14,9 +14,9 @@ _MIB = 2**20
 def table(found: list[dict[str, Any]]) -> rich.table.Table:
     """One row a record: the figure with its spread, the link's share, what it took."""
     out = rich.table.Table(title=_title(found), caption=CAPTION)
-    out.add_column("op")
+    out.add_column("op", overflow="fold")
     for column in ("SMs", "us", "p10 to p90", "wire GB/s", "of ceiling", "logical GB/s", "MiB"):
-        out.add_column(column, justify="right")
+        out.add_column(column, justify="right", no_wrap=column == "p10 to p90")
     out.add_column("correct")
     for record in found:
         out.add_row(*row(record), style=None if record["correct"] else "red")
@@ -32,7 +32,7 @@ CAPTION = (
 def row(record: dict[str, Any]) -> list[str]:
     """The cells of a record."""
     if record["median_us"] is None:
-        return [records.label(record), *[""] * 7, f"failed: {record.get('error', '')[:60]}"]
+        return [records.label(record), *[""] * 7, "failed"]
     wire, ceiling = record["wire_gbs"], record["ceiling_gbs"]
     memory = (record["workspace_bytes"] + record["scratch_bytes"]) / _MIB
     return [
@@ -44,8 +44,17 @@ def row(record: dict[str, Any]) -> list[str]:
         f"{wire / ceiling:.0%}" if wire and ceiling and record["op"] != "ceiling" else "",
         f"{record['logical_gbs']:.1f}" if record["logical_gbs"] else "",
         f"{memory:.1f}" if memory else "",
-        "yes" if record["correct"] else f"NO: {record.get('error', '')[:60]}",
+        "yes" if record["correct"] else "NO",
     ]
+
+
+def failures(found: list[dict[str, Any]]) -> list[str]:
+    """Why records have no figure or are not correct, one line each reason."""
+    reasons: dict[str, list[str]] = {}
+    for record in found:
+        if not record["correct"]:
+            reasons.setdefault(record.get("error", ""), []).append(records.label(record))
+    return [f"{', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
 
 
 def layer_ratios(found: list[dict[str, Any]]) -> list[str]:
