@@ -73,6 +73,8 @@ def why_not(dtype: Any, rows: int, inner: int, outer: int) -> str | None:
     return None
 
 
+# Traced and lowered, which takes Pallas a second, once for each shape in a program, not once a call.
+@functools.partial(jax.jit, static_argnames=("contract", "tiles"))
 def rows_by_matrices(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -108,6 +110,7 @@ def rows_by_matrices(
     return _rows_by_matrices(lhs, rhs, group_sizes, contract, lhs.dtype, tiles)
 
 
+@functools.partial(jax.jit, static_argnames=("tiles",))
 def rows_by_rows(
     lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array, *, tiles: Tiles | None = None
 ) -> jax.Array:
