@@ -7,11 +7,15 @@ met in one place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import jax
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -36,10 +40,24 @@ def cast_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(x, missing, to="varying")
 
 
-def result_type(like: jax.Array, shape: Sequence[int], dtype: Any) -> Any:
-    """An abstract value of ``shape`` and ``dtype`` that varies over the same axes as ``like``."""
+def aval_like(aval: Any, shape: Sequence[int], dtype: Any) -> Any:
+    """An abstract value of ``shape`` and ``dtype`` that varies over the same axes as ``aval``."""
     dtype = jax.numpy.dtype(dtype)
-    return jax.typeof(like).update(shape=tuple(shape), dtype=dtype, weak_type=False)
+    return aval.update(shape=tuple(shape), dtype=dtype, weak_type=False)
+
+
+# By the module that is being lowered; an entry goes with it.
+_counters: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()
+
+
+def next_in_module(ctx: mlir.LoweringRuleContext) -> int:
+    """0, 1, 2, …: how often this was called before for the module that ``ctx`` lowers into."""
+    return next(_counters.setdefault(ctx.module_context.module, itertools.count()))
+
+
+def register_lowering_of_each(primitive: Primitive, rule: mlir.LoweringRule) -> None:
+    """Register a lowering rule that is called for each equation, also for equal ones."""
+    mlir.register_lowering(primitive, rule, cacheable=False)
 
 
 def manual_axes() -> tuple[str, ...]:

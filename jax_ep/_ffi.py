@@ -19,6 +19,7 @@ from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat, _device_group, _tuning
 from jax_ep._capacity import round_up
+from jax_ep._native_call import native_call
 from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._version import __version__
 
@@ -89,9 +90,9 @@ def plan(
             _LAYOUTS[layout], num_tokens, top_k, num_experts, group.size
         )
         shapes.append((scratch,))
-    leaves = _call(
+    leaves = native_call(
         "jax_ep_plan",
-        [_compat.result_type(topk_idx, shape, jnp.int32) for shape in shapes],
+        [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
         topk_idx,
         _coords(group),
         **_attributes(group, num_experts, layout, config, op="plan", num_tokens=num_tokens),
@@ -136,17 +137,17 @@ def dispatch(
     weights_shape = (rows,) if handle.layout == "expert" else (rows, top_k)
     row_dtype = jnp.float8_e4m3fn if quantized else values.dtype
     results = [
-        _compat.result_type(values, (rows, hidden), row_dtype),
-        _compat.result_type(values, (rows, hidden // 128) if quantized else (0,), jnp.float32),
-        _compat.result_type(values, weights_shape if weights is not None else (0,), jnp.float32),
+        jax.ShapeDtypeStruct((rows, hidden), row_dtype),
+        jax.ShapeDtypeStruct((rows, hidden // 128) if quantized else (0,), jnp.float32),
+        jax.ShapeDtypeStruct(weights_shape if weights is not None else (0,), jnp.float32),
     ]
     if group.backend == "cuda":
         # The rows that are sent in float8, and the scales of those that become dense again.
         sent = 0 if scale_format is None else _quantized_bytes(len(values), hidden)
         dense = scale_format is not None and dense_output
         received = rows * (hidden // 128) * 4 if dense else 0
-        results.append(_scratch(values, sent + received))
-    tokens, row_scales, row_weights = _call(
+        results.append(_scratch(sent + received))
+    tokens, row_scales, row_weights = native_call(
         "jax_ep_dispatch",
         results,
         values,
@@ -183,10 +184,10 @@ def combine(
     """See ``jax_ep.reference.combine``."""
     num_tokens, top_k = handle.topk_idx.shape
     results = [
-        _compat.result_type(rows, (num_tokens, rows.shape[1]), rows.dtype),
-        _compat.result_type(rows, (num_tokens, top_k) if values is not None else (0,), jnp.float32),
+        jax.ShapeDtypeStruct((num_tokens, rows.shape[1]), rows.dtype),
+        jax.ShapeDtypeStruct((num_tokens, top_k) if values is not None else (0,), jnp.float32),
     ]
-    y, home = _call(
+    y, home = native_call(
         "jax_ep_combine",
         results,
         rows,
@@ -218,11 +219,11 @@ def combine_vjp(
     config: DispatchConfig | None = None,
 ) -> tuple[Array, Float32[Array, " capacity"]]:
     """See ``jax_ep.reference.combine_vjp``."""
-    d_rows, d_weights = _call(
+    d_rows, d_weights = native_call(
         "jax_ep_combine_vjp",
         [
-            _compat.result_type(rows, rows.shape, rows.dtype),
-            _compat.result_type(rows, row_weights.shape, jnp.float32),
+            jax.ShapeDtypeStruct(rows.shape, rows.dtype),
+            jax.ShapeDtypeStruct(row_weights.shape, jnp.float32),
         ],
         dy,
         rows,
@@ -242,31 +243,6 @@ def combine_vjp(
         ),
     )
     return d_rows, d_weights
-
-
-def _call(target: str, results: list[Any], *operands: Any, **attributes: Any) -> Any:
-    """Call a target; an operand that is a ``jax.ShapeDtypeStruct`` without elements is absent."""
-    # Pure on purpose: XLA may merge, drop or move calls only in the one program that all ranks
-    # share, and a side effect would keep jax.checkpoint from differentiating them.
-    call = jax.ffi.ffi_call(target, results, has_side_effect=False, vmap_method="sequential")
-
-    @jax.jit
-    def with_absent(*given: Array) -> Any:
-        # Arrays without elements that are inputs of shard_map crash XLA's partitioner (Shardy,
-        # jaxlib 0.11.2), and constants become inputs where shard_map stands in a differentiated scan
-        # or runs op by op. So absent operands are made here, out of one that is there.
-        rest, nothing = iter(given), given[0].reshape(-1)[:0]
-        return call(
-            *(
-                nothing.astype(x.dtype).reshape(x.shape)
-                if isinstance(x, jax.ShapeDtypeStruct)
-                else next(rest)
-                for x in operands
-            ),
-            **attributes,
-        )
-
-    return with_absent(*(x for x in operands if not isinstance(x, jax.ShapeDtypeStruct)))
 
 
 def _coords(group: Group) -> Int32[Array, "2"]:
@@ -313,9 +289,9 @@ def _quantized_bytes(rows: int, hidden: int) -> int:
     return round_up(rows * hidden, 128) + round_up(rows * (hidden // 128) * 4, 128)
 
 
-def _scratch(like: Array, num_bytes: int) -> Any:
+def _scratch(num_bytes: int) -> jax.ShapeDtypeStruct:
     """A result that only the op itself and its peers use, while it runs."""
-    return _compat.result_type(like, (num_bytes,), jnp.uint8)
+    return jax.ShapeDtypeStruct((num_bytes,), jnp.uint8)
 
 
 def _routes(handle: Handle) -> tuple[Any, ...]:

@@ -327,6 +327,47 @@ def side_by_side(ranks: int) -> None:
         made.check()
 
 
+def out_of_step(ranks: int) -> None:
+    """One rank goes through two equal layers, the others twice through one: the same ops in turn.
+
+    Kinds, shapes and numbers of the ops agree, and only their places in the programs do not.
+    """
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
+    group = jax_ep.create_group(mesh, backend="cuda", timeout=20)
+    idx, weights = routes(ranks, seed=0)
+    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
+    operands = [spread(mesh, a) for a in (x, idx, weights)]
+
+    def program(count: int) -> Callable[..., jax.Array]:
+        def run(x, idx, weights):
+            for _ in range(count):
+                out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=8 * ranks)
+                x = jax_ep.combine(out.tokens * out.weights[:, None], out.handle, group=group)
+            return x
+
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        return jax.jit(mapped).lower(*operands).compile()
+
+    one, two = program(1), program(2)  # compiled by all, who may wait for each other at that
+    for step in (one, two):
+        jax.block_until_ready(step(*operands))
+    group.check()
+    try:
+        with jax_ep.errors():
+            if jax.process_index() == 0:
+                jax.block_until_ready(two(*operands))
+            else:
+                y = one(*operands)
+                jax.block_until_ready(one(y, *operands[1:]))
+        group.check()
+        text = "no error"
+    except jax_ep.CommunicationError as error:
+        text = str(error)
+    print(f"raised: {text}")
+    assert "op plan" in text, text
+    assert "is at another op" in text or "another rank of the group failed" in text, text
+
+
 def main() -> None:
     """One of the processes, or all of them."""
     program, processes = sys.argv[1], int(sys.argv[2])

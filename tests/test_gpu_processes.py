@@ -65,6 +65,12 @@ def test_process_that_ends():
     run("ending", 2)
 
 
+def test_equal_op_at_another_place():
+    """Ranks at equal ops of different places in their programs raise, and do not mix their data."""
+    outputs = run("out_of_step", 2)
+    assert any("is at another op" in output for output in outputs)
+
+
 def test_killed_process():
     """The others raise within two seconds, and can end."""
     running = gpu_processes.start("endless", 2, jax.device_count())

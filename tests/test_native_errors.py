@@ -28,6 +28,7 @@ def raw_call(group, target, *operands, results, **attributes):
         "group_id": np.int64(7),
         "timeout_ms": np.int64(60_000),
         "num_sms": np.int32(0),
+        "ordinal": np.int32(0),
     } | attributes
     return jax.ffi.ffi_call(target, results)(*operands, **attributes)
 
@@ -64,6 +65,7 @@ def run_on_ranks(body, *args, ranks=RANKS):
         ),
         ({"layout": np.int32(2)}, "attribute layout: expected 0 (expert) or 1 (token), got 2"),
         ({"timeout_ms": np.int64(0)}, "attribute timeout_ms: expected a positive number, got 0"),
+        ({"ordinal": np.int32(-1)}, "attribute ordinal: expected a count of calls, got -1"),
         ({"alignment": np.int32(0)}, "attribute alignment: expected a positive number, got 0"),
         ({"alignment": np.int32(24)}, "attribute alignment: expected a divisor of the capacity"),
         ({"expert_capacity": np.int32(-1)}, "attribute expert_capacity: expected a number of rows"),

@@ -9,6 +9,7 @@
 
 #include "bindings/version.h"
 #include "cuda/plan.h"
+#include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
 #include "transport/liveness.h"
 #include "transport/peers.h"
@@ -100,6 +101,10 @@ int64_t PlanScratchSize(int32_t layout, int32_t num_tokens, int32_t top_k, int32
   return cuda::PlanScratchSize(params);
 }
 
+uint32_t Tag(int op, const std::vector<int64_t>& shape, int32_t ordinal) {
+  return OpTag(static_cast<cuda::OpKind>(op), shape, ordinal);
+}
+
 }  // namespace
 
 NB_MODULE(_cuda, m) {
@@ -139,6 +144,8 @@ NB_MODULE(_cuda, m) {
   m.def("plan_scratch_size", &PlanScratchSize, nb::arg("layout"), nb::arg("num_tokens"),
         nb::arg("top_k"), nb::arg("num_experts"), nb::arg("num_ranks"),
         "Number of int32 in the scratch result of target jax_ep_plan.");
+  m.def("op_tag", &Tag, nb::arg("op"), nb::arg("shape"), nb::arg("ordinal"),
+        "For tests: what tells an op from others in its flags.");
 }
 
 }  // namespace jax_ep

@@ -23,6 +23,7 @@ void CheckGroup(Checker& check, const GroupAttrs& attrs) {
   check.Attribute("layout", attrs.layout == 0 || attrs.layout == 1, "0 (expert) or 1 (token)",
                   attrs.layout);
   check.Attribute("timeout_ms", attrs.timeout_ms > 0, "a positive number", attrs.timeout_ms);
+  check.Attribute("ordinal", attrs.ordinal >= 0, "a count of calls", attrs.ordinal);
 }
 
 Coords CheckCoords(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer buffer) {

@@ -24,6 +24,7 @@ struct GroupAttrs {
   int64_t group_id;    // for messages
   int64_t timeout_ms;  // for the arrival of all ranks
   int32_t num_sms;     // that the op may occupy on a GPU; 0 for the default
+  int32_t ordinal;     // of the call among those of its program
 };
 
 // The members of GroupAttrs, for XLA_FFI_REGISTER_STRUCT_ATTR_DECODING of a struct that begins with
@@ -33,7 +34,7 @@ struct GroupAttrs {
       ::xla::ffi::StructMember<int32_t>("num_experts"),                                           \
       ::xla::ffi::StructMember<int32_t>("layout"), ::xla::ffi::StructMember<int64_t>("group_id"), \
       ::xla::ffi::StructMember<int64_t>("timeout_ms"),                                            \
-      ::xla::ffi::StructMember<int32_t>("num_sms")
+      ::xla::ffi::StructMember<int32_t>("num_sms"), ::xla::ffi::StructMember<int32_t>("ordinal")
 
 struct PlanAttrs {
   GroupAttrs group;

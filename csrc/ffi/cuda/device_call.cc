@@ -3,25 +3,12 @@
 #include <algorithm>
 #include <string>
 
+#include "ffi/cuda/op_tag.h"
 #include "transport/peers.h"
 
 namespace jax_ep {
 
 namespace ffi = ::xla::ffi;
-
-namespace {
-
-// FNV-1a, folded into the bits of a tag; never 0.
-uint32_t Tag(cuda::OpKind op, std::initializer_list<int64_t> shape) {
-  uint64_t digest = 14695981039346656037u;
-  const auto add = [&](uint64_t value) { digest = (digest ^ value) * 1099511628211u; };
-  add(static_cast<uint64_t>(op));
-  for (const int64_t value : shape) add(static_cast<uint64_t>(value));
-  const uint64_t folded = digest ^ digest >> 32;
-  return static_cast<uint32_t>((folded ^ folded >> 16) & ((1u << cuda::kTagBits) - 1)) | 1u;
-}
-
-}  // namespace
 
 ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device, cuda::OpKind op,
                         std::initializer_list<int64_t> shape, DeviceGroup& group) {
@@ -42,7 +29,7 @@ ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device,
   group.member = member;
   group.params = member->params;
   group.params.op = op;
-  group.params.tag = Tag(op, shape);
+  group.params.tag = OpTag(op, shape, attrs.ordinal);
   return ffi::Error::Success();
 }
 

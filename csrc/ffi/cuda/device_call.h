@@ -35,8 +35,8 @@ struct DeviceGroup {
   int32_t NumBlocks(const GroupAttrs& attrs, int32_t fallback) const;
 };
 
-// Checks the common part of a call and finds this device's member of the group. The tag is a digest
-// of the op and `shape`, which all ranks must agree on.
+// Checks the common part of a call and finds this device's member of the group. The tag is that of
+// the op, of `shape`, which all ranks must agree on, and of the call's ordinal.
 ::xla::ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device,
                                cuda::OpKind op, std::initializer_list<int64_t> shape,
                                DeviceGroup& group);

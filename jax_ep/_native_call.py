@@ -1,0 +1,110 @@
+"""The primitive of a native call: ``jax.ffi.ffi_call``, but that each call knows its ordinal.
+
+Ranks that fall out of step must find out before they mix their data. Kind and static arguments do not
+tell two equal layers of a model apart; their places in the program do. So every call has an attribute
+``ordinal``, which is set when JAX lowers the program, since only then there is a program to count in.
+
+Ordinals count all calls of a module, 0, 1, 2, …, and not each kind by itself: so one call more or less
+shifts those of all calls behind it, whatever their kinds. JAX lowers equations in program order, so
+ordinals depend on the program only, and processes that lower the same program give the same ones. What
+JAX lowers once and uses several times (a function under ``jax.jit`` that is called twice, the body of a
+loop) has the same ordinals in all its uses. Op by op, without ``jax.jit``, each call is a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from jax_ep import _compat
+
+
+def native_call(
+    target: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands: jax.Array | jax.ShapeDtypeStruct,
+    **attributes: Any,
+) -> list[jax.Array]:
+    """Call an FFI target, which gets an attribute ``ordinal`` (int32) too.
+
+    The call is pure on purpose: XLA may drop or move it only in the one program that all ranks share,
+    and a side effect would keep ``jax.checkpoint`` from differentiating it. Under ``vmap`` there is a
+    call for each element. It has no gradient.
+
+    Args:
+        target: Its name.
+        results: Shapes and dtypes.
+        operands: Arrays. A ``jax.ShapeDtypeStruct`` without elements stands for an operand that is
+            absent: the target gets an array of that shape.
+        attributes: Integers of NumPy.
+
+    Returns:
+        The results. They vary over the mesh axes that the first operand varies over. Others may vary
+        over more where results do not depend on it: groups side by side that are given the same have
+        the same results, though the coordinates of their ranks differ.
+    """
+    return _native_call_p.bind(
+        *(x for x in operands if not isinstance(x, jax.ShapeDtypeStruct)),
+        target=target,
+        results=tuple(results),
+        # Made where the call is lowered: as inputs of shard_map, arrays without elements crash XLA's
+        # partitioner (Shardy, jaxlib 0.11.2), and JAX makes constants into inputs where shard_map
+        # stands in a differentiated scan or runs op by op.
+        absent=tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in operands),
+        attributes=tuple(sorted(attributes.items())),
+    )
+
+
+def _abstract(*operands: Any, results: Sequence[jax.ShapeDtypeStruct], **_: Any) -> list[Any]:
+    return [_compat.aval_like(operands[0], x.shape, x.dtype) for x in results]
+
+
+def _lower(
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+    target: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    absent: Sequence[jax.ShapeDtypeStruct | None],
+    attributes: tuple[tuple[str, Any], ...],
+) -> Any:
+    del results  # they are ctx.avals_out
+    given, types = iter(operands), iter(ctx.avals_in)
+    values = [
+        next(given) if x is None else mlir.ir_constant(np.zeros(x.shape, x.dtype)) for x in absent
+    ]
+    avals = [next(types) if x is None else jax.core.ShapedArray(x.shape, x.dtype) for x in absent]
+    return jax.ffi.ffi_lowering(target)(
+        ctx.replace(avals_in=avals),
+        *values,
+        **dict(attributes),
+        ordinal=np.int32(_compat.next_in_module(ctx)),
+    )
+
+
+def _batch(
+    operands: Sequence[Any], dims: Sequence[int | None], **params: Any
+) -> tuple[list[jax.Array], list[int]]:
+    """One call for each element, one after the other."""
+    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
+
+    def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
+        rest = iter(slices)
+        return _native_call_p.bind(
+            *(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)), **params
+        )
+
+    outputs = jax.lax.map(one, mapped)
+    return outputs, [0] * len(outputs)
+
+
+_native_call_p = Primitive("jax_ep_call")
+_native_call_p.multiple_results = True
+_native_call_p.def_abstract_eval(_abstract)
+_compat.register_lowering_of_each(_native_call_p, _lower)
+batching.primitive_batchers[_native_call_p] = _batch
