@@ -42,6 +42,8 @@ class Tiles:
         n: Columns of the result, of both warpgroups together.
         k: Channels or rows that are summed at a time.
         steps: Loads that are under way.
+        lag: Multiplications that are still under way when the next one begins.
+        slots: Parts of the result that a warpgroup has on their way out (product with matrices).
         width: Tiles of columns (rows, for the gradient of the matrices) that blocks walk over before
             they turn to the next rows, for the sake of the L2 cache.
     """
@@ -50,6 +52,8 @@ class Tiles:
     n: int = 256
     k: int = 128
     steps: int = 2
+    lag: int = 0
+    slots: int = 1
     width: int = 8
 
     def for_columns(self, columns: int) -> Tiles:
@@ -57,9 +61,11 @@ class Tiles:
         return self if columns % self.n == 0 else dataclasses.replace(self, n=128)
 
 
-def _default_tiles(dtype: Any) -> Tiles:
-    """What fits shared memory together with the results on their way out."""
-    return Tiles(k=64, steps=3) if dtype == jnp.float32 else Tiles()
+def _default_tiles(dtype: Any, *, by_matrices: bool) -> Tiles:
+    """What was the fastest of what fits shared memory together with the results on their way out."""
+    if dtype == jnp.float32:
+        return Tiles(k=64, steps=3)
+    return Tiles(k=64, steps=3, slots=2) if by_matrices else Tiles()
 
 
 def why_not(dtype: Any, rows: int, inner: int, outer: int) -> str | None:
@@ -196,12 +202,14 @@ def _rows_by_matrices(
 ) -> jax.Array:
     rows, inner = lhs.shape
     outer = rhs.shape[2 - contract]
-    tiles = (tiles or _default_tiles(dtype)).for_columns(outer)
+    tiles = (tiles or _default_tiles(dtype, by_matrices=True)).for_columns(outer)
     padded = -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
     lhs = jnp.pad(lhs, ((0, padded - rows), (0, 0)))
     table = _tile_table(group_sizes, padded, tiles.m)
     num_tiles = table[0].shape[0]
     half = tiles.n // 2  # columns of one warpgroup
+    # Parts of one row block take the slots in turn, beginning with the first: blocks may be left out.
+    slots = tiles.slots if half // _EPILOGUE % tiles.slots == 0 else 1
     transforms = _transforms(tiles.k, lhs.dtype)
 
     def body(group_of, block_of, first_of, end_of, lhs_gmem, rhs_gmem, out_gmem):
@@ -220,12 +228,14 @@ def _rows_by_matrices(
                         lambda k: (0, k),
                         transforms=transforms,
                         memory_space=plgpu.SMEM,
+                        delay_release=tiles.lag,
                     ),
                     plgpu.BlockSpec(
                         matrix_block,
                         (lambda k: (0, k)) if contract else (lambda k: (k, 0)),
                         transforms=_transforms(matrix_block[1], lhs.dtype),
                         memory_space=plgpu.SMEM,
+                        delay_release=tiles.lag,
                     ),
                 ],
                 wg_axis="wg",
@@ -250,21 +260,22 @@ def _rows_by_matrices(
 
                 def write(value_of):
                     """Write the rows that are this tile's, from ``value_of(rows, columns)``."""
-                    for i, j in itertools.product(
-                        range(0, tiles.m, _EPILOGUE), range(0, half, _EPILOGUE)
+                    for part, (i, j) in enumerate(
+                        itertools.product(range(0, tiles.m, _EPILOGUE), range(0, half, _EPILOGUE))
                     ):
+                        slot = part % slots
                         value = value_of(slice(i, i + _EPILOGUE), slice(j, j + _EPILOGUE))
                         at = pl.ds(column_tile * tiles.n + warpgroup * half + j, _EPILOGUE)
                         low = jnp.clip(first - i, 0, _EPILOGUE)
                         count = jnp.clip(end - i, 0, _EPILOGUE) - low
 
                         @pl.when(count == _EPILOGUE)
-                        def _whole(value=value, at=at, i=i):
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                            out_smem[warpgroup] = value
+                        def _whole(value=value, at=at, i=i, slot=slot):
+                            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+                            out_smem[warpgroup, slot] = value
                             plgpu.commit_smem()
                             plgpu.copy_smem_to_gmem(
-                                out_smem.at[warpgroup],
+                                out_smem.at[warpgroup, slot],
                                 out_gmem.at[pl.ds(block * tiles.m + i, _EPILOGUE), at],
                             )
 
@@ -306,7 +317,7 @@ def _rows_by_matrices(
                             else rhs_smem.at[:, columns]
                         )
                         plgpu.wgmma(acc_ref, lhs_smem, matrix)
-                        plgpu.wgmma_wait(0)
+                        plgpu.wgmma_wait(tiles.lag)
                         return acc_ref
 
                     matrix_gmem = rhs_gmem.at[group]
@@ -328,7 +339,9 @@ def _rows_by_matrices(
             run,
             allocations=pipeline(ignore, ignore).get_allocations(lhs_gmem, rhs_gmem.at[0]),
             out_smem=plgpu.SMEM(
-                (2, _EPILOGUE, _EPILOGUE), dtype, transforms=_transforms(_EPILOGUE, dtype)
+                (2, slots, _EPILOGUE, _EPILOGUE),
+                dtype,
+                transforms=_transforms(_EPILOGUE, dtype),
             ),
             part_smem=plgpu.SMEM((2, _EPILOGUE, _EPILOGUE), dtype),
             collective_axes="wg",
@@ -344,7 +357,7 @@ def _rows_by_rows(
     lhs: jax.Array, d_out: jax.Array, *, group_sizes: jax.Array, dtype: Any, tiles: Tiles | None
 ) -> jax.Array:
     (rows, inner), outer, groups = lhs.shape, d_out.shape[1], group_sizes.shape[0]
-    tiles = (tiles or _default_tiles(dtype)).for_columns(outer)
+    tiles = (tiles or _default_tiles(dtype, by_matrices=False)).for_columns(outer)
     padded = -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
     lhs = jnp.pad(lhs, ((0, padded - rows), (0, 0)))
     d_out = jnp.pad(d_out, ((0, padded - rows), (0, 0)))
@@ -367,6 +380,7 @@ def _rows_by_rows(
                         lambda k: (k, 0),
                         transforms=_transforms(width, lhs.dtype),
                         memory_space=plgpu.SMEM,
+                        delay_release=tiles.lag,
                     )
                     for width in (tiles.m, tiles.n)
                 ],
@@ -446,7 +460,7 @@ def _rows_by_rows(
                             plgpu.commit_smem()
 
                         plgpu.wgmma(acc_ref, lhs_smem.transpose((1, 0)), mine)
-                        plgpu.wgmma_wait(0)
+                        plgpu.wgmma_wait(tiles.lag)
                         return acc_ref
 
                     # It may reach past the last row; blocks there are never loaded.
