@@ -69,7 +69,7 @@ def _start(
         "XLA_FLAGS": _DEVICE_COUNT.sub("", os.environ.get("XLA_FLAGS", "")),
     }
     if os.environ.get("JAX_EP_TEST_PLATFORM", "cpu") == "cuda":
-        gpus = _count_gpus()
+        gpus = count_gpus()
         environment["JAX_EP_TEST_GPUS"] = str(gpus)
         share = 0.8 * min(1.0, gpus / count)
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.3f}")
@@ -94,7 +94,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _count_gpus() -> int:
+def count_gpus() -> int:
+    """GPUs that processes started from here see."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return len(visible.split(","))
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)

@@ -1,0 +1,224 @@
+"""Everything that needs GPUs, in stages: the tests in all modes, kernels, sanitizers, benchmarks.
+
+    python tests/gpu_suite.py [--out FOLDER] [--binaries FOLDER] [--seconds S] [--list] [STAGE ...]
+
+Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. Each writes
+its output to FOLDER/STAGE.log, and benchmarks their records to FOLDER/*.json; a table says at the end
+how all went. Where ranks share a GPU, an MPS daemon of our own runs beside them. The programs of
+``tests/cuda`` must have been built (no GPU is needed for it)::
+
+    tests/cuda/build_kernels_test.sh build/cuda && tests/cuda/mutations.sh build build/cuda
+
+The package and what its tests import must be there; ``pip install -e '.[test]'`` sees to both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from typing import IO
+
+import gpu_processes
+import run_processes
+
+ROOT = pathlib.Path(__file__).parents[1]
+SUITE = (
+    "tests/test_suite_values.py tests/test_suite_gradients.py tests/test_transforms.py"
+    " tests/test_overlap.py tests/test_meshes.py tests/test_hypothesis.py tests/test_steps.py"
+    " tests/test_moe.py tests/test_ordinals.py"
+)
+PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
+BENCH = "{python} -m jax_ep.bench"
+# Multi-rank programs of a few rows, which the tools slow down by orders of magnitude.
+SANITIZED = [
+    "kernels_test layout=expert ranks=2 plan=push",
+    "kernels_test layout=token ranks=2 plan=pull",
+    "kernels_test layout=expert ranks=2 fp8=1",
+    "kernels_test layout=expert ranks=3 dtype=f32 plan=push",
+]
+SMALL = "tokens=100 hidden=512 experts=12 topk=4 blocks=6 repeat=2 timeout=60"
+NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Commands that run one after the other.
+
+    Attributes:
+        commands: With {python}, {out}, {binaries} and {gpus} to be filled in.
+        gpus: That it needs.
+        ranks: Processes of the stage that wait for each other on the GPUs; 1 if there is but one.
+        environment: Variables.
+        seconds: After which it is ended.
+    """
+
+    commands: list[str]
+    gpus: int = 1
+    ranks: int = 1
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = 600
+
+
+def stages(gpus: int) -> dict[str, Stage]:
+    """All stages by name, for a machine of so many GPUs."""
+    shared = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".05"}  # tests that start processes
+    found = {
+        "kernels": Stage(  # bit by bit against the CPU backend, and times
+            ["{binaries}/plan_test check=1 failures=1 time=1"]
+            + [
+                f"{{binaries}}/kernels_test layout={layout} fp8={fp8} blocks={blocks}"
+                f" tokens={4096 if gpus > 1 else 2048}"
+                for layout, blocks in (("expert", 64), ("token", 24))
+                for fp8 in (0, 1)
+            ],
+            seconds=120,
+        ),
+        "mutations": Stage(["tests/cuda/mutations.sh run {binaries}"], seconds=300),
+        "sanitizers": Stage(
+            [
+                f"compute-sanitizer --tool {tool} --error-exitcode 1 {{binaries}}/{program} {SMALL}"
+                for tool in ("memcheck", "racecheck", "synccheck")
+                for program in SANITIZED
+            ],
+            seconds=120,
+        ),
+        "grouped_dot": Stage(
+            [f"{PYTEST} tests/test_grouped_dot.py tests/test_grouped_dot_hopper.py"]
+        ),
+        "one_process": Stage(
+            [f"{PYTEST} {SUITE} tests/test_gpu.py tests/test_gpu_collectives.py"], gpus=2
+        ),
+        "failures": Stage([f"{PYTEST} tests/test_gpu_processes.py"], environment=shared),
+        "training": Stage([f"{PYTEST} tests/test_gpu_training.py"], gpus=2, environment=shared),
+    }
+    for ranks in (2, 4, 8):
+        run = f"{{python}} tests/run_processes.py --timeout 400 {ranks}"
+        found[f"processes_{ranks}"] = Stage([f"{run} -q {SUITE}"], ranks=ranks)
+        if ranks == 2:
+            off = {"XLA_FLAGS": NO_COMMAND_BUFFERS}
+            found["no_command_buffers"] = Stage([f"{run} -q {SUITE}"], ranks=ranks, environment=off)
+        found[f"steps_{ranks}"] = Stage(
+            [f"{run} -q tests/test_steps.py"],
+            ranks=ranks,
+            environment={"JAX_EP_TEST_ALL_STEPS": "1"},
+        )
+    for suite in ("smoke", "baselines", "decode", "routing", "layer"):
+        for processes in (1, 2):
+            # One process has a GPU for each rank; several may share them.
+            ranks = max(2, gpus) if processes > 1 else gpus
+            name = f"{suite}_{ranks}_ranks_{'processes' if processes > 1 else 'one_process'}"
+            found[f"bench_{name}"] = Stage(
+                [
+                    f"{BENCH} --suite {suite} --ranks {ranks}"
+                    f" --processes {ranks if processes > 1 else 1}"
+                    f" --json {{out}}/{name}.json --plot {{out}}/{name}.png"
+                ],
+                # The arms of the layer need NCCL, which wants a GPU for each rank.
+                gpus=2 if processes == 1 or suite == "layer" else 1,
+                ranks=ranks if processes > 1 else 1,
+            )
+    found["bench_grouped_dot"] = Stage(
+        ["{python} benchmarks/grouped_dot.py --output {out}/grouped_dot.json"]
+    )
+    found["tune"] = Stage(["{python} -m jax_ep.tune --cache {out}/tuning.json"], gpus=2)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run the stages; 0 if all went well."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/gpu_suite"))
+    parser.add_argument("--binaries", type=pathlib.Path, default=pathlib.Path("build/cuda"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all stages")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("stages", nargs="*", metavar="STAGE")
+    options = parser.parse_args(arguments)
+    gpus = run_processes.count_gpus()
+    known = stages(gpus)
+    if options.list:
+        print(*known, sep="\n")
+        return 0
+    wrong = [name for name in options.stages if name not in known]
+    if wrong:
+        parser.error(f"argument STAGE: expected names of --list, got {', '.join(wrong)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    names = {"python": sys.executable, "out": options.out, "binaries": options.binaries}
+    begin, verdicts = time.monotonic(), {}
+    for name in options.stages or known:
+        stage = known[name]
+        left = begin + options.seconds - time.monotonic()
+        if gpus < stage.gpus:
+            verdicts[name] = f"left out: needs {stage.gpus} GPUs, there are {gpus}"
+        elif left <= 0:
+            verdicts[name] = f"left out: the {options.seconds:.0f} s are over"
+        else:
+            verdicts[name] = run(stage, name, gpus, min(left, stage.seconds), options.out, names)
+        print(f"{name:36} {verdicts[name]}", flush=True)
+    return int(any(verdict.startswith("FAILED") for verdict in verdicts.values()))
+
+
+def run(
+    stage: Stage,
+    name: str,
+    gpus: int,
+    seconds: float,
+    out: pathlib.Path,
+    names: dict[str, object],
+) -> str:
+    """How a stage went."""
+    begin = time.monotonic()
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "JAX_EP_TEST_PLATFORM": "cuda",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        **stage.environment,
+    }
+    shares = stage.ranks > gpus
+    with (
+        gpu_processes.multi_process_service() if shares else contextlib.nullcontext({}) as mps,
+        (out / f"{name}.log").open("w") as log,
+    ):
+        for command in stage.commands:
+            text = command.format(**names)
+            print(f"$ {text}", file=log, flush=True)
+            left = begin + seconds - time.monotonic()
+            status = finish(text, environment | mps, log, left)
+            if status is None:
+                return f"FAILED: not done after {seconds:.0f} s: {text}"
+            if status:
+                return f"FAILED: exit status {status}: {text}"
+    last = [line for line in (out / f"{name}.log").read_text().splitlines() if line.strip()][-1]
+    return f"{time.monotonic() - begin:6.1f} s  {last[:100]}"
+
+
+def finish(command: str, environment: dict[str, str], log: IO[str], seconds: float) -> int | None:
+    """The exit status of a command; None if it had to be ended, with all that it had started."""
+    process = subprocess.Popen(
+        shlex.split(command),
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(max(seconds, 0))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""``gpu_suite.py`` itself, without GPUs: what it leaves out, what fails, what it ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+import gpu_suite
+import run_processes
+
+pytestmark = pytest.mark.one_process("starts programs of its own")
+
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path, capsys):
+    """Runs stages made of Python programs, on a machine of one GPU; gives the status and the table."""
+    monkeypatch.setattr(run_processes, "count_gpus", lambda: 1)
+
+    def run(stages, *arguments):
+        monkeypatch.setattr(gpu_suite, "stages", lambda gpus: stages)
+        status = gpu_suite.main(["--out", str(tmp_path), *arguments])
+        return status, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def stage(*programs, **options):
+    return gpu_suite.Stage([f'{{python}} -c "{program}"' for program in programs], **options)
+
+
+def test_verdicts(suite, tmp_path):
+    stages = {
+        "good": stage("print('one')", "import os; print(os.environ['WHO'])"),
+        "bad": stage("raise SystemExit(3)", "print('never')"),
+        "large": stage("print('never')", gpus=2),
+    }
+    stages["good"].environment["WHO"] = "me"
+    status, table = suite(stages)
+    assert status == 1 and len(table) == 3
+    assert table[0].startswith("good") and table[0].endswith(" s  me")
+    assert "FAILED: exit status 3" in table[1]
+    assert table[2].endswith("left out: needs 2 GPUs, there are 1")
+    assert "never" not in (tmp_path / "bad.log").read_text()
+    assert suite(stages, "good")[0] == 0
+
+
+def test_what_takes_too_long_is_ended_with_its_children(suite, tmp_path):
+    sleep = f"['{sys.executable}', '-c', 'import time; time.sleep(60)']"
+    child = f"import subprocess; subprocess.run({sleep})"
+    begin = time.monotonic()
+    status, table = suite({"slow": stage(child, seconds=1), "next": stage("print(1)")})
+    assert status == 1 and time.monotonic() - begin < 20
+    assert "FAILED: not done after 1 s" in table[0] and table[1].endswith("s  1")
+    assert "left out: the 0 s are over" in suite({"any": stage("")}, "--seconds", "0")[1][0]
+
+
+def test_names(suite, capsys):
+    with pytest.raises(SystemExit):
+        suite({"a": stage("")}, "b")
+    assert "expected names of --list, got b" in capsys.readouterr().err
+    assert suite({"a": stage("")}, "--list") == (0, ["a"])
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_stages_name_what_is_there(gpus):
+    """Commands can be filled in, and name files that exist."""
+    for found in gpu_suite.stages(gpus).values():
+        for command in found.commands:
+            text = command.format(python="python", out="out", binaries="bin")
+            for word in text.split():
+                if word.startswith(("tests/", "benchmarks/")):
+                    assert (gpu_suite.ROOT / word).exists(), word
