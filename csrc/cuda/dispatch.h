@@ -36,8 +36,8 @@ struct DispatchParams {
   int32_t num_blocks;
 };
 
-// Moves rows as they are. On failure every byte of the rows and of row_weights is 0xff, which is NaN
-// in every dtype.
+// Moves rows as they are. On failure every byte of the rows and of row_weights is 0xff, which is
+// NaN in every dtype.
 cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream);
 
 cudaError_t LoadDispatch();

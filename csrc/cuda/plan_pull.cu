@@ -178,7 +178,7 @@ __device__ void SendTotals(const PlanParams& p, uint64_t epoch, int32_t num_tota
   }
 }
 
-// Entries of the first `num_ranks` ranks for column c; after WaitArrivals.
+// Entries of the first `num_ranks` ranks for column c; after WaitInputs.
 __device__ int32_t TotalOf(const PlanParams& p, uint64_t epoch, int32_t c, int32_t num_ranks) {
   int32_t total = 0;
 #pragma unroll 8

@@ -198,6 +198,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
         const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
         ok = ok && WaitFlag(p.group, flag.value, epoch, Phase::kArrival, from_end);
       }
+      if (threadIdx.x == 0 && HasFailed(p.group, epoch)) ok = false;
       STAMP(8);
       TestDelay(p.group.rank, epoch, 1);
       ptx::ClusterWaitAcquire();

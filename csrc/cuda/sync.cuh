@@ -4,7 +4,7 @@
 //
 //   1. BeginOp: all blocks learn the epoch of the op.
 //   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
-//   3. WaitArrivals: every block waits until all peers have done so; then it may read their inputs.
+//   3. WaitInputs: every block waits until all peers have done so; then it may read their inputs.
 //   4. EndOp: the last block to finish tells every peer that this rank reads no more, and waits
 //      until all peers have said the same; then the inputs may be reused. An op whose peers read
 //      nothing of this rank's ends without that (EndOpAtOnce).
@@ -183,21 +183,19 @@ struct PeerInputs {
   }
 };
 
-// Waits until all ranks have arrived; false in all threads once the group has failed. Called by all
-// threads of a block.
-__device__ inline bool WaitArrivals(const GroupParams& group, uint64_t epoch) {
-  bool arrived = true;
-  for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
-    const Flag& flag = Own(group).arrival[epoch % 2][r];
-    arrived = arrived && WaitFlag(group, flag.value, epoch, Phase::kArrival, r);
-  }
-  return __syncthreads_and(arrived);
+// Whether the group had failed before this op, which then shall not succeed, though all that it
+// waits for may come. For one thread of a block, beside the waits of the others.
+__device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
+  if (ptx::LoadAcquireSystem(&Own(group).failed) == 0u) return false;
+  Fail(group, ErrorKind::kAborted, Phase::kArrival, group.rank, epoch, epoch, 0);
+  return true;
 }
 
-// WaitArrivals, after which `inputs` says where the peers' inputs are.
+// Waits until all ranks have arrived, after which `inputs` says where their inputs are; false in
+// all threads once the group has failed. Called by all threads of a block.
 __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, PeerInputs& inputs) {
   Workspace& own = Own(group);
-  bool arrived = true;
+  bool arrived = threadIdx.x + 1 != blockDim.x || !HasFailed(group, epoch);
   for (int i = threadIdx.x; i < group.num_ranks * kMaxAddresses; i += blockDim.x) {
     const int r = i / kMaxAddresses;
     const uint64_t& flag = own.arrival[epoch % 2][r].value;

@@ -184,6 +184,28 @@ void Time(const Shape& shape, PlanKernel kernel) {
 #endif
 }
 
+// A plan of a group that had failed, though its peers do all that it waits for.
+void CheckFailedBefore() {
+  std::mt19937 random(1);
+  for (const PlanKernel kernel : {PlanKernel::kPush, PlanKernel::kPull}) {
+    Group group(2, 5);
+    Case one({2, 500, 8, 256, Layout::kExpert}, group, 1, random);
+    CHECK_CUDA(cudaMemset(&group.params[0].peers[0]->failed, 1, 1));
+    for (int r = 0; r < 2; ++r) one.Launch(r, 0, kernel);
+    CHECK_CUDA(cudaDeviceSynchronize());
+    int32_t count;
+    CHECK_CUDA(
+        cudaMemcpy(&count, one.results[0] + one.offsets[6], sizeof(count), cudaMemcpyDefault));
+    const cuda::ErrorRecord& error = *group.params[0].error;
+    const bool right = error.set == 1 && count == -1 &&
+                       static_cast<cuda::ErrorKind>(error.kind) == cuda::ErrorKind::kAborted;
+    if (!right) ++num_wrong;
+    std::printf("  failed before, %s: kind %u, count %d: %s\n",
+                kernel == PlanKernel::kPush ? "push" : "pull", error.kind, count,
+                right ? "right" : "WRONG");
+  }
+}
+
 // A rank at another op, and one that does not come: errors, not waits for ever.
 void CheckFailures() {
   std::mt19937 random(1);
@@ -237,7 +259,10 @@ int main(int argc, char** argv) {
     }
   }
   if (options["check"] != 0) CheckShapes();
-  if (options["failures"] != 0) CheckFailures();
+  if (options["failures"] != 0) {
+    CheckFailures();
+    CheckFailedBefore();
+  }
   std::printf(num_wrong == 0 ? "all right\n" : "%d WRONG\n", num_wrong);
   return num_wrong == 0 ? 0 : 1;
 }
