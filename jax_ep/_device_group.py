@@ -38,6 +38,7 @@ logger = logging.getLogger("jax_ep")
 _staging: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # by CUDA ordinal: address, size
 _mapped: dict[tuple[Any, ...], int] = {}  # by process, device, base, size there: address
 _staged_groups: dict[int, str] = {}  # by id: why
+_blocks_of_groups: dict[int, int] = {}  # by id, where ranks share a GPU
 _warned: set[str] = set()
 
 
@@ -80,6 +81,11 @@ def is_staged(group_id: int) -> bool:
 def why_staged(group_id: int) -> str | None:
     """Why operands of the group are copied, or None."""
     return _staged_groups.get(group_id)
+
+
+def max_blocks(group_id: int) -> int:
+    """Blocks that an op of the group has at most, whatever number of SMs is asked for."""
+    return _blocks_of_groups.get(group_id, _MAX_BLOCKS)
 
 
 def failure(group_id: int) -> str | None:
@@ -347,9 +353,8 @@ def _map_and_create(
         for device, ordinal in own.items()
         if offer.devices[str(device)]["staged"]
     ]
-    error = native.create_group(
-        group_id, specs, timeout, _OP_TIMEOUT_S, blocks_per_rank(uuids), staging
-    )
+    blocks = _blocks_of_groups[group_id] = blocks_per_rank(uuids)
+    error = native.create_group(group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging)
     if error is not None:
         raise CommunicationError(error)
 

@@ -89,7 +89,7 @@ def _num_sms(session: Session, case: Case) -> int:
     op: _tuning.TunedOp = "dispatch"
     if case.op in ("plan", "combine"):
         op = "plan" if case.op == "plan" else "combine"
-    return _tuning.num_sms(
+    wanted = _tuning.num_sms(
         session.group,
         op=op,
         layout=case.layout,
@@ -98,6 +98,7 @@ def _num_sms(session: Session, case: Case) -> int:
         num_tokens=case.tokens,
         requested=case.num_sms,
     )
+    return min(wanted, _device_group.max_blocks(session.group.id))
 
 
 def _staged(session: Session) -> bool:
