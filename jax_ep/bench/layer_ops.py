@@ -125,16 +125,10 @@ def _disagreement(
 ) -> str:
     """Where an arm's result differs from jax_ep's, and jax_ep's from that over all_to_all."""
     other = layer.BY_NAME["all_to_all" if arm.name == "jax_ep" else "jax_ep"]
-    run = session.on_all_ranks(_step(other, sizes).run)
-
-    @jax.jit
-    def errors(result: Any, inputs: Any) -> Any:
-        def error(got: jax.Array, want: jax.Array) -> jax.Array:
-            got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-            return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
-
-        return jax.tree.map(error, result, run(inputs))
-
+    key = ("errors", other.name, case.workload)
+    if key not in session.programs:
+        session.programs[key] = _errors(session.on_all_ranks(_step(other, sizes).run))
+    errors = session.programs[key]
     names = ("y", "d_x", "d_weights", "d_gate", "d_up", "d_down")
     found = {
         n: float(e) for n, e in zip(names, jax.tree.leaves(errors(result, inputs)), strict=True)
@@ -144,6 +138,20 @@ def _disagreement(
         return ""
     texts = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
     return f"differs from the arm {other.name!r}: {texts} of its norm"
+
+
+def _errors(run: Any) -> Any:
+    """The jitted function from a result and its inputs to how far it is from that of ``run``."""
+
+    @jax.jit
+    def errors(result: Any, inputs: Any) -> Any:
+        def error(got: jax.Array, want: jax.Array) -> jax.Array:
+            got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+            return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+
+        return jax.tree.map(error, result, run(inputs))
+
+    return errors
 
 
 def _traffic(case: Case, problem: Problem, sizes: Sizes, arm: Arm) -> traffic.Traffic:

@@ -56,6 +56,7 @@ class Session:
         self._links: dict[tuple[int, int], Spread] = {}
         self._ceilings: list[ceilings.Ceiling] | None = None
         self._exchanges = 0
+        self.programs: dict[Any, Any] = {}  # that several cases use, by what they were made for
 
     def problem(self, case: Case) -> Problem:
         """The inputs of a case; only those of the last workload are kept."""
