@@ -39,6 +39,12 @@ GROUPED_DOT_FIELDS = {
         "command",
     ),
 }
+LOADS_FIELDS = {
+    *("op", "mover", "in_flight", "use", "memory", "row_bytes", "blocks", "rows", "us", "p10_us"),
+    *("p90_us", "gbs", "ceiling_gbs", "correct", "device", "versions", "command"),
+}
+# Of records that jax_ep.bench does not write, by op.
+OTHER_FIELDS = {"grouped_dot": GROUPED_DOT_FIELDS, "loads": LOADS_FIELDS}
 
 
 def load_results(folder: pathlib.Path) -> list[Record]:
@@ -53,9 +59,10 @@ def load_results(folder: pathlib.Path) -> list[Record]:
     for path in sorted(folder.glob("*.json")):
         for record in json.loads(path.read_text()):
             try:
-                if record.get("op") != "grouped_dot":
+                fields = OTHER_FIELDS.get(record.get("op"))
+                if fields is None:
                     records.check(record)
-                elif missing := GROUPED_DOT_FIELDS - record.keys():
+                elif missing := fields - record.keys():
                     raise ValueError(f"record: fields {sorted(missing)} are missing.")
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
@@ -204,6 +211,34 @@ def _grouped_dot(_: dict[str, Any], results: list[Record]) -> str:
     return "No results are committed yet. `python benchmarks/grouped_dot.py` makes them."
 
 
+def _loads(_: dict[str, Any], results: list[Record]) -> str:
+    """A row for each mover in each use, a column for each number of blocks."""
+    cases: dict[tuple[str, ...], dict[int, list[Record]]] = {}
+    for r in results:
+        if r["op"] == "loads":
+            case = (r["device"], r["memory"], r["use"], str(r["row_bytes"]), r["mover"])
+            cases.setdefault(case, {}).setdefault(r["blocks"], []).append(r)
+    if not cases:
+        return "No results are committed yet. `benchmarks/loads.cu` makes them."
+    blocks = sorted({count for by_blocks in cases.values() for count in by_blocks})
+    rows = [
+        [
+            *case,
+            *(_best_gbs(by_blocks.get(count, [])) for count in blocks),
+            _number(max(r["ceiling_gbs"] for some in by_blocks.values() for r in some), 0),
+        ]
+        for case, by_blocks in cases.items()
+    ]
+    columns = ", ".join(f"{count} blocks" for count in blocks)
+    return _markdown(f"device, memory, use, row bytes, mover, {columns}, cudaMemcpyAsync", rows)
+
+
+def _best_gbs(records: list[Record]) -> str:
+    if not all(r["correct"] for r in records):
+        return "WRONG"
+    return _number(max((r["gbs"] for r in records), default=None), 0)
+
+
 TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "targets": _targets,
     "source": _source,
@@ -214,6 +249,7 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "exchange": _exchange,
     "layer": _layer,
     "grouped_dot": _grouped_dot,
+    "loads": _loads,
 }
 _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/s, correct"
 

@@ -65,6 +65,30 @@ def record(**changes):
     return made
 
 
+def loads(**changes):
+    """As benchmarks/loads.cu writes it."""
+    fields = {
+        "op": "loads",
+        "mover": "ld.global",
+        "in_flight": 4,
+        "use": "copy",
+        "memory": "local",
+        "row_bytes": 14336,
+        "blocks": 24,
+        "rows": 36864,
+        "us": 528.5,
+        "p10_us": 528.0,
+        "p90_us": 529.0,
+        "gbs": 1000.0,
+        "ceiling_gbs": 2000.0,
+        "correct": True,
+        "device": "NVIDIA H200",
+        "versions": {"cuda": 13000, "driver": 13000},
+        "command": "",
+    }
+    return {**fields, **changes}
+
+
 def rows(page, targets, results, name="targets"):
     return page.TABLES[name](targets, results).splitlines()
 
@@ -137,6 +161,7 @@ def test_other_tables(page, targets):
             "distribution": "equal",
             "correct": True,
         },
+        loads(),
     ]
     text = page.render(page.TEMPLATE.read_text(), targets, results)
     assert "<!-- table" not in text and text.count("No results are committed yet") == 1  # targets
@@ -145,8 +170,28 @@ def test_other_tables(page, targets):
     assert "it / broke" in text
     assert "| 1.0 | 2.0 | 3.0 |" in text  # memory
     assert "| H200 | forward |" in text
+    assert "| local | copy | 14336 | ld.global | 1000 | 2000 |" in text
     for line in text.splitlines():
         assert not line.startswith("|") or line.endswith("|")
+
+
+def test_loads(page, targets):
+    assert "No results are committed yet" in page.TABLES["loads"](targets, [record()])
+    results = [
+        loads(),
+        loads(in_flight=8, gbs=1500.0),  # the better one counts
+        loads(blocks=8, gbs=400.0),
+        loads(row_bytes=7392, gbs=900.0),
+        loads(mover="bulk", in_flight=0, gbs=1200.0),
+        loads(mover="bulk", in_flight=0, blocks=8, gbs=300.0, correct=False),
+    ]
+    assert rows(page, targets, results, "loads") == [
+        "| device | memory | use | row bytes | mover | 8 blocks | 24 blocks | cudaMemcpyAsync |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| NVIDIA H200 | local | copy | 14336 | ld.global | 400 | 1500 | 2000 |",
+        "| NVIDIA H200 | local | copy | 7392 | ld.global |  | 900 | 2000 |",
+        "| NVIDIA H200 | local | copy | 14336 | bulk | WRONG | 1200 | 2000 |",
+    ]
 
 
 def test_unknown_tables_and_records_say_so(page, targets, tmp_path):
@@ -155,11 +200,14 @@ def test_unknown_tables_and_records_say_so(page, targets, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"op": "grouped_dot"}]))
     with pytest.raises(ValueError, match=r"a\.json: record: fields .*'pass'"):
         page.load_results(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps([{"op": "loads"}]))
+    with pytest.raises(ValueError, match=r"a\.json: record: fields .*'mover'"):
+        page.load_results(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps([{**record(), "extra": 1}]))
     with pytest.raises(ValueError, match=r"a\.json: record: .*extra"):
         page.load_results(tmp_path)
-    (tmp_path / "a.json").write_text(json.dumps([record()]))
-    assert page.load_results(tmp_path) == [record()]
+    (tmp_path / "a.json").write_text(json.dumps([record(), loads()]))
+    assert page.load_results(tmp_path) == [record(), loads()]
 
 
 def test_page_is_current():
