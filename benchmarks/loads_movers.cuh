@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kAdderWarps * 32, 1) SumByBulk(const __grid_co
   const int32_t* list = reinterpret_cast<int32_t*>(shared + kAdderBytes);
   const int count = ListRows<kTerms>(p, reinterpret_cast<int32_t*>(shared + kAdderBytes));
   const int lane = threadIdx.x % 32;
-  Adder<Element, true> adder(p.combine, shared);
+  Adder<Element, true, false> adder(p.combine, shared);
   for (int k = threadIdx.x / 32; k < count; k += kAdderWarps) {
     if (lane < kTerms) {
       const char* row = p.payload + int64_t{list[k * kTerms + lane]} * DenseRows::kPayloadBytes;

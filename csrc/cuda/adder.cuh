@@ -26,8 +26,8 @@ struct Term {
   bool ends_segment;
 };
 
-// What a warp's ring keeps for each stage.
-struct Stage {
+// What a warp's ring keeps for each stage; read at once.
+struct alignas(16) Stage {
   char* output;  // where the finished sum goes, if this is its last term; else null
   float factor;
   uint16_t bytes;
@@ -46,8 +46,8 @@ constexpr int kAdderBytes =
     kAdderWarps * (kStages * kStageBytes + static_cast<int>(sizeof(WarpMemory)));
 
 // Adds rows for one warp. All methods are called by all lanes together. With kOneSegment, all terms
-// of a sum are of one rank.
-template <typename T, bool kOneSegment>
+// of a sum are of one rank; without kWeighted, factors are not looked at.
+template <typename T, bool kOneSegment, bool kWeighted>
 class Adder {
  public:
   __device__ Adder(const CombineParams& p, char* shared) : p_(p) {
@@ -106,7 +106,6 @@ class Adder {
 
   __device__ static int32_t Lane() { return threadIdx.x % 32; }
   __device__ int32_t RowBytes() const { return p_.hidden * static_cast<int32_t>(sizeof(T)); }
-  __device__ bool IsWeighted() const { return p_.row_weights != nullptr; }
 
   // Adds the oldest term that is loaded.
   __device__ void Add() {
@@ -114,7 +113,7 @@ class Adder {
     const uint32_t parity = (num_added_ / kStages) & 1;
     while (!ptx::TryWaitParity(&memory_->barriers[s], parity)) {
     }
-    const Stage& stage = memory_->stages[s];
+    const Stage stage = memory_->stages[s];
     const T* row = reinterpret_cast<const T*>(buffers_ + s * kStageBytes);
     // Lanes past the end of a short chunk add what lies there and store nothing.
     RawVector<T> raw[kPerLane];
@@ -122,7 +121,7 @@ class Adder {
     for (int i = 0; i < kPerLane; ++i) {
       raw[i] = *reinterpret_cast<const RawVector<T>*>(row + (Lane() + 32 * i) * kVector);
     }
-    if (!kOneSegment && stage.is_segment && !IsWeighted()) {  // its sum needs no rounding
+    if (!kOneSegment && !kWeighted && stage.is_segment) {  // its sum needs no rounding
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         float term[kVector];
@@ -137,7 +136,7 @@ class Adder {
         Unpack(raw[i], term);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-          if (IsWeighted()) term[j] = __fmul_rn(term[j], stage.factor);
+          if (kWeighted) term[j] = __fmul_rn(term[j], stage.factor);
           segment_[i][j] = __fadd_rn(segment_[i][j], term[j]);
         }
       }

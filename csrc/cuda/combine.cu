@@ -126,9 +126,9 @@ class Ring {
 // Producers: this rank's sums for all peers, by one of `num_warps` warps. Tokens of all peers take
 // turns. Every rank goes through the tokens in the same order, and a warp waits only when it has
 // told all that it did: so what it waits for comes.
-template <typename T>
-__device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T, true>& adder, int32_t warp,
-                        int32_t num_warps) {
+template <typename T, bool kWeighted>
+__device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T, true, kWeighted>& adder,
+                        int32_t warp, int32_t num_warps) {
   const int32_t row_bytes = p.hidden * sizeof(T);
   const int32_t num_peers = p.group.num_ranks - 1;
   const Ring ring(p, epoch);
@@ -239,9 +239,9 @@ __device__ int32_t ListTerms(const CombineParams& p, const Ring& ring, const Pee
 }
 
 // Home: the sums of all tokens, by one of `num_warps` warps; false once the group has failed.
-template <typename T>
+template <typename T, bool kWeighted>
 __device__ bool BringHome(const CombineParams& p, uint64_t epoch, const PeerInputs& inputs,
-                          Adder<T, false>& adder, int32_t warp, int32_t num_warps) {
+                          Adder<T, false, kWeighted>& adder, int32_t warp, int32_t num_warps) {
   const int32_t lane = threadIdx.x % 32;
   const int32_t row_bytes = p.hidden * sizeof(T);
   const bool by_expert = p.layout == Layout::kExpert;
@@ -327,7 +327,7 @@ __device__ void Poison(const CombineParams& p) {
   }
 }
 
-template <typename T>
+template <typename T, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 1)
     CombineKernel(const __grid_constant__ CombineParams p) {
   extern __shared__ __align__(128) char shared[];
@@ -344,8 +344,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int32_t num_producers = by_expert && has_rows && p.group.num_ranks > 1 ? kProducers : 0;
   bool ok = WaitInputs(p.group, epoch, inputs);
   if (ok && warp < num_producers) {
-    Adder<T, true> adder(p, shared);
-    ok = Produce<T>(p, epoch, adder, warp * num_blocks + block, num_producers * num_blocks);
+    Adder<T, true, kWeighted> adder(p, shared);
+    ok = Produce(p, epoch, adder, warp * num_blocks + block, num_producers * num_blocks);
   } else if (ok) {
     const int32_t num_consumers = kWarps - num_producers;
     const int32_t consumer = (warp - num_producers) * num_blocks + block;
@@ -353,8 +353,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       BringValues(p, inputs, consumer * 32 + threadIdx.x % 32, num_consumers * num_blocks * 32);
     }
     if (has_rows) {
-      Adder<T, false> adder(p, shared);
-      ok = BringHome<T>(p, epoch, inputs, adder, consumer, num_consumers * num_blocks);
+      Adder<T, false, kWeighted> adder(p, shared);
+      ok = BringHome(p, epoch, inputs, adder, consumer, num_consumers * num_blocks);
     }
   }
   if (!__syncthreads_and(ok)) Poison<T>(p);
@@ -364,10 +364,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 cudaError_t LoadCombine() {
+  const auto load = [](auto kernel) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAdderBytes);
+  };
   for (const RowType type : {RowType::kFloat32, RowType::kBFloat16, RowType::kFloat16}) {
-    const cudaError_t error = VisitRowType(type, [](auto element) {
-      return cudaFuncSetAttribute(CombineKernel<decltype(element)>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kAdderBytes);
+    const cudaError_t error = VisitRowType(type, [&](auto element) {
+      const cudaError_t error = load(CombineKernel<decltype(element), false>);
+      return error != cudaSuccess ? error : load(CombineKernel<decltype(element), true>);
     });
     if (error != cudaSuccess) return error;
   }
@@ -376,7 +379,9 @@ cudaError_t LoadCombine() {
 
 cudaError_t LaunchCombine(const CombineParams& params, cudaStream_t stream) {
   return VisitRowType(params.type, [&](auto element) {
-    CombineKernel<decltype(element)><<<params.num_blocks, kThreads, kAdderBytes, stream>>>(params);
+    const auto kernel = params.row_weights == nullptr ? CombineKernel<decltype(element), false>
+                                                      : CombineKernel<decltype(element), true>;
+    kernel<<<params.num_blocks, kThreads, kAdderBytes, stream>>>(params);
     return cudaGetLastError();
   });
 }

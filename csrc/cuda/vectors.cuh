@@ -47,38 +47,51 @@ __device__ __forceinline__ void StorePart(T* channels, const RawVector<T>& raw, 
   }
 }
 
-__device__ __forceinline__ float ToFloat(float x) { return x; }
-__device__ __forceinline__ float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float ToFloat(__half x) { return __half2float(x); }
-
+// The 32-bit word of a vector that holds channel `i`.
 template <typename T>
-__device__ __forceinline__ T FromFloat(float x);
-template <>
-__device__ __forceinline__ float FromFloat<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 FromFloat<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ __half FromFloat<__half>(float x) {
-  return __float2half_rn(x);
+__device__ __forceinline__ uint32_t& WordOf(RawVector<T>& raw, int i) {
+  return reinterpret_cast<uint32_t*>(&raw)[i * sizeof(T) / 4];
 }
 
+// The channels in a word, of which there are two unless they are float32. Words, since compilers
+// turn conversions of single 16-bit floats into twice the instructions, at a quarter of the speed.
+__device__ __forceinline__ void UnpackWord(float, uint32_t word, float* channels) {
+  channels[0] = __uint_as_float(word);
+}
+__device__ __forceinline__ void UnpackWord(__nv_bfloat16, uint32_t word, float* channels) {
+  channels[0] = __uint_as_float(word << 16);
+  channels[1] = __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ void UnpackWord(__half, uint32_t word, float* channels) {
+  const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  channels[0] = both.x;
+  channels[1] = both.y;
+}
+
+// The same way back, rounded to the nearest, ties to even.
+__device__ __forceinline__ uint32_t PackWord(float, const float* channels) {
+  return __float_as_uint(channels[0]);
+}
+__device__ __forceinline__ uint32_t PackWord(__nv_bfloat16, const float* channels) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(channels[0], channels[1]);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+__device__ __forceinline__ uint32_t PackWord(__half, const float* channels) {
+  const __half2 both = __floats2half2_rn(channels[0], channels[1]);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
 template <typename T>
-__device__ __forceinline__ void Unpack(const RawVector<T>& raw, float (&channels)[kVector]) {
-  const T* values = reinterpret_cast<const T*>(&raw);
+__device__ __forceinline__ void Unpack(RawVector<T> raw, float (&channels)[kVector]) {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) channels[i] = ToFloat(values[i]);
+  for (int i = 0; i < kVector; i += 4 / sizeof(T)) UnpackWord(T{}, WordOf(raw, i), &channels[i]);
 }
 
 template <typename T>
 __device__ __forceinline__ RawVector<T> Pack(const float (&channels)[kVector]) {
   RawVector<T> raw;
-  T* values = reinterpret_cast<T*>(&raw);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) values[i] = FromFloat<T>(channels[i]);
+  for (int i = 0; i < kVector; i += 4 / sizeof(T)) WordOf(raw, i) = PackWord(T{}, &channels[i]);
   return raw;
 }
 
