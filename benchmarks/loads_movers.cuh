@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kAdderWarps * 32, 1) SumByBulk(const __grid_co
   for (int k = threadIdx.x / 32; k < count; k += kAdderWarps) {
     if (lane < kTerms) {
       const char* row = p.payload + int64_t{list[k * kTerms + lane]} * DenseRows::kPayloadBytes;
-      adder.terms()[lane] = {row, 1.0f, lane == 0, lane + 1 == kTerms};
+      adder.terms()[lane] = Term::Of(row, 1.0f, lane == 0, lane + 1 == kTerms);
     }
     adder.Sum(kTerms, p.out_payload + int64_t{OutRow(k)} * DenseRows::kPayloadBytes);
   }

@@ -18,21 +18,29 @@ constexpr int kStages = 6;
 constexpr int kStageBytes = 2048;
 constexpr int kMaxTerms = 32;
 
-// One term of a sum.
-struct Term {
+// A segment are the terms of one rank, whose sum is rounded.
+constexpr uint32_t kEndsSegment = 1u << 16;
+constexpr uint32_t kIsSegment = 1u << 17;  // on its own
+
+// One term of a sum; written and read at once, as are stages.
+struct alignas(16) Term {
   const char* row;
   float factor;
-  bool begins_segment;  // of the terms of one rank, whose sum is rounded
-  bool ends_segment;
+  uint32_t flags;
+
+  __device__ static Term Of(const char* row, float factor, bool begins, bool ends) {
+    return {row, factor, ends ? (begins ? kEndsSegment | kIsSegment : kEndsSegment) : 0u};
+  }
 };
 
-// What a warp's ring keeps for each stage; read at once.
+// What a warp's ring keeps for each stage.
 struct alignas(16) Stage {
   char* output;  // where the finished sum goes, if this is its last term; else null
   float factor;
-  uint16_t bytes;
-  bool is_segment;  // on its own
-  bool ends_segment;
+  uint32_t bytes_and_flags;
+
+  __device__ bool Has(uint32_t flag) const { return (bytes_and_flags & flag) != 0; }
+  __device__ int32_t bytes() const { return bytes_and_flags & 0xffff; }
 };
 
 struct WarpMemory {
@@ -75,10 +83,9 @@ class Adder {
         if (num_loaded_ - num_added_ == kStages) Add();
         if (Lane() == 0) {
           const int32_t s = num_loaded_ % kStages;
-          const Term& term = memory_->terms[i];
+          const Term term = memory_->terms[i];
           char* target = i + 1 == num_terms ? output + offset : nullptr;
-          memory_->stages[s] = {target, term.factor, static_cast<uint16_t>(bytes),
-                                term.begins_segment && term.ends_segment, term.ends_segment};
+          memory_->stages[s] = {target, term.factor, bytes | term.flags};
           ptx::ArriveExpectBytes(&memory_->barriers[s], bytes);
           ptx::BulkLoad(buffers_ + s * kStageBytes, term.row + offset, bytes,
                         &memory_->barriers[s]);
@@ -121,7 +128,7 @@ class Adder {
     for (int i = 0; i < kPerLane; ++i) {
       raw[i] = *reinterpret_cast<const RawVector<T>*>(row + (Lane() + 32 * i) * kVector);
     }
-    if (!kOneSegment && !kWeighted && stage.is_segment) {  // its sum needs no rounding
+    if (!kOneSegment && !kWeighted && stage.Has(kIsSegment)) {  // its sum needs no rounding
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         float term[kVector];
@@ -140,7 +147,7 @@ class Adder {
           segment_[i][j] = __fadd_rn(segment_[i][j], term[j]);
         }
       }
-      if (!kOneSegment && stage.ends_segment) CloseSegment();
+      if (!kOneSegment && stage.Has(kEndsSegment)) CloseSegment();
     }
     if (stage.output != nullptr) StoreTotal(stage);
     ++num_added_;
@@ -166,7 +173,8 @@ class Adder {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int32_t offset = (Lane() + 32 * i) * kVectorBytes;
-      StorePart(reinterpret_cast<T*>(stage.output + offset), Pack<T>(sum[i]), stage.bytes - offset);
+      StorePart(reinterpret_cast<T*>(stage.output + offset), Pack<T>(sum[i]),
+                stage.bytes() - offset);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum[i][j] = 0.0f;
     }

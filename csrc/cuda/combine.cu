@@ -37,8 +37,8 @@ __device__ int32_t ListOwnRows(const CombineParams& p, int32_t row, int32_t row_
   const int32_t count = __popc(__ballot_sync(~0u, row >= 0));
   if (row >= 0) {
     const float factor = p.row_weights == nullptr ? 1.0f : p.row_weights[row];
-    terms[lane] = {static_cast<const char*>(p.rows) + int64_t{row} * row_bytes, factor, lane == 0,
-                   lane + 1 == count};
+    const char* address = static_cast<const char*>(p.rows) + int64_t{row} * row_bytes;
+    terms[lane] = Term::Of(address, factor, lane == 0, lane + 1 == count);
   }
   return count;
 }
@@ -148,7 +148,8 @@ __device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T, true, k
     ptx::FenceAcquireReleaseSystem();
     ring.TellReady(home_of(item), token_of(item));
   };
-  // A sum is finished while the next one's terms are on their way.
+  // A sum is finished while the next one's terms are on their way. Sum and flush are called at one
+  // place each, since their code is long.
   int32_t pending = -1;
   int32_t pending_mark = 0;
   const auto flush = [&] {
@@ -158,30 +159,26 @@ __device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T, true, k
   };
   const int32_t num_items = p.num_tokens * num_peers;
   int32_t next_row = warp < num_items ? RowOfLane(p, source_of(warp)) : plan::kNone;
-  for (int32_t item = warp; item < num_items; item += num_warps) {
+  for (int32_t item = warp;; item += num_warps) {
+    const bool is_past = item >= num_items;  // nothing is left but what is pending
     const int32_t row = next_row;
-    const int32_t next = item + num_warps;
-    if (next < num_items) next_row = RowOfLane(p, source_of(next));  // there when it is needed
+    const int32_t next = item + num_warps;  // there when it is needed
+    next_row = next < num_items ? RowOfLane(p, source_of(next)) : plan::kNone;
     const int32_t num_terms = ListOwnRows(p, row, row_bytes, adder.terms());
-    if (num_terms == 0) {
-      flush();
-      continue;
-    }
     const int home = home_of(item);
     const int32_t token = token_of(item);
-    const int32_t before = ring.Before(home, token);
-    if (!__all_sync(~0u, ring.IsFree(home, before))) {
+    const int32_t before = num_terms > 0 ? ring.Before(home, token) : -1;
+    for (bool is_free = __all_sync(~0u, ring.IsFree(home, before));; is_free = true) {
+      if (is_free && num_terms > 0) adder.Sum(num_terms, ring.Sum(home, p.group.rank, token));
       flush();
+      if (is_free) break;
       if (!__all_sync(~0u, ring.WaitFree(home, before))) return false;
     }
-    adder.Sum(num_terms, ring.Sum(home, p.group.rank, token));
-    flush();
+    if (is_past) return true;
+    if (num_terms == 0) continue;
     pending = item;
     pending_mark = adder.num_started();
   }
-  adder.Finish();
-  flush();
-  return true;
 }
 
 // What a warp needs to know of a token: its entries (lane k has entry k) and, in layout "expert",
@@ -231,7 +228,7 @@ __device__ int32_t ListTerms(const CombineParams& p, const Ring& ring, const Pee
     if (lane == __ffs(there) - 1) {
       const char* row = by_expert ? ring.Sum(p.group.rank, r, token)
                                   : inputs.Of<char>(r, 0) + int64_t{rows.row} * row_bytes;
-      terms[count] = {row, 1.0f, true, true};
+      terms[count] = Term::Of(row, 1.0f, true, true);
     }
     ++count;
   }
@@ -256,42 +253,42 @@ __device__ bool BringHome(const CombineParams& p, uint64_t epoch, const PeerInpu
     pending_rank = -1;
   };
   TokenRows next_rows = LoadToken(p, warp);
-  for (int32_t token = warp; token < p.num_tokens; token += num_warps) {
+  for (int32_t token = warp;; token += num_warps) {
+    const bool is_past = token >= p.num_tokens;  // nothing is left but what is pending
     const TokenRows rows = next_rows;
     next_rows = LoadToken(p, token + num_warps);  // there when it is needed
     const int32_t rank = RankOfEntry(p, rows);
     // The first lane that has an entry of a rank waits for that rank.
     const int first = __ffs(__match_any_sync(~0u, rank)) - 1;
     const bool awaits = by_expert && rank >= 0 && rank != p.group.rank && first == lane;
-    if (by_expert) {
-      if (!__all_sync(~0u, !awaits || ring.IsReady(rank, token))) {
-        flush();
-        if (!__all_sync(~0u, !awaits || ring.WaitReady(rank, token))) {
-          adder.Finish();
-          return false;
+    if (is_past) pending_mark = adder.num_started();
+    for (bool is_ready = !by_expert || __all_sync(~0u, !awaits || ring.IsReady(rank, token));;
+         is_ready = true) {
+      if (is_ready && !is_past) {
+        if (by_expert) {
+          ptx::FenceProxyAsyncGlobal();
+          __syncwarp();
+        }
+        char* y = static_cast<char*>(p.y) + int64_t{token} * row_bytes;
+        const int32_t num_terms = ListTerms(p, ring, inputs, token, rows, rank, adder.terms());
+        if (num_terms > 0) {
+          adder.Sum(num_terms, y);
+        } else {
+          for (int32_t i = lane; i < row_bytes / 16; i += 32) {
+            reinterpret_cast<uint4*>(y)[i] = make_uint4(0, 0, 0, 0);
+          }
         }
       }
-      ptx::FenceProxyAsyncGlobal();
-      __syncwarp();
+      flush();
+      if (is_ready) break;
+      if (!__all_sync(~0u, !awaits || ring.WaitReady(rank, token))) return false;
     }
-    char* y = static_cast<char*>(p.y) + int64_t{token} * row_bytes;
-    const int32_t num_terms = ListTerms(p, ring, inputs, token, rows, rank, adder.terms());
-    if (num_terms > 0) {
-      adder.Sum(num_terms, y);
-    } else {
-      for (int32_t i = lane; i < row_bytes / 16; i += 32) {
-        reinterpret_cast<uint4*>(y)[i] = make_uint4(0, 0, 0, 0);
-      }
-    }
+    if (is_past) return true;
     if (!by_expert) continue;
-    flush();
     pending = token;
     pending_rank = awaits ? rank : -1;
     pending_mark = adder.num_started();
   }
-  adder.Finish();
-  flush();
-  return true;
 }
 
 // Home: values of single rows.
