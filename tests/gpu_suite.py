@@ -94,9 +94,13 @@ def stages(gpus: int) -> dict[str, Stage]:
             [f"{PYTEST} tests/test_grouped_dot.py tests/test_grouped_dot_hopper.py"]
         ),
         "one_process": Stage(
-            [f"{PYTEST} {SUITE} tests/test_gpu.py tests/test_gpu_collectives.py"], gpus=2
+            [f"{PYTEST} {SUITE} tests/test_gpu.py"],
+            gpus=2,
         ),
         "failures": Stage([f"{PYTEST} tests/test_gpu_processes.py"], environment=shared),
+        "collectives": Stage(
+            [f"{PYTEST} -rP tests/test_gpu_collectives.py"], gpus=2, environment=shared
+        ),
         "training": Stage([f"{PYTEST} tests/test_gpu_training.py"], gpus=2, environment=shared),
     }
     for ranks in (2, 4, 8):
