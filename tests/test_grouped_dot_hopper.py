@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from jax_ep import _compat, _grouped_dot_hopper
+from jax_ep._grouped_dot_hopper.tile_table import tile_table
 from test_grouped_dot import SIZES, numpy_grouped_dot, problem, with_gradients
 
 needs_hopper = pytest.mark.skipif(not _compat.has_hopper_gpu(), reason="needs a Hopper GPU")
@@ -24,10 +25,7 @@ DTYPES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4}
 def test_tile_table(case, tile):
     """Every row stands in one tile of its group; tiles do not reach over blocks."""
     rows, sizes = SIZES[case]
-    group, block, first, end = (
-        np.asarray(a)
-        for a in _grouped_dot_hopper._tile_table(jnp.array(sizes, jnp.int32), rows, tile)
-    )
+    group, block, first, end = map(np.asarray, tile_table(jnp.array(sizes, jnp.int32), rows, tile))
     owner = np.full(rows, -1)
     owner[: sum(sizes)] = np.repeat(np.arange(len(sizes)), sizes)
     seen = np.full(rows, -2)
