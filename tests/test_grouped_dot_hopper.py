@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from jax_ep import _compat, _grouped_dot_hopper
+from jax_ep._grouped_dot_hopper.tile_table import tile_table
 from test_grouped_dot import SIZES, numpy_grouped_dot, problem, with_gradients
 
 needs_hopper = pytest.mark.skipif(not _compat.has_hopper_gpu(), reason="needs a Hopper GPU")
@@ -24,10 +26,7 @@ DTYPES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4}
 def test_tile_table(case, tile):
     """Every row stands in one tile of its group; tiles do not reach over blocks."""
     rows, sizes = SIZES[case]
-    group, block, first, end = (
-        np.asarray(a)
-        for a in _grouped_dot_hopper._tile_table(jnp.array(sizes, jnp.int32), rows, tile)
-    )
+    group, block, first, end = map(np.asarray, tile_table(jnp.array(sizes, jnp.int32), rows, tile))
     owner = np.full(rows, -1)
     owner[: sum(sizes)] = np.repeat(np.arange(len(sizes)), sizes)
     seen = np.full(rows, -2)
@@ -48,10 +47,6 @@ def test_why_not():
     assert "no rows" in why_not(jnp.bfloat16, 0, 128, 128)
 
 
-@pytest.mark.skipif(
-    _grouped_dot_hopper.why_not(jnp.bfloat16, 8, 128, 128) is not None,
-    reason="this version of JAX has other Pallas interfaces",
-)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inner", "outer"), [(256, 384), (512, 256)])
 def test_lowers_for_gpus_anywhere(dtype, inner, outer):
@@ -77,6 +72,31 @@ def test_lowers_for_gpus_anywhere(dtype, inner, outer):
         (4, inner, outer),
     ]
     assert exported.mlir_module().count("mosaic_gpu_v2") >= 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_equal_calls_are_lowered_once(monkeypatch, dtype):
+    """Three equal layers and their gradients have the kernels of one, and call them three times."""
+    monkeypatch.setattr(_compat, "has_hopper_gpu", lambda: True)
+    lhs = jax.ShapeDtypeStruct((136, 128), dtype)
+    rhs = jax.ShapeDtypeStruct((2, 128, 128), dtype)
+    sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def loss(lhs, layers, sizes):
+        for rhs in layers:
+            lhs = jax_ep.grouped_dot(lhs, rhs, sizes)
+        return lhs.astype(jnp.float32).sum()
+
+    def counts(layers):
+        """Kernels, calls for rows (forward and backward), calls for the gradient of matrices."""
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        lowered = step.trace(lhs, [rhs] * layers, sizes).lower(lowering_platforms=("cuda",))
+        names = ["custom_call @mosaic_gpu_v2", "call @rows_by_matrices", "call @rows_by_rows"]
+        return [len(re.findall(rf"{name}(_\d+)?\(", lowered.as_text())) for name in names]
+
+    kernels, *calls = counts(1)
+    assert kernels >= 3 and calls == [2, 1]
+    assert counts(3) == [kernels, 6, 3]
 
 
 @pytest.mark.gpu

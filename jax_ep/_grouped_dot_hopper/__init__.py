@@ -1,0 +1,19 @@
+"""Grouped matmuls as kernels for Hopper GPUs, in Pallas's Mosaic GPU dialect.
+
+Both kernels are persistent: one block a streaming multiprocessor, in which one warpgroup loads tiles
+and two multiply, as in JAX's own matmul for Hopper (``hopper_matmul_mgpu``), whose pipeline they use.
+What they add is the schedule: which rows a tile has follows from the group sizes, which the GPU alone
+knows.
+
+``by_matrices`` multiplies rows with the matrices of their groups, by a table of tiles that XLA makes
+(``tile_table``). ``by_rows`` multiplies the rows of each group with other rows, for the gradient of the
+matrices. Both cut their work as ``tiles`` says and are built of the same ``parts``.
+
+This is the only package that knows Pallas, whose GPU interface is experimental.
+"""
+
+from jax_ep._grouped_dot_hopper.by_matrices import rows_by_matrices
+from jax_ep._grouped_dot_hopper.by_rows import rows_by_rows
+from jax_ep._grouped_dot_hopper.tiles import Tiles, why_not
+
+__all__ = ["Tiles", "rows_by_matrices", "rows_by_rows", "why_not"]
