@@ -26,8 +26,9 @@ from jax_ep._version import __version__
 
 _OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
 _MEETING_TIMEOUT_S = 300.0  # for all processes to come and make a group
-# Of the 132 SMs of an H100 or H200; the rest stays to other kernels that wait, such as NCCL's.
-_MAX_BLOCKS = 100
+_FREE_SMS = 32  # for other kernels that wait, such as NCCL's
+_SMS = 132  # of an H100 or H200
+_MIN_BLOCKS = 8  # a plan is one cluster of so many
 _STAGING_BYTES = 1 << 30
 _MIB = 1 << 20
 
@@ -38,7 +39,7 @@ logger = logging.getLogger("jax_ep")
 _staging: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # by CUDA ordinal: address, size
 _mapped: dict[tuple[Any, ...], int] = {}  # by process, device, base, size there: address
 _staged_groups: dict[int, str] = {}  # by id: why
-_blocks_of_groups: dict[int, int] = {}  # by id, where ranks share a GPU
+_blocks_of_groups: dict[int, int] = {}  # by id: how many an op has at most
 _warned: set[str] = set()
 
 
@@ -50,11 +51,13 @@ class Rank:
         process: JAX's index of the process that it belongs to.
         device: JAX's id of the device, which all processes know.
         ordinal: Its CUDA ordinal, if it belongs to this process.
+        num_sms: Its streaming multiprocessors.
     """
 
     process: int
     device: int
     ordinal: int | None
+    num_sms: int = _SMS
 
 
 def library() -> Any:
@@ -66,7 +69,12 @@ def ranks_of(instances: np.ndarray) -> list[list[Rank]]:
     """The ranks of each of the groups side by side."""
     return [
         [
-            Rank(device.process_index, device.id, _compat.local_ordinal(device))
+            Rank(
+                device.process_index,
+                device.id,
+                _compat.local_ordinal(device),
+                _compat.multiprocessor_count(device) or _SMS,
+            )
             for device in instance
         ]
         for instance in instances
@@ -85,7 +93,7 @@ def why_staged(group_id: int) -> str | None:
 
 def max_blocks(group_id: int) -> int:
     """Blocks that an op of the group has at most, whatever number of SMs is asked for."""
-    return _blocks_of_groups.get(group_id, _MAX_BLOCKS)
+    return _blocks_of_groups[group_id]
 
 
 def failure(group_id: int) -> str | None:
@@ -146,24 +154,39 @@ def create(group_id: int, instances: list[list[Rank]], timeout: float) -> None:
         CommunicationError: if the group cannot be made; then in all processes.
     """
     me = jax.process_index()
-    mine = [ranks for ranks in instances if any(rank.process == me for rank in ranks)]
+    mine = {
+        number: ranks
+        for number, ranks in enumerate(instances)
+        if any(rank.process == me for rank in ranks)
+    }
     processes = sorted({rank.process for ranks in instances for rank in ranks})
     if me not in processes:
         return
     if processes == [me]:
-        specs: list[Any] = [[(rank.ordinal, me, 0, []) for rank in ranks] for ranks in mine]
-        error = library().create_group(group_id, specs, timeout, _OP_TIMEOUT_S, _MAX_BLOCKS, [])
+        specs: Any = {n: [(rank.ordinal, me, 0, []) for rank in mine[n]] for n in mine}
+        devices = [str(rank.device) for ranks in instances for rank in ranks]
+        blocks = _blocks_of_groups[group_id] = blocks_per_rank(devices, _fewest_sms(instances))
+        error = library().create_group(group_id, specs, timeout, _OP_TIMEOUT_S, blocks, [])
         if error is not None:
             raise CommunicationError(f"the group was not made: {error}")
         return
-    _create_together(group_id, mine, processes, timeout)
+    _create_together(group_id, mine, processes, timeout, _fewest_sms(instances))
+
+
+def _fewest_sms(instances: list[list[Rank]]) -> int:
+    return min(rank.num_sms for ranks in instances for rank in ranks)
 
 
 def _create_together(
-    group_id: int, instances: list[list[Rank]], processes: list[int], timeout: float
+    group_id: int,
+    instances: dict[int, list[Rank]],
+    processes: list[int],
+    timeout: float,
+    num_sms: int,
 ) -> None:
     me = jax.process_index()
-    own = {r.device: r.ordinal for ranks in instances for r in ranks if r.ordinal is not None}
+    ours = [rank for ranks in instances.values() for rank in ranks]
+    own = {rank.device: rank.ordinal for rank in ours if rank.ordinal is not None}
     offer = _Offer()
     # Whatever goes wrong here, the others wait for this process: it tells them.
     error = _error_of(lambda: _prepare(offer, own))
@@ -175,7 +198,7 @@ def _create_together(
     try:
         _raise_first({me: error, **{p: m["error"] for p, (m, _) in received.items()}})
         error = _error_of(
-            lambda: _map_and_create(group_id, instances, own, offer, received, timeout)
+            lambda: _map_and_create(group_id, instances, own, offer, received, timeout, num_sms)
         )
     finally:
         for _, descriptors in received.values():
@@ -302,11 +325,12 @@ def _staging_of(ordinal: int, ordinals: list[int]) -> tuple[int, int]:
 
 def _map_and_create(
     group_id: int,
-    instances: list[list[Rank]],
+    instances: dict[int, list[Rank]],
     own: dict[int, int],
     offer: _Offer,
     received: _handles.Received,
     timeout: float,
+    num_sms: int,
 ) -> None:
     """Map what the peers offer and make the group.
 
@@ -315,7 +339,7 @@ def _map_and_create(
     native = library()
     _watch_peers()
     ordinals = sorted(own.values())
-    wanted = {rank.device for ranks in instances for rank in ranks}
+    wanted = {rank.device for ranks in instances.values() for rank in ranks}
     uuids = [device["uuid"] for device in offer.devices.values()]
     regions = {
         int(text): [(base, size) for base, size in device["memories"][1:]]
@@ -336,8 +360,8 @@ def _map_and_create(
                     _mapped[key] = _checked(native.import_memory(descriptor, size, ordinals))[0]
                 mapped.append((_mapped[key], size))
             (workspaces[int(text)], _), *regions[int(text)] = mapped
-    specs = [
-        [
+    specs = {
+        number: [
             (
                 -1 if rank.ordinal is None else rank.ordinal,
                 rank.process,
@@ -346,27 +370,36 @@ def _map_and_create(
             )
             for rank in ranks
         ]
-        for ranks in instances
-    ]
+        for number, ranks in instances.items()
+    }
     staging = [
         (ordinal, *_staging_of(ordinal, ordinals))
         for device, ordinal in own.items()
         if offer.devices[str(device)]["staged"]
     ]
-    blocks = _blocks_of_groups[group_id] = blocks_per_rank(uuids)
+    blocks = _blocks_of_groups[group_id] = blocks_per_rank(uuids, num_sms)
     error = native.create_group(group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging)
     if error is not None:
         raise CommunicationError(error)
 
 
-def blocks_per_rank(uuids: list[str]) -> int:
-    """Blocks that an op may have, given the GPU of each rank.
+def blocks_per_rank(uuids: list[str], num_sms: int = _SMS) -> int:
+    """Blocks that an op may have, given the GPU of each rank and the SMs of one.
 
-    The ranks that share a GPU wait for each other, so all their blocks must fit it at once. An op
-    has two at least.
+    The ranks that share a GPU wait for each other, so all their blocks must fit it at once.
+
+    Raises:
+        CommunicationError: if too many ranks share a GPU.
     """
     sharing = max(uuids.count(uuid) for uuid in uuids)
-    return max(2, _MAX_BLOCKS // sharing)
+    blocks = (num_sms - _FREE_SMS) // sharing
+    if blocks < _MIN_BLOCKS:
+        most = (num_sms - _FREE_SMS) // _MIN_BLOCKS
+        raise CommunicationError(
+            f"expected at most {most} ranks on a GPU of {num_sms} SMs, got {sharing}: their kernels "
+            "wait for each other, so all must run at once; use fewer processes for each GPU"
+        )
+    return blocks
 
 
 def _watch_peers() -> None:

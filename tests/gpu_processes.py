@@ -368,6 +368,32 @@ def out_of_step(ranks: int) -> None:
     assert "is at another op" in text or "another rank of the group failed" in text, text
 
 
+def misplaced(ranks: int) -> None:
+    """A program on a mesh whose devices are in another order than the group's: an error, no rows."""
+    devices = np.array(jax.devices())
+    group = jax_ep.create_group(
+        jax.sharding.Mesh(devices[::-1], ("expert",)), backend="cuda", timeout=20
+    )
+    mesh = jax.sharding.Mesh(devices, ("expert",))
+    idx, weights = routes(ranks, seed=0)
+    x = np.ones((ranks, TOKENS, HIDDEN), np.float32)
+    operands = [spread(mesh, a) for a in (x, idx, weights)]
+
+    def run(x, idx, weights):
+        return jax_ep.dispatch(x, idx, weights, group=group, num_experts=8 * ranks).tokens
+
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    try:
+        with jax_ep.errors():
+            jax.block_until_ready(jax.jit(mapped)(*operands))
+        group.check()
+        text = "no error"
+    except jax_ep.CommunicationError as error:
+        text = str(error)
+    print(f"raised: {text}")
+    assert "make the group with the mesh that shard_map runs on" in text, text
+
+
 def main() -> None:
     """One of the processes, or all of them."""
     program, processes = sys.argv[1], int(sys.argv[2])

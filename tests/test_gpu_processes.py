@@ -71,6 +71,11 @@ def test_equal_op_at_another_place():
     assert any("is at another op" in output for output in outputs)
 
 
+def test_mesh_of_the_program_in_another_order():
+    """No rows of the wrong experts, but an error that says what to do."""
+    run("misplaced", 2)
+
+
 def test_killed_process():
     """The others raise within two seconds, and can end."""
     running = gpu_processes.start("endless", 2, jax.device_count())

@@ -66,14 +66,15 @@ def test_groups_of_three_processes(tmp_path):
         assert [text.split(" at ")[0] for text in first] == [
             f"process {p}" for p in others for _ in "wr"
         ]
-        [ranks] = saw["specs"][0]
+        [ranks] = saw["specs"][0].values()
         assert [rank[0] for rank in ranks] == [0 if p == me else -1 for p in range(3)]
         assert [rank[1] for rank in ranks] == [0, 1, 2]
         addresses = [rank[2] for rank in ranks] + [rank[3][0][0] for rank in ranks]
         assert len(set(addresses)) == 6
         assert all(rank[3][0][1] == 4096 for rank in ranks)
         # Side by side: only one's own group, and only the memory of its ranks.
-        [ranks] = saw["specs"][2]
+        [(number, ranks)] = saw["specs"][2].items()
+        assert number == ("0" if me < 2 else "1")
         assert [rank[1] for rank in ranks] == ([0, 1] if me < 2 else [2])
         assert saw["max_blocks"] == 33  # three ranks on one GPU
         assert saw["more_descriptors"] == 0
@@ -400,8 +401,23 @@ def test_watch():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "blocks"), [(1, 100), (2, 50), (3, 33), (8, 12), (50, 2), (1000, 2)]
+    ("num_sms", "ranks", "blocks"),
+    [
+        (132, 1, 100),
+        (132, 2, 50),
+        (132, 3, 33),
+        (132, 8, 12),
+        (132, 12, 8),
+        (78, 1, 46),
+        (78, 5, 9),
+    ],
 )
-def test_blocks_of_ranks_that_share_a_gpu(ranks, blocks):
+def test_blocks_of_ranks_that_share_a_gpu(num_sms, ranks, blocks):
     """All of them fit the GPU at once."""
-    assert _device_group.blocks_per_rank(["a"] * ranks + ["b"]) == blocks
+    assert _device_group.blocks_per_rank(["a"] * ranks + ["b"], num_sms) == blocks
+
+
+@pytest.mark.parametrize(("num_sms", "ranks", "most"), [(132, 13, 12), (78, 6, 5)])
+def test_too_many_ranks_share_a_gpu(num_sms, ranks, most):
+    with pytest.raises(CommunicationError, match=f"at most {most} ranks on a GPU .* got {ranks}"):
+        _device_group.blocks_per_rank(["a"] * ranks, num_sms)

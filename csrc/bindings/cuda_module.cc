@@ -42,13 +42,13 @@ using RegionTuple = std::tuple<uint64_t, uint64_t>;
 using RankTuple = std::tuple<int, int, uint64_t, std::vector<RegionTuple>>;
 using StagingTuple = std::tuple<int, uint64_t, uint64_t>;
 
-Text CreateGroup(int64_t group_id, const std::vector<std::vector<RankTuple>>& instances,
+Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& instances,
                  double arrival_timeout_s, double op_timeout_s, int max_blocks,
                  const std::vector<StagingTuple>& staging) {
   transport::GroupSpec spec;
   spec.id = group_id;
-  for (const std::vector<RankTuple>& ranks : instances) {
-    std::vector<transport::RankSpec>& instance = spec.instances.emplace_back();
+  for (const auto& [number, ranks] : instances) {
+    std::vector<transport::RankSpec>& instance = spec.instances[number];
     for (const auto& [device, process, workspace, regions] : ranks) {
       transport::RankSpec& rank = instance.emplace_back();
       rank.device = device;
@@ -115,7 +115,9 @@ NB_MODULE(_cuda, m) {
   m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
         nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
         nb::arg("staging"), nb::call_guard<nb::gil_scoped_release>(),
-        "Makes a group. Each of the groups side by side is a list of ranks: (CUDA ordinal or -1, "
+        "Makes a group. Each of the groups side by side, by number, is a list of ranks: (CUDA "
+        "ordinal or "
+        "-1, "
         "process, address of the workspace or 0, regions as (base, size)). Staging memory is (CUDA "
         "ordinal, base, size). Returns an error text or None.");
   m.def("allocate_exportable", &AllocateExportable, nb::arg("device"), nb::arg("devices"),

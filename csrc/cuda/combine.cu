@@ -125,9 +125,9 @@ class Ring {
 
 // Producers: this rank's sums for all peers, by one of `num_warps` warps. Tokens of all peers take
 // turns. Every rank goes through the tokens in the same order, and a warp waits only when it has
-// told all that it did: so what it waits for comes.
+// told all that it did: so what it waits for comes. Returns early once the group has failed.
 template <typename T, bool kWeighted>
-__device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T, true, kWeighted>& adder,
+__device__ void Produce(const CombineParams& p, uint64_t epoch, Adder<T, true, kWeighted>& adder,
                         int32_t warp, int32_t num_warps) {
   const int32_t row_bytes = p.hidden * sizeof(T);
   const int32_t num_peers = p.group.num_ranks - 1;
@@ -172,9 +172,9 @@ __device__ bool Produce(const CombineParams& p, uint64_t epoch, Adder<T, true, k
       if (is_free && num_terms > 0) adder.Sum(num_terms, ring.Sum(home, p.group.rank, token));
       flush();
       if (is_free) break;
-      if (!__all_sync(~0u, ring.WaitFree(home, before))) return false;
+      if (!__all_sync(~0u, ring.WaitFree(home, before))) return;
     }
-    if (is_past) return true;
+    if (is_past) return;
     if (num_terms == 0) continue;
     pending = item;
     pending_mark = adder.num_started();
@@ -222,9 +222,11 @@ __device__ int32_t ListTerms(const CombineParams& p, const Ring& ring, const Pee
     const uint32_t there = __ballot_sync(~0u, rank == r);
     if (there == 0) continue;
     if (by_expert && r == p.group.rank) {
-      count += ListOwnRows(p, rows.own_row, row_bytes, terms + count);
+      const int32_t own_row = lane < kMaxTerms - count ? rows.own_row : plan::kNone;
+      count += ListOwnRows(p, own_row, row_bytes, terms + count);
       continue;
     }
+    if (count == kMaxTerms) break;  // of a handle that is none
     if (lane == __ffs(there) - 1) {
       const char* row = by_expert ? ring.Sum(p.group.rank, r, token)
                                   : inputs.Of<char>(r, 0) + int64_t{rows.row} * row_bytes;
@@ -235,9 +237,10 @@ __device__ int32_t ListTerms(const CombineParams& p, const Ring& ring, const Pee
   return count;
 }
 
-// Home: the sums of all tokens, by one of `num_warps` warps; false once the group has failed.
+// Home: the sums of all tokens, by one of `num_warps` warps. Returns early once the group has
+// failed.
 template <typename T, bool kWeighted>
-__device__ bool BringHome(const CombineParams& p, uint64_t epoch, const PeerInputs& inputs,
+__device__ void BringHome(const CombineParams& p, uint64_t epoch, const PeerInputs& inputs,
                           Adder<T, false, kWeighted>& adder, int32_t warp, int32_t num_warps) {
   const int32_t lane = threadIdx.x % 32;
   const int32_t row_bytes = p.hidden * sizeof(T);
@@ -281,9 +284,9 @@ __device__ bool BringHome(const CombineParams& p, uint64_t epoch, const PeerInpu
       }
       flush();
       if (is_ready) break;
-      if (!__all_sync(~0u, !awaits || ring.WaitReady(rank, token))) return false;
+      if (!__all_sync(~0u, !awaits || ring.WaitReady(rank, token))) return;
     }
-    if (is_past) return true;
+    if (is_past) return;
     if (!by_expert) continue;
     pending = token;
     pending_rank = awaits ? rank : -1;
@@ -309,17 +312,16 @@ __device__ void BringValues(const CombineParams& p, const PeerInputs& inputs, in
   }
 }
 
+// By one block.
 template <typename T>
 __device__ void Poison(const CombineParams& p) {
   const int64_t num_words = int64_t{p.num_tokens} * p.hidden * sizeof(T) / 16;
   uint4* words = static_cast<uint4*>(p.y);
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < num_words;
-       i += int64_t{gridDim.x} * kThreads) {
+  for (int64_t i = threadIdx.x; i < num_words; i += kThreads) {
     words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
   }
   if (p.home == nullptr) return;
-  for (int32_t i = blockIdx.x * kThreads + threadIdx.x; i < p.num_tokens * p.top_k;
-       i += gridDim.x * kThreads) {
+  for (int32_t i = threadIdx.x; i < p.num_tokens * p.top_k; i += kThreads) {
     p.home[i] = __uint_as_float(~0u);
   }
 }
@@ -339,10 +341,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int32_t block = blockIdx.x;
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_producers = by_expert && has_rows && p.group.num_ranks > 1 ? kProducers : 0;
-  bool ok = WaitInputs(p.group, epoch, inputs);
+  const bool ok = WaitInputs(p.group, epoch, inputs);
   if (ok && warp < num_producers) {
     Adder<T, true, kWeighted> adder(p, shared);
-    ok = Produce(p, epoch, adder, warp * num_blocks + block, num_producers * num_blocks);
+    Produce(p, epoch, adder, warp * num_blocks + block, num_producers * num_blocks);
   } else if (ok) {
     const int32_t num_consumers = kWarps - num_producers;
     const int32_t consumer = (warp - num_producers) * num_blocks + block;
@@ -351,11 +353,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if (has_rows) {
       Adder<T, false, kWeighted> adder(p, shared);
-      ok = BringHome(p, epoch, inputs, adder, consumer, num_consumers * num_blocks);
+      BringHome(p, epoch, inputs, adder, consumer, num_consumers * num_blocks);
     }
   }
-  if (!__syncthreads_and(ok)) Poison<T>(p);
-  EndOp(p.group, epoch);
+  EndOp(p.group, epoch, [&] { Poison<T>(p); });
 }
 
 }  // namespace

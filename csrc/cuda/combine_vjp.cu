@@ -217,21 +217,15 @@ class Differentiator {
   uint32_t num_done_ = 0;
 };
 
-// Zeros for the rows that have no source, or NaN for all rows.
+// Gives row c and its weight one value in all bits. By one warp.
 template <typename T>
-__device__ void Fill(const CombineVjpParams& p, bool failed) {
-  const int32_t num_warps = blockDim.x / 32;
-  const int32_t lane = threadIdx.x % 32;
-  const uint32_t word = failed ? ~0u : 0u;
+__device__ void FillRow(const CombineVjpParams& p, int32_t c, uint32_t bits) {
+  uint4* words = reinterpret_cast<uint4*>(static_cast<T*>(p.d_rows) + int64_t{c} * p.hidden);
   const int32_t words_per_row = p.hidden * sizeof(T) / 16;
-  for (int32_t c = blockIdx.x * num_warps + threadIdx.x / 32; c < p.capacity;
-       c += gridDim.x * num_warps) {
-    if (!failed && p.recv_src[c] >= 0) continue;
-    uint4* words = reinterpret_cast<uint4*>(static_cast<T*>(p.d_rows) + int64_t{c} * p.hidden);
-    for (int32_t i = lane; i < words_per_row; i += 32)
-      words[i] = make_uint4(word, word, word, word);
-    if (lane == 0) p.d_weights[c] = __uint_as_float(word);
+  for (int32_t i = threadIdx.x % 32; i < words_per_row; i += 32) {
+    words[i] = make_uint4(bits, bits, bits, bits);
   }
+  if (threadIdx.x % 32 == 0) p.d_weights[c] = __uint_as_float(bits);
 }
 
 template <typename T>
@@ -241,16 +235,20 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   __shared__ PeerInputs inputs;
   const uint64_t epoch = BeginOp(p.group);
   if (blockIdx.x == 0) Publish(p.group, epoch, {p.dy, nullptr, nullptr});
-  const bool ok = WaitInputs(p.group, epoch, inputs);
-  if (ok) {
-    const int32_t warp = threadIdx.x / 32;
-    const int32_t num_warps = blockDim.x / 32;
+  const int32_t warp = threadIdx.x / 32;
+  const int32_t num_warps = blockDim.x / 32;
+  if (WaitInputs(p.group, epoch, inputs)) {
     Differentiator<T>(p, inputs, warp * gridDim.x + blockIdx.x, num_warps * gridDim.x,
                       memory + warp * WarpBytes(p))
         .Run();
   }
-  Fill<T>(p, !ok);
-  EndOp(p.group, epoch);
+  const int32_t first = blockIdx.x * num_warps + warp;
+  for (int32_t c = first; c < p.capacity; c += gridDim.x * num_warps) {
+    if (p.recv_src[c] < 0) FillRow<T>(p, c, 0u);  // it has no source
+  }
+  EndOp(p.group, epoch, [&] {
+    for (int32_t c = warp; c < p.capacity; c += num_warps) FillRow<T>(p, c, ~0u);
+  });
 }
 
 }  // namespace

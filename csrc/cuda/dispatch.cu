@@ -35,6 +35,7 @@ struct Chunks {
 };
 
 __host__ __device__ Chunks ChunksOf(int32_t row_bytes) {
+  if (row_bytes == 0) return {16, 0};  // only weights are brought
   const int32_t count = (row_bytes + kMaxChunkBytes - 1) / kMaxChunkBytes;
   const int32_t bytes = plan::RoundUp((row_bytes + count - 1) / count, 16);
   return {bytes, (row_bytes + bytes - 1) / bytes};
@@ -281,7 +282,7 @@ __device__ void ClearUnusedScales(const DispatchParams& p, int32_t warp, int32_t
 // What a failed dispatch gives: NaN in every row.
 __device__ void Poison(const DispatchParams& p) {
   const int32_t words_per_row = p.row_bytes / 16;
-  for (int64_t row = blockIdx.x; row < p.capacity; row += gridDim.x) {
+  for (int64_t row = 0; row < p.capacity; ++row) {
     uint4* words = reinterpret_cast<uint4*>(static_cast<char*>(p.rows) + row * p.row_stride);
     for (int32_t i = threadIdx.x; i < words_per_row; i += blockDim.x) {
       words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
@@ -289,8 +290,7 @@ __device__ void Poison(const DispatchParams& p) {
   }
   if (p.row_weights == nullptr) return;
   const int64_t num_weights = int64_t{p.capacity} * (p.layout == Layout::kToken ? p.top_k : 1);
-  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < num_weights;
-       i += gridDim.x * blockDim.x) {
+  for (int64_t i = threadIdx.x; i < num_weights; i += blockDim.x) {
     p.row_weights[i] = __uint_as_float(~0u);
   }
 }
@@ -301,24 +301,22 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   extern __shared__ __align__(128) char memory[];
   const Shared shared(memory);
   const uint64_t epoch = BeginOp(p.group);
-  if (blockIdx.x == 0) Publish(p.group, epoch, {p.x, p.scales, p.weights});
+  if (blockIdx.x == 0) {
+    Publish(p.group, epoch, {p.row_bytes > 0 ? p.x : nullptr, p.scales, p.weights});
+  }
   for (int32_t i = threadIdx.x; i < kZeroBytes / 16; i += blockDim.x) {
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
   ptx::FenceProxyAsyncShared();
-  if (!WaitInputs(p.group, epoch, *shared.inputs)) {  // also orders the zeros before their use
-    Poison(p);
-    EndOp(p.group, epoch);
-    return;
-  }
+  const bool ok = WaitInputs(p.group, epoch, *shared.inputs);  // and the zeros are there
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_movers = NumMovers(p);
-  if (warp < num_movers) {
+  if (ok && warp < num_movers && p.row_bytes > 0) {
     MoveRows<kAhead>(p, *shared.inputs, warp * gridDim.x + blockIdx.x, num_movers * gridDim.x,
                      shared.zeros,
                      shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
                      shared.barriers + warp * kStages);
-  } else {
+  } else if (ok && warp >= num_movers) {
     const int32_t helper = (warp - num_movers) * gridDim.x + blockIdx.x;
     const int32_t num_helpers = kHelpers * gridDim.x;
     const int32_t thread = helper * 32 + threadIdx.x % 32;
@@ -327,7 +325,7 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     if (p.weights != nullptr) BringWeights(p, *shared.inputs, thread, num_helpers * 32);
     if (p.scales_per_row != 0) ClearUnusedScales(p, helper, num_helpers);
   }
-  EndOp(p.group, epoch);
+  EndOp(p.group, epoch, [&] { Poison(p); });
 }
 
 }  // namespace
@@ -338,6 +336,8 @@ cudaError_t LoadDispatch() {
   if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(DispatchKernel<kManyStores>, kAttribute, 220 << 10);
 }
+
+bool FitsDispatch(const DispatchParams& params) { return NumMovers(params) > 0; }
 
 cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
   const int num_threads = (NumMovers(params) + kHelpers) * 32;

@@ -42,4 +42,7 @@ cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream);
 
 cudaError_t LoadDispatch();
 
+// Whether shared memory has room for rows, with their scales, as long as these.
+bool FitsDispatch(const DispatchParams& params);
+
 }  // namespace jax_ep::cuda

@@ -13,6 +13,8 @@ struct GroupParams {
   ErrorRecord* error;           // pinned host memory
   int rank;
   int num_ranks;
+  int instance;           // which of the groups side by side
+  const int32_t* coords;  // [2], rank and instance as the program counts them; null: not checked
   uint64_t arrival_timeout_ns;
   uint64_t op_timeout_ns;
   uint32_t tag;

@@ -34,6 +34,7 @@ struct PlanParams {
   int32_t* num_dropped;     // [1]
   int32_t* num_invalid;     // [1]
   int32_t* scratch;         // [PlanScratchSize()]; peers read it
+  int32_t max_blocks;       // of kPull, the same on all ranks; 0 for what is best
 };
 
 enum class PlanKernel {

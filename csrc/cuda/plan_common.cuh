@@ -57,11 +57,9 @@ __device__ int32_t InclusiveWarpSum(int32_t value) {
   return value;
 }
 
-// What a failed plan gives: no rows, and counts that no plan has.
-__device__ __noinline__ void Poison(const PlanParams& p) {
+// What a failed plan gives: no rows, and counts that no plan has. By one of `num_threads` threads.
+__device__ __noinline__ void Poison(const PlanParams& p, int32_t thread, int32_t num_threads) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
-  const int32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
-  const int32_t num_threads = gridDim.x * blockDim.x;
   const int32_t num_rows =
       p.group.num_ranks * p.num_tokens * plan::RowsPerSource(p.layout, p.top_k, num_local);
   for (int32_t i = thread; i < p.num_tokens * p.top_k; i += num_threads)

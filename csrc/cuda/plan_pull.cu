@@ -343,24 +343,10 @@ __device__ void NumberEntries(const PlanParams& p, const PeerInputs& inputs, con
   }
 }
 
-__global__ void __launch_bounds__(kThreads) PullPlanKernel(const __grid_constant__ PlanParams p) {
-  extern __shared__ __align__(16) int32_t memory[];
-  const Shared shared(p, memory);
+// Once all ranks have arrived: the rows of this block's entries.
+__device__ void Number(const PlanParams& p, uint64_t epoch, const PeerInputs& inputs,
+                       const Shared& shared, int32_t columns) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
-  const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
-  const int32_t num_totals = p.layout == Layout::kExpert ? columns : columns + p.num_experts;
-  const uint64_t epoch = BeginOp(p.group);
-  CountEntries(p, shared, columns);
-  if (IsLastBlock(&Own(p.group).blocks_arrived)) {
-    Publish(p.group, epoch, {p.shared_topk, p.scratch, nullptr});
-    SendTotals(p, epoch, num_totals);
-  }
-  __shared__ PeerInputs inputs;
-  if (!WaitInputs(p.group, epoch, inputs)) {
-    Poison(p);
-    EndOp(p.group, epoch);
-    return;
-  }
   for (int32_t l = threadIdx.x; l < num_local; l += kThreads) shared.kept[l] = 0;
   CountBefore(p, epoch, inputs, shared);
   LayOutColumns(p, epoch, shared);
@@ -375,7 +361,24 @@ __global__ void __launch_bounds__(kThreads) PullPlanKernel(const __grid_constant
       p.demand[l] = TotalOf(p, epoch, columns + p.group.rank * num_local + l, p.group.num_ranks);
     }
   }
-  EndOp(p.group, epoch, [&] {
+}
+
+__global__ void __launch_bounds__(kThreads) PullPlanKernel(const __grid_constant__ PlanParams p) {
+  extern __shared__ __align__(16) int32_t memory[];
+  const Shared shared(p, memory);
+  const int32_t num_local = p.num_experts / p.group.num_ranks;
+  const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
+  const int32_t num_totals = p.layout == Layout::kExpert ? columns : columns + p.num_experts;
+  const uint64_t epoch = BeginOp(p.group);
+  CountEntries(p, shared, columns);
+  if (IsLastBlock(&Own(p.group).blocks_arrived)) {
+    Publish(p.group, epoch, {p.shared_topk, p.scratch, nullptr});
+    SendTotals(p, epoch, num_totals);
+  }
+  __shared__ PeerInputs inputs;
+  const bool ok = WaitInputs(p.group, epoch, inputs);
+  if (ok) Number(p, epoch, inputs, shared, columns);
+  const auto finish = [&] {
     // The counts of the whole rank. What peers sent may be overwritten from now on.
     const int32_t stride = ScratchStride(p.num_experts, p.group.num_ranks);
     if (p.layout == Layout::kToken) {
@@ -396,11 +399,14 @@ __global__ void __launch_bounds__(kThreads) PullPlanKernel(const __grid_constant
     for (int offset = 16; offset > 0; offset /= 2)
       dropped += __shfl_down_sync(~0u, dropped, offset);
     if (threadIdx.x == 0) *p.num_dropped = dropped;
-  });
+  };
+  const auto poison = [&] { Poison(p, threadIdx.x, kThreads); };
+  EndOp(p.group, epoch, finish, poison);
 }
 
-int NumBlocks(int32_t num_tokens) {
-  return std::clamp((num_tokens + kMaxTile - 1) / kMaxTile, 1, kMaxBlocks);
+int NumBlocks(const PlanParams& p) {
+  const int most = p.max_blocks > 0 ? std::min(p.max_blocks, kMaxBlocks) : kMaxBlocks;
+  return std::clamp((p.num_tokens + kMaxTile - 1) / kMaxTile, 1, most);
 }
 
 }  // namespace
@@ -417,7 +423,7 @@ cudaError_t LoadPullPlan() {
 }
 
 cudaError_t LaunchPullPlan(const PlanParams& params, cudaStream_t stream) {
-  PullPlanKernel<<<NumBlocks(params.num_tokens), kThreads, SharedBytes(params), stream>>>(params);
+  PullPlanKernel<<<NumBlocks(params), kThreads, SharedBytes(params), stream>>>(params);
   return cudaGetLastError();
 }
 

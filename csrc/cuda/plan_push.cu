@@ -244,7 +244,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   }
   ptx::ClusterArriveRelease();
   ptx::ClusterWaitAcquire();
-  if (failed != 0) Poison(p);
+  if (failed != 0) Poison(p, blockIdx.x * kThreads + threadIdx.x, kBlocks * kThreads);
   if (blockIdx.x != 0) return;
   if (drops && failed == 0) WriteKept(params, shared);
   STAMP(14);

@@ -10,7 +10,8 @@
 //      nothing of this rank's ends without that (EndOpAtOnce).
 //
 // A wait that passes its deadline, or that meets another op, records the failure, tells all peers
-// and returns false; from then on every wait of the group returns false at once. Nothing traps.
+// and returns false; from then on every wait of the group returns false at once. Nothing traps: the
+// last block overwrites all results with poison.
 #pragma once
 
 #include <cstdint>
@@ -63,6 +64,15 @@ class Deadline {
     if (ptx::LoadAcquireSystem(&Own(group).failed) != 0u) {
       Fail(group, ErrorKind::kAborted, phase, peer, expected, seen, 0);
       return false;
+    }
+    // A peer at another op may never send what this one waits for.
+    const uint64_t epoch = expected >> kTagBits;
+    if (phase == Phase::kArrival && epoch != 0) {
+      const uint64_t arrival = ptx::LoadAcquireSystem(&Own(group).arrival[epoch % 2][peer].value);
+      if (arrival >> kTagBits >= epoch && arrival != expected) {
+        Fail(group, ErrorKind::kMismatch, phase, peer, expected, arrival, 0);
+        return false;
+      }
     }
     const uint64_t now = ptx::GlobalTimer();
     if (start_ == 0) start_ = now;
@@ -184,8 +194,16 @@ struct PeerInputs {
 };
 
 // Whether the group had failed before this op, which then shall not succeed, though all that it
-// waits for may come. For one thread of a block, beside the waits of the others.
+// waits for may come; or whether the program takes this device for another rank. For one thread of
+// a block, beside the waits of the others.
 __device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
+  if (group.coords != nullptr) {
+    const int rank = group.coords[0], instance = group.coords[1];
+    if (rank != group.rank || instance != group.instance) {
+      Fail(group, ErrorKind::kMisplaced, Phase::kArrival, rank, group.instance, instance, 0);
+      return true;
+    }
+  }
   if (ptx::LoadAcquireSystem(&Own(group).failed) == 0u) return false;
   Fail(group, ErrorKind::kAborted, Phase::kArrival, group.rank, epoch, epoch, 0);
   return true;
@@ -224,16 +242,20 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
 
 // Ends the op: the last block returns once all ranks read no more. Called by all threads of all
 // blocks, each after its last read of a peer, also after a failure. Meanwhile all threads of the
-// last block run `finish`, which sees what the other blocks wrote.
-template <typename Finish>
-__device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish) {
+// last block run `finish`, which sees what the other blocks wrote, and, once the group has failed,
+// `poison`, which makes all results recognisable: blocks that did not fail have written theirs.
+template <typename Finish, typename Poison>
+__device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish,
+                             Poison&& poison) {
   Workspace& own = Own(group);
   TestDelay(group.rank, epoch, 2);
   if (!IsLastBlock(&own.blocks_done)) return;
   for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
     ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value, FlagValue(epoch, group.tag));
   }
+  const bool failed = threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u;
   finish();
+  if (__syncthreads_or(failed)) poison();
   for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
     if (kMutation != kWithoutClose) {
       WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r);
@@ -245,8 +267,9 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
   own.active = 0;
 }
 
-__device__ inline void EndOp(const GroupParams& group, uint64_t epoch) {
-  EndOp(group, epoch, [] {});
+template <typename Poison>
+__device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Poison&& poison) {
+  EndOp(group, epoch, [] {}, poison);
 }
 
 // Ends an op whose peers read nothing of this rank's. Called by one thread, after all blocks'

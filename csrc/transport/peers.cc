@@ -100,8 +100,14 @@ std::optional<std::string> LoadKernels(int device) {
 
 using Group = std::map<int, Member>;  // by device
 
-std::optional<std::string> AddInstance(const GroupSpec& spec, std::vector<RankSpec> ranks,
-                                       Group& group) {
+// Kernels compare it with what has passed, so it may be long, but not as long as there are numbers.
+uint64_t Nanoseconds(double seconds) {
+  constexpr double kMaxSeconds = 1e9;
+  return static_cast<uint64_t>((seconds < kMaxSeconds ? seconds : kMaxSeconds) * 1e9);
+}
+
+std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
+                                       std::vector<RankSpec> ranks, Group& group) {
   const int num_ranks = static_cast<int>(ranks.size());
   if (num_ranks > cuda::kMaxRanks) {
     return "a group on one host has at most " + std::to_string(cuda::kMaxRanks) + " ranks, got " +
@@ -130,8 +136,9 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, std::vector<RankSp
     if (auto error = WriteRegions(device, ranks, member.params.peers[rank])) return error;
     member.params.rank = rank;
     member.params.num_ranks = num_ranks;
-    member.params.arrival_timeout_ns = static_cast<uint64_t>(spec.arrival_timeout_s * 1e9);
-    member.params.op_timeout_ns = static_cast<uint64_t>(spec.op_timeout_s * 1e9);
+    member.params.instance = instance;
+    member.params.arrival_timeout_ns = Nanoseconds(spec.arrival_timeout_s);
+    member.params.op_timeout_ns = Nanoseconds(spec.op_timeout_s);
     member.device = device;
     member.max_blocks = spec.max_blocks;
     member.regions = ranks[rank].regions;
@@ -179,6 +186,12 @@ std::string Describe(const ErrorRecord& error) {
     case cuda::ErrorKind::kConcurrent:
       text += "another op of the group was running at the same time";
       break;
+    case cuda::ErrorKind::kMisplaced:
+      return text + "the program's mesh has this device as rank " + std::to_string(error.peer) +
+             " of group " + std::to_string(error.seen) +
+             " along the axis, and the group's mesh as rank " + std::to_string(error.rank) +
+             " of group " + std::to_string(error.expected) +
+             "; make the group with the mesh that shard_map runs on.";
     default:
       text += "another rank of the group failed while this one waited for " + peer;
   }
@@ -245,8 +258,8 @@ bool Member::IsReachable(const void* pointer, int64_t bytes) const {
 
 std::optional<std::string> CreateGroup(const GroupSpec& spec) {
   auto group = std::make_unique<Group>();
-  for (const std::vector<RankSpec>& ranks : spec.instances) {
-    if (auto error = AddInstance(spec, ranks, *group)) return error;
+  for (const auto& [instance, ranks] : spec.instances) {
+    if (auto error = AddInstance(spec, instance, ranks, *group)) return error;
   }
   std::lock_guard<std::mutex> lock(Mutex());
   for (const auto& [device, member] : *group) NoteGone(member);

@@ -32,8 +32,9 @@ struct Staging {
 
 struct GroupSpec {
   int64_t id = 0;
-  // The groups that lie side by side in the mesh: ranks in order. Only those with ranks here.
-  std::vector<std::vector<RankSpec>> instances;
+  // The groups that lie side by side in the mesh, by number: ranks in order. Only those with ranks
+  // here.
+  std::map<int, std::vector<RankSpec>> instances;
   double arrival_timeout_s = 0;
   double op_timeout_s = 0;
   int max_blocks = 0;                            // of an op on one GPU

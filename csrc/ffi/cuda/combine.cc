@@ -15,7 +15,7 @@ using Out = ffi::Result<ffi::AnyBuffer>;
 ffi::Error Combine(cudaStream_t stream, int32_t device, CombineAttrs attrs, ffi::AnyBuffer rows,
                    ffi::AnyBuffer row_weights, ffi::AnyBuffer values, ffi::AnyBuffer topk,
                    ffi::AnyBuffer dest_row, ffi::AnyBuffer recv_rows, ffi::AnyBuffer recv_src,
-                   ffi::AnyBuffer expert_idx, ffi::AnyBuffer /*coords*/, Out y, Out home) {
+                   ffi::AnyBuffer expert_idx, ffi::AnyBuffer coords, Out y, Out home) {
   Checker check("combine");
   cpu::CombineArgs args{};
   DecodeCombine(check, attrs, {topk, dest_row, recv_rows, recv_src, expert_idx},
@@ -27,7 +27,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, CombineAttrs attrs, ffi:
                   "rows that fit the ring of sums", geometry.hidden);
   DeviceGroup group;
   if (auto error =
-          PrepareGroup(check, attrs.group, device, cuda::OpKind::kCombine,
+          PrepareGroup(check, attrs.group, coords, device, cuda::OpKind::kCombine,
                        {geometry.num_tokens, geometry.top_k, geometry.capacity, geometry.hidden,
                         static_cast<int64_t>(geometry.dtype), args.row_weights != nullptr,
                         args.values != nullptr, static_cast<int64_t>(geometry.layout)},

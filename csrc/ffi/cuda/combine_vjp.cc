@@ -15,8 +15,7 @@ using Out = ffi::Result<ffi::AnyBuffer>;
 ffi::Error CombineVjp(cudaStream_t stream, int32_t device, CombineVjpAttrs attrs, ffi::AnyBuffer dy,
                       ffi::AnyBuffer rows, ffi::AnyBuffer row_weights, ffi::AnyBuffer topk,
                       ffi::AnyBuffer dest_row, ffi::AnyBuffer recv_rows, ffi::AnyBuffer recv_src,
-                      ffi::AnyBuffer expert_idx, ffi::AnyBuffer /*coords*/, Out d_rows,
-                      Out d_weights) {
+                      ffi::AnyBuffer expert_idx, ffi::AnyBuffer coords, Out d_rows, Out d_weights) {
   Checker check("combine_vjp");
   cpu::CombineVjpArgs args{};
   DecodeCombineVjp(check, attrs, {topk, dest_row, recv_rows, recv_src, expert_idx},
@@ -25,7 +24,7 @@ ffi::Error CombineVjp(cudaStream_t stream, int32_t device, CombineVjpAttrs attrs
   check.Attribute("hidden", cuda::FitsCombineVjp(geometry.row_bytes()),
                   "rows of about 100 KB at most on GPUs", geometry.hidden);
   DeviceGroup group;
-  if (auto error = PrepareGroup(check, attrs.group, device, cuda::OpKind::kCombineVjp,
+  if (auto error = PrepareGroup(check, attrs.group, coords, device, cuda::OpKind::kCombineVjp,
                                 {geometry.num_tokens, geometry.top_k, geometry.capacity,
                                  geometry.hidden, static_cast<int64_t>(geometry.dtype)},
                                 group);

@@ -10,9 +10,11 @@ namespace jax_ep {
 
 namespace ffi = ::xla::ffi;
 
-ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device, cuda::OpKind op,
-                        std::initializer_list<int64_t> shape, DeviceGroup& group) {
+ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer coords,
+                        int32_t device, cuda::OpKind op, std::initializer_list<int64_t> shape,
+                        DeviceGroup& group) {
   CheckGroup(check, attrs);
+  check.Argument("coords", coords, ffi::S32, {2});
   check.Attribute("num_experts", attrs.num_experts <= cuda::kMaxExperts, "at most 4096 on GPUs",
                   attrs.num_experts);
   if (!check.ok()) return ToError(check.status());
@@ -29,6 +31,7 @@ ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device,
   group.member = member;
   group.params = member->params;
   group.params.op = op;
+  group.params.coords = static_cast<const int32_t*>(coords.untyped_data());
   group.params.tag = OpTag(op, shape, attrs.ordinal);
   return ffi::Error::Success();
 }

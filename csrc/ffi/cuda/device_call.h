@@ -35,11 +35,12 @@ struct DeviceGroup {
   int32_t NumBlocks(const GroupAttrs& attrs, int32_t fallback) const;
 };
 
-// Checks the common part of a call and finds this device's member of the group. The tag is that of
+// Checks the common part of a call and finds this device's member of the group; the kernel compares
+// its place with `coords`, that of the device in the program's mesh. The tag is that of
 // the op, of `shape`, which all ranks must agree on, and of the call's ordinal.
-::xla::ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, int32_t device,
-                               cuda::OpKind op, std::initializer_list<int64_t> shape,
-                               DeviceGroup& group);
+::xla::ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs,
+                               ::xla::ffi::AnyBuffer coords, int32_t device, cuda::OpKind op,
+                               std::initializer_list<int64_t> shape, DeviceGroup& group);
 
 // Where peers find the operands and scratch memory of a call: in place, or, in a group whose
 // members cannot read each other's XLA buffers, in staging memory.

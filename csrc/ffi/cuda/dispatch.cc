@@ -34,7 +34,7 @@ struct QuantizedRows {
 ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ffi::AnyBuffer x,
                     ffi::AnyBuffer scales, ffi::AnyBuffer weights, ffi::AnyBuffer topk,
                     ffi::AnyBuffer dest_row, ffi::AnyBuffer recv_rows, ffi::AnyBuffer recv_src,
-                    ffi::AnyBuffer expert_idx, ffi::AnyBuffer /*coords*/, Out rows, Out row_scales,
+                    ffi::AnyBuffer expert_idx, ffi::AnyBuffer coords, Out rows, Out row_scales,
                     Out row_weights, Out scratch) {
   Checker check("dispatch");
   cpu::DispatchArgs args{};
@@ -50,7 +50,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
   CheckScratch(check, *scratch, sent_bytes + received_bytes);
   DeviceGroup group;
   if (auto error =
-          PrepareGroup(check, attrs.group, device, cuda::OpKind::kDispatch,
+          PrepareGroup(check, attrs.group, coords, device, cuda::OpKind::kDispatch,
                        {geometry.num_tokens, geometry.top_k, geometry.capacity, geometry.hidden,
                         static_cast<int64_t>(geometry.dtype), attrs.quantization,
                         args.weights != nullptr, static_cast<int64_t>(geometry.layout)},
@@ -107,6 +107,9 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, DispatchAttrs attrs, ff
     params.row_bytes = geometry.hidden;
     params.row_stride = geometry.hidden;
   }
+  check.Attribute("hidden", cuda::FitsDispatch(params), "rows that fit shared memory",
+                  geometry.hidden);
+  if (!check.ok()) return ToError(check.status());
   if (!dequantize) return ToError(cuda::LaunchDispatch(params, stream), "dispatch");
   // Float8 rows are received in the ends of the rows that they become.
   const int32_t row_bytes = static_cast<int32_t>(geometry.row_bytes());

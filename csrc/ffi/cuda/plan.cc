@@ -27,7 +27,7 @@ cuda::PlanParams ShapeOf(const plan::PlanShape& shape) {
 }
 
 ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBuffer topk_idx,
-                ffi::AnyBuffer /*coords*/, Out topk, Out dest_row, Out recv_rows, Out recv_src,
+                ffi::AnyBuffer coords, Out topk, Out dest_row, Out recv_rows, Out recv_src,
                 Out expert_idx, Out group_sizes, Out counts, Out demand, Out num_dropped,
                 Out num_invalid, Out scratch) {
   Checker check("plan");
@@ -38,7 +38,7 @@ ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBu
              args);
   const plan::PlanShape& shape = args.shape;
   DeviceGroup group;
-  if (auto error = PrepareGroup(check, attrs.group, device, cuda::OpKind::kPlan,
+  if (auto error = PrepareGroup(check, attrs.group, coords, device, cuda::OpKind::kPlan,
                                 {shape.num_tokens, shape.top_k, shape.num_experts, shape.capacity,
                                  shape.alignment, static_cast<int64_t>(shape.layout)},
                                 group);
@@ -47,6 +47,7 @@ ffi::Error Plan(cudaStream_t stream, int32_t device, PlanAttrs attrs, ffi::AnyBu
   }
   cuda::PlanParams params = ShapeOf(shape);
   params.group = group.params;
+  params.max_blocks = group.member->max_blocks;
   const cuda::PlanKernel kernel = cuda::ChoosePlanKernel(params);
   if (kernel == cuda::PlanKernel::kNone) {
     check.Fail("attributes num_experts and num_ranks", "a plan that fits the GPU's shared memory",
