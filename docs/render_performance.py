@@ -266,9 +266,10 @@ def _op_row(record: Record) -> list[str]:
 
 
 def _ours(results: list[Record]) -> list[Record]:
-    """Records of jax_ep's own kernels on GPUs."""
+    """Records of jax_ep's own kernels with a GPU for each rank; where ranks share one, there is no link."""
     ops = ("plan", "dispatch", "dispatch_cached", "combine")
-    return [r for r in results if r["op"] in ops and "name" not in r and r["gpus"]]
+    ours = [r for r in results if r["op"] in ops and "name" not in r]
+    return [r for r in ours if r["gpus"] == r["ranks"]]
 
 
 def _matches(record: Record, match: dict[str, Any]) -> bool:

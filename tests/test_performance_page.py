@@ -111,7 +111,10 @@ def test_verdicts(page, targets, changes, verdict):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"ranks": 4}, {"routing": "zipf"}, {"tokens": 2048}, {"name": "reference"}, {"gpus": 0}],
+    [
+        *({"ranks": 4}, {"routing": "zipf"}, {"tokens": 2048}, {"name": "reference"}),
+        *({"gpus": 0}, {"gpus": 1}),
+    ],
 )
 def test_other_figures_are_not_taken_for_a_target(page, targets, changes):
     text = page.TABLES["targets"](targets, [record(**changes)])
