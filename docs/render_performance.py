@@ -266,7 +266,7 @@ def _op_row(record: Record) -> list[str]:
 
 
 def _ours(results: list[Record]) -> list[Record]:
-    """Records of jax_ep's own kernels with a GPU for each rank; where ranks share one, there is no link."""
+    """Records of jax_ep's own kernels with a GPU for each rank: those that share one have no link."""
     ops = ("plan", "dispatch", "dispatch_cached", "combine")
     ours = [r for r in results if r["op"] in ops and "name" not in r]
     return [r for r in ours if r["gpus"] == r["ranks"]]
