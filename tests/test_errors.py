@@ -359,8 +359,6 @@ def test_group_of_another_mesh():
 
 
 def test_dispatch_config():
-    with pytest.raises(ValueError, match="num_sms: expected a positive number or None, got 0"):
-        jax_ep.DispatchConfig(num_sms=0)
     with pytest.raises(
         ValueError, match="mode: expected 'auto', 'throughput' or 'latency', got 'fast'"
     ):
@@ -394,4 +392,19 @@ def test_dequantize(call, error, text):
     values, scales, dtype = call
     q = jax_ep.Quantized(jnp.zeros(values, E4M3), jnp.zeros(scales, F32))
     with pytest.raises(error, match="jax_ep.dequantize: .*" + text):
+@pytest.mark.parametrize(
+    ("num_sms", "error", "text"),
+    [
+        (0, V, "expected 1 to 2147483647 or None, got 0; "),
+        (2**40, V, "expected 1 to 2147483647 or None, got 1099511627776; "),
+        (2.5, T, "expected a positive int or None, got 2.5; "),
+        ("4", T, "expected a positive int or None, got '4'; "),
+        (True, T, "expected a positive int or None, got True; "),
+    ],
+)
+def test_number_of_sms(num_sms, error, text):
+    with pytest.raises(error, match=f"jax_ep.DispatchConfig: argument num_sms: {text}"):
+        jax_ep.DispatchConfig(num_sms=num_sms)
+
+
         jax_ep.dequantize(q, dtype)
