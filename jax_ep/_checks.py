@@ -8,7 +8,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _compat
+from jax_ep import _compat, _ffi
 from jax_ep._capacity import INT32_MAX
 from jax_ep._group import Group
 from jax_ep._types import DispatchConfig, Handle, Layout, Quantized
@@ -235,7 +235,7 @@ def check_experts(op: str, num_experts: Any, top_k: int, group: Group) -> None:
 
 
 def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
-    """``num_experts`` is a positive multiple of R that fits int32."""
+    """``num_experts`` is a positive multiple of R that the backend has room for."""
     if not is_int(num_experts):
         raise type_error(
             op,
@@ -252,9 +252,15 @@ def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
             num_experts,
             "give every rank the same number of experts, adding unused ones if need be",
         )
-    if num_experts > INT32_MAX:
+    on_gpus = group.backend == "cuda"
+    most = _ffi.CUDA_MAX_EXPERTS if on_gpus else INT32_MAX
+    if num_experts > most:
         raise value_error(
-            op, "num_experts", f"at most {INT32_MAX}", num_experts, "use fewer experts"
+            op,
+            "num_experts",
+            f"at most {most}{' on GPUs' if on_gpus else ''}",
+            num_experts,
+            "use fewer experts, or backend='reference' for the group" if on_gpus else "use fewer",
         )
 
 
@@ -369,4 +375,33 @@ def check_as_in_handle(op: str, argument: str, value: object, fixed: object) -> 
             f"{fixed!r}, as the handle says, or None",
             repr(value),
             "leave it out, or leave the handle out to make a new plan",
+        )
+
+
+def check_sums_fit(
+    op: str, argument: str, rows: jax.Array, layout: Layout, group: Group, what: str = "on GPUs"
+) -> None:
+    """GPUs can sum rows like these: in layout "expert" one of each peer must fit their ring."""
+    if group.backend != "cuda" or layout != "expert":
+        return
+    _check_row_bytes(op, argument, rows, _ffi.cuda_max_summed_row_bytes(group.size), what)
+
+
+def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:
+    """GPUs can take the gradient of ``combine`` with weights of rows like these."""
+    if group.backend == "cuda":
+        what = "for gradients with weights on GPUs"
+        _check_row_bytes(op, argument, rows, _ffi.CUDA_MAX_VJP_ROW_BYTES, what)
+
+
+def _check_row_bytes(op: str, argument: str, rows: jax.Array, most: int, what: str) -> None:
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
+    if row_bytes > most:
+        raise value_error(
+            op,
+            argument,
+            f"rows of at most {most} bytes {what}",
+            f"hidden {rows.shape[1]} of {rows.dtype} = {row_bytes} bytes",
+            "use a narrower dtype or split hidden over several calls, or make the group with "
+            "backend='reference'",
         )
