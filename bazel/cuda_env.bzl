@@ -1,10 +1,12 @@
 """The CUDA toolkit to build the GPU library with, found as CMake finds it.
 
 nvcc comes from $CUDA_HOME, /usr/local/cuda or the path. $JAX_EP_CUDA is "AUTO" (the GPU library is
-built where there is nvcc), "ON" (it is an error if there is none) or "OFF". Where the GPU library is
-not built, the targets here are there, but incompatible with every platform: `bazel build //...` skips
+built where there is nvcc of CUDA 12.3 or later), "ON" (it is an error if there is none) or "OFF". Where
+the GPU library is not built, the targets here are there, but incompatible with every platform: `bazel build //...` skips
 all that depends on them.
 """
+
+_OLDEST = (12, 3)  # the first whose nvcc knows all that the kernels ask of sm_90a
 
 _BUILD = """
 package(default_visibility = ["//visibility:public"])
@@ -55,6 +57,22 @@ def _find_nvcc(repository):
             return repository.path(home + "/bin/nvcc")
     return repository.which("nvcc")
 
+def _too_old(repository, nvcc):
+    """What is wrong with the version of nvcc, or None."""
+    said = repository.execute([nvcc, "--version"])
+    version = None
+    for word in said.stdout.replace("release ", "release=").replace(",", " ").split(" "):
+        parts = word[len("release="):].split(".")
+        if word.startswith("release=") and len(parts) == 2 and parts[0].isdigit() and parts[1].isdigit():
+            version = (int(parts[0]), int(parts[1]))
+    if version and version >= _OLDEST:
+        return None
+    return "{} is {}, and the GPU library needs nvcc of CUDA {}.{} or later".format(
+        nvcc,
+        "{}.{}".format(*version) if version else "of a version that it does not tell",
+        *_OLDEST
+    )
+
 def _toolkit(repository, nvcc):
     """The folder of the toolkit: nvcc on the path may be a script that calls the one in there."""
     probe = repository.execute([nvcc, "-v", "-E", "-x", "cu", "/dev/null"])
@@ -70,6 +88,13 @@ def _cuda_env_impl(repository):
     nvcc = None if choice == "OFF" else _find_nvcc(repository)
     if choice == "ON" and not nvcc:
         fail("JAX_EP_CUDA=ON, but there is no nvcc; set CUDA_HOME")
+    too_old = _too_old(repository, nvcc) if nvcc else None
+    if too_old and choice == "ON":
+        fail("JAX_EP_CUDA=ON, but {}; set CUDA_HOME to one".format(too_old))
+    if too_old:
+        # buildifier: disable=print
+        print("the GPU library is left out: {}; set CUDA_HOME to one".format(too_old))
+        nvcc = None
     repository.file("defs.bzl", "HAVE_CUDA = {}\n".format(bool(nvcc)))
     repository.file("BUILD", _BUILD if nvcc else _BUILD_WITHOUT)
     if not nvcc:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _compat
+from jax_ep import _compat, _ffi
 from jax_ep._capacity import INT32_MAX
 from jax_ep._group import Group
 from jax_ep._types import DispatchConfig, Handle, Layout, Quantized
@@ -29,6 +29,11 @@ def type_error(op: str, argument: str, expected: str, got: object, fix: str) -> 
 
 def _text(op: str, argument: str, expected: str, got: object, fix: str) -> str:
     return f"jax_ep.{op}: argument {argument}: expected {expected}, got {got}; {fix}."
+
+
+def is_int(value: Any) -> bool:
+    """Whether ``value`` is a Python int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_group(op: str, group: Any) -> None:
@@ -218,7 +223,20 @@ def check_topk_weights(op: str, topk_weights: Any, shape: tuple[int, ...]) -> No
 
 def check_experts(op: str, num_experts: Any, top_k: int, group: Group) -> None:
     """``num_experts`` is a positive multiple of R and not below K."""
-    if not isinstance(num_experts, int) or isinstance(num_experts, bool):
+    check_num_experts(op, num_experts, group)
+    if top_k > num_experts:
+        raise value_error(
+            op,
+            "topk_idx",
+            f"top_k of at most num_experts = {num_experts}",
+            f"top_k {top_k}",
+            "a token can go to each expert once",
+        )
+
+
+def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
+    """``num_experts`` is a positive multiple of R that the backend has room for."""
+    if not is_int(num_experts):
         raise type_error(
             op,
             "num_experts",
@@ -234,34 +252,35 @@ def check_experts(op: str, num_experts: Any, top_k: int, group: Group) -> None:
             num_experts,
             "give every rank the same number of experts, adding unused ones if need be",
         )
-    if top_k > num_experts:
+    on_gpus = group.backend == "cuda"
+    most = _ffi.CUDA_MAX_EXPERTS if on_gpus else INT32_MAX
+    if num_experts > most:
         raise value_error(
             op,
-            "topk_idx",
-            f"top_k of at most num_experts = {num_experts}",
-            f"top_k {top_k}",
-            "a token can go to each expert once",
+            "num_experts",
+            f"at most {most}{' on GPUs' if on_gpus else ''}",
+            num_experts,
+            "use fewer experts, or backend='reference' for the group" if on_gpus else "use fewer",
         )
 
 
-def check_layout(op: str, layout: object, alignment: object) -> None:
+def check_layout(op: str, layout: object, alignment: Any) -> None:
     """``layout`` is known and ``alignment`` a positive int."""
     check_one_of(op, "layout", layout, get_args(Layout))
-    if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1:
+    if not is_int(alignment) or not 1 <= alignment <= INT32_MAX:
         raise value_error(
-            op, "alignment", "a positive int", repr(alignment), "use 1 for no padding, or 128"
+            op,
+            "alignment",
+            f"a positive int of at most {INT32_MAX}",
+            repr(alignment),
+            "use 1 for no padding, or 128",
         )
 
 
-def check_capacity(op: str, capacity: object, layout: Layout, alignment: int) -> None:
+def check_capacity(op: str, capacity: Any, layout: Layout, alignment: int) -> None:
     """``capacity`` is a positive int, and a multiple of ``alignment`` in layout "expert"."""
     multiple = alignment if layout == "expert" else 1
-    if (
-        not isinstance(capacity, int)
-        or isinstance(capacity, bool)
-        or capacity < multiple
-        or capacity % multiple
-    ):
+    if not is_int(capacity) or capacity < multiple or capacity % multiple:
         raise value_error(
             op,
             "capacity",
@@ -293,11 +312,11 @@ def check_capacity_factor(
             repr(capacity_factor),
             "bound the rows with capacity, or use layout='expert'",
         )
-    if not isinstance(capacity_factor, (int, float)) or not 0 < capacity_factor < float("inf"):
+    if not isinstance(capacity_factor, (int, float)) or not 0 < capacity_factor <= INT32_MAX:
         raise value_error(
             op,
             "capacity_factor",
-            "a positive number",
+            f"a positive number of at most {INT32_MAX}",
             repr(capacity_factor),
             "1.0 gives each expert room for its share under even routing",
         )
@@ -344,4 +363,45 @@ def check_not_given(op: str, argument: str, value: object) -> None:
             "None together with handle=, which holds the routes",
             "a value",
             "leave it out, or leave the handle out to make a new plan",
+        )
+
+
+def check_as_in_handle(op: str, argument: str, value: object, fixed: object) -> None:
+    """``value`` is None or what the handle says already."""
+    if value is not None and (type(value) is not type(fixed) or value != fixed):
+        raise value_error(
+            op,
+            argument,
+            f"{fixed!r}, as the handle says, or None",
+            repr(value),
+            "leave it out, or leave the handle out to make a new plan",
+        )
+
+
+def check_sums_fit(
+    op: str, argument: str, rows: jax.Array, layout: Layout, group: Group, what: str = "on GPUs"
+) -> None:
+    """GPUs can sum rows like these: in layout "expert" one of each peer must fit their ring."""
+    if group.backend != "cuda" or layout != "expert":
+        return
+    _check_row_bytes(op, argument, rows, _ffi.cuda_max_summed_row_bytes(group.size), what)
+
+
+def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:
+    """GPUs can take the gradient of ``combine`` with weights of rows like these."""
+    if group.backend == "cuda":
+        what = "for gradients with weights on GPUs"
+        _check_row_bytes(op, argument, rows, _ffi.CUDA_MAX_VJP_ROW_BYTES, what)
+
+
+def _check_row_bytes(op: str, argument: str, rows: jax.Array, most: int, what: str) -> None:
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
+    if row_bytes > most:
+        raise value_error(
+            op,
+            argument,
+            f"rows of at most {most} bytes {what}",
+            f"hidden {rows.shape[1]} of {rows.dtype} = {row_bytes} bytes",
+            "use a narrower dtype or split hidden over several calls, or make the group with "
+            "backend='reference'",
         )

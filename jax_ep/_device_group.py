@@ -25,6 +25,7 @@ from jax_ep._errors import CommunicationError
 from jax_ep._version import __version__
 
 _OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
+_LONGEST_TIMEOUT_S = 1e9  # native code counts nanoseconds; stands for infinity too
 _MEETING_TIMEOUT_S = 300.0  # for all processes to come and make a group
 _FREE_SMS = 32  # for other kernels that wait, such as NCCL's
 _SMS = 132  # of an H100 or H200
@@ -153,6 +154,7 @@ def create(group_id: int, instances: list[list[Rank]], timeout: float) -> None:
     Raises:
         CommunicationError: if the group cannot be made; then in all processes.
     """
+    timeout = min(timeout, _LONGEST_TIMEOUT_S)
     me = jax.process_index()
     mine = {
         number: ranks

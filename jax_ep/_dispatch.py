@@ -23,6 +23,10 @@ from jax_ep._types import (
 
 Output = Literal["dense", "quantized"]
 
+# None stands for these in the signature: beside a handle, what was not given is the handle's.
+_DEFAULT_LAYOUT: Layout = "expert"
+_DEFAULT_ALIGNMENT = 128
+
 
 def dispatch(
     x: Array | Quantized,
@@ -31,8 +35,8 @@ def dispatch(
     *,
     group: Group,
     num_experts: int | None = None,
-    layout: Layout = "expert",
-    alignment: int = 128,
+    layout: Layout | None = None,
+    alignment: int | None = None,
     capacity: int | None = None,
     capacity_factor: float | None = None,
     quantization: Literal["fp8"] | None = None,
@@ -73,15 +77,17 @@ def dispatch(
 
     Args:
         x: ``[T, H]`` bf16, f16 or f32 with rows of a multiple of 16 bytes, or ``Quantized`` rows with
-            H a multiple of 128.
+            H a multiple of 128. For gradients on GPUs in layout "expert" a row has at most
+            16 MiB / (R − 1).
         topk_idx: ``[T, K]`` int32 expert ids, −1 for none; K ≤ 32. An id out of range or repeated
             within a token counts as −1 and in ``num_invalid``.
         topk_weights: ``[T, K]`` float32 that travel with the rows, or None.
         group: The group, from ``create_group``.
-        num_experts: E over the whole group; a multiple of R.
-        layout: "expert": one row per (token, local expert), grouped by expert. "token": one row per
-            (token, rank), ordered by (source rank, token).
-        alignment: Layout "expert": each expert's rows are padded with zeros to a multiple of it.
+        num_experts: E over the whole group; a multiple of R, on GPUs at most 4096.
+        layout: "expert" (the default): one row per (token, local expert), grouped by expert. "token":
+            one row per (token, rank), ordered by (source rank, token).
+        alignment: Layout "expert": each expert's rows are padded with zeros to a multiple of it, by
+            default of 128.
         capacity: Rows C of the result. None: room that always suffices, N = R·T·min(K, L) and
             C = roundup(N + min(L, N)·(alignment − 1), alignment), or R·T in layout "token". Less
             keeps the rows that come first, which starves the last local experts first.
@@ -91,8 +97,9 @@ def dispatch(
         output: With fp8: "dense" (default for arrays) gives rows in the dtype of ``x``, "quantized"
             (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have no gradient.
         scale_format: "f32" or "ue8m0", as in ``jax_ep.quantize``.
-        handle: The handle of an earlier dispatch, to send along the same routes without a new plan;
-            then ``topk_idx``, ``num_experts`` and the capacity are left out.
+        handle: The handle of an earlier dispatch, to send along the same routes without a new plan.
+            It holds ``topk_idx`` and the room, so that ``topk_idx`` and ``capacity_factor`` are left
+            out; ``num_experts``, ``layout``, ``alignment`` and ``capacity`` may be, or are its own.
         config: How to use the machine; None takes the defaults.
 
     Returns:
@@ -115,8 +122,8 @@ def dispatch(
             topk_idx,
             group,
             num_experts,
-            layout,
-            alignment,
+            _DEFAULT_LAYOUT if layout is None else layout,
+            _DEFAULT_ALIGNMENT if alignment is None else alignment,
             capacity,
             capacity_factor,
             config,
@@ -124,9 +131,11 @@ def dispatch(
     else:
         _checks.check_handle(op, handle, group)
         _checks.check_not_given(op, "topk_idx", topk_idx)
-        _checks.check_not_given(op, "num_experts", num_experts)
-        _checks.check_not_given(op, "capacity", capacity)
         _checks.check_not_given(op, "capacity_factor", capacity_factor)
+        _checks.check_as_in_handle(op, "num_experts", num_experts, handle.num_experts)
+        _checks.check_as_in_handle(op, "layout", layout, handle.layout)
+        _checks.check_as_in_handle(op, "alignment", alignment, handle.alignment)
+        _checks.check_as_in_handle(op, "capacity", capacity, handle.capacity)
         if handle.topk_idx.shape[0] != values.shape[0]:
             raise _checks.value_error(
                 op,

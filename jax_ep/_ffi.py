@@ -30,6 +30,16 @@ _LAYOUTS = {"expert": 0, "token": 1}
 _QUANTIZATIONS = {None: 0, "f32": 1, "ue8m0": 2}
 _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
+# What the GPU kernels have room for. Their handlers refuse the rest too, but only while running.
+CUDA_MAX_EXPERTS = 4096  # csrc/cuda/workspace.h: kMaxExperts
+CUDA_MAX_VJP_ROW_BYTES = 106304  # csrc/cuda/combine_vjp.cu: FitsCombineVjp
+_CUDA_RING_BYTES = 16 << 20  # csrc/cuda/workspace.h: kRingBytes
+
+
+def cuda_max_summed_row_bytes(num_ranks: int) -> int:
+    """Bytes of a row in layout "expert" of which the ring of sums holds one of each other rank."""
+    return _CUDA_RING_BYTES // max(num_ranks - 1, 1)
+
 
 @functools.cache
 def why_unavailable(backend: str = "cpu") -> str | None:

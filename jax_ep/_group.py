@@ -18,6 +18,7 @@ from jax_ep._errors import from_text
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
 _DEFAULT_TIMEOUT_S = 600.0
+_SHORTEST_TIMEOUT_S = 1e-3  # native ops count milliseconds
 
 logger = logging.getLogger("jax_ep")
 
@@ -108,7 +109,8 @@ def create_group(
         backend: "auto" follows the mesh's devices: the native backend of their platform where
             there is one, else "reference", which is logged once. "cpu" and "reference" insist.
         timeout: Seconds that an op waits for a peer to arrive before it fails with
-            ``CommunicationError``. Peers may be late because they compile or write checkpoints.
+            ``CommunicationError``; at least 0.001, and ``float("inf")`` waits for ever. Peers may be
+            late because they compile or write checkpoints.
 
     Returns:
         The group.
@@ -142,10 +144,11 @@ def create_group(
             f"jax_ep.create_group: argument timeout: expected seconds as a number, got "
             f"{type(timeout).__name__}; pass an int or a float."
         )
-    if not timeout > 0:
+    if not timeout >= _SHORTEST_TIMEOUT_S:
         raise ValueError(
-            f"jax_ep.create_group: argument timeout: expected seconds > 0, got {timeout!r}; the "
-            f"default is {_DEFAULT_TIMEOUT_S:g}."
+            f"jax_ep.create_group: argument timeout: expected at least {_SHORTEST_TIMEOUT_S:g} "
+            f"seconds, got {timeout!r}; the default is {_DEFAULT_TIMEOUT_S:g}, and float('inf') "
+            f"waits for ever."
         )
     resolved = _resolve_backend(mesh, axis_names, backend)
     key = (mesh, axis_names, resolved, float(timeout))

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
@@ -99,6 +100,9 @@ def moe(
     it is split over the leading token axes in their order, as a batch over "data" is, every device
     works on a part of what it has, and only the outputs are gathered again.
 
+    On GPUs, an op that fails, as for a rank that never comes, gives NaN, which may be all that you see:
+    call ``group.check()`` where you wait for results anyway, to get the ``CommunicationError``.
+
     Example::
 
         mesh = jax.make_mesh((2, 4), ("data", "expert"))
@@ -141,18 +145,16 @@ def moe(
     """
     op = "moe"
     _check_group(group)
+    _checks.check_num_experts(op, num_experts, group)
     _check_top_k(top_k, num_experts)
-    _checks.check_experts(op, num_experts, top_k, group)
+    _check_x(x)
     _check_params(params, x.shape[-1], num_experts)
     _checks.check_one_of(op, "overlap", overlap, (None, "shared_expert"))
     if overlap is not None and params.shared is None:
         raise _checks.value_error(
             op, "overlap", "None without a shared expert", repr(overlap), "leave it out"
         )
-    if mask is not None and mask.shape != x.shape[:-1]:
-        raise _checks.value_error(
-            op, "mask", f"shape {x.shape[:-1]}, one entry for each token", mask.shape, "reshape it"
-        )
+    _check_mask(mask, x.shape[:-1])
     settings = _Settings(
         group=group,
         num_experts=num_experts,
@@ -297,10 +299,18 @@ def _gated(gate: Array, up: Array, settings: _Settings) -> Float32[Array, "rows 
 
 
 def _resolve_router(router: RouterLike) -> Router | Callable[..., Routing]:
-    if not isinstance(router, str):
-        return router
-    _checks.check_one_of("moe", "router", router, ("softmax", "sigmoid"))
-    return Router(router)
+    if isinstance(router, str):
+        _checks.check_one_of("moe", "router", router, ("softmax", "sigmoid"))
+        return Router(router)
+    if not callable(router):
+        raise _checks.type_error(
+            "moe",
+            "router",
+            "'softmax', 'sigmoid', a jax_ep.routing.Router or a function",
+            type(router).__name__,
+            "leave it out for 'softmax'",
+        )
+    return router
 
 
 def _resolve_token_axes(token_axes: tuple[str, ...], group: Group) -> tuple[str, ...]:
@@ -348,7 +358,11 @@ def _check_group(group: Any) -> None:
         )
 
 
-def _check_top_k(top_k: int, num_experts: int) -> None:
+def _check_top_k(top_k: Any, num_experts: int) -> None:
+    if not _checks.is_int(top_k):
+        raise _checks.type_error(
+            "moe", "top_k", "a Python int", type(top_k).__name__, "pass the experts of a token"
+        )
     most = min(num_experts, _checks.MAX_TOP_K)
     if not 1 <= top_k <= most:
         raise _checks.value_error(
@@ -356,8 +370,57 @@ def _check_top_k(top_k: int, num_experts: int) -> None:
         )
 
 
-def _check_params(params: MoEParams, hidden: int, num_experts: int) -> None:
-    intermediate = params.gate.shape[-1]
+def _check_x(x: Any) -> None:
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise _checks.type_error("moe", "x", "an array", type(x).__name__, "convert it first")
+    if x.ndim == 0:
+        raise _checks.value_error(
+            "moe",
+            "x",
+            "at least one dimension, [..., hidden]",
+            "a scalar",
+            "give each token its channels in the last dimension",
+        )
+
+
+def _check_mask(mask: Any, shape: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, jax.Array | np.ndarray) or mask.dtype != jnp.bool_:
+        raise _checks.type_error(
+            "moe",
+            "mask",
+            "a boolean array or None",
+            getattr(mask, "dtype", type(mask).__name__),
+            "cast it with astype(bool)",
+        )
+    if mask.shape != shape:
+        raise _checks.value_error(
+            "moe", "mask", f"shape {shape}, one entry for each token", mask.shape, "reshape it"
+        )
+
+
+def _check_params(params: Any, hidden: int, num_experts: int) -> None:
+    if not isinstance(params, MoEParams):
+        raise _checks.type_error(
+            "moe",
+            "params",
+            "jax_ep.MoEParams",
+            type(params).__name__,
+            "make the weights with jax_ep.init_moe_params, or put yours into jax_ep.MoEParams",
+        )
+    for name in ("router_kernel", "gate", "up", "down", "router_bias"):
+        weight = getattr(params, name)
+        optional = name == "router_bias"
+        if not isinstance(weight, jax.Array | np.ndarray) and not (optional and weight is None):
+            raise _checks.type_error(
+                "moe",
+                f"params.{name}",
+                "an array or None" if optional else "an array",
+                type(weight).__name__,
+                "make the weights with jax_ep.init_moe_params",
+            )
+    intermediate = params.gate.shape[-1] if params.gate.ndim else 0
     expected = {
         "router_kernel": (hidden, num_experts),
         "gate": (num_experts, hidden, intermediate),

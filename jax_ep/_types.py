@@ -12,6 +12,8 @@ Layout = Literal["expert", "token"]
 ScaleFormat = Literal["f32", "ue8m0"]
 Mode = Literal["auto", "throughput", "latency"]
 
+_MAX_NUM_SMS = 2**31 - 1  # an int32 attribute of the ops; GPUs have far fewer
+
 
 class Quantized(NamedTuple):
     """Rows in 8-bit floats with one float32 scale per block of 128 channels.
@@ -33,9 +35,10 @@ class DispatchConfig:
 
     Attributes:
         num_sms: Streaming multiprocessors (one block each) that a dispatch or combine may occupy on
-            a GPU, brought into 2 to 100. None takes the number that ``python -m jax_ep.tune`` found
-            for this GPU, group size and shape, else 64 in layout "expert" and 24 in layout "token"
-            (less where 32 SMs would not stay free). Has no meaning on CPU.
+            a GPU, from 1 on, brought into 2 to 100. None takes the number that
+            ``python -m jax_ep.tune`` found for this GPU, group size and shape, else 64 in layout
+            "expert" and 24 in layout "token" (less where 32 SMs would not stay free). Has no meaning
+            on CPU.
         mode: "throughput" (prefill and training), "latency" (decode) or "auto" (by size). So far
             every mode runs the throughput kernels.
     """
@@ -44,15 +47,22 @@ class DispatchConfig:
     mode: Mode = "auto"
 
     def __post_init__(self) -> None:
-        if self.num_sms is not None and self.num_sms < 1:
-            raise ValueError(
-                f"DispatchConfig: argument num_sms: expected a positive number or None, got "
-                f"{self.num_sms}."
-            )
+        what = "jax_ep.DispatchConfig: argument"
+        if self.num_sms is not None:
+            if not isinstance(self.num_sms, int) or isinstance(self.num_sms, bool):
+                raise TypeError(
+                    f"{what} num_sms: expected a positive int or None, got {self.num_sms!r}; pass a "
+                    f"number of SMs as an int."
+                )
+            if not 1 <= self.num_sms <= _MAX_NUM_SMS:
+                raise ValueError(
+                    f"{what} num_sms: expected 1 to {_MAX_NUM_SMS} or None, got {self.num_sms}; an "
+                    f"op takes 2 to 100, whatever is asked for."
+                )
         if self.mode not in ("auto", "throughput", "latency"):
             raise ValueError(
-                f"DispatchConfig: argument mode: expected 'auto', 'throughput' or 'latency', got "
-                f"{self.mode!r}."
+                f"{what} mode: expected 'auto', 'throughput' or 'latency', got {self.mode!r}; "
+                f"choose one of these."
             )
 
 

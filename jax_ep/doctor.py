@@ -58,6 +58,7 @@ def examine() -> Iterator[Finding]:
         _devices,
         _cpu_client,
         _gpus,
+        _links,
         _reach,
         _sharing,
         _xla_flags,
@@ -162,6 +163,20 @@ def _cpu_client() -> Iterator[Finding]:
         yield Finding("ok", "CPU client threads", f"PJRT_NPROC={num_threads}")
 
 
+def _ask_nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints; nothing if it fails."""
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        return ""
+    try:
+        done = subprocess.run(
+            [nvidia_smi, *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "" if done.returncode else done.stdout
+
+
 def _gpus() -> Iterator[Finding]:
     nvidia_smi = shutil.which("nvidia-smi")
     if nvidia_smi is None:
@@ -188,6 +203,61 @@ def _gpus() -> Iterator[Finding]:
         return
     cuda = importlib.import_module("jax_ep._cuda")
     yield Finding("ok", "native GPU library", _describe(cuda.build_info()))
+
+
+def _links() -> Iterator[Finding]:
+    """What joins the GPUs of this machine, and which of them read each other's memory."""
+    from jax_ep import _gpu_links
+
+    gpus = [line for line in _ask_nvidia_smi("-L").splitlines() if line.startswith("GPU ")]
+    if len(gpus) < 2:
+        return
+    links = _gpu_links.links(_ask_nvidia_smi("topo", "-m"))
+    if links is None:
+        yield Finding(
+            "note",
+            "GPU links",
+            "cannot be told: nvidia-smi topo -m printed no table that is understood",
+            "look at what it prints: ranks want NVLink (NV1, NV18 ...) between them",
+        )
+    else:
+        for link in sorted(set(links.values()), key=lambda link: not _gpu_links.is_nvlink(link)):
+            pairs = [pair for pair in links if links[pair] == link]
+            which = f"all {len(pairs)}" if len(pairs) == len(links) else str(len(pairs))
+            fast = _gpu_links.is_nvlink(link)
+            yield Finding(
+                "ok" if fast else "note",
+                "GPU links",
+                f"{link} ({_gpu_links.meaning(link)}) joins {which} pair(s): "
+                f"{_gpu_links.pairs_text(pairs)}",
+                ""
+                if fast
+                else "without NVLink rows take several times as long: make groups of GPUs that "
+                "NVLink joins, or see nvidia-smi nvlink --status if these should be",
+            )
+    access = _gpu_links.access(_ask_nvidia_smi("topo", "-p2p", "r"))
+    if access is None:
+        yield Finding(
+            "note",
+            "GPU peer access",
+            "cannot be told: nvidia-smi topo -p2p r printed no table that is understood",
+            "look at what it prints: ranks of a group must read each other's memory",
+        )
+        return
+    refused = {pair: why for pair, why in access.items() if why != "OK"}
+    if not refused:
+        yield Finding("ok", "GPU peer access", "every GPU reads the memory of all others")
+        return
+    apart = {(min(pair), max(pair)) for pair in refused}
+    yield Finding(
+        "note",
+        "GPU peer access",
+        f"{_gpu_links.pairs_text(apart)} do not read each other's memory "
+        f"({', '.join(sorted(set(refused.values())))} in nvidia-smi topo -p2p r)",
+        "the native backend needs groups without such pairs: choose others with "
+        "CUDA_VISIBLE_DEVICES, or see whether IOMMU, ACS or the driver forbids it; "
+        "backend='reference' works without",
+    )
 
 
 def _reach() -> Iterator[Finding]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
@@ -65,10 +66,14 @@ def softmax_top_k(
         The routes.
 
     Raises:
-        ValueError: if ``k`` is not from 1 to E.
+        TypeError: if ``logits`` is no array or ``k`` no int.
+        ValueError: if ``logits`` is not ``[T, E]``, or ``k`` not from 1 to E.
     """
+    op = "routing.softmax_top_k"
+    _check_logits(op, logits)
+    _check_k(op, k, logits.shape[1])
     scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    return _choose("softmax_top_k", scores, _selection(scores, bias), k, renormalize, scale)
+    return _choose(scores, _selection(scores, bias), k, renormalize, scale)
 
 
 def sigmoid_top_k(
@@ -92,10 +97,14 @@ def sigmoid_top_k(
         The routes.
 
     Raises:
-        ValueError: if ``k`` is not from 1 to E.
+        TypeError: if ``logits`` is no array or ``k`` no int.
+        ValueError: if ``logits`` is not ``[T, E]``, or ``k`` not from 1 to E.
     """
+    op = "routing.sigmoid_top_k"
+    _check_logits(op, logits)
+    _check_k(op, k, logits.shape[1])
     scores = jax.nn.sigmoid(logits.astype(jnp.float32))
-    return _choose("sigmoid_top_k", scores, _selection(scores, bias), k, renormalize, scale)
+    return _choose(scores, _selection(scores, bias), k, renormalize, scale)
 
 
 def group_limited_top_k(
@@ -136,9 +145,12 @@ def group_limited_top_k(
         The routes.
 
     Raises:
+        TypeError: if ``logits`` is no array or ``k`` no int.
         ValueError: if the sizes do not fit each other; the text says what would.
     """
     op = "routing.group_limited_top_k"
+    _check_logits(op, logits)
+    _check_k(op, k, logits.shape[1])
     tokens, experts = logits.shape
     _checks.check_one_of(op, "scoring", scoring, ("sigmoid", "softmax"))
     if num_groups < 1 or experts % num_groups:
@@ -167,7 +179,7 @@ def group_limited_top_k(
     best = lax.top_k(group_scores, top_groups)[1]
     allowed = (best[:, :, None] == jnp.arange(num_groups)).any(axis=1)  # [T, num_groups]
     selection = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
-    return _choose("group_limited_top_k", scores, selection, k, renormalize, scale)
+    return _choose(scores, selection, k, renormalize, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,8 +318,37 @@ def _selection(
     return lax.stop_gradient(scores if bias is None else scores + bias)
 
 
+def _check_logits(op: str, logits: Any) -> None:
+    if not isinstance(logits, jax.Array | np.ndarray):
+        raise _checks.type_error(
+            op, "logits", "an array", type(logits).__name__, "convert it first"
+        )
+    if logits.ndim != 2:
+        raise _checks.value_error(
+            op,
+            "logits",
+            "two dimensions, [tokens, experts]",
+            f"shape {logits.shape}",
+            "flatten the leading dimensions into tokens",
+        )
+
+
+def _check_k(op: str, k: Any, num_experts: int) -> None:
+    if not _checks.is_int(k):
+        raise _checks.type_error(
+            op, "k", "a Python int", type(k).__name__, "pass the number of experts of a token"
+        )
+    if not 1 <= k <= num_experts:
+        raise _checks.value_error(
+            op,
+            "k",
+            f"1 to {num_experts}, the number of experts",
+            k,
+            "a token can go to each expert once",
+        )
+
+
 def _choose(
-    op: str,
     scores: Float32[Array, "tokens experts"],
     selection: Float32[Array, "tokens experts"],
     k: int,
@@ -315,14 +356,6 @@ def _choose(
     scale: float,
 ) -> Routing:
     """The k experts with the largest selection score, weighted by their score."""
-    if not 1 <= k <= scores.shape[1]:
-        raise _checks.value_error(
-            f"routing.{op}",
-            "k",
-            f"1 to {scores.shape[1]}, the number of experts",
-            k,
-            "a token can go to each expert once",
-        )
     topk_idx = lax.top_k(selection, k)[1]  # of equal scores the one at the lowest index
     weights = jnp.take_along_axis(scores, topk_idx, axis=1)
     if renormalize:

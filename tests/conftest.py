@@ -41,7 +41,7 @@ else:
     BACKENDS = ("reference", "cpu")
 
 # Wrong calls of these reach the user as errors that name the fix, so no type checker may come first.
-_CHECKED_BY_HAND = {"_dispatch", "_combine", "_overlap", "_group", "_quantize"}
+_CHECKED_BY_HAND = {"_dispatch", "_combine", "_overlap", "_group", "_moe", "_quantize", "routing"}
 # JAX rebuilds these pytrees with leaves of any kind (specs, sentinels, batched arrays).
 _PYTREES = {"_types"}
 

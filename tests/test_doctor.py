@@ -89,6 +89,148 @@ def test_concurrent_command_buffers_must_go(monkeypatch, mode, count):
     ] * count
 
 
+LEGEND = """
+Legend:
+
+  X    = Self
+  SYS  = Connection traversing PCIe as well as the SMP interconnect between NUMA nodes (e.g., QPI/UPI)
+  NODE = Connection traversing PCIe as well as the interconnect between PCIe Host Bridges within a NUMA node
+  PHB  = Connection traversing PCIe as well as a PCIe Host Bridge (typically the CPU)
+  PXB  = Connection traversing multiple PCIe bridges (without traversing the PCIe Host Bridge)
+  PIX  = Connection traversing at most a single PCIe bridge
+  NV#  = Connection traversing a bonded set of # NVLinks
+
+NIC Legend:
+
+  NIC0: mlx5_0
+"""  # noqa: E501
+ACCESS_LEGEND = """
+Legend:
+
+  X    = Self
+  OK   = Status Ok
+  CNS  = Chipset not supported
+  GNS  = GPU not supported
+  TNS  = Topology not supported
+  NS   = Not supported
+  U    = Unknown
+"""
+ONE_SWITCH = f"""\
+\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV18\tNV18\tPIX\t0-47,96-143\t0\t\tN/A
+GPU1\tNV18\t X \tNV18\tNODE\t0-47,96-143\t0\t\tN/A
+GPU2\tNV18\tNV18\t X \tSYS\t48-95,144-191\t1\t\tN/A
+NIC0\tPIX\tNODE\tSYS\t X \t\t\t\t
+{LEGEND}"""
+TWO_BRIDGES = f"""\
+        GPU0    GPU1    GPU2    GPU3    CPU Affinity    NUMA Affinity
+GPU0     X      NV12    SYS     SYS     0-31    0
+GPU1    NV12     X      SYS     SYS     0-31    0
+GPU2    SYS     SYS      X      NV12    32-63   1
+GPU3    SYS     SYS     NV12     X      32-63   1
+{LEGEND}"""
+PCIE_ONLY = f"""\
+\tGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID
+GPU0\t X \tPHB\t0-15\t\t\tN/A
+GPU1\tPHB\t X \t0-15\t\t\tN/A
+{LEGEND}"""
+ALL_ACCESS = f"""\
+ \t\x1b[4mGPU0\tGPU1\x1b[0m\t
+ GPU0\tX\tOK\t
+ GPU1\tOK\tX\t
+{ACCESS_LEGEND}"""
+NO_ACCESS = ALL_ACCESS.replace("OK\t", "CNS\t")
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch):
+    """Puts an nvidia-smi in place that prints what it is told to, by its arguments."""
+
+    def put(*, gpus=2, links="", access="", exit_status=0):
+        names = "".join(f"GPU {i}: NVIDIA H200 (UUID: GPU-{i})\n" for i in range(gpus))
+        prints = {"-L": names, "topo -m": links, "topo -p2p r": access}
+
+        def run(command, **_):
+            text = prints[" ".join(command[1:])]
+            returncode = exit_status if command[1] == "topo" else 0
+            return types.SimpleNamespace(stdout=text, stderr="", returncode=returncode)
+
+        monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(doctor.subprocess, "run", run)
+
+    return put
+
+
+def test_gpus_on_one_nvlink_switch(nvidia_smi):
+    nvidia_smi(gpus=3, links=ONE_SWITCH, access=ALL_ACCESS)
+    links, access = doctor._links()
+    assert links.status == access.status == "ok"
+    assert links.detail == "NV18 (NVLink) joins all 3 pair(s): GPU0-GPU1, GPU0-GPU2, GPU1-GPU2"
+    assert access.detail == "every GPU reads the memory of all others"
+    assert not links.mend and not access.mend
+
+
+def test_gpus_in_pairs(nvidia_smi):
+    nvidia_smi(gpus=4, links=TWO_BRIDGES, access=ALL_ACCESS)
+    bridges, far, _ = doctor._links()
+    assert bridges.status == "ok"
+    assert bridges.detail == "NV12 (NVLink) joins 2 pair(s): GPU0-GPU1, GPU2-GPU3"
+    assert far.status == "note"
+    assert far.detail.startswith("SYS (PCIe and the link between CPUs) joins 4 pair(s): GPU0-GPU2,")
+    assert "groups of GPUs that NVLink joins" in far.mend
+
+
+def test_gpus_without_nvlink(nvidia_smi):
+    nvidia_smi(links=PCIE_ONLY, access=NO_ACCESS)
+    links, access = doctor._links()
+    assert links.status == access.status == "note"
+    assert links.detail == "PHB (PCIe through the CPU) joins all 1 pair(s): GPU0-GPU1"
+    assert "nvidia-smi nvlink --status" in links.mend
+    assert "GPU0-GPU1 do not read each other's memory (CNS in" in access.detail
+    assert "IOMMU" in access.mend
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        "",
+        "Failed to get topology",
+        ONE_SWITCH.replace("NV18\t X ", "?\t X "),
+        ONE_SWITCH.replace("GPU2\tNV18", "GPU9\tNV18"),  # a row is missing
+        PCIE_ONLY.replace("GPU1\tPHB", "GPU1"),
+    ],
+)
+def test_links_that_cannot_be_told(nvidia_smi, links):
+    nvidia_smi(links=links)
+    findings = list(doctor._links())
+    assert [finding.name for finding in findings] == ["GPU links", "GPU peer access"]
+    for finding in findings:
+        assert finding.status == "note" and finding.mend
+        assert "cannot be told: nvidia-smi topo" in finding.detail
+
+
+def test_nvidia_smi_that_fails(nvidia_smi):
+    nvidia_smi(links=PCIE_ONLY, access=ALL_ACCESS, exit_status=1)
+    assert ["cannot be told" in finding.detail for finding in doctor._links()] == [True, True]
+
+
+def test_links_of_one_gpu_or_none(nvidia_smi, monkeypatch):
+    nvidia_smi(gpus=1, links="\tGPU0\tCPU Affinity\nGPU0\t X \t0-15\n")
+    assert list(doctor._links()) == []
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert list(doctor._links()) == []
+
+
+def test_nvidia_smi_that_hangs(monkeypatch, nvidia_smi):
+    nvidia_smi()
+
+    def hang(command, **_):
+        raise doctor.subprocess.TimeoutExpired(command, 60)
+
+    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    assert list(doctor._links()) == []
+
+
 def _duplicate(file) -> int:
     """A descriptor for others to close."""
     return doctor.os.dup(file.fileno())

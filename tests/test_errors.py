@@ -165,12 +165,19 @@ BAD_DISPATCH: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "E float": ({"num_experts": 4.0}, T, "num_experts", "int / float / number of experts"),
     "E odd": ({"num_experts": 5}, V, "num_experts", "multiple…2 ranks / 5 / same number"),
     "E zero": ({"num_experts": 0}, V, "num_experts", "positive multiple / 0 / same number"),
+    "E beyond int32": (
+        {"num_experts": 2**31}, V, "num_experts", "at most 2147483647 / 2147483648 / fewer",
+    ),
     "E negative": ({"num_experts": -4}, V, "num_experts", "positive multiple / -4 / same number"),
     "layout": ({"layout": "rows"}, V, "layout", "'expert', 'token' / 'rows' / choose"),
     "layout unhashable": ({"layout": ["token"]}, V, "layout", "'expert', 'token' / ['token'] / choose"),
     "alignment 0": ({"alignment": 0}, V, "alignment", "positive int / 0 / 128"),
     "alignment -8": ({"alignment": -8}, V, "alignment", "positive int / -8 / 128"),
     "alignment float": ({"alignment": 8.0}, V, "alignment", "positive int / 8.0 / 128"),
+    "alignment beyond int32": (
+        {"layout": "token", "alignment": 2**40},
+        V, "alignment", "at most 2147483647 / 1099511627776 / 128",
+    ),
     "capacity 0": ({"capacity": 0}, V, "capacity", "positive multiple…128 / 0 / round it up"),
     "capacity -8": ({"capacity": -128}, V, "capacity", "positive multiple…128 / -128 / round it up"),
     "capacity small": ({"capacity": 64}, V, "capacity", "positive multiple…128 / 64 / round it up"),
@@ -192,6 +199,9 @@ BAD_DISPATCH: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "factor nan": (
         {"capacity_factor": float("nan")},
         V, "capacity_factor", "positive number / nan / 1.0",
+    ),
+    "factor without end": (
+        {"capacity_factor": 1e308}, V, "capacity_factor", "at most 2147483647 / 1e+308 / 1.0",
     ),
     "factor text": ({"capacity_factor": "2"}, V, "capacity_factor", "positive number / '2' / 1.0"),
     "quantization": ({"quantization": "int8"}, V, "quantization", "None, 'fp8' / 'int8' / choose"),
@@ -223,8 +233,24 @@ BAD_AGAIN: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "handle and idx": (
         {"topk_idx": array((TOKENS, TOP_K), I32)}, V, "topk_idx", "None…handle= / a value / leave",
     ),
-    "handle and E": ({"num_experts": 4}, V, "num_experts", "None…handle= / a value / leave"),
-    "handle and capacity": ({"capacity": 8}, V, "capacity", "None…handle= / a value / leave"),
+    "handle and E": ({"num_experts": 6}, V, "num_experts", "4, as the handle says / 6 / leave"),
+    "handle and capacity": ({"capacity": 8}, V, "capacity", "32, as the handle says / 8 / leave"),
+    "handle and capacity array": (
+        {"capacity": array((), I32)}, V, "capacity", "32, as the handle says / int32 / leave",
+    ),
+    "handle and layout": (
+        {"layout": "token"}, V, "layout", "'expert', as the handle says / 'token' / leave",
+    ),
+    "token handle and layout": (
+        {"handle": TOKEN_HANDLE, "layout": "expert"},
+        V, "layout", "'token', as the handle says / 'expert' / leave",
+    ),
+    "handle and alignment": (
+        {"alignment": 7}, V, "alignment", "8, as the handle says / 7 / leave",
+    ),
+    "handle and the default alignment": (
+        {"alignment": 128}, V, "alignment", "8, as the handle says / 128 / leave",
+    ),
     "handle and factor": (
         {"capacity_factor": 1.0},
         V, "capacity_factor", "None…handle= / a value / leave",
@@ -291,8 +317,18 @@ def test_combine(name):
     refused("combine", COMBINE | changes, error, argument, text)
 
 
+AS_IN_HANDLE = {"num_experts": EXPERTS, "layout": "expert", "alignment": 8, "capacity": CAPACITY}
+
+
 @pytest.mark.parametrize(
-    ("op", "call"), [("dispatch", DISPATCH), ("dispatch", AGAIN), ("combine", COMBINE)]
+    ("op", "call"),
+    [
+        ("dispatch", DISPATCH),
+        ("dispatch", AGAIN),
+        ("dispatch", AGAIN | {"handle": TOKEN_HANDLE}),
+        ("dispatch", AGAIN | AS_IN_HANDLE),
+        ("combine", COMBINE),
+    ],
 )
 def test_the_good_calls_are_good(op, call):
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
@@ -358,9 +394,22 @@ def test_group_of_another_mesh():
         )
 
 
+@pytest.mark.parametrize(
+    ("num_sms", "error", "text"),
+    [
+        (0, V, "expected 1 to 2147483647 or None, got 0; "),
+        (2**40, V, "expected 1 to 2147483647 or None, got 1099511627776; "),
+        (2.5, T, "expected a positive int or None, got 2.5; "),
+        ("4", T, "expected a positive int or None, got '4'; "),
+        (True, T, "expected a positive int or None, got True; "),
+    ],
+)
+def test_number_of_sms(num_sms, error, text):
+    with pytest.raises(error, match=f"jax_ep.DispatchConfig: argument num_sms: {text}"):
+        jax_ep.DispatchConfig(num_sms=num_sms)
+
+
 def test_dispatch_config():
-    with pytest.raises(ValueError, match="num_sms: expected a positive number or None, got 0"):
-        jax_ep.DispatchConfig(num_sms=0)
     with pytest.raises(
         ValueError, match="mode: expected 'auto', 'throughput' or 'latency', got 'fast'"
     ):

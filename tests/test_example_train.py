@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 import dense_moe
+import jax_ep
 from byte_lm import cluster, data
 from byte_lm.config import ModelConfig, RunConfig, TrainConfig
 from byte_lm.run import Run
@@ -156,6 +157,30 @@ def test_resumed_run_has_the_same_bits(trainer, corpus, tmp_path):
     assert any(np.any(leaf) for leaf in jax.tree.leaves(resumed.state.buffers))
     assert (half / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (again.held_out_loss, again.sample) == (summary.held_out_loss, summary.sample)
+
+
+def test_failed_group_ends_the_run(trainer, corpus, tmp_path, monkeypatch):
+    """With its own error, before losses of NaN are recorded or states of NaN saved."""
+    calls = []
+
+    def check(group):
+        calls.append(group)
+        if len(calls) > 2:
+            raise jax_ep.CommunicationError("rank 1 did not come")
+
+    monkeypatch.setattr(jax_ep.Group, "check", check)
+    with (
+        Run(trainer, corpus, RunConfig(out=tmp_path, steps=4)) as run,
+        pytest.raises(jax_ep.CommunicationError, match="rank 1 did not come"),
+    ):
+        run.train()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 1]  # its figures and its evaluation
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    with pytest.raises(jax_ep.CommunicationError):
+        trainer.held_out_loss(trainer.initial_state(), batches(corpus, 1))
+    with pytest.raises(jax_ep.CommunicationError):
+        run._sample()
 
 
 def test_minutes_become_steps(trainer, corpus, tmp_path):

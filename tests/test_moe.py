@@ -363,6 +363,58 @@ def test_errors(arguments, text):
         jax_ep.moe(params=make_params(hidden=hidden), group=group, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (
+            {"params": None},
+            TypeError,
+            "params: expected jax_ep.MoEParams, got NoneType; .*init_moe",
+        ),
+        (
+            {"params": {}},
+            TypeError,
+            "params: expected jax_ep.MoEParams, got dict; .*init_moe_params",
+        ),
+        (
+            {"params": make_params()._replace(gate=None)},
+            TypeError,
+            "params.gate: expected an array, got NoneType; .*init_moe_params",
+        ),
+        (
+            {"params": make_params()._replace(router_bias=[0.0] * E)},
+            TypeError,
+            "params.router_bias: expected an array or None, got list; ",
+        ),
+        (
+            {"params": make_params()._replace(gate=jnp.zeros(()))},
+            ValueError,
+            r"params.gate: expected shape \(8, 8, 0\) .*, got \(\); ",
+        ),
+        ({"router": None}, TypeError, "router: expected 'softmax', .* got NoneType; leave it out"),
+        ({"router": 3}, TypeError, "router: expected 'softmax', .* a function, got int; leave"),
+        (
+            {"router": "best"},
+            ValueError,
+            "router: expected one of 'softmax', 'sigmoid', got 'best'",
+        ),
+        ({"x": jnp.float32(1)}, ValueError, r"x: expected .*\[..., hidden\], got a scalar; give"),
+        ({"x": 1.0}, TypeError, "x: expected an array, got float; convert"),
+        ({"top_k": 2.0}, TypeError, "top_k: expected a Python int, got float; "),
+        ({"num_experts": 8.0}, TypeError, "num_experts: expected a Python int .*, got float; "),
+        ({"num_experts": 2**31}, ValueError, "num_experts: expected at most 2147483647, got 2147"),
+        ({"mask": jnp.ones((4,))}, TypeError, "mask: expected a boolean .*, got float32; .*bool"),
+        ({"mask": [True] * 4}, TypeError, "mask: expected a boolean array or None, got list; "),
+        ({"mask": np.ones((5,), bool)}, ValueError, r"mask: expected shape \(4,\), .*got \(5,\)"),
+    ],
+)
+def test_wrong_types(arguments, error, text):
+    group = make_group("data-expert", "reference")
+    call = {"x": make_x(4, H), "params": make_params(), "num_experts": E, "top_k": K}
+    with pytest.raises(error, match=f"jax_ep.moe: argument {text}"):
+        jax_ep.moe(group=group, **call | arguments)
+
+
 def test_inside_shard_map_is_an_error():
     group = make_group("expert", "reference")
     layer = functools.partial(jax_ep.moe, params=make_params(), group=group, num_experts=E, top_k=K)

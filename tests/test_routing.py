@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,3 +217,38 @@ def test_update_bias():
 def test_errors(logits, call, text):
     with pytest.raises(ValueError, match=f"jax_ep.routing.*{text}"):
         call(logits)
+
+
+ROUTERS = {
+    "softmax_top_k": routing.softmax_top_k,
+    "sigmoid_top_k": routing.sigmoid_top_k,
+    "group_limited_top_k": functools.partial(
+        routing.group_limited_top_k, num_groups=4, top_groups=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize(
+    ("make_logits", "k", "error", "text"),
+    [
+        (
+            lambda: jnp.zeros((16,)),
+            2,
+            ValueError,
+            r"logits: expected two dimensions, \[tokens, experts\], got shape \(16,\); flatten",
+        ),
+        (
+            lambda: jnp.zeros((2, 3, 16)),
+            2,
+            ValueError,
+            r"logits: .* got shape \(2, 3, 16\); flatten",
+        ),
+        (lambda: [[0.0] * 16], 2, TypeError, "logits: expected an array, got list; convert"),
+        (lambda: jnp.zeros((3, 16)), 2.0, TypeError, "k: expected a Python int, got float; "),
+        (lambda: jnp.zeros((3, 16)), 0, ValueError, "k: expected 1 to 16, .*, got 0; "),
+    ],
+)
+def test_wrong_logits(name, make_logits, k, error, text):
+    with pytest.raises(error, match=f"jax_ep.routing.{name}: argument {text}"):
+        ROUTERS[name](make_logits(), k)

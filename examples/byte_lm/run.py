@@ -199,6 +199,7 @@ class Run:
         while len(self._pending) > but:
             step, figures = self._pending.popleft()
             loss, load, dropped = jax.device_get(figures)
+            self._trainer.check()
             self._metrics.add(step, loss=float(loss), dropped=float(dropped), load=load.tolist())
 
     def _pause_if_due(self) -> None:
@@ -272,7 +273,9 @@ class Run:
             np.int32(self._trainer.config.seed),
             np.float32(_TEMPERATURE),
         )
-        return np.asarray(made)[0].astype(np.uint8).tobytes().decode(errors="replace")
+        text = np.asarray(made)[0]
+        self._trainer.check()
+        return text.astype(np.uint8).tobytes().decode(errors="replace")
 
     def _write(self, summary: Summary) -> None:
         out = self._config.out

@@ -153,7 +153,19 @@ class Trainer:
         self, state: TrainState, batches: Iterable[Int32[np.ndarray, "batch seq_plus_one"]]
     ) -> float:
         """Mean nats per byte over ``batches``, which are of one size."""
-        return float(np.mean([self.loss(state, self.put(batch)) for batch in batches]))
+        mean = float(np.mean([self.loss(state, self.put(batch)) for batch in batches]))
+        self.check()
+        return mean
+
+    def check(self) -> None:
+        """Raise if ranks lost each other; call it with results at hand, before they are used.
+
+        On GPUs a failed op gives NaN, and steps replayed from CUDA graphs could not say more.
+
+        Raises:
+            jax_ep.CommunicationError: if they did.
+        """
+        self._group.check()
 
     def _make_graph(self, model_config: ModelConfig) -> nnx.GraphDef[ByteLM]:
         make = functools.partial(ByteLM, model_config, self._group)
