@@ -32,7 +32,7 @@ _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
 # What the GPU kernels have room for. Their handlers refuse the rest too, but only while running.
 CUDA_MAX_EXPERTS = 4096  # csrc/cuda/workspace.h: kMaxExperts
-CUDA_MAX_VJP_ROW_BYTES = 106304  # csrc/cuda/combine_vjp.cu: FitsCombineVjp
+CUDA_MAX_VJP_ROW_BYTES = 106240  # csrc/cuda/combine_vjp.cu: FitsCombineVjp
 _CUDA_RING_BYTES = 16 << 20  # csrc/cuda/workspace.h: kRingBytes
 
 

@@ -7,9 +7,10 @@
 // products of channels j, j + 256, ... and the lanes are added in a tree by halves. Thread t of a
 // warp holds lanes 8 t to 8 t + 7.
 //
-// Each warp has two buffers for cotangents and a ring of stages for parts of rows in shared memory,
-// all filled by bulk copies: the cotangent of the next source and the parts to come are on their
-// way while a part is computed with.
+// A team of warps goes through sources, whose rows they take in turn. It has two buffers for
+// cotangents in shared memory, and each warp a ring of stages for parts of rows, all filled by bulk
+// copies: the cotangent of the next source and the parts to come are on their way while a part is
+// computed with.
 
 #include <algorithm>
 
@@ -22,7 +23,8 @@
 namespace jax_ep::cuda {
 namespace {
 
-constexpr int kMaxWarps = 6;
+constexpr int kMaxWarps = 16;
+constexpr int kMaxTeamWarps = 4;
 constexpr int kSharedBytes = 216 << 10;
 constexpr int kStages = 4;
 constexpr int kStageBytes = 2048;
@@ -32,15 +34,32 @@ __host__ __device__ int32_t RowBytes(const CombineVjpParams& p) {
   return p.hidden * ByteWidth(p.type);
 }
 
-// Of a warp: barriers of buffers and stages, then buffers, then stages.
-constexpr int kBarrierBytes = 128;
-static_assert((kBuffers + kStages) * sizeof(uint64_t) <= kBarrierBytes);
+// Barriers of a team: two for each buffer, that it is filled and that it is free, and the stages'.
+struct Barriers {
+  uint64_t filled[kBuffers];
+  uint64_t free[kBuffers];
+  uint64_t stages[kMaxTeamWarps][kStages];
+};
 
-__host__ __device__ int32_t WarpBytes(const CombineVjpParams& p) {
-  return kBarrierBytes + kBuffers * plan::RoundUp(RowBytes(p), 128) + kStages * kStageBytes;
+// Of a team: barriers, then buffers, then the stages of each warp.
+constexpr int kBarrierBytes = 256;
+static_assert(sizeof(Barriers) <= kBarrierBytes);
+
+__host__ __device__ int32_t TeamBytes(const CombineVjpParams& p, int32_t num_warps) {
+  return kBarrierBytes + kBuffers * plan::RoundUp(RowBytes(p), 128) +
+         num_warps * kStages * kStageBytes;
 }
 
-int NumWarps(const CombineVjpParams& p) { return std::min(kSharedBytes / WarpBytes(p), kMaxWarps); }
+// Warps of a team: as many as a source has rows, more or less, but one where rows are long.
+__host__ __device__ int32_t TeamWarps(const CombineVjpParams& p) {
+  const int32_t num_warps = p.num_rows / p.group.num_ranks > 2 ? kMaxTeamWarps : 2;
+  return TeamBytes(p, num_warps) <= kSharedBytes ? num_warps : 1;
+}
+
+int NumTeams(const CombineVjpParams& p) {
+  const int32_t num_warps = TeamWarps(p);
+  return std::min(kSharedBytes / TeamBytes(p, num_warps), kMaxWarps / num_warps);
+}
 
 __device__ __forceinline__ void Multiply(float (&x)[kVector], const float (&y)[kVector]) {
 #pragma unroll
@@ -64,43 +83,63 @@ __device__ float AddLanes(float (&lanes)[kVector]) {
   return lanes[0];
 }
 
-// The work of one warp. All methods are called by all lanes together.
+// Barriers before their first use; then the block has to meet.
+__device__ void InitBarriers(Barriers& barriers, int32_t num_warps) {
+  for (int i = 0; i < kBuffers; ++i) {
+    ptx::InitBarrier(&barriers.filled[i], 1);
+    ptx::InitBarrier(&barriers.free[i], num_warps);
+  }
+  for (int warp = 0; warp < num_warps; ++warp) {
+    for (uint64_t& barrier : barriers.stages[warp]) ptx::InitBarrier(&barrier, 1);
+  }
+  ptx::FenceBarrierInit();
+}
+
+// The work of warp `member` of a team of `size`. All methods are called by all lanes together.
 template <typename T>
 class Differentiator {
  public:
-  __device__ Differentiator(const CombineVjpParams& p, const PeerInputs& inputs, int32_t warp,
-                            int32_t num_warps, char* memory)
+  __device__ Differentiator(const CombineVjpParams& p, const PeerInputs& inputs, int32_t team,
+                            int32_t num_teams, int32_t member, int32_t size, char* memory)
       : p_(p),
         inputs_(inputs),
-        sources_(p, warp, num_warps),
-        barriers_(reinterpret_cast<uint64_t*>(memory)),
+        sources_(p, team, num_teams),
+        member_(member),
+        size_(size),
+        barriers_(*reinterpret_cast<Barriers*>(memory)),
         buffers_(memory + kBarrierBytes),
-        stages_(buffers_ + kBuffers * plan::RoundUp(RowBytes(p), 128)) {
-    if (Lane() == 0) {
-      for (int i = 0; i < kBuffers + kStages; ++i) ptx::InitBarrier(&barriers_[i], 1);
-      ptx::FenceBarrierInit();
-      ptx::FenceProxyAsyncGlobal();
-    }
+        stages_(buffers_ + kBuffers * plan::RoundUp(RowBytes(p), 128) +
+                member * kStages * kStageBytes) {
+    if (Lane() == 0) ptx::FenceProxyAsyncGlobal();
     __syncwarp();
   }
 
   __device__ void Run() {
-    int32_t nth = 0;  // row of the source
+    int32_t nth = -1;  // of the rows of the source; none was looked for yet
     int32_t offset = 0;
     float lanes[kVector] = {};
     float weight = 0.0f;
     while (true) {
       while (num_loaded_ - num_done_ < kStages && Load()) {
       }
-      if (num_done_ == num_loaded_) return;
+      if (sources_done_ == sources_started_) return;  // and no more can be started
       const int buffer = sources_done_ % kBuffers;
-      const int32_t row = __shfl_sync(~0u, buffer == 0 ? rows_[0] : rows_[1], nth);
-      if (offset == 0) {
-        weight = p_.row_weights[row];
-        if (nth == 0) Wait(buffer, sources_done_ / kBuffers);
+      const Rows rows = buffer == 0 ? rows_[0] : rows_[1];
+      if (nth < 0) {
+        Wait(&barriers_.filled[buffer], sources_done_ / kBuffers);
+        nth = rows.first;
       }
+      if (nth >= rows.count) {
+        __syncwarp();
+        if (Lane() == 0) ptx::ArriveExpectBytes(&barriers_.free[buffer], 0);
+        ++sources_done_;
+        nth = -1;
+        continue;
+      }
+      const int32_t row = __shfl_sync(~0u, rows.of_lane, nth);
+      if (offset == 0) weight = p_.row_weights[row];
       const int stage = num_done_ % kStages;
-      Wait(kBuffers + stage, num_done_ / kStages);
+      Wait(&barriers_.stages[member_][stage], num_done_ / kStages);
       const int32_t bytes = plan::Min(kStageBytes, RowBytes(p_) - offset);
       Compute(stages_ + stage * kStageBytes, Buffer(buffer) + offset,
               static_cast<char*>(p_.d_rows) + int64_t{row} * RowBytes(p_) + offset, bytes, weight,
@@ -113,12 +152,9 @@ class Differentiator {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) lanes[i] = 0.0f;
         offset = 0;
-        if (++nth == __popc(__ballot_sync(~0u, (buffer == 0 ? rows_[0] : rows_[1]) >= 0))) {
-          nth = 0;
-          ++sources_done_;
-        }
+        nth += size_;
       }
-      __syncwarp();  // stage and buffer may be loaded again
+      __syncwarp();  // the stage may be loaded again
     }
   }
 
@@ -126,42 +162,31 @@ class Differentiator {
   static constexpr int kVectorBytes = kVector * sizeof(T);
   static constexpr int kPerLane = kStageBytes / kVectorBytes / 32;
 
+  // The rows of a source.
+  struct Rows {
+    int32_t of_lane;
+    int32_t count;
+    int32_t first;  // of this warp; then every size-th
+  };
+
   __device__ static int32_t Lane() { return threadIdx.x % 32; }
 
   __device__ char* Buffer(int i) { return buffers_ + i * plan::RoundUp(RowBytes(p_), 128); }
 
-  __device__ void Wait(int barrier, int32_t use) {
-    while (!ptx::TryWaitParity(&barriers_[barrier], use & 1)) {
+  __device__ void Wait(uint64_t* barrier, int32_t use) {
+    while (!ptx::TryWaitParity(barrier, use & 1)) {
     }
   }
 
-  // Starts the load of the next part of a row, and with a source's first one that of its cotangent;
-  // false if there is none or no buffer.
+  // Starts what comes next: the load of a part of a row, or a source. False if that has to wait, or
+  // if there is nothing.
   __device__ bool Load() {
-    if (load_nth_ == load_count_) {
-      if (sources_started_ - sources_done_ == kBuffers) return false;
-      const int32_t source = sources_.Next();
-      if (source < 0) return false;
-      const int buffer = sources_started_ % kBuffers;
-      load_rows_ = RowOfLane(p_, source);
-      (buffer == 0 ? rows_[0] : rows_[1]) = load_rows_;
-      load_count_ = __popc(__ballot_sync(~0u, load_rows_ >= 0));
-      load_nth_ = load_offset_ = 0;
-      if (load_count_ == 0) return true;  // no row of it was kept
-      ++sources_started_;
-      if (Lane() == 0) {
-        const int32_t rank = source / p_.num_tokens;
-        const int64_t token = source % p_.num_tokens;
-        ptx::ArriveExpectBytes(&barriers_[buffer], RowBytes(p_));
-        ptx::BulkLoad(Buffer(buffer), inputs_.Of<char>(rank, 0) + token * RowBytes(p_),
-                      RowBytes(p_), &barriers_[buffer]);
-      }
-    }
-    const int32_t row = __shfl_sync(~0u, load_rows_, load_nth_);
+    if (load_nth_ >= load_rows_.count) return StartSource();
+    const int32_t row = __shfl_sync(~0u, load_rows_.of_lane, load_nth_);
     const int32_t bytes = plan::Min(kStageBytes, RowBytes(p_) - load_offset_);
     if (Lane() == 0) {
       const int stage = num_loaded_ % kStages;
-      uint64_t* barrier = &barriers_[kBuffers + stage];
+      uint64_t* barrier = &barriers_.stages[member_][stage];
       ptx::ArriveExpectBytes(barrier, bytes);
       ptx::BulkLoad(stages_ + stage * kStageBytes,
                     static_cast<const char*>(p_.rows) + int64_t{row} * RowBytes(p_) + load_offset_,
@@ -171,7 +196,41 @@ class Differentiator {
     load_offset_ += bytes;
     if (load_offset_ == RowBytes(p_)) {
       load_offset_ = 0;
-      ++load_nth_;
+      load_nth_ += size_;
+    }
+    return true;
+  }
+
+  // The first warp also starts the load of the cotangent.
+  __device__ bool StartSource() {
+    if (sources_started_ - sources_done_ == kBuffers) return false;
+    const int buffer = sources_started_ % kBuffers;
+    const int32_t use = sources_started_ / kBuffers;
+    if (member_ == 0 && use > 0) {
+      // The other warps may still need what is in the buffer.
+      uint64_t* barrier = &barriers_.free[buffer];
+      if (sources_started_ == sources_done_) {
+        Wait(barrier, use - 1);
+      } else if (!__all_sync(~0u, ptx::TryWaitParity(barrier, (use - 1) & 1))) {
+        return false;
+      }
+    }
+    const int32_t source = sources_.Next();
+    if (source < 0) return false;
+    load_rows_.of_lane = RowOfLane(p_, source);
+    load_rows_.count = __popc(__ballot_sync(~0u, load_rows_.of_lane >= 0));
+    load_nth_ = load_offset_ = 0;
+    if (load_rows_.count == 0) return true;  // no row of it was kept
+    load_nth_ = load_rows_.first = (member_ + size_ - num_rows_ % size_) % size_;
+    num_rows_ += load_rows_.count;
+    (buffer == 0 ? rows_[0] : rows_[1]) = load_rows_;
+    ++sources_started_;
+    if (member_ == 0 && Lane() == 0) {
+      const int32_t rank = source / p_.num_tokens;
+      const int64_t token = source % p_.num_tokens;
+      ptx::ArriveExpectBytes(&barriers_.filled[buffer], RowBytes(p_));
+      ptx::BulkLoad(Buffer(buffer), inputs_.Of<char>(rank, 0) + token * RowBytes(p_), RowBytes(p_),
+                    &barriers_.filled[buffer]);
     }
     return true;
   }
@@ -203,14 +262,16 @@ class Differentiator {
   const CombineVjpParams& p_;
   const PeerInputs& inputs_;
   SourceIterator<CombineVjpParams> sources_;
-  uint64_t* barriers_;
+  int32_t member_;
+  int32_t size_;
+  Barriers& barriers_;
   char* buffers_;
   char* stages_;
-  int32_t rows_[kBuffers] = {plan::kNone, plan::kNone};  // of the sources whose cotangent is there
-  int32_t load_rows_ = plan::kNone;
-  int32_t load_count_ = 0;
+  Rows rows_[kBuffers] = {};  // of the sources whose cotangents are there, or on their way
+  Rows load_rows_ = {plan::kNone, 0, 0};
   int32_t load_nth_ = 0;
   int32_t load_offset_ = 0;
+  int32_t num_rows_ = 0;  // of the sources that were started
   int32_t sources_started_ = 0;
   int32_t sources_done_ = 0;
   uint32_t num_loaded_ = 0;
@@ -237,9 +298,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   if (blockIdx.x == 0) Publish(p.group, epoch, {p.dy, nullptr, nullptr});
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_warps = blockDim.x / 32;
-  if (WaitInputs(p.group, epoch, inputs)) {
-    Differentiator<T>(p, inputs, warp * gridDim.x + blockIdx.x, num_warps * gridDim.x,
-                      memory + warp * WarpBytes(p))
+  const int32_t size = TeamWarps(p), team = warp / size, member = warp % size;
+  char* team_memory = memory + team * TeamBytes(p, size);
+  if (member == 0 && threadIdx.x % 32 == 0) {
+    InitBarriers(*reinterpret_cast<Barriers*>(team_memory), size);
+  }
+  if (WaitInputs(p.group, epoch, inputs)) {  // where the block meets
+    Differentiator<T>(p, inputs, team * gridDim.x + blockIdx.x, num_warps / size * gridDim.x,
+                      member, size, team_memory)
         .Run();
   }
   const int32_t first = blockIdx.x * num_warps + warp;
@@ -269,8 +335,9 @@ bool FitsCombineVjp(int64_t row_bytes) {
 }
 
 cudaError_t LaunchCombineVjp(const CombineVjpParams& params, cudaStream_t stream) {
-  const int num_warps = NumWarps(params);
-  const size_t shared_bytes = static_cast<size_t>(num_warps) * WarpBytes(params);
+  const int team_warps = TeamWarps(params), num_teams = NumTeams(params);
+  const int num_warps = num_teams * team_warps;
+  const size_t shared_bytes = static_cast<size_t>(num_teams) * TeamBytes(params, team_warps);
   return VisitRowType(params.type, [&](auto element) {
     CombineVjpKernel<decltype(element)>
         <<<params.num_blocks, num_warps * 32, shared_bytes, stream>>>(params);
