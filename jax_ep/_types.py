@@ -35,7 +35,8 @@ class DispatchConfig:
 
     Attributes:
         num_sms: Streaming multiprocessors (one block each) that a dispatch or combine may occupy on
-            a GPU, from 1 on, brought into 2 to 100. None takes the number that
+            a GPU, brought into 2 to 100 (all but 32 of its SMs, shared by the ranks on it). None
+            takes the number that
             ``python -m jax_ep.tune`` found for this GPU, group size and shape, else 64 in layout
             "expert" and 24 in layout "token" (less where 32 SMs would not stay free). Has no meaning
             on CPU.
