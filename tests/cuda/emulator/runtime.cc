@@ -30,9 +30,10 @@ struct Stream {
   std::vector<Work>* capture = nullptr;
 };
 
-std::mutex mutex;
-std::condition_variable changed;
-std::vector<Stream*> streams;
+// Never destroyed: the device's thread does not end before the process.
+std::mutex& mutex = *new std::mutex;
+std::condition_variable& changed = *new std::condition_variable;
+std::vector<Stream*>& streams = *new std::vector<Stream*>;
 Stream default_stream;
 std::map<const void*, size_t> allowed_shared;
 thread_local cudaError_t last_error = cudaSuccess;
