@@ -73,7 +73,7 @@ void ArriveExpectBytes(uint64_t* word, uint32_t bytes) {
 }
 
 bool TryWaitParity(uint64_t* word, uint32_t parity) {
-  if (Load(word).phase != parity) return true;
+  if (Load(word).phase != parity || Mutation() == kWithoutLoads) return true;
   Yield();
   return Load(word).phase != parity;
 }
@@ -99,6 +99,7 @@ void CommitBulkGroup() {
 }
 
 void WaitBulkGroups(int pending, bool until_written) {
+  if (Mutation() == kWithoutStores && !until_written) return;
   const uint32_t thread = CurrentThread();
   const uint32_t current = current_block->warps[thread / 32].lanes[thread % 32].group;
   const auto must_wait = [&] {

@@ -33,6 +33,13 @@ void SometimesYield(uint32_t one_in);
 void Sleep(uint64_t ns);
 uint32_t Random();
 
+// JAX_EP_EMULATOR_MUTATION: the wait that is taken out, of those of test_hooks.cuh or of these.
+constexpr int kWithoutLoads = 101;   // for bulk loads
+constexpr int kWithoutStores = 102;  // until bulk stores have read shared memory
+constexpr int kWithoutCluster = 103;
+constexpr int kWithoutWarps = 104;  // __syncwarp
+int Mutation();
+
 // Waits until all lanes of `mask` have come with the same `combine`; gives what it makes of their
 // values for this lane, whose `argument` it gets.
 using Combine = uint64_t (*)(const uint64_t* values, uint32_t mask, uint32_t lane,

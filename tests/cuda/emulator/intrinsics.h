@@ -14,6 +14,7 @@ inline int __syncthreads_or(int value) { return emulator::CountAtBarrier(value !
 inline int __syncthreads_and(int value) { return emulator::CountAtBarrier(value == 0) == 0; }
 
 inline void __syncwarp(uint32_t mask = ~0u) {
+  if (emulator::Mutation() == emulator::kWithoutWarps) return;
   emulator::Exchange([](const uint64_t*, uint32_t, uint32_t, uint32_t) { return uint64_t{0}; },
                      mask, 0, 0);
 }

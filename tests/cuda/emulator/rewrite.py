@@ -1,7 +1,7 @@
 """Turns CUDA C++ into C++ that the emulator's headers compile: rewrite.py FROM TO
 
-What macros cannot do is done here, on copies: launches, variables in shared memory, and two
-attributes. Lines keep their numbers.
+What macros cannot do is done here, on copies: launches, variables in shared memory, the choice of a
+mutation. Lines keep their numbers.
 """
 
 import pathlib
@@ -53,6 +53,10 @@ def rewrite(code: str, name: str) -> str:
     code = _STATIC.sub(static, code)
     if "__shared__ " in code:
         raise ValueError(f"{name}: a variable in shared memory that this script does not know")
+    # Which wait is taken out is chosen when the program runs: one build serves all mutations.
+    code = code.replace(
+        "constexpr int kMutation = 0;", "inline const int kMutation = emulator::Mutation();"
+    )
     # Standard headers use the name of this macro of CUDA's.
     code = code.replace("__noinline__", "__attribute__((noinline))")
     return f'#line 1 "{name}"\n{_rewrite_launches(code)}'
