@@ -51,8 +51,9 @@ void CheckCopy(const void* shared, const void* global, uint32_t bytes) {
 
 void Start(Copy copy) {
   copy.thread = CurrentThread();
-  copy.read_at = current_block->turns + 1 + Random() % 6;
-  copy.written_at = copy.read_at + Random() % 6;
+  const uint32_t most = Random() % 8 == 0 ? 100 : 6;
+  copy.read_at = current_block->turns + 1 + Random() % most;
+  copy.written_at = copy.read_at + Random() % most;
   current_block->copies.push_back(std::move(copy));
 }
 

@@ -84,6 +84,12 @@ void Resume(Block& block, uint32_t warp, uint32_t lane) {
   SwitchStack(&scheduler, fiber.stack_pointer);
 }
 
+// Now and then something falls behind the others, mostly for a little while.
+void SometimesStall(uint64_t now, uint32_t one_in, uint64_t& until) {
+  if (Random() % one_in != 0) return;
+  until = now + Random() % (Random() % 8 == 0 ? 4000 : 200);
+}
+
 // Warps in turn, from any of them on; some have to wait.
 void RunBlock(Block& block) {
   current_block = &block;
@@ -97,7 +103,8 @@ void RunBlock(Block& block) {
     Warp& warp = block.warps[w];
     if (warp.ready == 0) continue;
     any = true;
-    if (Random() % 4 == 0) continue;
+    SometimesStall(block.turns, 20000, warp.stalled_until);
+    if (Random() % 4 == 0 || block.turns < warp.stalled_until) continue;
     const uint32_t first_lane = Random() % 32;
     for (uint32_t j = 0; j < 32; ++j) {
       const uint32_t lane = (first_lane + j) % 32;
@@ -230,7 +237,6 @@ void ArriveAtCluster() {
 }
 
 void WaitForCluster() {
-  if (Mutation() == kWithoutCluster) return;
   while (current_block->grid->cluster_phase == CurrentLane().cluster_phase) Yield();
 }
 
@@ -249,18 +255,27 @@ void* SharedOf(void* pointer, uint32_t block) {
 void StartGrid(std::unique_ptr<Grid> grid) {
   if (grid->config.grid.y * grid->config.grid.z * grid->config.block.y * grid->config.block.z != 1)
     Abort("only grids and blocks of one dimension are known");
+  if (Random() % 8 == 0) grid->long_stall_at = num_turns + Random() % 300;
   grids.push_back(std::move(grid));
 }
+
+// Like what is timed by it: the same on a slow machine.
+uint64_t Nanoseconds() { return num_turns * 10000; }
 
 bool RunTurn() {
   ++num_turns;
   if (grids.empty()) return false;
   Grid& grid = *grids[Random() % grids.size()];
   if (grid.num_started < grid.config.grid.x && num_blocks < kMaxBlocks) StartBlock(grid);
-  // Now and then all blocks of a rank fall behind the others.
-  if (Random() % 256 == 0) grid.stalled_until = num_turns + Random() % 400;
+  SometimesStall(num_turns, 1000, grid.stalled_until);
+  if (num_turns >= grid.long_stall_at) {
+    grid.long_stall_at = ~uint64_t{0};
+    grid.stalled_until = num_turns + 8000;
+  }
   if (grid.blocks.empty() || num_turns < grid.stalled_until) return true;
   const size_t i = Random() % grid.blocks.size();
+  SometimesStall(num_turns, 3000, grid.blocks[i]->stalled_until);
+  if (num_turns < grid.blocks[i]->stalled_until) return true;
   RunBlock(*grid.blocks[i]);
   if (grid.blocks[i]->num_running == 0) EndBlock(grid, i);
   if (grid.num_finished < grid.config.grid.x) return true;

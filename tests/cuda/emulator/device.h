@@ -23,7 +23,8 @@ struct Lane {
 };
 
 struct Warp {
-  uint32_t ready = 0, waiting = 0, done = 0;  // lanes; a lane at the block's barrier is in neither
+  uint32_t ready = 0, waiting = 0, done = 0;  // lanes; those at the block's barrier are in none
+  uint64_t stalled_until = 0;                 // turns of the block
   Lane lanes[32];
 };
 
@@ -45,7 +46,7 @@ struct Block {
   char* shared;  // static variables, then dynamic memory
   std::vector<Warp> warps;
   std::vector<Copy> copies;
-  uint64_t turns = 0;
+  uint64_t turns = 0, stalled_until = 0;
   int num_running, num_at_barrier = 0, num_true = 0, barrier_result = 0;
 };
 
@@ -54,7 +55,7 @@ struct Grid {
   std::function<void()> thread;
   std::function<void()> finished;
   uint32_t num_started = 0, num_finished = 0;
-  uint64_t stalled_until = 0;
+  uint64_t stalled_until = 0, long_stall_at = ~uint64_t{0};  // turns of the device
   uint32_t num_at_cluster = 0;
   uint64_t cluster_phase = 0;
   std::vector<std::unique_ptr<Block>> blocks;

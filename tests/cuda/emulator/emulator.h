@@ -32,12 +32,12 @@ void Yield();
 void SometimesYield(uint32_t one_in);
 void Sleep(uint64_t ns);
 uint32_t Random();
+uint64_t Nanoseconds();  // of a clock that goes on with every turn
 
 // JAX_EP_EMULATOR_MUTATION: the wait that is taken out, of those of test_hooks.cuh or of these.
 constexpr int kWithoutLoads = 101;   // for bulk loads
 constexpr int kWithoutStores = 102;  // until bulk stores have read shared memory
-constexpr int kWithoutCluster = 103;
-constexpr int kWithoutWarps = 104;  // __syncwarp
+constexpr int kWithoutWarps = 103;   // __syncwarp
 int Mutation();
 
 // Waits until all lanes of `mask` have come with the same `combine`; gives what it makes of their

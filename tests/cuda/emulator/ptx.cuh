@@ -4,7 +4,6 @@
 
 #include <cuda_runtime.h>
 
-#include <chrono>
 #include <cstdint>
 
 namespace jax_ep::cuda::ptx {
@@ -52,7 +51,7 @@ inline void FenceAcquireReleaseSystem() { emulator::SometimesYield(2); }
 
 inline uint64_t GlobalTimer() {
   emulator::Yield();
-  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+  return emulator::Nanoseconds();
 }
 
 // Clusters of blocks -----------------------------------------------------------------------------
