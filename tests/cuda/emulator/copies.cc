@@ -83,7 +83,14 @@ void BulkLoad(void* shared, const void* global, uint32_t bytes, uint64_t* barrie
   CheckCopy(shared, global, bytes);
   Load(barrier);
   std::memset(shared, 0xff, bytes);
-  Start({static_cast<char*>(shared), static_cast<const char*>(global), bytes, barrier, 0, 0, 0, 0,
+  Start({static_cast<char*>(shared),
+         static_cast<const char*>(global),
+         bytes,
+         barrier,
+         0,
+         0,
+         0,
+         0,
          {}});
 }
 
@@ -91,8 +98,15 @@ void BulkStore(void* global, const void* shared, uint32_t bytes) {
   CheckCopy(shared, global, bytes);
   const uint32_t thread = CurrentThread();
   const uint32_t group = current_block->warps[thread / 32].lanes[thread % 32].group;
-  Start({static_cast<char*>(global), static_cast<const char*>(shared), bytes, nullptr, 0, group, 0,
-         0, {}});
+  Start({static_cast<char*>(global),
+         static_cast<const char*>(shared),
+         bytes,
+         nullptr,
+         0,
+         group,
+         0,
+         0,
+         {}});
 }
 
 void CommitBulkGroup() {

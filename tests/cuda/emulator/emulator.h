@@ -1,6 +1,6 @@
 // Runs kernels on the CPU: every CUDA thread is a fiber, and one OS thread, the *device*, runs all
-// fibers of all blocks of all streams, in random order (JAX_EP_EMULATOR_SEED). A fiber goes on until
-// it yields, or waits for others of its warp or block.
+// fibers of all blocks of all streams, in random order (JAX_EP_EMULATOR_SEED). A fiber goes on
+// until it yields, or waits for others of its warp or block.
 //
 // What this shows: wrong arithmetic and indices, waits that are missing, waits that never end,
 // accesses out of bounds by bulk copies and flags, lanes that do not meet. What it cannot show: the

@@ -90,8 +90,8 @@ T __shfl_up_sync(uint32_t mask, T value, uint32_t offset, int width = 32) {
 template <typename T>
 T __shfl_down_sync(uint32_t mask, T value, uint32_t offset, int width = 32) {
   const uint32_t lane = emulator::Lane();
-  return emulator::Shuffle(mask, value, lane % width + offset < uint32_t(width) ? lane + offset
-                                                                                : lane);
+  return emulator::Shuffle(mask, value,
+                           lane % width + offset < uint32_t(width) ? lane + offset : lane);
 }
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32) {
@@ -112,12 +112,12 @@ T __ldcg(const T* address) {
   emulator::SometimesYield(64);
   return *static_cast<const volatile T*>(address);
 }
-#define EMULATOR_LDCG_VECTOR(T)                                \
-  template <>                                                  \
-  inline T __ldcg(const T* address) {                          \
-    emulator::CheckGlobal(address, sizeof(T), "__ldcg");       \
-    emulator::SometimesYield(64);                              \
-    return *address;                                           \
+#define EMULATOR_LDCG_VECTOR(T)                          \
+  template <>                                            \
+  inline T __ldcg(const T* address) {                    \
+    emulator::CheckGlobal(address, sizeof(T), "__ldcg"); \
+    emulator::SometimesYield(64);                        \
+    return *address;                                     \
   }
 EMULATOR_LDCG_VECTOR(uint2)
 EMULATOR_LDCG_VECTOR(uint4)
@@ -156,7 +156,8 @@ T atomicCAS_system(T* address, T expected, T value) {
                               [=](T before) { return before == expected ? value : before; });
 }
 
-// Arithmetic; compiled with -ffp-contract=off ------------------------------------------------------
+// Arithmetic; compiled with -ffp-contract=off
+// ------------------------------------------------------
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
