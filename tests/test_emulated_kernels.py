@@ -7,10 +7,13 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from jax_ep import _cpu
+
+pytestmark = pytest.mark.one_process("runs programs of its own")
 
 _ROOT = pathlib.Path(__file__).parent
 _HEADERS = pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
@@ -68,6 +71,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     script = _ROOT / "cuda" / "emulator" / "build.sh"
     done = subprocess.run(
         ["bash", script, folder, "kernels_test", "stress_test"],
+        env=os.environ | {"PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=False,
