@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Builds tests of kernels against the emulator: build.sh FOLDER [NAME...] (default: kernels_test).
+#
+# Needs g++ and the headers of the CUDA toolkit (CUDA_HOME, default /usr/local/cuda), no nvcc and no
+# GPU. CXXFLAGS are added. Blocks wait at random (JAX_EP_TEST_DELAYS).
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../../.." && pwd)
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
+names=("$@")
+[ ${#names[@]} -gt 0 ] || names=(kernels_test)
+headers=${CUDA_HOME:-/usr/local/cuda}/include
+flags=(-std=c++17 -O2 -pthread -fno-strict-aliasing -ffp-contract=off -DJAX_EP_TEST_DELAYS
+       -isystem "$headers" -I"$here" -I"$out/source" -I"$root/csrc")
+read -ra more <<<"${CXXFLAGS:-}"
+flags+=("${more[@]}")
+rm -rf "$out/source" "$out/objects"
+mkdir -p "$out/objects"
+${PYTHON:-python3} "$here/rewrite.py" "$root/csrc/cuda" "$out/source/cuda"
+${PYTHON:-python3} "$here/rewrite.py" "$root/tests/cuda" "$out/source/tests"
+cp "$here/ptx.cuh" "$out/source/cuda/ptx.cuh"
+# As nvcc does, kernels include the runtime's header.
+compile() {
+  local kernels=
+  case $1 in *.cu) kernels="-include cuda_runtime.h -x c++" ;; esac
+  echo "g++ ${flags[*]} $kernels -c $1 -o $out/objects/$2.o"
+}
+{
+  for source in "$out"/source/cuda/*.cu "$here"/*.cc "$root"/csrc/plan/*.cc "$root"/csrc/cpu/*.cc; do
+    compile "$source" "library_$(basename "$(dirname "$source")")_$(basename "$source")"
+  done
+  for name in "${names[@]}"; do compile "$out/source/tests/$name.cu" "$name"; done
+} | xargs -P "$(nproc)" -I{} sh -c '{}'
+for name in "${names[@]}"; do
+  g++ -pthread "$out"/objects/library_*.o "$out/objects/$name.o" -o "$out/$name"
+done

@@ -1,0 +1,80 @@
+// The state of what runs: grids of blocks of warps, and the bulk copies of a block.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "emulator.h"
+#include "fiber.h"
+
+namespace emulator {
+
+struct Lane {
+  StackPointer stack_pointer = nullptr;
+  Stack stack;
+  // While it waits for others of its warp:
+  Combine combine = nullptr;
+  uint32_t mask = 0, argument = 0;
+  uint64_t value = 0, result = 0;
+  uint32_t group = 0;          // of bulk copies, the current one
+  uint64_t cluster_phase = 0;  // that it has arrived at
+};
+
+struct Warp {
+  uint32_t ready = 0, waiting = 0, done = 0;  // lanes; those at the block's barrier are in none
+  uint64_t stalled_until = 0;                 // turns of the block
+  Lane lanes[32];
+};
+
+struct Copy {
+  char* to;
+  const char* from;
+  uint32_t bytes;
+  uint64_t* barrier;  // of a load; null for a store
+  uint32_t thread, group;
+  uint64_t read_at, written_at;  // turns of the block
+  std::vector<char> content;     // of a store, once it is read
+};
+
+struct Grid;
+
+struct Block {
+  Grid* grid;
+  uint3 index;
+  char* shared;  // static variables, then dynamic memory
+  std::vector<Warp> warps;
+  std::vector<Copy> copies;
+  uint64_t turns = 0, stalled_until = 0;
+  int num_running, num_at_barrier = 0, num_true = 0, barrier_result = 0;
+};
+
+struct Grid {
+  Config config;
+  std::function<void()> thread;
+  std::function<void()> finished;
+  uint32_t num_started = 0, num_finished = 0;
+  uint64_t stalled_until = 0, long_stall_at = ~uint64_t{0};  // turns of the device
+  uint32_t num_at_cluster = 0;
+  uint64_t cluster_phase = 0;
+  std::vector<std::unique_ptr<Block>> blocks;
+};
+
+// Of the running fiber; null on other threads than the device's.
+extern thread_local Block* current_block;
+uint32_t CurrentThread();
+
+// Does those of the block's copies whose time has come.
+void AdvanceCopies(Block& block);
+
+constexpr size_t kStaticBytes = 8 << 10;  // of a block's shared memory, for all kernels together
+char* TakeSharedMemory();
+void FreeSharedMemory(char* memory);
+
+// Starts a grid; `finished` is called when all of its blocks are done.
+void StartGrid(std::unique_ptr<Grid> grid);
+// Runs one block for a turn; false if there is none.
+bool RunTurn();
+
+}  // namespace emulator

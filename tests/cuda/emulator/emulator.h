@@ -1,0 +1,98 @@
+// Runs kernels on the CPU: every CUDA thread is a fiber, and one OS thread, the *device*, runs all
+// fibers of all blocks of all streams, in random order (JAX_EP_EMULATOR_SEED). A fiber goes on
+// until it yields, or waits for others of its warp or block.
+//
+// What this shows: wrong arithmetic and indices, waits that are missing, waits that never end,
+// accesses out of bounds by bulk copies and flags, lanes that do not meet. What it cannot show: the
+// order in which a GPU's memory makes writes visible, and time.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <tuple>
+#include <utility>
+
+extern uint3 threadIdx, blockIdx;  // of the running fiber
+extern dim3 blockDim, gridDim;
+
+namespace emulator {
+
+// Prints what went wrong, and where, and ends the process.
+[[noreturn]] void Abort(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// Scheduling -------------------------------------------------------------------------------------
+
+// Lets other fibers run. One never knows how many; SometimesYield once in `one_in` calls.
+void Yield();
+void SometimesYield(uint32_t one_in);
+void Sleep(uint64_t ns);
+uint32_t Random();
+uint64_t Nanoseconds();  // of a clock that goes on with every turn
+
+// JAX_EP_EMULATOR_MUTATION: the wait that is taken out, of those of test_hooks.cuh or of these.
+constexpr int kWithoutLoads = 101;   // for bulk loads
+constexpr int kWithoutStores = 102;  // until bulk stores have read shared memory
+constexpr int kWithoutWarps = 103;   // __syncwarp
+int Mutation();
+
+// Waits until all lanes of `mask` have come with the same `combine`; gives what it makes of their
+// values for this lane, whose `argument` it gets.
+using Combine = uint64_t (*)(const uint64_t* values, uint32_t mask, uint32_t lane,
+                             uint32_t argument);
+uint64_t Exchange(Combine combine, uint32_t mask, uint64_t value, uint32_t argument);
+
+// Waits for all threads of the block; gives how many came with a value that is not 0.
+int CountAtBarrier(bool value);
+
+// The barrier of the cluster, which is the whole grid here: no kernel has more than one cluster.
+void ArriveAtCluster();
+void WaitForCluster();
+
+// Memory -----------------------------------------------------------------------------------------
+
+// Of a block; poisoned when it begins. Variables have the same place in all blocks.
+constexpr size_t kMaxSharedBytes = 227 << 10;
+size_t ReserveShared(size_t size, size_t alignment);
+void* StaticShared(size_t offset);
+void* DynamicShared();
+void* SharedOf(void* pointer, uint32_t block);
+
+// Aborts unless the memory is of one allocation.
+void CheckGlobal(const void* pointer, size_t size, const char* what);
+
+// Bulk copies, which happen some time later -------------------------------------------------------
+
+void InitBarrier(uint64_t* barrier, uint32_t arrivals);
+void ArriveExpectBytes(uint64_t* barrier, uint32_t bytes);
+bool TryWaitParity(uint64_t* barrier, uint32_t parity);
+void BulkLoad(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
+void BulkStore(void* global, const void* shared, uint32_t bytes);
+void CommitBulkGroup();
+void WaitBulkGroups(int pending, bool until_written);
+
+// Launches ---------------------------------------------------------------------------------------
+
+struct Config {
+  dim3 grid, block;
+  size_t shared_bytes;
+  cudaStream_t stream;
+};
+void Enqueue(const Config& config, const void* kernel, std::function<void()> thread);
+cudaError_t AllowShared(const void* kernel, int bytes);
+
+template <typename... Params>
+auto Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t stream) {
+  return [=](auto&&... arguments) {
+    std::tuple<std::remove_const_t<Params>...> params(arguments...);
+    Enqueue({grid, block, shared_bytes, stream}, reinterpret_cast<const void*>(kernel),
+            [=] { std::apply(kernel, params); });
+  };
+}
+
+}  // namespace emulator

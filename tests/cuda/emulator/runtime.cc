@@ -1,0 +1,290 @@
+// The CUDA runtime: streams, graphs and events, whose work the device's thread does in order, and
+// memory, which is the host's.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "device.h"
+
+namespace emulator {
+namespace {
+
+// A piece of work of a stream: a kernel, or something that is done at once.
+struct Work {
+  Config config;
+  std::function<void()> thread;  // of the kernel
+  std::function<void()> at_once;
+};
+
+struct Stream {
+  std::deque<Work> queue;
+  bool busy = false;
+  std::vector<Work>* capture = nullptr;
+};
+
+// Never destroyed: the device's thread does not end before the process.
+std::mutex& mutex = *new std::mutex;
+std::condition_variable& changed = *new std::condition_variable;
+std::vector<Stream*>& streams = *new std::vector<Stream*>;
+Stream default_stream;
+std::map<const void*, size_t> allowed_shared;
+thread_local cudaError_t last_error = cudaSuccess;
+
+Stream* Of(cudaStream_t stream) {
+  return stream == nullptr ? &default_stream : reinterpret_cast<Stream*>(stream);
+}
+
+// Starts what can be; true if a stream has something left.
+bool AdvanceStreams() {
+  bool any = false;
+  for (Stream* stream : streams) {
+    while (!stream->busy && !stream->queue.empty()) {
+      Work work = std::move(stream->queue.front());
+      stream->queue.pop_front();
+      if (work.at_once != nullptr) {
+        work.at_once();
+        changed.notify_all();
+        continue;
+      }
+      auto grid = std::make_unique<Grid>();
+      grid->config = work.config;
+      grid->thread = std::move(work.thread);
+      grid->finished = [stream] {
+        const std::lock_guard<std::mutex> lock(mutex);
+        stream->busy = false;
+        changed.notify_all();
+      };
+      stream->busy = true;
+      StartGrid(std::move(grid));
+    }
+    any = any || stream->busy;
+  }
+  return any;
+}
+
+[[noreturn]] void RunDevice() {
+  for (;;) {
+    {
+      std::unique_lock<std::mutex> lock(mutex);
+      while (!AdvanceStreams()) changed.wait(lock);
+    }
+    for (int i = 0; i < 8; ++i) RunTurn();
+  }
+}
+
+void Add(Stream* stream, Work work) {
+  static const bool started = [] {
+    const std::lock_guard<std::mutex> lock(mutex);
+    streams.push_back(&default_stream);
+    std::thread(RunDevice).detach();
+    return true;
+  }();
+  (void)started;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (stream->capture != nullptr) {
+    stream->capture->push_back(std::move(work));
+  } else {
+    stream->queue.push_back(std::move(work));
+    changed.notify_all();
+  }
+}
+
+void AddAtOnce(cudaStream_t stream, std::function<void()> work) {
+  Add(Of(stream), {{}, nullptr, std::move(work)});
+}
+
+bool IsIdle(const Stream& stream) { return !stream.busy && stream.queue.empty(); }
+
+// Allocations, by address.
+std::mutex memory_mutex;
+std::map<uintptr_t, size_t> allocations;
+std::atomic<uint64_t> num_frees{0};
+
+void* Allocate(size_t size) {
+  const size_t rounded = (size + 511) / 256 * 256;  // what follows belongs to no allocation
+  void* memory = std::aligned_alloc(256, rounded);
+  if (memory == nullptr) Abort("no memory");
+  std::memset(memory, 0xcd, rounded);
+  const std::lock_guard<std::mutex> lock(memory_mutex);
+  allocations[reinterpret_cast<uintptr_t>(memory)] = size;
+  return memory;
+}
+
+std::vector<char*> free_shared;
+
+}  // namespace
+
+void CheckGlobal(const void* pointer, size_t size, const char* what) {
+  thread_local uintptr_t begin = 0, end = 0;  // of the allocation found last
+  thread_local uint64_t when = 0;
+  const auto at = reinterpret_cast<uintptr_t>(pointer);
+  if (begin <= at && at + size <= end && when == num_frees.load()) return;
+  const std::lock_guard<std::mutex> lock(memory_mutex);
+  auto next = allocations.upper_bound(at);
+  if (next != allocations.begin()) {
+    --next;
+    begin = next->first, end = begin + next->second, when = num_frees.load();
+    if (at + size <= end) return;
+  }
+  Abort("%s: %zu bytes at %p, outside of all allocations", what, size, pointer);
+}
+
+size_t ReserveShared(size_t size, size_t alignment) {
+  static size_t used = 0;
+  const size_t offset = (used + alignment - 1) / alignment * alignment;
+  used = offset + size;
+  if (used > kStaticBytes) Abort("kStaticBytes is too little");
+  return offset;
+}
+
+char* TakeSharedMemory() {
+  constexpr size_t kBytes = kStaticBytes + kMaxSharedBytes + 1024;
+  if (free_shared.empty()) {
+    free_shared.push_back(static_cast<char*>(std::aligned_alloc(1024, kBytes / 1024 * 1024)));
+  }
+  char* memory = free_shared.back();
+  free_shared.pop_back();
+  std::memset(memory, 0xcd, kBytes / 1024 * 1024);
+  return memory;
+}
+
+void FreeSharedMemory(char* memory) { free_shared.push_back(memory); }
+
+cudaError_t AllowShared(const void* kernel, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > kMaxSharedBytes) return cudaErrorInvalidValue;
+  const std::lock_guard<std::mutex> lock(mutex);
+  allowed_shared[kernel] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+void Enqueue(const Config& config, const void* kernel, std::function<void()> thread) {
+  size_t allowed = 48 << 10;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto it = allowed_shared.find(kernel);
+    if (it != allowed_shared.end()) allowed = std::max(allowed, it->second);
+  }
+  if (config.shared_bytes > allowed || config.grid.x == 0 || config.block.x == 0 ||
+      config.block.x > 1024) {
+    last_error = cudaErrorInvalidValue;
+    return;
+  }
+  Add(Of(config.stream), {config, std::move(thread), nullptr});
+}
+
+}  // namespace emulator
+
+using emulator::Of;
+
+extern "C" {
+
+cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "an error of the emulator";
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return cudaSuccess; }
+
+cudaError_t cudaMalloc(void** pointer, size_t size) {
+  *pointer = emulator::Allocate(size);
+  return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** pointer, size_t size, unsigned) {
+  return cudaMalloc(pointer, size);
+}
+cudaError_t cudaFree(void* pointer) {
+  cudaDeviceSynchronize();
+  const std::lock_guard<std::mutex> lock(emulator::memory_mutex);
+  emulator::allocations.erase(reinterpret_cast<uintptr_t>(pointer));
+  ++emulator::num_frees;
+  std::free(pointer);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
+  std::memcpy(to, from, size);
+  return cudaSuccess;
+}
+cudaError_t cudaMemset(void* to, int value, size_t size) {
+  std::memset(to, value, size);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t stream) {
+  emulator::AddAtOnce(stream, [=] { std::memset(to, value, size); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  auto* created = new emulator::Stream;
+  const std::lock_guard<std::mutex> lock(emulator::mutex);
+  emulator::streams.push_back(created);
+  *stream = reinterpret_cast<cudaStream_t>(created);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  std::unique_lock<std::mutex> lock(emulator::mutex);
+  emulator::changed.wait(lock, [=] { return IsIdle(*Of(stream)); });
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+  std::unique_lock<std::mutex> lock(emulator::mutex);
+  emulator::changed.wait(lock, [] {
+    return std::all_of(emulator::streams.begin(), emulator::streams.end(),
+                       [](const emulator::Stream* stream) { return IsIdle(*stream); });
+  });
+  return cudaSuccess;
+}
+
+// An event is the time at which it was recorded last.
+cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  *event = reinterpret_cast<cudaEvent_t>(new std::chrono::steady_clock::time_point);
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  emulator::AddAtOnce(stream, [=] {
+    *reinterpret_cast<std::chrono::steady_clock::time_point*>(event) =
+        std::chrono::steady_clock::now();
+  });
+  return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+  const auto time = [](cudaEvent_t event) {
+    return *reinterpret_cast<std::chrono::steady_clock::time_point*>(event);
+  };
+  *ms = std::chrono::duration<float, std::milli>(time(end) - time(begin)).count();
+  return cudaSuccess;
+}
+
+// A graph is a list of work, of one stream.
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  Of(stream)->capture = new std::vector<emulator::Work>;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  *graph = reinterpret_cast<cudaGraph_t>(std::exchange(Of(stream)->capture, nullptr));
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
+                                 unsigned long long) {
+  *executable = reinterpret_cast<cudaGraphExec_t>(graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  const auto& works = *reinterpret_cast<std::vector<emulator::Work>*>(executable);
+  for (const emulator::Work& work : works) emulator::Add(Of(stream), work);
+  return cudaSuccess;
+}
+
+}  // extern "C"

@@ -1,0 +1,124 @@
+"""The CUDA kernels on the CPU, by tests/cuda/emulator: bit by bit against the CPU backend, and
+without one of their waits, which must be noticed."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from jax_ep import _cpu
+
+pytestmark = pytest.mark.one_process("runs programs of its own")
+
+_ROOT = pathlib.Path(__file__).parent
+_HEADERS = pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+
+_SMALL = "tokens=40 experts=12 topk=4 blocks=2 repeat=1 alignment=8 timeout=60"
+_KERNELS = [
+    "layout=expert ranks=2 hidden=2048",
+    "layout=expert ranks=3 hidden=1032 plan=pull",
+    "layout=token ranks=2 hidden=1032 plan=pull",
+    "layout=token ranks=3 hidden=2048",
+    "layout=expert ranks=3 hidden=1036 dtype=f32 plan=pull",
+    "layout=token ranks=2 hidden=516 dtype=f32 plan=pull",
+    "layout=expert ranks=2 hidden=1032 dtype=f16 plan=pull",
+    "layout=expert ranks=3 hidden=1152 fp8=1 plan=pull",
+    "layout=token ranks=2 hidden=1024 fp8=1 plan=pull",
+    "layout=expert ranks=1 hidden=264 plan=pull",
+    "layout=expert ranks=3 hidden=136 capacity=48 plan=pull",
+    "layout=expert ranks=4 hidden=7168 tokens=20 plan=pull",
+    "layout=expert ranks=2 hidden=24 tokens=300 topk=12 blocks=1",
+]
+
+# Rounds of the ring, too: it has 1024 slots.
+_STRESS = "blocks=2 timeout=1"
+_RING = "layout=expert plan=pull tokens=1600 hidden=8 steps=4"
+_STEPS = [
+    "layout=expert plan=push steps=3",
+    "layout=expert plan=pull ranks=3 steps=6",
+    "layout=token plan=pull steps=6",
+    _RING,
+]
+# What is taken out (test_hooks.cuh; emulator.h from 101 on), where it must be noticed.
+_MUTATIONS = {
+    1: "layout=token plan=pull steps=6",
+    2: "layout=token plan=pull steps=6",
+    3: "layout=expert plan=pull steps=6",
+    4: _RING,
+    5: "layout=expert plan=push steps=3",
+    6: "layout=expert plan=pull steps=6",
+    101: "layout=expert plan=pull steps=6",
+    102: "layout=token plan=pull steps=6",
+    103: "layout=expert plan=pull steps=6",
+}
+_SEEDS = 12  # schedules that a mutation may hide from, less one
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    missing = [name for name in ("g++", "bash") if shutil.which(name) is None]
+    missing += [
+        name for name in ("cuda_runtime_api.h", "cuda_fp8.h") if not (_HEADERS / name).exists()
+    ]
+    if missing and not _cpu.build_info()["with_cuda"]:
+        pytest.skip(f"the emulator of kernels needs {', '.join(missing)}")
+    folder = tmp_path_factory.mktemp("emulator")
+    script = _ROOT / "cuda" / "emulator" / "build.sh"
+    done = subprocess.run(
+        ["bash", script, folder, "kernels_test", "stress_test", "plan_test"],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def _run(
+    program: pathlib.Path, arguments: str, *, seed: int = 1, mutation: int = 0
+) -> subprocess.CompletedProcess[str]:
+    settings = {"JAX_EP_EMULATOR_SEED": str(seed), "JAX_EP_EMULATOR_MUTATION": str(mutation)}
+    return subprocess.run(
+        [program, *arguments.split()],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", _KERNELS)
+def test_kernels_give_what_the_cpu_backend_gives(binaries: pathlib.Path, arguments: str) -> None:
+    done = _run(binaries / "kernels_test", f"{_SMALL} {arguments}")
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", _STEPS)
+def test_steps_in_which_everything_changes(binaries: pathlib.Path, arguments: str) -> None:
+    done = _run(binaries / "stress_test", f"{_STRESS} {arguments}")
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+
+
+def test_failed_plans(binaries: pathlib.Path) -> None:
+    """Ranks at other ops, absent, failed before or in another place: errors, not waits for ever."""
+    done = _run(binaries / "plan_test", "check=0 time=0 failures=1")
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count(": right") == 10, done.stdout
+
+
+@pytest.mark.parametrize("mutation", _MUTATIONS)
+def test_a_missing_wait_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
+    for seed in range(1, _SEEDS + 1):
+        arguments = f"{_STRESS} {_MUTATIONS[mutation]}"
+        done = _run(binaries / "stress_test", arguments, seed=seed, mutation=mutation)
+        if done.returncode != 0:
+            assert "WRONG" in done.stdout or "EMULATOR" in done.stderr, done.stdout + done.stderr
+            return
+    pytest.fail(f"none of {_SEEDS} schedules showed it")
