@@ -197,14 +197,17 @@ struct PeerInputs {
 // waits for may come; or whether the program takes this device for another rank. For one thread of
 // a block, beside the waits of the others.
 __device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
+  int rank = group.rank, instance = group.instance;
   if (group.coords != nullptr) {
-    const int rank = group.coords[0], instance = group.coords[1];
-    if (rank != group.rank || instance != group.instance) {
-      Fail(group, ErrorKind::kMisplaced, Phase::kArrival, rank, group.instance, instance, 0);
-      return true;
-    }
+    rank = group.coords[0];
+    instance = group.coords[1];
   }
-  if (ptx::LoadAcquireSystem(&Own(group).failed) == 0u) return false;
+  const bool failed = ptx::LoadAcquireSystem(&Own(group).failed) != 0u;  // on its way meanwhile
+  if (rank != group.rank || instance != group.instance) {
+    Fail(group, ErrorKind::kMisplaced, Phase::kArrival, rank, group.instance, instance, 0);
+    return true;
+  }
+  if (!failed) return false;
   Fail(group, ErrorKind::kAborted, Phase::kArrival, group.rank, epoch, epoch, 0);
   return true;
 }

@@ -26,6 +26,7 @@
 #include "cpu/combine.h"
 #include "cpu/combine_vjp.h"
 #include "cpu/dispatch.h"
+#include "cpu/quantize.h"
 #include "kernels_case.cuh"
 
 namespace {
@@ -43,6 +44,50 @@ void Compare(const char* what, int rank, const Buffer<T>& buffer) {
   std::printf("WRONG %s of rank %d: %zu of %zu, first at %zu\n", what, rank, wrong, got.size(),
               first);
   ++num_wrong;
+}
+
+// The casts to and from float8, which handlers launch beside a dispatch, on one rank's tokens.
+template <typename T>
+void CheckQuantize(const Workload& w, const Rank& k, cpu::Quantization quantization) {
+  Buffer<char> values, dense;
+  Buffer<float> scales;
+  const size_t row = size_t(w.H) * sizeof(T);
+  values.Resize(size_t(w.T) * w.H);
+  dense.Resize(w.T * row);
+  scales.Resize(size_t(w.T) * w.H / 128);
+  const cuda::QuantizeParams there{w.type,       quantization == cpu::Quantization::kFp8Ue8m0,
+                                   w.T,          w.H,
+                                   k.x.device,   values.device,
+                                   scales.device};
+  CHECK_CUDA(cuda::LaunchQuantize(there, k.stream));
+  CHECK_CUDA(cudaStreamSynchronize(k.stream));
+  for (int t = 0; t < w.T; ++t) {
+    CHECK_CUDA(cudaMemcpy(dense.device + (t + 1) * row - w.H, values.device + size_t(t) * w.H, w.H,
+                          cudaMemcpyDeviceToDevice));
+    const T* x = reinterpret_cast<const T*>(k.x.host.data() + t * row);
+    cpu::QuantizeRow(x, w.H, quantization,
+                     reinterpret_cast<cpu::Float8E4M3FN*>(values.host.data()) + size_t(t) * w.H,
+                     scales.host.data() + size_t(t) * w.H / 128);
+    cpu::RoundTripRow(x, w.H, quantization, reinterpret_cast<T*>(dense.host.data() + t * row));
+  }
+  CHECK_CUDA(cuda::LaunchDequantize({w.type, w.T, w.H, scales.device, dense.device}, k.stream));
+  CHECK_CUDA(cudaStreamSynchronize(k.stream));
+  Compare("quantized values", 0, values);
+  Compare("quantized scales", 0, scales);
+  Compare("dequantized rows", 0, dense);
+}
+
+void CheckQuantize(const Workload& w, const Rank& k) {
+  CHECK_CUDA(cudaSetDevice(k.device));
+  for (const auto quantization : {cpu::Quantization::kFp8, cpu::Quantization::kFp8Ue8m0}) {
+    if (w.dtype == "f32") {
+      CheckQuantize<float>(w, k, quantization);
+    } else if (w.dtype == "f16") {
+      CheckQuantize<cpu::Float16>(w, k, quantization);
+    } else {
+      CheckQuantize<cpu::BFloat16>(w, k, quantization);
+    }
+  }
 }
 
 }  // namespace
@@ -308,6 +353,7 @@ int main(int argc, char** argv) {
     Compare("y", r, k.y);
     Compare("home", r, k.home);
   }
+  if (!fp8 && H % 128 == 0) CheckQuantize(w, ranks[0]);
   std::printf(num_wrong == 0 ? "  all right\n" : "  %d WRONG\n", num_wrong);
   return num_wrong == 0 ? 0 : 1;
 }

@@ -201,12 +201,13 @@ void CheckFailed(const char* what, const Group& group, const Case& ran, int r,
 // A rank at another op, or that does not come: errors, not waits for ever.
 void CheckFailures() {
   using Kind = cuda::ErrorKind;
+  constexpr double kLong = 60;  // seconds that nothing here takes, also where time is emulated
   std::mt19937 random(1);
   const Shape shape{2, 500, 8, 256, Layout::kExpert};
   // The last one has all the messages that it waits for from a peer that waits for more.
   for (const Shape& another :
        {Shape{2, 300, 8, 64, Layout::kExpert}, Shape{2, 4096, 8, 256, Layout::kExpert}}) {
-    Group group(2, 5);
+    Group group(2, kLong);
     Case one(shape, group, 1, random), other(another, group, 2, random);
     one.Launch(0, 0, PlanKernel::kPush);
     other.Launch(1, 0, PlanKernel::kPush);
@@ -223,16 +224,19 @@ void CheckFailures() {
       CheckFailed("peer absent", group, one, 0, {Kind::kTimeout});
     }
     {  // though its peer does all that it waits for
-      Group group(2, 5);
+      Group group(2, kLong);
       Case one(shape, group, 1, random);
       CHECK_CUDA(cudaMemset(&group.params[0].peers[0]->failed, 1, 1));
+      CHECK_CUDA(cudaDeviceSynchronize());  // streams do not wait for it
       for (int r = 0; r < 2; ++r) one.Launch(r, 0, kernel);
       CHECK_CUDA(cudaDeviceSynchronize());
       CheckFailed("failed before", group, one, 0, {Kind::kAborted});
     }
     {
-      Group group(2, 5);
-      int32_t* coords = Allocate<int32_t>(2);  // zeros
+      Group group(2, kLong);
+      int32_t* coords = Allocate<int32_t>(2);
+      CHECK_CUDA(cudaMemset(coords, 0, 2 * sizeof(int32_t)));
+      CHECK_CUDA(cudaDeviceSynchronize());
       for (cuda::GroupParams& params : group.params) params.coords = coords;
       Case one(shape, group, 1, random);
       for (int r = 0; r < 2; ++r) one.Launch(r, 0, kernel);
