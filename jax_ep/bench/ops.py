@@ -98,6 +98,8 @@ def _num_sms(session: Session, case: Case) -> int:
         num_tokens=case.tokens,
         requested=case.num_sms,
     )
+    if session.group.backend != "cuda":
+        return wanted
     return min(wanted, _device_group.max_blocks(session.group.id))
 
 
