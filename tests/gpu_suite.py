@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import shlex
@@ -36,6 +37,8 @@ SUITE = (
     " tests/test_moe.py tests/test_ordinals.py"
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
+# Compiling takes the most of these tests. Of the plugin pytest-benchmark, xdist would be warned.
+PARALLEL = "-n 8 -p no:benchmark" if importlib.util.find_spec("xdist") else ""
 BENCH = "{python} -m jax_ep.bench"
 # Multi-rank programs of a few rows, which the tools slow down by orders of magnitude.
 SANITIZED = [
@@ -91,7 +94,8 @@ def stages(gpus: int) -> dict[str, Stage]:
             seconds=120,
         ),
         "grouped_dot": Stage(
-            [f"{PYTEST} tests/test_grouped_dot.py tests/test_grouped_dot_hopper.py"]
+            [f"{PYTEST} {PARALLEL} tests/test_grouped_dot.py tests/test_grouped_dot_hopper.py"],
+            environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": ".08"},
         ),
         "one_process": Stage(
             [f"{PYTEST} {SUITE} tests/test_gpu.py"],
