@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _device_group
-from spmd import fit, make_group, make_mesh, ranks_at_most, run_python, shard
+from jax_ep import _device_group, _ffi, _group
+from spmd import fit, make_group, make_mesh, need_devices, ranks_at_most, run_python, shard
 
 pytestmark = pytest.mark.one_process("asks for backends that serve one process")
 
@@ -196,3 +197,21 @@ def test_abstract_mesh_is_refused():
 def test_axis_types_do_not_matter(backend):
     group = jax_ep.create_group(make_mesh(2, axis_type=AxisType.Explicit), backend=backend)
     assert group.size == 2
+
+
+@pytest.mark.parametrize(
+    "axes", ["b", "a", ("a", "b"), ("b", "a"), ("c", "a"), ("a", "b", "c")], ids=str
+)
+def test_programs_and_groups_place_ranks_alike(axes):
+    """On GPUs kernels compare the two, and take a difference for a mesh in another order."""
+    need_devices(12)
+    mesh = make_mesh((2, 3, 2), ("a", "b", "c"))
+    group = jax_ep.create_group(mesh, axes, backend="reference")
+    places = shard(
+        lambda: _ffi._coords(group)[None], mesh, in_specs=(), out_specs=P(mesh.axis_names)
+    )
+    found = np.asarray(jax.jit(places)()).reshape(*mesh.devices.shape, 2)
+    instances = _group._instances(mesh, group.axis_names)
+    for instance, rank in np.ndindex(*instances.shape):
+        [at] = np.argwhere(mesh.devices == instances[instance, rank])
+        assert found[tuple(at)].tolist() == [rank, instance]
