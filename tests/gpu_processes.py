@@ -327,6 +327,19 @@ def side_by_side(ranks: int) -> None:
         made.check()
 
 
+def error_of(run: Callable[[], jax.Array], group: jax_ep.Group) -> str:
+    """The text of the error of ``run``, or "no error"; prints it."""
+    text = "no error"
+    try:
+        with jax_ep.errors():
+            jax.block_until_ready(run())
+        group.check()
+    except jax_ep.CommunicationError as error:
+        text = str(error)
+    print(f"raised: {text}")
+    return text
+
+
 def out_of_step(ranks: int) -> None:
     """One rank goes through two equal layers, the others twice through one: the same ops in turn.
 
@@ -352,18 +365,14 @@ def out_of_step(ranks: int) -> None:
     for step in (one, two):
         jax.block_until_ready(step(*operands))
     group.check()
-    try:
-        with jax_ep.errors():
-            if jax.process_index() == 0:
-                jax.block_until_ready(two(*operands))
-            else:
-                y = one(*operands)
-                jax.block_until_ready(one(y, *operands[1:]))
-        group.check()
-        text = "no error"
-    except jax_ep.CommunicationError as error:
-        text = str(error)
-    print(f"raised: {text}")
+
+    def steps() -> jax.Array:
+        if jax.process_index() == 0:
+            return two(*operands)
+        y = one(*operands)
+        return one(y, *operands[1:])
+
+    text = error_of(steps, group)
     assert "op plan" in text, text
     assert "is at another op" in text or "another rank of the group failed" in text, text
 
@@ -383,14 +392,7 @@ def misplaced(ranks: int) -> None:
         return jax_ep.dispatch(x, idx, weights, group=group, num_experts=8 * ranks).tokens
 
     mapped = jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
-    try:
-        with jax_ep.errors():
-            jax.block_until_ready(jax.jit(mapped)(*operands))
-        group.check()
-        text = "no error"
-    except jax_ep.CommunicationError as error:
-        text = str(error)
-    print(f"raised: {text}")
+    text = error_of(lambda: jax.jit(mapped)(*operands), group)
     assert "make the group with the mesh that shard_map runs on" in text, text
 
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "check_cuda.h"
 #include "cpu/numerics.h"
 #include "cuda/combine.h"
 #include "cuda/combine_vjp.h"
@@ -21,15 +22,6 @@
 #include "cuda/quantize.h"
 #include "cuda/workspace.h"
 #include "plan/build_plan.h"
-
-#define CHECK_CUDA(call)                                                                          \
-  do {                                                                                            \
-    const cudaError_t check_error = (call);                                                       \
-    if (check_error != cudaSuccess) {                                                             \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(check_error)); \
-      std::exit(1);                                                                               \
-    }                                                                                             \
-  } while (false)
 
 namespace {
 

@@ -12,19 +12,11 @@
 #include <random>
 #include <vector>
 
+#include "check_cuda.h"
 #include "cuda/plan.h"
 #include "cuda/plan_common.cuh"
 #include "cuda/sync.cuh"
 #include "plan/build_plan.h"
-
-#define CHECK_CUDA(call)                                                                          \
-  do {                                                                                            \
-    const cudaError_t check_error = (call);                                                       \
-    if (check_error != cudaSuccess) {                                                             \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(check_error)); \
-      std::exit(1);                                                                               \
-    }                                                                                             \
-  } while (false)
 
 namespace plan_test {
 

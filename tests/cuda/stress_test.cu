@@ -19,19 +19,11 @@
 #include <thread>
 #include <vector>
 
+#include "check_cuda.h"
 #include "cuda/combine.h"
 #include "cuda/dispatch.h"
 #include "cuda/plan.h"
 #include "plan/routing.h"
-
-#define CHECK_CUDA(call)                                                                          \
-  do {                                                                                            \
-    const cudaError_t check_error = (call);                                                       \
-    if (check_error != cudaSuccess) {                                                             \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(check_error)); \
-      std::exit(2);                                                                               \
-    }                                                                                             \
-  } while (false)
 
 namespace {
 
