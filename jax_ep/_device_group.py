@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from jax_ep import _compat, _handles
 from jax_ep._errors import CommunicationError
+from jax_ep._exported_memory import Offer, checked, staging_of
 from jax_ep._version import __version__
 
 _OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
@@ -30,14 +30,11 @@ _MEETING_TIMEOUT_S = 300.0  # for all processes to come and make a group
 _FREE_SMS = 32  # for other kernels that wait, such as NCCL's
 _SMS = 132  # of an H100 or H200
 _MIN_BLOCKS = 8  # a plan is one cluster of so many
-_STAGING_BYTES = 1 << 30
-_MIB = 1 << 20
 
 logger = logging.getLogger("jax_ep")
 
-# What was exported and mapped so far; it stays until the process ends. Only the GPUs that it was
-# mapped for can use it, so they are part of the keys.
-_staging: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # by CUDA ordinal: address, size
+# What was mapped so far; it stays until the process ends. Only the GPUs that it was mapped for can use
+# it, so they are part of the keys.
 _mapped: dict[tuple[Any, ...], int] = {}  # by process, device, base, size there: address
 _staged_groups: dict[int, str] = {}  # by id: why
 _blocks_of_groups: dict[int, int] = {}  # by id: how many an op has at most
@@ -189,7 +186,7 @@ def _create_together(
     me = jax.process_index()
     ours = [rank for ranks in instances.values() for rank in ranks]
     own = {rank.device: rank.ordinal for rank in ours if rank.ordinal is not None}
-    offer = _Offer()
+    offer = Offer()
     # Whatever goes wrong here, the others wait for this process: it tells them.
     error = _error_of(lambda: _prepare(offer, own))
     message = {"what": f"group {group_id}", "devices": offer.devices, "error": error}
@@ -236,100 +233,17 @@ def _error_of(do: Callable[[], None]) -> str | None:
     return None
 
 
-class _Offer:
-    """What this process lets its peers map.
-
-    Attributes:
-        devices: By id, as text since it travels as JSON: the GPU's uuid, why it is staged
-            ("" if it is not), and the memories as (base, size): the workspace, then the region that
-            peers read.
-        descriptors: Two for each device, in the order of ``devices``.
-        workspaces: Addresses by device.
-    """
-
-    def __init__(self) -> None:
-        self.devices: dict[str, dict[str, Any]] = {}
-        self.descriptors: list[int] = []
-        self.workspaces: dict[int, int] = {}
-
-    def add(self, device: int, ordinal: int, ordinals: list[int]) -> None:
-        """Offer the memory of one GPU of this process, whose GPUs are ``ordinals``."""
-        native = library()
-        uuid = _checked(native.device_uuid(ordinal))[0]
-        size = native.workspace_bytes()
-        workspace = _checked(native.allocate_exportable(ordinal, ordinals, size))[0]
-        self.workspaces[device] = workspace
-        exported = [_checked(native.export_allocation(ordinal, workspace))]
-        self.descriptors.append(exported[0][0])
-        reason = why_not_in_place(ordinal)
-        if reason == "":
-            address = _address_of_an_array(ordinal)
-        else:
-            address, _ = _staging_of(ordinal, ordinals)
-        exported.append(_checked(native.export_allocation(ordinal, address)))
-        self.descriptors.append(exported[1][0])
-        self.devices[str(device)] = {
-            "uuid": uuid,
-            "staged": reason,
-            "memories": [[base, size] for _, base, size in exported],
-        }
-
-    def close(self) -> None:
-        """Close the descriptors, which were sent."""
-        _handles.close_all(self.descriptors)
-        self.descriptors = []
-
-
-def _prepare(offer: _Offer, own: dict[int, int]) -> None:
+def _prepare(offer: Offer, own: dict[int, int]) -> None:
     """Offer the memory of this process's GPUs."""
     for device, ordinal in own.items():
-        offer.add(device, ordinal, sorted(own.values()))
-
-
-def why_not_in_place(ordinal: int) -> str:
-    """Why peers cannot read XLA's arrays of a GPU where they are, or ""."""
-    if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() in ("false", "0"):
-        return "XLA_PYTHON_CLIENT_PREALLOCATE=false lets XLA's memory grow"
-    allocator = os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default").lower()
-    if allocator not in ("default", "bfc"):
-        return f"XLA_PYTHON_CLIENT_ALLOCATOR={allocator} gives no one arena"
-    descriptor, _, size, error = library().export_allocation(ordinal, _address_of_an_array(ordinal))
-    if error is not None:
-        return f"XLA's memory cannot be exported ({error})"
-    os.close(descriptor)
-    if size < 64 * _MIB:
-        return f"XLA's memory comes in parts of {size} bytes"
-    return ""
-
-
-def _address_of_an_array(ordinal: int) -> int:
-    device = next(d for d in jax.local_devices() if _compat.local_ordinal(d) == ordinal)
-    array = jax.device_put(np.zeros(256, np.float32), device)
-    return jax.block_until_ready(array).unsafe_buffer_pointer()
-
-
-def staging_bytes() -> int:
-    """Bytes of memory on each GPU of a group that operands are copied into, where they must be."""
-    text = os.environ.get("JAX_EP_STAGING_BYTES", str(_STAGING_BYTES))
-    if not text.isdigit() or int(text) == 0:
-        raise CommunicationError(f"JAX_EP_STAGING_BYTES: expected a number of bytes, got {text!r}")
-    return int(text)
-
-
-def _staging_of(ordinal: int, ordinals: list[int]) -> tuple[int, int]:
-    key = (ordinal, tuple(ordinals))
-    if key not in _staging:
-        size = staging_bytes()
-        address = _checked(library().allocate_exportable(ordinal, ordinals, size))[0]
-        _staging[key] = (address, size)
-    return _staging[key]
+        offer.add(library(), device, ordinal, sorted(own.values()))
 
 
 def _map_and_create(
     group_id: int,
     instances: dict[int, list[Rank]],
     own: dict[int, int],
-    offer: _Offer,
+    offer: Offer,
     received: _handles.Received,
     timeout: float,
     num_sms: int,
@@ -359,7 +273,7 @@ def _map_and_create(
             for base, size, descriptor in memories:
                 key = (process, int(text), base, size, *ordinals)
                 if key not in _mapped:
-                    _mapped[key] = _checked(native.import_memory(descriptor, size, ordinals))[0]
+                    _mapped[key] = checked(native.import_memory(descriptor, size, ordinals))[0]
                 mapped.append((_mapped[key], size))
             (workspaces[int(text)], _), *regions[int(text)] = mapped
     specs = {
@@ -375,7 +289,7 @@ def _map_and_create(
         for number, ranks in instances.items()
     }
     staging = [
-        (ordinal, *_staging_of(ordinal, ordinals))
+        (ordinal, *staging_of(native, ordinal, ordinals))
         for device, ordinal in own.items()
         if offer.devices[str(device)]["staged"]
     ]
@@ -441,14 +355,6 @@ def _meet(
     """Exchange a message with the other processes."""
     others = [process for process in processes if process != jax.process_index()]
     return _endpoint().exchange(others, message, list(descriptors), _MEETING_TIMEOUT_S)
-
-
-def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A native result without the error text at its end, which is raised."""
-    *values, error = result
-    if error is not None:
-        raise CommunicationError(error)
-    return tuple(values)
 
 
 def _raise_first(errors: dict[int, str | None]) -> None:

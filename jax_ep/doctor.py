@@ -264,7 +264,7 @@ def _reach() -> Iterator[Finding]:
     """What other processes of this host could read of each GPU's arrays."""
     import jax
 
-    from jax_ep import _compat, _device_group
+    from jax_ep import _compat, _device_group, _exported_memory
 
     if importlib.util.find_spec("jax_ep._cuda") is None:
         return
@@ -273,7 +273,7 @@ def _reach() -> Iterator[Finding]:
         if device.platform != "gpu" or ordinal is None:
             continue
         name = f"arrays of GPU {ordinal}"
-        reason = _device_group.why_not_in_place(ordinal)
+        reason = _exported_memory.why_not_in_place(_device_group.library(), ordinal)
         if reason == "":
             yield Finding("ok", name, "other processes of this host can read them in place")
             continue
@@ -281,7 +281,7 @@ def _reach() -> Iterator[Finding]:
             "note",
             name,
             f"other processes cannot read them in place ({reason}): groups that span processes "
-            f"copy operands first, into {_device_group.staging_bytes()} bytes "
+            f"copy operands first, into {_exported_memory.staging_bytes()} bytes "
             "(JAX_EP_STAGING_BYTES)",
             "unset XLA_PYTHON_CLIENT_PREALLOCATE and XLA_PYTHON_CLIENT_ALLOCATOR, so that XLA "
             "allocates its memory at once",

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jax_ep import _compat, _device_group
+from jax_ep import _compat, _device_group, _exported_memory
 from jax_ep._device_group import Rank
 from jax_ep._errors import CommunicationError
 
@@ -204,7 +204,7 @@ if __name__ == "__main__":
     _compat.key_value_set, _compat.key_value_get = key_value_set, key_value_get
     jax.process_index, jax.process_count = lambda: ME, lambda: PROCESSES
     _device_group.library = lambda: memory
-    _device_group._address_of_an_array = lambda ordinal: memory.allocate_exportable(0, [0], 4096)[0]
-    _device_group.why_not_in_place = lambda ordinal: ""
+    _exported_memory._address_of_an_array = lambda _: memory.allocate_exportable(0, [0], 4096)[0]
+    _exported_memory.why_not_in_place = lambda native, ordinal: ""
     _device_group._MEETING_TIMEOUT_S = 60.0
     print("SAW " + json.dumps(globals()[SCENE]()), flush=True)

@@ -8,7 +8,7 @@ import types
 import jax
 import pytest
 
-from jax_ep import _compat, _device_group, doctor
+from jax_ep import _compat, _device_group, _exported_memory, doctor
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(platform="gpu")])
     monkeypatch.setattr(_compat, "local_ordinal", lambda device: 3)
     monkeypatch.setattr(_device_group, "library", lambda: library)
-    monkeypatch.setattr(_device_group, "_address_of_an_array", lambda ordinal: 4096)
+    monkeypatch.setattr(_exported_memory, "_address_of_an_array", lambda ordinal: 4096)
     for name in ("PREALLOCATE", "ALLOCATOR"):
         monkeypatch.delenv(f"XLA_PYTHON_CLIENT_{name}", raising=False)
     return library
