@@ -4,13 +4,13 @@
 //   nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/loads.cu -o build/loads
 //   build/loads [--json benchmarks/results/loads_h200.json]
 //
-// Movers: bulk copies as in csrc/cuda/dispatch.cu and adder.cuh, with the same stages, and loads of
-// 16 bytes, 4 or 8 of them under way in each of 1024 threads of a block. Uses: "copy" writes every
-// row to a row here, as dispatch does; "sum" adds rows by fours in float32, as combine does, which
-// has no float8 rows. Rows are gathered in random order out of two sources in turn, each some ten
-// times the L2 cache. "peer": two GPUs read each other's memory at the same time. A figure is the
-// median over launches one after the other, on the slower GPU; GB/s count what is read, once. Every
-// word of the results is checked.
+// Movers: bulk copies as in csrc/cuda/dispatch.cu, with the same stages; the adder of combine; and
+// loads of 16 bytes, 4 or 8 of them under way in each of 1024 threads of a block. Uses: "copy"
+// writes every row to a row here, as dispatch does; "sum" adds rows by fours in float32, as combine
+// does, which has no float8 rows. Rows are gathered in random order out of two sources in turn,
+// each some ten times the L2 cache. "peer": two GPUs read each other's memory at the same time. A
+// figure is the median over launches one after the other, on the slower GPU; GB/s count what is
+// read, once. Every word of the results is checked.
 
 #include <cuda_runtime.h>
 
@@ -145,7 +145,8 @@ template <size_t... kLoad>
 Workload Sums(std::index_sequence<kLoad...>) {
   Workload workload{"sum", DenseRows::kPayloadBytes, DenseRows::kScaleBytes, kTerms, {}};
   std::vector<Mover>& movers = workload.movers;
-  movers.push_back({"bulk", 0, SumByBulk, kAdderWarps * 32, kAdderBytes});
+  movers.push_back({"combine", kAdderLoads, SumByAdder, kAdderWarps * 32,
+                    kAdderWarps * kTerms * int{sizeof(Term)}});
   const auto add = [&](const char* name, int in_flight, void (*kernel)(Params)) {
     movers.push_back({name, in_flight, kernel, kLoadWarps * 32, 0});
   };
@@ -288,9 +289,8 @@ Result Run(const std::vector<Device>& devices, const Workload& workload, const M
   const Times times = Measure(devices, [&](const Device& device, int b) {
     const Device::Buffer& source = Owner(devices, device).buffers[b];
     const Device::Buffer& own = device.buffers[b];
-    Params params{source.payload,  source.scales,  own.order, num_rows,
-                  own.out_payload, own.out_scales, {}};
-    params.combine.hidden = kHidden;
+    const Params params{source.payload, source.scales,   own.order,
+                        num_rows,       own.out_payload, own.out_scales};
     mover.kernel<<<blocks, mover.threads, shared_bytes, device.stream>>>(params);
     CHECK_CUDA(cudaGetLastError());
   });

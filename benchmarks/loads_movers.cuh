@@ -36,13 +36,12 @@ constexpr int kMaxRows = kPayloadBytes / Float8Rows::kPayloadBytes;
 static_assert(kPayloadBytes < uint32_t{1} << 31, "offsets have 32 bits");
 
 struct Params {
-  const char* payload;    // [kMaxRows at most, payload bytes], what is read
-  const char* scales;     // [same, scale bytes]
-  const int32_t* order;   // [num_rows], the source row of each row or term
-  int32_t num_rows;       // that are read
-  char* out_payload;      // [num_rows or num_rows / kTerms, payload bytes]
-  char* out_scales;       // [num_rows, scale bytes]
-  CombineParams combine;  // what an Adder looks at
+  const char* payload;   // [kMaxRows at most, payload bytes], what is read
+  const char* scales;    // [same, scale bytes]
+  const int32_t* order;  // [num_rows], the source row of each row or term
+  int32_t num_rows;      // that are read
+  char* out_payload;     // [num_rows or num_rows / kTerms, payload bytes]
+  char* out_scales;      // [num_rows, scale bytes]
 };
 
 // Which result is this block's k-th one.
@@ -130,25 +129,28 @@ __global__ void __launch_bounds__(BulkCopy<Format>::kThreads, 1)
 }
 
 // The adder of combine itself.
-__global__ void __launch_bounds__(kAdderWarps * 32, 1) SumByBulk(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kAdderWarps * 32, 1)
+    SumByAdder(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char shared[];
-  const int32_t* list = reinterpret_cast<int32_t*>(shared + kAdderBytes);
-  const int count = ListRows<kTerms>(p, reinterpret_cast<int32_t*>(shared + kAdderBytes));
+  Term* terms = reinterpret_cast<Term*>(shared) + threadIdx.x / 32 * kTerms;
+  const int32_t* list = reinterpret_cast<int32_t*>(shared + kAdderWarps * kTerms * sizeof(Term));
+  const int count = ListRows<kTerms>(p, const_cast<int32_t*>(list));
   const int lane = threadIdx.x % 32;
-  Adder<Element, true, false> adder(p.combine, shared);
   for (int k = threadIdx.x / 32; k < count; k += kAdderWarps) {
     if (lane < kTerms) {
       const char* row = p.payload + int64_t{list[k * kTerms + lane]} * DenseRows::kPayloadBytes;
-      adder.terms()[lane] = Term::Of(row, 1.0f, lane == 0, lane + 1 == kTerms);
+      terms[lane] = {row, 1.0f};
     }
-    adder.Sum(kTerms, p.out_payload + int64_t{OutRow(k)} * DenseRows::kPayloadBytes);
+    __syncwarp();
+    AddTerms<Element, false>(terms, kTerms, 0, DenseRows::kPayloadBytes,
+                             p.out_payload + int64_t{OutRow(k)} * DenseRows::kPayloadBytes);
+    __syncwarp();
   }
-  adder.Finish();
 }
 
 enum class Load : size_t {
   kWeak,
-  kCacheGlobal,  // of the library's kernels that copy no rows: quantize.cu
+  kCacheGlobal,  // of adder.cuh and quantize.cu
   kRelaxedSystem,
   kWeakHints,  // the hints of the aggressive one, and defined
   kNonCoherent,

@@ -1,192 +1,141 @@
-// Sums of rows by one warp, from a list of terms, through a ring of stages in shared memory.
+// Sums of rows by one warp, in registers, from a list of terms.
 //
-// A warp makes one sum after the other. It loads the terms by bulk copies, several terms ahead,
-// across the bounds of sums.
+// A *strip* is 16 bytes for each lane. The warp goes through a sum a few strips at a time: it loads
+// those strips of all terms, and then adds them in the order of the list. The loads of all warps of
+// a block together keep the SM's way to memory full. (Bulk copies into shared memory, from where a
+// warp adds, need twice the SMs for the same rate: one lane has to start them, and every vector
+// takes one more way.) How many terms there are is known when this is compiled, for up to
+// kAdderLoads: the instructions that issue, not memory, are what few SMs run out of.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/combine.h"
 #include "cuda/ptx.cuh"
 #include "cuda/vectors.cuh"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
 
-constexpr int kAdderWarps = 16;  // of a block
-constexpr int kStages = 6;
-constexpr int kStageBytes = 2048;
+constexpr int kAdderWarps = 32;  // of a block
+constexpr int kAdderLoads = 8;   // of a lane, under way at a time
+constexpr int kStripBytes = 32 * 16;
 constexpr int kMaxTerms = 32;
 
-// A segment are the terms of one rank, whose sum is rounded.
-constexpr uint32_t kEndsSegment = 1u << 16;
-constexpr uint32_t kIsSegment = 1u << 17;  // on its own
-
-// One term of a sum; written and read at once, as are stages.
+// One term of a sum; written and read at once.
 struct alignas(16) Term {
-  const char* row;
+  const char* row;  // in global memory, or in shared memory
   float factor;
-  uint32_t flags;
-
-  __device__ static Term Of(const char* row, float factor, bool begins, bool ends) {
-    return {row, factor, ends ? (begins ? kEndsSegment | kIsSegment : kEndsSegment) : 0u};
-  }
 };
 
-// What a warp's ring keeps for each stage.
-struct alignas(16) Stage {
-  char* output;  // where the finished sum goes, if this is its last term; else null
-  float factor;
-  uint32_t bytes_and_flags;
-
-  __device__ bool Has(uint32_t flag) const { return (bytes_and_flags & flag) != 0; }
-  __device__ int32_t bytes() const { return bytes_and_flags & 0xffff; }
-};
-
-struct WarpMemory {
-  uint64_t barriers[kStages];
-  Stage stages[kStages];
-  Term terms[kMaxTerms];
-};
-
-// Shared memory of the adders of a block.
-constexpr int kAdderBytes =
-    kAdderWarps * (kStages * kStageBytes + static_cast<int>(sizeof(WarpMemory)));
-
-// Adds rows for one warp. All methods are called by all lanes together. With kOneSegment, all terms
-// of a sum are of one rank; without kWeighted, factors are not looked at.
-template <typename T, bool kOneSegment, bool kWeighted>
-class Adder {
+// The sum of the channels of a vector. Without kWeighted, factors are not looked at.
+template <typename T, bool kWeighted>
+class VectorSum {
  public:
-  __device__ Adder(const CombineParams& p, char* shared) : p_(p) {
-    const int32_t warp = threadIdx.x / 32;
-    buffers_ = shared + warp * kStages * kStageBytes;
-    memory_ = reinterpret_cast<WarpMemory*>(shared + kAdderWarps * kStages * kStageBytes) + warp;
-    if (Lane() == 0) {
-      for (uint64_t& barrier : memory_->barriers) ptx::InitBarrier(&barrier, 1);
-      ptx::FenceBarrierInit();
-      ptx::FenceProxyAsyncGlobal();
+  __device__ __forceinline__ void Add(uint4 raw, const Term& term) {
+    float channels[kChannels];
+    Unpack<T>(raw, channels);
+    const float factor = kWeighted ? term.factor : 1.0f;
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      sum_[j] = __fadd_rn(sum_[j], kWeighted ? __fmul_rn(channels[j], factor) : channels[j]);
     }
-    __syncwarp();
   }
-
-  // The list that the next sum is made from; valid until Sum returns.
-  __device__ Term* terms() { return memory_->terms; }
-
-  // Starts the sum of the first `num_terms` terms, as long as a row, to `output`. Waits for stages
-  // by finishing earlier terms.
-  __device__ void Sum(int32_t num_terms, char* output) {
-    __syncwarp();
-    for (int32_t offset = 0; offset < RowBytes(); offset += kStageBytes) {
-      const int32_t bytes = plan::Min(kStageBytes, RowBytes() - offset);
-      for (int32_t i = 0; i < num_terms; ++i) {
-        if (num_loaded_ - num_added_ == kStages) Add();
-        if (Lane() == 0) {
-          const int32_t s = num_loaded_ % kStages;
-          const Term term = memory_->terms[i];
-          char* target = i + 1 == num_terms ? output + offset : nullptr;
-          memory_->stages[s] = {target, term.factor, bytes | term.flags};
-          ptx::ArriveExpectBytes(&memory_->barriers[s], bytes);
-          ptx::BulkLoad(buffers_ + s * kStageBytes, term.row + offset, bytes,
-                        &memory_->barriers[s]);
-        }
-        ++num_loaded_;
-      }
-    }
-    __syncwarp();
-  }
-
-  // How many terms were started so far: a mark for FinishUntil.
-  __device__ int32_t num_started() const { return num_loaded_; }
-
-  // Finishes the sums whose terms were started before `mark`.
-  __device__ void FinishUntil(int32_t mark) {
-    while (num_added_ < mark) Add();
-  }
-
-  // Finishes all sums that were started.
-  __device__ void Finish() { FinishUntil(num_loaded_); }
+  __device__ __forceinline__ uint4 Rounded() const { return Pack16<T>(sum_); }
 
  private:
-  static constexpr int kVectorBytes = kVector * sizeof(T);
-  static constexpr int kPerLane = kStageBytes / kVectorBytes / 32;
-
-  __device__ static int32_t Lane() { return threadIdx.x % 32; }
-  __device__ int32_t RowBytes() const { return p_.hidden * static_cast<int32_t>(sizeof(T)); }
-
-  // Adds the oldest term that is loaded.
-  __device__ void Add() {
-    const int32_t s = num_added_ % kStages;
-    const uint32_t parity = (num_added_ / kStages) & 1;
-    while (!ptx::TryWaitParity(&memory_->barriers[s], parity)) {
-    }
-    const Stage stage = memory_->stages[s];
-    const T* row = reinterpret_cast<const T*>(buffers_ + s * kStageBytes);
-    // Lanes past the end of a short chunk add what lies there and store nothing.
-    RawVector<T> raw[kPerLane];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      raw[i] = *reinterpret_cast<const RawVector<T>*>(row + (Lane() + 32 * i) * kVector);
-    }
-    if (!kOneSegment && !kWeighted && stage.Has(kIsSegment)) {  // its sum needs no rounding
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        float term[kVector];
-        Unpack(raw[i], term);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) total_[i][j] = __fadd_rn(total_[i][j], term[j]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        float term[kVector];
-        Unpack(raw[i], term);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          if (kWeighted) term[j] = __fmul_rn(term[j], stage.factor);
-          segment_[i][j] = __fadd_rn(segment_[i][j], term[j]);
-        }
-      }
-      if (!kOneSegment && stage.Has(kEndsSegment)) CloseSegment();
-    }
-    if (stage.output != nullptr) StoreTotal(stage);
-    ++num_added_;
-    __syncwarp();  // the stage may be loaded again
-  }
-
-  // Adds the segment, rounded, to the total.
-  __device__ void CloseSegment() {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      float rounded[kVector];
-      Unpack(Pack<T>(segment_[i]), rounded);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        total_[i][j] = __fadd_rn(total_[i][j], rounded[j]);
-        segment_[i][j] = 0.0f;
-      }
-    }
-  }
-
-  __device__ void StoreTotal(const Stage& stage) {
-    float (&sum)[kPerLane][kVector] = kOneSegment ? segment_ : total_;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int32_t offset = (Lane() + 32 * i) * kVectorBytes;
-      StorePart(reinterpret_cast<T*>(stage.output + offset), Pack<T>(sum[i]),
-                stage.bytes() - offset);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) sum[i][j] = 0.0f;
-    }
-  }
-
-  const CombineParams& p_;
-  char* buffers_;
-  WarpMemory* memory_;
-  uint32_t num_loaded_ = 0;
-  uint32_t num_added_ = 0;
-  float segment_[kPerLane][kVector] = {};
-  float total_[kPerLane][kVector] = {};
+  static constexpr int kChannels = kWordsChannels<T>;
+  float sum_[kChannels] = {};
 };
+
+// kStrips strips of kTerms terms, from byte `at` on, which is each lane's own. Lanes past `end`
+// load what the last one does.
+template <typename T, bool kWeighted, int kTerms, int kStrips>
+__device__ __forceinline__ void AddStrips(const Term* terms, int32_t at, int32_t end,
+                                          char* output) {
+  uint4 raw[kTerms][kStrips];
+  const int32_t from = kStrips == 1 ? plan::Min(at, end - 16) : at;
+#pragma unroll
+  for (int t = 0; t < kTerms; ++t) {
+    const char* row = terms[t].row + from;
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) raw[t][s] = ptx::LoadCacheGlobal(row + s * kStripBytes);
+  }
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s) {
+    VectorSum<T, kWeighted> sum;
+#pragma unroll
+    for (int t = 0; t < kTerms; ++t) sum.Add(raw[t][s], terms[t]);
+    if (kStrips > 1 || at < end) {
+      *reinterpret_cast<uint4*>(output + at + s * kStripBytes) = sum.Rounded();
+    }
+  }
+}
+
+template <typename T, bool kWeighted, int kTerms>
+__device__ __forceinline__ void AddFew(const Term* terms, int32_t begin, int32_t end,
+                                       char* output) {
+  constexpr int kStrips = kTerms <= 2 ? 4 : kTerms <= kAdderLoads / 2 ? 2 : 1;
+  int32_t at = begin + threadIdx.x % 32 * 16;
+  if (kStrips > 1) {
+#pragma unroll 1
+    for (; begin + kStrips * kStripBytes <= end; begin += kStrips * kStripBytes) {
+      AddStrips<T, kWeighted, kTerms, kStrips>(terms, at, end, output);
+      at += kStrips * kStripBytes;
+    }
+  }
+#pragma unroll 1
+  for (; begin < end; begin += kStripBytes) {
+    AddStrips<T, kWeighted, kTerms, 1>(terms, at, end, output);
+    at += kStripBytes;
+  }
+}
+
+template <typename T, bool kWeighted>
+__device__ __forceinline__ void AddMany(const Term* terms, int32_t count, int32_t begin,
+                                        int32_t end, char* output) {
+#pragma unroll 1
+  for (; begin < end; begin += kStripBytes) {
+    const int32_t at = begin + threadIdx.x % 32 * 16;
+    VectorSum<T, kWeighted> sum;
+#pragma unroll 1
+    for (int32_t first = 0; first < count; first += kAdderLoads) {
+      uint4 raw[kAdderLoads];
+#pragma unroll
+      for (int t = 0; t < kAdderLoads; ++t) {
+        // Loaded in any case: what is not always loaded would keep its registers from other code.
+        const Term& term = terms[plan::Min(first + t, count - 1)];
+        raw[t] = ptx::LoadCacheGlobal(term.row + plan::Min(at, end - 16));
+      }
+#pragma unroll
+      for (int t = 0; t < kAdderLoads; ++t) {
+        if (first + t < count) sum.Add(raw[t], terms[first + t]);
+      }
+    }
+    if (at < end) *reinterpret_cast<uint4*>(output + at) = sum.Rounded();
+  }
+}
+
+// Adds bytes `begin` to `end` (multiples of 16) of the terms, and stores the rounded sum at the
+// same bytes of `output`. Called by all lanes together; a lane stores what it loaded.
+template <typename T, bool kWeighted>
+__device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t begin, int32_t end,
+                                      char* output) {
+  switch (count) {
+#define JAX_EP_ADD_FEW(N) \
+  case N:                 \
+    return AddFew<T, kWeighted, N>(terms, begin, end, output)
+    JAX_EP_ADD_FEW(1);
+    JAX_EP_ADD_FEW(2);
+    JAX_EP_ADD_FEW(3);
+    JAX_EP_ADD_FEW(4);
+    JAX_EP_ADD_FEW(5);
+    JAX_EP_ADD_FEW(6);
+    JAX_EP_ADD_FEW(7);
+    JAX_EP_ADD_FEW(8);
+#undef JAX_EP_ADD_FEW
+    default:
+      return AddMany<T, kWeighted>(terms, count, begin, end, output);
+  }
+}
 
 }  // namespace jax_ep::cuda

@@ -1,17 +1,19 @@
 // The combine op: the rows of a token meet at home.
 //
 // Layout "token": each rank has one row of a token at most, so home reads them over the link and
-// adds. Layout "expert": each rank first adds its own rows of every token of its peers
-// (*producers*) and puts the sum into a slot of home's ring, with a word that says so; home
-// (*consumers*) adds it to its own rows. Both go on at the same time, token by token, in every
-// block.
+// adds. Layout "expert": each rank first adds its own rows of every token of its peers and puts the
+// sum into a slot of home's ring, with a word that says so; home adds it to its own rows. Both go
+// on at the same time: every rank goes through the same list of items, in which home's sum of a
+// token comes some time after its peers' sums. Warps take items in turn.
 
 #include <algorithm>
 
 #include "cuda/adder.cuh"
 #include "cuda/combine.h"
+#include "cuda/ring.cuh"
 #include "cuda/sources.cuh"
 #include "cuda/sync.cuh"
+#include "cuda/tickets.cuh"
 #include "cuda/vectors.cuh"
 
 namespace jax_ep::cuda {
@@ -19,280 +21,217 @@ namespace {
 
 using plan::Layout;
 
-constexpr int kWarps = kAdderWarps;
-constexpr int kThreads = kWarps * 32;
-// Warps of a block that produce, in layout "expert".
-constexpr int kProducers = kWarps / 2;
+constexpr int kThreads = kAdderWarps * 32;
+// Rows are added in parts, by different warps, where there would be too few items for all warps to
+// end together.
+constexpr int kMinPartBytes = 4 * kStripBytes;
+constexpr int kManyItems = 16384;
+constexpr int kManyItemsOfAWarp = 4;
 
-// Sums of one source that home's ring has room for.
-__host__ __device__ int32_t NumRingSlots(const CombineParams& p) {
-  return RingSlots(p.group.num_ranks, int64_t{p.hidden} * ByteWidth(p.type));
+// Sums of own rows, rounded, before they are added to those of peers.
+constexpr int kPieceBytes = 4 * kStripBytes;
+
+struct WarpMemory {
+  char piece[kPieceBytes];
+  Term terms[2 * kMaxTerms];  // of a sum, and of the sum of own rows in it
+};
+constexpr int kSharedBytes = kAdderWarps * static_cast<int>(sizeof(WarpMemory));
+
+// One item of the list: for a part of a token's row, this rank's sum for its n-th peer, or, if n is
+// the number of peers, the sum of its own token.
+struct Item {
+  int32_t token;
+  int32_t part;
+  int32_t nth_peer;
+};
+
+// How many parts rows have. Where sums go through the ring, it has to be the same on all ranks, so
+// it depends on what they have in common.
+__device__ int32_t NumParts(const CombineParams& p, int32_t row_bytes) {
+  const bool by_expert = p.layout == Layout::kExpert;
+  const int32_t items = by_expert ? p.num_tokens * p.group.num_ranks : p.num_tokens;
+  const int32_t many = by_expert ? kManyItems : kManyItemsOfAWarp * kAdderWarps * gridDim.x;
+  int32_t parts = 1;
+  while (parts < kMaxParts && items * parts < many && row_bytes / parts > kMinPartBytes) parts *= 2;
+  return parts;
 }
 
-// Puts this rank's rows of one source into the list, from `first` on, as one segment. `row` is row
-// m in lane m, or -1; rows are packed to the left. Returns how many there are.
-__device__ int32_t ListOwnRows(const CombineParams& p, int32_t row, int32_t row_bytes,
-                               Term* terms) {
-  const int32_t lane = threadIdx.x % 32;
-  const int32_t count = __popc(__ballot_sync(~0u, row >= 0));
-  if (row >= 0) {
-    const float factor = p.row_weights == nullptr ? 1.0f : p.row_weights[row];
-    const char* address = static_cast<const char*>(p.rows) + int64_t{row} * row_bytes;
-    terms[lane] = Term::Of(address, factor, lane == 0, lane + 1 == count);
+// By one thread.
+__device__ void MakeState(const CombineParams& p, uint64_t epoch, int32_t row_bytes,
+                          CombineState& state) {
+  state.epoch = epoch;
+  state.row_bytes = row_bytes;
+  state.num_parts = NumParts(p, row_bytes);
+  state.part_bytes = plan::RoundUp((row_bytes + state.num_parts - 1) / state.num_parts, 16);
+  state.num_slots = RingSlots(p.group.num_ranks, row_bytes);
+  state.num_peers = p.layout == Layout::kExpert ? p.group.num_ranks - 1 : 0;
+  state.num_units = p.num_tokens * state.num_parts;
+  // What peers send is under way for as long as a warp takes for an item or so.
+  const int32_t under_way = gridDim.x * kAdderWarps / (state.num_peers + 1);
+  const int32_t half_the_ring = state.num_slots * state.num_parts / 2;
+  state.lag = plan::Min(plan::Min(under_way, half_the_ring), state.num_units);
+}
+
+// Item `index` of the list, which is the same on all ranks; false if there is none. First come
+// `lag` units (parts of tokens) for peers alone, then the units for peers and those of this rank
+// side by side, then what is left of the latter.
+//
+// Who waits in an item waits for items that come before it in the lists of its peers, and all ranks
+// begin items in the order of the list. So of those that are not finished anywhere, the first one
+// waits for nothing.
+__device__ bool GetItem(const CombineState& state, uint32_t index, Item& item) {
+  const uint32_t alone = state.lag * state.num_peers;
+  const uint32_t both = (state.num_units - state.lag) * (state.num_peers + 1);
+  int32_t unit;
+  item.nth_peer = state.num_peers;
+  if (index < alone) {
+    unit = index / state.num_peers;
+    item.nth_peer = index % state.num_peers;
+  } else if (index < alone + both) {
+    unit = (index - alone) / (state.num_peers + 1);
+    item.nth_peer = (index - alone) % (state.num_peers + 1);
+    if (item.nth_peer < state.num_peers) unit += state.lag;
+  } else {
+    unit = state.num_units - state.lag + (index - alone - both);
   }
-  return count;
+  item.token = unit / state.num_parts;
+  item.part = unit % state.num_parts;
+  return unit < state.num_units;
 }
 
-// The part of home's ring that rank `source` puts its sums into, and the words beside it.
-class Ring {
+// The work of one warp. All methods are called by all lanes together.
+template <typename T, bool kWeighted>
+class Combiner {
  public:
-  __device__ Ring(const CombineParams& p, uint64_t epoch)
-      : p_(p), epoch_(epoch), num_slots_(NumRingSlots(p)) {}
+  __device__ Combiner(const CombineParams& p, const CombineState& state, WarpMemory& memory)
+      : p_(p), state_(state), ring_(p, state), terms_(memory.terms), piece_(memory.piece) {}
 
-  __device__ char* Sum(int home, int source, int32_t token) const {
-    const int part = source < home ? source : source - 1;
-    const int64_t slot = int64_t{part} * num_slots_ + token % num_slots_;
-    return p_.group.peers[home]->ring + slot * p_.hidden * ByteWidth(p_.type);
-  }
-
-  // Source: the token whose sum was in the slot of `token` before, or less than 0. Not every token
-  // has a sum.
-  __device__ int32_t Before(int home, int32_t token) const {
-    do {
-      token -= num_slots_;
-    } while (token >= 0 && !HasRows(home * p_.num_tokens + token));
-    return token;
-  }
-
-  // Source: whether home has read the sum of `token`; WaitFree waits for it.
-  __device__ bool IsFree(int home, int32_t token) const {
-    if (token < 0 || kMutation == kWithoutRingFree) return true;
-    return ptx::LoadAcquireSystem(FreeWord(home, token)) == Word(token);
-  }
-  __device__ bool WaitFree(int home, int32_t token) const {
-    return token < 0 || Wait(FreeWord(home, token), Word(token), home);
-  }
-
-  // Home: tells that the sum of `source` is read.
-  __device__ void TellFree(int source, int32_t token) const {
-    if (token + num_slots_ >= p_.num_tokens) return;  // nobody will ask
-    ptx::StoreRelaxedSystem(&p_.group.peers[source]->ring_free[p_.group.rank][token % num_slots_],
-                            Word(token));
-  }
-
-  // Source: tells that the sum is there. After a fence.
-  __device__ void TellReady(int home, int32_t token) const {
-    ptx::StoreRelaxedSystem(&p_.group.peers[home]->ring_ready[p_.group.rank][token % num_slots_],
-                            Word(token));
-  }
-
-  // Home: whether the sum of `source` is there; WaitReady waits for it.
-  __device__ bool IsReady(int source, int32_t token) const {
-    if (kMutation == kWithoutRingReady) return true;
-    return ptx::LoadAcquireSystem(ReadyWord(source, token)) == Word(token);
-  }
-  __device__ bool WaitReady(int source, int32_t token) const {
-    return Wait(ReadyWord(source, token), Word(token), source);
+  // Returns early once the group has failed.
+  __device__ void Run(Tickets tickets) {
+    Item item;
+    while (GetItem(state_, tickets.Take(), item)) {
+      const bool is_own = item.nth_peer == state_.num_peers;
+      if (!(is_own ? BringHome(item.token, item.part) : AddForPeer(item))) return;
+    }
   }
 
  private:
-  __device__ uint64_t Word(int32_t token) const {
-    return epoch_ << 32 | static_cast<uint32_t>(token);
-  }
-  __device__ bool HasRows(int32_t source) const {
-    const int32_t row = p_.recv_rows[int64_t{source} * p_.num_rows];
-    return row >= 0 && row < p_.capacity;
-  }
-  __device__ const uint64_t* FreeWord(int home, int32_t token) const {
-    return &Own(p_.group).ring_free[home][token % num_slots_];
-  }
-  __device__ const uint64_t* ReadyWord(int source, int32_t token) const {
-    return &Own(p_.group).ring_ready[source][token % num_slots_];
+  __device__ static int32_t Lane() { return threadIdx.x % 32; }
+
+  // Bytes of a row that are a part.
+  __device__ int32_t BeginOf(int32_t part) const { return part * state_.part_bytes; }
+  __device__ int32_t EndOf(int32_t part) const {
+    return plan::Min(BeginOf(part) + state_.part_bytes, state_.row_bytes);
   }
 
-  __device__ bool Wait(const uint64_t* word, uint64_t expected, int peer) const {
-    for (Deadline deadline;;) {
-      const uint64_t seen = ptx::LoadAcquireSystem(word);
-      if (seen == expected) return true;
-      if (!deadline.Continue(p_.group, Phase::kRows, peer, expected, seen)) return false;
+  // Lists this rank's rows of a source from terms_[first] on, and returns how many they are. `row`
+  // is row m in lane m, or -1; rows are packed to the left.
+  __device__ int32_t ListOwnRows(int32_t row, int32_t first) {
+    if (row >= 0) {
+      const char* address = static_cast<const char*>(p_.rows) + int64_t{row} * state_.row_bytes;
+      terms_[first + Lane()] = {address, kWeighted ? p_.row_weights[row] : 1.0f};
+    }
+    return __popc(__ballot_sync(~0u, row >= 0));
+  }
+
+  // This rank's sum for a token of a peer.
+  __device__ bool AddForPeer(const Item& item) {
+    const int home = (p_.group.rank + 1 + item.nth_peer) % p_.group.num_ranks;
+    const int32_t row = RowOfLane(p_, home * p_.num_tokens + item.token);
+    const int32_t count = ListOwnRows(row, 0);
+    if (count == 0) return true;
+    if (!ring_.WaitFree(home, item.token, item.part)) return false;
+    __syncwarp();  // the list is written
+    AddTerms<T, kWeighted>(terms_, count, BeginOf(item.part), EndOf(item.part),
+                           ring_.Sum(home, p_.group.rank, item.token));
+    __syncwarp();
+    if (Lane() == 0) {
+      TestDelay(p_.group.rank, state_.epoch, 3 + item.token);
+      ring_.TellReady(home, item.token, item.part);
+    }
+    return true;
+  }
+
+  // The sum of a token of this rank. Its terms are, for each rank, ascending, the rounded sum of
+  // this rank's own rows, or the peer's one row.
+  __device__ bool BringHome(int32_t token, int32_t part) {
+    const bool by_expert = p_.layout == Layout::kExpert;
+    // Lane k has entry k: the rank that holds it, or -1.
+    int32_t rank = plan::kNone, row = plan::kNone;
+    if (Lane() < p_.top_k) {
+      const int32_t expert = p_.topk[int64_t{token} * p_.top_k + Lane()];
+      row = p_.dest_row[int64_t{token} * p_.top_k + Lane()];
+      if (expert >= 0 && expert < p_.num_experts && row >= 0 && row < p_.capacity) {
+        rank = plan::RankOfExpert(expert, p_.num_experts / p_.group.num_ranks);
+      }
+    }
+    const int32_t own_row =
+        by_expert ? RowOfLane(p_, p_.group.rank * p_.num_tokens + token) : plan::kNone;
+    // The first lane that has an entry of a peer waits for that peer.
+    const int first = __ffs(__match_any_sync(~0u, rank)) - 1;
+    const bool awaits = by_expert && rank >= 0 && rank != p_.group.rank && first == Lane();
+    if (!__all_sync(~0u, !awaits || ring_.WaitReady(rank, token, part))) return false;
+    const int32_t num_own = ListOwnRows(own_row, kMaxTerms);
+    int32_t count = 0, own = plan::kNone;
+    for (int32_t r = 0; r < p_.group.num_ranks; ++r) {
+      const uint32_t there = __ballot_sync(~0u, rank == r);
+      const bool is_own = by_expert && r == p_.group.rank;
+      if (there == 0 || (is_own && num_own == 0)) continue;
+      if (is_own) own = count;
+      if (Lane() == __ffs(there) - 1) {
+        const char* address = by_expert
+                                  ? ring_.Sum(p_.group.rank, r, token)
+                                  : state_.inputs.Of<char>(r, 0) + int64_t{row} * state_.row_bytes;
+        terms_[count] = {address, 1.0f};
+      }
+      ++count;
+    }
+    __syncwarp();
+    char* y = static_cast<char*>(p_.y) + int64_t{token} * state_.row_bytes;
+    if (count == 0) {
+      Clear(y, BeginOf(part), EndOf(part));
+    } else if (own == plan::kNone) {
+      AddTerms<T, kWeighted>(terms_, count, BeginOf(part), EndOf(part), y);
+    } else {
+      AddOwnFirst(num_own, own, count, BeginOf(part), EndOf(part), y);
+    }
+    __syncwarp();
+    // What the lanes loaded has come: they have stored sums of it.
+    if (awaits) ring_.TellFree(rank, token, part);
+    return true;
+  }
+
+  // The same, where term `own` is the sum of this rank's own rows.
+  __device__ void AddOwnFirst(int32_t num_own, int32_t own, int32_t count, int32_t begin,
+                              int32_t end, char* y) {
+    if (!kWeighted && num_own == 1) {  // its sum needs no rounding
+      if (Lane() == 0) terms_[own] = terms_[kMaxTerms];
+      __syncwarp();
+      AddTerms<T, kWeighted>(terms_, count, begin, end, y);
+      return;
+    }
+    for (; begin < end; begin += kPieceBytes) {
+      const int32_t piece_end = plan::Min(begin + kPieceBytes, end);
+      if (Lane() == 0) terms_[own] = {piece_ - begin, 1.0f};
+      __syncwarp();
+      AddTerms<T, kWeighted>(terms_ + kMaxTerms, num_own, begin, piece_end, piece_ - begin);
+      AddTerms<T, kWeighted>(terms_, count, begin, piece_end, y);
+      __syncwarp();
+    }
+  }
+
+  __device__ static void Clear(char* row, int32_t begin, int32_t end) {
+    for (int32_t at = begin + Lane() * 16; at < end; at += kStripBytes) {
+      *reinterpret_cast<uint4*>(row + at) = make_uint4(0, 0, 0, 0);
     }
   }
 
   const CombineParams& p_;
-  uint64_t epoch_;
-  int32_t num_slots_;
+  const CombineState& state_;
+  Ring ring_;
+  Term* terms_;
+  char* piece_;
 };
-
-// Producers: this rank's sums for all peers, by one of `num_warps` warps. Tokens of all peers take
-// turns. Every rank goes through the tokens in the same order, and a warp waits only when it has
-// told all that it did: so what it waits for comes. Returns early once the group has failed.
-template <typename T, bool kWeighted>
-__device__ void Produce(const CombineParams& p, uint64_t epoch, Adder<T, true, kWeighted>& adder,
-                        int32_t warp, int32_t num_warps) {
-  const int32_t row_bytes = p.hidden * sizeof(T);
-  const int32_t num_peers = p.group.num_ranks - 1;
-  const Ring ring(p, epoch);
-  const auto token_of = [&](int32_t item) { return item / num_peers; };
-  const auto home_of = [&](int32_t item) {
-    return (p.group.rank + 1 + item % num_peers) % p.group.num_ranks;
-  };
-  const auto source_of = [&](int32_t item) {
-    return home_of(item) * p.num_tokens + token_of(item);
-  };
-  const auto tell = [&](int32_t item) {
-    if (item < 0) return;
-    ptx::FenceProxyAsyncGlobal();  // home reads by bulk copies what this lane stored
-    __syncwarp();
-    if (threadIdx.x % 32 != 0) return;
-    TestDelay(p.group.rank, epoch, 3 + token_of(item));
-    ptx::FenceAcquireReleaseSystem();
-    ring.TellReady(home_of(item), token_of(item));
-  };
-  // A sum is finished while the next one's terms are on their way. Sum and flush are called at one
-  // place each, since their code is long.
-  int32_t pending = -1;
-  int32_t pending_mark = 0;
-  const auto flush = [&] {
-    adder.FinishUntil(pending_mark);
-    tell(pending);
-    pending = -1;
-  };
-  const int32_t num_items = p.num_tokens * num_peers;
-  int32_t next_row = warp < num_items ? RowOfLane(p, source_of(warp)) : plan::kNone;
-  for (int32_t item = warp;; item += num_warps) {
-    const bool is_past = item >= num_items;  // nothing is left but what is pending
-    const int32_t row = next_row;
-    const int32_t next = item + num_warps;  // there when it is needed
-    next_row = next < num_items ? RowOfLane(p, source_of(next)) : plan::kNone;
-    const int32_t num_terms = ListOwnRows(p, row, row_bytes, adder.terms());
-    const int home = home_of(item);
-    const int32_t token = token_of(item);
-    const int32_t before = num_terms > 0 ? ring.Before(home, token) : -1;
-    for (bool is_free = __all_sync(~0u, ring.IsFree(home, before));; is_free = true) {
-      if (is_free && num_terms > 0) adder.Sum(num_terms, ring.Sum(home, p.group.rank, token));
-      flush();
-      if (is_free) break;
-      if (!__all_sync(~0u, ring.WaitFree(home, before))) return;
-    }
-    if (is_past) return;
-    if (num_terms == 0) continue;
-    pending = item;
-    pending_mark = adder.num_started();
-  }
-}
-
-// What a warp needs to know of a token: its entries (lane k has entry k) and, in layout "expert",
-// this rank's rows of it (lane m has row m).
-struct TokenRows {
-  int32_t expert;
-  int32_t row;
-  int32_t own_row;
-};
-
-__device__ TokenRows LoadToken(const CombineParams& p, int32_t token) {
-  const int32_t lane = threadIdx.x % 32;
-  TokenRows rows{plan::kNone, plan::kNone, plan::kNone};
-  if (token >= p.num_tokens) return rows;
-  if (lane < p.top_k) {
-    rows.expert = p.topk[int64_t{token} * p.top_k + lane];
-    rows.row = p.dest_row[int64_t{token} * p.top_k + lane];
-  }
-  if (p.layout == Layout::kExpert) {
-    rows.own_row = RowOfLane(p, p.group.rank * p.num_tokens + token);
-  }
-  return rows;
-}
-
-// The rank that holds this lane's entry of a token, or -1.
-__device__ int32_t RankOfEntry(const CombineParams& p, const TokenRows& rows) {
-  const bool exists =
-      rows.expert >= 0 && rows.expert < p.num_experts && rows.row >= 0 && rows.row < p.capacity;
-  return exists ? plan::RankOfExpert(rows.expert, p.num_experts / p.group.num_ranks) : plan::kNone;
-}
-
-// Home: lists the terms of a token: for each rank, ascending, this rank's own rows or the peer's
-// one row. Returns how many there are.
-__device__ int32_t ListTerms(const CombineParams& p, const Ring& ring, const PeerInputs& inputs,
-                             int32_t token, const TokenRows& rows, int32_t rank, Term* terms) {
-  const int32_t lane = threadIdx.x % 32;
-  const bool by_expert = p.layout == Layout::kExpert;
-  const int32_t row_bytes = p.hidden * ByteWidth(p.type);
-  int32_t count = 0;
-  for (int32_t r = 0; r < p.group.num_ranks; ++r) {
-    const uint32_t there = __ballot_sync(~0u, rank == r);
-    if (there == 0) continue;
-    if (by_expert && r == p.group.rank) {
-      const int32_t own_row = lane < kMaxTerms - count ? rows.own_row : plan::kNone;
-      count += ListOwnRows(p, own_row, row_bytes, terms + count);
-      continue;
-    }
-    if (count == kMaxTerms) break;  // of a handle that is none
-    if (lane == __ffs(there) - 1) {
-      const char* row = by_expert ? ring.Sum(p.group.rank, r, token)
-                                  : inputs.Of<char>(r, 0) + int64_t{rows.row} * row_bytes;
-      terms[count] = Term::Of(row, 1.0f, true, true);
-    }
-    ++count;
-  }
-  return count;
-}
-
-// Home: the sums of all tokens, by one of `num_warps` warps. Returns early once the group has
-// failed.
-template <typename T, bool kWeighted>
-__device__ void BringHome(const CombineParams& p, uint64_t epoch, const PeerInputs& inputs,
-                          Adder<T, false, kWeighted>& adder, int32_t warp, int32_t num_warps) {
-  const int32_t lane = threadIdx.x % 32;
-  const int32_t row_bytes = p.hidden * sizeof(T);
-  const bool by_expert = p.layout == Layout::kExpert;
-  const Ring ring(p, epoch);
-  // Slots become free once their sums are read: a token later. Lane by lane, those of one rank.
-  int32_t pending = -1;
-  int32_t pending_rank = -1;
-  int32_t pending_mark = 0;
-  const auto flush = [&] {
-    adder.FinishUntil(pending_mark);
-    if (pending_rank >= 0) ring.TellFree(pending_rank, pending);
-    pending_rank = -1;
-  };
-  TokenRows next_rows = LoadToken(p, warp);
-  for (int32_t token = warp;; token += num_warps) {
-    const bool is_past = token >= p.num_tokens;  // nothing is left but what is pending
-    const TokenRows rows = next_rows;
-    next_rows = LoadToken(p, token + num_warps);  // there when it is needed
-    const int32_t rank = RankOfEntry(p, rows);
-    // The first lane that has an entry of a rank waits for that rank.
-    const int first = __ffs(__match_any_sync(~0u, rank)) - 1;
-    const bool awaits = by_expert && rank >= 0 && rank != p.group.rank && first == lane;
-    if (is_past) pending_mark = adder.num_started();
-    for (bool is_ready = !by_expert || __all_sync(~0u, !awaits || ring.IsReady(rank, token));;
-         is_ready = true) {
-      if (is_ready && !is_past) {
-        if (by_expert) {
-          ptx::FenceProxyAsyncGlobal();
-          __syncwarp();
-        }
-        char* y = static_cast<char*>(p.y) + int64_t{token} * row_bytes;
-        const int32_t num_terms = ListTerms(p, ring, inputs, token, rows, rank, adder.terms());
-        if (num_terms > 0) {
-          adder.Sum(num_terms, y);
-        } else {
-          for (int32_t i = lane; i < row_bytes / 16; i += 32) {
-            reinterpret_cast<uint4*>(y)[i] = make_uint4(0, 0, 0, 0);
-          }
-        }
-      }
-      flush();
-      if (is_ready) break;
-      if (!__all_sync(~0u, !awaits || ring.WaitReady(rank, token))) return;
-    }
-    if (is_past) return;
-    if (!by_expert) continue;
-    pending = token;
-    pending_rank = awaits ? rank : -1;
-    pending_mark = adder.num_started();
-  }
-}
 
 // Home: values of single rows.
 __device__ void BringValues(const CombineParams& p, const PeerInputs& inputs, int32_t thread,
@@ -330,30 +269,25 @@ template <typename T, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 1)
     CombineKernel(const __grid_constant__ CombineParams p) {
   extern __shared__ __align__(128) char shared[];
-  __shared__ PeerInputs inputs;
+  __shared__ CombineState state;
   const uint64_t epoch = BeginOp(p.group);
-  const bool by_expert = p.layout == Layout::kExpert;
   const bool has_rows = p.hidden > 0;  // else only values come home
   if (blockIdx.x == 0) {
-    Publish(p.group, epoch, {by_expert || !has_rows ? nullptr : p.rows, p.values, nullptr});
+    const bool is_read = p.layout == Layout::kToken && has_rows;
+    Publish(p.group, epoch, {is_read ? p.rows : nullptr, p.values, nullptr});
   }
-  const int32_t num_blocks = gridDim.x;
-  const int32_t block = blockIdx.x;
-  const int32_t warp = threadIdx.x / 32;
-  const int32_t num_producers = by_expert && has_rows && p.group.num_ranks > 1 ? kProducers : 0;
-  const bool ok = WaitInputs(p.group, epoch, inputs);
-  if (ok && warp < num_producers) {
-    Adder<T, true, kWeighted> adder(p, shared);
-    Produce(p, epoch, adder, warp * num_blocks + block, num_producers * num_blocks);
-  } else if (ok) {
-    const int32_t num_consumers = kWarps - num_producers;
-    const int32_t consumer = (warp - num_producers) * num_blocks + block;
+  if (has_rows && threadIdx.x == kThreads / 2) {  // one that has no part in what is above
+    MakeState(p, epoch, p.hidden * sizeof(T), state);
+  }
+  if (WaitInputs(p.group, epoch, state.inputs)) {  // where the block meets
+    const int32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+    const int32_t num_warps = kAdderWarps * gridDim.x;
     if (p.values != nullptr) {
-      BringValues(p, inputs, consumer * 32 + threadIdx.x % 32, num_consumers * num_blocks * 32);
+      BringValues(p, state.inputs, warp * 32 + threadIdx.x % 32, num_warps * 32);
     }
     if (has_rows) {
-      Adder<T, false, kWeighted> adder(p, shared);
-      BringHome(p, epoch, inputs, adder, consumer, num_consumers * num_blocks);
+      WarpMemory& memory = reinterpret_cast<WarpMemory*>(shared)[threadIdx.x / 32];
+      Combiner<T, kWeighted>(p, state, memory).Run(Tickets(p.group, warp, num_warps));
     }
   }
   EndOp(p.group, epoch, [&] { Poison<T>(p); });
@@ -363,12 +297,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 cudaError_t LoadCombine() {
   const auto load = [](auto kernel) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAdderBytes);
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   };
   for (const RowType type : {RowType::kFloat32, RowType::kBFloat16, RowType::kFloat16}) {
     const cudaError_t error = VisitRowType(type, [&](auto element) {
-      const cudaError_t error = load(CombineKernel<decltype(element), false>);
-      return error != cudaSuccess ? error : load(CombineKernel<decltype(element), true>);
+      const cudaError_t first = load(CombineKernel<decltype(element), false>);
+      return first != cudaSuccess ? first : load(CombineKernel<decltype(element), true>);
     });
     if (error != cudaSuccess) return error;
   }
@@ -379,7 +313,7 @@ cudaError_t LaunchCombine(const CombineParams& params, cudaStream_t stream) {
   return VisitRowType(params.type, [&](auto element) {
     const auto kernel = params.row_weights == nullptr ? CombineKernel<decltype(element), false>
                                                       : CombineKernel<decltype(element), true>;
-    kernel<<<params.num_blocks, kThreads, kAdderBytes, stream>>>(params);
+    kernel<<<params.num_blocks, kThreads, kSharedBytes, stream>>>(params);
     return cudaGetLastError();
   });
 }

@@ -7,10 +7,10 @@
 // products of channels j, j + 256, ... and the lanes are added in a tree by halves. Thread t of a
 // warp holds lanes 8 t to 8 t + 7.
 //
-// A team of warps goes through sources, whose rows they take in turn. It has two buffers for
-// cotangents in shared memory, and each warp a ring of stages for parts of rows, all filled by bulk
-// copies: the cotangent of the next source and the parts to come are on their way while a part is
-// computed with.
+// A team of warps goes through sources, whose rows they take in turn; its first warp asks for the
+// next source and tells the others. It has two buffers for cotangents in shared memory, and each
+// warp a ring of stages for parts of rows, all filled by bulk copies: the cotangent of the next
+// source and the parts to come are on their way while a part is computed with.
 
 #include <algorithm>
 
@@ -34,11 +34,14 @@ __host__ __device__ int32_t RowBytes(const CombineVjpParams& p) {
   return p.hidden * ByteWidth(p.type);
 }
 
-// Barriers of a team: two for each buffer, that it is filled and that it is free, and the stages'.
+// Barriers of a team, for each buffer: that its source is known, that it is filled, that it is
+// free; and the stages'.
 struct Barriers {
+  uint64_t known[kBuffers];
   uint64_t filled[kBuffers];
   uint64_t free[kBuffers];
   uint64_t stages[kMaxTeamWarps][kStages];
+  int32_t sources[kBuffers];
 };
 
 // Of a team: barriers, then buffers, then the stages of each warp.
@@ -86,8 +89,9 @@ __device__ float AddLanes(float (&lanes)[kVector]) {
 // Barriers before their first use; then the block has to meet.
 __device__ void InitBarriers(Barriers& barriers, int32_t num_warps) {
   for (int i = 0; i < kBuffers; ++i) {
+    ptx::InitBarrier(&barriers.known[i], 1);
     ptx::InitBarrier(&barriers.filled[i], 1);
-    ptx::InitBarrier(&barriers.free[i], num_warps);
+    ptx::InitBarrier(&barriers.free[i], num_warps * 32);
   }
   for (int warp = 0; warp < num_warps; ++warp) {
     for (uint64_t& barrier : barriers.stages[warp]) ptx::InitBarrier(&barrier, 1);
@@ -103,7 +107,7 @@ class Differentiator {
                             int32_t num_teams, int32_t member, int32_t size, char* memory)
       : p_(p),
         inputs_(inputs),
-        sources_(p, team, num_teams),
+        sources_(p, team, num_teams, member == 0),
         member_(member),
         size_(size),
         barriers_(*reinterpret_cast<Barriers*>(memory)),
@@ -130,8 +134,8 @@ class Differentiator {
         nth = rows.first;
       }
       if (nth >= rows.count) {
-        __syncwarp();
-        if (Lane() == 0) ptx::ArriveExpectBytes(&barriers_.free[buffer], 0);
+        // By all lanes: racecheck does not see that one of them would speak for the others.
+        ptx::ArriveExpectBytes(&barriers_.free[buffer], 0);
         ++sources_done_;
         nth = -1;
         continue;
@@ -201,37 +205,49 @@ class Differentiator {
     return true;
   }
 
-  // The first warp also starts the load of the cotangent.
+  // The first warp also chooses the source and starts the load of its cotangent.
   __device__ bool StartSource() {
-    if (sources_started_ - sources_done_ == kBuffers) return false;
+    if (is_last_ || sources_started_ - sources_done_ == kBuffers) return false;
     const int buffer = sources_started_ % kBuffers;
     const int32_t use = sources_started_ / kBuffers;
-    if (member_ == 0 && use > 0) {
+    int32_t source;
+    if (member_ == 0) {
       // The other warps may still need what is in the buffer.
-      uint64_t* barrier = &barriers_.free[buffer];
-      if (sources_started_ == sources_done_) {
-        Wait(barrier, use - 1);
-      } else if (!__all_sync(~0u, ptx::TryWaitParity(barrier, (use - 1) & 1))) {
-        return false;
+      if (use > 0 && !WaitUnlessBusy(&barriers_.free[buffer], use - 1)) return false;
+      source = sources_.Next().source;
+    } else {
+      if (!WaitUnlessBusy(&barriers_.known[buffer], use)) return false;
+      source = barriers_.sources[buffer];
+    }
+    if (member_ == 0 && Lane() == 0) {
+      barriers_.sources[buffer] = source;
+      ptx::ArriveExpectBytes(&barriers_.known[buffer], 0);
+      if (source != plan::kNone) {
+        const int32_t rank = source / p_.num_tokens;
+        const int64_t token = source % p_.num_tokens;
+        ptx::ArriveExpectBytes(&barriers_.filled[buffer], RowBytes(p_));
+        ptx::BulkLoad(Buffer(buffer), inputs_.Of<char>(rank, 0) + token * RowBytes(p_),
+                      RowBytes(p_), &barriers_.filled[buffer]);
       }
     }
-    const int32_t source = sources_.Next();
-    if (source < 0) return false;
+    is_last_ = source == plan::kNone;
+    if (is_last_) return false;
     load_rows_.of_lane = RowOfLane(p_, source);
     load_rows_.count = __popc(__ballot_sync(~0u, load_rows_.of_lane >= 0));
-    load_nth_ = load_offset_ = 0;
-    if (load_rows_.count == 0) return true;  // no row of it was kept
+    load_offset_ = 0;
     load_nth_ = load_rows_.first = (member_ + size_ - num_rows_ % size_) % size_;
     num_rows_ += load_rows_.count;
     (buffer == 0 ? rows_[0] : rows_[1]) = load_rows_;
     ++sources_started_;
-    if (member_ == 0 && Lane() == 0) {
-      const int32_t rank = source / p_.num_tokens;
-      const int64_t token = source % p_.num_tokens;
-      ptx::ArriveExpectBytes(&barriers_.filled[buffer], RowBytes(p_));
-      ptx::BulkLoad(Buffer(buffer), inputs_.Of<char>(rank, 0) + token * RowBytes(p_), RowBytes(p_),
-                    &barriers_.filled[buffer]);
+    return true;
+  }
+
+  // Waits if this warp has nothing else to do; else false unless there is nothing to wait for.
+  __device__ bool WaitUnlessBusy(uint64_t* barrier, int32_t use) {
+    if (sources_started_ != sources_done_) {
+      return __all_sync(~0u, ptx::TryWaitParity(barrier, use & 1));
     }
+    Wait(barrier, use);
     return true;
   }
 
@@ -261,7 +277,8 @@ class Differentiator {
 
   const CombineVjpParams& p_;
   const PeerInputs& inputs_;
-  SourceIterator<CombineVjpParams> sources_;
+  SourceQueue<CombineVjpParams> sources_;
+  bool is_last_ = false;  // no source comes any more
   int32_t member_;
   int32_t size_;
   Barriers& barriers_;

@@ -139,11 +139,8 @@ __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int3
   __syncwarp();
 
   RowClearer clearer(p, zeros, warp, num_warps);
-  // If all sources have rows; what is left is cleared at the end.
-  const int64_t items_expected =
-      int64_t{p.group.num_ranks} * p.num_tokens * chunks.count / num_warps + 1;
-  SourceIterator<DispatchParams> sources(p, warp, num_warps);
-  int32_t source = plan::kNone;
+  SourceQueue<DispatchParams> sources(p, warp, num_warps);
+  typename SourceQueue<DispatchParams>::Entry source{};
   int32_t load_chunk = chunks.count;
   int32_t row_of_stage[kStages];
   int32_t offset_of_stage[kStages];
@@ -154,16 +151,16 @@ __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int3
     if (load_chunk == chunks.count) {
       source = sources.Next();
       load_chunk = 0;
-      more = source != plan::kNone;
+      more = source.source != plan::kNone;
       if (!more) return;
     }
-    row = RowOfLane(p, source);
+    row = source.row;
     offset = load_chunk * chunks.bytes;
     ++load_chunk;
     if (lane == 0) {
       const int32_t bytes = plan::Min(chunks.bytes, p.row_bytes - offset);
-      const int32_t rank = source / p.num_tokens;
-      const int64_t token = source % p.num_tokens;
+      const int32_t rank = source.source / p.num_tokens;
+      const int64_t token = source.source % p.num_tokens;
       char* memory = stages + stage * stage_bytes;
       const bool with_scales = scale_bytes != 0 && load_chunk == chunks.count;
       ptx::ArriveExpectBytes(&barriers[stage], bytes + (with_scales ? scale_bytes : 0));
@@ -199,7 +196,7 @@ __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int3
         }
       }
       ++item;
-      clearer.Advance(item, items_expected);
+      clearer.Advance(source.n, sources.num_sources());
       ptx::CommitBulkGroup();
       // The next load takes the stage of an earlier item, whose stores must have read it.
       ptx::WaitBulkGroupRead<kStages - kAhead>();

@@ -5,6 +5,18 @@
 
 namespace jax_ep::cuda::ptx {
 
+// Loads ------------------------------------------------------------------------------------------
+
+// From global memory past the L1 cache, which is not coherent between GPUs, or from shared memory.
+// Stays after the waits before it.
+__device__ __forceinline__ uint4 LoadCacheGlobal(const void* address) {
+  uint4 value;
+  asm volatile("ld.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
 // Flags between GPUs -----------------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t LoadAcquireSystem(const uint64_t* address) {

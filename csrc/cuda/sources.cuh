@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/tickets.cuh"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
@@ -18,9 +19,73 @@ __device__ int32_t RowOfLane(const Params& p, int32_t source) {
   return row < p.capacity ? row : plan::kNone;
 }
 
-// Goes through the sources that one of `num_warps` warps is to bring, leaving out those without
-// rows. Sources alternate between ranks, so that every link and the local memory are busy
+// The n-th source. They alternate between ranks, so that every link and the local memory are busy
 // throughout.
+template <typename Params>
+__device__ int32_t NthSource(const Params& p, int32_t n) {
+  const int32_t num_ranks = p.group.num_ranks;
+  const int32_t rank = (p.group.rank + 1 + n % num_ranks) % num_ranks;
+  return rank * p.num_tokens + n / num_ranks;
+}
+
+// Gives sources to whichever warp asks, leaving out those without rows.
+template <typename Params>
+class SourceQueue {
+ public:
+  struct Entry {
+    int32_t source;  // or -1, if there are no more
+    int32_t n;       // it is the n-th one
+    int32_t row;     // RowOfLane
+  };
+
+  // Called by all lanes together, as is Next. A warp that never asks passes false for `asks`.
+  __device__ SourceQueue(const Params& p, int32_t warp, int32_t num_warps, bool asks = true)
+      : p_(p), num_sources_(p.group.num_ranks * p.num_tokens), tickets_(p.group, warp, num_warps) {
+    // A ticket is for a batch of sources at first, and for one towards the end, so that all warps
+    // end together.
+    batch_ = max(plan::Min(num_sources_ / 4 * 3 / num_warps / 4, kMaxBatch), 1);
+    num_batches_ = num_sources_ / 4 * 3 / batch_;
+    if (asks) Fetch();
+  }
+
+  __device__ Entry Next() {
+    while (true) {
+      const Entry entry = next_;
+      if (entry.source == plan::kNone) return entry;
+      Fetch();
+      if (__any_sync(~0u, entry.row >= 0)) return entry;
+    }
+  }
+
+  __device__ int32_t num_sources() const { return num_sources_; }
+
+ private:
+  static constexpr int32_t kMaxBatch = 8;
+
+  // Its rows are there when they are needed.
+  __device__ void Fetch() {
+    if (++next_.n >= batch_end_) {
+      const int32_t ticket = tickets_.Take();
+      const int32_t single = ticket - num_batches_;
+      next_.n = single < 0 ? ticket * batch_ : num_batches_ * batch_ + single;
+      batch_end_ = single < 0 ? next_.n + batch_ : next_.n + 1;
+    }
+    const bool exists = next_.n < num_sources_;
+    next_.source = exists ? NthSource(p_, next_.n) : plan::kNone;
+    next_.row = exists ? RowOfLane(p_, next_.source) : plan::kNone;
+  }
+
+  const Params& p_;
+  int32_t num_sources_;
+  Tickets tickets_;
+  int32_t batch_;
+  int32_t num_batches_;
+  int32_t batch_end_ = 0;
+  Entry next_{plan::kNone, 0, plan::kNone};
+};
+
+// Goes through the sources that one of `num_warps` warps is to bring, leaving out those without
+// rows.
 template <typename Params>
 class SourceIterator {
  public:
@@ -34,7 +99,7 @@ class SourceIterator {
       if (next_ >= num_sources) return plan::kNone;
       // Each lane looks at one of the next 32.
       const int64_t index = next_ + int64_t{step_} * (threadIdx.x % 32);
-      candidate_ = index < num_sources ? SourceAt(static_cast<int32_t>(index)) : plan::kNone;
+      candidate_ = index < num_sources ? NthSource(p_, static_cast<int32_t>(index)) : plan::kNone;
       const bool has_rows = candidate_ != plan::kNone &&
                             p_.recv_rows[int64_t{candidate_} * p_.num_rows] != plan::kNone;
       found_ = __ballot_sync(~0u, has_rows);
@@ -47,12 +112,6 @@ class SourceIterator {
   }
 
  private:
-  __device__ int32_t SourceAt(int32_t index) const {
-    const int32_t num_ranks = p_.group.num_ranks;
-    const int32_t rank = (p_.group.rank + 1 + index % num_ranks) % num_ranks;
-    return rank * p_.num_tokens + index / num_ranks;
-  }
-
   const Params& p_;
   int32_t next_;
   int32_t step_;

@@ -266,6 +266,7 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
+  own.tickets = 0;
   own.epoch = epoch;
   own.active = 0;
 }

@@ -95,6 +95,26 @@ __device__ __forceinline__ RawVector<T> Pack(const float (&channels)[kVector]) {
   return raw;
 }
 
+// Channels in 16 bytes.
+template <typename T>
+constexpr int kWordsChannels = 16 / sizeof(T);
+
+template <typename T>
+__device__ __forceinline__ void Unpack(uint4 raw, float (&channels)[kWordsChannels<T>]) {
+  constexpr int kPerWord = 4 / sizeof(T);
+  UnpackWord(T{}, raw.x, &channels[0]);
+  UnpackWord(T{}, raw.y, &channels[kPerWord]);
+  UnpackWord(T{}, raw.z, &channels[2 * kPerWord]);
+  UnpackWord(T{}, raw.w, &channels[3 * kPerWord]);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 Pack16(const float (&channels)[kWordsChannels<T>]) {
+  constexpr int kPerWord = 4 / sizeof(T);
+  return make_uint4(PackWord(T{}, &channels[0]), PackWord(T{}, &channels[kPerWord]),
+                    PackWord(T{}, &channels[2 * kPerWord]), PackWord(T{}, &channels[3 * kPerWord]));
+}
+
 // Calls `visit` with a value of the C++ type of `type`.
 template <typename Visitor>
 inline cudaError_t VisitRowType(RowType type, Visitor&& visit) {

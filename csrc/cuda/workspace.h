@@ -22,8 +22,9 @@ constexpr int kMaxAddresses = 3;
 constexpr int kInboxWords = 1 << 19;
 // Memory of the sums of rows that are under way.
 constexpr int kRingBytes = 16 << 20;
-// Sums from one rank that are under way, at most.
+// Sums from one rank that are under way, at most, and the parts that each travels in.
 constexpr int kMaxRingSlots = 1024;
+constexpr int kMaxParts = 4;
 
 // A range of a rank's memory that its peers can read: where the one who holds the list maps it.
 // Between GPUs of one process addresses are the same everywhere, and the regions are parts of the
@@ -60,8 +61,9 @@ JAX_EP_HOST_DEVICE uint64_t PackCount(int32_t count, uint64_t epoch) {
 // Sums that the ring holds of each of the other ranks; 0 if a row is too long.
 JAX_EP_HOST_DEVICE int32_t RingSlots(int32_t num_ranks, int64_t row_bytes) {
   if (row_bytes == 0) return kMaxRingSlots;
-  const int64_t slots = kRingBytes / ((num_ranks > 1 ? num_ranks - 1 : 1) * row_bytes);
-  return static_cast<int32_t>(slots < kMaxRingSlots ? slots : kMaxRingSlots);
+  const int64_t bytes = (num_ranks > 1 ? num_ranks - 1 : 1) * row_bytes;  // of a slot of each
+  const int32_t slots = bytes > kRingBytes ? 0 : kRingBytes / static_cast<int32_t>(bytes);
+  return slots < kMaxRingSlots ? slots : kMaxRingSlots;
 }
 
 // What an op waits for.
@@ -110,10 +112,10 @@ struct Workspace {
   uint64_t totals[kMaxRanks]
                  [kMaxExperts + kMaxRanks];    // plan: its entries of each column, PackCount
   alignas(16) uint64_t inbox[2][kInboxWords];  // plan: messages, by epoch % 2
-  // Combine: slot (token % slots) of rank r's part of the ring holds a sum (RingWord) ...
-  uint64_t ring_ready[kMaxRanks][kMaxRingSlots];
-  // ... and the sum that this rank had put there, at home r, has been read.
-  uint64_t ring_free[kMaxRanks][kMaxRingSlots];
+  // Combine: slot (token % slots) of rank r's share of the ring holds a part of a sum ...
+  uint64_t ring_ready[kMaxRanks][kMaxRingSlots * kMaxParts];
+  // ... and the part that this rank had put there, at home r, has been read.
+  uint64_t ring_free[kMaxRanks][kMaxRingSlots * kMaxParts];
   alignas(1024) char ring[kRingBytes];
   // Any rank: not 0 once a rank of the group has failed. Never reset.
   uint32_t failed;
@@ -122,6 +124,7 @@ struct Workspace {
   uint32_t active;                              // 1 while an op of the group runs
   uint32_t blocks_arrived;                      // of the running kernel
   uint32_t blocks_done;                         // of the running kernel
+  uint32_t tickets;                             // of the running kernel (Tickets); zero between ops
   uint64_t epoch;                               // of the last op that completed
   int32_t num_invalid;                          // plan: of the running kernel; zero between plans
   int32_t own_totals[kMaxExperts + kMaxRanks];  // plan: this rank's totals; zero between plans

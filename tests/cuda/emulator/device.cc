@@ -243,6 +243,11 @@ void WaitForCluster() {
 void* StaticShared(size_t offset) { return current_block->shared + offset; }
 void* DynamicShared() { return current_block->shared + kStaticBytes; }
 
+bool IsShared(const void* pointer) {
+  const auto* byte = static_cast<const char*>(pointer);
+  return current_block->shared <= byte && byte < current_block->shared + kMaxSharedBytes;
+}
+
 void* SharedOf(void* pointer, uint32_t block) {
   for (const auto& other : current_block->grid->blocks) {
     if (other->index.x == block) {

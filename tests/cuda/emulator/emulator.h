@@ -57,6 +57,7 @@ void WaitForCluster();
 
 // Of a block; poisoned when it begins. Variables have the same place in all blocks.
 constexpr size_t kMaxSharedBytes = 227 << 10;
+bool IsShared(const void* pointer);
 size_t ReserveShared(size_t size, size_t alignment);
 void* StaticShared(size_t offset);
 void* DynamicShared();

@@ -8,6 +8,14 @@
 
 namespace jax_ep::cuda::ptx {
 
+// Loads ------------------------------------------------------------------------------------------
+
+inline uint4 LoadCacheGlobal(const void* address) {
+  if (!emulator::IsShared(address)) emulator::CheckGlobal(address, 16, "a load of a vector");
+  emulator::SometimesYield(64);
+  return *static_cast<const uint4*>(address);
+}
+
 // Flags between GPUs -----------------------------------------------------------------------------
 
 template <typename T>
