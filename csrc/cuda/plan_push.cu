@@ -242,9 +242,18 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
       if (shared.kept[l] != 0) atomicAdd(ptx::MapShared(&shared.kept[l], 0), shared.kept[l]);
     }
   }
-  ptx::ClusterArriveRelease();
+  // Rows need not be seen before the kernel ends, only what other blocks are told.
+  if (!ok || drops) {
+    ptx::ClusterArriveRelease();
+  } else {
+    ptx::ClusterArriveRelaxed();
+  }
   ptx::ClusterWaitAcquire();
-  if (failed != 0) Poison(p, blockIdx.x * kThreads + threadIdx.x, kBlocks * kThreads);
+  if (failed != 0) {
+    ptx::ClusterArriveRelease();  // over the rows of all blocks
+    ptx::ClusterWaitAcquire();
+    Poison(p, blockIdx.x * kThreads + threadIdx.x, kBlocks * kThreads);
+  }
   if (blockIdx.x != 0) return;
   if (drops && failed == 0) WriteKept(params, shared);
   STAMP(14);
