@@ -39,17 +39,21 @@ __device__ int64_t plan_stamps[kBlocks][16];
 
 // Loops are not unrolled where that gains nothing: each launch has to fetch the code that it runs.
 
-// Sets `count` words to -1, all blocks together.
+// The first of a block's threads that mark rows unused: warps that mostly have no tokens.
+constexpr int kFirstFiller = kThreads / 2;
+constexpr int kFillers = kThreads - kFirstFiller;
+
+// Sets `count` words to -1, the fillers of all blocks together.
 __device__ __noinline__ void FillNone(int32_t* words, int64_t count, bool aligned) {
-  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t thread = int64_t{blockIdx.x} * kFillers + threadIdx.x - kFirstFiller;
   const int64_t num_fours = aligned ? count / 4 : 0;
 #pragma unroll 1
-  for (int64_t i = thread; i < num_fours; i += kBlocks * kThreads) {
+  for (int64_t i = thread; i < num_fours; i += kBlocks * kFillers) {
     reinterpret_cast<int4*>(words)[i] =
         make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
   }
 #pragma unroll 1
-  for (int64_t i = 4 * num_fours + thread; i < count; i += kBlocks * kThreads) {
+  for (int64_t i = 4 * num_fours + thread; i < count; i += kBlocks * kFillers) {
     words[i] = plan::kNone;
   }
 }
@@ -129,6 +133,11 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   const bool by_token = p.layout == Layout::kToken;
   STAMP(0);
 
+  const bool fills = threadIdx.x >= kFirstFiller;
+  if (fills) {
+    FillNone(p.recv_src, p.capacity, params.aligned);
+    if (by_token) FillNone(p.expert_idx, int64_t{p.capacity} * p.top_k, params.aligned);
+  }
   const uint64_t epoch = BeginOp(p.group);
   int32_t ids[kMaxK] = {};  // on their way meanwhile
   if (threadIdx.x < chunk.count) {
@@ -151,6 +160,12 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   STAMP(1);
   TestDelay(p.group.rank, epoch, 0);
   CleanTokens<kMaxK, kIdBits>(params, shared, epoch, chunk, ids);
+  // Any block may write any row after the second half. Other warps do not wait for their writes.
+  if (fills) {
+    ptx::ClusterArriveRelease();
+  } else {
+    ptx::ClusterArriveRelaxed();
+  }
   __syncthreads();
   STAMP(2);
   SumCells(n, shared, n.columns, [&](bool is_last, int32_t column, int32_t total) {
@@ -160,9 +175,6 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   __syncthreads();
   SendCounts(params, shared, epoch);
   STAMP(3);
-  FillNone(p.recv_src, p.capacity, params.aligned);
-  if (by_token) FillNone(p.expert_idx, int64_t{p.capacity} * p.top_k, params.aligned);
-  ptx::ClusterArriveRelease();  // any block may write any row after the second half
   PlaceOwnEntries<kMaxK>(params, shared, chunk);
   STAMP(4);
 
