@@ -82,13 +82,19 @@ __device__ bool TakeCounts(const PushParams& params, const Shared& shared, uint6
     const int source = n.by_quads(i);
     const int32_t quad = i - source * n.quads;
     const uint64_t* from = CountsOf(Own(p.group), n, epoch, source, 0) + 2 * quad;
-    Pair pairs[kBlocks];  // all on their way at once
+    Pair pairs[kBlocks];
+    for (Deadline deadline;;) {
+      bool all = true;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) pairs[b].Load(from + b * 2 * n.quads);
+      for (int b = 0; b < kBlocks; ++b) pairs[b].Load(from + b * 2 * n.quads);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) all = all && pairs[b].IsOf(epoch);
+      if (all) break;
+      if (!pairs[0].Continue(deadline, p.group, epoch, source)) return false;
+    }
     int32_t total[4] = {}, before[4] = {};
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      if (!pairs[b].Await(p.group, epoch, source, from + b * 2 * n.quads)) return false;
       const uint32_t words[2] = {pairs[b].FirstData(), pairs[b].SecondData()};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

@@ -201,17 +201,22 @@ struct Pair {
   __device__ __forceinline__ void Load(const uint64_t* from) {
     ptx::LoadRelaxedSystem(from, first, second);
   }
+  __device__ __forceinline__ bool IsOf(uint64_t epoch) const {
+    const uint32_t expected = static_cast<uint32_t>(epoch);
+    return kMutation == kWithoutPlanWords ||
+           (static_cast<uint32_t>(first) == expected && static_cast<uint32_t>(second) == expected);
+  }
+  // Called while a wait goes on; false once the group has failed.
+  __device__ __forceinline__ bool Continue(Deadline& deadline, const GroupParams& group,
+                                           uint64_t epoch, int source) const {
+    const uint64_t seen = (first & 0xffffffff) << kTagBits;
+    return deadline.Continue(group, Phase::kArrival, source, FlagValue(epoch, group.tag), seen);
+  }
   // Returns once both are of this epoch; false once the group has failed.
   __device__ __forceinline__ bool Await(const GroupParams& group, uint64_t epoch, int source,
                                         const uint64_t* from) {
-    const uint32_t expected = static_cast<uint32_t>(epoch);
-    for (Deadline deadline;
-         kMutation != kWithoutPlanWords &&
-         (static_cast<uint32_t>(first) != expected || static_cast<uint32_t>(second) != expected);) {
-      const uint64_t seen = (first & 0xffffffff) << kTagBits;
-      if (!deadline.Continue(group, Phase::kArrival, source, FlagValue(epoch, group.tag), seen)) {
-        return false;
-      }
+    for (Deadline deadline; !IsOf(epoch);) {
+      if (!Continue(deadline, group, epoch, source)) return false;
       Load(from);
     }
     return true;
