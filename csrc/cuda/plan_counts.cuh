@@ -130,74 +130,91 @@ __device__ __forceinline__ int32_t SumRanks(const PushParams& params, const Shar
   return sum;
 }
 
-// What every column of rows is asked for, and how many rows it would take.
+// a + b, cut at the capacity, which neither is above.
+__device__ __forceinline__ int32_t AddRows(const PlanParams& p, int32_t a, int32_t b) {
+  const uint32_t sum = static_cast<uint32_t>(a) + static_cast<uint32_t>(b);
+  return static_cast<int32_t>(min(sum, static_cast<uint32_t>(p.capacity)));
+}
+
+// Calls body(task, rank, nth, l) for all experts l of all ranks, each warp for the `nth` 32 experts
+// of a rank: l may be past the last.
+template <typename Body>
+__device__ __forceinline__ void ForExperts(const PushParams& params, Body body) {
+  const PushShape& n = params.shape;
+#pragma unroll 1
+  for (int32_t i = threadIdx.x / 32; i < params.plan.group.num_ranks * n.parts; i += kWarps) {
+    const int32_t r = n.by_parts(i);
+    const int32_t nth = i - r * n.parts;
+    body(i, r, nth, nth * 32 + static_cast<int32_t>(threadIdx.x) % 32);
+  }
+}
+
+// What every column of rows is asked for. In layout "expert" `starts` becomes how many rows the
+// experts before it have among its 32, and `sums` how many these have.
 __device__ void SumColumns(const PushParams& params, const Shared& shared) {
   const PlanParams& p = params.plan;
-#pragma unroll 1
-  for (int32_t column = threadIdx.x; column < params.shape.row_columns; column += kThreads) {
+  const PushShape& n = params.shape;
+  if (p.layout == Layout::kToken) {
+    const int32_t column = threadIdx.x;
+    if (column >= p.group.num_ranks) return;
     int32_t before = 0;
-    const int32_t demand = SumRanks(params, shared, column, p.group.rank, before);
-    shared.demand[column] = demand;
+    shared.demand[column] = SumRanks(params, shared, column, p.group.rank, before);
     shared.rows[column] = {before, p.capacity};
     shared.starts[column] = 0;
-    if (p.layout == Layout::kToken) continue;
-    const int32_t wanted = plan::Min(demand, p.expert_capacity);
-    shared.padded[column] = plan::Min(plan::RoundUp(wanted, p.alignment), p.capacity);
+    return;
   }
+  ForExperts(params, [&](int32_t i, int32_t r, int32_t, int32_t l) {
+    const int32_t lane = threadIdx.x % 32;
+    const int32_t column = r * n.num_local + l;
+    int32_t padded = 0;
+    if (l < n.num_local) {
+      int32_t before = 0;
+      const int32_t demand = SumRanks(params, shared, column, p.group.rank, before);
+      shared.demand[column] = demand;
+      shared.rows[column].first = before;
+      const int32_t wanted = plan::Min(demand, p.expert_capacity);
+      padded = plan::Min(plan::RoundUp(wanted, p.alignment), p.capacity);
+    }
+    int32_t inclusive = padded;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int32_t other = __shfl_up_sync(~0u, inclusive, offset);
+      if (lane >= offset) inclusive = AddRows(p, inclusive, other);
+    }
+    const int32_t before = __shfl_up_sync(~0u, inclusive, 1);
+    if (l < n.num_local) shared.starts[column] = lane == 0 ? 0 : before;
+    if (lane == 31) shared.sums[i] = inclusive;
+  });
 }
 
 // Where the rows of every expert begin on its rank, and how many are kept: see LayOutExperts. Once
 // the groups reach the capacity, a multiple of the alignment, nothing is left for the rest: so a
-// start is the sum of the sizes before it, cut at the capacity. One warp a rank.
+// start is the sum of the sizes before it, cut at the capacity.
 __device__ void LayOutExpertRows(const PushParams& params, const Shared& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  const int32_t lane = threadIdx.x % 32;
-  const auto add = [&](int32_t a, int32_t b) {  // neither is above the capacity
-    return static_cast<int32_t>(min(static_cast<uint32_t>(a) + static_cast<uint32_t>(b),
-                                    static_cast<uint32_t>(p.capacity)));
-  };
-  const int32_t of_lane = (n.num_local + 31) / 32;
-  const int32_t first = plan::Min(lane * of_lane, n.num_local);
-  const int32_t last = plan::Min(first + of_lane, n.num_local);
-#pragma unroll 1
-  for (int r = threadIdx.x / 32; r < p.group.num_ranks; r += kWarps) {
-    const int32_t begin = r * n.num_local;
-    int32_t sum = 0;
-#pragma unroll 1
-    for (int32_t l = first; l < last; ++l) sum = add(sum, shared.padded[begin + l]);
-    int32_t inclusive = sum;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, inclusive, offset);
-      if (lane >= offset) inclusive = add(inclusive, other);
-    }
-    int32_t start = __shfl_up_sync(~0u, inclusive, 1);
-    if (lane == 0) start = 0;
-    const bool writes = r == p.group.rank && blockIdx.x == 0;
+  ForExperts(params, [&](int32_t i, int32_t r, int32_t nth, int32_t l) {
+    int32_t start = 0;
+#pragma unroll 4
+    for (int32_t part = i - nth; part < i; ++part) start = AddRows(p, start, shared.sums[part]);
     int32_t dropped = 0;
-#pragma unroll 1
-    for (int32_t l = first; l < last; ++l) {
-      const int32_t demand = shared.demand[begin + l];
+    if (l < n.num_local) {
+      const int32_t column = r * n.num_local + l;
+      start = AddRows(p, start, shared.starts[column]);
+      const int32_t demand = shared.demand[column];
       const int32_t count = plan::Min(plan::Min(demand, p.expert_capacity), p.capacity - start);
-      shared.starts[begin + l] = start;
-      shared.rows[begin + l].first += start;
-      shared.rows[begin + l].limit = start + count;
-      if (writes) {
-        const plan::ExpertRows rows =
-            plan::NextExpertRows(demand, p.expert_capacity, p.alignment, p.capacity, start);
-        p.counts[l] = rows.count;
-        p.group_sizes[l] = rows.group_size;
+      shared.starts[column] = start;
+      shared.rows[column] = {shared.rows[column].first + start, start + count};
+      if (r == p.group.rank && blockIdx.x == 0) {
+        p.counts[l] = count;
+        p.group_sizes[l] = plan::RoundUp(count, p.alignment);
         p.demand[l] = demand;
-        dropped += demand - rows.count;
+        dropped = demand - count;
       }
-      start = add(start, shared.padded[begin + l]);
     }
-    if (writes) {
-      dropped = __reduce_add_sync(~0u, dropped);
-      if (lane == 0) *p.num_dropped = dropped;
-    }
-  }
+    dropped = __reduce_add_sync(~0u, dropped);
+    if (dropped != 0 && threadIdx.x % 32 == 0) atomicAdd(p.num_dropped, dropped);
+  });
 }
 
 // Layout "token": the first block writes what the local experts are asked for; it is what they get,
@@ -205,7 +222,6 @@ __device__ void LayOutExpertRows(const PushParams& params, const Shared& shared)
 __device__ void WriteDemand(const PushParams& params, const Shared& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  if (threadIdx.x == 0) *p.num_dropped = 0;
 #pragma unroll 1
   for (int32_t l = threadIdx.x; l < n.num_local; l += kThreads) {
     int32_t before;

@@ -42,9 +42,10 @@ struct PushShape {
   int32_t id_bits;      // of an expert id in a message: 8 or 16
   int32_t token_words;  // of a token's message; even
   int32_t sources;      // whose tokens are numbered at a time
-  Divider by_num_local, by_words, by_quads;
+  int32_t parts;        // of a rank's experts, 32 each
+  Divider by_num_local, by_words, by_quads, by_parts;
   // Views of a block's shared memory, in int32.
-  int32_t cells, ids, list, totals, sent, rows, demand, padded, starts, slots, firsts, kept, end;
+  int32_t cells, ids, list, totals, sent, rows, demand, sums, starts, slots, firsts, kept, end;
 };
 
 // What a column (or slot) has of 32 tokens that follow each other.
@@ -78,7 +79,7 @@ struct Shared {
   int32_t* sent;     // [4 * quads] counts of this block
   ColumnRows* rows;  // [row_columns]
   int32_t* demand;   // [row_columns]
-  int32_t* padded;   // [row_columns] rows that it would have
+  int32_t* sums;     // [R, parts] rows of 32 experts together
   int32_t* starts;   // [row_columns] first row of the column on its rank
   SlotRows* slots;   // [sources, here]
   int32_t* firsts;   // [sources, here] place in the list of the slot's first entry
@@ -94,7 +95,7 @@ struct Shared {
     sent = memory + n.sent;
     rows = reinterpret_cast<ColumnRows*>(memory + n.rows);
     demand = memory + n.demand;
-    padded = memory + n.padded;
+    sums = memory + n.sums;
     starts = memory + n.starts;
     slots = reinterpret_cast<SlotRows*>(memory + n.slots);
     firsts = memory + n.firsts;
@@ -126,7 +127,7 @@ void LayOutShared(const PlanParams& p, PushShape& n) {
   n.sent = add(4 * n.quads);
   n.rows = add(2 * n.row_columns);
   n.demand = add(n.row_columns);
-  n.padded = add(n.row_columns);
+  n.sums = add(by_expert ? int64_t{p.group.num_ranks} * n.parts : 0);
   n.starts = add(n.row_columns);
   n.slots = add(4 * slots);
   n.firsts = add(slots);
@@ -151,6 +152,8 @@ PushShape PushShapeOf(const PlanParams& p) {
   n.by_num_local = Divider::By(n.num_local);
   n.by_words = Divider::By(n.words);
   n.by_quads = Divider::By(n.quads);
+  n.parts = (n.num_local + 31) / 32;
+  n.by_parts = Divider::By(n.parts);
   n.sources = p.group.num_ranks;
   for (LayOutShared(p, n); n.sources > 1 && n.end * sizeof(int32_t) > kGoodSharedBytes;) {
     n.sources = (n.sources + 1) / 2;

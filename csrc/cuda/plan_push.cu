@@ -151,6 +151,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     for (int32_t l = threadIdx.x; l < n.num_local; l += kThreads) shared.kept[l] = 0;
   }
   if (threadIdx.x == 0) failed = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = 0;
   const int32_t from_end = kThreads - 1 - static_cast<int32_t>(threadIdx.x);
   if (blockIdx.x == 0 && from_end < p.group.num_ranks) {
     ptx::StoreRelaxedSystem(&p.group.peers[from_end]->arrival[epoch % 2][p.group.rank].value,
