@@ -31,7 +31,7 @@ __device__ void SumCells(const PushShape& n, const Shared& shared, int32_t colum
     Cell* cells = shared.cells + column * n.stride;
     int32_t sum = 0;
     if (column < columns) {
-#pragma unroll 1
+#pragma unroll 4
       for (int32_t w = first; w < last; ++w) sum += __popc(cells[w].mask);
     }
     int32_t inclusive = sum;
@@ -44,7 +44,7 @@ __device__ void SumCells(const PushShape& n, const Shared& shared, int32_t colum
     const int32_t total = __shfl_sync(~0u, inclusive, kLanes - 1, kLanes);
     int32_t before = begin(is_last, column, total) + inclusive - sum;
     if (column >= columns) continue;
-#pragma unroll 1
+#pragma unroll 4
     for (int32_t w = first; w < last; ++w) {
       cells[w].before = before;
       before += __popc(cells[w].mask);
