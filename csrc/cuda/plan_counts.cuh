@@ -9,28 +9,39 @@
 namespace jax_ep::cuda {
 namespace {
 
-__device__ void ClearCells(const PushShape& n, const Shared& shared, int32_t columns) {
+__device__ void ClearCells(const PushShape& n, const Shared& shared, int32_t first, int32_t last) {
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < columns * n.stride; i += kThreads) {
+  for (int32_t i = first * n.stride + threadIdx.x; i < last * n.stride; i += kThreads) {
     shared.cells[i] = {0, 0};
   }
 }
 
-// Gives each cell what lies before it, by column. `begin(is_last, column, total)`, called by whole
-// warps, says where the entries of a column begin; four lanes have a column.
+// The place in the list of `count` entries; `num_listed` counts them. Called by whole warps. The
+// order in the list does not matter.
+__device__ __forceinline__ int32_t PlaceInList(int32_t count, int32_t* num_listed) {
+  const int32_t sum = InclusiveWarpSum(count);
+  int32_t first = 0;
+  if (threadIdx.x % 32 == 31 && sum != 0) first = atomicAdd(num_listed, sum);
+  return __shfl_sync(~0u, first, 31) + sum - count;
+}
+
+// Gives each cell of the columns what lies before it, by column. `begin(is_last, column, total)`,
+// called by whole warps, says where the entries of a column begin; four lanes have a column.
 template <typename Begin>
-__device__ void SumCells(const PushShape& n, const Shared& shared, int32_t columns, Begin begin) {
+__device__ void SumCells(const PushShape& n, const Shared& shared, int32_t first_column,
+                         int32_t last_column, Begin begin) {
   constexpr int kLanes = 4;
   const int32_t part = threadIdx.x % kLanes;
   const int32_t words = (n.words + kLanes - 1) / kLanes;
   const int32_t first = plan::Min(part * words, n.words);
   const int32_t last = plan::Min(first + words, n.words);
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i / 32 * 32 < columns * kLanes; i += kThreads) {
-    const int32_t column = i / kLanes;
+  for (int32_t i = threadIdx.x; i / 32 * 32 < (last_column - first_column) * kLanes;
+       i += kThreads) {
+    const int32_t column = first_column + i / kLanes;
     Cell* cells = shared.cells + column * n.stride;
     int32_t sum = 0;
-    if (column < columns) {
+    if (column < last_column) {
 #pragma unroll 4
       for (int32_t w = first; w < last; ++w) sum += __popc(cells[w].mask);
     }
@@ -40,10 +51,10 @@ __device__ void SumCells(const PushShape& n, const Shared& shared, int32_t colum
       const int32_t other = __shfl_up_sync(~0u, inclusive, offset, kLanes);
       if (part >= offset) inclusive += other;
     }
-    const bool is_last = part == kLanes - 1 && column < columns;
+    const bool is_last = part == kLanes - 1 && column < last_column;
     const int32_t total = __shfl_sync(~0u, inclusive, kLanes - 1, kLanes);
     int32_t before = begin(is_last, column, total) + inclusive - sum;
-    if (column >= columns) continue;
+    if (column >= last_column) continue;
 #pragma unroll 4
     for (int32_t w = first; w < last; ++w) {
       cells[w].before = before;
@@ -233,19 +244,19 @@ __device__ void WriteDemand(const PushParams& params, const Shared& shared) {
 
 // Where the listed entries go.
 __device__ void LayOutSlots(const PushParams& params, const Shared& shared, Chunk chunk,
-                            int first_source, int num_sources) {
+                            Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   const int32_t entries = p.layout == Layout::kToken ? 1 : p.top_k;  // of a token
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < num_sources * n.here; i += kThreads) {
+  for (int32_t i = threadIdx.x; i < batch.count * n.here; i += kThreads) {
     const int32_t s = p.layout == Layout::kToken ? i : n.by_num_local(i);
     const int32_t column = p.group.rank * n.here + i - s * n.here;
+    const int source = batch.Source(p.group, s);
     int32_t before = 0;
-    SumRanks(params, shared, column, first_source + s, before);
+    SumRanks(params, shared, column, source, before);
     shared.slots[i] = {shared.starts[column] + before - shared.firsts[i], shared.rows[column].limit,
-                       ((first_source + s) * p.num_tokens + chunk.begin) * entries,
-                       s * n.chunk * entries};
+                       (source * p.num_tokens + chunk.begin) * entries, s * n.chunk * entries};
   }
 }
 

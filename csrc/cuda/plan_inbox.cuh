@@ -174,8 +174,21 @@ struct Chunk {
   int32_t count;
 };
 
-// The inbox: [R, kBlocks, quads] pairs of counts, then [R, T, token_words] ids. A word has its data
-// in the upper half, the epoch in the lower one.
+// Sources that are numbered at a time: of all ranks in a circle that begins with this one.
+struct Batch {
+  int first;
+  int count;
+
+  // Own entries are marked and listed before those that come as messages.
+  __device__ __forceinline__ int NumOwn() const { return first == 0 ? 1 : 0; }
+  __device__ __forceinline__ int Source(const GroupParams& group, int s) const {
+    const int rank = group.rank + first + s;
+    return rank < group.num_ranks ? rank : rank - group.num_ranks;
+  }
+};
+
+// The inbox: [R, kBlocks, quads] pairs of counts, then [R, T, token_words] ids (but not its own). A
+// word has its data in the upper half, the epoch in the lower one.
 __device__ __forceinline__ uint64_t* CountsOf(Workspace& workspace, const PushShape& n,
                                               uint64_t epoch, int source, int block) {
   return workspace.inbox[epoch % 2] + 2 * (source * kBlocks + block) * n.quads;

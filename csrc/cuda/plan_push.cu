@@ -89,11 +89,11 @@ __device__ void WriteListedRows(const PushParams& params, const Shared& shared, 
 // The rows of each source token, ascending.
 template <int kMaxK>
 __device__ void WriteRecvRows(const PushParams& params, const Shared& shared, Chunk chunk,
-                              int first_source, int num_sources) {
+                              Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  ForTokens(n, num_sources, chunk.count, [&](int32_t s, int32_t t) {
-    const int64_t token = int64_t{first_source + s} * p.num_tokens + chunk.begin + t;
+  ForTokens(n, batch.count, chunk.count, [&](int32_t s, int32_t t) {
+    const int64_t token = int64_t{batch.Source(p.group, s)} * p.num_tokens + chunk.begin + t;
     if (p.layout == Layout::kToken) {
       p.recv_rows[token] = shared.staging[s * n.chunk + t];
       return;
@@ -143,14 +143,14 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   if (threadIdx.x < chunk.count) {
     LoadValues(ids, p.topk_idx + (int64_t{begin} + threadIdx.x) * p.top_k, p.top_k, params.aligned);
   }
-  ClearCells(n, shared, n.columns);
+  ClearCells(n, shared, 0, n.columns);
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < 4 * n.quads; i += kThreads) shared.sent[i] = 0;
   if (by_token) {
 #pragma unroll 1
     for (int32_t l = threadIdx.x; l < n.num_local; l += kThreads) shared.kept[l] = 0;
   }
-  if (threadIdx.x == 0) failed = 0;
+  if (threadIdx.x == 0) failed = 0, num_listed = 0;
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = 0;
   const int32_t from_end = kThreads - 1 - static_cast<int32_t>(threadIdx.x);
   if (blockIdx.x == 0 && from_end < p.group.num_ranks) {
@@ -169,8 +169,12 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   STAMP(2);
-  SumCells(n, shared, n.columns, [&](bool is_last, int32_t column, int32_t total) {
+  SumCells(n, shared, 0, n.columns, [&](bool is_last, int32_t column, int32_t total) {
     if (is_last) shared.sent[column] = total;
+    const int32_t slot = column - p.group.rank * n.here;
+    const bool is_here = is_last && static_cast<uint32_t>(slot) < static_cast<uint32_t>(n.here);
+    const int32_t first = PlaceInList(is_here ? total : 0, &num_listed);
+    if (is_here) shared.firsts[slot] = first;
     return 0;
   });
   __syncthreads();
@@ -181,31 +185,29 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
 
   bool ok = true;
   bool drops = false;
-  for (int first_source = 0; first_source < p.group.num_ranks; first_source += n.sources) {
-    const int num_sources = plan::Min(n.sources, p.group.num_ranks - first_source);
-    const int32_t num_slots = num_sources * n.here;
-    __syncthreads();
-    ClearCells(n, shared, num_slots);
-    if (threadIdx.x == 0) num_listed = 0;
-    __syncthreads();
-    ok = TakeIds<kIdBits>(params, shared, epoch, chunk, first_source, num_sources) && ok;
-    __syncthreads();
-    STAMP(5);
-    SumCells(n, shared, num_slots, [&](bool is_last, int32_t slot, int32_t total) {
-      // The order of the slots in the list does not matter.
-      const int32_t mine = is_last ? total : 0;
-      const int32_t sum = InclusiveWarpSum(mine);
-      int32_t first = 0;
-      if (threadIdx.x % 32 == 31) first = atomicAdd(&num_listed, sum);
-      first = __shfl_sync(~0u, first, 31) + sum - mine;
-      if (is_last) shared.firsts[slot] = first;
-      return __shfl_sync(~0u, first, 3, 4);
-    });
-    __syncthreads();
-    STAMP(6);
-    ListEntries<kIdBits>(params, shared, chunk, num_sources);
-    STAMP(7);
-    if (first_source == 0) {
+  for (int first = 0; first < p.group.num_ranks; first += n.sources) {
+    const Batch batch{first, plan::Min(n.sources, p.group.num_ranks - first)};
+    const int32_t first_slot = batch.NumOwn() * n.here;
+    const int32_t last_slot = batch.count * n.here;
+    if (first_slot < last_slot) {
+      __syncthreads();
+      ClearCells(n, shared, first_slot, last_slot);
+      if (threadIdx.x == 0 && first != 0) num_listed = 0;
+      __syncthreads();
+      ok = TakeIds<kIdBits>(params, shared, epoch, chunk, batch) && ok;
+      __syncthreads();
+      STAMP(5);
+      SumCells(n, shared, first_slot, last_slot, [&](bool is_last, int32_t slot, int32_t total) {
+        const int32_t place = PlaceInList(is_last ? total : 0, &num_listed);
+        if (is_last) shared.firsts[slot] = place;
+        return __shfl_sync(~0u, place, 3, 4);
+      });
+      __syncthreads();
+      STAMP(6);
+      ListEntries<kIdBits>(params, shared, chunk, batch);
+      STAMP(7);
+    }
+    if (first == 0) {
       ok = TakeCounts(params, shared, epoch) && ok;
       if (from_end < p.group.num_ranks) {
         const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
@@ -219,7 +221,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     ok = __syncthreads_and(ok);
     if (!ok) break;
     STAMP(9);
-    if (first_source == 0) {
+    if (first == 0) {
       SumColumns(params, shared);
       __syncthreads();
       if (by_token) {
@@ -232,8 +234,8 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
       STAMP(10);
       WriteDestRows<kMaxK>(params, shared, chunk);
     }
-    LayOutSlots(params, shared, chunk, first_source, num_sources);
-    const int32_t staged = num_sources * n.chunk * (by_token ? 1 : p.top_k);
+    LayOutSlots(params, shared, chunk, batch);
+    const int32_t staged = batch.count * n.chunk * (by_token ? 1 : p.top_k);
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < staged / 4; i += kThreads) {
       reinterpret_cast<int4*>(shared.staging)[i] =
@@ -244,7 +246,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     WriteListedRows<kIdBits>(params, shared, num_listed, drops);
     __syncthreads();
     STAMP(12);
-    WriteRecvRows<kMaxK>(params, shared, chunk, first_source, num_sources);
+    WriteRecvRows<kMaxK>(params, shared, chunk, batch);
     STAMP(13);
   }
 

@@ -104,10 +104,10 @@ __device__ __forceinline__ void ForTokens(const PushShape& n, int32_t sources, i
   }
 }
 
-// A token's local experts at every rank, to that rank.
+// A token's local experts at every rank, to that rank; here they go to `here`, [token_words].
 template <int kMaxK, int kIdBits>
 __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch, int32_t token,
-                                        const int32_t (&ids)[kMaxK]) {
+                                        const int32_t (&ids)[kMaxK], uint32_t* here) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   constexpr int kIdsOfWord = 32 / kIdBits;
@@ -128,7 +128,11 @@ __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch
         const uint32_t id = local < static_cast<uint32_t>(n.num_local) ? local : kNoId;
         words[j / kIdsOfWord] |= id << (j % kIdsOfWord * kIdBits);
       }
-      SendPair(to + k / kIdsOfWord, epoch, words[0], words[1]);
+      if (r == p.group.rank) {
+        *reinterpret_cast<uint2*>(here + k / kIdsOfWord) = make_uint2(words[0], words[1]);
+      } else {
+        SendPair(to + k / kIdsOfWord, epoch, words[0], words[1]);
+      }
     }
   }
 }
@@ -147,7 +151,7 @@ __device__ __forceinline__ void CleanTokens(const PushParams& params, const Shar
     const int64_t first = int64_t{token} * p.top_k;
     if (t >= kThreads) LoadValues(ids, p.topk_idx + first, p.top_k, params.aligned);
     num_invalid += CleanIds(ids, p.num_experts);
-    SendIds<kMaxK, kIdBits>(params, epoch, token, ids);
+    SendIds<kMaxK, kIdBits>(params, epoch, token, ids, shared.ids + t * n.token_words);
 #pragma unroll
     for (int k = 0; k < kMaxK; ++k) {
       if (ids[k] == plan::kNone) continue;
@@ -164,20 +168,28 @@ __device__ __forceinline__ void CleanTokens(const PushParams& params, const Shar
   if (num_invalid != 0) atomicAdd(&shared.sent[n.columns], num_invalid);
 }
 
-// Own entries get their position in the chunk: records become column | position << 16.
+// Own entries get their position in the chunk: records become column | position << 16. Those that
+// are here are listed.
 template <int kMaxK>
 __device__ __forceinline__ void PlaceOwnEntries(const PushParams& params, const Shared& shared,
                                                 Chunk chunk) {
+  const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
+  const bool by_token = p.layout == Layout::kToken;
   ForTokens(n, 1, chunk.count, [&](int32_t, int32_t t) {
     int32_t records[kMaxK];
     LoadValues(records, shared.records + t * kMaxK, kMaxK, true);
 #pragma unroll
     for (int k = 0; k < kMaxK; ++k) {
       if (records[k] == plan::kNone) continue;
-      const int32_t column = params.plan.layout == Layout::kToken ? n.by_num_local(records[k])  //
-                                                                  : records[k];
-      records[k] = column | PositionOf(n, shared, column, t) << 16;
+      const int32_t column = by_token ? n.by_num_local(records[k]) : records[k];
+      const int32_t position = PositionOf(n, shared, column, t);
+      records[k] = column | position << 16;
+      const int32_t slot = column - p.group.rank * n.here;
+      if (static_cast<uint32_t>(slot) >= static_cast<uint32_t>(n.here)) continue;
+      // In layout "token" all of a token's entries here say the same.
+      shared.list[shared.firsts[slot] + position] =
+          static_cast<uint32_t>(by_token ? t : t * p.top_k + k) | static_cast<uint32_t>(slot) << 16;
     }
     StoreValues(shared.records + t * kMaxK, records, kMaxK, true);
   });
@@ -222,16 +234,18 @@ __device__ __forceinline__ void ForIds(const PushShape& n, const uint32_t (&word
   }
 }
 
-// Takes the ids of the chunk's tokens of some sources, and marks them in the cells of their slots.
+// Takes the ids of the chunk's tokens of the batch's peers, and marks them in the cells of their
+// slots.
 template <int kIdBits>
 __device__ __forceinline__ bool TakeIds(const PushParams& params, const Shared& shared,
-                                        uint64_t epoch, Chunk chunk, int first_source,
-                                        int num_sources) {
+                                        uint64_t epoch, Chunk chunk, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   bool ok = true;
-  ForTokens(n, num_sources, chunk.count, [&](int32_t s, int32_t t) {
-    const int source = first_source + s;
+  const int num_own = batch.NumOwn();
+  ForTokens(n, batch.count - num_own, chunk.count, [&](int32_t nth, int32_t t) {
+    const int32_t s = num_own + nth;
+    const int source = batch.Source(p.group, s);
     const uint64_t* from = IdsOf(Own(p.group), p, n, epoch, source, chunk.begin + t);
     uint32_t* ids = shared.ids + (s * n.chunk + t) * n.token_words;
 #pragma unroll 1
@@ -255,10 +269,12 @@ __device__ __forceinline__ bool TakeIds(const PushParams& params, const Shared& 
 // Lists the entries whose ids were taken, by slot.
 template <int kIdBits>
 __device__ __forceinline__ void ListEntries(const PushParams& params, const Shared& shared,
-                                            Chunk chunk, int num_sources) {
+                                            Chunk chunk, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  ForTokens(n, num_sources, chunk.count, [&](int32_t s, int32_t t) {
+  const int num_own = batch.NumOwn();
+  ForTokens(n, batch.count - num_own, chunk.count, [&](int32_t nth, int32_t t) {
+    const int32_t s = num_own + nth;
     const uint32_t* ids = shared.ids + (s * n.chunk + t) * n.token_words;
     bool is_here = false;
 #pragma unroll 1
