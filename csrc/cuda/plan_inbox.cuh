@@ -72,7 +72,7 @@ struct alignas(16) SlotRows {
 struct Shared {
   int32_t* records;  // [chunk, kMaxK] of own entries: expert, then column and position
   Cell* cells;       // [columns or slots, stride]
-  int32_t* staging;  // [sources, chunk, K or 1] rows here; over the cells, once they are done with
+  int32_t* staging;  // [sources, chunk, K or 1] rows here of peers; over the cells after their use
   uint32_t* ids;     // [sources, chunk, token_words] local experts, packed
   uint32_t* list;    // entries here, by slot: in the chunk of the source, and the slot above
   uint32_t* totals;  // [R, columns] entries of the rank, and of its blocks before this one above

@@ -86,13 +86,15 @@ __device__ void WriteListedRows(const PushParams& params, const Shared& shared, 
   }
 }
 
-// The rows of each source token, ascending.
+// The rows here of the tokens of the batch's peers.
 template <int kMaxK>
 __device__ void WriteRecvRows(const PushParams& params, const Shared& shared, Chunk chunk,
                               Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  ForTokens(n, batch.count, chunk.count, [&](int32_t s, int32_t t) {
+  const int num_own = batch.NumOwn();
+  ForTokens(n, batch.count - num_own, chunk.count, [&](int32_t nth, int32_t t) {
+    const int32_t s = num_own + nth;
     const int64_t token = int64_t{batch.Source(p.group, s)} * p.num_tokens + chunk.begin + t;
     if (p.layout == Layout::kToken) {
       p.recv_rows[token] = shared.staging[s * n.chunk + t];
@@ -100,9 +102,7 @@ __device__ void WriteRecvRows(const PushParams& params, const Shared& shared, Ch
     }
     int32_t rows[kMaxK];
     LoadValues(rows, shared.staging + (s * n.chunk + t) * p.top_k, p.top_k, true);
-    Sort(rows);
-    const int32_t num_rows = plan::Min(p.top_k, n.num_local);
-    StoreValues(p.recv_rows + token * num_rows, rows, num_rows, params.aligned);
+    StoreRecvRows(params, token, rows);
   });
 }
 
@@ -232,18 +232,20 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
         __syncthreads();
       }
       STAMP(10);
-      WriteDestRows<kMaxK>(params, shared, chunk);
+      WriteOwnRows<kMaxK>(params, shared, chunk);
     }
     LayOutSlots(params, shared, chunk, batch);
-    const int32_t staged = batch.count * n.chunk * (by_token ? 1 : p.top_k);
+    const int32_t staged = n.chunk / 4 * (by_token ? 1 : p.top_k);  // of a source, in fours
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < staged / 4; i += kThreads) {
+    for (int32_t i = batch.NumOwn() * staged + threadIdx.x; i < batch.count * staged;
+         i += kThreads) {
       reinterpret_cast<int4*>(shared.staging)[i] =
           make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
     }
     __syncthreads();
     STAMP(11);
     WriteListedRows<kIdBits>(params, shared, num_listed, drops);
+    if (first_slot == last_slot && !drops) continue;
     __syncthreads();
     STAMP(12);
     WriteRecvRows<kMaxK>(params, shared, chunk, batch);

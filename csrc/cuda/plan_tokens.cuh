@@ -195,22 +195,49 @@ __device__ __forceinline__ void PlaceOwnEntries(const PushParams& params, const 
   });
 }
 
-// The rows of own entries on all ranks.
+// The rows here of a source's token, ascending, in layout "expert".
 template <int kMaxK>
-__device__ __forceinline__ void WriteDestRows(const PushParams& params, const Shared& shared,
-                                              Chunk chunk) {
+__device__ __forceinline__ void StoreRecvRows(const PushParams& params, int64_t token,
+                                              int32_t (&rows)[kMaxK]) {
+  const int32_t num_rows = plan::Min(params.plan.top_k, params.shape.num_local);
+  Sort(rows);
+  StoreValues(params.plan.recv_rows + token * num_rows, rows, num_rows, params.aligned);
+}
+
+// The rows of own entries on all ranks, and those here by token.
+template <int kMaxK>
+__device__ __forceinline__ void WriteOwnRows(const PushParams& params, const Shared& shared,
+                                             Chunk chunk) {
   const PlanParams& p = params.plan;
-  ForTokens(params.shape, 1, chunk.count, [&](int32_t, int32_t t) {
+  const PushShape& n = params.shape;
+  ForTokens(n, 1, chunk.count, [&](int32_t, int32_t t) {
     int32_t rows[kMaxK];
     LoadValues(rows, shared.records + t * kMaxK, kMaxK, true);
+    uint32_t here = 0;  // a bit an entry
+    int32_t row_here = plan::kNone;
 #pragma unroll
     for (int k = 0; k < kMaxK; ++k) {
       if (rows[k] == plan::kNone) continue;
-      const ColumnRows column = shared.rows[rows[k] & 0xffff];
+      const int32_t nth = rows[k] & 0xffff;
+      const ColumnRows column = shared.rows[nth];
       const int32_t row = column.first + static_cast<int32_t>(static_cast<uint32_t>(rows[k]) >> 16);
       rows[k] = row < column.limit ? row : plan::kNone;
+      if (static_cast<uint32_t>(nth - p.group.rank * n.here) >= static_cast<uint32_t>(n.here)) {
+        continue;
+      }
+      here |= 1u << k;
+      row_here = rows[k];
     }
-    StoreValues(p.dest_row + int64_t{chunk.begin + t} * p.top_k, rows, p.top_k, params.aligned);
+    const int32_t own = chunk.begin + t;
+    StoreValues(p.dest_row + int64_t{own} * p.top_k, rows, p.top_k, params.aligned);
+    const int64_t token = int64_t{p.group.rank} * p.num_tokens + own;
+    if (p.layout == Layout::kToken) {
+      p.recv_rows[token] = row_here;  // of all entries here
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kMaxK; ++k) rows[k] = here >> k & 1 ? rows[k] : plan::kNone;
+    StoreRecvRows(params, token, rows);
   });
 }
 
