@@ -31,6 +31,7 @@ template <typename Begin>
 __device__ void SumCells(const PushShape& n, const Shared& shared, int32_t first_column,
                          int32_t last_column, Begin begin) {
   constexpr int kLanes = 4;
+  constexpr int kAtOnce = 4;  // loads side by side
   const int32_t part = threadIdx.x % kLanes;
   const int32_t words = (n.words + kLanes - 1) / kLanes;
   const int32_t first = plan::Min(part * words, n.words);
@@ -42,8 +43,11 @@ __device__ void SumCells(const PushShape& n, const Shared& shared, int32_t first
     Cell* cells = shared.cells + column * n.stride;
     int32_t sum = 0;
     if (column < last_column) {
-#pragma unroll 4
-      for (int32_t w = first; w < last; ++w) sum += __popc(cells[w].mask);
+#pragma unroll 1
+      for (int32_t w = first; w < last; w += kAtOnce) {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) sum += w + j < last ? __popc(cells[w + j].mask) : 0;
+      }
     }
     int32_t inclusive = sum;
 #pragma unroll
@@ -55,10 +59,16 @@ __device__ void SumCells(const PushShape& n, const Shared& shared, int32_t first
     const int32_t total = __shfl_sync(~0u, inclusive, kLanes - 1, kLanes);
     int32_t before = begin(is_last, column, total) + inclusive - sum;
     if (column >= last_column) continue;
-#pragma unroll 4
-    for (int32_t w = first; w < last; ++w) {
-      cells[w].before = before;
-      before += __popc(cells[w].mask);
+#pragma unroll 1
+    for (int32_t w = first; w < last; w += kAtOnce) {
+      uint32_t masks[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) masks[j] = w + j < last ? cells[w + j].mask : 0;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (w + j < last) cells[w + j].before = before;
+        before += __popc(masks[j]);
+      }
     }
   }
 }
