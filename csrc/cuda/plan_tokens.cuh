@@ -152,16 +152,16 @@ __device__ __forceinline__ void CleanTokens(const PushParams& params, const Shar
     if (t >= kThreads) LoadValues(ids, p.topk_idx + first, p.top_k, params.aligned);
     num_invalid += CleanIds(ids, p.num_experts);
     SendIds<kMaxK, kIdBits>(params, epoch, token, ids, shared.ids + t * n.token_words);
+    const bool by_token = p.layout == Layout::kToken;
+    uint32_t ranks = 0;  // of layout "token": marks of one rank would meet in one word
 #pragma unroll
     for (int k = 0; k < kMaxK; ++k) {
       if (ids[k] == plan::kNone) continue;
-      if (p.layout == Layout::kToken) {
-        Mark(n, shared, n.by_num_local(ids[k]), t);
-        Mark(n, shared, p.group.num_ranks + ids[k], t);
-      } else {
-        Mark(n, shared, ids[k], t);
-      }
+      if (by_token) ranks |= 1u << n.by_num_local(ids[k]);
+      Mark(n, shared, by_token ? p.group.num_ranks + ids[k] : ids[k], t);
     }
+#pragma unroll 1
+    for (; ranks != 0; ranks &= ranks - 1) Mark(n, shared, __ffs(ranks) - 1, t);
     StoreValues(p.topk + first, ids, p.top_k, params.aligned);
     StoreValues(shared.records + t * kMaxK, ids, kMaxK, true);
   }
@@ -275,6 +275,7 @@ __device__ __forceinline__ bool TakeIds(const PushParams& params, const Shared& 
     const int source = batch.Source(p.group, s);
     const uint64_t* from = IdsOf(Own(p.group), p, n, epoch, source, chunk.begin + t);
     uint32_t* ids = shared.ids + (s * n.chunk + t) * n.token_words;
+    bool is_here = false;
 #pragma unroll 1
     for (int32_t w = 0; w < n.token_words; w += 2) {
       Pair pair;
@@ -286,9 +287,11 @@ __device__ __forceinline__ bool TakeIds(const PushParams& params, const Shared& 
       const uint32_t words[2] = {pair.FirstData(), pair.SecondData()};
       *reinterpret_cast<uint2*>(ids + w) = make_uint2(words[0], words[1]);
       ForIds<kIdBits>(n, words, 0, [&](int, int32_t id) {
-        Mark(n, shared, s * n.here + (p.layout == Layout::kToken ? 0 : id), t);
+        is_here = true;
+        if (p.layout == Layout::kExpert) Mark(n, shared, s * n.here + id, t);
       });
     }
+    if (p.layout == Layout::kToken && is_here) Mark(n, shared, s, t);
   });
   return ok;
 }
