@@ -172,10 +172,11 @@ __device__ __forceinline__ void ForExperts(const PushParams& params, Body body) 
 
 // What every column of rows is asked for. In layout "expert" `starts` becomes how many rows the
 // experts before it have among its 32, and `sums` how many these have.
-__device__ void SumColumns(const PushParams& params, const Shared& shared) {
+template <typename Params>
+__device__ void SumColumns(const Params& params, const Shared& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  if (p.layout == Layout::kToken) {
+  if (Params::kLayout == Layout::kToken) {
     const int32_t column = threadIdx.x;
     if (column >= p.group.num_ranks) return;
     int32_t before = 0;
@@ -253,14 +254,14 @@ __device__ void WriteDemand(const PushParams& params, const Shared& shared) {
 }
 
 // Where the listed entries go.
-__device__ void LayOutSlots(const PushParams& params, const Shared& shared, Chunk chunk,
-                            Batch batch) {
+template <typename Params>
+__device__ void LayOutSlots(const Params& params, const Shared& shared, Chunk chunk, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  const int32_t entries = p.layout == Layout::kToken ? 1 : p.top_k;  // of a token
+  const int32_t entries = Params::kLayout == Layout::kToken ? 1 : p.top_k;  // of a token
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < batch.count * n.here; i += kThreads) {
-    const int32_t s = p.layout == Layout::kToken ? i : n.by_num_local(i);
+    const int32_t s = Params::kLayout == Layout::kToken ? i : n.by_num_local(i);
     const int32_t column = p.group.rank * n.here + i - s * n.here;
     const int source = batch.Source(p.group, s);
     int32_t before = 0;

@@ -168,6 +168,12 @@ struct PushParams {
   bool aligned;  // all arrays, to 16 bytes
 };
 
+// The same for one layout, whose kernel then has no code of the other one to fetch.
+template <Layout kOf>
+struct LayoutParams : PushParams {
+  static constexpr Layout kLayout = kOf;
+};
+
 // The tokens of a block.
 struct Chunk {
   int32_t begin;

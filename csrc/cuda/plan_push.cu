@@ -59,8 +59,8 @@ __device__ __noinline__ void FillNone(int32_t* words, int64_t count, bool aligne
 }
 
 // The rows of the listed entries.
-template <int kIdBits>
-__device__ void WriteListedRows(const PushParams& params, const Shared& shared, int32_t num_listed,
+template <int kIdBits, typename Params>
+__device__ void WriteListedRows(const Params& params, const Shared& shared, int32_t num_listed,
                                 bool drops) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -73,7 +73,7 @@ __device__ void WriteListedRows(const PushParams& params, const Shared& shared, 
     if (row >= slot.limit) continue;
     p.recv_src[row] = slot.source + entry;
     shared.staging[slot.staged + entry] = row;
-    if (p.layout != Layout::kToken) continue;
+    if (Params::kLayout != Layout::kToken) continue;
     const uint32_t* ids = shared.ids + (slot.staged + entry) * n.token_words;
     int32_t* expert_idx = p.expert_idx + int64_t{row} * p.top_k;
     for (int32_t w = 0; w < n.token_words; w += 2) {
@@ -87,8 +87,8 @@ __device__ void WriteListedRows(const PushParams& params, const Shared& shared, 
 }
 
 // The rows here of the tokens of the batch's peers.
-template <int kMaxK>
-__device__ void WriteRecvRows(const PushParams& params, const Shared& shared, Chunk chunk,
+template <int kMaxK, typename Params>
+__device__ void WriteRecvRows(const Params& params, const Shared& shared, Chunk chunk,
                               Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -96,7 +96,7 @@ __device__ void WriteRecvRows(const PushParams& params, const Shared& shared, Ch
   ForTokens(n, batch.count - num_own, chunk.count, [&](int32_t nth, int32_t t) {
     const int32_t s = num_own + nth;
     const int64_t token = int64_t{batch.Source(p.group, s)} * p.num_tokens + chunk.begin + t;
-    if (p.layout == Layout::kToken) {
+    if (Params::kLayout == Layout::kToken) {
       p.recv_rows[token] = shared.staging[s * n.chunk + t];
       return;
     }
@@ -119,9 +119,9 @@ __device__ void WriteKept(const PushParams& params, const Shared& shared) {
   if (dropped != 0) atomicAdd(p.num_dropped, dropped);
 }
 
-template <int kMaxK, int kIdBits>
+template <int kMaxK, int kIdBits, Layout kLayout>
 __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
-    PushPlanKernel(const __grid_constant__ PushParams params) {
+    PushPlanKernel(const __grid_constant__ LayoutParams<kLayout> params) {
   extern __shared__ __align__(16) int32_t memory[];
   __shared__ uint32_t failed;  // any block of the cluster
   __shared__ int32_t num_listed;
@@ -130,7 +130,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   const Shared shared(n, memory);
   const int32_t begin = plan::Min(blockIdx.x * n.chunk, p.num_tokens);
   const Chunk chunk{begin, plan::Min(n.chunk, p.num_tokens - begin)};
-  const bool by_token = p.layout == Layout::kToken;
+  constexpr bool by_token = kLayout == Layout::kToken;
   STAMP(0);
 
   const bool fills = threadIdx.x >= kFirstFiller;
@@ -277,11 +277,33 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) EndOpAtOnce(p.group, epoch);
 }
 
-using Kernel = void (*)(PushParams);
+template <Layout kLayout>
+using Kernel = void (*)(LayoutParams<kLayout>);
 
-Kernel KernelFor(const PlanParams& p, const PushShape& n) {
-  if (MaxTopK(p) == 32) return PushPlanKernel<32, 16>;
-  return n.id_bits == 8 ? PushPlanKernel<8, 8> : PushPlanKernel<8, 16>;
+template <Layout kLayout>
+Kernel<kLayout> KernelFor(const PlanParams& p, const PushShape& n) {
+  if (MaxTopK(p) == 32) return PushPlanKernel<32, 16, kLayout>;
+  return n.id_bits == 8 ? PushPlanKernel<8, 8, kLayout> : PushPlanKernel<8, 16, kLayout>;
+}
+
+template <Layout kLayout>
+cudaError_t Load() {
+  for (const Kernel<kLayout> kernel :
+       {&PushPlanKernel<8, 8, kLayout>, &PushPlanKernel<8, 16, kLayout>,
+        &PushPlanKernel<32, 16, kLayout>}) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxSharedBytes));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <Layout kLayout>
+cudaError_t Launch(const PushParams& params, cudaStream_t stream) {
+  const Kernel<kLayout> kernel = KernelFor<kLayout>(params.plan, params.shape);
+  kernel<<<kBlocks, kThreads, params.shape.end * sizeof(int32_t), stream>>>(
+      LayoutParams<kLayout>{params});
+  return cudaGetLastError();
 }
 
 bool IsAligned(const PlanParams& p) {
@@ -306,20 +328,14 @@ bool FitsPushPlan(const PlanParams& params) {
 }
 
 cudaError_t LoadPushPlan() {
-  for (const Kernel kernel :
-       {&PushPlanKernel<8, 8>, &PushPlanKernel<8, 16>, &PushPlanKernel<32, 16>}) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxSharedBytes));
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  const cudaError_t error = Load<Layout::kExpert>();
+  return error != cudaSuccess ? error : Load<Layout::kToken>();
 }
 
 cudaError_t LaunchPushPlan(const PlanParams& params, cudaStream_t stream) {
   const PushParams all{params, PushShapeOf(params), IsAligned(params)};
-  const Kernel kernel = KernelFor(params, all.shape);
-  kernel<<<kBlocks, kThreads, all.shape.end * sizeof(int32_t), stream>>>(all);
-  return cudaGetLastError();
+  return params.layout == Layout::kToken ? Launch<Layout::kToken>(all, stream)
+                                         : Launch<Layout::kExpert>(all, stream);
 }
 
 #ifdef JAX_EP_PLAN_STAMPS

@@ -139,8 +139,8 @@ __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch
 
 // Cleans the chunk's entries, sends them, and marks them in the cells of all columns. `ids` are
 // those of the thread's first token, as given.
-template <int kMaxK, int kIdBits>
-__device__ __forceinline__ void CleanTokens(const PushParams& params, const Shared& shared,
+template <int kMaxK, int kIdBits, typename Params>
+__device__ __forceinline__ void CleanTokens(const Params& params, const Shared& shared,
                                             uint64_t epoch, Chunk chunk, int32_t (&ids)[kMaxK]) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -152,7 +152,7 @@ __device__ __forceinline__ void CleanTokens(const PushParams& params, const Shar
     if (t >= kThreads) LoadValues(ids, p.topk_idx + first, p.top_k, params.aligned);
     num_invalid += CleanIds(ids, p.num_experts);
     SendIds<kMaxK, kIdBits>(params, epoch, token, ids, shared.ids + t * n.token_words);
-    const bool by_token = p.layout == Layout::kToken;
+    const bool by_token = Params::kLayout == Layout::kToken;
     uint32_t ranks = 0;  // of layout "token": marks of one rank would meet in one word
 #pragma unroll
     for (int k = 0; k < kMaxK; ++k) {
@@ -170,12 +170,12 @@ __device__ __forceinline__ void CleanTokens(const PushParams& params, const Shar
 
 // Own entries get their position in the chunk: records become column | position << 16. Those that
 // are here are listed.
-template <int kMaxK>
-__device__ __forceinline__ void PlaceOwnEntries(const PushParams& params, const Shared& shared,
+template <int kMaxK, typename Params>
+__device__ __forceinline__ void PlaceOwnEntries(const Params& params, const Shared& shared,
                                                 Chunk chunk) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  const bool by_token = p.layout == Layout::kToken;
+  const bool by_token = Params::kLayout == Layout::kToken;
   ForTokens(n, 1, chunk.count, [&](int32_t, int32_t t) {
     int32_t records[kMaxK];
     LoadValues(records, shared.records + t * kMaxK, kMaxK, true);
@@ -205,8 +205,8 @@ __device__ __forceinline__ void StoreRecvRows(const PushParams& params, int64_t 
 }
 
 // The rows of own entries on all ranks, and those here by token.
-template <int kMaxK>
-__device__ __forceinline__ void WriteOwnRows(const PushParams& params, const Shared& shared,
+template <int kMaxK, typename Params>
+__device__ __forceinline__ void WriteOwnRows(const Params& params, const Shared& shared,
                                              Chunk chunk) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -231,13 +231,13 @@ __device__ __forceinline__ void WriteOwnRows(const PushParams& params, const Sha
     const int32_t own = chunk.begin + t;
     StoreValues(p.dest_row + int64_t{own} * p.top_k, rows, p.top_k, params.aligned);
     const int64_t token = int64_t{p.group.rank} * p.num_tokens + own;
-    if (p.layout == Layout::kToken) {
+    if constexpr (Params::kLayout == Layout::kToken) {
       p.recv_rows[token] = row_here;  // of all entries here
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int k = 0; k < kMaxK; ++k) rows[k] = here >> k & 1 ? rows[k] : plan::kNone;
-    StoreRecvRows(params, token, rows);
+      for (int k = 0; k < kMaxK; ++k) rows[k] = here >> k & 1 ? rows[k] : plan::kNone;
+      StoreRecvRows(params, token, rows);
+    }
   });
 }
 
@@ -263,9 +263,9 @@ __device__ __forceinline__ void ForIds(const PushShape& n, const uint32_t (&word
 
 // Takes the ids of the chunk's tokens of the batch's peers, and marks them in the cells of their
 // slots.
-template <int kIdBits>
-__device__ __forceinline__ bool TakeIds(const PushParams& params, const Shared& shared,
-                                        uint64_t epoch, Chunk chunk, Batch batch) {
+template <int kIdBits, typename Params>
+__device__ __forceinline__ bool TakeIds(const Params& params, const Shared& shared, uint64_t epoch,
+                                        Chunk chunk, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   bool ok = true;
@@ -288,18 +288,18 @@ __device__ __forceinline__ bool TakeIds(const PushParams& params, const Shared& 
       *reinterpret_cast<uint2*>(ids + w) = make_uint2(words[0], words[1]);
       ForIds<kIdBits>(n, words, 0, [&](int, int32_t id) {
         is_here = true;
-        if (p.layout == Layout::kExpert) Mark(n, shared, s * n.here + id, t);
+        if (Params::kLayout == Layout::kExpert) Mark(n, shared, s * n.here + id, t);
       });
     }
-    if (p.layout == Layout::kToken && is_here) Mark(n, shared, s, t);
+    if (Params::kLayout == Layout::kToken && is_here) Mark(n, shared, s, t);
   });
   return ok;
 }
 
 // Lists the entries whose ids were taken, by slot.
-template <int kIdBits>
-__device__ __forceinline__ void ListEntries(const PushParams& params, const Shared& shared,
-                                            Chunk chunk, Batch batch) {
+template <int kIdBits, typename Params>
+__device__ __forceinline__ void ListEntries(const Params& params, const Shared& shared, Chunk chunk,
+                                            Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   const int num_own = batch.NumOwn();
@@ -313,13 +313,13 @@ __device__ __forceinline__ void ListEntries(const PushParams& params, const Shar
       const uint32_t words[2] = {both.x, both.y};
       ForIds<kIdBits>(n, words, w * (32 / kIdBits), [&](int k, int32_t id) {
         is_here = true;
-        if (p.layout == Layout::kToken) return;
+        if (Params::kLayout == Layout::kToken) return;
         const int32_t slot = s * n.here + id;
         shared.list[PositionOf(n, shared, slot, t)] =
             static_cast<uint32_t>(t * p.top_k + k) | static_cast<uint32_t>(slot) << 16;
       });
     }
-    if (p.layout != Layout::kToken || !is_here) return;
+    if (Params::kLayout != Layout::kToken || !is_here) return;
     shared.list[PositionOf(n, shared, s, t)] = static_cast<uint32_t>(t) | static_cast<uint32_t>(s)
                                                                               << 16;
   });
