@@ -180,10 +180,16 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   __syncthreads();
   SendCounts(params, shared, epoch);
   STAMP(3);
+  bool ok = true;
+  if (from_end < p.group.num_ranks) {
+    // A rank that failed before has said so before it arrived.
+    const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
+    ok = WaitFlag(p.group, flag.value, epoch, Phase::kArrival, from_end) &&
+         !HasFailed(p.group, epoch);
+  }
   PlaceOwnEntries<kMaxK>(params, shared, chunk);
   STAMP(4);
 
-  bool ok = true;
   bool drops = false;
   for (int first = 0; first < p.group.num_ranks; first += n.sources) {
     const Batch batch{first, plan::Min(n.sources, p.group.num_ranks - first)};
@@ -209,11 +215,6 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     }
     if (first == 0) {
       ok = TakeCounts(params, shared, epoch) && ok;
-      if (from_end < p.group.num_ranks) {
-        const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
-        ok = ok && WaitFlag(p.group, flag.value, epoch, Phase::kArrival, from_end);
-      }
-      if (threadIdx.x == 0 && HasFailed(p.group, epoch)) ok = false;
       STAMP(8);
       TestDelay(p.group.rank, epoch, 1);
       ptx::ClusterWaitAcquire();
