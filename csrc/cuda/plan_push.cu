@@ -1,11 +1,12 @@
 // The plan op: every (token, k) entry learns its row, in one kernel of one cluster of blocks.
 //
-// Each block has a chunk of the tokens. Blocks send to all ranks, their own included, what these
-// need: the expert ids of each token there, and how many entries each column has in the chunk. So
-// every block knows what lies before its chunk, at which rank ever, and numbers the chunk's entries
-// of all ranks. A bit mask of tokens for each column makes the position of an entry a matter of
-// counting the bits before it; the entries that are here are listed by column in shared memory,
-// so that what is written in the end lies together. Most of that is done before the counts arrive.
+// Each block has a chunk of the tokens. Blocks send to all ranks what these need: how many entries
+// each column has in the chunk (to their own rank, too), and to peers the expert ids of each token
+// there. So every block knows what lies before its chunk, at which rank ever, and numbers the
+// chunk's entries of all ranks. A bit mask of tokens for each column makes the position of an entry
+// a matter of counting the bits before it; the entries that are here are listed by column in shared
+// memory, so that what is written in the end lies together. Most of that is done before the counts
+// arrive.
 //
 // Messages go to the peer's inbox. A word has 32 bits of the epoch beside its data: who finds the
 // epoch has the data. So nothing is fenced, nothing is read over a link, and no rank waits at the
