@@ -42,9 +42,10 @@ struct PushShape {
   int32_t id_bits;      // of an expert id in a message: 8 or 16
   int32_t token_words;  // of a token's message; even
   int32_t sources;      // whose tokens are numbered at a time
-  Divider by_num_local, by_words, by_quads;
+  int32_t parts;        // of a rank's experts, 32 each
+  Divider by_num_local, by_words, by_quads, by_parts;
   // Views of a block's shared memory, in int32.
-  int32_t cells, ids, list, totals, sent, rows, demand, padded, starts, slots, firsts, kept, end;
+  int32_t cells, ids, list, totals, sent, rows, demand, sums, starts, slots, firsts, kept, end;
 };
 
 // What a column (or slot) has of 32 tokens that follow each other.
@@ -71,14 +72,14 @@ struct alignas(16) SlotRows {
 struct Shared {
   int32_t* records;  // [chunk, kMaxK] of own entries: expert, then column and position
   Cell* cells;       // [columns or slots, stride]
-  int32_t* staging;  // [sources, chunk, K or 1] rows here; over the cells, once they are done with
+  int32_t* staging;  // [sources, chunk, K or 1] rows here of peers; over the cells after their use
   uint32_t* ids;     // [sources, chunk, token_words] local experts, packed
   uint32_t* list;    // entries here, by slot: in the chunk of the source, and the slot above
   uint32_t* totals;  // [R, columns] entries of the rank, and of its blocks before this one above
   int32_t* sent;     // [4 * quads] counts of this block
   ColumnRows* rows;  // [row_columns]
   int32_t* demand;   // [row_columns]
-  int32_t* padded;   // [row_columns] rows that it would have
+  int32_t* sums;     // [R, parts] rows of 32 experts together
   int32_t* starts;   // [row_columns] first row of the column on its rank
   SlotRows* slots;   // [sources, here]
   int32_t* firsts;   // [sources, here] place in the list of the slot's first entry
@@ -94,7 +95,7 @@ struct Shared {
     sent = memory + n.sent;
     rows = reinterpret_cast<ColumnRows*>(memory + n.rows);
     demand = memory + n.demand;
-    padded = memory + n.padded;
+    sums = memory + n.sums;
     starts = memory + n.starts;
     slots = reinterpret_cast<SlotRows*>(memory + n.slots);
     firsts = memory + n.firsts;
@@ -126,7 +127,7 @@ void LayOutShared(const PlanParams& p, PushShape& n) {
   n.sent = add(4 * n.quads);
   n.rows = add(2 * n.row_columns);
   n.demand = add(n.row_columns);
-  n.padded = add(n.row_columns);
+  n.sums = add(by_expert ? int64_t{p.group.num_ranks} * n.parts : 0);
   n.starts = add(n.row_columns);
   n.slots = add(4 * slots);
   n.firsts = add(slots);
@@ -151,6 +152,8 @@ PushShape PushShapeOf(const PlanParams& p) {
   n.by_num_local = Divider::By(n.num_local);
   n.by_words = Divider::By(n.words);
   n.by_quads = Divider::By(n.quads);
+  n.parts = (n.num_local + 31) / 32;
+  n.by_parts = Divider::By(n.parts);
   n.sources = p.group.num_ranks;
   for (LayOutShared(p, n); n.sources > 1 && n.end * sizeof(int32_t) > kGoodSharedBytes;) {
     n.sources = (n.sources + 1) / 2;
@@ -165,14 +168,33 @@ struct PushParams {
   bool aligned;  // all arrays, to 16 bytes
 };
 
+// The same for one layout, whose kernel then has no code of the other one to fetch.
+template <Layout kOf>
+struct LayoutParams : PushParams {
+  static constexpr Layout kLayout = kOf;
+};
+
 // The tokens of a block.
 struct Chunk {
   int32_t begin;
   int32_t count;
 };
 
-// The inbox: [R, kBlocks, quads] pairs of counts, then [R, T, token_words] ids. A word has its data
-// in the upper half, the epoch in the lower one.
+// Sources that are numbered at a time: of all ranks in a circle that begins with this one.
+struct Batch {
+  int first;
+  int count;
+
+  // Own entries are marked and listed before those that come as messages.
+  __device__ __forceinline__ int NumOwn() const { return first == 0 ? 1 : 0; }
+  __device__ __forceinline__ int Source(const GroupParams& group, int s) const {
+    const int rank = group.rank + first + s;
+    return rank < group.num_ranks ? rank : rank - group.num_ranks;
+  }
+};
+
+// The inbox: [R, kBlocks, quads] pairs of counts, then [R, T, token_words] ids (but not its own). A
+// word has its data in the upper half, the epoch in the lower one.
 __device__ __forceinline__ uint64_t* CountsOf(Workspace& workspace, const PushShape& n,
                                               uint64_t epoch, int source, int block) {
   return workspace.inbox[epoch % 2] + 2 * (source * kBlocks + block) * n.quads;
@@ -201,17 +223,22 @@ struct Pair {
   __device__ __forceinline__ void Load(const uint64_t* from) {
     ptx::LoadRelaxedSystem(from, first, second);
   }
+  __device__ __forceinline__ bool IsOf(uint64_t epoch) const {
+    const uint32_t expected = static_cast<uint32_t>(epoch);
+    return kMutation == kWithoutPlanWords ||
+           (static_cast<uint32_t>(first) == expected && static_cast<uint32_t>(second) == expected);
+  }
+  // Called while a wait goes on; false once the group has failed.
+  __device__ __forceinline__ bool Continue(Deadline& deadline, const GroupParams& group,
+                                           uint64_t epoch, int source) const {
+    const uint64_t seen = (first & 0xffffffff) << kTagBits;
+    return deadline.Continue(group, Phase::kArrival, source, FlagValue(epoch, group.tag), seen);
+  }
   // Returns once both are of this epoch; false once the group has failed.
   __device__ __forceinline__ bool Await(const GroupParams& group, uint64_t epoch, int source,
                                         const uint64_t* from) {
-    const uint32_t expected = static_cast<uint32_t>(epoch);
-    for (Deadline deadline;
-         kMutation != kWithoutPlanWords &&
-         (static_cast<uint32_t>(first) != expected || static_cast<uint32_t>(second) != expected);) {
-      const uint64_t seen = (first & 0xffffffff) << kTagBits;
-      if (!deadline.Continue(group, Phase::kArrival, source, FlagValue(epoch, group.tag), seen)) {
-        return false;
-      }
+    for (Deadline deadline; !IsOf(epoch);) {
+      if (!Continue(deadline, group, epoch, source)) return false;
       Load(from);
     }
     return true;

@@ -1,11 +1,12 @@
 // The plan op: every (token, k) entry learns its row, in one kernel of one cluster of blocks.
 //
-// Each block has a chunk of the tokens. Blocks send to all ranks, their own included, what these
-// need: the expert ids of each token there, and how many entries each column has in the chunk. So
-// every block knows what lies before its chunk, at which rank ever, and numbers the chunk's entries
-// of all ranks. A bit mask of tokens for each column makes the position of an entry a matter of
-// counting the bits before it; the entries that are here are listed by column in shared memory,
-// so that what is written in the end lies together. Most of that is done before the counts arrive.
+// Each block has a chunk of the tokens. Blocks send to all ranks what these need: how many entries
+// each column has in the chunk (to their own rank, too), and to peers the expert ids of each token
+// there. So every block knows what lies before its chunk, at which rank ever, and numbers the
+// chunk's entries of all ranks. A bit mask of tokens for each column makes the position of an entry
+// a matter of counting the bits before it; the entries that are here are listed by column in shared
+// memory, so that what is written in the end lies together. Most of that is done before the counts
+// arrive.
 //
 // Messages go to the peer's inbox. A word has 32 bits of the epoch beside its data: who finds the
 // epoch has the data. So nothing is fenced, nothing is read over a link, and no rank waits at the
@@ -39,24 +40,28 @@ __device__ int64_t plan_stamps[kBlocks][16];
 
 // Loops are not unrolled where that gains nothing: each launch has to fetch the code that it runs.
 
-// Sets `count` words to -1, all blocks together.
+// The first of a block's threads that mark rows unused: warps that mostly have no tokens.
+constexpr int kFirstFiller = kThreads / 2;
+constexpr int kFillers = kThreads - kFirstFiller;
+
+// Sets `count` words to -1, the fillers of all blocks together.
 __device__ __noinline__ void FillNone(int32_t* words, int64_t count, bool aligned) {
-  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t thread = int64_t{blockIdx.x} * kFillers + threadIdx.x - kFirstFiller;
   const int64_t num_fours = aligned ? count / 4 : 0;
 #pragma unroll 1
-  for (int64_t i = thread; i < num_fours; i += kBlocks * kThreads) {
+  for (int64_t i = thread; i < num_fours; i += kBlocks * kFillers) {
     reinterpret_cast<int4*>(words)[i] =
         make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
   }
 #pragma unroll 1
-  for (int64_t i = 4 * num_fours + thread; i < count; i += kBlocks * kThreads) {
+  for (int64_t i = 4 * num_fours + thread; i < count; i += kBlocks * kFillers) {
     words[i] = plan::kNone;
   }
 }
 
 // The rows of the listed entries.
-template <int kIdBits>
-__device__ void WriteListedRows(const PushParams& params, const Shared& shared, int32_t num_listed,
+template <int kIdBits, typename Params>
+__device__ void WriteListedRows(const Params& params, const Shared& shared, int32_t num_listed,
                                 bool drops) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -69,7 +74,7 @@ __device__ void WriteListedRows(const PushParams& params, const Shared& shared, 
     if (row >= slot.limit) continue;
     p.recv_src[row] = slot.source + entry;
     shared.staging[slot.staged + entry] = row;
-    if (p.layout != Layout::kToken) continue;
+    if (Params::kLayout != Layout::kToken) continue;
     const uint32_t* ids = shared.ids + (slot.staged + entry) * n.token_words;
     int32_t* expert_idx = p.expert_idx + int64_t{row} * p.top_k;
     for (int32_t w = 0; w < n.token_words; w += 2) {
@@ -82,23 +87,23 @@ __device__ void WriteListedRows(const PushParams& params, const Shared& shared, 
   }
 }
 
-// The rows of each source token, ascending.
-template <int kMaxK>
-__device__ void WriteRecvRows(const PushParams& params, const Shared& shared, Chunk chunk,
-                              int first_source, int num_sources) {
+// The rows here of the tokens of the batch's peers.
+template <int kMaxK, typename Params>
+__device__ void WriteRecvRows(const Params& params, const Shared& shared, Chunk chunk,
+                              Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  ForTokens(n, num_sources, chunk.count, [&](int32_t s, int32_t t) {
-    const int64_t token = int64_t{first_source + s} * p.num_tokens + chunk.begin + t;
-    if (p.layout == Layout::kToken) {
+  const int num_own = batch.NumOwn();
+  ForTokens(n, batch.count - num_own, chunk.count, [&](int32_t nth, int32_t t) {
+    const int32_t s = num_own + nth;
+    const int64_t token = int64_t{batch.Source(p.group, s)} * p.num_tokens + chunk.begin + t;
+    if (Params::kLayout == Layout::kToken) {
       p.recv_rows[token] = shared.staging[s * n.chunk + t];
       return;
     }
     int32_t rows[kMaxK];
     LoadValues(rows, shared.staging + (s * n.chunk + t) * p.top_k, p.top_k, true);
-    Sort(rows);
-    const int32_t num_rows = plan::Min(p.top_k, n.num_local);
-    StoreValues(p.recv_rows + token * num_rows, rows, num_rows, params.aligned);
+    StoreRecvRows(params, token, rows);
   });
 }
 
@@ -115,9 +120,9 @@ __device__ void WriteKept(const PushParams& params, const Shared& shared) {
   if (dropped != 0) atomicAdd(p.num_dropped, dropped);
 }
 
-template <int kMaxK, int kIdBits>
+template <int kMaxK, int kIdBits, Layout kLayout>
 __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
-    PushPlanKernel(const __grid_constant__ PushParams params) {
+    PushPlanKernel(const __grid_constant__ LayoutParams<kLayout> params) {
   extern __shared__ __align__(16) int32_t memory[];
   __shared__ uint32_t failed;  // any block of the cluster
   __shared__ int32_t num_listed;
@@ -126,22 +131,28 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   const Shared shared(n, memory);
   const int32_t begin = plan::Min(blockIdx.x * n.chunk, p.num_tokens);
   const Chunk chunk{begin, plan::Min(n.chunk, p.num_tokens - begin)};
-  const bool by_token = p.layout == Layout::kToken;
+  constexpr bool by_token = kLayout == Layout::kToken;
   STAMP(0);
 
+  const bool fills = threadIdx.x >= kFirstFiller;
+  if (fills) {
+    FillNone(p.recv_src, p.capacity, params.aligned);
+    if (by_token) FillNone(p.expert_idx, int64_t{p.capacity} * p.top_k, params.aligned);
+  }
   const uint64_t epoch = BeginOp(p.group);
   int32_t ids[kMaxK] = {};  // on their way meanwhile
   if (threadIdx.x < chunk.count) {
     LoadValues(ids, p.topk_idx + (int64_t{begin} + threadIdx.x) * p.top_k, p.top_k, params.aligned);
   }
-  ClearCells(n, shared, n.columns);
+  ClearCells(n, shared, 0, n.columns);
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < 4 * n.quads; i += kThreads) shared.sent[i] = 0;
   if (by_token) {
 #pragma unroll 1
     for (int32_t l = threadIdx.x; l < n.num_local; l += kThreads) shared.kept[l] = 0;
   }
-  if (threadIdx.x == 0) failed = 0;
+  if (threadIdx.x == 0) failed = 0, num_listed = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = 0;
   const int32_t from_end = kThreads - 1 - static_cast<int32_t>(threadIdx.x);
   if (blockIdx.x == 0 && from_end < p.group.num_ranks) {
     ptx::StoreRelaxedSystem(&p.group.peers[from_end]->arrival[epoch % 2][p.group.rank].value,
@@ -151,54 +162,60 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   STAMP(1);
   TestDelay(p.group.rank, epoch, 0);
   CleanTokens<kMaxK, kIdBits>(params, shared, epoch, chunk, ids);
+  // Any block may write any row after the second half. Other warps do not wait for their writes.
+  if (fills) {
+    ptx::ClusterArriveRelease();
+  } else {
+    ptx::ClusterArriveRelaxed();
+  }
   __syncthreads();
   STAMP(2);
-  SumCells(n, shared, n.columns, [&](bool is_last, int32_t column, int32_t total) {
+  SumCells(n, shared, 0, n.columns, [&](bool is_last, int32_t column, int32_t total) {
     if (is_last) shared.sent[column] = total;
+    const int32_t slot = column - p.group.rank * n.here;
+    const bool is_here = is_last && static_cast<uint32_t>(slot) < static_cast<uint32_t>(n.here);
+    const int32_t first = PlaceInList(is_here ? total : 0, &num_listed);
+    if (is_here) shared.firsts[slot] = first;
     return 0;
   });
   __syncthreads();
   SendCounts(params, shared, epoch);
   STAMP(3);
-  FillNone(p.recv_src, p.capacity, params.aligned);
-  if (by_token) FillNone(p.expert_idx, int64_t{p.capacity} * p.top_k, params.aligned);
-  ptx::ClusterArriveRelease();  // any block may write any row after the second half
+  bool ok = true;
+  if (from_end < p.group.num_ranks) {
+    // A rank that failed before has said so before it arrived.
+    const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
+    ok = WaitFlag(p.group, flag.value, epoch, Phase::kArrival, from_end) &&
+         !HasFailed(p.group, epoch);
+  }
   PlaceOwnEntries<kMaxK>(params, shared, chunk);
   STAMP(4);
 
-  bool ok = true;
   bool drops = false;
-  for (int first_source = 0; first_source < p.group.num_ranks; first_source += n.sources) {
-    const int num_sources = plan::Min(n.sources, p.group.num_ranks - first_source);
-    const int32_t num_slots = num_sources * n.here;
-    __syncthreads();
-    ClearCells(n, shared, num_slots);
-    if (threadIdx.x == 0) num_listed = 0;
-    __syncthreads();
-    ok = TakeIds<kIdBits>(params, shared, epoch, chunk, first_source, num_sources) && ok;
-    __syncthreads();
-    STAMP(5);
-    SumCells(n, shared, num_slots, [&](bool is_last, int32_t slot, int32_t total) {
-      // The order of the slots in the list does not matter.
-      const int32_t mine = is_last ? total : 0;
-      const int32_t sum = InclusiveWarpSum(mine);
-      int32_t first = 0;
-      if (threadIdx.x % 32 == 31) first = atomicAdd(&num_listed, sum);
-      first = __shfl_sync(~0u, first, 31) + sum - mine;
-      if (is_last) shared.firsts[slot] = first;
-      return __shfl_sync(~0u, first, 3, 4);
-    });
-    __syncthreads();
-    STAMP(6);
-    ListEntries<kIdBits>(params, shared, chunk, num_sources);
-    STAMP(7);
-    if (first_source == 0) {
+  for (int first = 0; first < p.group.num_ranks; first += n.sources) {
+    const Batch batch{first, plan::Min(n.sources, p.group.num_ranks - first)};
+    const int32_t first_slot = batch.NumOwn() * n.here;
+    const int32_t last_slot = batch.count * n.here;
+    if (first_slot < last_slot) {
+      __syncthreads();
+      ClearCells(n, shared, first_slot, last_slot);
+      if (threadIdx.x == 0 && first != 0) num_listed = 0;
+      __syncthreads();
+      ok = TakeIds<kIdBits>(params, shared, epoch, chunk, batch) && ok;
+      __syncthreads();
+      STAMP(5);
+      SumCells(n, shared, first_slot, last_slot, [&](bool is_last, int32_t slot, int32_t total) {
+        const int32_t place = PlaceInList(is_last ? total : 0, &num_listed);
+        if (is_last) shared.firsts[slot] = place;
+        return __shfl_sync(~0u, place, 3, 4);
+      });
+      __syncthreads();
+      STAMP(6);
+      ListEntries<kIdBits>(params, shared, chunk, batch);
+      STAMP(7);
+    }
+    if (first == 0) {
       ok = TakeCounts(params, shared, epoch) && ok;
-      if (from_end < p.group.num_ranks) {
-        const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
-        ok = ok && WaitFlag(p.group, flag.value, epoch, Phase::kArrival, from_end);
-      }
-      if (threadIdx.x == 0 && HasFailed(p.group, epoch)) ok = false;
       STAMP(8);
       TestDelay(p.group.rank, epoch, 1);
       ptx::ClusterWaitAcquire();
@@ -206,7 +223,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     ok = __syncthreads_and(ok);
     if (!ok) break;
     STAMP(9);
-    if (first_source == 0) {
+    if (first == 0) {
       SumColumns(params, shared);
       __syncthreads();
       if (by_token) {
@@ -217,21 +234,23 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
         __syncthreads();
       }
       STAMP(10);
-      WriteDestRows<kMaxK>(params, shared, chunk);
+      WriteOwnRows<kMaxK>(params, shared, chunk);
     }
-    LayOutSlots(params, shared, chunk, first_source, num_sources);
-    const int32_t staged = num_sources * n.chunk * (by_token ? 1 : p.top_k);
+    LayOutSlots(params, shared, chunk, batch);
+    const int32_t staged = n.chunk / 4 * (by_token ? 1 : p.top_k);  // of a source, in fours
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < staged / 4; i += kThreads) {
+    for (int32_t i = batch.NumOwn() * staged + threadIdx.x; i < batch.count * staged;
+         i += kThreads) {
       reinterpret_cast<int4*>(shared.staging)[i] =
           make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
     }
     __syncthreads();
     STAMP(11);
     WriteListedRows<kIdBits>(params, shared, num_listed, drops);
+    if (first_slot == last_slot && !drops) continue;
     __syncthreads();
     STAMP(12);
-    WriteRecvRows<kMaxK>(params, shared, chunk, first_source, num_sources);
+    WriteRecvRows<kMaxK>(params, shared, chunk, batch);
     STAMP(13);
   }
 
@@ -242,20 +261,51 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
       if (shared.kept[l] != 0) atomicAdd(ptx::MapShared(&shared.kept[l], 0), shared.kept[l]);
     }
   }
-  ptx::ClusterArriveRelease();
+  // Rows need not be seen before the kernel ends, only what other blocks are told.
+  if (!ok || drops) {
+    ptx::ClusterArriveRelease();
+  } else {
+    ptx::ClusterArriveRelaxed();
+  }
   ptx::ClusterWaitAcquire();
-  if (failed != 0) Poison(p, blockIdx.x * kThreads + threadIdx.x, kBlocks * kThreads);
+  if (failed != 0) {
+    ptx::ClusterArriveRelease();  // over the rows of all blocks
+    ptx::ClusterWaitAcquire();
+    Poison(p, blockIdx.x * kThreads + threadIdx.x, kBlocks * kThreads);
+  }
   if (blockIdx.x != 0) return;
   if (drops && failed == 0) WriteKept(params, shared);
   STAMP(14);
   if (threadIdx.x == 0) EndOpAtOnce(p.group, epoch);
 }
 
-using Kernel = void (*)(PushParams);
+template <Layout kLayout>
+using Kernel = void (*)(LayoutParams<kLayout>);
 
-Kernel KernelFor(const PlanParams& p, const PushShape& n) {
-  if (MaxTopK(p) == 32) return PushPlanKernel<32, 16>;
-  return n.id_bits == 8 ? PushPlanKernel<8, 8> : PushPlanKernel<8, 16>;
+template <Layout kLayout>
+Kernel<kLayout> KernelFor(const PlanParams& p, const PushShape& n) {
+  if (MaxTopK(p) == 32) return PushPlanKernel<32, 16, kLayout>;
+  return n.id_bits == 8 ? PushPlanKernel<8, 8, kLayout> : PushPlanKernel<8, 16, kLayout>;
+}
+
+template <Layout kLayout>
+cudaError_t Load() {
+  for (const Kernel<kLayout> kernel :
+       {&PushPlanKernel<8, 8, kLayout>, &PushPlanKernel<8, 16, kLayout>,
+        &PushPlanKernel<32, 16, kLayout>}) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxSharedBytes));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <Layout kLayout>
+cudaError_t Launch(const PushParams& params, cudaStream_t stream) {
+  const Kernel<kLayout> kernel = KernelFor<kLayout>(params.plan, params.shape);
+  kernel<<<kBlocks, kThreads, params.shape.end * sizeof(int32_t), stream>>>(
+      LayoutParams<kLayout>{params});
+  return cudaGetLastError();
 }
 
 bool IsAligned(const PlanParams& p) {
@@ -280,20 +330,14 @@ bool FitsPushPlan(const PlanParams& params) {
 }
 
 cudaError_t LoadPushPlan() {
-  for (const Kernel kernel :
-       {&PushPlanKernel<8, 8>, &PushPlanKernel<8, 16>, &PushPlanKernel<32, 16>}) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxSharedBytes));
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  const cudaError_t error = Load<Layout::kExpert>();
+  return error != cudaSuccess ? error : Load<Layout::kToken>();
 }
 
 cudaError_t LaunchPushPlan(const PlanParams& params, cudaStream_t stream) {
   const PushParams all{params, PushShapeOf(params), IsAligned(params)};
-  const Kernel kernel = KernelFor(params, all.shape);
-  kernel<<<kBlocks, kThreads, all.shape.end * sizeof(int32_t), stream>>>(all);
-  return cudaGetLastError();
+  return params.layout == Layout::kToken ? Launch<Layout::kToken>(all, stream)
+                                         : Launch<Layout::kExpert>(all, stream);
 }
 
 #ifdef JAX_EP_PLAN_STAMPS

@@ -104,10 +104,10 @@ __device__ __forceinline__ void ForTokens(const PushShape& n, int32_t sources, i
   }
 }
 
-// A token's local experts at every rank, to that rank.
+// A token's local experts at every rank, to that rank; here they go to `here`, [token_words].
 template <int kMaxK, int kIdBits>
 __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch, int32_t token,
-                                        const int32_t (&ids)[kMaxK]) {
+                                        const int32_t (&ids)[kMaxK], uint32_t* here) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   constexpr int kIdsOfWord = 32 / kIdBits;
@@ -128,15 +128,19 @@ __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch
         const uint32_t id = local < static_cast<uint32_t>(n.num_local) ? local : kNoId;
         words[j / kIdsOfWord] |= id << (j % kIdsOfWord * kIdBits);
       }
-      SendPair(to + k / kIdsOfWord, epoch, words[0], words[1]);
+      if (r == p.group.rank) {
+        *reinterpret_cast<uint2*>(here + k / kIdsOfWord) = make_uint2(words[0], words[1]);
+      } else {
+        SendPair(to + k / kIdsOfWord, epoch, words[0], words[1]);
+      }
     }
   }
 }
 
 // Cleans the chunk's entries, sends them, and marks them in the cells of all columns. `ids` are
 // those of the thread's first token, as given.
-template <int kMaxK, int kIdBits>
-__device__ __forceinline__ void CleanTokens(const PushParams& params, const Shared& shared,
+template <int kMaxK, int kIdBits, typename Params>
+__device__ __forceinline__ void CleanTokens(const Params& params, const Shared& shared,
                                             uint64_t epoch, Chunk chunk, int32_t (&ids)[kMaxK]) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -147,58 +151,93 @@ __device__ __forceinline__ void CleanTokens(const PushParams& params, const Shar
     const int64_t first = int64_t{token} * p.top_k;
     if (t >= kThreads) LoadValues(ids, p.topk_idx + first, p.top_k, params.aligned);
     num_invalid += CleanIds(ids, p.num_experts);
-    SendIds<kMaxK, kIdBits>(params, epoch, token, ids);
+    SendIds<kMaxK, kIdBits>(params, epoch, token, ids, shared.ids + t * n.token_words);
+    const bool by_token = Params::kLayout == Layout::kToken;
+    uint32_t ranks = 0;  // of layout "token": marks of one rank would meet in one word
 #pragma unroll
     for (int k = 0; k < kMaxK; ++k) {
       if (ids[k] == plan::kNone) continue;
-      if (p.layout == Layout::kToken) {
-        Mark(n, shared, n.by_num_local(ids[k]), t);
-        Mark(n, shared, p.group.num_ranks + ids[k], t);
-      } else {
-        Mark(n, shared, ids[k], t);
-      }
+      if (by_token) ranks |= 1u << n.by_num_local(ids[k]);
+      Mark(n, shared, by_token ? p.group.num_ranks + ids[k] : ids[k], t);
     }
+#pragma unroll 1
+    for (; ranks != 0; ranks &= ranks - 1) Mark(n, shared, __ffs(ranks) - 1, t);
     StoreValues(p.topk + first, ids, p.top_k, params.aligned);
     StoreValues(shared.records + t * kMaxK, ids, kMaxK, true);
   }
   if (num_invalid != 0) atomicAdd(&shared.sent[n.columns], num_invalid);
 }
 
-// Own entries get their position in the chunk: records become column | position << 16.
-template <int kMaxK>
-__device__ __forceinline__ void PlaceOwnEntries(const PushParams& params, const Shared& shared,
+// Own entries get their position in the chunk: records become column | position << 16. Those that
+// are here are listed.
+template <int kMaxK, typename Params>
+__device__ __forceinline__ void PlaceOwnEntries(const Params& params, const Shared& shared,
                                                 Chunk chunk) {
+  const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
+  const bool by_token = Params::kLayout == Layout::kToken;
   ForTokens(n, 1, chunk.count, [&](int32_t, int32_t t) {
     int32_t records[kMaxK];
     LoadValues(records, shared.records + t * kMaxK, kMaxK, true);
 #pragma unroll
     for (int k = 0; k < kMaxK; ++k) {
       if (records[k] == plan::kNone) continue;
-      const int32_t column = params.plan.layout == Layout::kToken ? n.by_num_local(records[k])  //
-                                                                  : records[k];
-      records[k] = column | PositionOf(n, shared, column, t) << 16;
+      const int32_t column = by_token ? n.by_num_local(records[k]) : records[k];
+      const int32_t position = PositionOf(n, shared, column, t);
+      records[k] = column | position << 16;
+      const int32_t slot = column - p.group.rank * n.here;
+      if (static_cast<uint32_t>(slot) >= static_cast<uint32_t>(n.here)) continue;
+      // In layout "token" all of a token's entries here say the same.
+      shared.list[shared.firsts[slot] + position] =
+          static_cast<uint32_t>(by_token ? t : t * p.top_k + k) | static_cast<uint32_t>(slot) << 16;
     }
     StoreValues(shared.records + t * kMaxK, records, kMaxK, true);
   });
 }
 
-// The rows of own entries on all ranks.
+// The rows here of a source's token, ascending, in layout "expert".
 template <int kMaxK>
-__device__ __forceinline__ void WriteDestRows(const PushParams& params, const Shared& shared,
-                                              Chunk chunk) {
+__device__ __forceinline__ void StoreRecvRows(const PushParams& params, int64_t token,
+                                              int32_t (&rows)[kMaxK]) {
+  const int32_t num_rows = plan::Min(params.plan.top_k, params.shape.num_local);
+  Sort(rows);
+  StoreValues(params.plan.recv_rows + token * num_rows, rows, num_rows, params.aligned);
+}
+
+// The rows of own entries on all ranks, and those here by token.
+template <int kMaxK, typename Params>
+__device__ __forceinline__ void WriteOwnRows(const Params& params, const Shared& shared,
+                                             Chunk chunk) {
   const PlanParams& p = params.plan;
-  ForTokens(params.shape, 1, chunk.count, [&](int32_t, int32_t t) {
+  const PushShape& n = params.shape;
+  ForTokens(n, 1, chunk.count, [&](int32_t, int32_t t) {
     int32_t rows[kMaxK];
     LoadValues(rows, shared.records + t * kMaxK, kMaxK, true);
+    uint32_t here = 0;  // a bit an entry
+    int32_t row_here = plan::kNone;
 #pragma unroll
     for (int k = 0; k < kMaxK; ++k) {
       if (rows[k] == plan::kNone) continue;
-      const ColumnRows column = shared.rows[rows[k] & 0xffff];
+      const int32_t nth = rows[k] & 0xffff;
+      const ColumnRows column = shared.rows[nth];
       const int32_t row = column.first + static_cast<int32_t>(static_cast<uint32_t>(rows[k]) >> 16);
       rows[k] = row < column.limit ? row : plan::kNone;
+      if (static_cast<uint32_t>(nth - p.group.rank * n.here) >= static_cast<uint32_t>(n.here)) {
+        continue;
+      }
+      here |= 1u << k;
+      row_here = rows[k];
     }
-    StoreValues(p.dest_row + int64_t{chunk.begin + t} * p.top_k, rows, p.top_k, params.aligned);
+    const int32_t own = chunk.begin + t;
+    StoreValues(p.dest_row + int64_t{own} * p.top_k, rows, p.top_k, params.aligned);
+    const int64_t token = int64_t{p.group.rank} * p.num_tokens + own;
+    if constexpr (Params::kLayout == Layout::kToken) {
+      p.recv_rows[token] = row_here;  // of all entries here
+    } else {
+#pragma unroll
+      for (int k = 0; k < kMaxK; ++k) rows[k] = here >> k & 1 ? rows[k] : plan::kNone;
+      StoreRecvRows(params, token, rows);
+    }
   });
 }
 
@@ -222,18 +261,21 @@ __device__ __forceinline__ void ForIds(const PushShape& n, const uint32_t (&word
   }
 }
 
-// Takes the ids of the chunk's tokens of some sources, and marks them in the cells of their slots.
-template <int kIdBits>
-__device__ __forceinline__ bool TakeIds(const PushParams& params, const Shared& shared,
-                                        uint64_t epoch, Chunk chunk, int first_source,
-                                        int num_sources) {
+// Takes the ids of the chunk's tokens of the batch's peers, and marks them in the cells of their
+// slots.
+template <int kIdBits, typename Params>
+__device__ __forceinline__ bool TakeIds(const Params& params, const Shared& shared, uint64_t epoch,
+                                        Chunk chunk, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   bool ok = true;
-  ForTokens(n, num_sources, chunk.count, [&](int32_t s, int32_t t) {
-    const int source = first_source + s;
+  const int num_own = batch.NumOwn();
+  ForTokens(n, batch.count - num_own, chunk.count, [&](int32_t nth, int32_t t) {
+    const int32_t s = num_own + nth;
+    const int source = batch.Source(p.group, s);
     const uint64_t* from = IdsOf(Own(p.group), p, n, epoch, source, chunk.begin + t);
     uint32_t* ids = shared.ids + (s * n.chunk + t) * n.token_words;
+    bool is_here = false;
 #pragma unroll 1
     for (int32_t w = 0; w < n.token_words; w += 2) {
       Pair pair;
@@ -245,20 +287,24 @@ __device__ __forceinline__ bool TakeIds(const PushParams& params, const Shared& 
       const uint32_t words[2] = {pair.FirstData(), pair.SecondData()};
       *reinterpret_cast<uint2*>(ids + w) = make_uint2(words[0], words[1]);
       ForIds<kIdBits>(n, words, 0, [&](int, int32_t id) {
-        Mark(n, shared, s * n.here + (p.layout == Layout::kToken ? 0 : id), t);
+        is_here = true;
+        if (Params::kLayout == Layout::kExpert) Mark(n, shared, s * n.here + id, t);
       });
     }
+    if (Params::kLayout == Layout::kToken && is_here) Mark(n, shared, s, t);
   });
   return ok;
 }
 
 // Lists the entries whose ids were taken, by slot.
-template <int kIdBits>
-__device__ __forceinline__ void ListEntries(const PushParams& params, const Shared& shared,
-                                            Chunk chunk, int num_sources) {
+template <int kIdBits, typename Params>
+__device__ __forceinline__ void ListEntries(const Params& params, const Shared& shared, Chunk chunk,
+                                            Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  ForTokens(n, num_sources, chunk.count, [&](int32_t s, int32_t t) {
+  const int num_own = batch.NumOwn();
+  ForTokens(n, batch.count - num_own, chunk.count, [&](int32_t nth, int32_t t) {
+    const int32_t s = num_own + nth;
     const uint32_t* ids = shared.ids + (s * n.chunk + t) * n.token_words;
     bool is_here = false;
 #pragma unroll 1
@@ -267,13 +313,13 @@ __device__ __forceinline__ void ListEntries(const PushParams& params, const Shar
       const uint32_t words[2] = {both.x, both.y};
       ForIds<kIdBits>(n, words, w * (32 / kIdBits), [&](int k, int32_t id) {
         is_here = true;
-        if (p.layout == Layout::kToken) return;
+        if (Params::kLayout == Layout::kToken) return;
         const int32_t slot = s * n.here + id;
         shared.list[PositionOf(n, shared, slot, t)] =
             static_cast<uint32_t>(t * p.top_k + k) | static_cast<uint32_t>(slot) << 16;
       });
     }
-    if (p.layout != Layout::kToken || !is_here) return;
+    if (Params::kLayout != Layout::kToken || !is_here) return;
     shared.list[PositionOf(n, shared, s, t)] = static_cast<uint32_t>(t) | static_cast<uint32_t>(s)
                                                                               << 16;
   });

@@ -84,6 +84,11 @@ __device__ __forceinline__ void ClusterArriveRelease() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 
+// The first half for a thread whose earlier writes nobody needs to see, and which waits for none.
+__device__ __forceinline__ void ClusterArriveRelaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
 __device__ __forceinline__ void ClusterWaitAcquire() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }

@@ -31,7 +31,8 @@ JAX_EP_HOST_DEVICE int32_t LocalExpert(int32_t expert, int32_t num_local_experts
 JAX_EP_HOST_DEVICE int32_t Min(int32_t a, int32_t b) { return a < b ? a : b; }
 
 JAX_EP_HOST_DEVICE int32_t RoundUp(int32_t value, int32_t multiple) {
-  return value + (multiple - value % multiple) % multiple;  // no sum that could overflow
+  const int32_t past = value % multiple;  // no sum that could overflow, and one slow division
+  return past == 0 ? value : value + (multiple - past);
 }
 
 // Rows that one rank can hold for one source token: the second extent of recv_rows.

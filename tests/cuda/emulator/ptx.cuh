@@ -65,6 +65,7 @@ inline uint64_t GlobalTimer() {
 // Clusters of blocks -----------------------------------------------------------------------------
 
 inline void ClusterArriveRelease() { emulator::ArriveAtCluster(); }
+inline void ClusterArriveRelaxed() { emulator::ArriveAtCluster(); }
 inline void ClusterWaitAcquire() { emulator::WaitForCluster(); }
 
 template <typename T>
