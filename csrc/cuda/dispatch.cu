@@ -22,6 +22,10 @@ constexpr int kStages = 4;
 // Loads ahead of the stores, where a row is stored once and where it may be stored many times.
 constexpr int kFewStores = 3;
 constexpr int kManyStores = 2;
+// Items before the current one whose stores may still read their stages. No more: what is queued
+// when the work ends is what other SMs wait for.
+constexpr int kStoring = 1;
+static_assert(kManyStores + kStoring <= kStages && kFewStores + kStoring <= kStages);
 constexpr int kMaxMovers = 8;
 constexpr int kHelpers = 4;  // warps
 constexpr int kRingBytes = 200 << 10;
@@ -199,7 +203,7 @@ __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int3
       clearer.Advance(source.n, sources.num_sources());
       ptx::CommitBulkGroup();
       // The next load takes the stage of an earlier item, whose stores must have read it.
-      ptx::WaitBulkGroupRead<kStages - kAhead>();
+      ptx::WaitBulkGroupRead<kStoring>();
       __syncwarp();
       const int next = (s + kAhead) % kStages;
       load(next, row_of_stage[next], offset_of_stage[next]);
