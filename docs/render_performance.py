@@ -43,8 +43,16 @@ LOADS_FIELDS = {
     *("op", "mover", "in_flight", "use", "memory", "row_bytes", "blocks", "rows", "us", "p10_us"),
     *("p90_us", "gbs", "ceiling_gbs", "correct", "device", "versions", "command"),
 }
+KERNEL_FIELDS = {
+    *("op", "kernel", "layout", "dtype", "quantization", "ranks", "gpus", "tokens", "hidden"),
+    *("top_k", "experts", "alignment", "blocks", "us", "correct", "device", "versions", "command"),
+}
 # Of records that jax_ep.bench does not write, by op.
-OTHER_FIELDS = {"grouped_dot": GROUPED_DOT_FIELDS, "loads": LOADS_FIELDS}
+OTHER_FIELDS = {
+    "grouped_dot": GROUPED_DOT_FIELDS,
+    "loads": LOADS_FIELDS,
+    "kernel": KERNEL_FIELDS,
+}
 
 
 def load_results(folder: pathlib.Path) -> list[Record]:
@@ -233,6 +241,26 @@ def _loads(_: dict[str, Any], results: list[Record]) -> str:
     return _markdown(f"device, memory, use, row bytes, mover, {columns}, cudaMemcpyAsync", rows)
 
 
+def _kernels(_: dict[str, Any], results: list[Record]) -> str:
+    """A row for each kernel, layout and format; a column for each number of SMs."""
+    cases: dict[tuple[str, ...], dict[int, str]] = {}
+    for r in results:
+        if r["op"] == "kernel":
+            rows = r["quantization"] or r["dtype"]
+            case = (r["device"], r["kernel"], r["layout"], rows, str(r["ranks"]), str(r["tokens"]))
+            us = _number(r["us"], 1) if r["correct"] else "WRONG"
+            cases.setdefault(case, {})[r["blocks"]] = us
+    if not cases:
+        return "No results are committed yet. `python benchmarks/kernels.py` makes them."
+    blocks = sorted({count for by_blocks in cases.values() for count in by_blocks})
+    rows = [
+        [*case, *(by_blocks.get(count, "") for count in blocks)]
+        for case, by_blocks in cases.items()
+    ]
+    columns = ", ".join(f"{count} SMs" for count in blocks)
+    return _markdown(f"device, kernel, layout, rows, ranks, T, {columns}", rows)
+
+
 def _best_gbs(records: list[Record]) -> str:
     if not all(r["correct"] for r in records):
         return "WRONG"
@@ -250,6 +278,7 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "layer": _layer,
     "grouped_dot": _grouped_dot,
     "loads": _loads,
+    "kernels": _kernels,
 }
 _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/s, correct"
 

@@ -394,8 +394,8 @@ def misplaced(ranks: int) -> None:
     mapped = jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
     text = error_of(lambda: jax.jit(mapped)(*operands), group)
     # None leaves before all have failed: that it left would be what the others say.
-    for text in _compat.all_gather_text("misplaced", text):
-        assert "make the group with the mesh that shard_map runs on" in text, text
+    for what in _compat.all_gather_text("misplaced", text):
+        assert "make the group with the mesh that shard_map runs on" in what, what
 
 
 def main() -> None:

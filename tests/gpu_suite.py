@@ -8,6 +8,7 @@ how all went. Where ranks share a GPU, an MPS daemon of our own runs beside them
 ``tests/cuda`` must have been built (no GPU is needed for it)::
 
     tests/cuda/build_kernels_test.sh build/cuda && tests/cuda/mutations.sh build build/cuda
+    nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/loads.cu -o build/cuda/loads
 
 The package and what its tests import must be there; ``pip install -e '.[test]'`` sees to both.
 """
@@ -136,6 +137,10 @@ def stages(gpus: int) -> dict[str, Stage]:
     found["bench_grouped_dot"] = Stage(
         ["{python} benchmarks/grouped_dot.py --output {out}/grouped_dot.json"]
     )
+    found["bench_kernels"] = Stage(
+        ["{python} benchmarks/kernels.py --binaries {binaries} --output {out}/kernels.json"]
+    )
+    found["bench_loads"] = Stage(["{binaries}/loads --json {out}/loads.json"], seconds=120)
     found["tune"] = Stage(["{python} -m jax_ep.tune --cache {out}/tuning.json"], gpus=2)
     return found
 

@@ -89,6 +89,31 @@ def loads(**changes):
     return {**fields, **changes}
 
 
+def kernel(**changes):
+    """As benchmarks/kernels.py writes it."""
+    fields = {
+        "op": "kernel",
+        "kernel": "dispatch",
+        "layout": "expert",
+        "dtype": "bfloat16",
+        "quantization": None,
+        "ranks": 2,
+        "gpus": 1,
+        "tokens": 2048,
+        "hidden": 7168,
+        "top_k": 8,
+        "experts": 128,
+        "alignment": 128,
+        "blocks": 64,
+        "us": 190.04,
+        "correct": True,
+        "device": "NVIDIA H200",
+        "versions": {"driver": "580"},
+        "command": "",
+    }
+    return {**fields, **changes}
+
+
 def rows(page, targets, results, name="targets"):
     return page.TABLES[name](targets, results).splitlines()
 
@@ -165,6 +190,7 @@ def test_other_tables(page, targets):
             "correct": True,
         },
         loads(),
+        kernel(),
     ]
     text = page.render(page.TEMPLATE.read_text(), targets, results)
     assert "<!-- table" not in text and text.count("No results are committed yet") == 1  # targets
@@ -195,6 +221,50 @@ def test_loads(page, targets):
         "| NVIDIA H200 | local | copy | 7392 | ld.global |  | 900 | 2000 |",
         "| NVIDIA H200 | local | copy | 14336 | bulk | WRONG | 1200 | 2000 |",
     ]
+
+
+def test_kernels(page, targets):
+    assert "No results are committed yet" in page.TABLES["kernels"](targets, [record()])
+    results = [
+        kernel(),
+        kernel(blocks=24, us=400.0),
+        kernel(quantization="fp8", us=100.0),
+        kernel(kernel="combine", correct=False),
+    ]
+    assert rows(page, targets, results, "kernels") == [
+        "| device | kernel | layout | rows | ranks | T | 24 SMs | 64 SMs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| NVIDIA H200 | dispatch | expert | bfloat16 | 2 | 2048 | 400.0 | 190.0 |",
+        "| NVIDIA H200 | dispatch | expert | fp8 | 2 | 2048 |  | 100.0 |",
+        "| NVIDIA H200 | combine | expert | bfloat16 | 2 | 2048 |  | WRONG |",
+    ]
+
+
+def test_records_of_kernels():
+    """What kernels_test prints becomes records; other output does not."""
+    spec = importlib.util.spec_from_file_location("kernels", ROOT / "benchmarks" / "kernels.py")
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    output = """\
+R=2 T=2048 K=8 E=128 H=7168 C=20480 expert bf16 blocks=32
+  plan             11.2 us
+  dispatch        190.0 us   146.4 GB/s
+  combine_vjp     410.1 us    71.6 GB/s
+  combine         200.5 us   136.9 GB/s
+  all right
+"""
+    made = kernels.records_of(output, "expert", None, 64)
+    assert [(r["kernel"], r["us"]) for r in made] == [
+        ("plan", 11.2),
+        ("dispatch", 190.0),
+        ("combine_vjp", 410.1),
+        ("combine", 200.5),
+    ]
+    assert all(r["correct"] and r["blocks"] == 64 and r["quantization"] is None for r in made)
+    (only,) = kernels.records_of(output.replace("all right", "3 WRONG"), "expert", "fp8", 64)
+    assert (only["kernel"], only["quantization"], only["correct"]) == ("dispatch", "fp8", False)
+    with pytest.raises(ValueError, match="expected times of kernels"):
+        kernels.records_of("no CUDA-capable device is detected", "expert", None, 64)
 
 
 def test_unknown_tables_and_records_say_so(page, targets, tmp_path):
