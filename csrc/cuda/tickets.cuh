@@ -1,9 +1,8 @@
 // Work that warps take as they get to it.
 //
 // SMs are not equally fast: those that share a way to memory get less of it each, and how many
-// share one depends on where the blocks lie. With equal shares of the work most SMs would wait for
-// the slowest, for a fifth of the time of a dispatch on 64 SMs of an H200. So shares are not fixed:
-// who is ready takes the next item.
+// share one depends on where the blocks lie. With equal shares of the work all would wait for the
+// slowest. So shares are not fixed: who is ready takes the next item.
 #pragma once
 
 #include <cstdint>
