@@ -8,7 +8,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _compat, _ffi
+from jax_ep import _compat, _gpu_limits
 from jax_ep._capacity import INT32_MAX
 from jax_ep._group import Group
 from jax_ep._types import DispatchConfig, Handle, Layout, Quantized
@@ -253,7 +253,7 @@ def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
             "give every rank the same number of experts, adding unused ones if need be",
         )
     on_gpus = group.backend == "cuda"
-    most = _ffi.CUDA_MAX_EXPERTS if on_gpus else INT32_MAX
+    most = _gpu_limits.MAX_EXPERTS if on_gpus else INT32_MAX
     if num_experts > most:
         raise value_error(
             op,
@@ -384,14 +384,14 @@ def check_sums_fit(
     """GPUs can sum rows like these: in layout "expert" one of each peer must fit their ring."""
     if group.backend != "cuda" or layout != "expert":
         return
-    _check_row_bytes(op, argument, rows, _ffi.cuda_max_summed_row_bytes(group.size), what)
+    _check_row_bytes(op, argument, rows, _gpu_limits.max_summed_row_bytes(group.size), what)
 
 
 def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:
     """GPUs can take the gradient of ``combine`` with weights of rows like these."""
     if group.backend == "cuda":
         what = "for gradients with weights on GPUs"
-        _check_row_bytes(op, argument, rows, _ffi.CUDA_MAX_VJP_ROW_BYTES, what)
+        _check_row_bytes(op, argument, rows, _gpu_limits.MAX_VJP_ROW_BYTES, what)
 
 
 def _check_row_bytes(op: str, argument: str, rows: jax.Array, most: int, what: str) -> None:

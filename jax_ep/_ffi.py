@@ -30,16 +30,6 @@ _LAYOUTS = {"expert": 0, "token": 1}
 _QUANTIZATIONS = {None: 0, "f32": 1, "ue8m0": 2}
 _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 
-# What the GPU kernels have room for. Their handlers refuse the rest too, but only while running.
-CUDA_MAX_EXPERTS = 4096  # csrc/cuda/workspace.h: kMaxExperts
-CUDA_MAX_VJP_ROW_BYTES = 106240  # csrc/cuda/combine_vjp.cu: FitsCombineVjp
-_CUDA_RING_BYTES = 16 << 20  # csrc/cuda/workspace.h: kRingBytes
-
-
-def cuda_max_summed_row_bytes(num_ranks: int) -> int:
-    """Bytes of a row in layout "expert" of which the ring of sums holds one of each other rank."""
-    return _CUDA_RING_BYTES // max(num_ranks - 1, 1)
-
 
 @functools.cache
 def why_unavailable(backend: str = "cpu") -> str | None:
@@ -99,6 +89,12 @@ def plan(
         scratch = _device_group.library().plan_scratch_size(
             _LAYOUTS[layout], num_tokens, top_k, num_experts, group.size
         )
+        if scratch < 0:
+            raise ValueError(
+                "jax_ep.dispatch: argument num_experts: expected a plan that shared memory of GPUs "
+                f"has room for, got {num_experts} experts, {top_k} a token, on {group.size} ranks; "
+                "use fewer of them, or make the group with backend='reference'."
+            )
         shapes.append((scratch,))
     leaves = native_call(
         "jax_ep_plan",

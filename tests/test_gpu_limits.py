@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jax_ep
-from jax_ep import _ffi, _ops, reference
+from jax_ep import _device_group, _ffi, _gpu_limits, _ops, reference
 from spmd import make_mesh, shard
 
 TOKENS = 4
@@ -73,6 +74,27 @@ def test_experts_of_a_layer(trace):
         ValueError, match="moe: argument num_experts: expected at most 4096 on GPUs"
     ):
         jax.eval_shape(layer, params)
+
+
+def test_plan(trace, monkeypatch):
+    """What no kernel of the plan has room for, as the native library says by a size below 0."""
+    library = types.SimpleNamespace(plan_scratch_size=lambda *_: -1)
+    monkeypatch.setattr(_device_group, "library", lambda: library)
+    monkeypatch.setitem(_ops._BACKENDS, "cuda", _ffi)
+    text = (
+        r"dispatch: argument num_experts: .* room for, got 64 experts, 1 a token, on 2 ranks; use"
+    )
+    with pytest.raises(ValueError, match=text):
+        trace(lambda group: dispatch(group, num_experts=64))
+
+
+def test_size_of_plans():
+    """The native library has room for all sensible plans, and says where it has none."""
+    library = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library")
+    for layout in (0, 1):
+        assert library.plan_scratch_size(layout, 4096, 8, 256, 8) >= 0
+        assert library.plan_scratch_size(layout, 65536, 8, 4096, 8) >= 0
+    assert library.plan_scratch_size(0, 4096, 32, 4096, 32) == -1
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -143,9 +165,9 @@ def test_limits_are_those_of_the_kernels():
         assert found is not None, name
         return int(found[1]) << int(found[2] or 0)
 
-    assert constant("workspace.h", "kMaxExperts") == _ffi.CUDA_MAX_EXPERTS
-    assert constant("workspace.h", "kRingBytes") == _ffi.cuda_max_summed_row_bytes(2) == RING
+    assert constant("workspace.h", "kMaxExperts") == _gpu_limits.MAX_EXPERTS
+    assert constant("workspace.h", "kRingBytes") == _gpu_limits.max_summed_row_bytes(2) == RING
     vjp = "combine_vjp.cu"
     room = constant(vjp, "kSharedBytes") - constant(vjp, "kBarrierBytes")
     room -= constant(vjp, "kStages") * constant(vjp, "kStageBytes")
-    assert room // constant(vjp, "kBuffers") - 128 == _ffi.CUDA_MAX_VJP_ROW_BYTES == VJP
+    assert room // constant(vjp, "kBuffers") - 128 == _gpu_limits.MAX_VJP_ROW_BYTES == VJP

@@ -10,8 +10,14 @@ PlanKernel ChoosePlanKernel(const PlanParams& params) {
 }
 
 int64_t PlanScratchSize(const PlanParams& params) {
-  if (ChoosePlanKernel(params) != PlanKernel::kPull) return 0;
-  return PullPlanScratchSize(params.num_experts, params.group.num_ranks);
+  switch (ChoosePlanKernel(params)) {
+    case PlanKernel::kPush:
+      return 0;
+    case PlanKernel::kPull:
+      return PullPlanScratchSize(params.num_experts, params.group.num_ranks);
+    default:
+      return -1;
+  }
 }
 
 cudaError_t LoadPlan() {

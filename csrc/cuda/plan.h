@@ -46,7 +46,7 @@ enum class PlanKernel {
 // By the shape alone, so that all ranks agree.
 PlanKernel ChoosePlanKernel(const PlanParams& params);
 
-// Number of int32 in PlanParams::scratch, by the shape.
+// Number of int32 in PlanParams::scratch, by the shape; -1 if no kernel has room for it.
 int64_t PlanScratchSize(const PlanParams& params);
 
 cudaError_t LaunchPlan(const PlanParams& params, PlanKernel kernel, cudaStream_t stream);

@@ -57,10 +57,21 @@ __device__ SlotColumn ColumnOfSlot(const PlanParams& p, int32_t slot) {
   return {nth < p.group.rank ? nth : nth + 1, p.group.rank * here + (slot - columns) % here};
 }
 
+// Words of a block's shared memory if so many tokens of each rank are numbered at a time.
+__host__ __device__ int32_t SharedWords(const PlanParams& p, int32_t tile) {
+  const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
+  const int32_t num_local = p.num_experts / p.group.num_ranks;
+  return p.group.num_ranks * tile * p.top_k + NumSlots(p) + 2 * columns + num_local +
+         NumSlots(p) * (tile / 32);
+}
+
 // Tokens of each rank that are numbered at a time; a multiple of 32.
 __host__ __device__ int32_t TileSize(const PlanParams& p) {
   int32_t tile = kMaxTile;
-  while (tile > 32 && tile * p.top_k * p.group.num_ranks > kMaxTileEntries) tile /= 2;
+  while (tile > 32 && (tile * p.top_k * p.group.num_ranks > kMaxTileEntries ||
+                       SharedWords(p, tile) * sizeof(int32_t) > kMaxSharedBytes)) {
+    tile /= 2;
+  }
   return tile;
 }
 
@@ -83,12 +94,7 @@ struct Shared {
   }
 };
 
-size_t SharedBytes(const PlanParams& p) {
-  const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
-  const int32_t num_local = p.num_experts / p.group.num_ranks;
-  return sizeof(int32_t) * (p.group.num_ranks * TileSize(p) * p.top_k + NumSlots(p) + 2 * columns +
-                            num_local + NumSlots(p) * (TileSize(p) / 32));
-}
+size_t SharedBytes(const PlanParams& p) { return sizeof(int32_t) * SharedWords(p, TileSize(p)); }
 
 // Whether entry k, which is valid, is the token's first on its rank.
 __device__ bool IsFirstOnRank(const int32_t* ids /*[K]*/, int32_t k, const PlanParams& p) {
