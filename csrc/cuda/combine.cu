@@ -63,7 +63,7 @@ __device__ void MakeState(const CombineParams& p, uint64_t epoch, int32_t row_by
   state.row_bytes = row_bytes;
   state.num_parts = NumParts(p, row_bytes);
   state.part_bytes = plan::RoundUp((row_bytes + state.num_parts - 1) / state.num_parts, 16);
-  state.num_slots = RingSlots(p.group.num_ranks, row_bytes);
+  state.num_slots = plan::Min(RingSlots(p.group.num_ranks, row_bytes), kMostRingSlots);
   state.num_peers = p.layout == Layout::kExpert ? p.group.num_ranks - 1 : 0;
   state.num_units = p.num_tokens * state.num_parts;
   // What peers send is under way for as long as a warp takes for an item or so.
