@@ -33,7 +33,29 @@ _KERNELS = [
     "layout=expert ranks=3 hidden=136 capacity=48 plan=pull",
     "layout=expert ranks=4 hidden=7168 tokens=20 plan=pull",
     "layout=expert ranks=2 hidden=24 tokens=300 topk=12 blocks=1",
+    # Gradients by one warp at a time; one token; no more rows than warps; rows without a source.
+    "layout=expert ranks=2 hidden=52000 tokens=3 experts=4 topk=2 plan=pull",
+    "layout=expert ranks=3 hidden=4104 tokens=1 capacity=2000 more_blocks=1 plan=pull",
+    "layout=expert ranks=2 hidden=264 tokens=1 experts=4 topk=1 capacity=16 plan=pull",
+    "layout=token ranks=2 hidden=264 tokens=1 capacity=17 plan=pull",
+    "layout=token ranks=2 hidden=136 tokens=300 blocks=1 capacity=700 plan=pull",
+    # Sums in parts, of float32, whose order shows.
+    "layout=token ranks=3 hidden=1028 dtype=f32 more_blocks=1 plan=pull",
+    # More terms than are loaded at a time; a ring of one slot.
+    "layout=expert ranks=1 hidden=136 experts=24 topk=20 dtype=f32 plan=pull",
+    "layout=expert ranks=4 hidden=1500000 tokens=2 experts=4 topk=2 alignment=1 plan=pull",
 ]
+# The same with so many slots of the ring, of rows in one, two and four parts.
+_SHORT_RINGS = {
+    "ranks=2 hidden=1544 more_blocks=1": 3,
+    "ranks=3 hidden=1028 dtype=f32 tokens=20": 1,
+    "ranks=4 hidden=2056 weighted=1 tokens=12 more_blocks=1": 2,
+    "ranks=3 hidden=8 weighted=1": 1,
+    "ranks=3 hidden=1032 capacity=48 weighted=1": 2,
+    "ranks=2 hidden=2056 experts=24 topk=24 weighted=1 tokens=20": 3,
+    "ranks=3 hidden=4104 tokens=1 weighted=1": 1,
+    "ranks=8 hidden=1540 dtype=f32 tokens=3 experts=16 blocks=1": 1,
+}
 
 # Rounds of the ring, too: it has 1024 slots.
 _STRESS = "blocks=2 timeout=1"
@@ -81,9 +103,13 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def _run(
-    program: pathlib.Path, arguments: str, *, seed: int = 1, mutation: int = 0
+    program: pathlib.Path, arguments: str, *, seed: int = 1, mutation: int = 0, slots: int = 1024
 ) -> subprocess.CompletedProcess[str]:
-    settings = {"JAX_EP_EMULATOR_SEED": str(seed), "JAX_EP_EMULATOR_MUTATION": str(mutation)}
+    settings = {
+        "JAX_EP_EMULATOR_SEED": str(seed),
+        "JAX_EP_EMULATOR_MUTATION": str(mutation),
+        "JAX_EP_EMULATOR_RING_SLOTS": str(slots),
+    }
     return subprocess.run(
         [program, *arguments.split()],
         env=os.environ | settings,
@@ -97,6 +123,14 @@ def _run(
 @pytest.mark.parametrize("arguments", _KERNELS)
 def test_kernels_give_what_the_cpu_backend_gives(binaries: pathlib.Path, arguments: str) -> None:
     done = _run(binaries / "kernels_test", f"{_SMALL} {arguments}")
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("arguments", _SHORT_RINGS)
+def test_sums_through_a_short_ring(binaries: pathlib.Path, arguments: str, seed: int) -> None:
+    given = f"{_SMALL} layout=expert plan=pull {arguments}"
+    done = _run(binaries / "kernels_test", given, seed=seed, slots=_SHORT_RINGS[arguments])
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
 
 

@@ -3,8 +3,8 @@
 // Layout "token": each rank has one row of a token at most, so home reads them over the link and
 // adds. Layout "expert": each rank first adds its own rows of every token of its peers and puts the
 // sum into a slot of home's ring, with a word that says so; home adds it to its own rows. Both go
-// on at the same time: every rank goes through the same list of items, in which home's sum of a
-// token comes some time after its peers' sums. Warps take items in turn.
+// on at the same time: every rank goes through a list of items, in which its own sum of a token
+// comes some time after its sums for peers. Warps take items in turn.
 
 #include <algorithm>
 
@@ -63,7 +63,7 @@ __device__ void MakeState(const CombineParams& p, uint64_t epoch, int32_t row_by
   state.row_bytes = row_bytes;
   state.num_parts = NumParts(p, row_bytes);
   state.part_bytes = plan::RoundUp((row_bytes + state.num_parts - 1) / state.num_parts, 16);
-  state.num_slots = RingSlots(p.group.num_ranks, row_bytes);
+  state.num_slots = plan::Min(RingSlots(p.group.num_ranks, row_bytes), kMostRingSlots);
   state.num_peers = p.layout == Layout::kExpert ? p.group.num_ranks - 1 : 0;
   state.num_units = p.num_tokens * state.num_parts;
   // What peers send is under way for as long as a warp takes for an item or so.
@@ -72,13 +72,17 @@ __device__ void MakeState(const CombineParams& p, uint64_t epoch, int32_t row_by
   state.lag = plan::Min(plan::Min(under_way, half_the_ring), state.num_units);
 }
 
-// Item `index` of the list, which is the same on all ranks; false if there is none. First come
-// `lag` units (parts of tokens) for peers alone, then the units for peers and those of this rank
-// side by side, then what is left of the latter.
+// Item `index` of the list; false if there is none. First come `lag` units (parts of tokens) for
+// peers alone, then the units for peers and those of this rank side by side, then what is left of
+// the latter.
 //
-// Who waits in an item waits for items that come before it in the lists of its peers, and all ranks
-// begin items in the order of the list. So of those that are not finished anywhere, the first one
-// waits for nothing.
+// No rank waits for ever, though each may have a lag of its own, as it may have its own number of
+// blocks. Let the time of an item be its unit, plus lag + 1/2 if it is for this rank. Lists are in
+// the order of time, and who waits in an item waits for earlier ones: for the peers' sums of the
+// same unit; or for home to have read what was in the slot, at least as many units before as the
+// ring has, of which a lag is at most half. All blocks run at once, and a warp that holds an item
+// it has not begun is at an earlier one. So of the items that are not finished on any rank, the
+// earliest are being worked on, and wait for nothing.
 __device__ bool GetItem(const CombineState& state, uint32_t index, Item& item) {
   const uint32_t alone = state.lag * state.num_peers;
   const uint32_t both = (state.num_units - state.lag) * (state.num_peers + 1);

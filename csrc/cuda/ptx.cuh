@@ -8,12 +8,13 @@ namespace jax_ep::cuda::ptx {
 // Loads ------------------------------------------------------------------------------------------
 
 // From global memory past the L1 cache, which is not coherent between GPUs, or from shared memory.
-// Stays after the waits before it.
+// Stays after the waits before it, and after what this thread stored.
 __device__ __forceinline__ uint4 LoadCacheGlobal(const void* address) {
   uint4 value;
   asm volatile("ld.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address));
+               : "l"(address)
+               : "memory");
   return value;
 }
 

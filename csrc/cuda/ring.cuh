@@ -20,7 +20,7 @@ struct CombineState {
   int32_t num_slots;   // for the sums of one peer
   int32_t num_peers;   // that sums are made for
   int32_t num_units;   // parts of rows of all tokens
-  int32_t lag;         // see ItemList
+  int32_t lag;         // see GetItem
   PeerInputs inputs;
 };
 

@@ -1,5 +1,6 @@
-// What stress tests build into the kernels: delays that bring races to light, and mutations, each
-// of which takes one wait out, to show that the tests would notice. Neither is in the library.
+// What stress tests build into the kernels: delays that bring races to light, mutations, each of
+// which takes one wait out, to show that the tests would notice, and a shorter ring, which few
+// tokens fill. None is in the library.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,13 @@ constexpr int kWithoutRingReady = 3;   // for sums of peers
 constexpr int kWithoutRingFree = 4;    // until home has read a slot
 constexpr int kWithoutPlanWords = 5;   // for the messages of the plan that pushes
 constexpr int kWithoutPlanTotals = 6;  // for the totals of the plan that pulls
+
+// Slots of the ring that are used for the sums of one peer, at most.
+#ifdef JAX_EP_TEST_RING_SLOTS
+constexpr int kMostRingSlots = JAX_EP_TEST_RING_SLOTS;
+#else
+constexpr int kMostRingSlots = 1 << 30;
+#endif
 
 // Some blocks, at some points of some ops, wait for up to 30 us.
 __device__ __forceinline__ void TestDelay([[maybe_unused]] int rank,

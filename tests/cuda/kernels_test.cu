@@ -2,10 +2,10 @@
 // backend, and times them. For development and for compute-sanitizer.
 //
 //   kernels_test [layout=expert|token] [tokens=4096] [hidden=7168] [topk=8] [experts=256]
-//                [blocks=24]
+//                [blocks=24] [more_blocks=0 (of each rank than of the one before)]
 //                [ranks=2] [alignment=128] [capacity=0 (what is received, rounded up)] [repeat=20]
 //                [plan=auto|push|pull] [dtype=bf16|f32|f16] [fp8=0|1] [timeout=5 (seconds)]
-//                [check=1] [sets=1]
+//                [check=1] [sets=1] [weighted=0|1 (combine)]
 //
 // With several sets, launches that follow each other read equal inputs from different memory, as
 // different data would be: neither in the L2 cache nor known to the translation of addresses.
@@ -102,6 +102,8 @@ int main(int argc, char** argv) {
   const int width = w.width, blocks = w.blocks, repeat = options.Int("repeat", 20);
   const Layout layout = w.layout;
   const bool fp8 = w.fp8, by_expert = w.by_expert;
+  const bool weighted = by_expert && options.Int("weighted", 0) != 0;
+  const auto blocks_of = [&](int r) { return blocks + r * options.Int("more_blocks", 0); };
   std::printf("R=%d T=%d K=%d E=%d H=%d C=%d %s %s%s blocks=%d\n", R, T, K, E, H, C,
               by_expert ? "expert" : "token", w.dtype.c_str(), fp8 ? " fp8" : "", blocks);
   Prepare(w, options, ranks, generator);
@@ -157,7 +159,7 @@ int main(int argc, char** argv) {
                            k.rows.device,
                            fp8 ? k.row_scales.device : nullptr,
                            k.row_weights.device,
-                           blocks};
+                           blocks_of(r)};
     p.group.op = cuda::OpKind::kDispatch;
     CHECK_CUDA(cuda::LaunchDispatch(p, k.stream));
   };
@@ -173,14 +175,14 @@ int main(int argc, char** argv) {
                           M,
                           H,
                           k.d_rows.Of(launch),
-                          nullptr,
+                          weighted ? k.row_weights.device : nullptr,
                           by_expert ? k.d_weights.device : k.row_weights.device,
                           k.topk.device,
                           k.dest_row.device,
                           k.recv_rows.device,
                           k.y.device,
                           k.home.device,
-                          blocks};
+                          blocks_of(r)};
     p.group.op = cuda::OpKind::kCombine;
     CHECK_CUDA(cuda::LaunchCombine(p, k.stream));
   };
@@ -199,7 +201,7 @@ int main(int argc, char** argv) {
                              k.recv_src.device,
                              k.d_rows.device,
                              k.d_weights.device,
-                             blocks};
+                             blocks_of(r)};
     p.group.op = cuda::OpKind::kCombineVjp;
     CHECK_CUDA(cuda::LaunchCombineVjp(p, k.stream));
   };
@@ -243,7 +245,7 @@ int main(int argc, char** argv) {
     }
   };
   const double rows_over_link = double(T) * (R - 1);
-  const bool has_vjp = by_expert && !fp8;
+  const bool has_vjp = by_expert && !fp8 && cuda::FitsCombineVjp(int64_t{H} * width);
   time("plan", run_plan, 0);
   time("dispatch", run_dispatch, rows_over_link * (fp8 ? H + H / 32 : H * width));
   if (has_vjp) {
@@ -321,11 +323,13 @@ int main(int argc, char** argv) {
   combine_geometry.dtype = w.cpu_type;
   for (int r = 0; r < R; ++r) {
     Rank& k = ranks[r];
-    combine_args[r] = {
-        combine_geometry,  k.d_rows.host.data(),
-        nullptr,           by_expert ? k.d_weights.host.data() : k.row_weights.host.data(),
-        handle_of(k),      k.y.host.data(),
-        k.home.host.data()};
+    combine_args[r] = {combine_geometry,
+                       k.d_rows.host.data(),
+                       weighted ? k.row_weights.host.data() : nullptr,
+                       by_expert ? k.d_weights.host.data() : k.row_weights.host.data(),
+                       handle_of(k),
+                       k.y.host.data(),
+                       k.home.host.data()};
     combine_pointers.push_back(&combine_args[r]);
   }
   run_on_cpu(cpu::CombineWork(combine_pointers));

@@ -168,6 +168,14 @@ int Mutation() {
   return mutation;
 }
 
+int MostRingSlots() {
+  static const int slots = [] {
+    const char* given = std::getenv("JAX_EP_EMULATOR_RING_SLOTS");
+    return given != nullptr ? std::atoi(given) : 1 << 30;
+  }();
+  return slots;
+}
+
 void Yield() { SwitchStack(&CurrentLane().stack_pointer, scheduler); }
 
 void SometimesYield(uint32_t one_in) {

@@ -40,6 +40,9 @@ constexpr int kWithoutStores = 102;  // until bulk stores have read shared memor
 constexpr int kWithoutWarps = 103;   // __syncwarp
 int Mutation();
 
+// JAX_EP_EMULATOR_RING_SLOTS: kMostRingSlots of test_hooks.cuh.
+int MostRingSlots();
+
 // Waits until all lanes of `mask` have come with the same `combine`; gives what it makes of their
 // values for this lane, whose `argument` it gets.
 using Combine = uint64_t (*)(const uint64_t* values, uint32_t mask, uint32_t lane,

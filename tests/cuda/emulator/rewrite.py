@@ -53,9 +53,14 @@ def rewrite(code: str, name: str) -> str:
     code = _STATIC.sub(static, code)
     if "__shared__ " in code:
         raise ValueError(f"{name}: a variable in shared memory that this script does not know")
-    # Which wait is taken out is chosen when the program runs: one build serves all mutations.
+    # Which wait is taken out is chosen when the program runs: one build serves all mutations. So is
+    # the length of the ring.
     code = code.replace(
         "constexpr int kMutation = 0;", "inline const int kMutation = emulator::Mutation();"
+    )
+    code = code.replace(
+        "constexpr int kMostRingSlots = 1 << 30;",
+        "inline const int kMostRingSlots = emulator::MostRingSlots();",
     )
     # Standard headers use the name of this macro of CUDA's.
     code = code.replace("__noinline__", "__attribute__((noinline))")

@@ -33,6 +33,8 @@ def arguments() -> str:
         "dtype": dtype,
         "fp8": int(fp8),
         "blocks": pick([1, 2, 3]),
+        "more_blocks": pick([0, 0, 1]),
+        "weighted": pick([0, 1]),
         "repeat": pick([1, 2]),
         "alignment": alignment,
         "plan": "pull" if random.random() < 0.8 or ranks > 4 else "push",  # which takes seconds
@@ -50,10 +52,14 @@ def main(folder: pathlib.Path, seconds: float, seed: int) -> int:
     random.seed(seed)
     end, runs, failed = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:
-        run, schedule = arguments(), str(random.randint(1, 10**6))
+        run = arguments()
+        settings = {
+            "JAX_EP_EMULATOR_SEED": str(random.randint(1, 10**6)),
+            "JAX_EP_EMULATOR_RING_SLOTS": str(random.choice([1, 2, 3, 7, 1024])),
+        }
         done = subprocess.run(
             [folder / "kernels_test", *run.split()],
-            env={"JAX_EP_EMULATOR_SEED": schedule},
+            env=settings,
             capture_output=True,
             text=True,
             check=False,
@@ -61,7 +67,8 @@ def main(folder: pathlib.Path, seconds: float, seed: int) -> int:
         runs += 1
         if done.returncode or "all right" not in done.stdout:
             failed += 1
-            print(f"FAILED: JAX_EP_EMULATOR_SEED={schedule} kernels_test {run}", flush=True)
+            given = " ".join(f"{name}={value}" for name, value in settings.items())
+            print(f"FAILED: {given} kernels_test {run}", flush=True)
             print(done.stdout[-1000:] + done.stderr[-1000:], flush=True)
     print(f"{runs} runs, {failed} failed")
     return failed
