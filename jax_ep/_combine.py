@@ -42,7 +42,7 @@ def combine(
 
     Args:
         rows: ``[C, H]`` bf16, f16 or f32: the expert outputs, in the order of the dispatched rows.
-            Padding and unused rows are not read. On GPUs a row has at most 16 MiB / (R − 1) in
+            Padding and unused rows are not read. On GPUs a row has at most 32 MiB / (R − 1) in
             layout "expert", and at most 106240 bytes for gradients with ``weights``.
         handle: The handle of the dispatch.
         group: The group of the handle.

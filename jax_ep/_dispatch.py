@@ -78,7 +78,7 @@ def dispatch(
     Args:
         x: ``[T, H]`` bf16, f16 or f32 with rows of a multiple of 16 bytes, or ``Quantized`` rows with
             H a multiple of 128. For gradients on GPUs in layout "expert" a row has at most
-            16 MiB / (R − 1).
+            32 MiB / (R − 1).
         topk_idx: ``[T, K]`` int32 expert ids, −1 for none; K ≤ 32. An id out of range or repeated
             within a token counts as −1 and in ``num_invalid``.
         topk_weights: ``[T, K]`` float32 that travel with the rows, or None.

@@ -43,7 +43,7 @@ _KERNELS = [
     "layout=token ranks=3 hidden=1028 dtype=f32 more_blocks=1 plan=pull",
     # More terms than are loaded at a time; a ring of one slot.
     "layout=expert ranks=1 hidden=136 experts=24 topk=20 dtype=f32 plan=pull",
-    "layout=expert ranks=4 hidden=1500000 tokens=2 experts=4 topk=2 alignment=1 plan=pull",
+    "layout=expert ranks=4 hidden=3000000 tokens=2 experts=4 topk=2 alignment=1 plan=pull",
 ]
 # The same with so many slots of the ring, of rows in one, two and four parts.
 _SHORT_RINGS = {
@@ -57,7 +57,7 @@ _SHORT_RINGS = {
     "ranks=8 hidden=1540 dtype=f32 tokens=3 experts=16 blocks=1": 1,
 }
 
-# Rounds of the ring, too: it has 1024 slots.
+# Rounds of the ring, too, which has 1024 slots here.
 _STRESS = "blocks=2 timeout=1"
 _RING = "layout=expert plan=pull tokens=1600 hidden=8 steps=4"
 _STEPS = [

@@ -15,7 +15,7 @@ from jax_ep import _device_group, _ffi, _gpu_limits, _ops, reference
 from spmd import make_mesh, shard
 
 TOKENS = 4
-RING = 16 << 20
+RING = 32 << 20
 VJP = 106240
 
 

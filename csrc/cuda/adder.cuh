@@ -120,6 +120,7 @@ __device__ __forceinline__ void AddMany(const Term* terms, int32_t count, int32_
 template <typename T, bool kWeighted>
 __device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t begin, int32_t end,
                                       char* output) {
+  ptx::CompilerFence();  // a term may be what this lane has stored
   switch (count) {
 #define JAX_EP_ADD_FEW(N) \
   case N:                 \

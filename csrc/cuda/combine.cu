@@ -40,8 +40,7 @@ constexpr int kSharedBytes = kAdderWarps * static_cast<int>(sizeof(WarpMemory));
 // One item of the list: for a part of a token's row, this rank's sum for its n-th peer, or, if n is
 // the number of peers, the sum of its own token.
 struct Item {
-  int32_t token;
-  int32_t part;
+  RingPlace place;
   int32_t nth_peer;
 };
 
@@ -98,8 +97,9 @@ __device__ bool GetItem(const CombineState& state, uint32_t index, Item& item) {
   } else {
     unit = state.num_units - state.lag + (index - alone - both);
   }
-  item.token = unit / state.num_parts;
-  item.part = unit % state.num_parts;
+  item.place.token = unit >> (__ffs(state.num_parts) - 1);
+  item.place.part = unit & (state.num_parts - 1);
+  item.place.slot = item.place.token % state.num_slots;
   return unit < state.num_units;
 }
 
@@ -115,7 +115,7 @@ class Combiner {
     Item item;
     while (GetItem(state_, tickets.Take(), item)) {
       const bool is_own = item.nth_peer == state_.num_peers;
-      if (!(is_own ? BringHome(item.token, item.part) : AddForPeer(item))) return;
+      if (!(is_own ? BringHome(item.place) : AddForPeer(item.place, item.nth_peer))) return;
     }
   }
 
@@ -139,26 +139,28 @@ class Combiner {
   }
 
   // This rank's sum for a token of a peer.
-  __device__ bool AddForPeer(const Item& item) {
-    const int home = (p_.group.rank + 1 + item.nth_peer) % p_.group.num_ranks;
-    const int32_t row = RowOfLane(p_, home * p_.num_tokens + item.token);
+  __device__ bool AddForPeer(const RingPlace& place, int32_t nth_peer) {
+    int home = p_.group.rank + 1 + nth_peer;
+    if (home >= p_.group.num_ranks) home -= p_.group.num_ranks;
+    const int32_t row = RowOfLane(p_, home * p_.num_tokens + place.token);
     const int32_t count = ListOwnRows(row, 0);
     if (count == 0) return true;
-    if (!ring_.WaitFree(home, item.token, item.part)) return false;
+    if (!ring_.WaitFree(home, place)) return false;
     __syncwarp();  // the list is written
-    AddTerms<T, kWeighted>(terms_, count, BeginOf(item.part), EndOf(item.part),
-                           ring_.Sum(home, p_.group.rank, item.token));
+    AddTerms<T, kWeighted>(terms_, count, BeginOf(place.part), EndOf(place.part),
+                           ring_.Sum(home, p_.group.rank, place));
     __syncwarp();
     if (Lane() == 0) {
-      TestDelay(p_.group.rank, state_.epoch, 3 + item.token);
-      ring_.TellReady(home, item.token, item.part);
+      TestDelay(p_.group.rank, state_.epoch, 3 + place.token);
+      ring_.TellReady(home, place);
     }
     return true;
   }
 
   // The sum of a token of this rank. Its terms are, for each rank, ascending, the rounded sum of
   // this rank's own rows, or the peer's one row.
-  __device__ bool BringHome(int32_t token, int32_t part) {
+  __device__ bool BringHome(const RingPlace& place) {
+    const int32_t token = place.token, begin = BeginOf(place.part), end = EndOf(place.part);
     const bool by_expert = p_.layout == Layout::kExpert;
     // Lane k has entry k: the rank that holds it, or -1.
     int32_t rank = plan::kNone, row = plan::kNone;
@@ -174,7 +176,7 @@ class Combiner {
     // The first lane that has an entry of a peer waits for that peer.
     const int first = __ffs(__match_any_sync(~0u, rank)) - 1;
     const bool awaits = by_expert && rank >= 0 && rank != p_.group.rank && first == Lane();
-    if (!__all_sync(~0u, !awaits || ring_.WaitReady(rank, token, part))) return false;
+    if (!__all_sync(~0u, !awaits || ring_.WaitReady(rank, place))) return false;
     const int32_t num_own = ListOwnRows(own_row, kMaxTerms);
     int32_t count = 0, own = plan::kNone;
     for (int32_t r = 0; r < p_.group.num_ranks; ++r) {
@@ -184,7 +186,7 @@ class Combiner {
       if (is_own) own = count;
       if (Lane() == __ffs(there) - 1) {
         const char* address = by_expert
-                                  ? ring_.Sum(p_.group.rank, r, token)
+                                  ? ring_.Sum(p_.group.rank, r, place)
                                   : state_.inputs.Of<char>(r, 0) + int64_t{row} * state_.row_bytes;
         terms_[count] = {address, 1.0f};
       }
@@ -193,15 +195,15 @@ class Combiner {
     __syncwarp();
     char* y = static_cast<char*>(p_.y) + int64_t{token} * state_.row_bytes;
     if (count == 0) {
-      Clear(y, BeginOf(part), EndOf(part));
+      Clear(y, begin, end);
     } else if (own == plan::kNone) {
-      AddTerms<T, kWeighted>(terms_, count, BeginOf(part), EndOf(part), y);
+      AddTerms<T, kWeighted>(terms_, count, begin, end, y);
     } else {
-      AddOwnFirst(num_own, own, count, BeginOf(part), EndOf(part), y);
+      AddOwnFirst(num_own, own, count, begin, end, y);
     }
     __syncwarp();
     // What the lanes loaded has come: they have stored sums of it.
-    if (awaits) ring_.TellFree(rank, token, part);
+    if (awaits) ring_.TellFree(rank, place);
     return true;
   }
 

@@ -7,14 +7,17 @@ namespace jax_ep::cuda::ptx {
 
 // Loads ------------------------------------------------------------------------------------------
 
+// The compiler moves no access to memory across this.
+__device__ __forceinline__ void CompilerFence() { asm volatile("" ::: "memory"); }
+
 // From global memory past the L1 cache, which is not coherent between GPUs, or from shared memory.
-// Stays after the waits before it, and after what this thread stored.
+// Stays after the waits and compiler fences before it, but is none: the compiler may fetch the
+// addresses of several loads before the first.
 __device__ __forceinline__ uint4 LoadCacheGlobal(const void* address) {
   uint4 value;
   asm volatile("ld.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address)
-               : "memory");
+               : "l"(address));
   return value;
 }
 

@@ -16,7 +16,7 @@ struct CombineState {
   uint64_t epoch;
   int32_t row_bytes;
   int32_t part_bytes;  // of all parts of a row but the last
-  int32_t num_parts;   // of a row
+  int32_t num_parts;   // of a row; a power of two
   int32_t num_slots;   // for the sums of one peer
   int32_t num_peers;   // that sums are made for
   int32_t num_units;   // parts of rows of all tokens
@@ -24,64 +24,74 @@ struct CombineState {
   PeerInputs inputs;
 };
 
+// A part of the sum of a token.
+struct RingPlace {
+  int32_t token;
+  int32_t part;
+  int32_t slot;  // token % num_slots
+};
+
 class Ring {
  public:
   __device__ Ring(const CombineParams& p, const CombineState& state) : p_(p), state_(state) {}
 
   // Where the sum of rank `source` for a token of `home` goes.
-  __device__ char* Sum(int home, int source, int32_t token) const {
+  __device__ char* Sum(int home, int source, const RingPlace& place) const {
     const int share = source < home ? source : source - 1;
-    const int32_t slot = share * state_.num_slots + token % state_.num_slots;
+    const int32_t slot = share * state_.num_slots + place.slot;
     return p_.group.peers[home]->ring + slot * state_.row_bytes;
   }
 
-  // Source: waits until home has read the sum that was in the slot of `token` before, if there was
-  // one. False once the group has failed. Called by all lanes together.
-  __device__ bool WaitFree(int home, int32_t token, int32_t part) const {
+  // Source: waits until home has read the sum that was in the slot before, if there was one. False
+  // once the group has failed. Called by all lanes together.
+  __device__ bool WaitFree(int home, const RingPlace& place) const {
     if (kMutation == kWithoutRingFree) return true;
+    int32_t before = place.token;
     do {  // not every token has a sum
-      token -= state_.num_slots;
-    } while (token >= 0 && !HasRows(home * p_.num_tokens + token));
-    const bool is_free = token < 0 || Wait(Own(p_.group).ring_free[home], token, part, home);
+      before -= state_.num_slots;
+    } while (before >= 0 && !HasRows(home * p_.num_tokens + before));
+    const bool is_free = before < 0 || Wait(Own(p_.group).ring_free[home], place, before, home);
     return __all_sync(~0u, is_free);
   }
 
   // Home: tells that the sum of `source` is read, by all lanes, before the last __syncwarp.
-  __device__ void TellFree(int source, int32_t token, int32_t part) const {
-    if (token + state_.num_slots >= p_.num_tokens) return;  // nobody will ask
-    Tell(p_.group.peers[source]->ring_free[p_.group.rank], token, part);
+  __device__ void TellFree(int source, const RingPlace& place) const {
+    if (place.token + state_.num_slots >= p_.num_tokens) return;  // nobody will ask
+    Tell(p_.group.peers[source]->ring_free[p_.group.rank], place);
   }
 
   // Source: tells that the sum is there, which all lanes have stored before the last __syncwarp.
-  __device__ void TellReady(int home, int32_t token, int32_t part) const {
+  __device__ void TellReady(int home, const RingPlace& place) const {
     ptx::FenceAcquireReleaseSystem();
-    Tell(p_.group.peers[home]->ring_ready[p_.group.rank], token, part);
+    Tell(p_.group.peers[home]->ring_ready[p_.group.rank], place);
   }
 
   // Home: waits until the sum of `source` is there. False once the group has failed.
-  __device__ bool WaitReady(int source, int32_t token, int32_t part) const {
+  __device__ bool WaitReady(int source, const RingPlace& place) const {
     return kMutation == kWithoutRingReady ||
-           Wait(Own(p_.group).ring_ready[source], token, part, source);
+           Wait(Own(p_.group).ring_ready[source], place, place.token, source);
   }
 
  private:
   __device__ uint64_t Word(int32_t token) const {
     return state_.epoch << 32 | static_cast<uint32_t>(token);
   }
-  __device__ int32_t IndexOf(int32_t token, int32_t part) const {
-    return token % state_.num_slots * state_.num_parts + part;
+  __device__ int32_t IndexOf(const RingPlace& place) const {
+    return place.slot * state_.num_parts + place.part;
   }
   __device__ bool HasRows(int32_t source) const {
     const int32_t row = p_.recv_rows[int64_t{source} * p_.num_rows];
     return row >= 0 && row < p_.capacity;
   }
-  __device__ void Tell(uint64_t* words, int32_t token, int32_t part) const {
-    ptx::StoreRelaxedSystem(&words[IndexOf(token, part)], Word(token));
+  __device__ void Tell(uint64_t* words, const RingPlace& place) const {
+    ptx::StoreRelaxedSystem(&words[IndexOf(place)], Word(place.token));
   }
-  __device__ bool Wait(const uint64_t* words, int32_t token, int32_t part, int peer) const {
+  // Until the word of the place speaks of `token`.
+  __device__ bool Wait(const uint64_t* words, const RingPlace& place, int32_t token,
+                       int peer) const {
     const uint64_t expected = Word(token);
     for (Deadline deadline;;) {
-      const uint64_t seen = ptx::LoadAcquireSystem(&words[IndexOf(token, part)]);
+      const uint64_t seen = ptx::LoadAcquireSystem(&words[IndexOf(place)]);
       if (seen == expected) return true;
       if (!deadline.Continue(p_.group, Phase::kRows, peer, expected, seen)) return false;
     }

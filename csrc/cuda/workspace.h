@@ -21,9 +21,9 @@ constexpr int kMaxAddresses = 3;
 // Memory of the plan's messages, in words, for one of two plans that follow each other.
 constexpr int kInboxWords = 1 << 19;
 // Memory of the sums of rows that are under way.
-constexpr int kRingBytes = 16 << 20;
+constexpr int kRingBytes = 32 << 20;
 // Sums from one rank that are under way, at most, and the parts that each travels in.
-constexpr int kMaxRingSlots = 1024;
+constexpr int kMaxRingSlots = 2048;
 constexpr int kMaxParts = 4;
 
 // A range of a rank's memory that its peers can read: where the one who holds the list maps it.

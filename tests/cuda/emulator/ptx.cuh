@@ -10,6 +10,8 @@ namespace jax_ep::cuda::ptx {
 
 // Loads ------------------------------------------------------------------------------------------
 
+inline void CompilerFence() {}
+
 inline uint4 LoadCacheGlobal(const void* address) {
   if (!emulator::IsShared(address)) emulator::CheckGlobal(address, 16, "a load of a vector");
   emulator::SometimesYield(64);
