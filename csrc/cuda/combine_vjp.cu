@@ -307,7 +307,7 @@ __device__ void FillRow(const CombineVjpParams& p, int32_t c, uint32_t bits) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxWarps * 32)
+__global__ void __launch_bounds__(kMaxWarps * 32, 1)
     CombineVjpKernel(const __grid_constant__ CombineVjpParams p) {
   extern __shared__ __align__(128) char memory[];
   __shared__ PeerInputs inputs;

@@ -41,20 +41,18 @@ class SourceQueue {
   // Called by all lanes together, as is Next. A warp that never asks passes false for `asks`.
   __device__ SourceQueue(const Params& p, int32_t warp, int32_t num_warps, bool asks = true)
       : p_(p), num_sources_(p.group.num_ranks * p.num_tokens), tickets_(p.group, warp, num_warps) {
-    // A ticket is for a batch of sources at first, and for one towards the end, so that all warps
-    // end together.
-    batch_ = max(plan::Min(num_sources_ / 4 * 3 / num_warps / 4, kMaxBatch), 1);
+    // A ticket is for a batch of sources; for few of them towards the end, so that all warps end
+    // together, but not for fewer than it takes to find one with rows.
+    small_batch_ = plan::Min((p.group.num_ranks + 3) / 4, kMaxBatch);
+    batch_ = max(plan::Min(num_sources_ / 4 * 3 / num_warps / 4, kMaxBatch), small_batch_);
     num_batches_ = num_sources_ / 4 * 3 / batch_;
-    if (asks) Fetch();
+    if (asks) Find();
   }
 
   __device__ Entry Next() {
-    while (true) {
-      const Entry entry = next_;
-      if (entry.source == plan::kNone) return entry;
-      Fetch();
-      if (__any_sync(~0u, entry.row >= 0)) return entry;
-    }
+    const Entry entry = next_;
+    if (entry.source != plan::kNone) Find();
+    return entry;
   }
 
   __device__ int32_t num_sources() const { return num_sources_; }
@@ -62,25 +60,38 @@ class SourceQueue {
  private:
   static constexpr int32_t kMaxBatch = 8;
 
-  // Its rows are there when they are needed.
-  __device__ void Fetch() {
-    if (++next_.n >= batch_end_) {
+  // Finds what Next is to give; its rows are there when they are needed.
+  __device__ void Find() {
+    while (found_ == 0) {
       const int32_t ticket = tickets_.Take();
-      const int32_t single = ticket - num_batches_;
-      next_.n = single < 0 ? ticket * batch_ : num_batches_ * batch_ + single;
-      batch_end_ = single < 0 ? next_.n + batch_ : next_.n + 1;
+      const bool is_small = ticket >= num_batches_;
+      const int32_t size = is_small ? small_batch_ : batch_;
+      first_ = is_small ? num_batches_ * batch_ + (ticket - num_batches_) * size : ticket * size;
+      if (first_ >= num_sources_) {
+        next_ = {plan::kNone, num_sources_, plan::kNone};
+        return;
+      }
+      // Each lane looks at one source of the batch.
+      const int32_t lane = threadIdx.x % 32;
+      const bool has_rows =
+          lane < size && first_ + lane < num_sources_ &&
+          p_.recv_rows[int64_t{NthSource(p_, first_ + lane)} * p_.num_rows] != plan::kNone;
+      found_ = __ballot_sync(~0u, has_rows);
     }
-    const bool exists = next_.n < num_sources_;
-    next_.source = exists ? NthSource(p_, next_.n) : plan::kNone;
-    next_.row = exists ? RowOfLane(p_, next_.source) : plan::kNone;
+    next_.n = first_ + __ffs(found_) - 1;
+    found_ &= found_ - 1;
+    next_.source = NthSource(p_, next_.n);
+    next_.row = RowOfLane(p_, next_.source);
   }
 
   const Params& p_;
   int32_t num_sources_;
   Tickets tickets_;
   int32_t batch_;
-  int32_t num_batches_;
-  int32_t batch_end_ = 0;
+  int32_t small_batch_;
+  int32_t num_batches_;  // before the small ones
+  int32_t first_ = 0;    // of the batch
+  uint32_t found_ = 0;   // of the batch, what is left
   Entry next_{plan::kNone, 0, plan::kNone};
 };
 
