@@ -157,6 +157,12 @@ __device__ __forceinline__ int32_t AddRows(const PlanParams& p, int32_t a, int32
   return static_cast<int32_t>(min(sum, static_cast<uint32_t>(p.capacity)));
 }
 
+__device__ __forceinline__ int32_t AlignRows(const PushParams& params, int32_t count) {
+  const int32_t alignment = params.plan.alignment;
+  const int32_t past = count - params.shape.by_alignment(count) * alignment;
+  return past == 0 ? count : count + (alignment - past);
+}
+
 // Calls body(task, rank, nth, l) for all experts l of all ranks, each warp for the `nth` 32 experts
 // of a rank: l may be past the last.
 template <typename Body>
@@ -195,7 +201,7 @@ __device__ void SumColumns(const Params& params, const Shared& shared) {
       shared.demand[column] = demand;
       shared.rows[column].first = before;
       const int32_t wanted = plan::Min(demand, p.expert_capacity);
-      padded = plan::Min(plan::RoundUp(wanted, p.alignment), p.capacity);
+      padded = plan::Min(AlignRows(params, wanted), p.capacity);
     }
     int32_t inclusive = padded;
 #pragma unroll
@@ -229,7 +235,7 @@ __device__ void LayOutExpertRows(const PushParams& params, const Shared& shared)
       shared.rows[column] = {shared.rows[column].first + start, start + count};
       if (r == p.group.rank && blockIdx.x == 0) {
         p.counts[l] = count;
-        p.group_sizes[l] = plan::RoundUp(count, p.alignment);
+        p.group_sizes[l] = AlignRows(params, count);
         p.demand[l] = demand;
         dropped = demand - count;
       }

@@ -28,6 +28,22 @@ struct Divider {
   }
 };
 
+// x / divisor for all x from 0 and divisors from 1 to 2^31 - 1.
+struct WideDivider {
+  uint32_t factor;
+  int32_t shift;
+
+  static WideDivider By(int32_t divisor) {
+    int32_t shift = 31;
+    while (int64_t{1} << (shift - 31) < divisor) ++shift;
+    const uint64_t d = static_cast<uint32_t>(divisor);
+    return {static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d), shift};
+  }
+  __device__ __forceinline__ int32_t operator()(int32_t x) const {
+    return static_cast<int32_t>(uint64_t{static_cast<uint32_t>(x)} * factor >> shift);
+  }
+};
+
 // Sizes that follow from the static shape. Here a *slot* is a column of this rank together with a
 // source, this rank included.
 struct PushShape {
@@ -44,6 +60,7 @@ struct PushShape {
   int32_t sources;      // whose tokens are numbered at a time
   int32_t parts;        // of a rank's experts, 32 each
   Divider by_num_local, by_words, by_quads, by_parts;
+  WideDivider by_alignment;
   // Views of a block's shared memory, in int32.
   int32_t cells, ids, list, totals, sent, rows, demand, sums, starts, slots, firsts, kept, end;
 };
@@ -154,6 +171,7 @@ PushShape PushShapeOf(const PlanParams& p) {
   n.by_quads = Divider::By(n.quads);
   n.parts = (n.num_local + 31) / 32;
   n.by_parts = Divider::By(n.parts);
+  n.by_alignment = WideDivider::By(p.alignment);
   n.sources = p.group.num_ranks;
   for (LayOutShared(p, n); n.sources > 1 && n.end * sizeof(int32_t) > kGoodSharedBytes;) {
     n.sources = (n.sources + 1) / 2;
