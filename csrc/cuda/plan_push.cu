@@ -40,23 +40,46 @@ __device__ int64_t plan_stamps[kBlocks][16];
 
 // Loops are not unrolled where that gains nothing: each launch has to fetch the code that it runs.
 
-// The first of a block's threads that mark rows unused: warps that mostly have no tokens.
-constexpr int kFirstFiller = kThreads / 2;
-constexpr int kFillers = kThreads - kFirstFiller;
+// Sets words from `begin` to `end` to -1, all threads of all blocks together.
+__device__ __noinline__ void FillNone(int32_t* words, int64_t begin, int64_t end, bool aligned) {
+  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+#pragma unroll 1
+  for (int64_t i = begin / 4 * 4 + 4 * thread; i < end; i += 4 * kBlocks * kThreads) {
+    if (aligned && i >= begin && i + 4 <= end) {
+      *reinterpret_cast<int4*>(words + i) =
+          make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
+      continue;
+    }
+#pragma unroll 1
+    for (int64_t j = i; j < i + 4; ++j) {
+      if (j >= begin && j < end) words[j] = plan::kNone;
+    }
+  }
+}
 
-// Sets `count` words to -1, the fillers of all blocks together.
-__device__ __noinline__ void FillNone(int32_t* words, int64_t count, bool aligned) {
-  const int64_t thread = int64_t{blockIdx.x} * kFillers + threadIdx.x - kFirstFiller;
-  const int64_t num_fours = aligned ? count / 4 : 0;
-#pragma unroll 1
-  for (int64_t i = thread; i < num_fours; i += kBlocks * kFillers) {
-    reinterpret_cast<int4*>(words)[i] =
-        make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
+// Rows that no entry has: in layout "expert" those after each group's last, in layout "token" those
+// after all others.
+template <typename Params>
+__device__ void FillUnusedRows(const Params& params, const Shared& shared) {
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+  if (Params::kLayout == Layout::kToken) {
+    const int32_t used = plan::Min(shared.demand[p.group.rank], p.capacity);
+    FillNone(p.recv_src, used, p.capacity, params.aligned);
+    FillNone(p.expert_idx, int64_t{used} * p.top_k, int64_t{p.capacity} * p.top_k, params.aligned);
+    return;
   }
+  const int32_t first = p.group.rank * n.num_local, last = first + n.num_local - 1;
 #pragma unroll 1
-  for (int64_t i = 4 * num_fours + thread; i < count; i += kBlocks * kFillers) {
-    words[i] = plan::kNone;
+  for (int32_t column = first + threadIdx.x / 32 * kBlocks + blockIdx.x; column < last;
+       column += kWarps * kBlocks) {
+    const int32_t end = shared.starts[column + 1];
+#pragma unroll 1
+    for (int32_t row = shared.rows[column].limit + threadIdx.x % 32; row < end; row += 32) {
+      p.recv_src[row] = plan::kNone;
+    }
   }
+  FillNone(p.recv_src, shared.rows[last].limit, p.capacity, params.aligned);
 }
 
 // The rows of the listed entries.
@@ -79,6 +102,11 @@ __device__ void WriteListedRows(const Params& params, const Shared& shared, int3
     int32_t* expert_idx = p.expert_idx + int64_t{row} * p.top_k;
     for (int32_t w = 0; w < n.token_words; w += 2) {
       const uint32_t words[2] = {ids[w], ids[w + 1]};
+#pragma unroll
+      for (int j = 0; j < 64 / kIdBits; ++j) {
+        const int32_t k = w * (32 / kIdBits) + j;
+        if (k < p.top_k && UnpackId<kIdBits>(words, j) >= n.num_local) expert_idx[k] = plan::kNone;
+      }
       ForIds<kIdBits>(n, words, w * (32 / kIdBits), [&](int k, int32_t id) {
         expert_idx[k] = id;
         if (drops) atomicAdd(&shared.kept[id], 1);
@@ -134,25 +162,27 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   constexpr bool by_token = kLayout == Layout::kToken;
   STAMP(0);
 
-  const bool fills = threadIdx.x >= kFirstFiller;
-  if (fills) {
-    FillNone(p.recv_src, p.capacity, params.aligned);
-    if (by_token) FillNone(p.expert_idx, int64_t{p.capacity} * p.top_k, params.aligned);
-  }
   const uint64_t epoch = BeginOp(p.group);
   int32_t ids[kMaxK] = {};  // on their way meanwhile
   if (threadIdx.x < chunk.count) {
     LoadValues(ids, p.topk_idx + (int64_t{begin} + threadIdx.x) * p.top_k, p.top_k, params.aligned);
   }
+  // What other blocks write to is ready once all have seen the second half. The warp that makes it
+  // so has nothing else to wait for yet.
+  if (threadIdx.x < 32) {
+    if (threadIdx.x == 0) failed = 0;
+    if (by_token) {
+#pragma unroll 1
+      for (int32_t l = threadIdx.x; l < n.num_local; l += 32) shared.kept[l] = 0;
+    }
+    ptx::ClusterArriveRelease();
+  } else {
+    ptx::ClusterArriveRelaxed();
+  }
   ClearCells(n, shared, 0, n.columns);
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < 4 * n.quads; i += kThreads) shared.sent[i] = 0;
-  if (by_token) {
-#pragma unroll 1
-    for (int32_t l = threadIdx.x; l < n.num_local; l += kThreads) shared.kept[l] = 0;
-  }
-  if (threadIdx.x == 0) failed = 0, num_listed = 0;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = 0;
+  if (threadIdx.x == 0) num_listed = 0;
   const int32_t from_end = kThreads - 1 - static_cast<int32_t>(threadIdx.x);
   if (blockIdx.x == 0 && from_end < p.group.num_ranks) {
     ptx::StoreRelaxedSystem(&p.group.peers[from_end]->arrival[epoch % 2][p.group.rank].value,
@@ -160,14 +190,9 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   STAMP(1);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = 0;
   TestDelay(p.group.rank, epoch, 0);
   CleanTokens<kMaxK, kIdBits>(params, shared, epoch, chunk, ids);
-  // Any block may write any row after the second half. Other warps do not wait for their writes.
-  if (fills) {
-    ptx::ClusterArriveRelease();
-  } else {
-    ptx::ClusterArriveRelaxed();
-  }
   __syncthreads();
   STAMP(2);
   SumCells(n, shared, 0, n.columns, [&](bool is_last, int32_t column, int32_t total) {
@@ -218,7 +243,6 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
       ok = TakeCounts(params, shared, epoch) && ok;
       STAMP(8);
       TestDelay(p.group.rank, epoch, 1);
-      ptx::ClusterWaitAcquire();
     }
     ok = __syncthreads_and(ok);
     if (!ok) break;
@@ -254,6 +278,8 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     STAMP(13);
   }
 
+  if (ok) FillUnusedRows(params, shared);
+  ptx::ClusterWaitAcquire();
   if (!ok && threadIdx.x < kBlocks) *ptx::MapShared(&failed, threadIdx.x) = 1;
   if (drops && blockIdx.x != 0) {  // all was counted before the last __syncthreads
 #pragma unroll 1
@@ -272,6 +298,8 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     ptx::ClusterArriveRelease();  // over the rows of all blocks
     ptx::ClusterWaitAcquire();
     Poison(p, blockIdx.x * kThreads + threadIdx.x, kBlocks * kThreads);
+    FillNone(p.recv_src, 0, p.capacity, params.aligned);
+    if (by_token) FillNone(p.expert_idx, 0, int64_t{p.capacity} * p.top_k, params.aligned);
   }
   if (blockIdx.x != 0) return;
   if (drops && failed == 0) WriteKept(params, shared);
