@@ -4,78 +4,75 @@
 
 #include <cstdint>
 
-#include "cuda/plan_inbox.cuh"
+#include "cuda/plan_lanes.cuh"
 
 namespace jax_ep::cuda {
 namespace {
 
-__device__ void ClearCells(const PushShape& n, const Shared& shared, int32_t first, int32_t last) {
+__device__ void ClearCells(const PushShape& n, Cell* cells, int32_t num_columns) {
 #pragma unroll 1
-  for (int32_t i = first * n.stride + threadIdx.x; i < last * n.stride; i += kThreads) {
-    shared.cells[i] = {0, 0};
-  }
+  for (int32_t i = threadIdx.x; i < num_columns * n.stride; i += kThreads) cells[i] = {0, 0};
 }
 
-// The place in the list of `count` entries; `num_listed` counts them. Called by whole warps. The
-// order in the list does not matter.
+// Lanes that sum a column: so many that those of all columns mostly are one block.
+template <Layout kLayout>
+constexpr int kLanesOfColumn = kLayout == Layout::kToken ? 2 : 4;
+
+// Layout "expert": the place in the list of a column's `count` entries, which all its lanes say;
+// `num_listed` counts them. Called by whole warps. The order in the list does not matter.
 __device__ __forceinline__ int32_t PlaceInList(int32_t count, int32_t* num_listed) {
-  const int32_t sum = InclusiveWarpSum(count);
+  const int32_t lane = threadIdx.x % 32;
+  int32_t sum = count;
+#pragma unroll
+  for (int offset = kLanesOfColumn<Layout::kExpert>; offset < 32; offset *= 2) {
+    const int32_t other = __shfl_up_sync(~0u, sum, offset);
+    if (lane >= offset) sum += other;
+  }
   int32_t first = 0;
-  if (threadIdx.x % 32 == 31 && sum != 0) first = atomicAdd(num_listed, sum);
+  if (lane == 31 && sum != 0) first = atomicAdd(num_listed, sum);
   return __shfl_sync(~0u, first, 31) + sum - count;
 }
 
-// Gives each cell of the columns what lies before it, by column. `begin(is_last, column, total)`,
-// called by whole warps, says where the entries of a column begin; four lanes have a column.
-template <typename Begin>
-__device__ void SumCells(const PushShape& n, const Shared& shared, int32_t first_column,
-                         int32_t last_column, Begin begin) {
-  constexpr int kLanes = 4;
-  constexpr int kAtOnce = 4;  // loads side by side
+// Gives each cell of the columns what lies before it, by column. Calls end(column, total) in all
+// lanes of a column, by whole warps: column may be past the last, and has nothing then.
+template <Layout kLayout, typename End>
+__device__ __forceinline__ void SumCells(const PushShape& n, Cell* cells, int32_t num_columns,
+                                         End end) {
+  constexpr int kLanes = kLanesOfColumn<kLayout>;
+  constexpr int kCells = 16 / kLanes;  // of a lane at a time
   const int32_t part = threadIdx.x % kLanes;
-  const int32_t words = (n.words + kLanes - 1) / kLanes;
-  const int32_t first = plan::Min(part * words, n.words);
-  const int32_t last = plan::Min(first + words, n.words);
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i / 32 * 32 < (last_column - first_column) * kLanes;
-       i += kThreads) {
-    const int32_t column = first_column + i / kLanes;
-    Cell* cells = shared.cells + column * n.stride;
-    int32_t sum = 0;
-    if (column < last_column) {
+  for (int32_t i = threadIdx.x; i / 32 * 32 < num_columns * kLanes; i += kThreads) {
+    const int32_t column = i / kLanes;
+    const int32_t num_words = column < num_columns ? n.words : 0;
+    Cell* of_column = cells + column * n.stride;
+    int32_t total = 0;
 #pragma unroll 1
-      for (int32_t w = first; w < last; w += kAtOnce) {
+    for (int32_t first = 0; first < n.words; first += kLanes * kCells) {
+      const int32_t w = first + part * kCells;
+      int32_t counts[kCells];
+      int32_t sum = 0;
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) sum += w + j < last ? __popc(cells[w + j].mask) : 0;
+      for (int j = 0; j < kCells; ++j) {
+        counts[j] = __popc(w + j < num_words ? of_column[w + j].mask : 0);
+        sum += counts[j];
       }
-    }
-    int32_t inclusive = sum;
+      int32_t inclusive = sum;
 #pragma unroll
-    for (int offset = 1; offset < kLanes; offset *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, inclusive, offset, kLanes);
-      if (part >= offset) inclusive += other;
-    }
-    const bool is_last = part == kLanes - 1 && column < last_column;
-    const int32_t total = __shfl_sync(~0u, inclusive, kLanes - 1, kLanes);
-    int32_t before = begin(is_last, column, total) + inclusive - sum;
-    if (column >= last_column) continue;
-#pragma unroll 1
-    for (int32_t w = first; w < last; w += kAtOnce) {
-      uint32_t masks[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) masks[j] = w + j < last ? cells[w + j].mask : 0;
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (w + j < last) cells[w + j].before = before;
-        before += __popc(masks[j]);
+      for (int offset = 1; offset < kLanes; offset *= 2) {
+        const int32_t other = __shfl_up_sync(~0u, inclusive, offset, kLanes);
+        if (part >= offset) inclusive += other;
       }
+      int32_t before = total + inclusive - sum;
+#pragma unroll
+      for (int j = 0; j < kCells; ++j) {
+        if (w + j < num_words) of_column[w + j].before = before;
+        before += counts[j];
+      }
+      total += __shfl_sync(~0u, inclusive, kLanes - 1, kLanes);
     }
+    end(column, total);
   }
-}
-
-// Two numbers below 2^16 in one.
-__device__ __forceinline__ uint32_t Halves(int32_t low, int32_t high) {
-  return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
 }
 
 // This block's counts, to all ranks.
@@ -116,7 +113,7 @@ __device__ bool TakeCounts(const PushParams& params, const Shared& shared, uint6
     int32_t total[4] = {}, before[4] = {};
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      const uint32_t words[2] = {pairs[b].FirstData(), pairs[b].SecondData()};
+      const uint32_t words[2] = {pairs[b].Data(0), pairs[b].Data(1)};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int32_t count = words[j / 2] >> (j % 2 * 16) & 0xffff;
@@ -259,21 +256,35 @@ __device__ void WriteDemand(const PushParams& params, const Shared& shared) {
   }
 }
 
-// Where the listed entries go.
-template <typename Params>
-__device__ void LayOutSlots(const Params& params, const Shared& shared, Chunk chunk, Batch batch) {
+// Entries of the batch's slots that come before them in their columns become `slots[].rows.first`.
+// Threads from the block's end have the slots, in LayOutSlots too: those from its beginning have
+// columns meanwhile.
+__device__ void SumSlots(const PushParams& params, const Shared& shared, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  const int32_t entries = Params::kLayout == Layout::kToken ? 1 : p.top_k;  // of a token
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < batch.count * n.here; i += kThreads) {
-    const int32_t s = Params::kLayout == Layout::kToken ? i : n.by_num_local(i);
+  for (int32_t i = kThreads - 1 - threadIdx.x; i < batch.count * n.here; i += kThreads) {
+    const int32_t s = n.by_num_here(i);
     const int32_t column = p.group.rank * n.here + i - s * n.here;
-    const int source = batch.Source(p.group, s);
     int32_t before = 0;
-    SumRanks(params, shared, column, source, before);
-    shared.slots[i] = {shared.starts[column] + before - shared.firsts[i], shared.rows[column].limit,
-                       (source * p.num_tokens + chunk.begin) * entries, s * n.chunk * entries};
+    SumRanks(params, shared, column, batch.Source(p.group, s), before);
+    shared.slots[i].rows.first = before;
+  }
+}
+
+// Layout "expert": where the entries of the batch's slots go.
+__device__ void LayOutSlots(const PushParams& params, const Shared& shared, Chunk chunk,
+                            Batch batch) {
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+#pragma unroll 1
+  for (int32_t i = kThreads - 1 - threadIdx.x; i < batch.count * n.here; i += kThreads) {
+    const int32_t s = n.by_num_here(i);
+    const int32_t column = p.group.rank * n.here + i - s * n.here;
+    const ColumnRows rows{shared.starts[column] + shared.slots[i].rows.first,
+                          shared.rows[column].limit};
+    shared.slots[i] = {rows, shared.firsts[i],
+                       (batch.Source(p.group, s) * p.num_tokens + chunk.begin) * p.top_k};
   }
 }
 
