@@ -91,48 +91,86 @@ __device__ void SendCounts(const PushParams& params, const Shared& shared, uint6
   }
 }
 
-// The counts of all ranks.
-__device__ bool TakeCounts(const PushParams& params, const Shared& shared, uint64_t epoch) {
-  const PlanParams& p = params.plan;
-  const PushShape& n = params.shape;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.group.num_ranks * n.quads; i += kThreads) {
-    const int source = n.by_quads(i);
-    const int32_t quad = i - source * n.quads;
-    const uint64_t* from = CountsOf(Own(p.group), n, epoch, source, 0) + 2 * quad;
-    Pair pairs[kBlocks];
-    for (Deadline deadline;;) {
-      bool all = true;
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) pairs[b].Load(from + b * 2 * n.quads);
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) all = all && pairs[b].IsOf(epoch);
-      if (all) break;
-      if (!pairs[0].Continue(deadline, p.group, epoch, source)) return false;
-    }
-    int32_t total[4] = {}, before[4] = {};
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const uint32_t words[2] = {pairs[b].Data(0), pairs[b].Data(1)};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int32_t count = words[j / 2] >> (j % 2 * 16) & 0xffff;
-        total[j] += count;
-        before[j] += b < blockIdx.x ? count : 0;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int32_t column = 4 * quad + j;
-      if (column < n.columns) {
-        shared.totals[source * n.columns + column] = Halves(total[j], before[j]);
-      } else if (column == n.columns && source == p.group.rank && blockIdx.x == 0) {
-        *p.num_invalid = total[j];
-      }
-    }
+// The counts of all ranks on their way. Four lanes have four columns of a rank: each takes those of
+// two blocks, and in the end has one column.
+class IncomingCounts {
+ public:
+  // The first ones leave.
+  __device__ __forceinline__ void Load(const PushParams& params, uint64_t epoch) {
+    if (static_cast<int32_t>(threadIdx.x) < NumTasks(params)) Load(params, epoch, threadIdx.x);
   }
-  return true;
-}
+
+  // Takes them all; false once the group has failed.
+  __device__ __forceinline__ bool Take(const PushParams& params, const Shared& shared,
+                                       uint64_t epoch) {
+    const PlanParams& p = params.plan;
+    const PushShape& n = params.shape;
+    const int32_t part = threadIdx.x % kLanes;
+    bool ok = true;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i / 32 * 32 < NumTasks(params); i += kThreads) {
+      const bool inside = i < NumTasks(params);
+      const int source = n.by_quads(i / kLanes);
+      const int32_t quad = i / kLanes - source * n.quads;
+      if (inside && i >= kThreads) Load(params, epoch, i);
+      if (inside && ok) {
+        for (Deadline deadline; !(pairs_[0].IsOf(epoch) && pairs_[1].IsOf(epoch));) {
+          ok = pairs_[0].Continue(deadline, p.group, epoch, source);
+          if (!ok) break;
+          Load(params, epoch, i);
+        }
+      }
+      // Two counts in a word, added at once: those of a column together are no more than the
+      // tokens. Invalid entries may be more, but nothing is above them.
+      uint32_t totals[2], before[2];
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const uint32_t first = pairs_[0].Data(w), second = pairs_[1].Data(w);
+        const int32_t block = 2 * part;
+        totals[w] = first + second;
+        before[w] = (block < blockIdx.x ? first : 0) + (block + 1 < blockIdx.x ? second : 0);
+      }
+#pragma unroll
+      for (int offset = 1; offset < kLanes; offset *= 2) {
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          totals[w] += __shfl_xor_sync(~0u, totals[w], offset);
+          before[w] += __shfl_xor_sync(~0u, before[w], offset);
+        }
+      }
+      if (!inside) continue;
+      const int32_t column = 4 * quad + part;
+      const uint32_t total = part < 2 ? totals[0] : totals[1];
+      if (column < n.columns) {
+        const int32_t shift = part % 2 * 16;
+        shared.totals[source * n.columns + column] =
+            Halves(total >> shift & 0xffff, (part < 2 ? before[0] : before[1]) >> shift & 0xffff);
+      } else if (column == n.invalid && source == p.group.rank && blockIdx.x == 0) {
+        *p.num_invalid = total;
+      }
+    }
+    return ok;
+  }
+
+ private:
+  static constexpr int kLanes = 4;
+  static_assert(kBlocks == 2 * kLanes);
+
+  __device__ __forceinline__ static int32_t NumTasks(const PushParams& params) {
+    return params.plan.group.num_ranks * params.shape.quads * kLanes;
+  }
+  __device__ __forceinline__ void Load(const PushParams& params, uint64_t epoch, int32_t i) {
+    const PushShape& n = params.shape;
+    const int source = n.by_quads(i / kLanes);
+    const int32_t quad = i / kLanes - source * n.quads;
+    const int32_t block = 2 * (i % kLanes);
+    const uint64_t* from = CountsOf(Own(params.plan.group), n, epoch, source, block) + 2 * quad;
+    pairs_[0].Load(from);
+    pairs_[1].Load(from + 2 * n.quads);
+  }
+
+  Pair pairs_[2] = {};
+};
 
 // Entries of all ranks in `column`; `before` gets those of the ranks before `source`, and of the
 // blocks before this one there.

@@ -51,7 +51,8 @@ struct PushShape {
   int32_t here;         // columns of a rank
   int32_t row_columns;  // that rows are counted by
   int32_t columns;      // that are counted: in layout "token" all experts after the ranks
-  int32_t quads;        // of counts that a block sends: columns, invalid entries
+  int32_t invalid;      // where a block sends how many invalid entries it has; even
+  int32_t quads;        // of counts that a block sends: columns, then invalid entries
   int32_t chunk;        // tokens of a block, a multiple of 32
   int32_t words;        // of a column's mask
   int32_t tasks;        // warps that a chunk's tokens take: see ForTokens
@@ -167,7 +168,8 @@ PushShape PushShapeOf(const PlanParams& p) {
   n.here = NumColumnsHere(p);
   n.row_columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
   n.columns = n.row_columns + (by_expert ? 0 : p.num_experts);
-  n.quads = n.columns / 4 + 1;
+  n.invalid = (n.columns + 1) / 2 * 2;
+  n.quads = n.invalid / 4 + 1;
   n.chunk = ((p.num_tokens + kBlocks - 1) / kBlocks + 31) / 32 * 32;
   n.words = n.chunk / 32;
   n.stride = n.words | 1;

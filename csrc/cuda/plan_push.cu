@@ -186,6 +186,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     const Batch batch{first, plan::Min(n.sources, p.group.num_ranks - first)};
     const int32_t num_slots = NumPeerSlots(n, batch);
     IncomingIds<kMaxK, kIdBits, LayoutParams<kLayout>> incoming(params, epoch, chunk, batch);
+    IncomingCounts counts;
     if (first == 0) PlaceOwnEntries<kMaxK>(params, shared, chunk);
     STAMP(4);
     if (num_slots != 0) {
@@ -215,12 +216,13 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
       __syncthreads();
       STAMP(6);
     }
+    if (first == 0) counts.Load(params, epoch);
     if (num_slots != 0 && !by_token) {
       ListPeerEntries<kMaxK, kIdBits>(params, shared, chunk, batch);
     }
     STAMP(7);
     if (first == 0) {
-      ok = TakeCounts(params, shared, epoch) && ok;
+      ok = counts.Take(params, shared, epoch) && ok;
       STAMP(8);
       // A rank that failed before has said so before it arrived.
       if (from_end < p.group.num_ranks) ok = ok && !HasFailed(p.group, epoch);

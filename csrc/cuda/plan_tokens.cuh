@@ -86,7 +86,7 @@ __device__ __forceinline__ void CleanTokens(const Params& params, const Shared& 
     StoreValues<kMaxK>(p.topk + first, ids, p.top_k, params.aligned);
     StoreValues<kMaxK>(shared.records + t * kMaxK, ids, kMaxK, true);
   });
-  if (num_invalid != 0) atomicAdd(&shared.sent[n.columns], num_invalid);
+  if (num_invalid != 0) atomicAdd(&shared.sent[n.invalid], num_invalid);
 }
 
 // Lists entries of this rank's columns in layout "expert": `first` is the number of the lane's
