@@ -310,7 +310,7 @@ __device__ void SumSlots(const PushParams& params, const Shared& shared, Batch b
   }
 }
 
-// Layout "expert": where the entries of the batch's slots go.
+// Layout "expert": where the entries of the batch's slots go. Their limits are those of the slots.
 __device__ void LayOutSlots(const PushParams& params, const Shared& shared, Chunk chunk,
                             Batch batch) {
   const PlanParams& p = params.plan;
@@ -319,9 +319,11 @@ __device__ void LayOutSlots(const PushParams& params, const Shared& shared, Chun
   for (int32_t i = kThreads - 1 - threadIdx.x; i < batch.count * n.here; i += kThreads) {
     const int32_t s = n.by_num_here(i);
     const int32_t column = p.group.rank * n.here + i - s * n.here;
-    const ColumnRows rows{shared.starts[column] + shared.slots[i].rows.first,
-                          shared.rows[column].limit};
-    shared.slots[i] = {rows, shared.firsts[i],
+    const SlotList list = shared.lists[i];
+    const int32_t first = shared.starts[column] + shared.slots[i].rows.first;
+    const int32_t limit = plan::Min(first + list.count, shared.rows[column].limit);
+    shared.slots[i] = {{first, limit},
+                       list.place,
                        (batch.Source(p.group, s) * p.num_tokens + chunk.begin) * p.top_k};
   }
 }

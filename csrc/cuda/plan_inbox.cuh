@@ -65,7 +65,7 @@ struct PushShape {
   Divider by_num_local, by_num_here, by_tasks, by_quads, by_parts;
   WideDivider by_alignment;
   // Views of a block's shared memory, in int32.
-  int32_t cells, peer_cells, ids, list, totals, sent, rows, demand, sums, starts, slots, firsts,
+  int32_t cells, peer_cells, ids, list, totals, sent, rows, demand, sums, starts, slots, lists,
       kept, end;
 };
 
@@ -82,11 +82,18 @@ struct alignas(8) ColumnRows {
   int32_t limit;
 };
 
-// The same for a slot.
+// Where a slot's entries are in the list.
+struct alignas(8) SlotList {
+  int32_t place;
+  int32_t count;
+};
+
+// The rows of a slot: the entries that are listed from `place` on, `source` the EncodeSource of the
+// source's first entry.
 struct alignas(16) SlotRows {
   ColumnRows rows;
-  int32_t place;   // of its first entry in the list
-  int32_t source;  // EncodeSource of the source's first entry
+  int32_t place;
+  int32_t source;
 };
 
 struct Shared {
@@ -94,8 +101,8 @@ struct Shared {
   Cell* cells;       // [columns, stride] of own entries
   Cell* peer_cells;  // [slots of peers, stride]
   uint32_t* ids;     // [sources, chunk, token_words] local experts, packed
-  uint32_t* list;  // entries here, by slot: in the chunk of the source, and the slot above (layout
-                   // "expert"; in layout "token" rows follow each other as tokens do)
+  uint16_t* list;    // entries here, by slot, as numbered in the chunk of the source (layout
+                     // "expert"; in layout "token" rows follow each other as tokens do)
   uint32_t* totals;  // [R, columns] entries of the rank, and of its blocks before this one above
   int32_t* sent;     // [4 * quads] counts of this block, by column
   ColumnRows* rows;  // [row_columns]
@@ -103,7 +110,7 @@ struct Shared {
   int32_t* sums;     // [R, parts] rows of 32 experts together
   int32_t* starts;   // [row_columns] first row of the column on its rank
   SlotRows* slots;   // [sources, here]
-  int32_t* firsts;   // [sources, here] place in the list of the slot's first entry
+  SlotList* lists;   // [sources, here] (layout "expert")
   int32_t* kept;     // [L] pairs kept of each local expert (layout "token")
 
   __device__ Shared(const PushShape& n, int32_t* memory) {
@@ -111,7 +118,7 @@ struct Shared {
     cells = reinterpret_cast<Cell*>(memory + n.cells);
     peer_cells = reinterpret_cast<Cell*>(memory + n.peer_cells);
     ids = reinterpret_cast<uint32_t*>(memory + n.ids);
-    list = reinterpret_cast<uint32_t*>(memory + n.list);
+    list = reinterpret_cast<uint16_t*>(memory + n.list);
     totals = reinterpret_cast<uint32_t*>(memory + n.totals);
     sent = memory + n.sent;
     rows = reinterpret_cast<ColumnRows*>(memory + n.rows);
@@ -119,7 +126,7 @@ struct Shared {
     sums = memory + n.sums;
     starts = memory + n.starts;
     slots = reinterpret_cast<SlotRows*>(memory + n.slots);
-    firsts = memory + n.firsts;
+    lists = reinterpret_cast<SlotList*>(memory + n.lists);
     kept = memory + n.kept;
   }
 };
@@ -148,7 +155,8 @@ void LayOutShared(const PlanParams& p, PushShape& n) {
   n.ids = add(tokens * n.token_words);
   // Whatever a message says, a token is in no more slots than it has ids.
   const int32_t token_ids = n.token_words * (32 / n.id_bits);
-  n.list = add(by_expert ? tokens * plan::RowsPerSource(p.layout, token_ids, n.num_local) : 0);
+  const int64_t listed = tokens * plan::RowsPerSource(p.layout, token_ids, n.num_local);
+  n.list = add(by_expert ? (listed + 1) / 2 : 0);
   n.totals = add(int64_t{p.group.num_ranks} * n.columns);
   n.sent = add(4 * n.quads);
   n.rows = add(2 * n.row_columns);
@@ -156,7 +164,7 @@ void LayOutShared(const PlanParams& p, PushShape& n) {
   n.sums = add(by_expert ? int64_t{p.group.num_ranks} * n.parts : 0);
   n.starts = add(n.row_columns);
   n.slots = add(4 * slots);
-  n.firsts = add(by_expert ? slots : 0);
+  n.lists = add(by_expert ? 2 * slots : 0);
   n.kept = add(by_expert ? 0 : n.num_local);
   n.end = end;
 }

@@ -83,28 +83,24 @@ __device__ void FillUnusedRows(const Params& params, const Shared& shared) {
   FillNone(p.recv_src, shared.rows[last].limit, p.capacity, params.aligned);
 }
 
-// Layout "expert": what the rows of the listed entries hold.
-__device__ void WriteListedRows(const PushParams& params, const Shared& shared,
-                                int32_t num_listed) {
-  constexpr int kAtOnce = 4;  // loads side by side
+// Layout "expert": what the rows of the batch's slots hold. Half of a warp has a slot.
+__device__ void WriteListedRows(const PushParams& params, const Shared& shared, Batch batch) {
+  constexpr int kLanesOfSlot = 16;
+  constexpr int kAtOnce = 2;  // loads side by side
 #pragma unroll 1
-  for (int32_t first = threadIdx.x; first < num_listed; first += kAtOnce * kThreads) {
-    uint32_t listed[kAtOnce];
-    SlotRows slots[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int32_t i = first + j * kThreads;
-      listed[j] = i < num_listed ? shared.list[i] : 0;
-    }
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) slots[j] = shared.slots[listed[j] >> 16];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int32_t i = first + j * kThreads;
-      const int32_t row = slots[j].rows.first + i - slots[j].place;
-      if (i < num_listed && row < slots[j].rows.limit) {
-        params.plan.recv_src[row] = slots[j].source + static_cast<int32_t>(listed[j] & 0xffff);
-      }
+  for (int32_t i = threadIdx.x / kLanesOfSlot; i < batch.count * params.shape.here;
+       i += kThreads / kLanesOfSlot) {
+    const SlotRows slot = shared.slots[i];
+    const uint16_t* list = shared.list + slot.place;
+    int32_t* to = params.plan.recv_src + slot.rows.first;
+    const int32_t count = slot.rows.limit - slot.rows.first;
+#pragma unroll 1
+    for (int32_t j = threadIdx.x % kLanesOfSlot; j < count; j += kAtOnce * kLanesOfSlot) {
+      const int32_t next = j + kLanesOfSlot;
+      const int32_t entry = list[j];
+      const int32_t next_entry = next < count ? list[next] : 0;
+      to[j] = slot.source + entry;
+      if (next < count) to[next] = slot.source + next_entry;
     }
   }
 }
@@ -175,7 +171,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     const int32_t slot = column - p.group.rank * n.here;
     const bool is_here = static_cast<uint32_t>(slot) < static_cast<uint32_t>(n.here);
     const int32_t place = PlaceInList(is_here ? total : 0, &num_listed);
-    if (is_first && is_here) shared.firsts[slot] = place;
+    if (is_first && is_here) shared.lists[slot] = {place, total};
   });
   __syncthreads();
   SendCounts(params, shared, epoch);
@@ -210,7 +206,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
         if (by_token) return;
         const int32_t place = PlaceInList(total, &num_listed);
         if (threadIdx.x % kLanesOfColumn<kLayout> == 0 && slot < num_slots) {
-          shared.firsts[batch.NumOwn() * n.here + slot] = place;
+          shared.lists[batch.NumOwn() * n.here + slot] = {place, total};
         }
       });
       __syncthreads();
@@ -251,7 +247,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     if (by_token) {
       WriteTokenRows<kMaxK, kIdBits>(params, shared, chunk, batch, drops);
     } else {
-      WriteListedRows(params, shared, num_listed);
+      WriteListedRows(params, shared, batch);
       STAMP(12);
       WriteRecvRows<kMaxK, kIdBits>(params, shared, chunk, batch);
     }

@@ -96,10 +96,10 @@ __device__ __forceinline__ void ListEntries(const Shared& shared, const bool (&l
                                             const int32_t (&positions)[kIdsOfLane], int32_t first) {
   int32_t places[kIdsOfLane];
 #pragma unroll
-  for (int j = 0; j < kIdsOfLane; ++j) places[j] = listed[j] ? shared.firsts[slots[j]] : 0;
+  for (int j = 0; j < kIdsOfLane; ++j) places[j] = listed[j] ? shared.lists[slots[j]].place : 0;
 #pragma unroll
   for (int j = 0; j < kIdsOfLane; ++j) {
-    if (listed[j]) shared.list[places[j] + positions[j]] = Halves(first + j, slots[j]);
+    if (listed[j]) shared.list[places[j] + positions[j]] = static_cast<uint16_t>(first + j);
   }
 }
 
