@@ -4,78 +4,75 @@
 
 #include <cstdint>
 
-#include "cuda/plan_inbox.cuh"
+#include "cuda/plan_lanes.cuh"
 
 namespace jax_ep::cuda {
 namespace {
 
-__device__ void ClearCells(const PushShape& n, const Shared& shared, int32_t first, int32_t last) {
+__device__ void ClearCells(const PushShape& n, Cell* cells, int32_t num_columns) {
 #pragma unroll 1
-  for (int32_t i = first * n.stride + threadIdx.x; i < last * n.stride; i += kThreads) {
-    shared.cells[i] = {0, 0};
-  }
+  for (int32_t i = threadIdx.x; i < num_columns * n.stride; i += kThreads) cells[i] = {0, 0};
 }
 
-// The place in the list of `count` entries; `num_listed` counts them. Called by whole warps. The
-// order in the list does not matter.
+// Lanes that sum a column: so many that those of all columns mostly are one block.
+template <Layout kLayout>
+constexpr int kLanesOfColumn = kLayout == Layout::kToken ? 2 : 4;
+
+// Layout "expert": the place in the list of a column's `count` entries, which all its lanes say;
+// `num_listed` counts them. Called by whole warps. The order in the list does not matter.
 __device__ __forceinline__ int32_t PlaceInList(int32_t count, int32_t* num_listed) {
-  const int32_t sum = InclusiveWarpSum(count);
+  const int32_t lane = threadIdx.x % 32;
+  int32_t sum = count;
+#pragma unroll
+  for (int offset = kLanesOfColumn<Layout::kExpert>; offset < 32; offset *= 2) {
+    const int32_t other = __shfl_up_sync(~0u, sum, offset);
+    if (lane >= offset) sum += other;
+  }
   int32_t first = 0;
-  if (threadIdx.x % 32 == 31 && sum != 0) first = atomicAdd(num_listed, sum);
+  if (lane == 31 && sum != 0) first = atomicAdd(num_listed, sum);
   return __shfl_sync(~0u, first, 31) + sum - count;
 }
 
-// Gives each cell of the columns what lies before it, by column. `begin(is_last, column, total)`,
-// called by whole warps, says where the entries of a column begin; four lanes have a column.
-template <typename Begin>
-__device__ void SumCells(const PushShape& n, const Shared& shared, int32_t first_column,
-                         int32_t last_column, Begin begin) {
-  constexpr int kLanes = 4;
-  constexpr int kAtOnce = 4;  // loads side by side
+// Gives each cell of the columns what lies before it, by column. Calls end(column, total) in all
+// lanes of a column, by whole warps: column may be past the last, and has nothing then.
+template <Layout kLayout, typename End>
+__device__ __forceinline__ void SumCells(const PushShape& n, Cell* cells, int32_t num_columns,
+                                         End end) {
+  constexpr int kLanes = kLanesOfColumn<kLayout>;
+  constexpr int kCells = 16 / kLanes;  // of a lane at a time
   const int32_t part = threadIdx.x % kLanes;
-  const int32_t words = (n.words + kLanes - 1) / kLanes;
-  const int32_t first = plan::Min(part * words, n.words);
-  const int32_t last = plan::Min(first + words, n.words);
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i / 32 * 32 < (last_column - first_column) * kLanes;
-       i += kThreads) {
-    const int32_t column = first_column + i / kLanes;
-    Cell* cells = shared.cells + column * n.stride;
-    int32_t sum = 0;
-    if (column < last_column) {
+  for (int32_t i = threadIdx.x; i / 32 * 32 < num_columns * kLanes; i += kThreads) {
+    const int32_t column = i / kLanes;
+    const int32_t num_words = column < num_columns ? n.words : 0;
+    Cell* of_column = cells + column * n.stride;
+    int32_t total = 0;
 #pragma unroll 1
-      for (int32_t w = first; w < last; w += kAtOnce) {
+    for (int32_t first = 0; first < n.words; first += kLanes * kCells) {
+      const int32_t w = first + part * kCells;
+      int32_t counts[kCells];
+      int32_t sum = 0;
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) sum += w + j < last ? __popc(cells[w + j].mask) : 0;
+      for (int j = 0; j < kCells; ++j) {
+        counts[j] = __popc(w + j < num_words ? of_column[w + j].mask : 0);
+        sum += counts[j];
       }
-    }
-    int32_t inclusive = sum;
+      int32_t inclusive = sum;
 #pragma unroll
-    for (int offset = 1; offset < kLanes; offset *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, inclusive, offset, kLanes);
-      if (part >= offset) inclusive += other;
-    }
-    const bool is_last = part == kLanes - 1 && column < last_column;
-    const int32_t total = __shfl_sync(~0u, inclusive, kLanes - 1, kLanes);
-    int32_t before = begin(is_last, column, total) + inclusive - sum;
-    if (column >= last_column) continue;
-#pragma unroll 1
-    for (int32_t w = first; w < last; w += kAtOnce) {
-      uint32_t masks[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) masks[j] = w + j < last ? cells[w + j].mask : 0;
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (w + j < last) cells[w + j].before = before;
-        before += __popc(masks[j]);
+      for (int offset = 1; offset < kLanes; offset *= 2) {
+        const int32_t other = __shfl_up_sync(~0u, inclusive, offset, kLanes);
+        if (part >= offset) inclusive += other;
       }
+      int32_t before = total + inclusive - sum;
+#pragma unroll
+      for (int j = 0; j < kCells; ++j) {
+        if (w + j < num_words) of_column[w + j].before = before;
+        before += counts[j];
+      }
+      total += __shfl_sync(~0u, inclusive, kLanes - 1, kLanes);
     }
+    end(column, total);
   }
-}
-
-// Two numbers below 2^16 in one.
-__device__ __forceinline__ uint32_t Halves(int32_t low, int32_t high) {
-  return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
 }
 
 // This block's counts, to all ranks.
@@ -94,48 +91,86 @@ __device__ void SendCounts(const PushParams& params, const Shared& shared, uint6
   }
 }
 
-// The counts of all ranks.
-__device__ bool TakeCounts(const PushParams& params, const Shared& shared, uint64_t epoch) {
-  const PlanParams& p = params.plan;
-  const PushShape& n = params.shape;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < p.group.num_ranks * n.quads; i += kThreads) {
-    const int source = n.by_quads(i);
-    const int32_t quad = i - source * n.quads;
-    const uint64_t* from = CountsOf(Own(p.group), n, epoch, source, 0) + 2 * quad;
-    Pair pairs[kBlocks];
-    for (Deadline deadline;;) {
-      bool all = true;
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) pairs[b].Load(from + b * 2 * n.quads);
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) all = all && pairs[b].IsOf(epoch);
-      if (all) break;
-      if (!pairs[0].Continue(deadline, p.group, epoch, source)) return false;
-    }
-    int32_t total[4] = {}, before[4] = {};
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const uint32_t words[2] = {pairs[b].FirstData(), pairs[b].SecondData()};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int32_t count = words[j / 2] >> (j % 2 * 16) & 0xffff;
-        total[j] += count;
-        before[j] += b < blockIdx.x ? count : 0;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int32_t column = 4 * quad + j;
-      if (column < n.columns) {
-        shared.totals[source * n.columns + column] = Halves(total[j], before[j]);
-      } else if (column == n.columns && source == p.group.rank && blockIdx.x == 0) {
-        *p.num_invalid = total[j];
-      }
-    }
+// The counts of all ranks on their way. Four lanes have four columns of a rank: each takes those of
+// two blocks, and in the end has one column.
+class IncomingCounts {
+ public:
+  // The first ones leave.
+  __device__ __forceinline__ void Load(const PushParams& params, uint64_t epoch) {
+    if (static_cast<int32_t>(threadIdx.x) < NumTasks(params)) Load(params, epoch, threadIdx.x);
   }
-  return true;
-}
+
+  // Takes them all; false once the group has failed.
+  __device__ __forceinline__ bool Take(const PushParams& params, const Shared& shared,
+                                       uint64_t epoch) {
+    const PlanParams& p = params.plan;
+    const PushShape& n = params.shape;
+    const int32_t part = threadIdx.x % kLanes;
+    bool ok = true;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i / 32 * 32 < NumTasks(params); i += kThreads) {
+      const bool inside = i < NumTasks(params);
+      const int source = n.by_quads(i / kLanes);
+      const int32_t quad = i / kLanes - source * n.quads;
+      if (inside && i >= kThreads) Load(params, epoch, i);
+      if (inside && ok) {
+        for (Deadline deadline; !(pairs_[0].IsOf(epoch) && pairs_[1].IsOf(epoch));) {
+          ok = pairs_[0].Continue(deadline, p.group, epoch, source);
+          if (!ok) break;
+          Load(params, epoch, i);
+        }
+      }
+      // Two counts in a word, added at once: those of a column together are no more than the
+      // tokens. Invalid entries may be more, but nothing is above them.
+      uint32_t totals[2], before[2];
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const uint32_t first = pairs_[0].Data(w), second = pairs_[1].Data(w);
+        const int32_t block = 2 * part;
+        totals[w] = first + second;
+        before[w] = (block < blockIdx.x ? first : 0) + (block + 1 < blockIdx.x ? second : 0);
+      }
+#pragma unroll
+      for (int offset = 1; offset < kLanes; offset *= 2) {
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          totals[w] += __shfl_xor_sync(~0u, totals[w], offset);
+          before[w] += __shfl_xor_sync(~0u, before[w], offset);
+        }
+      }
+      if (!inside) continue;
+      const int32_t column = 4 * quad + part;
+      const uint32_t total = part < 2 ? totals[0] : totals[1];
+      if (column < n.columns) {
+        const int32_t shift = part % 2 * 16;
+        shared.totals[source * n.columns + column] =
+            Halves(total >> shift & 0xffff, (part < 2 ? before[0] : before[1]) >> shift & 0xffff);
+      } else if (column == n.invalid && source == p.group.rank && blockIdx.x == 0) {
+        *p.num_invalid = total;
+      }
+    }
+    return ok;
+  }
+
+ private:
+  static constexpr int kLanes = 4;
+  static_assert(kBlocks == 2 * kLanes);
+
+  __device__ __forceinline__ static int32_t NumTasks(const PushParams& params) {
+    return params.plan.group.num_ranks * params.shape.quads * kLanes;
+  }
+  __device__ __forceinline__ void Load(const PushParams& params, uint64_t epoch, int32_t i) {
+    const PushShape& n = params.shape;
+    const int source = n.by_quads(i / kLanes);
+    const int32_t quad = i / kLanes - source * n.quads;
+    const int32_t block = 2 * (i % kLanes);
+    const uint64_t* from = CountsOf(Own(params.plan.group), n, epoch, source, block) + 2 * quad;
+    pairs_[0].Load(from);
+    pairs_[1].Load(from + 2 * n.quads);
+  }
+
+  Pair pairs_[2] = {};
+};
 
 // Entries of all ranks in `column`; `before` gets those of the ranks before `source`, and of the
 // blocks before this one there.
@@ -155,6 +190,12 @@ __device__ __forceinline__ int32_t SumRanks(const PushParams& params, const Shar
 __device__ __forceinline__ int32_t AddRows(const PlanParams& p, int32_t a, int32_t b) {
   const uint32_t sum = static_cast<uint32_t>(a) + static_cast<uint32_t>(b);
   return static_cast<int32_t>(min(sum, static_cast<uint32_t>(p.capacity)));
+}
+
+__device__ __forceinline__ int32_t AlignRows(const PushParams& params, int32_t count) {
+  const int32_t alignment = params.plan.alignment;
+  const int32_t past = count - params.shape.by_alignment(count) * alignment;
+  return past == 0 ? count : count + (alignment - past);
 }
 
 // Calls body(task, rank, nth, l) for all experts l of all ranks, each warp for the `nth` 32 experts
@@ -195,7 +236,7 @@ __device__ void SumColumns(const Params& params, const Shared& shared) {
       shared.demand[column] = demand;
       shared.rows[column].first = before;
       const int32_t wanted = plan::Min(demand, p.expert_capacity);
-      padded = plan::Min(plan::RoundUp(wanted, p.alignment), p.capacity);
+      padded = plan::Min(AlignRows(params, wanted), p.capacity);
     }
     int32_t inclusive = padded;
 #pragma unroll
@@ -229,7 +270,7 @@ __device__ void LayOutExpertRows(const PushParams& params, const Shared& shared)
       shared.rows[column] = {shared.rows[column].first + start, start + count};
       if (r == p.group.rank && blockIdx.x == 0) {
         p.counts[l] = count;
-        p.group_sizes[l] = plan::RoundUp(count, p.alignment);
+        p.group_sizes[l] = AlignRows(params, count);
         p.demand[l] = demand;
         dropped = demand - count;
       }
@@ -253,21 +294,37 @@ __device__ void WriteDemand(const PushParams& params, const Shared& shared) {
   }
 }
 
-// Where the listed entries go.
-template <typename Params>
-__device__ void LayOutSlots(const Params& params, const Shared& shared, Chunk chunk, Batch batch) {
+// Entries of the batch's slots that come before them in their columns become `slots[].rows.first`.
+// Threads from the block's end have the slots, in LayOutSlots too: those from its beginning have
+// columns meanwhile.
+__device__ void SumSlots(const PushParams& params, const Shared& shared, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  const int32_t entries = Params::kLayout == Layout::kToken ? 1 : p.top_k;  // of a token
 #pragma unroll 1
-  for (int32_t i = threadIdx.x; i < batch.count * n.here; i += kThreads) {
-    const int32_t s = Params::kLayout == Layout::kToken ? i : n.by_num_local(i);
+  for (int32_t i = kThreads - 1 - threadIdx.x; i < batch.count * n.here; i += kThreads) {
+    const int32_t s = n.by_num_here(i);
     const int32_t column = p.group.rank * n.here + i - s * n.here;
-    const int source = batch.Source(p.group, s);
     int32_t before = 0;
-    SumRanks(params, shared, column, source, before);
-    shared.slots[i] = {shared.starts[column] + before - shared.firsts[i], shared.rows[column].limit,
-                       (source * p.num_tokens + chunk.begin) * entries, s * n.chunk * entries};
+    SumRanks(params, shared, column, batch.Source(p.group, s), before);
+    shared.slots[i].rows.first = before;
+  }
+}
+
+// Layout "expert": where the entries of the batch's slots go. Their limits are those of the slots.
+__device__ void LayOutSlots(const PushParams& params, const Shared& shared, Chunk chunk,
+                            Batch batch) {
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+#pragma unroll 1
+  for (int32_t i = kThreads - 1 - threadIdx.x; i < batch.count * n.here; i += kThreads) {
+    const int32_t s = n.by_num_here(i);
+    const int32_t column = p.group.rank * n.here + i - s * n.here;
+    const SlotList list = shared.lists[i];
+    const int32_t first = shared.starts[column] + shared.slots[i].rows.first;
+    const int32_t limit = plan::Min(first + list.count, shared.rows[column].limit);
+    shared.slots[i] = {{first, limit},
+                       list.place,
+                       (batch.Source(p.group, s) * p.num_tokens + chunk.begin) * p.top_k};
   }
 }
 

@@ -28,6 +28,22 @@ struct Divider {
   }
 };
 
+// x / divisor for all x from 0 and divisors from 1 to 2^31 - 1.
+struct WideDivider {
+  uint32_t factor;
+  int32_t shift;
+
+  static WideDivider By(int32_t divisor) {
+    int32_t shift = 31;
+    while (int64_t{1} << (shift - 31) < divisor) ++shift;
+    const uint64_t d = static_cast<uint32_t>(divisor);
+    return {static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d), shift};
+  }
+  __device__ __forceinline__ int32_t operator()(int32_t x) const {
+    return static_cast<int32_t>(uint64_t{static_cast<uint32_t>(x)} * factor >> shift);
+  }
+};
+
 // Sizes that follow from the static shape. Here a *slot* is a column of this rank together with a
 // source, this rank included.
 struct PushShape {
@@ -35,62 +51,74 @@ struct PushShape {
   int32_t here;         // columns of a rank
   int32_t row_columns;  // that rows are counted by
   int32_t columns;      // that are counted: in layout "token" all experts after the ranks
-  int32_t quads;        // of counts that a block sends: columns, invalid entries
+  int32_t invalid;      // where a block sends how many invalid entries it has; even
+  int32_t quads;        // of counts that a block sends: columns, then invalid entries
   int32_t chunk;        // tokens of a block, a multiple of 32
   int32_t words;        // of a column's mask
+  int32_t tasks;        // warps that a chunk's tokens take: see ForTokens
   int32_t stride;       // of a column's cells; odd
   int32_t id_bits;      // of an expert id in a message: 8 or 16
   int32_t token_words;  // of a token's message; even
   int32_t sources;      // whose tokens are numbered at a time
   int32_t parts;        // of a rank's experts, 32 each
-  Divider by_num_local, by_words, by_quads, by_parts;
+  bool apart;           // peers' cells lie beside own ones, not over them
+  Divider by_num_local, by_num_here, by_tasks, by_quads, by_parts;
+  WideDivider by_alignment;
   // Views of a block's shared memory, in int32.
-  int32_t cells, ids, list, totals, sent, rows, demand, sums, starts, slots, firsts, kept, end;
+  int32_t cells, peer_cells, ids, list, totals, sent, rows, demand, sums, starts, slots, lists,
+      kept, end;
 };
 
 // What a column (or slot) has of 32 tokens that follow each other.
-struct Cell {
+struct alignas(8) Cell {
   uint32_t mask;   // of tokens
   int32_t before;  // entries in the cells before this one
 };
 
 // The rows of a column for this rank's chunk: [first, limit), of which those from `limit` on are
 // dropped.
-struct ColumnRows {
+struct alignas(8) ColumnRows {
   int32_t first;
   int32_t limit;
 };
 
-// The same for a slot, together with what its entries are called.
+// Where a slot's entries are in the list.
+struct alignas(8) SlotList {
+  int32_t place;
+  int32_t count;
+};
+
+// The rows of a slot: the entries that are listed from `place` on, `source` the EncodeSource of the
+// source's first entry.
 struct alignas(16) SlotRows {
-  int32_t offset;  // from the place in the list to the row
-  int32_t limit;
-  int32_t source;  // EncodeSource of the source's first entry
-  int32_t staged;  // its first entry's place in `staging`
+  ColumnRows rows;
+  int32_t place;
+  int32_t source;
 };
 
 struct Shared {
   int32_t* records;  // [chunk, kMaxK] of own entries: expert, then column and position
-  Cell* cells;       // [columns or slots, stride]
-  int32_t* staging;  // [sources, chunk, K or 1] rows here of peers; over the cells after their use
+  Cell* cells;       // [columns, stride] of own entries
+  Cell* peer_cells;  // [slots of peers, stride]
   uint32_t* ids;     // [sources, chunk, token_words] local experts, packed
-  uint32_t* list;    // entries here, by slot: in the chunk of the source, and the slot above
+  uint16_t* list;    // entries here, by slot, as numbered in the chunk of the source (layout
+                     // "expert"; in layout "token" rows follow each other as tokens do)
   uint32_t* totals;  // [R, columns] entries of the rank, and of its blocks before this one above
-  int32_t* sent;     // [4 * quads] counts of this block
+  int32_t* sent;     // [4 * quads] counts of this block, by column
   ColumnRows* rows;  // [row_columns]
   int32_t* demand;   // [row_columns]
   int32_t* sums;     // [R, parts] rows of 32 experts together
   int32_t* starts;   // [row_columns] first row of the column on its rank
   SlotRows* slots;   // [sources, here]
-  int32_t* firsts;   // [sources, here] place in the list of the slot's first entry
+  SlotList* lists;   // [sources, here] (layout "expert")
   int32_t* kept;     // [L] pairs kept of each local expert (layout "token")
 
   __device__ Shared(const PushShape& n, int32_t* memory) {
     records = memory;
     cells = reinterpret_cast<Cell*>(memory + n.cells);
-    staging = memory + n.cells;
+    peer_cells = reinterpret_cast<Cell*>(memory + n.peer_cells);
     ids = reinterpret_cast<uint32_t*>(memory + n.ids);
-    list = reinterpret_cast<uint32_t*>(memory + n.list);
+    list = reinterpret_cast<uint16_t*>(memory + n.list);
     totals = reinterpret_cast<uint32_t*>(memory + n.totals);
     sent = memory + n.sent;
     rows = reinterpret_cast<ColumnRows*>(memory + n.rows);
@@ -98,12 +126,15 @@ struct Shared {
     sums = memory + n.sums;
     starts = memory + n.starts;
     slots = reinterpret_cast<SlotRows*>(memory + n.slots);
-    firsts = memory + n.firsts;
+    lists = reinterpret_cast<SlotList*>(memory + n.lists);
     kept = memory + n.kept;
   }
 };
 
-// Ids that a thread holds: K, rounded up to what there is a kernel for.
+// Ids of a token that a lane of a warp holds; its other ids are held by the lanes beside it.
+constexpr int kIdsOfLane = 4;
+
+// Ids that the lanes of a token hold: K, rounded up to what there is a kernel for.
 int32_t MaxTopK(const PlanParams& p) { return p.top_k <= 8 ? 8 : 32; }
 
 void LayOutShared(const PlanParams& p, PushShape& n) {
@@ -116,13 +147,16 @@ void LayOutShared(const PlanParams& p, PushShape& n) {
   const bool by_expert = p.layout == Layout::kExpert;
   const int64_t slots = int64_t{n.sources} * n.here;
   const int64_t tokens = int64_t{n.sources} * n.chunk;
-  const int64_t cells = 2 * int64_t{n.stride} * (slots > n.columns ? slots : n.columns);
-  const int64_t staging = tokens * (by_expert ? p.top_k : 1);
-  n.cells = add(cells > staging ? cells : staging);
+  const int64_t own_cells = 2 * int64_t{n.stride} * n.columns;
+  const int64_t peer_cells =
+      2 * int64_t{n.stride} * (n.sources < p.group.num_ranks ? slots : slots - n.here);
+  n.cells = add(n.apart || own_cells > peer_cells ? own_cells : peer_cells);
+  n.peer_cells = n.apart ? add(peer_cells) : n.cells;
   n.ids = add(tokens * n.token_words);
   // Whatever a message says, a token is in no more slots than it has ids.
   const int32_t token_ids = n.token_words * (32 / n.id_bits);
-  n.list = add(tokens * plan::RowsPerSource(p.layout, token_ids, n.num_local));
+  const int64_t listed = tokens * plan::RowsPerSource(p.layout, token_ids, n.num_local);
+  n.list = add(by_expert ? (listed + 1) / 2 : 0);
   n.totals = add(int64_t{p.group.num_ranks} * n.columns);
   n.sent = add(4 * n.quads);
   n.rows = add(2 * n.row_columns);
@@ -130,7 +164,7 @@ void LayOutShared(const PlanParams& p, PushShape& n) {
   n.sums = add(by_expert ? int64_t{p.group.num_ranks} * n.parts : 0);
   n.starts = add(n.row_columns);
   n.slots = add(4 * slots);
-  n.firsts = add(slots);
+  n.lists = add(by_expert ? 2 * slots : 0);
   n.kept = add(by_expert ? 0 : n.num_local);
   n.end = end;
 }
@@ -142,23 +176,29 @@ PushShape PushShapeOf(const PlanParams& p) {
   n.here = NumColumnsHere(p);
   n.row_columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
   n.columns = n.row_columns + (by_expert ? 0 : p.num_experts);
-  n.quads = n.columns / 4 + 1;
+  n.invalid = (n.columns + 1) / 2 * 2;
+  n.quads = n.invalid / 4 + 1;
   n.chunk = ((p.num_tokens + kBlocks - 1) / kBlocks + 31) / 32 * 32;
   n.words = n.chunk / 32;
   n.stride = n.words | 1;
+  n.tasks = n.words * (MaxTopK(p) / kIdsOfLane);
   n.id_bits = n.num_local <= 0xff && p.top_k <= 8 ? 8 : 16;
   const int32_t ids_of_pair = 64 / n.id_bits;
   n.token_words = 2 * ((p.top_k + ids_of_pair - 1) / ids_of_pair);
   n.by_num_local = Divider::By(n.num_local);
-  n.by_words = Divider::By(n.words);
+  n.by_num_here = Divider::By(n.here);
+  n.by_tasks = Divider::By(n.tasks);
   n.by_quads = Divider::By(n.quads);
   n.parts = (n.num_local + 31) / 32;
   n.by_parts = Divider::By(n.parts);
-  n.sources = p.group.num_ranks;
-  for (LayOutShared(p, n); n.sources > 1 && n.end * sizeof(int32_t) > kGoodSharedBytes;) {
-    n.sources = (n.sources + 1) / 2;
+  n.by_alignment = WideDivider::By(p.alignment);
+  const auto fits = [&](bool apart) {
+    n.apart = apart;
     LayOutShared(p, n);
-  }
+    return n.end * sizeof(int32_t) <= kGoodSharedBytes;
+  };
+  n.sources = p.group.num_ranks;
+  while (!fits(true) && !fits(!by_expert) && n.sources > 1) n.sources = (n.sources + 1) / 2;
   return n;
 }
 
@@ -193,6 +233,10 @@ struct Batch {
   }
 };
 
+__device__ __forceinline__ int32_t NumPeerSlots(const PushShape& n, Batch batch) {
+  return (batch.count - batch.NumOwn()) * n.here;
+}
+
 // The inbox: [R, kBlocks, quads] pairs of counts, then [R, T, token_words] ids (but not its own). A
 // word has its data in the upper half, the epoch in the lower one.
 __device__ __forceinline__ uint64_t* CountsOf(Workspace& workspace, const PushShape& n,
@@ -216,25 +260,33 @@ __device__ __forceinline__ void SendPair(uint64_t* to, uint64_t epoch, uint32_t 
                           PackCount(static_cast<int32_t>(second), epoch));
 }
 
-// Two words of an inbox, on their way from `source`.
-struct Pair {
-  uint64_t first, second;
+// Words of an inbox that lie together, on their way from `source`.
+template <int kCount>
+struct Words {
+  uint64_t values[kCount];
 
   __device__ __forceinline__ void Load(const uint64_t* from) {
-    ptx::LoadRelaxedSystem(from, first, second);
+    if constexpr (kCount == 1) {
+      values[0] = ptx::LoadRelaxedSystem(from);
+    } else {
+      ptx::LoadRelaxedSystem(from, values[0], values[1]);
+    }
   }
   __device__ __forceinline__ bool IsOf(uint64_t epoch) const {
-    const uint32_t expected = static_cast<uint32_t>(epoch);
-    return kMutation == kWithoutPlanWords ||
-           (static_cast<uint32_t>(first) == expected && static_cast<uint32_t>(second) == expected);
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      all = all && static_cast<uint32_t>(values[i]) == static_cast<uint32_t>(epoch);
+    }
+    return kMutation == kWithoutPlanWords || all;
   }
   // Called while a wait goes on; false once the group has failed.
   __device__ __forceinline__ bool Continue(Deadline& deadline, const GroupParams& group,
                                            uint64_t epoch, int source) const {
-    const uint64_t seen = (first & 0xffffffff) << kTagBits;
+    const uint64_t seen = (values[0] & 0xffffffff) << kTagBits;
     return deadline.Continue(group, Phase::kArrival, source, FlagValue(epoch, group.tag), seen);
   }
-  // Returns once both are of this epoch; false once the group has failed.
+  // Returns once all are of this epoch; false once the group has failed.
   __device__ __forceinline__ bool Await(const GroupParams& group, uint64_t epoch, int source,
                                         const uint64_t* from) {
     for (Deadline deadline; !IsOf(epoch);) {
@@ -243,13 +295,11 @@ struct Pair {
     }
     return true;
   }
-  __device__ __forceinline__ uint32_t FirstData() const {
-    return static_cast<uint32_t>(first >> 32);
-  }
-  __device__ __forceinline__ uint32_t SecondData() const {
-    return static_cast<uint32_t>(second >> 32);
+  __device__ __forceinline__ uint32_t Data(int i) const {
+    return static_cast<uint32_t>(values[i] >> 32);
   }
 };
+using Pair = Words<2>;
 
 }  // namespace
 }  // namespace jax_ep::cuda

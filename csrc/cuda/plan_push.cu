@@ -1,12 +1,13 @@
 // The plan op: every (token, k) entry learns its row, in one kernel of one cluster of blocks.
 //
-// Each block has a chunk of the tokens. Blocks send to all ranks what these need: how many entries
-// each column has in the chunk (to their own rank, too), and to peers the expert ids of each token
-// there. So every block knows what lies before its chunk, at which rank ever, and numbers the
-// chunk's entries of all ranks. A bit mask of tokens for each column makes the position of an entry
-// a matter of counting the bits before it; the entries that are here are listed by column in shared
-// memory, so that what is written in the end lies together. Most of that is done before the counts
-// arrive.
+// Each block has a chunk of the tokens, and each token some lanes of a warp. Blocks send to all
+// ranks what these need: how many entries each column has in the chunk (to their own rank, too),
+// and to peers the expert ids of each token there. So every block knows what lies before its chunk,
+// at which rank ever, and numbers the chunk's entries of all ranks. A bit mask of tokens for each
+// column makes the position of an entry a matter of counting the bits before it; in layout "expert"
+// the entries that are here are listed by column in shared memory, so that what is written in the
+// end lies together. Most of that is done before the counts arrive. A row is written once: by who
+// has its entry, or as unused.
 //
 // Messages go to the peer's inbox. A word has 32 bits of the epoch beside its data: who finds the
 // epoch has the data. So nothing is fenced, nothing is read over a link, and no rank waits at the
@@ -40,71 +41,68 @@ __device__ int64_t plan_stamps[kBlocks][16];
 
 // Loops are not unrolled where that gains nothing: each launch has to fetch the code that it runs.
 
-// The first of a block's threads that mark rows unused: warps that mostly have no tokens.
-constexpr int kFirstFiller = kThreads / 2;
-constexpr int kFillers = kThreads - kFirstFiller;
-
-// Sets `count` words to -1, the fillers of all blocks together.
-__device__ __noinline__ void FillNone(int32_t* words, int64_t count, bool aligned) {
-  const int64_t thread = int64_t{blockIdx.x} * kFillers + threadIdx.x - kFirstFiller;
-  const int64_t num_fours = aligned ? count / 4 : 0;
+// Sets words from `begin` to `end` to -1, all threads of all blocks together.
+__device__ __noinline__ void FillNone(int32_t* words, int64_t begin, int64_t end, bool aligned) {
+  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
 #pragma unroll 1
-  for (int64_t i = thread; i < num_fours; i += kBlocks * kFillers) {
-    reinterpret_cast<int4*>(words)[i] =
-        make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
-  }
+  for (int64_t i = begin / 4 * 4 + 4 * thread; i < end; i += 4 * kBlocks * kThreads) {
+    if (aligned && i >= begin && i + 4 <= end) {
+      *reinterpret_cast<int4*>(words + i) =
+          make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
+      continue;
+    }
 #pragma unroll 1
-  for (int64_t i = 4 * num_fours + thread; i < count; i += kBlocks * kFillers) {
-    words[i] = plan::kNone;
-  }
-}
-
-// The rows of the listed entries.
-template <int kIdBits, typename Params>
-__device__ void WriteListedRows(const Params& params, const Shared& shared, int32_t num_listed,
-                                bool drops) {
-  const PlanParams& p = params.plan;
-  const PushShape& n = params.shape;
-#pragma unroll 1
-  for (int32_t i = threadIdx.x; i < num_listed; i += kThreads) {
-    const uint32_t listed = shared.list[i];
-    const int32_t entry = listed & 0xffff;
-    const SlotRows slot = shared.slots[listed >> 16];
-    const int32_t row = i + slot.offset;
-    if (row >= slot.limit) continue;
-    p.recv_src[row] = slot.source + entry;
-    shared.staging[slot.staged + entry] = row;
-    if (Params::kLayout != Layout::kToken) continue;
-    const uint32_t* ids = shared.ids + (slot.staged + entry) * n.token_words;
-    int32_t* expert_idx = p.expert_idx + int64_t{row} * p.top_k;
-    for (int32_t w = 0; w < n.token_words; w += 2) {
-      const uint32_t words[2] = {ids[w], ids[w + 1]};
-      ForIds<kIdBits>(n, words, w * (32 / kIdBits), [&](int k, int32_t id) {
-        expert_idx[k] = id;
-        if (drops) atomicAdd(&shared.kept[id], 1);
-      });
+    for (int64_t j = i; j < i + 4; ++j) {
+      if (j >= begin && j < end) words[j] = plan::kNone;
     }
   }
 }
 
-// The rows here of the tokens of the batch's peers.
-template <int kMaxK, typename Params>
-__device__ void WriteRecvRows(const Params& params, const Shared& shared, Chunk chunk,
-                              Batch batch) {
+// Rows that no entry has: in layout "expert" those after each group's last, in layout "token" those
+// after all others.
+template <typename Params>
+__device__ void FillUnusedRows(const Params& params, const Shared& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  const int num_own = batch.NumOwn();
-  ForTokens(n, batch.count - num_own, chunk.count, [&](int32_t nth, int32_t t) {
-    const int32_t s = num_own + nth;
-    const int64_t token = int64_t{batch.Source(p.group, s)} * p.num_tokens + chunk.begin + t;
-    if (Params::kLayout == Layout::kToken) {
-      p.recv_rows[token] = shared.staging[s * n.chunk + t];
-      return;
+  if (Params::kLayout == Layout::kToken) {
+    const int32_t used = plan::Min(shared.demand[p.group.rank], p.capacity);
+    FillNone(p.recv_src, used, p.capacity, params.aligned);
+    FillNone(p.expert_idx, int64_t{used} * p.top_k, int64_t{p.capacity} * p.top_k, params.aligned);
+    return;
+  }
+  const int32_t first = p.group.rank * n.num_local, last = first + n.num_local - 1;
+#pragma unroll 1
+  for (int32_t column = first + threadIdx.x / 32 * kBlocks + blockIdx.x; column < last;
+       column += kWarps * kBlocks) {
+    const int32_t end = shared.starts[column + 1];
+#pragma unroll 1
+    for (int32_t row = shared.rows[column].limit + threadIdx.x % 32; row < end; row += 32) {
+      p.recv_src[row] = plan::kNone;
     }
-    int32_t rows[kMaxK];
-    LoadValues(rows, shared.staging + (s * n.chunk + t) * p.top_k, p.top_k, true);
-    StoreRecvRows(params, token, rows);
-  });
+  }
+  FillNone(p.recv_src, shared.rows[last].limit, p.capacity, params.aligned);
+}
+
+// Layout "expert": what the rows of the batch's slots hold. Half of a warp has a slot.
+__device__ void WriteListedRows(const PushParams& params, const Shared& shared, Batch batch) {
+  constexpr int kLanesOfSlot = 16;
+  constexpr int kAtOnce = 2;  // loads side by side
+#pragma unroll 1
+  for (int32_t i = threadIdx.x / kLanesOfSlot; i < batch.count * params.shape.here;
+       i += kThreads / kLanesOfSlot) {
+    const SlotRows slot = shared.slots[i];
+    const uint16_t* list = shared.list + slot.place;
+    int32_t* to = params.plan.recv_src + slot.rows.first;
+    const int32_t count = slot.rows.limit - slot.rows.first;
+#pragma unroll 1
+    for (int32_t j = threadIdx.x % kLanesOfSlot; j < count; j += kAtOnce * kLanesOfSlot) {
+      const int32_t next = j + kLanesOfSlot;
+      const int32_t entry = list[j];
+      const int32_t next_entry = next < count ? list[next] : 0;
+      to[j] = slot.source + entry;
+      if (next < count) to[next] = slot.source + next_entry;
+    }
+  }
 }
 
 // Layout "token", after tokens were dropped: the first block writes what was kept.
@@ -134,25 +132,26 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   constexpr bool by_token = kLayout == Layout::kToken;
   STAMP(0);
 
-  const bool fills = threadIdx.x >= kFirstFiller;
-  if (fills) {
-    FillNone(p.recv_src, p.capacity, params.aligned);
-    if (by_token) FillNone(p.expert_idx, int64_t{p.capacity} * p.top_k, params.aligned);
-  }
+  int32_t ids[kIdsOfLane];  // on their way while the epoch comes
+  LoadFirstIds<kMaxK>(params, chunk, ids);
   const uint64_t epoch = BeginOp(p.group);
-  int32_t ids[kMaxK] = {};  // on their way meanwhile
-  if (threadIdx.x < chunk.count) {
-    LoadValues(ids, p.topk_idx + (int64_t{begin} + threadIdx.x) * p.top_k, p.top_k, params.aligned);
+  // What other blocks write to is ready once all have seen the second half. The warp that makes it
+  // so has nothing else to wait for yet.
+  if (threadIdx.x < 32) {
+    if (threadIdx.x == 0) failed = 0;
+    if (by_token) {
+#pragma unroll 1
+      for (int32_t l = threadIdx.x; l < n.num_local; l += 32) shared.kept[l] = 0;
+    }
+    ptx::ClusterArriveRelease();
+  } else {
+    ptx::ClusterArriveRelaxed();
   }
-  ClearCells(n, shared, 0, n.columns);
+  ClearCells(n, shared.cells, n.columns);
+  if (n.apart) ClearCells(n, shared.peer_cells, NumPeerSlots(n, Batch{0, n.sources}));
 #pragma unroll 1
   for (int32_t i = threadIdx.x; i < 4 * n.quads; i += kThreads) shared.sent[i] = 0;
-  if (by_token) {
-#pragma unroll 1
-    for (int32_t l = threadIdx.x; l < n.num_local; l += kThreads) shared.kept[l] = 0;
-  }
-  if (threadIdx.x == 0) failed = 0, num_listed = 0;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = 0;
+  if (threadIdx.x == 0) num_listed = 0;
   const int32_t from_end = kThreads - 1 - static_cast<int32_t>(threadIdx.x);
   if (blockIdx.x == 0 && from_end < p.group.num_ranks) {
     ptx::StoreRelaxedSystem(&p.group.peers[from_end]->arrival[epoch % 2][p.group.rank].value,
@@ -160,71 +159,77 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   STAMP(1);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = 0;
   TestDelay(p.group.rank, epoch, 0);
   CleanTokens<kMaxK, kIdBits>(params, shared, epoch, chunk, ids);
-  // Any block may write any row after the second half. Other warps do not wait for their writes.
-  if (fills) {
-    ptx::ClusterArriveRelease();
-  } else {
-    ptx::ClusterArriveRelaxed();
-  }
   __syncthreads();
   STAMP(2);
-  SumCells(n, shared, 0, n.columns, [&](bool is_last, int32_t column, int32_t total) {
-    if (is_last) shared.sent[column] = total;
+  SumCells<kLayout>(n, shared.cells, n.columns, [&](int32_t column, int32_t total) {
+    const bool is_first = threadIdx.x % kLanesOfColumn<kLayout> == 0;
+    if (is_first && column < n.columns) shared.sent[column] = total;
+    if (by_token) return;
     const int32_t slot = column - p.group.rank * n.here;
-    const bool is_here = is_last && static_cast<uint32_t>(slot) < static_cast<uint32_t>(n.here);
-    const int32_t first = PlaceInList(is_here ? total : 0, &num_listed);
-    if (is_here) shared.firsts[slot] = first;
-    return 0;
+    const bool is_here = static_cast<uint32_t>(slot) < static_cast<uint32_t>(n.here);
+    const int32_t place = PlaceInList(is_here ? total : 0, &num_listed);
+    if (is_first && is_here) shared.lists[slot] = {place, total};
   });
   __syncthreads();
   SendCounts(params, shared, epoch);
   STAMP(3);
-  bool ok = true;
-  if (from_end < p.group.num_ranks) {
-    // A rank that failed before has said so before it arrived.
-    const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
-    ok = WaitFlag(p.group, flag.value, epoch, Phase::kArrival, from_end) &&
-         !HasFailed(p.group, epoch);
-  }
-  PlaceOwnEntries<kMaxK>(params, shared, chunk);
-  STAMP(4);
 
-  bool drops = false;
+  bool ok = true, drops = false;
   for (int first = 0; first < p.group.num_ranks; first += n.sources) {
     const Batch batch{first, plan::Min(n.sources, p.group.num_ranks - first)};
-    const int32_t first_slot = batch.NumOwn() * n.here;
-    const int32_t last_slot = batch.count * n.here;
-    if (first_slot < last_slot) {
-      __syncthreads();
-      ClearCells(n, shared, first_slot, last_slot);
-      if (threadIdx.x == 0 && first != 0) num_listed = 0;
-      __syncthreads();
-      ok = TakeIds<kIdBits>(params, shared, epoch, chunk, batch) && ok;
+    const int32_t num_slots = NumPeerSlots(n, batch);
+    IncomingIds<kMaxK, kIdBits, LayoutParams<kLayout>> incoming(params, epoch, chunk, batch);
+    IncomingCounts counts;
+    if (first == 0) PlaceOwnEntries<kMaxK>(params, shared, chunk);
+    STAMP(4);
+    if (num_slots != 0) {
+      if (first != 0 || !n.apart) {
+        __syncthreads();
+        ClearCells(n, shared.peer_cells, num_slots);
+        if (threadIdx.x == 0 && first != 0) num_listed = 0;
+        __syncthreads();
+      }
+      ok = incoming.Take(shared) && ok;
       __syncthreads();
       STAMP(5);
-      SumCells(n, shared, first_slot, last_slot, [&](bool is_last, int32_t slot, int32_t total) {
-        const int32_t place = PlaceInList(is_last ? total : 0, &num_listed);
-        if (is_last) shared.firsts[slot] = place;
-        return __shfl_sync(~0u, place, 3, 4);
+    }
+    // By a warp that has the least to do now.
+    if (first == 0 && from_end < p.group.num_ranks) {
+      const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
+      ok = WaitFlag(p.group, flag.value, epoch, Phase::kArrival, from_end) && ok;
+    }
+    if (num_slots != 0) {
+      SumCells<kLayout>(n, shared.peer_cells, num_slots, [&](int32_t slot, int32_t total) {
+        if (by_token) return;
+        const int32_t place = PlaceInList(total, &num_listed);
+        if (threadIdx.x % kLanesOfColumn<kLayout> == 0 && slot < num_slots) {
+          shared.lists[batch.NumOwn() * n.here + slot] = {place, total};
+        }
       });
       __syncthreads();
       STAMP(6);
-      ListEntries<kIdBits>(params, shared, chunk, batch);
-      STAMP(7);
     }
+    if (first == 0) counts.Load(params, epoch);
+    if (num_slots != 0 && !by_token) {
+      ListPeerEntries<kMaxK, kIdBits>(params, shared, chunk, batch);
+    }
+    STAMP(7);
     if (first == 0) {
-      ok = TakeCounts(params, shared, epoch) && ok;
+      ok = counts.Take(params, shared, epoch) && ok;
       STAMP(8);
+      // A rank that failed before has said so before it arrived.
+      if (from_end < p.group.num_ranks) ok = ok && !HasFailed(p.group, epoch);
       TestDelay(p.group.rank, epoch, 1);
-      ptx::ClusterWaitAcquire();
     }
     ok = __syncthreads_and(ok);
     if (!ok) break;
     STAMP(9);
+    if (first == 0) SumColumns(params, shared);
+    SumSlots(params, shared, batch);
     if (first == 0) {
-      SumColumns(params, shared);
       __syncthreads();
       if (by_token) {
         drops = shared.demand[p.group.rank] > p.capacity;
@@ -233,29 +238,27 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
         LayOutExpertRows(params, shared);
         __syncthreads();
       }
-      STAMP(10);
-      WriteOwnRows<kMaxK>(params, shared, chunk);
     }
-    LayOutSlots(params, shared, chunk, batch);
-    const int32_t staged = n.chunk / 4 * (by_token ? 1 : p.top_k);  // of a source, in fours
-#pragma unroll 1
-    for (int32_t i = batch.NumOwn() * staged + threadIdx.x; i < batch.count * staged;
-         i += kThreads) {
-      reinterpret_cast<int4*>(shared.staging)[i] =
-          make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
-    }
-    __syncthreads();
+    STAMP(10);
+    if (!by_token) LayOutSlots(params, shared, chunk, batch);
+    if (first == 0) WriteOwnRows<kMaxK>(params, shared, chunk);
     STAMP(11);
-    WriteListedRows<kIdBits>(params, shared, num_listed, drops);
-    if (first_slot == last_slot && !drops) continue;
-    __syncthreads();
-    STAMP(12);
-    WriteRecvRows<kMaxK>(params, shared, chunk, batch);
+    if (!by_token || first != 0) __syncthreads();
+    if (by_token) {
+      WriteTokenRows<kMaxK, kIdBits>(params, shared, chunk, batch, drops);
+    } else {
+      WriteListedRows(params, shared, batch);
+      STAMP(12);
+      WriteRecvRows<kMaxK, kIdBits>(params, shared, chunk, batch);
+    }
     STAMP(13);
   }
 
+  if (ok) FillUnusedRows(params, shared);
+  if (drops) __syncthreads();  // all is counted
+  ptx::ClusterWaitAcquire();
   if (!ok && threadIdx.x < kBlocks) *ptx::MapShared(&failed, threadIdx.x) = 1;
-  if (drops && blockIdx.x != 0) {  // all was counted before the last __syncthreads
+  if (drops && blockIdx.x != 0) {
 #pragma unroll 1
     for (int32_t l = threadIdx.x; l < n.num_local; l += kThreads) {
       if (shared.kept[l] != 0) atomicAdd(ptx::MapShared(&shared.kept[l], 0), shared.kept[l]);
@@ -272,6 +275,8 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     ptx::ClusterArriveRelease();  // over the rows of all blocks
     ptx::ClusterWaitAcquire();
     Poison(p, blockIdx.x * kThreads + threadIdx.x, kBlocks * kThreads);
+    FillNone(p.recv_src, 0, p.capacity, params.aligned);
+    if (by_token) FillNone(p.expert_idx, 0, int64_t{p.capacity} * p.top_k, params.aligned);
   }
   if (blockIdx.x != 0) return;
   if (drops && failed == 0) WriteKept(params, shared);

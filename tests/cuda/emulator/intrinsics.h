@@ -55,6 +55,15 @@ inline int32_t __reduce_add_sync(uint32_t mask, int32_t value) {
       },
       mask, static_cast<uint32_t>(value), 0));
 }
+inline uint32_t __reduce_or_sync(uint32_t mask, uint32_t value) {
+  return static_cast<uint32_t>(emulator::Exchange(
+      [](const uint64_t* values, uint32_t of, uint32_t, uint32_t) {
+        uint64_t bits = 0;
+        for (int i = 0; i < 32; ++i) bits |= (of >> i & 1) != 0 ? values[i] : 0;
+        return bits;
+      },
+      mask, static_cast<uint32_t>(value), 0));
+}
 
 namespace emulator {
 
