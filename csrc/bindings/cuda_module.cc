@@ -98,6 +98,7 @@ int64_t PlanScratchSize(int32_t layout, int32_t num_tokens, int32_t top_k, int32
   params.top_k = top_k;
   params.num_experts = num_experts;
   params.group.num_ranks = num_ranks;
+  params.alignment = 1;  // any
   return cuda::PlanScratchSize(params);
 }
 

@@ -235,14 +235,16 @@ int main(int argc, char** argv) {
     std::printf("  %-12s %8.1f us", name, us);
     if (wire_bytes > 0) std::printf("  %6.1f GB/s", wire_bytes / us * 1e-3);
     std::printf("\n");
-    for (Rank& rank : ranks) {
-      if (rank.error->set == 0) continue;
+    bool failed = false;
+    for (const Rank& rank : ranks) {
+      const cuda::ErrorRecord& error = *rank.error;
+      if (error.set == 0) continue;
+      failed = true;
       std::printf("FAILED: kind %u rank %u peer %u op %u phase %u expected %llx seen %llx\n",
-                  rank.error->kind, rank.error->rank, rank.error->peer, rank.error->op,
-                  rank.error->phase, (unsigned long long)rank.error->expected,
-                  (unsigned long long)rank.error->seen);
-      std::exit(1);
+                  error.kind, error.rank, error.peer, error.op, error.phase,
+                  (unsigned long long)error.expected, (unsigned long long)error.seen);
     }
+    if (failed) std::exit(1);
   };
   const double rows_over_link = double(T) * (R - 1);
   const bool has_vjp = by_expert && !fp8 && cuda::FitsCombineVjp(int64_t{H} * width);
