@@ -208,29 +208,41 @@ int main(int argc, char** argv) {
 
   // Times `launch` on all ranks at once: the slower rank's time per op over `repeat` ops.
   const auto time = [&](const char* name, auto&& launch, double wire_bytes) {
-    std::vector<float> ms(R);
-    std::vector<std::thread> threads;
+    // As graphs, so that the host's launches are not what is timed. All are ready before one
+    // begins: what makes them may wait for the GPU, on which ranks that share it wait for each
+    // other.
+    std::vector<cudaGraphExec_t> graphs(R);
     for (int r = 0; r < R; ++r) {
-      threads.emplace_back([&, r] {
-        CHECK_CUDA(cudaSetDevice(ranks[r].device));
-        const cudaEvent_t begin = ranks[r].begin, end = ranks[r].end;
-        launch(r, 0);
-        // As a graph, so that the host's launches are not what is timed.
-        cudaGraph_t graph;
-        cudaGraphExec_t executable;
-        CHECK_CUDA(cudaStreamBeginCapture(ranks[r].stream, cudaStreamCaptureModeThreadLocal));
-        for (int i = 0; i < repeat; ++i) launch(r, i);
-        CHECK_CUDA(cudaStreamEndCapture(ranks[r].stream, &graph));
-        CHECK_CUDA(cudaGraphInstantiate(&executable, graph, 0));
-        CHECK_CUDA(cudaGraphUpload(executable, ranks[r].stream));
-        CHECK_CUDA(cudaEventRecord(begin, ranks[r].stream));
-        CHECK_CUDA(cudaGraphLaunch(executable, ranks[r].stream));
-        CHECK_CUDA(cudaEventRecord(end, ranks[r].stream));
-        CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
-        CHECK_CUDA(cudaEventElapsedTime(&ms[r], begin, end));
-      });
+      cudaGraph_t graph;
+      CHECK_CUDA(cudaSetDevice(ranks[r].device));
+      CHECK_CUDA(cudaStreamBeginCapture(ranks[r].stream, cudaStreamCaptureModeThreadLocal));
+      for (int i = 0; i < repeat; ++i) launch(r, i);
+      CHECK_CUDA(cudaStreamEndCapture(ranks[r].stream, &graph));
+      CHECK_CUDA(cudaGraphInstantiate(&graphs[r], graph, 0));
+      CHECK_CUDA(cudaGraphUpload(graphs[r], ranks[r].stream));
+      CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
     }
-    for (std::thread& thread : threads) thread.join();
+    const auto on_all = [&](auto&& run) {
+      std::vector<std::thread> threads;
+      for (int r = 0; r < R; ++r) {
+        threads.emplace_back([&, r] {
+          CHECK_CUDA(cudaSetDevice(ranks[r].device));
+          run(r);
+          CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
+        });
+      }
+      for (std::thread& thread : threads) thread.join();
+    };
+    on_all([&](int r) { launch(r, 0); });
+    std::vector<float> ms(R);
+    on_all([&](int r) {
+      CHECK_CUDA(cudaEventRecord(ranks[r].begin, ranks[r].stream));
+      CHECK_CUDA(cudaGraphLaunch(graphs[r], ranks[r].stream));
+      CHECK_CUDA(cudaEventRecord(ranks[r].end, ranks[r].stream));
+    });
+    for (int r = 0; r < R; ++r) {
+      CHECK_CUDA(cudaEventElapsedTime(&ms[r], ranks[r].begin, ranks[r].end));
+    }
     const double us = *std::max_element(ms.begin(), ms.end()) * 1e3 / repeat;
     std::printf("  %-12s %8.1f us", name, us);
     if (wire_bytes > 0) std::printf("  %6.1f GB/s", wire_bytes / us * 1e-3);
