@@ -10,12 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jax_ep import _checks, _compat
+from jax_ep import _checks, _moe_checks
 from jax_ep._combine import combine
 from jax_ep._group import Group
 from jax_ep._grouped_dot import grouped_dot as default_grouped_dot
@@ -144,17 +143,17 @@ def moe(
         ValueError: for any other argument that does not fit; the text says what would.
     """
     op = "moe"
-    _check_group(group)
+    _moe_checks.check_group(group)
     _checks.check_num_experts(op, num_experts, group)
-    _check_top_k(top_k, num_experts)
-    _check_x(x)
-    _check_params(params, x.shape[-1], num_experts)
+    _moe_checks.check_top_k(top_k, num_experts)
+    _moe_checks.check_x(x)
+    _moe_checks.check_params(params, x.shape[-1], num_experts)
     _checks.check_one_of(op, "overlap", overlap, (None, "shared_expert"))
     if overlap is not None and params.shared is None:
         raise _checks.value_error(
             op, "overlap", "None without a shared expert", repr(overlap), "leave it out"
         )
-    _check_mask(mask, x.shape[:-1])
+    _moe_checks.check_mask(mask, x.shape[:-1])
     settings = _Settings(
         group=group,
         num_experts=num_experts,
@@ -336,106 +335,3 @@ def _resolve_token_axes(token_axes: tuple[str, ...], group: Group) -> tuple[str,
             "add them: else every rank of the group would send the same tokens",
         )
     return token_axes
-
-
-def _check_group(group: Any) -> None:
-    if not isinstance(group, Group):
-        raise _checks.type_error(
-            "moe",
-            "group",
-            "a Group",
-            type(group).__name__,
-            "make one with jax_ep.create_group(mesh, axis_name) outside jit",
-        )
-    manual = [name for name in _compat.manual_axes() if name in group.mesh.axis_names]
-    if manual:
-        raise _checks.value_error(
-            "moe",
-            "group",
-            "a call outside shard_map, on global arrays",
-            f"{tuple(manual)} as manual axes",
-            "call it outside, or use jax_ep.dispatch and jax_ep.combine inside",
-        )
-
-
-def _check_top_k(top_k: Any, num_experts: int) -> None:
-    if not _checks.is_int(top_k):
-        raise _checks.type_error(
-            "moe", "top_k", "a Python int", type(top_k).__name__, "pass the experts of a token"
-        )
-    most = min(num_experts, _checks.MAX_TOP_K)
-    if not 1 <= top_k <= most:
-        raise _checks.value_error(
-            "moe", "top_k", f"1 to {most} experts a token", top_k, "choose a number in that range"
-        )
-
-
-def _check_x(x: Any) -> None:
-    if not isinstance(x, jax.Array | np.ndarray):
-        raise _checks.type_error("moe", "x", "an array", type(x).__name__, "convert it first")
-    if x.ndim == 0:
-        raise _checks.value_error(
-            "moe",
-            "x",
-            "at least one dimension, [..., hidden]",
-            "a scalar",
-            "give each token its channels in the last dimension",
-        )
-
-
-def _check_mask(mask: Any, shape: tuple[int, ...]) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, jax.Array | np.ndarray) or mask.dtype != jnp.bool_:
-        raise _checks.type_error(
-            "moe",
-            "mask",
-            "a boolean array or None",
-            getattr(mask, "dtype", type(mask).__name__),
-            "cast it with astype(bool)",
-        )
-    if mask.shape != shape:
-        raise _checks.value_error(
-            "moe", "mask", f"shape {shape}, one entry for each token", mask.shape, "reshape it"
-        )
-
-
-def _check_params(params: Any, hidden: int, num_experts: int) -> None:
-    if not isinstance(params, MoEParams):
-        raise _checks.type_error(
-            "moe",
-            "params",
-            "jax_ep.MoEParams",
-            type(params).__name__,
-            "make the weights with jax_ep.init_moe_params, or put yours into jax_ep.MoEParams",
-        )
-    for name in ("router_kernel", "gate", "up", "down", "router_bias"):
-        weight = getattr(params, name)
-        optional = name == "router_bias"
-        if not isinstance(weight, jax.Array | np.ndarray) and not (optional and weight is None):
-            raise _checks.type_error(
-                "moe",
-                f"params.{name}",
-                "an array or None" if optional else "an array",
-                type(weight).__name__,
-                "make the weights with jax_ep.init_moe_params",
-            )
-    intermediate = params.gate.shape[-1] if params.gate.ndim else 0
-    expected = {
-        "router_kernel": (hidden, num_experts),
-        "gate": (num_experts, hidden, intermediate),
-        "up": (num_experts, hidden, intermediate),
-        "down": (num_experts, intermediate, hidden),
-        "router_bias": (num_experts,),
-    }
-    for name, shape in expected.items():
-        weight = getattr(params, name)
-        if weight is not None and weight.shape != shape:
-            raise _checks.value_error(
-                "moe",
-                f"params.{name}",
-                f"shape {shape} for hidden {hidden}, {num_experts} experts and intermediate "
-                f"{intermediate}",
-                weight.shape,
-                "make the weights with jax_ep.init_moe_params of the same sizes",
-            )
