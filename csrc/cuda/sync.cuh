@@ -253,6 +253,7 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
                              Poison&& poison) {
   Workspace& own = Own(group);
   TestDelay(group.rank, epoch, 2);
+  if (TestStops(group.tag, ~0u)) return;
   if (!IsLastBlock(&own.blocks_done)) return;
   for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
     ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value, FlagValue(epoch, group.tag));
