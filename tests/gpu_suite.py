@@ -49,6 +49,24 @@ SANITIZED = [
     "kernels_test layout=expert ranks=3 dtype=f32 plan=push",
 ]
 SMALL = "tokens=100 hidden=512 experts=12 topk=4 blocks=6 repeat=2 timeout=60"
+# What a rank does in failures_test.
+FAILED = "tokens=1000 hidden=1024 experts=12 topk=4 blocks=6 ranks=3"
+FAILURES = [
+    f"op={op} layout={layout} failure={failure}"
+    for op, layout in (
+        ("dispatch", "expert"),
+        ("dispatch", "token"),
+        ("combine", "token"),
+        ("combine_vjp", "expert"),
+    )
+    for failure in ("absent", "gone", "mismatch", "stops")
+] + [
+    "op=combine layout=expert failure=absent",
+    "op=combine layout=expert failure=mismatch other=dispatch",
+    "op=combine layout=expert failure=stops items=60000",
+    "op=combine layout=expert failure=stops items=2 phase=rows",
+    "op=combine layout=expert failure=stops routes=first phase=rows tokens=8000 ranks=2",
+]
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 
 
@@ -82,7 +100,8 @@ def stages(gpus: int) -> dict[str, Stage]:
                 f" tokens={4096 if gpus > 1 else 2048}"
                 for layout, blocks in (("expert", 64), ("token", 24))
                 for fp8 in (0, 1)
-            ],
+            ]
+            + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES],
             seconds=120,
         ),
         "mutations": Stage(["tests/cuda/mutations.sh run {binaries}"], seconds=300),

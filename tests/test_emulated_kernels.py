@@ -1,5 +1,5 @@
-"""The CUDA kernels on the CPU, by tests/cuda/emulator: bit by bit against the CPU backend, and
-without one of their waits, which must be noticed."""
+"""The CUDA kernels on the CPU, by tests/cuda/emulator: bit by bit against the CPU backend,
+without one of their waits, which must be noticed, and with ranks that fail."""
 
 from __future__ import annotations
 
@@ -80,6 +80,32 @@ _MUTATIONS = {
 }
 _SEEDS = 12  # schedules that a mutation may hide from, less one
 
+# A rank that fails, and the slots of the ring. Peers wait for its inputs; until it has read theirs; for
+# its sums; for slots that it has not read (the rank whose rows all are, in the last of these). Or
+# they find it at another op.
+_FAILURES = {
+    "op=dispatch failure=absent layout=expert ranks=3": 1024,
+    "op=dispatch failure=absent layout=token ranks=2 failing=0": 1024,
+    "op=dispatch failure=absent layout=expert ranks=2 fp8=1 hidden=256": 1024,
+    "op=combine failure=absent layout=expert ranks=3": 1024,
+    "op=combine failure=absent layout=token ranks=2": 1024,
+    "op=combine_vjp failure=absent layout=expert ranks=3 failing=1": 1024,
+    "op=combine failure=gone layout=expert ranks=3": 1024,
+    "op=dispatch failure=stops layout=expert ranks=3": 1024,
+    "op=dispatch failure=stops layout=token ranks=2": 1024,
+    "op=combine failure=stops layout=expert ranks=3 items=1000": 1024,
+    "op=combine failure=stops layout=token ranks=2": 1024,
+    "op=combine_vjp failure=stops layout=expert ranks=3": 1024,
+    "op=combine failure=stops phase=rows layout=expert ranks=2": 1024,
+    "op=combine failure=stops phase=rows layout=expert ranks=3 tokens=100 items=1": 1024,
+    "op=combine failure=stops phase=rows layout=expert ranks=3 tokens=100 items=1 weighted=1": 2,
+    "op=combine failure=stops phase=rows layout=expert ranks=2 routes=first": 1,
+    "op=dispatch failure=mismatch layout=expert ranks=3 failing=0 other=combine_vjp": 1024,
+    "op=combine failure=mismatch layout=expert ranks=3": 1024,
+    "op=combine failure=mismatch layout=token ranks=2 other=dispatch": 1024,
+    "op=combine_vjp failure=mismatch layout=expert ranks=3 other=combine": 1024,
+}
+
 
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
@@ -92,7 +118,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("emulator")
     script = _ROOT / "cuda" / "emulator" / "build.sh"
     done = subprocess.run(
-        ["bash", script, folder, "kernels_test", "stress_test", "plan_test"],
+        ["bash", script, folder, "kernels_test", "stress_test", "plan_test", "failures_test"],
         env=os.environ | {"PYTHON": sys.executable},
         capture_output=True,
         text=True,
@@ -145,6 +171,14 @@ def test_failed_plans(binaries: pathlib.Path) -> None:
     done = _run(binaries / "plan_test", "check=0 time=0 failures=1")
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count(": right") == 10, done.stdout
+
+
+@pytest.mark.parametrize("arguments", _FAILURES)
+def test_failures_of_a_rank(binaries: pathlib.Path, arguments: str) -> None:
+    """Its peers end in time, with a record and poison; later ops end at once."""
+    given = f"{_SMALL} hidden=264 {arguments}"
+    done = _run(binaries / "failures_test", given, slots=_FAILURES[arguments])
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mutation", _MUTATIONS)

@@ -113,7 +113,8 @@ class Combiner {
   // Returns early once the group has failed.
   __device__ void Run(Tickets tickets) {
     Item item;
-    while (GetItem(state_, tickets.Take(), item)) {
+    for (uint32_t n = 0; GetItem(state_, tickets.Take(), item); ++n) {
+      if (TestStops(p_.group.tag, n)) return;
       const bool is_own = item.nth_peer == state_.num_peers;
       if (!(is_own ? BringHome(item.place) : AddForPeer(item.place, item.nth_peer))) return;
     }

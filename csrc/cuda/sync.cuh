@@ -245,26 +245,28 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
 
 // Ends the op: the last block returns once all ranks read no more. Called by all threads of all
 // blocks, each after its last read of a peer, also after a failure. Meanwhile all threads of the
-// last block run `finish`, which sees what the other blocks wrote, and, once the group has failed,
-// `poison`, which makes all results recognisable: blocks that did not fail have written theirs.
+// last block run `finish`, which sees what the other blocks wrote; and then, if the group has
+// failed, `poison`, which makes all results recognisable: blocks that did not fail have written
+// theirs.
 template <typename Finish, typename Poison>
 __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish,
                              Poison&& poison) {
   Workspace& own = Own(group);
   TestDelay(group.rank, epoch, 2);
+  if (TestStops(group.tag, ~0u)) return;
   if (!IsLastBlock(&own.blocks_done)) return;
   for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
     ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value, FlagValue(epoch, group.tag));
   }
-  const bool failed = threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u;
+  bool failed = threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u;
   finish();
-  if (__syncthreads_or(failed)) poison();
   for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
-    if (kMutation != kWithoutClose) {
-      WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r);
+    if (kMutation != kWithoutClose &&
+        !WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r)) {
+      failed = true;
     }
   }
-  __syncthreads();
+  if (__syncthreads_or(failed)) poison();
   if (threadIdx.x != 0) return;
   own.tickets = 0;
   own.epoch = epoch;

@@ -1,6 +1,6 @@
 // What stress tests build into the kernels: delays that bring races to light, mutations, each of
-// which takes one wait out, to show that the tests would notice, and a shorter ring, which few
-// tokens fill. None is in the library.
+// which takes one wait out, to show that the tests would notice, a shorter ring, which few tokens
+// fill, and ranks that stop in the middle of an op. None is in the library.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +39,18 @@ __device__ __forceinline__ void TestDelay([[maybe_unused]] int rank,
   x *= 2246822519u;
   x ^= x >> 13;
   if (x % 4 == 0) __nanosleep(x / 4 % 30000);
+#endif
+}
+
+// Whether this rank stops in this op, as one whose process is gone: each warp of combine after so
+// many items, and no block ends the op. Only the lower half of a tag travels; the upper one is 0,
+// or 1 + that number.
+__device__ __forceinline__ bool TestStops([[maybe_unused]] uint32_t tag,
+                                          [[maybe_unused]] uint32_t num_items) {
+#ifdef JAX_EP_TEST_STOPS
+  return tag >> 16 != 0 && num_items >= (tag >> 16) - 1;
+#else
+  return false;
 #endif
 }
 

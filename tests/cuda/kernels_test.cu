@@ -98,112 +98,31 @@ int main(int argc, char** argv) {
   std::mt19937 generator(options.Int("seed", 1));
   std::vector<Rank> ranks = MakeRanks(w, generator);
   if (w.C == 0) w.C = NeededCapacity(w, ranks);
-  const int R = w.R, T = w.T, K = w.K, E = w.E, H = w.H, M = w.M, C = w.C;
-  const int width = w.width, blocks = w.blocks, repeat = options.Int("repeat", 20);
+  const int R = w.R, T = w.T, K = w.K, E = w.E, H = w.H, C = w.C;
+  const int width = w.width, repeat = options.Int("repeat", 20);
   const Layout layout = w.layout;
   const bool fp8 = w.fp8, by_expert = w.by_expert;
-  const bool weighted = by_expert && options.Int("weighted", 0) != 0;
-  const auto blocks_of = [&](int r) { return blocks + r * options.Int("more_blocks", 0); };
   std::printf("R=%d T=%d K=%d E=%d H=%d C=%d %s %s%s blocks=%d\n", R, T, K, E, H, C,
-              by_expert ? "expert" : "token", w.dtype.c_str(), fp8 ? " fp8" : "", blocks);
+              by_expert ? "expert" : "token", w.dtype.c_str(), fp8 ? " fp8" : "", w.blocks);
   Prepare(w, options, ranks, generator);
 
+  const std::string plan = options.Text("plan", "auto");
   const auto run_plan = [&](int r, int /*launch*/) {
-    Rank& k = ranks[r];
-    cuda::PlanParams p{k.group,
-                       layout,
-                       T,
-                       K,
-                       E,
-                       C,
-                       w.alignment,
-                       std::numeric_limits<int32_t>::max(),
-                       k.topk_idx.device,
-                       k.topk.device,
-                       k.topk.device,
-                       k.dest_row.device,
-                       k.recv_rows.device,
-                       k.recv_src.device,
-                       k.expert_idx.device,
-                       k.group_sizes.device,
-                       k.counts.device,
-                       k.demand.device,
-                       k.num_dropped.device,
-                       k.num_invalid.device,
-                       k.scratch.device};
-    p.group.op = cuda::OpKind::kPlan;
-    const std::string kernel = options.Text("plan", "auto");
+    const cuda::PlanParams p = PlanParamsOf(w, ranks[r]);
     CHECK_CUDA(cuda::LaunchPlan(p,
-                                kernel == "pull"   ? cuda::PlanKernel::kPull
-                                : kernel == "push" ? cuda::PlanKernel::kPush
-                                                   : cuda::ChoosePlanKernel(p),
-                                k.stream));
+                                plan == "pull"   ? cuda::PlanKernel::kPull
+                                : plan == "push" ? cuda::PlanKernel::kPush
+                                                 : cuda::ChoosePlanKernel(p),
+                                ranks[r].stream));
   };
   const auto run_dispatch = [&](int r, int launch) {
-    Rank& k = ranks[r];
-    cuda::DispatchParams p{k.group,
-                           layout,
-                           T,
-                           K,
-                           C,
-                           M,
-                           fp8 ? H : H * width,
-                           fp8 ? H : H * width,
-                           fp8 ? H / 128 : 0,
-                           k.x.Of(launch),
-                           fp8 ? k.scales.device : nullptr,
-                           k.weights.device,
-                           k.recv_rows.device,
-                           k.recv_src.device,
-                           k.expert_idx.device,
-                           k.rows.device,
-                           fp8 ? k.row_scales.device : nullptr,
-                           k.row_weights.device,
-                           blocks_of(r)};
-    p.group.op = cuda::OpKind::kDispatch;
-    CHECK_CUDA(cuda::LaunchDispatch(p, k.stream));
+    CHECK_CUDA(cuda::LaunchDispatch(DispatchParamsOf(w, ranks[r], launch), ranks[r].stream));
   };
   const auto run_combine = [&](int r, int launch) {
-    Rank& k = ranks[r];
-    cuda::CombineParams p{k.group,
-                          layout,
-                          w.type,
-                          T,
-                          K,
-                          E,
-                          C,
-                          M,
-                          H,
-                          k.d_rows.Of(launch),
-                          weighted ? k.row_weights.device : nullptr,
-                          by_expert ? k.d_weights.device : k.row_weights.device,
-                          k.topk.device,
-                          k.dest_row.device,
-                          k.recv_rows.device,
-                          k.y.device,
-                          k.home.device,
-                          blocks_of(r)};
-    p.group.op = cuda::OpKind::kCombine;
-    CHECK_CUDA(cuda::LaunchCombine(p, k.stream));
+    CHECK_CUDA(cuda::LaunchCombine(CombineParamsOf(w, ranks[r], launch), ranks[r].stream));
   };
   const auto run_combine_vjp = [&](int r, int launch) {
-    Rank& k = ranks[r];
-    cuda::CombineVjpParams p{k.group,
-                             w.type,
-                             T,
-                             M,
-                             C,
-                             H,
-                             k.dy.Of(launch),
-                             k.rows.device,
-                             k.row_weights.device,
-                             k.recv_rows.device,
-                             k.recv_src.device,
-                             k.d_rows.device,
-                             k.d_weights.device,
-                             blocks_of(r)};
-    p.group.op = cuda::OpKind::kCombineVjp;
-    CHECK_CUDA(cuda::LaunchCombineVjp(p, k.stream));
+    CHECK_CUDA(cuda::LaunchCombineVjp(CombineVjpParamsOf(w, ranks[r], launch), ranks[r].stream));
   };
 
   // Times `launch` on all ranks at once: the slower rank's time per op over `repeat` ops.
@@ -259,7 +178,7 @@ int main(int argc, char** argv) {
     if (failed) std::exit(1);
   };
   const double rows_over_link = double(T) * (R - 1);
-  const bool has_vjp = by_expert && !fp8 && cuda::FitsCombineVjp(int64_t{H} * width);
+  const bool has_vjp = w.HasVjp();
   time("plan", run_plan, 0);
   time("dispatch", run_dispatch, rows_over_link * (fp8 ? H + H / 32 : H * width));
   if (has_vjp) {
@@ -339,7 +258,7 @@ int main(int argc, char** argv) {
     Rank& k = ranks[r];
     combine_args[r] = {combine_geometry,
                        k.d_rows.host.data(),
-                       weighted ? k.row_weights.host.data() : nullptr,
+                       w.weighted ? k.row_weights.host.data() : nullptr,
                        by_expert ? k.d_weights.host.data() : k.row_weights.host.data(),
                        handle_of(k),
                        k.y.host.data(),

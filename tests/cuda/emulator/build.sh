@@ -2,7 +2,8 @@
 # Builds tests of kernels against the emulator: build.sh FOLDER [NAME...] (default: kernels_test).
 #
 # Needs g++ and the headers of the CUDA toolkit (CUDA_HOME, default /usr/local/cuda), no nvcc and no
-# GPU. CXXFLAGS are added. Blocks wait at random (JAX_EP_TEST_DELAYS).
+# GPU. CXXFLAGS are added. Blocks wait at random (JAX_EP_TEST_DELAYS), and a test may let a rank stop
+# (JAX_EP_TEST_STOPS).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../../.." && pwd)
@@ -12,7 +13,7 @@ names=("$@")
 [ ${#names[@]} -gt 0 ] || names=(kernels_test)
 headers=${CUDA_HOME:-/usr/local/cuda}/include
 flags=(-std=c++17 -O2 -pthread -fno-strict-aliasing -ffp-contract=off -DJAX_EP_TEST_DELAYS
-       -isystem "$headers" -I"$here" -I"$out/source" -I"$root/csrc")
+       -DJAX_EP_TEST_STOPS -isystem "$headers" -I"$here" -I"$out/source" -I"$root/csrc")
 read -ra more <<<"${CXXFLAGS:-}"
 flags+=("${more[@]}")
 rm -rf "$out/source" "$out/objects"
