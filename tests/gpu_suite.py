@@ -102,7 +102,7 @@ def stages(gpus: int) -> dict[str, Stage]:
                 for fp8 in (0, 1)
             ]
             + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES],
-            seconds=120,
+            seconds=240,
         ),
         "mutations": Stage(["tests/cuda/mutations.sh run {binaries}"], seconds=300),
         "sanitizers": Stage(
