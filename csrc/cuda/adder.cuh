@@ -2,10 +2,10 @@
 //
 // A *strip* is 16 bytes for each lane. The warp goes through a sum a few strips at a time: it loads
 // those strips of all terms, and then adds them in the order of the list. The loads of all warps of
-// a block together keep the SM's way to memory full. (Bulk copies into shared memory, from where a
-// warp adds, need twice the SMs for the same rate: one lane has to start them, and every vector
-// takes one more way.) How many terms there are is known when this is compiled, for up to
-// kAdderLoads: the instructions that issue, not memory, are what few SMs run out of.
+// a block together keep the SM's way to memory full. (Of bulk copies into shared memory, from where
+// a warp adds, few SMs make less: one lane has to start them, and every vector takes one more way.)
+// How many terms there are is known when this is compiled, for up to kAdderLoads: the instructions
+// that issue, not memory, are what few SMs run out of.
 #pragma once
 
 #include <cstdint>
