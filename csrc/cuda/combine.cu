@@ -6,8 +6,6 @@
 // on at the same time: every rank goes through a list of items, in which its own sum of a token
 // comes some time after its sums for peers. Warps take items in turn.
 
-#include <algorithm>
-
 #include "cuda/adder.cuh"
 #include "cuda/combine.h"
 #include "cuda/ring.cuh"
