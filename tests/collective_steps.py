@@ -353,7 +353,7 @@ def main(arguments: Sequence[str]) -> int:
             address,
             processes,
             index,
-            local_device_ids=[index] if on_gpus else None,
+            local_device_ids=[index % run_processes.count_gpus()] if on_gpus else None,
             # Without it the service binds [::], which fails where there is no IPv6.
             coordinator_bind_address=address if index == 0 else None,
         )

@@ -2,7 +2,7 @@
 
     python tests/gpu_processes.py PROGRAM PROCESSES
 
-starts the processes, which run the function of that name below. XLA's own collectives cannot run
+starts the processes, which run the function of that name below. XLA's own collectives rarely run
 with two processes on one GPU, so results are compared with NumPy, each rank its own.
 """
 
@@ -23,10 +23,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+import run_processes
 from jax_ep import _compat, _device_group
 
 TOKENS, TOP_K, HIDDEN = 96, 4, 512
@@ -48,6 +50,17 @@ def multi_process_service() -> Iterator[dict[str, str]]:
             subprocess.run(
                 [control], input="quit\n", text=True, env={**os.environ, **env}, check=False
             )
+
+
+def need_two_ranks(processes: int) -> None:
+    """Skip a test of two ranks in so many processes, with XLA's collectives, that cannot run here."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs GPUs")
+    if jax.local_device_count() < 2:
+        if processes == 1:
+            pytest.skip("needs two GPUs: a process has one rank on each")
+        if not run_processes.NCCL_SHARES_GPUS:
+            pytest.skip("needs two GPUs, or NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL 2.30")
 
 
 def start(program: str, processes: int, num_gpus: int, **env: str) -> list[subprocess.Popen[str]]:

@@ -4,7 +4,8 @@
 
 Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. Each writes
 its output to FOLDER/STAGE.log, and benchmarks their records to FOLDER/*.json; a table says at the end
-how all went. Where ranks share a GPU, an MPS daemon of our own runs beside them. The programs of
+how all went. Where ranks share a GPU, an MPS daemon of our own runs beside them; what uses XLA's
+collectives too then runs only with NCCL 2.30 and ``NCCL_MULTI_RANK_GPU_ENABLE=1``. The programs of
 ``tests/cuda`` must have been built (no GPU is needed for it)::
 
     tests/cuda/build_kernels_test.sh build/cuda && tests/cuda/mutations.sh build build/cuda
@@ -91,6 +92,7 @@ class Stage:
 
 def stages(gpus: int) -> dict[str, Stage]:
     """All stages by name, for a machine of so many GPUs."""
+    for_nccl = 1 if run_processes.NCCL_SHARES_GPUS else 2  # GPUs that two ranks of it need
     shared = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".05"}  # tests that start processes
     found = {
         "kernels": Stage(  # bit by bit against the CPU backend, and times
@@ -123,9 +125,17 @@ def stages(gpus: int) -> dict[str, Stage]:
         ),
         "failures": Stage([f"{PYTEST} tests/test_gpu_processes.py"], environment=shared),
         "collectives": Stage(
-            [f"{PYTEST} -rP tests/test_gpu_collectives.py"], gpus=2, environment=shared
+            [f"{PYTEST} -rPs tests/test_gpu_collectives.py"],
+            gpus=for_nccl,
+            ranks=2,
+            environment=shared,
         ),
-        "training": Stage([f"{PYTEST} tests/test_gpu_training.py"], gpus=2, environment=shared),
+        "training": Stage(
+            [f"{PYTEST} -rs tests/test_gpu_training.py"],
+            gpus=for_nccl,
+            ranks=2,
+            environment=shared,
+        ),
     }
     for ranks in (2, 4, 8):
         run = f"{{python}} tests/run_processes.py --timeout 400 {ranks}"
@@ -149,8 +159,7 @@ def stages(gpus: int) -> dict[str, Stage]:
                     f" --processes {ranks if processes > 1 else 1}"
                     f" --json {{out}}/{name}.json --plot {{out}}/{name}.png"
                 ],
-                # The arms of the layer need NCCL, which wants a GPU for each rank.
-                gpus=2 if processes == 1 or suite == "layer" else 1,
+                gpus=2 if processes == 1 else for_nccl if suite == "layer" else 1,
                 ranks=ranks if processes > 1 else 1,
             )
     found["bench_grouped_dot"] = Stage(

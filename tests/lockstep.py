@@ -3,7 +3,7 @@
 ``run_processes.py`` starts the processes. All run the same tests in the same order. In a test, each
 computes on its own device and hands its part of every result to the others through files in a folder
 that all share, so that each can hold whole results against whole expectations. XLA's collectives have
-no part in that: NCCL refuses two processes on one GPU.
+no part in that: NCCL refuses two processes on one GPU unless it is told not to.
 
 A process that ends a test, in whatever way, says so. Whoever waits there for something that will not
 come fails at once, and all go on together with the next test.
@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+import run_processes
 
 COUNT = int(os.environ.get("JAX_EP_TEST_PROCESSES", "1"))
 INDEX = int(os.environ.get("JAX_EP_TEST_PROCESS", "0"))
@@ -56,8 +58,12 @@ def why_not(item: pytest.Item, platform: str) -> str | None:
         return None
     if marker := item.get_closest_marker("one_process"):
         return f"for one process: {marker.args[0]}"
-    if platform == "cuda" and SHARED_GPUS and item.get_closest_marker("needs_collectives"):
-        return f"needs XLA's collectives, which NCCL refuses to {COUNT} processes on {_GPUS} GPUs"
+    refused = platform == "cuda" and SHARED_GPUS and not run_processes.NCCL_SHARES_GPUS
+    if refused and item.get_closest_marker("needs_collectives"):
+        return (
+            f"needs XLA's collectives, which NCCL refuses to {COUNT} processes on {_GPUS} GPUs "
+            "without NCCL_MULTI_RANK_GPU_ENABLE=1 (from 2.30 on)"
+        )
     return None
 
 

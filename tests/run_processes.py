@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 
+# NCCL from 2.30 on lets ranks share a GPU where this is asked for; older ones refuse.
+NCCL_SHARES_GPUS = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 _DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
 _VERDICT = re.compile(r"\b(passed|failed|skipped|error|errors|deselected)\b.* in \d")
 _TAIL = 150  # lines of the log of a process that failed

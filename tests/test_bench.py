@@ -372,9 +372,12 @@ def test_records_are_checked(tmp_path):
 def test_ranks_that_share_a_gpu_need_no_collectives(monkeypatch):
     session = Session(ranks=2, gpus=0, repeat=1, command="")
     monkeypatch.setattr(session, "shares_gpus", True)
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
     (way,) = session.fastest_ways() or [None]
     assert way is None or way.name == "local copy, GPU shared"
     for case in suites.exchanges(TINY)[:1] + suites.layers(TINY, intermediate=64)[:1]:
         measure = peers.measure if case.op == "exchange" else layer_ops.measure
         with pytest.raises(ValueError, match="2 ranks share 0 GPUs: NCCL"):
             measure(session, case)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    session.need_collectives()

@@ -15,9 +15,6 @@ SIZES = collective_steps.SMALL
 # Seconds for processes to start, compile and run; on CPU they may have to share few cores.
 TIMEOUT = {"cuda": 120, "cpu": 300}
 
-needs_gpus = pytest.mark.skipif(
-    jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two GPUs"
-)
 has_own_processes = pytest.mark.one_process("its programs have processes of their own")
 
 VARIANTS = {
@@ -41,12 +38,12 @@ def run(platform: str, processes: int, **env: str) -> list[str]:
 @pytest.mark.gpu
 @pytest.mark.gpu2
 @pytest.mark.slow
-@needs_gpus
 @has_own_processes
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("processes", [1, 2], ids=["one process", "two processes"])
 def test_all_reduces_beside_the_ops(processes, variant):
     """Every step is right, XLA has put ops beside all-reduces, and both end soon."""
+    gpu_processes.need_two_ranks(processes)
     for output in run("cuda", processes, **VARIANTS[variant]):
         assert "backend='cuda'" in output
         assert "bound " in output

@@ -41,7 +41,7 @@ def measure(
     shape = (ranks * size // 4,)
     full = np.zeros(size // 4, np.float32)
     x = jax.make_array_from_callback(shape, sharding, lambda _: full)
-    if ranks == 1 or shares_gpus:  # XLA's collectives want a GPU for each rank
+    if ranks == 1 or shares_gpus:  # no link to measure
         name = "local copy, GPU shared" if shares_gpus else "local copy"
         return [Ceiling(name, _slope(_repeated(_local_copy, mesh), x, size))]
     found = [Ceiling("ppermute", _slope(_repeated(_to_next, mesh), x, size))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -122,10 +123,10 @@ class Session:
 
     def need_collectives(self) -> None:
         """Raise ``ValueError`` where XLA's collectives cannot run."""
-        if self.shares_gpus:
+        if self.shares_gpus and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
             raise ValueError(
                 f"{self.ranks} ranks share {self.gpus} GPUs: NCCL, which XLA's collectives run on, "
-                "wants a GPU for each."
+                "wants a GPU for each, or NCCL_MULTI_RANK_GPU_ENABLE=1 (from 2.30 on)."
             )
 
     def fastest_ways(self) -> list[ceilings.Ceiling]:
