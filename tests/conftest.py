@@ -14,6 +14,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 
 PLATFORM = os.environ.get("JAX_EP_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
@@ -97,3 +98,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 def native_backend() -> str:
     """The native backend of the platform under test."""
     return BACKENDS[-1]
+
+
+@pytest.fixture
+def in_float32() -> Iterator[None]:
+    """GPUs would multiply float32 matrices in TF32."""
+    import jax
+
+    with jax.default_matmul_precision("float32"):
+        yield

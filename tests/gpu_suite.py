@@ -103,6 +103,11 @@ def stages(gpus: int) -> dict[str, Stage]:
                 for layout, blocks in (("expert", 64), ("token", 24))
                 for fp8 in (0, 1)
             ]
+            # Not all blocks of both ranks at once, though all wait for the other rank.
+            + [
+                "{binaries}/kernels_test layout=expert blocks=90 tokens=2048 plan=pull"
+                f" ranks={2 * gpus}"
+            ]
             + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES],
             seconds=240,
         ),

@@ -57,6 +57,16 @@ _SHORT_RINGS = {
     "ranks=8 hidden=1540 dtype=f32 tokens=3 experts=16 blocks=1": 1,
 }
 
+# Kernels that have room for so many of their four blocks at a time.
+_LITTLE_ROOM = {
+    "layout=expert ranks=2 hidden=2048": 1,
+    "layout=expert ranks=3 hidden=1032 weighted=1 more_blocks=1": 1,
+    "layout=expert ranks=4 hidden=1540 dtype=f32 tokens=12": 3,
+    "layout=expert ranks=2 hidden=1152 fp8=1": 2,
+    "layout=token ranks=3 hidden=1032": 1,
+    "layout=token ranks=2 hidden=1024 fp8=1": 1,
+}
+
 # Rounds of the ring, too, which has 1024 slots here.
 _STRESS = "blocks=2 timeout=1"
 _RING = "layout=expert plan=pull tokens=1600 hidden=8 steps=4"
@@ -129,9 +139,16 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def _run(
-    program: pathlib.Path, arguments: str, *, seed: int = 1, mutation: int = 0, slots: int = 1024
+    program: pathlib.Path,
+    arguments: str,
+    *,
+    seed: int = 1,
+    mutation: int = 0,
+    slots: int = 1024,
+    blocks: int = 132,
 ) -> subprocess.CompletedProcess[str]:
     settings = {
+        "JAX_EP_EMULATOR_BLOCKS": str(blocks),
         "JAX_EP_EMULATOR_SEED": str(seed),
         "JAX_EP_EMULATOR_MUTATION": str(mutation),
         "JAX_EP_EMULATOR_RING_SLOTS": str(slots),
@@ -157,6 +174,15 @@ def test_kernels_give_what_the_cpu_backend_gives(binaries: pathlib.Path, argumen
 def test_sums_through_a_short_ring(binaries: pathlib.Path, arguments: str, seed: int) -> None:
     given = f"{_SMALL} layout=expert plan=pull {arguments}"
     done = _run(binaries / "kernels_test", given, seed=seed, slots=_SHORT_RINGS[arguments])
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("seed", range(1, 3))
+@pytest.mark.parametrize("arguments", _LITTLE_ROOM)
+def test_few_blocks_at_a_time(binaries: pathlib.Path, arguments: str, seed: int) -> None:
+    """As when other kernels have most SMs, and wait for something themselves."""
+    given = f"{_SMALL} plan=pull {arguments} blocks=4"
+    done = _run(binaries / "kernels_test", given, seed=seed, blocks=_LITTLE_ROOM[arguments])
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
 
 

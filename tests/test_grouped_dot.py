@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 import spmd
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 # Rows and sizes of the groups: less than a tile, several tiles with ends inside tiles, empty groups
 # at both ends, nothing at all, one group.
 SIZES = {
@@ -23,13 +25,6 @@ SIZES = {
     "none": (40, (0, 0)),
     "one": (140, (135,)),
 }
-
-
-@pytest.fixture(autouse=True)
-def in_float32():
-    """GPUs would multiply float32 matrices in TF32."""
-    with jax.default_matmul_precision("float32"):
-        yield
 
 
 def numpy_grouped_dot(lhs, rhs, sizes):

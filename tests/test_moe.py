@@ -15,7 +15,10 @@ import jax_ep
 import spmd
 from jax_ep import routing
 
-pytestmark = pytest.mark.needs_collectives  # the layer sums its statistics over the mesh
+pytestmark = [
+    pytest.mark.needs_collectives,  # the layer sums its statistics over the mesh
+    pytest.mark.usefixtures("in_float32"),
+]
 by_itself = pytest.mark.one_process("calls the layer with arrays of one process")
 
 H, F, E, K = 8, 12, 8, 2

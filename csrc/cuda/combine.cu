@@ -77,9 +77,10 @@ __device__ void MakeState(const CombineParams& p, uint64_t epoch, int32_t row_by
 // blocks. Let the time of an item be its unit, plus lag + 1/2 if it is for this rank. Lists are in
 // the order of time, and who waits in an item waits for earlier ones: for the peers' sums of the
 // same unit; or for home to have read what was in the slot, at least as many units before as the
-// ring has, of which a lag is at most half. All blocks run at once, and a warp that holds an item
-// it has not begun is at an earlier one. So of the items that are not finished on any rank, the
-// earliest are being worked on, and wait for nothing.
+// ring has, of which a lag is at most half. Warps get items in the order of the list once they run,
+// and a warp that holds an item it has not begun is at an earlier one. So of the items that are not
+// finished on any rank, the earliest are being worked on, and wait for nothing, if only some block
+// of each rank runs: other kernels may keep the rest from the SMs.
 __device__ bool GetItem(const CombineState& state, uint32_t index, Item& item) {
   const uint32_t alone = state.lag * state.num_peers;
   const uint32_t both = (state.num_units - state.lag) * (state.num_peers + 1);
@@ -109,7 +110,7 @@ class Combiner {
       : p_(p), state_(state), ring_(p, state), terms_(memory.terms), piece_(memory.piece) {}
 
   // Returns early once the group has failed.
-  __device__ void Run(Tickets tickets) {
+  __device__ void Run(Tickets& tickets) {
     Item item;
     for (uint32_t n = 0; GetItem(state_, tickets.Take(), item); ++n) {
       if (TestStops(p_.group.tag, n)) return;
@@ -284,15 +285,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (has_rows && threadIdx.x == kThreads / 2) {  // one that has no part in what is above
     MakeState(p, epoch, p.hidden * sizeof(T), state);
   }
+  Tickets tickets(p.group);  // the first is on its way meanwhile
   if (WaitInputs(p.group, epoch, state.inputs)) {  // where the block meets
     const int32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-    const int32_t num_warps = kAdderWarps * gridDim.x;
     if (p.values != nullptr) {
-      BringValues(p, state.inputs, warp * 32 + threadIdx.x % 32, num_warps * 32);
+      BringValues(p, state.inputs, warp * 32 + threadIdx.x % 32, kThreads * gridDim.x);
     }
     if (has_rows) {
       WarpMemory& memory = reinterpret_cast<WarpMemory*>(shared)[threadIdx.x / 32];
-      Combiner<T, kWeighted>(p, state, memory).Run(Tickets(p.group, warp, num_warps));
+      Combiner<T, kWeighted>(p, state, memory).Run(tickets);
     }
   }
   EndOp(p.group, epoch, [&] { Poison<T>(p); });

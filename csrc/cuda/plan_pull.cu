@@ -357,8 +357,10 @@ cudaError_t LoadPullPlan() {
 }
 
 cudaError_t LaunchPullPlan(const PlanParams& params, cudaStream_t stream) {
-  PullPlanKernel<<<NumBlocks(params), kThreads, SharedBytes(params), stream>>>(params);
-  return cudaGetLastError();
+  // Blocks wait for what others count, so none may be kept from the SMs once some run.
+  void* arguments[] = {const_cast<PlanParams*>(&params)};
+  return cudaLaunchCooperativeKernel(PullPlanKernel, NumBlocks(params), kThreads, arguments,
+                                     SharedBytes(params), stream);
 }
 
 }  // namespace jax_ep::cuda

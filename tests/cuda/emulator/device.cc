@@ -176,6 +176,14 @@ int MostRingSlots() {
   return slots;
 }
 
+uint32_t MostBlocks() {
+  static const uint32_t blocks = [] {
+    const char* given = std::getenv("JAX_EP_EMULATOR_BLOCKS");
+    return given != nullptr ? static_cast<uint32_t>(std::atoi(given)) : kMaxBlocks;
+  }();
+  return blocks;
+}
+
 void Yield() { SwitchStack(&CurrentLane().stack_pointer, scheduler); }
 
 void SometimesYield(uint32_t one_in) {
@@ -238,6 +246,7 @@ int CountAtBarrier(bool value) {
 void ArriveAtCluster() {
   Grid& grid = *current_block->grid;
   if (grid.config.grid.x > 16) Abort("a cluster of %u blocks", grid.config.grid.x);
+  if (MostBlocks() < grid.config.grid.x) Abort("a cluster has more than JAX_EP_EMULATOR_BLOCKS");
   CurrentLane().cluster_phase = grid.cluster_phase;
   if (++grid.num_at_cluster < grid.config.grid.x * grid.config.block.x) return;
   grid.num_at_cluster = 0;
@@ -279,7 +288,8 @@ bool RunTurn() {
   ++num_turns;
   if (grids.empty()) return false;
   Grid& grid = *grids[Random() % grids.size()];
-  if (grid.num_started < grid.config.grid.x && num_blocks < kMaxBlocks) StartBlock(grid);
+  const bool fits = grid.config.is_cooperative || grid.blocks.size() < MostBlocks();
+  if (grid.num_started < grid.config.grid.x && num_blocks < kMaxBlocks && fits) StartBlock(grid);
   SometimesStall(num_turns, 1000, grid.stalled_until);
   if (num_turns >= grid.long_stall_at) {
     grid.long_stall_at = ~uint64_t{0};
