@@ -23,6 +23,9 @@ VARIANTS = {
     # NCCL takes all the SMs that our ops leave free.
     "32 channels": {"NCCL_MIN_NCHANNELS": "32"},
 }
+# Ranks that share a GPU: what one rank's ops and all-reduces leave free has to suffice for those of
+# the other, or each may wait for what cannot start.
+SHARED_GPU = {"NCCL_MAX_NCHANNELS": "8"}
 
 
 def run(platform: str, processes: int, **env: str) -> list[str]:
@@ -44,7 +47,12 @@ def run(platform: str, processes: int, **env: str) -> list[str]:
 def test_all_reduces_beside_the_ops(processes, variant):
     """Every step is right, XLA has put ops beside all-reduces, and both end soon."""
     gpu_processes.need_two_ranks(processes)
-    for output in run("cuda", processes, **VARIANTS[variant]):
+    env = dict(VARIANTS[variant])
+    if jax.local_device_count() < 2:
+        if variant == "32 channels":
+            pytest.skip("needs two GPUs: one has no room for so many channels of two ranks")
+        env |= SHARED_GPU
+    for output in run("cuda", processes, **env):
         assert "backend='cuda'" in output
         assert "bound " in output
 

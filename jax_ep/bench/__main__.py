@@ -103,12 +103,10 @@ def main(
     console = rich.console.Console()
     if not console.is_terminal:  # a log has no margin
         console = rich.console.Console(width=max(console.width, _LOG_WIDTH))
-    found = measure(job, timeout=timeout, console=console)
+    found = measure(job, timeout=timeout, console=console, json=json)
     console.print(tables.table(found))
     for line in (*tables.failures(found), *tables.layer_ratios(found)):
         console.print(line, highlight=False, soft_wrap=True)
-    if json is not None:
-        records.save(json, found)
     if plot_path is not None:
         plot.plot(found, plot_path)
     ours = [r for r in found if r["op"] in OUR_OPS]
@@ -118,10 +116,16 @@ def main(
 
 
 def measure(
-    job: launch.Job, *, timeout: float, console: rich.console.Console
+    job: launch.Job,
+    *,
+    timeout: float,
+    console: rich.console.Console,
+    json: pathlib.Path | None = None,
 ) -> list[dict[str, Any]]:
-    """All records of a job, with a progress bar."""
-    found = []
+    """All records of a job, with a progress bar; what there is so far is also in the file ``json``."""
+    found: list[dict[str, Any]] = []
+    if json is not None:
+        records.save(json, found)
     with rich.progress.Progress(console=console, transient=True) as bar:
         task = bar.add_task("", total=len(job.cases))
 
@@ -138,6 +142,8 @@ def measure(
                     continue
                 seen.append(machine)
             found.append(record)
+            if json is not None:
+                records.save(json, found)
     return found
 
 
