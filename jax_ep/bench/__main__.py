@@ -126,7 +126,10 @@ def measure(
     found: list[dict[str, Any]] = []
     if json is not None:
         records.save(json, found)
-    with rich.progress.Progress(console=console, transient=True) as bar:
+    with (
+        launch.ended_by_sigterm(),
+        rich.progress.Progress(console=console, transient=True) as bar,
+    ):
         task = bar.add_task("", total=len(job.cases))
 
         def progress(name: str) -> None:

@@ -7,12 +7,14 @@ which becomes a record of a failure; the remaining cases are given to new proces
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -93,6 +95,20 @@ def check_processes(ranks: int, processes: int, gpus: int) -> None:
             f"--ranks: expected at most {gpus} GPUs for one process, got {ranks}; with --processes "
             f"{ranks} ranks share GPUs."
         )
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds what runs in here, so that no process that it has started is left."""
+
+    def leave(number: int, _: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(job: Job, *, timeout: float, progress: Progress) -> Iterator[dict[str, Any]]:

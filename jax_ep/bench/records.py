@@ -63,12 +63,14 @@ def check(record: dict[str, Any]) -> None:
 
 
 def save(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    """Write records as a JSON list, one a line."""
+    """Write records as a JSON list, one a line; the file is never seen half written."""
     for record in records:
         check(record)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(record) for record in records)
-    path.write_text(f"[\n{lines}\n]\n" if records else "[]\n")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(f"[\n{lines}\n]\n" if records else "[]\n")
+    part.replace(path)
 
 
 def load(path: pathlib.Path) -> list[dict[str, Any]]:
