@@ -139,7 +139,7 @@ def failing(tmp_path) -> str:
     path.write_text(FAILING)
     tests = pathlib.Path(__file__).parent
     (tmp_path / "conftest.py").write_text((tests / "conftest.py").read_text())
-    for name in ("lockstep", "spmd"):
+    for name in ("lockstep", "run_processes", "spmd"):
         (tmp_path / f"{name}.py").write_text((tests / f"{name}.py").read_text())
     return str(path)
 
