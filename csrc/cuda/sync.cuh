@@ -176,7 +176,7 @@ __device__ inline void Publish(const GroupParams& group, uint64_t epoch,
       if (encoded == ~uint64_t{0}) {
         Fail(group, ErrorKind::kUnreachable, Phase::kArrival, group.rank,
              reinterpret_cast<uint64_t>(address), word, 0);
-        encoded = PackAddress(0, 0, epoch);
+        continue;  // who waits for it finds that this rank has failed
       }
     }
     ptx::StoreRelaxedSystem(&peer.addresses[group.rank][word], encoded);
