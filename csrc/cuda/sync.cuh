@@ -33,6 +33,8 @@ __device__ __forceinline__ Workspace& Own(const GroupParams& group) {
 __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phase,
                                          int peer, uint64_t expected, uint64_t seen,
                                          uint64_t waited_ns) {
+  // Its own flag is that of another op: one that runs beside this one.
+  if (kind == ErrorKind::kMismatch && peer == group.rank) kind = ErrorKind::kConcurrent;
   ErrorRecord* error = group.error;
   if (atomicCAS_system(&error->set, 0u, 2u) == 0u) {
     error->kind = static_cast<uint32_t>(kind);
