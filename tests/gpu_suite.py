@@ -60,10 +60,28 @@ FAILURES = [
         ("combine", "token"),
         ("combine_vjp", "expert"),
     )
-    for failure in ("absent", "gone", "mismatch", "stops")
+    for failure in (
+        "absent",
+        "gone",
+        "gone phase=close",
+        "mismatch",
+        "stops",
+        "unreachable",
+        "misplaced",
+        "misplaced coords=instance",
+    )
 ] + [
     "op=combine layout=expert failure=absent",
     "op=combine layout=expert failure=mismatch other=dispatch",
+    "op=combine layout=expert failure=unreachable",
+    "op=combine layout=expert failure=misplaced",
+    "op=combine layout=expert failure=gone phase=close items=60000",
+    "op=combine layout=expert failure=gone phase=rows",
+    "op=combine layout=expert failure=gone routes=first phase=rows tokens=8000 ranks=2",
+    "op=dispatch layout=expert failure=concurrent other=combine",
+    "op=combine layout=expert failure=concurrent other=dispatch other_tag=1 ranks=2",
+    "op=combine layout=token failure=concurrent other=dispatch other_blocks=2",
+    "op=combine_vjp layout=expert failure=concurrent other=combine",
     "op=combine layout=expert failure=stops items=60000",
     "op=combine layout=expert failure=stops items=2 phase=rows",
     "op=combine layout=expert failure=stops routes=first phase=rows tokens=8000 ranks=2",
