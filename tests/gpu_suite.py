@@ -127,7 +127,7 @@ def stages(gpus: int) -> dict[str, Stage]:
                 f" ranks={2 * gpus}"
             ]
             + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES],
-            seconds=240,
+            seconds=300,
         ),
         "mutations": Stage(["tests/cuda/mutations.sh run {binaries}"], seconds=300),
         "sanitizers": Stage(

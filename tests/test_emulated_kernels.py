@@ -130,6 +130,7 @@ _OWN_FAILURES = [
     "op=dispatch failure=concurrent layout=expert ranks=3 other=combine",
     "op=dispatch failure=concurrent layout=token ranks=2",
     "op=combine failure=concurrent layout=expert ranks=2 other=dispatch other_tag=1",
+    "op=dispatch failure=concurrent layout=token ranks=2 other=combine other_tag=1",
     "op=combine failure=concurrent layout=token ranks=3 other=dispatch other_blocks=1",
     "op=combine_vjp failure=concurrent layout=expert ranks=3 other=combine blocks=4",
     "op=dispatch failure=unreachable layout=expert ranks=3",
