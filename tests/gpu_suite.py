@@ -60,10 +60,28 @@ FAILURES = [
         ("combine", "token"),
         ("combine_vjp", "expert"),
     )
-    for failure in ("absent", "gone", "mismatch", "stops")
+    for failure in (
+        "absent",
+        "gone",
+        "gone phase=close",
+        "mismatch",
+        "stops",
+        "unreachable",
+        "misplaced",
+        "misplaced coords=instance",
+    )
 ] + [
     "op=combine layout=expert failure=absent",
     "op=combine layout=expert failure=mismatch other=dispatch",
+    "op=combine layout=expert failure=unreachable",
+    "op=combine layout=expert failure=misplaced",
+    "op=combine layout=expert failure=gone phase=close items=60000",
+    "op=combine layout=expert failure=gone phase=rows",
+    "op=combine layout=expert failure=gone routes=first phase=rows tokens=8000 ranks=2",
+    "op=dispatch layout=expert failure=concurrent other=combine",
+    "op=combine layout=expert failure=concurrent other=dispatch other_tag=1 ranks=2",
+    "op=combine layout=token failure=concurrent other=dispatch other_blocks=2",
+    "op=combine_vjp layout=expert failure=concurrent other=combine",
     "op=combine layout=expert failure=stops items=60000",
     "op=combine layout=expert failure=stops items=2 phase=rows",
     "op=combine layout=expert failure=stops routes=first phase=rows tokens=8000 ranks=2",
@@ -109,7 +127,7 @@ def stages(gpus: int) -> dict[str, Stage]:
                 f" ranks={2 * gpus}"
             ]
             + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES],
-            seconds=240,
+            seconds=300,
         ),
         "mutations": Stage(["tests/cuda/mutations.sh run {binaries}"], seconds=300),
         "sanitizers": Stage(

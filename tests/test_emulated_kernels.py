@@ -91,8 +91,8 @@ _MUTATIONS = {
 _SEEDS = 12  # schedules that a mutation may hide from, less one
 
 # A rank that fails, and the slots of the ring. Peers wait for its inputs; until it has read theirs; for
-# its sums; for slots that it has not read (the rank whose rows all are, in the last of these). Or
-# they find it at another op.
+# its sums; for slots that it has not read (the rank whose rows all are, in the last of these). Its
+# process may be gone then. Or they find it at another op.
 _FAILURES = {
     "op=dispatch failure=absent layout=expert ranks=3": 1024,
     "op=dispatch failure=absent layout=token ranks=2 failing=0": 1024,
@@ -100,7 +100,6 @@ _FAILURES = {
     "op=combine failure=absent layout=expert ranks=3": 1024,
     "op=combine failure=absent layout=token ranks=2": 1024,
     "op=combine_vjp failure=absent layout=expert ranks=3 failing=1": 1024,
-    "op=combine failure=gone layout=expert ranks=3": 1024,
     "op=dispatch failure=stops layout=expert ranks=3": 1024,
     "op=dispatch failure=stops layout=token ranks=2": 1024,
     "op=combine failure=stops layout=expert ranks=3 items=1000": 1024,
@@ -110,11 +109,40 @@ _FAILURES = {
     "op=combine failure=stops phase=rows layout=expert ranks=3 tokens=100 items=1": 1024,
     "op=combine failure=stops phase=rows layout=expert ranks=3 tokens=100 items=1 weighted=1": 2,
     "op=combine failure=stops phase=rows layout=expert ranks=2 routes=first": 1,
+    "op=dispatch failure=gone layout=token ranks=3": 1024,
+    "op=combine failure=gone layout=expert ranks=3": 1024,
+    "op=dispatch failure=gone phase=close layout=expert ranks=3 failing=0": 1024,
+    "op=combine failure=gone phase=close layout=expert ranks=3 items=1000": 1024,
+    "op=combine failure=gone phase=close layout=token ranks=2": 1024,
+    "op=combine_vjp failure=gone phase=close layout=expert ranks=3": 1024,
+    "op=combine failure=gone phase=rows layout=expert ranks=2": 1024,
+    "op=combine failure=gone phase=rows layout=expert ranks=3 tokens=100 weighted=1": 2,
+    "op=combine failure=gone phase=rows layout=expert ranks=2 routes=first": 1,
     "op=dispatch failure=mismatch layout=expert ranks=3 failing=0 other=combine_vjp": 1024,
     "op=combine failure=mismatch layout=expert ranks=3": 1024,
     "op=combine failure=mismatch layout=token ranks=2 other=dispatch": 1024,
     "op=combine_vjp failure=mismatch layout=expert ranks=3 other=combine": 1024,
 }
+# A rank that finds by itself that it must not go on, and tells its peers: it has two ops at once
+# (of other numbers of blocks, too, or which send other flags), an input that they cannot read, or
+# another place in the program's mesh.
+_OWN_FAILURES = [
+    "op=dispatch failure=concurrent layout=expert ranks=3 other=combine",
+    "op=dispatch failure=concurrent layout=token ranks=2",
+    "op=combine failure=concurrent layout=expert ranks=2 other=dispatch other_tag=1",
+    "op=dispatch failure=concurrent layout=token ranks=2 other=combine other_tag=1",
+    "op=combine failure=concurrent layout=token ranks=3 other=dispatch other_blocks=1",
+    "op=combine_vjp failure=concurrent layout=expert ranks=3 other=combine blocks=4",
+    "op=dispatch failure=unreachable layout=expert ranks=3",
+    "op=combine failure=unreachable layout=expert ranks=3",
+    "op=combine failure=unreachable layout=token ranks=2 failing=0",
+    "op=combine_vjp failure=unreachable layout=expert ranks=2",
+    "op=dispatch failure=misplaced layout=expert ranks=3",
+    "op=dispatch failure=misplaced layout=token ranks=2 coords=instance",
+    "op=combine failure=misplaced layout=expert ranks=3 coords=instance failing=1",
+    "op=combine failure=misplaced layout=token ranks=3",
+    "op=combine_vjp failure=misplaced layout=expert ranks=3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +233,15 @@ def test_failures_of_a_rank(binaries: pathlib.Path, arguments: str) -> None:
     given = f"{_SMALL} hidden=264 {arguments}"
     done = _run(binaries / "failures_test", given, slots=_FAILURES[arguments])
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", _OWN_FAILURES)
+def test_failures_that_a_rank_tells(binaries: pathlib.Path, arguments: str) -> None:
+    """The same, also of peers that were nearly done when they were told."""
+    for seed in range(1, 5):
+        given = f"{_SMALL} hidden=264 {arguments}"
+        done = _run(binaries / "failures_test", given, seed=seed)
+        assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mutation", _MUTATIONS)

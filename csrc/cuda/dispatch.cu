@@ -289,6 +289,9 @@ __device__ void Poison(const DispatchParams& p) {
       words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
     }
   }
+  for (int64_t i = threadIdx.x; i < int64_t{p.capacity} * p.scales_per_row; i += blockDim.x) {
+    p.row_scales[i] = __uint_as_float(~0u);
+  }
   if (p.row_weights == nullptr) return;
   const int64_t num_weights = int64_t{p.capacity} * (p.layout == Layout::kToken ? p.top_k : 1);
   for (int64_t i = threadIdx.x; i < num_weights; i += blockDim.x) {

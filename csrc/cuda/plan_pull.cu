@@ -305,7 +305,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int32_t num_totals = p.layout == Layout::kExpert ? columns : columns + p.num_experts;
   const uint64_t epoch = BeginOp(p.group);
   CountEntries(p, shared, columns);
-  if (IsLastBlock(&Own(p.group).blocks_arrived)) {
+  bool failed;  // not marked in this count
+  if (IsLastBlock(&Own(p.group).blocks_arrived, failed)) {
     Publish(p.group, epoch, {p.shared_topk, p.scratch, nullptr});
     SendTotals(p, epoch, num_totals);
   }

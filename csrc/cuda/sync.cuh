@@ -11,7 +11,8 @@
 //
 // A wait that passes its deadline, or that meets another op, records the failure, tells all peers
 // and returns false; from then on every wait of the group returns false at once. Nothing traps: the
-// last block overwrites all results with poison.
+// last block overwrites all results with poison. And a rank that has failed does not close, so no
+// rank ends an op well in which another one failed before it had read all (EndOp).
 #pragma once
 
 #include <cstdint>
@@ -32,6 +33,8 @@ __device__ __forceinline__ Workspace& Own(const GroupParams& group) {
 __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phase,
                                          int peer, uint64_t expected, uint64_t seen,
                                          uint64_t waited_ns) {
+  // Its own flag is that of another op: one that runs beside this one.
+  if (kind == ErrorKind::kMismatch && peer == group.rank) kind = ErrorKind::kConcurrent;
   ErrorRecord* error = group.error;
   if (atomicCAS_system(&error->set, 0u, 2u) == 0u) {
     error->kind = static_cast<uint32_t>(kind);
@@ -44,6 +47,7 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
     error->waited_ns = waited_ns;
     ptx::StoreReleaseSystem(&error->set, 1u);
   }
+  atomicOr(&Own(group).blocks_done, kFailedHere);
   for (int r = 0; r < group.num_ranks; ++r) {
     ptx::StoreReleaseSystem(&group.peers[r]->failed, 1u);
   }
@@ -125,20 +129,21 @@ __device__ __forceinline__ uint64_t BeginOp(const GroupParams& group) {
 }
 
 // True in all threads of the last block that comes here, which sees all that the other blocks wrote
-// before they came. `counter` is reset. Called by all threads of all blocks.
-__device__ inline bool IsLastBlock(uint32_t* counter) {
-  __shared__ bool is_last;
+// before they came. `counter` is reset. `failed` becomes whether it is marked with kFailedHere;
+// then every block sees what those before it wrote. Called by all threads of all blocks.
+__device__ inline bool IsLastBlock(uint32_t* counter, bool& failed) {
+  __shared__ uint32_t before;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    is_last = atomicAdd(counter, 1u) == gridDim.x - 1;
-    if (is_last) {
-      *counter = 0;
-      __threadfence();
-    }
+    before = atomicAdd(counter, 1u);
+    const bool is_last = (before & ~kFailedHere) == gridDim.x - 1;
+    if (is_last) atomicAdd(counter, 0u - gridDim.x);
+    if (is_last || (before & kFailedHere) != 0) __threadfence();
   }
   __syncthreads();
-  return is_last;
+  failed = (before & kFailedHere) != 0;
+  return (before & ~kFailedHere) == gridDim.x - 1;
 }
 
 // This rank's address as its peers may name it; ~0 if they cannot read it.
@@ -176,7 +181,7 @@ __device__ inline void Publish(const GroupParams& group, uint64_t epoch,
       if (encoded == ~uint64_t{0}) {
         Fail(group, ErrorKind::kUnreachable, Phase::kArrival, group.rank,
              reinterpret_cast<uint64_t>(address), word, 0);
-        encoded = PackAddress(0, 0, epoch);
+        continue;  // who waits for it finds that this rank has failed
       }
     }
     ptx::StoreRelaxedSystem(&peer.addresses[group.rank][word], encoded);
@@ -248,26 +253,40 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
 // last block run `finish`, which sees what the other blocks wrote; and then, if the group has
 // failed, `poison`, which makes all results recognisable: blocks that did not fail have written
 // theirs.
+//
+// A rank whose waits or inputs were wrong (kFailedHere) does not close, so that its peers fail too,
+// who may have read these inputs before they were told. That also makes one look at `failed`
+// enough: a peer that fails after its close has read all that it needed, and this rank's results
+// are right.
+//
+// Two ops that run at once share the count of blocks, and the last of either may not know it. So
+// every block that comes after a failure here writes poison, over what came before it.
 template <typename Finish, typename Poison>
 __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish,
                              Poison&& poison) {
   Workspace& own = Own(group);
   TestDelay(group.rank, epoch, 2);
   if (TestStops(group.tag, ~0u)) return;
-  if (!IsLastBlock(&own.blocks_done)) return;
-  for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
-    ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value, FlagValue(epoch, group.tag));
-  }
-  bool failed = threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u;
-  finish();
-  for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
-    if (kMutation != kWithoutClose &&
-        !WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r)) {
-      failed = true;
+  bool failed;
+  const bool is_last = IsLastBlock(&own.blocks_done, failed);
+  if (!is_last && !failed) return;
+  if (!failed) {
+    for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
+      ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value,
+                              FlagValue(epoch, group.tag));
     }
+    failed = threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u;
+    finish();
+    for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
+      if (kMutation != kWithoutClose &&
+          !WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r)) {
+        failed = true;
+      }
+    }
+    failed = __syncthreads_or(failed);
   }
-  if (__syncthreads_or(failed)) poison();
-  if (threadIdx.x != 0) return;
+  if (failed) poison();
+  if (!is_last || threadIdx.x != 0) return;
   own.tickets = 0;
   own.epoch = epoch;
   own.active = 0;

@@ -66,6 +66,9 @@ JAX_EP_HOST_DEVICE int32_t RingSlots(int32_t num_ranks, int64_t row_bytes) {
   return slots < kMaxRingSlots ? slots : kMaxRingSlots;
 }
 
+// Marks the count of blocks that are done: an op of this rank has failed. Never reset.
+constexpr uint32_t kFailedHere = 1u << 31;
+
 // What an op waits for.
 enum class Phase : uint32_t {
   kArrival = 0,  // a peer's inputs
@@ -123,7 +126,7 @@ struct Workspace {
   Region regions[kMaxRanks][kMaxRegions];       // of every rank, as this device maps them
   uint32_t active;                              // 1 while an op of the group runs
   uint32_t blocks_arrived;                      // of the running kernel
-  uint32_t blocks_done;                         // of the running kernel
+  uint32_t blocks_done;                         // of the running kernel; and kFailedHere
   uint32_t tickets;                             // of the running kernel (Tickets); zero between ops
   uint64_t epoch;                               // of the last op that completed
   int32_t num_invalid;                          // plan: of the running kernel; zero between plans

@@ -1,10 +1,14 @@
 // Fails a rank of a group, without XLA, and checks what its peers make of it: each ends in time and
 // has a record that says why, and all of its results are poison; so does every later op, at once.
 //
-//   failures_test [op=dispatch|combine|combine_vjp] [failure=absent|gone|mismatch|stops]
-//                 [failing=(the last rank)] [other=(op of the failing rank, if it is a mismatch)]
-//                 [items=0 (of each warp of combine, before the rank stops)] [phase=rows|close (in
-//                 which its peers are then)] [routes=all|first (rank)] [timeout_ms=250]
+//   failures_test [op=dispatch|combine|combine_vjp] [failing=(the last rank)]
+//                 [failure=absent|gone|stops|mismatch|concurrent|unreachable|misplaced]
+//                 [other=(the failing rank's op, if it is a mismatch, or its second one)]
+//                 [other_blocks=0] [other_tag=0] (by which the second op's are greater)
+//                 [coords=rank|instance (that are wrong)]
+//                 [items=0 (of each warp of combine, before the rank stops)]
+//                 [phase=arrival|rows|close (in which its peers are, once it is gone or stops)]
+//                 [routes=all|first (rank)] [timeout_ms=250]
 //
 // and what kernels_test takes for its workload. The kernels are built with JAX_EP_TEST_STOPS.
 
@@ -45,12 +49,55 @@ OpKind OpNamed(const std::string& name) {
 
 __global__ void ReadTime(uint64_t* time) { *time = cuda::ptx::GlobalTimer(); }
 
+// What the host does once it finds that the process of a peer is gone.
+__global__ void ReportLost(cuda::ErrorRecord* error, int peer) {
+  cuda::ptx::StoreReleaseSystem(&error->lost_peer, 1u + peer);
+}
+
+// What the failing rank does, and what has to come of it.
+struct Failure {
+  OpKind op, other;
+  int failing;
+  bool stops, gone, mismatch, concurrent, unreachable, misplaced;
+  Phase phase;
+  ErrorKind kind;
+  int items, other_blocks, other_tag;
+  int32_t coords[2];
+
+  Failure(const Options& options, int num_ranks) {
+    const std::string what = options.Text("failure", "absent");
+    gone = what == "gone", mismatch = what == "mismatch", concurrent = what == "concurrent";
+    unreachable = what == "unreachable", misplaced = what == "misplaced";
+    op = OpNamed(options.Text("op", "combine"));
+    other = OpNamed(options.Text("other", options.Text("op", "combine").c_str()));
+    failing = options.Int("failing", num_ranks - 1);
+    const std::string where = options.Text("phase", what == "stops" ? "close" : "arrival");
+    phase = where == "close" ? Phase::kClose : where == "rows" ? Phase::kRows : Phase::kArrival;
+    stops = phase != Phase::kArrival;
+    kind = mismatch      ? ErrorKind::kMismatch
+           : gone        ? ErrorKind::kPeerLost
+           : concurrent  ? ErrorKind::kConcurrent
+           : unreachable ? ErrorKind::kUnreachable
+           : misplaced   ? ErrorKind::kMisplaced
+                         : ErrorKind::kTimeout;
+    items = options.Int("items", 0);
+    other_blocks = options.Int("other_blocks", 0);
+    other_tag = options.Int("other_tag", 0);
+    const bool wrong_rank = options.Text("coords", "rank") == "rank";
+    coords[0] = wrong_rank ? (failing + 1) % num_ranks : failing;
+    coords[1] = wrong_rank ? 0 : 1;
+  }
+  // Whether it comes and fails itself; else its peers have to notice.
+  bool FailsItself() const { return mismatch || concurrent || unreachable || misplaced; }
+};
+
 // Calls `visit` with the name and the buffer of each result of an op.
 template <typename Visit>
-void VisitResults(OpKind op, Rank& k, Visit&& visit) {
+void VisitResults(OpKind op, const Workload& w, Rank& k, Visit&& visit) {
   if (op == OpKind::kDispatch) {
     visit("rows", k.rows);
     visit("row_weights", k.row_weights);
+    if (w.fp8) visit("row_scales", k.row_scales);
   } else if (op == OpKind::kCombine) {
     visit("y", k.y);
     visit("home", k.home);
@@ -62,21 +109,34 @@ void VisitResults(OpKind op, Rank& k, Visit&& visit) {
 
 class Test {
  public:
-  Test(const Workload& w, const Options& options, std::vector<Rank>& ranks)
+  Test(const Workload& w, const Options& options, int failing, std::vector<Rank>& ranks)
       : w_(w), ranks_(ranks), timeout_ns_(options.Int("timeout_ms", 250) * uint64_t{1'000'000}) {
     ops_ = {OpKind::kDispatch, OpKind::kCombine};
     if (w.HasVjp()) ops_.push_back(OpKind::kCombineVjp);
-    times_.resize(ranks.size());
+    coords_.resize(ranks.size());
     for (size_t r = 0; r < ranks.size(); ++r) {
       CHECK_CUDA(cudaSetDevice(ranks[r].device));
-      times_[r].Resize(2);
       for (const OpKind op : ops_) {
-        VisitResults(op, ranks[r],
+        VisitResults(op, w, ranks[r],
                      [](const char*, auto& buffer) { buffer.Resize(buffer.host.size() + kGuard); });
       }
-      // It is loaded before kernels wait for each other.
-      ReadTime<<<1, 1, 0, ranks[r].stream>>>(times_[r].device);
-      CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
+      coords_[r].Resize(2);
+      SetCoords(ranks[r], {int32_t(r), 0});
+      ranks[r].group.coords = coords_[r].device;
+    }
+    CHECK_CUDA(cudaSetDevice(ranks[failing].device));
+    CHECK_CUDA(cudaStreamCreateWithFlags(&second_stream_, cudaStreamNonBlocking));
+    times_.resize(ranks.size() + 1);
+    for (size_t i = 0; i < times_.size(); ++i) {
+      const bool is_second = i == ranks.size();
+      const Rank& k = ranks[is_second ? failing : i];
+      const cudaStream_t stream = is_second ? second_stream_ : k.stream;
+      CHECK_CUDA(cudaSetDevice(k.device));
+      times_[i].Resize(2);
+      // Kernels and streams are made ready before kernels wait for each other.
+      ReadTime<<<1, 1, 0, stream>>>(times_[i].device);
+      ReportLost<<<1, 1, 0, stream>>>(k.error, -1);
+      CHECK_CUDA(cudaStreamSynchronize(stream));
     }
   }
 
@@ -94,62 +154,45 @@ class Test {
     for (const Rank& k : ranks_) Expect(k.error->set == 0, k.group.rank, "failed too early");
   }
 
-  void Fail(const Options& options) {
-    const OpKind op = OpNamed(options.Text("op", "combine"));
-    const std::string failure = options.Text("failure", "absent");
-    const bool gone = failure == "gone", mismatch = failure == "mismatch",
-               stops = failure == "stops";
-    const int failing = options.Int("failing", w_.R - 1);
-    Rank& failing_rank = ranks_[failing];
+  void Fail(const Failure& f) {
+    Rank& failing = ranks_[f.failing];
+    const bool times_out = f.kind == ErrorKind::kTimeout;
     for (Rank& k : ranks_) {
       // What ought not to pass takes much longer.
-      k.group.arrival_timeout_ns = (failure == "absent" ? 1 : 20) * timeout_ns_;
-      k.group.op_timeout_ns = (stops ? 1 : 20) * timeout_ns_;
-      if (gone) k.error->lost_peer = 1 + failing;
-      Clear(op, k);
+      k.group.arrival_timeout_ns = (times_out && !f.stops ? 1 : 20) * timeout_ns_;
+      k.group.op_timeout_ns = (times_out && f.stops ? 1 : 20) * timeout_ns_;
+      if (f.gone && !f.stops) k.error->lost_peer = 1 + f.failing;
+      Clear(f.op, k);
     }
-    const OpKind other = OpNamed(options.Text("other", options.Text("op", "combine").c_str()));
-    if (mismatch) {
-      Clear(other, failing_rank);
-      ++failing_rank.group.tag;
-    }
-    if (stops) failing_rank.group.tag |= (1 + options.Int("items", 0)) << 16;
-    for (Rank& k : ranks_) {
-      if (k.group.rank != failing) {
-        Launch(op, k);
-      } else if (stops || mismatch) {
-        Launch(other, k);
+    Clear(f.other, failing);
+    if (f.mismatch) ++failing.group.tag;
+    if (f.stops) failing.group.tag |= (1 + f.items) << 16;
+    if (f.misplaced) SetCoords(failing, {f.coords[0], f.coords[1]});
+    if (f.unreachable) SetRegions(failing, false);
+    if (f.concurrent) {
+      LaunchTwice(f);
+    } else {
+      for (Rank& k : ranks_) {
+        if (k.group.rank != f.failing) {
+          Launch(f.op, k);
+        } else if (f.stops || f.FailsItself()) {
+          Launch(f.other, k);
+        }
       }
     }
-    Synchronize();
-    const ErrorKind kind = mismatch ? ErrorKind::kMismatch
-                           : gone   ? ErrorKind::kPeerLost
-                                    : ErrorKind::kTimeout;
-    const Phase phase = !stops                                      ? Phase::kArrival
-                        : options.Text("phase", "close") == "close" ? Phase::kClose
-                                                                    : Phase::kRows;
-    bool noticed = false;  // by someone who told the others
-    for (Rank& k : ranks_) {
-      if (k.group.rank == failing && !mismatch) continue;
-      CheckFailed(k.group.rank == failing ? other : op, k, 3 * timeout_ns_);
-      const cuda::ErrorRecord& error = *k.error;
-      if (error.kind == static_cast<uint32_t>(ErrorKind::kAborted)) continue;
-      noticed = true;
-      Expect(error.kind == static_cast<uint32_t>(kind), k.group.rank, "kind");
-      Expect(error.phase == static_cast<uint32_t>(phase), k.group.rank, "phase");
-      // Peers that wait for the failing one may be waited for.
-      const bool any_peer = phase == Phase::kRows || k.group.rank == failing;
-      Expect(any_peer ? error.peer != error.rank : error.peer == uint32_t(failing), k.group.rank,
-             "peer");
-      if (kind == ErrorKind::kTimeout)
-        Expect(error.waited_ns >= timeout_ns_, k.group.rank, "waited less than the deadline");
+    if (f.gone && f.stops) {
+      CHECK_CUDA(cudaSetDevice(failing.device));
+      for (Rank& k : ranks_) ReportLost<<<1, 1, 0, failing.stream>>>(k.error, f.failing);
     }
-    Expect(noticed, failing, "nobody noticed");
+    Synchronize();
+    CheckRecords(f);
 
     // All go on, but one that stopped.
-    if (mismatch) --failing_rank.group.tag;
+    if (f.mismatch) --failing.group.tag;
+    SetCoords(failing, {f.failing, 0});
+    SetRegions(failing, true);
     for (const OpKind later : ops_) {
-      const auto takes_part = [&](const Rank& k) { return !stops || k.group.rank != failing; };
+      const auto takes_part = [&](const Rank& k) { return !f.stops || k.group.rank != f.failing; };
       for (Rank& k : ranks_) {
         Clear(later, k);
         if (takes_part(k)) Launch(later, k);
@@ -158,6 +201,8 @@ class Test {
       for (Rank& k : ranks_) {
         if (!takes_part(k)) continue;
         CheckFailed(later, k, timeout_ns_);
+        // Two ops with other numbers of blocks may leave a rank that does not know that they ended.
+        if (f.other_blocks != 0 && k.group.rank == f.failing) continue;
         Expect(k.error->kind == static_cast<uint32_t>(ErrorKind::kAborted), k.group.rank,
                "a later op was not aborted");
       }
@@ -165,15 +210,53 @@ class Test {
   }
 
  private:
-  void Launch(OpKind op, Rank& k) {
+  void Launch(OpKind op, Rank& k) { Launch(op, k, w_, times_[k.group.rank].device); }
+
+  void Launch(OpKind op, Rank& k, const Workload& w, uint64_t* times) {
     CHECK_CUDA(cudaSetDevice(k.device));
-    uint64_t* times = times_[k.group.rank].device;
     ReadTime<<<1, 1, 0, k.stream>>>(times);
-    CHECK_CUDA(op == OpKind::kDispatch ? cuda::LaunchDispatch(DispatchParamsOf(w_, k, 0), k.stream)
+    CHECK_CUDA(op == OpKind::kDispatch ? cuda::LaunchDispatch(DispatchParamsOf(w, k, 0), k.stream)
                : op == OpKind::kCombine
-                   ? cuda::LaunchCombine(CombineParamsOf(w_, k, 0), k.stream)
-                   : cuda::LaunchCombineVjp(CombineVjpParamsOf(w_, k, 0), k.stream));
+                   ? cuda::LaunchCombine(CombineParamsOf(w, k, 0), k.stream)
+                   : cuda::LaunchCombineVjp(CombineVjpParamsOf(w, k, 0), k.stream));
     ReadTime<<<1, 1, 0, k.stream>>>(times + 1);
+  }
+
+  // The failing rank's two ops, at once: a peer that comes only afterwards keeps both from ending.
+  void LaunchTwice(const Failure& f) {
+    const int last = (f.failing + 1) % w_.R;
+    Rank& failing = ranks_[f.failing];
+    for (Rank& k : ranks_) {
+      if (k.group.rank != last) Launch(f.op, k);
+    }
+    Rank second = failing;
+    second.group.tag += f.other_tag;
+    Workload w = w_;
+    w.blocks += f.other_blocks;
+    second.stream = second_stream_;
+    Launch(f.other, second, w, times_.back().device);
+    CHECK_CUDA(cudaStreamSynchronize(second.stream));
+    Synchronize();  // all end, though one has not come
+    Launch(f.op, ranks_[last]);
+  }
+
+  void SetCoords(const Rank& k, std::vector<int32_t> coords) {
+    CHECK_CUDA(cudaSetDevice(k.device));
+    Buffer<int32_t>& buffer = coords_[k.group.rank];
+    buffer.host = std::move(coords);
+    buffer.ToDevice();
+    CHECK_CUDA(cudaDeviceSynchronize());  // the stream does not wait for it
+  }
+
+  // Of its own memory: the whole address space, or nothing.
+  void SetRegions(const Rank& k, bool any) {
+    std::vector<cuda::Region> regions(cuda::kMaxRegions);
+    constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
+    for (size_t i = 0; any && i < regions.size(); ++i) regions[i] = {i * kSize, kSize};
+    CHECK_CUDA(cudaSetDevice(k.device));
+    CHECK_CUDA(cudaMemcpy(k.workspace->regions[k.group.rank], regions.data(),
+                          regions.size() * sizeof(regions[0]), cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaDeviceSynchronize());
   }
 
   void Synchronize() {
@@ -189,11 +272,57 @@ class Test {
     const uint32_t lost_peer = k.error->lost_peer;
     std::memset(k.error, 0, sizeof(*k.error));
     k.error->lost_peer = lost_peer;
-    VisitResults(op, k, [](const char*, auto& buffer) {
+    VisitResults(op, w_, k, [](const char*, auto& buffer) {
       CHECK_CUDA(
           cudaMemset(buffer.device, kUntouched, buffer.host.size() * sizeof(buffer.host[0])));
     });
     CHECK_CUDA(cudaDeviceSynchronize());  // the stream does not wait for it
+  }
+
+  // What all ranks make of the failure.
+  void CheckRecords(const Failure& f) {
+    bool noticed = false;  // by someone who told the others
+    for (Rank& k : ranks_) {
+      const int r = k.group.rank;
+      const bool fails = r == f.failing;
+      if (fails && !f.FailsItself()) continue;
+      const cuda::ErrorRecord& error = *k.error;
+      if (fails && f.concurrent) {  // either op may have come first
+        CheckResults(f.op, k);
+        CheckTimes(times_.back().FromDevice(), k, 3 * timeout_ns_);
+        CheckFailed(static_cast<OpKind>(error.op), k, 3 * timeout_ns_);
+        CheckResults(f.other, k);
+      } else {
+        CheckFailed(fails ? f.other : f.op, k, 3 * timeout_ns_);
+      }
+      const bool aborted = error.kind == static_cast<uint32_t>(ErrorKind::kAborted);
+      // Others can find out by themselves, or be told, unless it is the rank's own affair.
+      const bool is_own = f.FailsItself() && !f.mismatch;
+      if (is_own ? !fails : aborted) {
+        const bool sees_tag = f.other_tag != 0 && error.peer == uint32_t(f.failing) &&
+                              error.kind == static_cast<uint32_t>(ErrorKind::kMismatch);
+        Expect(aborted || sees_tag, r, "was not told");
+        continue;
+      }
+      noticed = true;
+      Expect(error.kind == static_cast<uint32_t>(f.kind), r, "kind");
+      Expect(error.phase == static_cast<uint32_t>(f.phase), r, "phase");
+      if (is_own) {
+        Expect(error.peer == uint32_t(f.misplaced ? f.coords[0] : r), r, "peer");
+      } else if (f.kind == ErrorKind::kTimeout && f.phase == Phase::kRows) {
+        // Peers that wait for the failing one may be waited for.
+        Expect(error.peer != error.rank, r, "peer");
+      } else {
+        Expect(fails ? error.peer != error.rank : error.peer == uint32_t(f.failing), r, "peer");
+      }
+      if (f.kind == ErrorKind::kTimeout)
+        Expect(error.waited_ns >= timeout_ns_, r, "waited less than the deadline");
+      if (f.misplaced)
+        Expect(error.expected == 0 && error.seen == uint64_t(f.coords[1]), r, "instance");
+      if (f.unreachable)
+        Expect(error.expected != 0 && error.seen < cuda::kMaxAddresses, r, "address");
+    }
+    Expect(noticed, f.failing, "nobody noticed");
   }
 
   void CheckFailed(OpKind op, Rank& k, uint64_t limit_ns) {
@@ -205,8 +334,17 @@ class Test {
     Expect(error.set == 1, r, "no record");
     Expect(error.rank == uint32_t(r), r, "rank of the record");
     Expect(error.op == static_cast<uint32_t>(op), r, "op of the record");
-    Expect(times[1] - times[0] < limit_ns, r, "ended late");
-    VisitResults(op, k, [&](const char* name, const auto& buffer) {
+    CheckTimes(times, k, limit_ns);
+    CheckResults(op, k);
+  }
+
+  void CheckTimes(const std::vector<uint64_t>& times, const Rank& k, uint64_t limit_ns) {
+    Expect(times[1] - times[0] < limit_ns, k.group.rank, "ended late");
+  }
+
+  void CheckResults(OpKind op, Rank& k) {
+    const int r = k.group.rank;
+    VisitResults(op, w_, k, [&](const char* name, const auto& buffer) {
       const auto got = buffer.FromDevice();
       const auto* bytes = reinterpret_cast<const unsigned char*>(got.data());
       const auto* end = bytes + (got.size() - kGuard) * sizeof(got[0]);
@@ -222,7 +360,9 @@ class Test {
   std::vector<Rank>& ranks_;
   uint64_t timeout_ns_;
   std::vector<OpKind> ops_;
-  std::vector<Buffer<uint64_t>> times_;  // before and after the last op
+  std::vector<Buffer<uint64_t>> times_;  // before and after the last op, and a rank's second one
+  std::vector<Buffer<int32_t>> coords_;
+  cudaStream_t second_stream_;  // of the failing rank
 };
 
 }  // namespace
@@ -242,9 +382,10 @@ int main(int argc, char** argv) {
   }
   if (w.C == 0) w.C = NeededCapacity(w, ranks);
   Prepare(w, options, ranks, generator);
-  Test test(w, options, ranks);
+  const Failure failure(options, w.R);
+  Test test(w, options, failure.failing, ranks);
   test.Succeed();
-  test.Fail(options);
+  test.Fail(failure);
   std::printf(num_wrong == 0 ? "all right\n" : "%d WRONG\n", num_wrong);
   return num_wrong == 0 ? 0 : 1;
 }
