@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (has_rows && threadIdx.x == kThreads / 2) {  // one that has no part in what is above
     MakeState(p, epoch, p.hidden * sizeof(T), state);
   }
-  Tickets tickets(p.group);  // the first is on its way meanwhile
+  Tickets tickets(p.group);                        // the first is on its way meanwhile
   if (WaitInputs(p.group, epoch, state.inputs)) {  // where the block meets
     const int32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
     if (p.values != nullptr) {

@@ -87,8 +87,8 @@ struct Config {
   cudaStream_t stream;
   bool is_cooperative;  // all blocks run at once
 };
-// JAX_EP_EMULATOR_BLOCKS: how many blocks of a grid that is not cooperative run at once, as if other
-// kernels kept the rest from the SMs. Not for grids that are clusters.
+// JAX_EP_EMULATOR_BLOCKS: how many blocks of a grid that is not cooperative run at once, as if
+// other kernels kept the rest from the SMs. Not for grids that are clusters.
 uint32_t MostBlocks();
 void Enqueue(const Config& config, const void* kernel, std::function<void()> thread);
 cudaError_t AllowShared(const void* kernel, int bytes);
