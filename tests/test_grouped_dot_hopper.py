@@ -209,6 +209,19 @@ def test_transformations(check_vma):
 
 @pytest.mark.gpu
 @needs_hopper
+def test_vmap():
+    """As one product after the other."""
+    rng = np.random.default_rng(0)
+    lhs = jnp.asarray(rng.normal(size=(3, 300, 128)), jnp.bfloat16)
+    rhs = jnp.asarray(rng.normal(size=(3, 2, 128, 256)), jnp.bfloat16)
+    sizes = jnp.array([[100, 150], [0, 300], [7, 0]], jnp.int32)
+    got = jax.jit(jax.vmap(jax_ep.grouped_dot))(lhs, rhs, sizes)
+    want = [jax_ep.grouped_dot(*operands) for operands in zip(lhs, rhs, sizes, strict=True)]
+    np.testing.assert_array_equal(np.float32(got), np.float32(jnp.stack(want)))
+
+
+@pytest.mark.gpu
+@needs_hopper
 def test_what_kernels_cannot_do_is_said(caplog):
     """Other widths go through the loop, with a warning."""
     jax_ep._grouped_dot._warn_of_loop.cache_clear()
