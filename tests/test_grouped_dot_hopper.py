@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 
@@ -76,7 +77,11 @@ def test_lowers_for_gpus_anywhere(dtype, inner, outer):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_equal_calls_are_lowered_once(monkeypatch, dtype):
-    """Three equal layers and their gradients have the kernels of one, and call them three times."""
+    """Three equal layers and their gradients have the kernels of one, and call them three times.
+
+    They have the same bytes in both programs: jaxlib compiles kernels once that it knows by these, and
+    JAX's persistent cache finds programs by theirs.
+    """
     monkeypatch.setattr(_compat, "has_hopper_gpu", lambda: True)
     lhs = jax.ShapeDtypeStruct((136, 128), dtype)
     rhs = jax.ShapeDtypeStruct((2, 128, 128), dtype)
@@ -87,16 +92,64 @@ def test_equal_calls_are_lowered_once(monkeypatch, dtype):
             lhs = jax_ep.grouped_dot(lhs, rhs, sizes)
         return lhs.astype(jnp.float32).sum()
 
-    def counts(layers):
-        """Kernels, calls for rows (forward and backward), calls for the gradient of matrices."""
+    def lowered(layers):
+        """The kernels; calls for rows (forward and backward), calls for the gradient of matrices."""
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        lowered = step.trace(lhs, [rhs] * layers, sizes).lower(lowering_platforms=("cuda",))
-        names = ["custom_call @mosaic_gpu_v2", "call @rows_by_matrices", "call @rows_by_rows"]
-        return [len(re.findall(rf"{name}(_\d+)?\(", lowered.as_text())) for name in names]
+        text = lowered_for_gpus(step, lhs, [rhs] * layers, sizes)
+        names = ["call @rows_by_matrices", "call @rows_by_rows"]
+        return kernels_in(text), [len(re.findall(rf"{name}(_\d+)?\(", text)) for name in names]
 
-    kernels, *calls = counts(1)
-    assert kernels >= 3 and calls == [2, 1]
-    assert counts(3) == [kernels, 6, 3]
+    kernels, calls = lowered(1)
+    assert len(set(kernels)) == 3 and calls == [2, 1]
+    assert lowered(3) == (kernels, [6, 3])
+
+
+def lowered_for_gpus(function, *given):
+    return jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels_in(text):
+    """The bytes of the kernels in a module, as they are written there."""
+    return re.findall(r'custom_call @mosaic_gpu_v2\(.* module = "([^"]*)"', text)
+
+
+@pytest.mark.parametrize("around", ["shard_map", "checked shard_map", "vmap", "x64", "mesh"])
+def test_kernels_know_nothing_of_what_is_around(around):
+    """The same kernel under transformations and settings, and after others."""
+    lhs, rhs = jnp.zeros((136, 128), jnp.bfloat16), jnp.zeros((2, 128, 256), jnp.bfloat16)
+    d_out, sizes = jnp.zeros((136, 256), jnp.bfloat16), jnp.zeros(2, jnp.int32)
+
+    def products(lhs, rhs, d_out, sizes):
+        kernels = _grouped_dot_hopper
+        by_matrices = kernels.rows_by_matrices(lhs, rhs, sizes, contract=0)
+        return by_matrices, kernels.rows_by_rows(lhs, d_out, sizes)
+
+    given = (lhs, rhs, d_out, sizes)
+    want = kernels_in(lowered_for_gpus(products, *given))
+    assert len(want) == 2
+    _grouped_dot_hopper.custom_call.cache_clear()
+    lowered_for_gpus(
+        lambda lhs, sizes: _grouped_dot_hopper.rows_by_rows(lhs, lhs, sizes), lhs, sizes
+    )
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("expert",))
+    setting, function = contextlib.nullcontext(), products
+    if around == "vmap":
+        given = tuple(jnp.stack([x] * 3) for x in given)
+        function = jax.vmap(products)
+    elif around == "x64":
+        setting = jax.enable_x64(True)
+    elif around == "mesh":
+        setting = jax.set_mesh(mesh)
+    else:
+        function = jax.shard_map(
+            products,
+            mesh=mesh,
+            in_specs=P("expert"),
+            out_specs=P("expert"),
+            check_vma=around.startswith("checked"),
+        )
+    with setting:
+        assert kernels_in(lowered_for_gpus(function, *given)) == want
 
 
 @pytest.mark.gpu
@@ -152,6 +205,19 @@ def test_transformations(check_vma):
     got = jax.jit(sharded, donate_argnums=1)(rhs, jnp.array(lhs), sizes)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_vmap():
+    """As one product after the other."""
+    rng = np.random.default_rng(0)
+    lhs = jnp.asarray(rng.normal(size=(3, 300, 128)), jnp.bfloat16)
+    rhs = jnp.asarray(rng.normal(size=(3, 2, 128, 256)), jnp.bfloat16)
+    sizes = jnp.array([[100, 150], [0, 300], [7, 0]], jnp.int32)
+    got = jax.jit(jax.vmap(jax_ep.grouped_dot))(lhs, rhs, sizes)
+    want = [jax_ep.grouped_dot(*operands) for operands in zip(lhs, rhs, sizes, strict=True)]
+    np.testing.assert_array_equal(np.float32(got), np.float32(jnp.stack(want)))
 
 
 @pytest.mark.gpu

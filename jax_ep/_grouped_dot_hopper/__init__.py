@@ -7,13 +7,15 @@ knows.
 
 ``by_matrices`` multiplies rows with the matrices of their groups, by a table of tiles that XLA makes
 (``tile_table``). ``by_rows`` multiplies the rows of each group with other rows, for the gradient of the
-matrices. Both cut their work as ``tiles`` says and are built of the same ``parts``.
+matrices. Both cut their work as ``tiles`` says and are built of the same ``parts``. A kernel is lowered
+once for all programs (``custom_call``).
 
 This is the only package that knows Pallas, whose GPU interface is experimental.
 """
 
 from jax_ep._grouped_dot_hopper.by_matrices import rows_by_matrices
 from jax_ep._grouped_dot_hopper.by_rows import rows_by_rows
+from jax_ep._grouped_dot_hopper.custom_call import custom_call
 from jax_ep._grouped_dot_hopper.tiles import Tiles, why_not
 
-__all__ = ["Tiles", "rows_by_matrices", "rows_by_rows", "why_not"]
+__all__ = ["Tiles", "custom_call", "rows_by_matrices", "rows_by_rows", "why_not"]

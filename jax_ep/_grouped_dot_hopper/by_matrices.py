@@ -72,7 +72,7 @@ def _product(
     table = tile_table(group_sizes, len(lhs), tiles.m)
     kernel = _Kernel(contract, inner, outer, len(table[0]), lhs.dtype, dtype, tiles)
     out_type = jax.ShapeDtypeStruct((len(lhs), outer), dtype)
-    return launch(kernel.body, out_type, *table, lhs, rhs)[:rows]
+    return launch(kernel, out_type, *table, lhs, rhs)[:rows]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ def _product(
     starts = ends - group_sizes.astype(jnp.int32)
     kernel = _Kernel(groups, len(lhs), inner, outer, lhs.dtype, dtype, tiles)
     out_type = jax.ShapeDtypeStruct((groups, inner, outer), dtype)
-    return launch(kernel.body, out_type, starts, ends, lhs, d_out)
+    return launch(kernel, out_type, starts, ends, lhs, d_out)
 
 
 @dataclasses.dataclass(frozen=True)

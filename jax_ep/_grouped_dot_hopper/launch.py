@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from jax_ep import _compat, _numerics
-from jax_ep._grouped_dot_hopper.pipeline import plgpu
+from jax_ep._grouped_dot_hopper.custom_call import Kernel, custom_call, pallas_kernel
 
 _ROW_MULTIPLE = 8  # rows of a tile in shared memory
 
@@ -24,17 +27,49 @@ def pad_rows(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, -x.shape[0] % _ROW_MULTIPLE), (0, 0)))
 
 
-def launch(body: Any, out: Any, *operands: jax.Array) -> jax.Array:
-    """Runs ``body`` in one block on each streaming multiprocessor."""
-    kernel = plgpu.kernel(
-        body,
-        out_type=out,
-        grid=(_compat.num_multiprocessors(),),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
-    # Pallas loses track of the mesh axes that its operands vary over.
+def launch(kernel: Kernel, out: jax.ShapeDtypeStruct, *operands: jax.Array) -> jax.Array:
+    """Runs the body of ``kernel`` in one block on each streaming multiprocessor."""
     axes = frozenset[str]().union(*map(_compat.varying_axes, operands))
-    return _compat.cast_varying(kernel(*operands), axes)
+    operands = tuple(_compat.cast_varying(x, axes) for x in operands)
+    return _launch_p.bind(*operands, kernel=kernel, out=out)
+
+
+def _abstract(*operands: Any, kernel: Kernel, out: jax.ShapeDtypeStruct) -> Any:
+    del kernel
+    return _compat.aval_like(operands[0], out.shape, out.dtype)
+
+
+def _lower(
+    ctx: mlir.LoweringRuleContext, *operands: Any, kernel: Kernel, out: jax.ShapeDtypeStruct
+) -> Any:
+    blocks = _compat.num_multiprocessors()
+    if not ctx.is_forward_compat():  # what is exported must be understood by other versions
+        avals: Sequence[Any] = ctx.avals_in
+        given = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals)
+        call = custom_call(kernel, blocks, out, *given)
+        if call is not None:
+            return jax.ffi.ffi_lowering(call.target)(ctx, *operands, **dict(call.attributes))
+    lower = mlir.lower_fun(pallas_kernel(kernel, blocks, out), multiple_results=False)
+    return lower(ctx, *operands)
+
+
+def _batch(
+    operands: Sequence[Any], dims: Sequence[int | None], **params: Any
+) -> tuple[jax.Array, int]:
+    """One launch for each element, one after the other."""
+    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
+
+    def one(slices: Sequence[jax.Array]) -> jax.Array:
+        rest = iter(slices)
+        return _launch_p.bind(
+            *(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)), **params
+        )
+
+    return jax.lax.map(one, mapped), 0
+
+
+_launch_p = Primitive("jax_ep_grouped_dot")
+_launch_p.def_abstract_eval(_abstract)
+_launch_p.def_impl(lambda *xs, **params: jax.jit(lambda *ys: _launch_p.bind(*ys, **params))(*xs))
+mlir.register_lowering(_launch_p, _lower, platform="cuda")
+batching.primitive_batchers[_launch_p] = _batch
