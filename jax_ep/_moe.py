@@ -233,8 +233,8 @@ def _on_one_rank(
     load, num_dropped, num_invalid = lax.psum(
         (
             expert_load(used, settings.num_experts),
-            out.num_dropped.sum(),
-            out.num_invalid.sum(),
+            out.num_dropped.sum(dtype=jnp.int32),
+            out.num_invalid.sum(dtype=jnp.int32),
         ),
         axes,
     )

@@ -121,7 +121,9 @@ class MoE(nn.Module):
             shared=shared,
         )
         if self.router_bias:
-            self.bias = self.variable("router_bias", "bias", jnp.zeros, (self.num_experts,))
+            self.bias = self.variable(
+                "router_bias", "bias", jnp.zeros, (self.num_experts,), jnp.float32
+            )
 
     def __call__(
         self, x: Float[Array, "*batch hidden"], *, mask: Bool[Array, "*batch"] | None = None

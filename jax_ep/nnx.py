@@ -123,7 +123,10 @@ class MoE(nnx.Module):
         self.gate = param(kernel_init, shapes.gate, specs.gate)
         self.up = param(kernel_init, shapes.up, specs.up)
         self.down = param(kernel_init, shapes.down, specs.down)
-        self.router_bias = RouterBias(jnp.zeros((num_experts,))) if router_bias else nnx.data(None)
+        self.router_bias: Any = nnx.data(None)
+        if router_bias:
+            zeros = jnp.zeros((num_experts,), jnp.float32)
+            self.router_bias = RouterBias(zeros, out_sharding=(None,), mesh=group.mesh)
         self.shared_gate: Any
         self.shared_up: Any
         self.shared_down: Any

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
@@ -140,6 +141,20 @@ def test_nnx_logical_names(native_backend):
         assert specs["gate"].get_value() == P("expert", "data", None)
     y, _ = layer(make_x())
     assert y.dtype == jnp.bfloat16 and layer.down[...].dtype == jnp.float32
+
+
+def test_nnx_restored(native_backend, tmp_path):
+    """Orbax puts each array where that of the new layer lies, which must be on the mesh of all."""
+    group = make_group(native_backend)
+    layer = make_nnx(group)
+    layer.update_router_bias(jnp.arange(E))
+    want, _ = layer(make_x())
+    other = make_nnx(group)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "layer", nnx.state(layer))
+        checkpointer.wait_until_finished()
+        nnx.update(other, checkpointer.restore(tmp_path / "layer", nnx.state(other)))
+    np.testing.assert_array_equal(other(make_x())[0], want)
 
 
 # ---- linen
