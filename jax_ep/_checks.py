@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_ep import _compat, _gpu_limits
 from jax_ep._capacity import INT32_MAX
@@ -120,8 +121,21 @@ def check_rows(op: str, argument: str, x: Any) -> None:
         )
 
 
-def check_quantized(op: str, argument: str, x: Quantized) -> None:
-    """Values and scales have the dtypes and shapes of quantized rows."""
+def check_quantized(op: str, argument: str, x: Any) -> None:
+    """Values and scales are arrays that have the dtypes and shapes of quantized rows."""
+    if not isinstance(x, Quantized):
+        raise type_error(
+            op, argument, "jax_ep.Quantized", type(x).__name__, "make it with jax_ep.quantize"
+        )
+    for name, part in x._asdict().items():
+        if not isinstance(part, jax.Array | np.ndarray):
+            raise type_error(
+                op,
+                f"{argument}.{name}",
+                "an array",
+                type(part).__name__,
+                "make it with jax_ep.quantize",
+            )
     values, scales = x
     if values.ndim != 2 or values.shape[1] == 0 or values.shape[1] % 128:
         raise value_error(
