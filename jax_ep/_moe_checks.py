@@ -15,14 +15,7 @@ from jax_ep._moe_params import MoEParams
 
 def check_group(group: Any) -> None:
     """``group`` is a Group, and the call is on global arrays."""
-    if not isinstance(group, Group):
-        raise _checks.type_error(
-            "moe",
-            "group",
-            "a Group",
-            type(group).__name__,
-            "make one with jax_ep.create_group(mesh, axis_name) outside jit",
-        )
+    _check_is_group("moe", group)
     manual = [name for name in _compat.manual_axes() if name in group.mesh.axis_names]
     if manual:
         raise _checks.value_error(
@@ -34,16 +27,34 @@ def check_group(group: Any) -> None:
         )
 
 
-def check_top_k(top_k: Any, num_experts: int) -> None:
+def check_layer(op: str, *, group: Any, num_experts: Any, top_k: Any) -> None:
+    """The settings of a Flax layer fit each other, so that its weights can be made."""
+    _check_is_group(op, group)
+    _checks.check_num_experts(op, num_experts, group)
+    check_top_k(top_k, num_experts, op=op)
+
+
+def _check_is_group(op: str, group: Any) -> None:
+    if not isinstance(group, Group):
+        raise _checks.type_error(
+            op,
+            "group",
+            "a Group",
+            type(group).__name__,
+            "make one with jax_ep.create_group(mesh, axis_name) outside jit",
+        )
+
+
+def check_top_k(top_k: Any, num_experts: int, *, op: str = "moe") -> None:
     """A token can have so many experts."""
     if not _checks.is_int(top_k):
         raise _checks.type_error(
-            "moe", "top_k", "a Python int", type(top_k).__name__, "pass the experts of a token"
+            op, "top_k", "a Python int", type(top_k).__name__, "pass the experts of a token"
         )
     most = min(num_experts, _checks.MAX_TOP_K)
     if not 1 <= top_k <= most:
         raise _checks.value_error(
-            "moe", "top_k", f"1 to {most} experts a token", top_k, "choose a number in that range"
+            op, "top_k", f"1 to {most} experts a token", top_k, "choose a number in that range"
         )
 
 

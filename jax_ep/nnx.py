@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jax_ep import _checks
+from jax_ep import _checks, _moe_checks
 from jax_ep._group import Group
 from jax_ep._moe import MoEAux, RouterLike, moe
 from jax_ep._moe_params import (
@@ -99,7 +99,12 @@ class MoE(nnx.Module):
             rngs: Source of the "params" keys.
             **options: Keyword arguments of ``jax_ep.moe``: ``token_axes``, ``grouped_dot``,
                 ``overlap``, ``capacity_factor`` and so on.
+
+        Raises:
+            TypeError: for a group, ``num_experts`` or ``top_k`` of the wrong type.
+            ValueError: for sizes that do not fit each other; the text says what would.
         """
+        _moe_checks.check_layer("nnx.MoE", group=group, num_experts=num_experts, top_k=top_k)
         self.num_experts = num_experts
         self.top_k = top_k
         self.group = group
