@@ -298,7 +298,7 @@ def check_capacity(op: str, capacity: Any, layout: Layout, alignment: int) -> No
         raise value_error(
             op,
             "capacity",
-            f"a positive multiple of the alignment {multiple}"
+            f"a Python int, a positive multiple of the alignment {multiple}"
             if layout == "expert"
             else "a positive int",
             repr(capacity),
@@ -330,7 +330,7 @@ def check_capacity_factor(
         raise value_error(
             op,
             "capacity_factor",
-            f"a positive number of at most {INT32_MAX}",
+            f"a Python int or float, a positive number of at most {INT32_MAX}",
             repr(capacity_factor),
             "1.0 gives each expert room for its share under even routing",
         )
