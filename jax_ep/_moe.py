@@ -220,7 +220,8 @@ def _on_one_rank(
     mask: Bool[Array, "tokens 1"] | None,
 ) -> tuple[Float[Array, "tokens hidden"], MoEAux]:
     """The layer for this rank's tokens and this rank's experts."""
-    routing = _route(settings, x, params)
+    # What stands in a masked token, be it NaN, must not reach the gradient of the router.
+    routing = _route(settings, x if mask is None else jnp.where(mask, x, 0), params)
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
     ticket = dispatch_start(
         x,

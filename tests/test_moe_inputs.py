@@ -161,3 +161,23 @@ def test_another_mesh_is_set():
         pytest.raises(ValueError, match=r"argument group: .*{'data'.*got .*{'expert': 2}; make"),
     ):
         layer_of(group)(make_x(), make_params())
+
+
+def test_masked_tokens_reach_no_gradient(native_backend):
+    """What stands in padding, be it NaN, is nobody's business."""
+    layer = layer_of(spmd.make_group(2, native_backend))
+    params = make_params()._replace(shared=None)
+    mask = jnp.arange(8) != 3
+
+    def gradients(x):
+        def loss(params, x):
+            y, aux = layer(x, params, mask=mask)
+            return jnp.sum(y[mask] ** 2) + aux.aux_loss
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    want = gradients(make_x())
+    found = gradients(make_x().at[3].set(jnp.nan))
+    for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert np.abs(wanted).max() > 0
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
