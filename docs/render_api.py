@@ -108,7 +108,7 @@ def _plain(parameter: inspect.Parameter) -> inspect.Parameter:
 def _text(value: object) -> str:
     """The docstring as Markdown: sections become bold titles, their entries bullets."""
     lines: list[str] = []
-    in_section = in_code = False
+    in_section = in_code = has_entries = False
     for line in (inspect.getdoc(value) or "").splitlines():
         if in_code and line.strip() and not line.startswith("    "):
             while not lines[-1]:
@@ -120,12 +120,13 @@ def _text(value: object) -> str:
                 lines.append(line[4:])
             continue
         section = re.fullmatch(r"(Args|Attributes|Returns|Raises|Yields):", line)
-        entry = re.match(r"    (\*{0,2}[\w, *]+):\s*(.*)", line) if in_section else None
+        entry = re.match(r"    (\*{0,2}\w[\w, *]*):\s*(.*)", line) if has_entries else None
         if section:
             in_section = True
+            has_entries = section[1] in ("Args", "Attributes", "Raises")
             lines.append(f"**{section[1]}**\n")
         elif line.endswith("::"):
-            in_code, in_section = True, False
+            in_code, in_section, has_entries = True, False, False
             lines += [line[:-1], "", "```"]
         elif entry:
             lines.append(f"* `{entry[1]}`: {entry[2]}")
@@ -133,6 +134,7 @@ def _text(value: object) -> str:
             lines.append(f"  {line.strip()}")
         else:
             in_section = in_section and (not line or line.startswith(" "))
+            has_entries = has_entries and in_section
             lines.append(line.strip() if in_section else line)
     if in_code:
         lines.append("```")

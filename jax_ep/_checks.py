@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_ep import _compat, _gpu_limits
 from jax_ep._capacity import INT32_MAX
@@ -120,8 +121,21 @@ def check_rows(op: str, argument: str, x: Any) -> None:
         )
 
 
-def check_quantized(op: str, argument: str, x: Quantized) -> None:
-    """Values and scales have the dtypes and shapes of quantized rows."""
+def check_quantized(op: str, argument: str, x: Any) -> None:
+    """Values and scales are arrays that have the dtypes and shapes of quantized rows."""
+    if not isinstance(x, Quantized):
+        raise type_error(
+            op, argument, "jax_ep.Quantized", type(x).__name__, "make it with jax_ep.quantize"
+        )
+    for name, part in x._asdict().items():
+        if not isinstance(part, jax.Array | np.ndarray):
+            raise type_error(
+                op,
+                f"{argument}.{name}",
+                "an array",
+                type(part).__name__,
+                "make it with jax_ep.quantize",
+            )
     values, scales = x
     if values.ndim != 2 or values.shape[1] == 0 or values.shape[1] % 128:
         raise value_error(
@@ -284,7 +298,7 @@ def check_capacity(op: str, capacity: Any, layout: Layout, alignment: int) -> No
         raise value_error(
             op,
             "capacity",
-            f"a positive multiple of the alignment {multiple}"
+            f"a Python int, a positive multiple of the alignment {multiple}"
             if layout == "expert"
             else "a positive int",
             repr(capacity),
@@ -316,7 +330,7 @@ def check_capacity_factor(
         raise value_error(
             op,
             "capacity_factor",
-            f"a positive number of at most {INT32_MAX}",
+            f"a Python int or float, a positive number of at most {INT32_MAX}",
             repr(capacity_factor),
             "1.0 gives each expert room for its share under even routing",
         )

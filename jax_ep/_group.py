@@ -83,6 +83,13 @@ class Group:
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "jax_ep.Group: cannot be pickled, as its devices belong to this process; call "
+            "jax_ep.create_group in each process, and pickle weights (pytrees of arrays, nnx.state) "
+            "without the layers or functions that hold the group."
+        )
+
 
 def create_group(
     mesh: jax.sharding.Mesh,

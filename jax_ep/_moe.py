@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -95,9 +95,9 @@ def moe(
     Call it on whole (global) arrays, inside ``jit`` or not, on meshes with Auto or Explicit axes. It
     splits the tokens over ``token_axes`` (adding masked ones where they do not split evenly) and
     enters ``shard_map`` over the whole mesh of the group, where ``dispatch`` and ``combine`` move the
-    rows. Mesh axes that are not token axes see the same tokens. ``x`` may be sharded in any way; where
-    it is split over the leading token axes in their order, as a batch over "data" is, every device
-    works on a part of what it has, and only the outputs are gathered again.
+    rows. Mesh axes that are not token axes see the same tokens. ``x`` may be sharded in any way over
+    the mesh of the group; where it is split over the leading token axes in their order, as a batch over
+    "data" is, every device works on a part of what it has, and only the outputs are gathered again.
 
     On GPUs, an op that fails, as for a rank that never comes, gives NaN, which may be all that you see:
     call ``group.check()`` where you wait for results anyway, to get the ``CommunicationError``.
@@ -140,7 +140,9 @@ def moe(
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.
-        ValueError: for any other argument that does not fit; the text says what would.
+        ValueError: for any other argument that does not fit; the text says what would. So it is for
+            arrays on other devices, or on a mesh that divides the same devices in another way. Inside
+            ``jit`` ``moe`` cannot see where arrays lie, and for such a mesh XLA may end the process.
     """
     op = "moe"
     _moe_checks.check_group(group)
@@ -154,23 +156,29 @@ def moe(
             op, "overlap", "None without a shared expert", repr(overlap), "leave it out"
         )
     _moe_checks.check_mask(mask, x.shape[:-1])
+    _moe_checks.check_placement(group, x, params, mask)
+    grouped_dot = default_grouped_dot if grouped_dot is None else grouped_dot
+    _moe_checks.check_function("grouped_dot", grouped_dot)
+    _moe_checks.check_function("activation", activation)
+    options: dict[str, Any] = {
+        "alignment": alignment,
+        "capacity": capacity,
+        "capacity_factor": capacity_factor,
+        "quantization": quantization,
+        "scale_format": scale_format,
+        "config": config,
+    }
+    _moe_checks.check_dispatch_options(**options)
     settings = _Settings(
         group=group,
         num_experts=num_experts,
         top_k=top_k,
         router=_resolve_router(router),
         token_axes=_resolve_token_axes(token_axes, group),
-        grouped_dot=default_grouped_dot if grouped_dot is None else grouped_dot,
+        grouped_dot=grouped_dot,
         overlap=overlap is not None,
         activation=activation,
-        dispatch=(
-            ("alignment", alignment),
-            ("capacity", capacity),
-            ("capacity_factor", capacity_factor),
-            ("quantization", quantization),
-            ("scale_format", scale_format),
-            ("config", config),
-        ),
+        dispatch=tuple(options.items()),
     )
     return _over_mesh(settings, x, params, mask)
 
@@ -212,7 +220,8 @@ def _on_one_rank(
     mask: Bool[Array, "tokens 1"] | None,
 ) -> tuple[Float[Array, "tokens hidden"], MoEAux]:
     """The layer for this rank's tokens and this rank's experts."""
-    routing = _route(settings, x, params)
+    # What stands in a masked token, be it NaN, must not reach the gradient of the router.
+    routing = _route(settings, x if mask is None else jnp.where(mask, x, 0), params)
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
     ticket = dispatch_start(
         x,
@@ -233,8 +242,8 @@ def _on_one_rank(
     load, num_dropped, num_invalid = lax.psum(
         (
             expert_load(used, settings.num_experts),
-            out.num_dropped.sum(),
-            out.num_invalid.sum(),
+            out.num_dropped.sum(dtype=jnp.int32),
+            out.num_invalid.sum(dtype=jnp.int32),
         ),
         axes,
     )
@@ -255,15 +264,7 @@ def _route(settings: _Settings, x: Float[Array, "tokens hidden"], params: MoEPar
         routing = router(logits, settings.top_k, bias)
     else:
         routing = router(logits, bias)
-    shape = (x.shape[0], settings.top_k)
-    if routing.topk_idx.shape != shape or routing.topk_weights.shape != shape:
-        raise _checks.value_error(
-            "moe",
-            "router",
-            f"a function that gives topk_idx and topk_weights of shape [tokens, top_k] {shape}",
-            f"{routing.topk_idx.shape} and {routing.topk_weights.shape}",
-            "let it choose top_k experts, -1 where a token has fewer",
-        )
+    _moe_checks.check_routing(routing, x.shape[0], settings.top_k)
     return routing
 
 
@@ -309,11 +310,17 @@ def _resolve_router(router: RouterLike) -> Router | Callable[..., Routing]:
             type(router).__name__,
             "leave it out for 'softmax'",
         )
+    _moe_checks.check_function("router", router)
     return router
 
 
 def _resolve_token_axes(token_axes: tuple[str, ...], group: Group) -> tuple[str, ...]:
-    names, token_axes = group.mesh.axis_names, tuple(token_axes)
+    names = group.mesh.axis_names
+    if not isinstance(token_axes, Sequence) or isinstance(token_axes, str):
+        raise _checks.type_error(
+            "moe", "token_axes", f"a tuple of axes of the mesh {names}", repr(token_axes), "wrap it"
+        )
+    token_axes = tuple(token_axes)
     if token_axes == _DEFAULT_TOKEN_AXES:
         outside = ("data",) if "data" in names and "data" not in group.axis_names else ()
         return outside + group.axis_names

@@ -10,19 +10,15 @@ import numpy as np
 
 from jax_ep import _checks, _compat
 from jax_ep._group import Group
-from jax_ep._moe_params import MoEParams
+from jax_ep._moe_params import MoEParams, SharedExpert
+from jax_ep._placement import why_not_usable
+from jax_ep._quantize import check_scale_format
+from jax_ep.routing import Routing
 
 
 def check_group(group: Any) -> None:
     """``group`` is a Group, and the call is on global arrays."""
-    if not isinstance(group, Group):
-        raise _checks.type_error(
-            "moe",
-            "group",
-            "a Group",
-            type(group).__name__,
-            "make one with jax_ep.create_group(mesh, axis_name) outside jit",
-        )
+    _check_is_group("moe", group)
     manual = [name for name in _compat.manual_axes() if name in group.mesh.axis_names]
     if manual:
         raise _checks.value_error(
@@ -32,18 +28,45 @@ def check_group(group: Any) -> None:
             f"{tuple(manual)} as manual axes",
             "call it outside, or use jax_ep.dispatch and jax_ep.combine inside",
         )
+    sizes, own = _compat.context_axis_sizes(), dict(group.mesh.shape)
+    if sizes and list(sizes.items()) != list(own.items()):
+        raise _checks.value_error(
+            "moe",
+            "group",
+            f"a group of the mesh in use, {sizes}",
+            f"one made on a mesh {own}",
+            "make the group on the mesh that jax.set_mesh was given",
+        )
 
 
-def check_top_k(top_k: Any, num_experts: int) -> None:
+def check_layer(op: str, *, group: Any, num_experts: Any, top_k: Any) -> None:
+    """The settings of a Flax layer fit each other, so that its weights can be made."""
+    _check_is_group(op, group)
+    _checks.check_num_experts(op, num_experts, group)
+    check_top_k(top_k, num_experts, op=op)
+
+
+def _check_is_group(op: str, group: Any) -> None:
+    if not isinstance(group, Group):
+        raise _checks.type_error(
+            op,
+            "group",
+            "a Group",
+            type(group).__name__,
+            "make one with jax_ep.create_group(mesh, axis_name) outside jit",
+        )
+
+
+def check_top_k(top_k: Any, num_experts: int, *, op: str = "moe") -> None:
     """A token can have so many experts."""
     if not _checks.is_int(top_k):
         raise _checks.type_error(
-            "moe", "top_k", "a Python int", type(top_k).__name__, "pass the experts of a token"
+            op, "top_k", "a Python int", type(top_k).__name__, "pass the experts of a token"
         )
     most = min(num_experts, _checks.MAX_TOP_K)
     if not 1 <= top_k <= most:
         raise _checks.value_error(
-            "moe", "top_k", f"1 to {most} experts a token", top_k, "choose a number in that range"
+            op, "top_k", f"1 to {most} experts a token", top_k, "choose a number in that range"
         )
 
 
@@ -119,3 +142,115 @@ def check_params(params: Any, hidden: int, num_experts: int) -> None:
                 weight.shape,
                 "make the weights with jax_ep.init_moe_params of the same sizes",
             )
+    _check_shared(params.shared, hidden)
+
+
+def _check_shared(shared: Any, hidden: int) -> None:
+    if shared is None:
+        return
+    if not isinstance(shared, SharedExpert):
+        raise _checks.type_error(
+            "moe",
+            "params.shared",
+            "jax_ep.SharedExpert or None",
+            type(shared).__name__,
+            "put the weights of the shared expert into jax_ep.SharedExpert",
+        )
+    for name, weight in shared._asdict().items():
+        if not isinstance(weight, jax.Array | np.ndarray):
+            raise _checks.type_error(
+                "moe",
+                f"params.shared.{name}",
+                "an array",
+                type(weight).__name__,
+                "make the weights with jax_ep.init_moe_params",
+            )
+    intermediate = shared.gate.shape[-1] if shared.gate.ndim else 0
+    up = (hidden, intermediate)
+    expected = {"gate": up, "up": up, "down": (intermediate, hidden)}
+    for name, shape in expected.items():
+        weight = getattr(shared, name)
+        if weight.shape != shape:
+            raise _checks.value_error(
+                "moe",
+                f"params.shared.{name}",
+                f"shape {shape} for hidden {hidden} and a shared expert of {intermediate}",
+                weight.shape,
+                "make the weights with jax_ep.init_moe_params of the same sizes",
+            )
+
+
+def check_placement(group: Group, x: Any, params: MoEParams, mask: Any) -> None:
+    """Arrays that were put on devices lie on those of the group, in the same order."""
+    named = {"x": x, "mask": mask, "params": params}
+    for path, array in jax.tree_util.tree_leaves_with_path(named):
+        reason = why_not_usable(array, group.mesh)
+        if reason is not None:
+            argument = ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+            raise _checks.value_error(
+                "moe",
+                argument,
+                f"an array on the mesh of the group, {dict(group.mesh.shape)}",
+                reason,
+                "put it there with jax.device_put(…, NamedSharding(group.mesh, spec)), or make mesh "
+                "and group alike",
+            )
+
+
+def check_dispatch_options(
+    *,
+    alignment: Any,
+    capacity: Any,
+    capacity_factor: Any,
+    quantization: Any,
+    scale_format: Any,
+    config: Any,
+) -> None:
+    """The options for ``dispatch`` are static values, so that ``jax.jit`` can hash them."""
+    _checks.check_layout("moe", "expert", alignment)
+    if capacity_factor is not None:
+        _checks.check_capacity_factor("moe", capacity_factor, "expert", capacity)
+    elif capacity is not None:
+        _checks.check_capacity("moe", capacity, "expert", alignment)
+    _checks.check_one_of("moe", "quantization", quantization, (None, "fp8"))
+    check_scale_format("moe", scale_format)
+    _checks.check_config("moe", config)
+
+
+def check_function(argument: str, function: Any) -> None:
+    """``function`` can be called, and ``jax.jit`` can tell it from others by its hash."""
+    if not callable(function):
+        raise _checks.type_error(
+            "moe", argument, "a function", type(function).__name__, "leave it out for the default"
+        )
+    try:
+        hash(function)
+    except TypeError:
+        raise _checks.type_error(
+            "moe",
+            argument,
+            "a function that can be hashed",
+            f"one of type {type(function).__name__} that cannot",
+            "give its class a __hash__ beside __eq__, or pass a plain function",
+        ) from None
+
+
+def check_routing(routing: Any, num_tokens: int, top_k: int) -> None:
+    """A custom router gave a ``Routing`` of ``top_k`` experts for each token."""
+    if not isinstance(routing, Routing):
+        raise _checks.type_error(
+            "moe",
+            "router",
+            "a function that gives a jax_ep.routing.Routing",
+            f"one that gives {type(routing).__name__}",
+            "return jax_ep.routing.Routing(topk_idx, topk_weights, scores)",
+        )
+    shape = (num_tokens, top_k)
+    if routing.topk_idx.shape != shape or routing.topk_weights.shape != shape:
+        raise _checks.value_error(
+            "moe",
+            "router",
+            f"a function that gives topk_idx and topk_weights of shape [tokens, top_k] {shape}",
+            f"{routing.topk_idx.shape} and {routing.topk_weights.shape}",
+            "let it choose top_k experts, -1 where a token has fewer",
+        )

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from jax_ep import _compat
 
@@ -103,8 +103,18 @@ def _batch(
     return outputs, [0] * len(outputs)
 
 
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, target: str, **_: Any) -> Any:
+    """Only gradients are differentiated here: all other calls have custom gradients before them."""
+    raise NotImplementedError(
+        f"jax_ep: the native op {target} has no derivative. Second derivatives go through dispatch "
+        "and through combine without weights; so multiply the rows by their weights before combine, "
+        "or make the group with backend='reference'."
+    )
+
+
 _native_call_p = Primitive("jax_ep_call")
 _native_call_p.multiple_results = True
 _native_call_p.def_abstract_eval(_abstract)
 _compat.register_lowering_of_each(_native_call_p, _lower)
 batching.primitive_batchers[_native_call_p] = _batch
+ad.primitive_jvps[_native_call_p] = _jvp

@@ -7,7 +7,10 @@ already lies as it asks.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,6 +18,43 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
+
+
+def why_not_usable(x: Any, mesh: Mesh) -> str | None:
+    """Why ``jax.jit`` cannot use ``x`` in a program over ``mesh``, or None.
+
+    Only arrays that were put somewhere are looked at: of tracers JAX does not say where they lie.
+
+    XLA's partitioner (Shardy, jaxlib 0.11.2 and 0.12.0.1) ends the process where a program sums over
+    several axes of one mesh and its inputs lie on another mesh whose axes cut the devices elsewhere.
+    """
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or not x.committed:
+        return None
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding):
+        if sharding.device_set == set(mesh.devices.flat):
+            return None
+        return f"one on {len(sharding.device_set)} device(s), {_ids(sharding.device_set)}"
+    other = sharding.mesh
+    if other == mesh:
+        return None
+    assert isinstance(other, Mesh)  # not an abstract one, as the array lies there
+    if list(other.devices.flat) != list(mesh.devices.flat):
+        return f"one on a mesh {dict(other.shape)} of devices {_ids(other.devices.flat)}"
+    cuts, other_cuts = _cuts(mesh), _cuts(other)
+    if cuts <= other_cuts or other_cuts <= cuts:
+        return None
+    return f"one on a mesh {dict(other.shape)} of the same devices"
+
+
+def _cuts(mesh: Mesh) -> set[int]:
+    """Into how many parts the leading axes, one more each time, cut the devices."""
+    return set(itertools.accumulate(mesh.devices.shape, operator.mul, initial=1))
+
+
+def _ids(devices: Iterable[jax.Device]) -> str:
+    ids = [str(device.id) for device in devices]
+    return ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
 
 
 def place(x: Array, mesh: Mesh, spec: PartitionSpec) -> Array:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -98,7 +102,9 @@ def check_scale_format(op: str, scale_format: str) -> None:
         )
 
 
-def _check_rows(op: str, x: Array) -> None:
+def _check_rows(op: str, x: Any) -> None:
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise _checks.type_error(op, "x", "an array", type(x).__name__, "convert it first")
     if x.ndim != 2 or x.shape[1] % BLOCK:
         raise ValueError(
             f"jax_ep.{op}: argument x: expected [rows, hidden] with hidden a multiple of {BLOCK}, "

@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jax_ep import _checks
+from jax_ep import _checks, _moe_checks
 from jax_ep._group import Group
 from jax_ep._moe import MoEAux, RouterLike, moe
 from jax_ep._moe_params import (
@@ -86,6 +86,9 @@ class MoE(nn.Module):
 
     def setup(self) -> None:
         """Make the weights."""
+        _moe_checks.check_layer(
+            "linen.MoE", group=self.group, num_experts=self.num_experts, top_k=self.top_k
+        )
         shapes = moe_param_shapes(
             hidden=self.hidden,
             intermediate=self.intermediate,
@@ -121,7 +124,9 @@ class MoE(nn.Module):
             shared=shared,
         )
         if self.router_bias:
-            self.bias = self.variable("router_bias", "bias", jnp.zeros, (self.num_experts,))
+            self.bias = self.variable(
+                "router_bias", "bias", jnp.zeros, (self.num_experts,), jnp.float32
+            )
 
     def __call__(
         self, x: Float[Array, "*batch hidden"], *, mask: Bool[Array, "*batch"] | None = None

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jax_ep import _checks
+from jax_ep import _checks, _moe_checks
 from jax_ep._group import Group
 from jax_ep._moe import MoEAux, RouterLike, moe
 from jax_ep._moe_params import (
@@ -99,7 +99,12 @@ class MoE(nnx.Module):
             rngs: Source of the "params" keys.
             **options: Keyword arguments of ``jax_ep.moe``: ``token_axes``, ``grouped_dot``,
                 ``overlap``, ``capacity_factor`` and so on.
+
+        Raises:
+            TypeError: for a group, ``num_experts`` or ``top_k`` of the wrong type.
+            ValueError: for sizes that do not fit each other; the text says what would.
         """
+        _moe_checks.check_layer("nnx.MoE", group=group, num_experts=num_experts, top_k=top_k)
         self.num_experts = num_experts
         self.top_k = top_k
         self.group = group
@@ -123,7 +128,10 @@ class MoE(nnx.Module):
         self.gate = param(kernel_init, shapes.gate, specs.gate)
         self.up = param(kernel_init, shapes.up, specs.up)
         self.down = param(kernel_init, shapes.down, specs.down)
-        self.router_bias = RouterBias(jnp.zeros((num_experts,))) if router_bias else nnx.data(None)
+        self.router_bias: Any = nnx.data(None)
+        if router_bias:
+            zeros = jnp.zeros((num_experts,), jnp.float32)
+            self.router_bias = RouterBias(zeros, out_sharding=(None,), mesh=group.mesh)
         self.shared_gate: Any
         self.shared_up: Any
         self.shared_down: Any

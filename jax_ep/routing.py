@@ -270,6 +270,7 @@ def load_balancing_loss(
     if axis_names:
         names = tuple(axis_names)
         score_sums, counts, num_tokens = lax.psum((score_sums, counts, num_tokens), names)
+    counts, num_tokens = counts.astype(jnp.float32), num_tokens.astype(jnp.float32)
     fraction = counts / jnp.maximum(counts.sum(), 1)
     mean_share = score_sums / jnp.maximum(num_tokens, 1)
     return experts * jnp.sum(fraction * mean_share)

@@ -43,6 +43,7 @@ else:
 
 # Wrong calls of these reach the user as errors that name the fix, so no type checker may come first.
 _CHECKED_BY_HAND = {"_dispatch", "_combine", "_overlap", "_group", "_moe", "_quantize", "routing"}
+_CHECKED_BY_HAND |= {"nnx", "linen"}
 # JAX rebuilds these pytrees with leaves of any kind (specs, sentinels, batched arrays).
 _PYTREES = {"_types"}
 

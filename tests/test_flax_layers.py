@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
@@ -142,6 +143,20 @@ def test_nnx_logical_names(native_backend):
     assert y.dtype == jnp.bfloat16 and layer.down[...].dtype == jnp.float32
 
 
+def test_nnx_restored(native_backend, tmp_path):
+    """Orbax puts each array where that of the new layer lies, which must be on the mesh of all."""
+    group = make_group(native_backend)
+    layer = make_nnx(group)
+    layer.update_router_bias(jnp.arange(E))
+    want, _ = layer(make_x())
+    other = make_nnx(group)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "layer", nnx.state(layer))
+        checkpointer.wait_until_finished()
+        nnx.update(other, checkpointer.restore(tmp_path / "layer", nnx.state(other)))
+    np.testing.assert_array_equal(other(make_x())[0], want)
+
+
 # ---- linen
 
 
@@ -245,3 +260,25 @@ def test_initial_weights():
         np.testing.assert_allclose(np.var(kernel) * fan_in, 1, rtol=0.05)
     assert not np.any(params.router_bias) and not np.array_equal(params.gate, params.up)
     assert not np.array_equal(layer.gate[...], layer.up[...])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"group": "expert"}, TypeError, "group: expected a Group, got str; .*create_group"),
+        (
+            {"num_experts": 5},
+            ValueError,
+            "num_experts: expected a positive multiple of the group's",
+        ),
+        ({"num_experts": 4.0}, TypeError, "num_experts: expected a Python int"),
+        ({"top_k": 5}, ValueError, "top_k: expected 1 to 4 experts a token, got 5"),
+    ],
+)
+def test_wrong_settings(settings, error, text):
+    """An error before there are weights, for which Flax would have one of its own."""
+    arguments = SETTINGS | {"group": make_group("reference")} | settings
+    with pytest.raises(error, match=f"jax_ep.nnx.MoE: argument {text}"):
+        jax_ep.nnx.MoE(H, F, rngs=nnx.Rngs(0), **arguments)
+    with pytest.raises(error, match=f"jax_ep.linen.MoE: argument {text}"):
+        jax_ep.linen.MoE(H, F, **arguments).init(jax.random.key(0), make_x())

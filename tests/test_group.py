@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import re
 import types
 
@@ -49,6 +50,12 @@ def test_copies_are_the_group_itself(backend):
     group = make_group(2, backend)
     assert copy.copy(group) is group and copy.deepcopy(group) is group
     assert copy.deepcopy({"a": [group]})["a"][0] is group
+
+
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_pickling_is_refused(protocol):
+    with pytest.raises(TypeError, match=r"Group: cannot be pickled.*create_group in each process"):
+        pickle.dumps({"group": make_group(2, "reference")}, protocol)
 
 
 def test_hashable_and_frozen(backend):

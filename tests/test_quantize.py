@@ -110,3 +110,25 @@ def test_round_trip_is_close_and_stable():
 def test_hidden_of_whole_blocks():
     with pytest.raises(ValueError, match=r"argument x: expected .* multiple of 128, got shape"):
         jax_ep.quantize(jnp.zeros((2, 100)))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: jax_ep.quantize([[0.0] * 128]),
+            "quantize: argument x: expected an array, got list",
+        ),
+        (
+            lambda: jax_ep.dequantize(jnp.ones((4, 128))),
+            "dequantize: argument q: expected jax_ep.Quantized, got .*; make it with jax_ep.quantize",
+        ),
+        (
+            lambda: jax_ep.dequantize(jax_ep.Quantized(jnp.ones((4, 128)), None)),
+            "dequantize: argument q.scales: expected an array, got NoneType; make it",
+        ),
+    ],
+)
+def test_no_arrays(call, text):
+    with pytest.raises(TypeError, match=rf"jax_ep\.{text}"):
+        call()

@@ -403,6 +403,19 @@ def test_second_derivative(backend):
     assert_close(stacked_jit(run, group.mesh)(x, idx), 6 * 2 * x)
 
 
+def test_second_derivative_with_fused_weights(native_backend):
+    """The native gradient has no derivative, and says what to write instead."""
+    group = make_group(2, native_backend)
+
+    def run(x, weights, idx):
+        y = lambda x: layer(group, x, weights, idx, num_experts=4).sum()  # noqa: E731
+        return jax.grad(lambda x: (jax.grad(y)(x) ** 2).sum())(x)
+
+    x, weights, idx = (put(flat(a[:2]), group.mesh) for a in data())
+    with pytest.raises(NotImplementedError, match=r"jax_ep_combine_vjp .*before combine, or make"):
+        jax.jit(shard(run, group.mesh)).lower(x, weights, idx % 4)
+
+
 def test_stacked_helpers():
     x = np.arange(12).reshape(3, 2, 2)
     np.testing.assert_array_equal(stacked(flat(x), 3), x)
