@@ -5,6 +5,10 @@
 // go to all peers. Then every rank knows where the rows of each (column, source rank) begin, and
 // every block numbers the entries of its chunk, of every rank, in order: a bit mask of tokens for
 // each column makes the position of an entry a matter of counting the bits before it.
+//
+// These are two kernels: blocks that number wait for what all blocks of all ranks have counted, and
+// in one kernel could keep the SMs from those that have not. (A cooperative launch would gain them
+// all at once, but must not stand in the loops of CUDA graphs.)
 
 #include <algorithm>
 
@@ -45,13 +49,13 @@ __device__ Chunk ChunkOf(int32_t block, int32_t num_tokens) {
 }
 
 // Cleans this block's entries and counts them; marks all rows unused.
-__device__ void CountEntries(const PlanParams& p, const Shared& shared, int32_t columns) {
+__device__ void CountEntries(const PlanParams& p, int32_t* counts /*[columns]*/, int32_t columns) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const Chunk chunk = ChunkOf(blockIdx.x, p.num_tokens);
   // Layout "token" counts pairs by expert too, for the demand.
   int32_t* row = p.scratch + blockIdx.x * ScratchStride(p.num_experts, p.group.num_ranks);
-  int32_t* expert_totals = p.layout == Layout::kExpert ? shared.before : row + p.group.num_ranks;
-  for (int32_t c = threadIdx.x; c < columns; c += kThreads) shared.before[c] = 0;
+  int32_t* expert_totals = p.layout == Layout::kExpert ? counts : row + p.group.num_ranks;
+  for (int32_t c = threadIdx.x; c < columns; c += kThreads) counts[c] = 0;
   if (p.layout == Layout::kToken) {
     for (int32_t e = threadIdx.x; e < p.num_experts; e += kThreads) expert_totals[e] = 0;
   }
@@ -77,15 +81,15 @@ __device__ void CountEntries(const PlanParams& p, const Shared& shared, int32_t 
     if (!valid) continue;
     atomicAdd(&expert_totals[ids[k]], 1);
     if (p.layout == Layout::kToken && IsFirstOnRank(ids, k, p)) {
-      atomicAdd(&shared.before[plan::RankOfExpert(ids[k], num_local)], 1);
+      atomicAdd(&counts[plan::RankOfExpert(ids[k], num_local)], 1);
     }
   }
   __syncthreads();
-  for (int32_t c = threadIdx.x; c < columns; c += kThreads) row[c] = shared.before[c];
+  for (int32_t c = threadIdx.x; c < columns; c += kThreads) row[c] = counts[c];
   if (num_invalid != 0) atomicAdd(&Own(p.group).num_invalid, num_invalid);
   Workspace& own = Own(p.group);
   for (int32_t c = threadIdx.x; c < columns; c += kThreads) {
-    if (shared.before[c] != 0) atomicAdd(&own.own_totals[c], shared.before[c]);
+    if (counts[c] != 0) atomicAdd(&own.own_totals[c], counts[c]);
   }
   if (p.layout == Layout::kToken) {
     for (int32_t e = threadIdx.x; e < p.num_experts; e += kThreads) {
@@ -296,20 +300,27 @@ __device__ void Number(const PlanParams& p, uint64_t epoch, const PeerInputs& in
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    PullPlanKernel(const __grid_constant__ PlanParams p) {
-  extern __shared__ __align__(16) int32_t memory[];
-  const Shared shared(p, memory);
-  const int32_t num_local = p.num_experts / p.group.num_ranks;
+// The op's first kernel.
+__global__ void __launch_bounds__(kThreads) CountKernel(const __grid_constant__ PlanParams p) {
+  extern __shared__ __align__(16) int32_t counts[];
   const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
   const int32_t num_totals = p.layout == Layout::kExpert ? columns : columns + p.num_experts;
   const uint64_t epoch = BeginOp(p.group);
-  CountEntries(p, shared, columns);
+  CountEntries(p, counts, columns);
   bool failed;  // not marked in this count
   if (IsLastBlock(&Own(p.group).blocks_arrived, failed)) {
     Publish(p.group, epoch, {p.shared_topk, p.scratch, nullptr});
     SendTotals(p, epoch, num_totals);
   }
+}
+
+// The second one.
+__global__ void __launch_bounds__(kThreads, 1) NumberKernel(const __grid_constant__ PlanParams p) {
+  extern __shared__ __align__(16) int32_t memory[];
+  const Shared shared(p, memory);
+  const int32_t num_local = p.num_experts / p.group.num_ranks;
+  const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
+  const uint64_t epoch = EpochOfOp(p.group);
   __shared__ PeerInputs inputs;
   const bool ok = WaitInputs(p.group, epoch, inputs);
   if (ok) Number(p, epoch, inputs, shared, columns);
@@ -353,15 +364,19 @@ int64_t PullPlanScratchSize(int32_t num_experts, int32_t num_ranks) {
 bool FitsPullPlan(const PlanParams& params) { return SharedBytes(params) <= kMaxSharedBytes; }
 
 cudaError_t LoadPullPlan() {
-  return cudaFuncSetAttribute(PullPlanKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributes attributes;  // asking for them loads the kernel
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, CountKernel);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(NumberKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               kMaxSharedBytes);
 }
 
 cudaError_t LaunchPullPlan(const PlanParams& params, cudaStream_t stream) {
-  // Blocks wait for what others count, so none may be kept from the SMs once some run.
-  void* arguments[] = {const_cast<PlanParams*>(&params)};
-  return cudaLaunchCooperativeKernel(PullPlanKernel, NumBlocks(params), kThreads, arguments,
-                                     SharedBytes(params), stream);
+  const int num_blocks = NumBlocks(params);
+  const int32_t columns = NumColumns(params.layout, params.num_experts, params.group.num_ranks);
+  CountKernel<<<num_blocks, kThreads, columns * sizeof(int32_t), stream>>>(params);
+  NumberKernel<<<num_blocks, kThreads, SharedBytes(params), stream>>>(params);
+  return cudaGetLastError();
 }
 
 }  // namespace jax_ep::cuda

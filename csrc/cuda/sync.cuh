@@ -1,6 +1,6 @@
 // How the ranks of a group keep step inside kernels: arrival, closing, deadlines and failures.
 //
-// Every op of a group is one kernel on each rank, and runs in these steps:
+// Every op of a group is one kernel on each rank, or two (plan_pull.cu), and runs in these steps:
 //
 //   1. BeginOp: all blocks learn the epoch of the op.
 //   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
@@ -117,10 +117,15 @@ __device__ inline bool WaitFlag(const GroupParams& group, const uint64_t& flag, 
   }
 }
 
-// The epoch of the running op. All threads of all blocks call it before EndOp.
+// The epoch of the running op.
+__device__ __forceinline__ uint64_t EpochOfOp(const GroupParams& group) {
+  return *static_cast<volatile uint64_t*>(&Own(group).epoch) + 1;
+}
+
+// The same, in the op's first kernel. All threads of all blocks call it before EndOp.
 __device__ __forceinline__ uint64_t BeginOp(const GroupParams& group) {
   Workspace& own = Own(group);
-  const uint64_t epoch = *static_cast<volatile uint64_t*>(&own.epoch) + 1;
+  const uint64_t epoch = EpochOfOp(group);
   // By a thread that has nothing to do while the answer comes.
   if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && atomicExch(&own.active, 1u) != 0u) {
     Fail(group, ErrorKind::kConcurrent, Phase::kArrival, group.rank, epoch, epoch, 0);

@@ -35,16 +35,6 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return cudaSuccess;
 }
 
-template <typename Params>
-cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params), dim3 grid, dim3 block,
-                                        void** arguments, size_t shared_bytes,
-                                        cudaStream_t stream) {
-  const auto params = *static_cast<std::remove_const_t<Params>*>(arguments[0]);
-  emulator::Enqueue({grid, block, shared_bytes, stream, true},
-                    reinterpret_cast<const void*>(kernel), [=] { kernel(params); });
-  return cudaGetLastError();
-}
-
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel*, const cudaLaunchConfig_t*) {
   *count = 16;

@@ -288,8 +288,8 @@ bool RunTurn() {
   ++num_turns;
   if (grids.empty()) return false;
   Grid& grid = *grids[Random() % grids.size()];
-  const bool fits = grid.config.is_cooperative || grid.blocks.size() < MostBlocks();
-  if (grid.num_started < grid.config.grid.x && num_blocks < kMaxBlocks && fits) StartBlock(grid);
+  const bool fits = num_blocks < kMaxBlocks && grid.blocks.size() < MostBlocks();
+  if (grid.num_started < grid.config.grid.x && fits) StartBlock(grid);
   SometimesStall(num_turns, 1000, grid.stalled_until);
   if (num_turns >= grid.long_stall_at) {
     grid.long_stall_at = ~uint64_t{0};

@@ -85,10 +85,9 @@ struct Config {
   dim3 grid, block;
   size_t shared_bytes;
   cudaStream_t stream;
-  bool is_cooperative;  // all blocks run at once
 };
-// JAX_EP_EMULATOR_BLOCKS: how many blocks of a grid that is not cooperative run at once, as if
-// other kernels kept the rest from the SMs. Not for grids that are clusters.
+// JAX_EP_EMULATOR_BLOCKS: how many blocks of a grid run at once, as if other kernels kept the rest
+// from the SMs. Not for grids that are clusters.
 uint32_t MostBlocks();
 void Enqueue(const Config& config, const void* kernel, std::function<void()> thread);
 cudaError_t AllowShared(const void* kernel, int bytes);
@@ -98,7 +97,7 @@ auto Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
             cudaStream_t stream) {
   return [=](auto&&... arguments) {
     std::tuple<std::remove_const_t<Params>...> params(arguments...);
-    Enqueue({grid, block, shared_bytes, stream, false}, reinterpret_cast<const void*>(kernel),
+    Enqueue({grid, block, shared_bytes, stream}, reinterpret_cast<const void*>(kernel),
             [=] { std::apply(kernel, params); });
   };
 }
