@@ -390,32 +390,3 @@ def check_as_in_handle(op: str, argument: str, value: object, fixed: object) -> 
             repr(value),
             "leave it out, or leave the handle out to make a new plan",
         )
-
-
-def check_sums_fit(
-    op: str, argument: str, rows: jax.Array, layout: Layout, group: Group, what: str = "on GPUs"
-) -> None:
-    """GPUs can sum rows like these: in layout "expert" one of each peer must fit their ring."""
-    if group.backend != "cuda" or layout != "expert":
-        return
-    _check_row_bytes(op, argument, rows, _gpu_limits.max_summed_row_bytes(group.size), what)
-
-
-def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:
-    """GPUs can take the gradient of ``combine`` with weights of rows like these."""
-    if group.backend == "cuda":
-        what = "for gradients with weights on GPUs"
-        _check_row_bytes(op, argument, rows, _gpu_limits.MAX_VJP_ROW_BYTES, what)
-
-
-def _check_row_bytes(op: str, argument: str, rows: jax.Array, most: int, what: str) -> None:
-    row_bytes = rows.shape[1] * rows.dtype.itemsize
-    if row_bytes > most:
-        raise value_error(
-            op,
-            argument,
-            f"rows of at most {most} bytes {what}",
-            f"hidden {rows.shape[1]} of {rows.dtype} = {row_bytes} bytes",
-            "use a narrower dtype or split hidden over several calls, or make the group with "
-            "backend='reference'",
-        )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from jax_ep import _checks, _ops
+from jax_ep import _checks, _gpu_checks, _ops
 from jax_ep._group import Group
 from jax_ep._types import DispatchConfig, Handle, Quantized
 
@@ -75,7 +75,7 @@ def combine(
             f"shape {rows.shape}",
             "keep padding and unused rows in place",
         )
-    _checks.check_sums_fit(op, "rows", rows, handle.layout, group)
+    _gpu_checks.check_sums_fit(op, "rows", rows, handle.layout, group)
     _check_weights(op, weights, handle)
     rows, weights, handle = _ops.vary_together(group, rows, weights, handle)
     options = _ops.CombineOptions(group, config)

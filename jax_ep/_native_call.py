@@ -49,16 +49,17 @@ def native_call(
         over more where results do not depend on it: groups side by side that are given the same have
         the same results, though the coordinates of their ranks differ.
     """
-    return _native_call_p.bind(
-        *(x for x in operands if not isinstance(x, jax.ShapeDtypeStruct)),
-        target=target,
-        results=tuple(results),
-        # Made where the call is lowered: as inputs of shard_map, arrays without elements crash XLA's
-        # partitioner (Shardy, jaxlib 0.11.2), and JAX makes constants into inputs where shard_map
-        # stands in a differentiated scan or runs op by op.
-        absent=tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in operands),
-        attributes=tuple(sorted(attributes.items())),
-    )
+    with jax.named_scope(target):  # for profiles: all calls are of one primitive
+        return _native_call_p.bind(
+            *(x for x in operands if not isinstance(x, jax.ShapeDtypeStruct)),
+            target=target,
+            results=tuple(results),
+            # Made where the call is lowered: as inputs of shard_map, arrays without elements crash
+            # XLA's partitioner (Shardy, jaxlib 0.11.2), and JAX makes constants into inputs where
+            # shard_map stands in a differentiated scan or runs op by op.
+            absent=tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in operands),
+            attributes=tuple(sorted(attributes.items())),
+        )
 
 
 def _abstract(*operands: Any, results: Sequence[jax.ShapeDtypeStruct], **_: Any) -> list[Any]:

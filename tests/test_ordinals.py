@@ -72,6 +72,14 @@ def test_equal_calls(group, check_vma):
     assert lower(group, layers(group, 2), check_vma=check_vma) == text
 
 
+def test_profiles_name_the_op(group):
+    """And not only the primitive that all native calls are."""
+    text = jax.jit(shard(layers(group, 1), group.mesh)).lower(*SHAPES).compile().as_text()
+    for name in ("plan", "dispatch", "combine"):
+        (line,) = (s for s in text.splitlines() if f'custom_call_target="jax_ep_{name}"' in s)
+        assert re.search(rf'op_name="[^"]*\bjax_ep_{name}/jax_ep_call"', line), line
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
 def test_gradients(group, wrap):
     """The calls of the backward pass, and those that are run again, are calls like others."""

@@ -1,0 +1,38 @@
+"""Checks of rows that GPU kernels may have no room for, while tracing."""
+
+from __future__ import annotations
+
+import jax
+
+from jax_ep import _checks, _gpu_limits
+from jax_ep._group import Group
+from jax_ep._types import Layout
+
+
+def check_sums_fit(
+    op: str, argument: str, rows: jax.Array, layout: Layout, group: Group, what: str = "on GPUs"
+) -> None:
+    """GPUs can sum rows like these: in layout "expert" one of each peer must fit their ring."""
+    if group.backend != "cuda" or layout != "expert":
+        return
+    _check_row_bytes(op, argument, rows, _gpu_limits.max_summed_row_bytes(group.size), what)
+
+
+def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:
+    """GPUs can take the gradient of ``combine`` with weights of rows like these."""
+    if group.backend == "cuda":
+        what = "for gradients with weights on GPUs"
+        _check_row_bytes(op, argument, rows, _gpu_limits.MAX_VJP_ROW_BYTES, what)
+
+
+def _check_row_bytes(op: str, argument: str, rows: jax.Array, most: int, what: str) -> None:
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
+    if row_bytes > most:
+        raise _checks.value_error(
+            op,
+            argument,
+            f"rows of at most {most} bytes {what}",
+            f"hidden {rows.shape[1]} of {rows.dtype} = {row_bytes} bytes",
+            "use a narrower dtype or split hidden over several calls, or make the group with "
+            "backend='reference'",
+        )
