@@ -247,6 +247,8 @@ def run(
         **stage.environment,
     }
     shares = stage.ranks > gpus
+    if shares and run_processes.NCCL_SHARES_GPUS:
+        environment.setdefault("NCCL_MAX_NCHANNELS", "8")  # see test_gpu_collectives.py
     with (
         gpu_processes.multi_process_service() if shares else contextlib.nullcontext({}) as mps,
         (out / f"{name}.log").open("w") as log,
