@@ -47,8 +47,9 @@ class MoE(nnx.Module):
         optimizer.update(layer, grads)
         layer.update_router_bias(aux.load)
 
-    Modules can be split, merged, cloned and copied; the group is static. A checkpoint of ``nnx.state(layer)``
-    has weights and bias; one of ``nnx.state(layer, nnx.Param)`` would forget the bias.
+    Modules can be split, merged, cloned and copied; the group is static. A checkpoint of
+    ``nnx.state(layer)`` has weights and bias; one of ``nnx.state(layer, nnx.Param)`` would forget the
+    bias.
 
     Attributes:
         router_kernel: ``[H, E]``.
