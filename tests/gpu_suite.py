@@ -50,6 +50,7 @@ SANITIZED = [
     "kernels_test layout=expert ranks=3 dtype=f32 plan=push",
 ]
 SMALL = "tokens=100 hidden=512 experts=12 topk=4 blocks=6 repeat=2 timeout=60"
+RACES = "tokens=2000 hidden=256 experts=12 topk=4 blocks=6"
 # What a rank does in failures_test.
 FAILED = "tokens=1000 hidden=1024 experts=12 topk=4 blocks=6 ranks=3"
 FAILURES = [
@@ -126,7 +127,12 @@ def stages(gpus: int) -> dict[str, Stage]:
                 "{binaries}/kernels_test layout=expert blocks=90 tokens=2048 plan=pull"
                 f" ranks={2 * gpus}"
             ]
-            + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES],
+            + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES]
+            + [
+                f"{{binaries}}/races_test race={race} layout={layout} ranks=3 tries=50 {RACES}"
+                for race in ("close", "reuse")
+                for layout in ("expert", "token")
+            ],
             seconds=300,
         ),
         "mutations": Stage(["tests/cuda/mutations.sh run {binaries}"], seconds=300),

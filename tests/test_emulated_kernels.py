@@ -145,6 +145,14 @@ _OWN_FAILURES = [
 ]
 
 
+_RACES = [
+    "race=close layout=token ranks=2",
+    "race=close layout=expert ranks=3",
+    "race=reuse layout=token ranks=3 tokens=300 tries=60",
+    "race=reuse layout=expert ranks=3 tokens=300 tries=60",
+]
+
+
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     missing = [name for name in ("g++", "bash") if shutil.which(name) is None]
@@ -155,8 +163,9 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         pytest.skip(f"the emulator of kernels needs {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("emulator")
     script = _ROOT / "cuda" / "emulator" / "build.sh"
+    names = ("kernels_test", "stress_test", "plan_test", "failures_test", "races_test")
     done = subprocess.run(
-        ["bash", script, folder, "kernels_test", "stress_test", "plan_test", "failures_test"],
+        ["bash", script, folder, *names],
         env=os.environ | {"PYTHON": sys.executable},
         capture_output=True,
         text=True,
@@ -242,6 +251,14 @@ def test_failures_that_a_rank_tells(binaries: pathlib.Path, arguments: str) -> N
         given = f"{_SMALL} hidden=264 {arguments}"
         done = _run(binaries / "failures_test", given, seed=seed)
         assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("arguments", _RACES)
+def test_failures_that_may_come_too_late(binaries: pathlib.Path, arguments: str, seed: int) -> None:
+    """Right results or poison with a record, whenever peers notice; no writes elsewhere."""
+    done = _run(binaries / "races_test", f"{_SMALL} hidden=264 {arguments}", seed=seed)
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mutation", _MUTATIONS)

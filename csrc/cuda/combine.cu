@@ -80,7 +80,8 @@ __device__ void MakeState(const CombineParams& p, uint64_t epoch, int32_t row_by
 // ring has, of which a lag is at most half. Warps get items in the order of the list once they run,
 // and a warp that holds an item it has not begun is at an earlier one. So of the items that are not
 // finished on any rank, the earliest are being worked on, and wait for nothing, if only some block
-// of each rank runs: other kernels may keep the rest from the SMs.
+// of each rank runs: other kernels may keep the rest from the SMs. (As in all ops, block 0 has to
+// be one that runs, for it publishes; blocks get SMs in the order of their numbers.)
 __device__ bool GetItem(const CombineState& state, uint32_t index, Item& item) {
   const uint32_t alone = state.lag * state.num_peers;
   const uint32_t both = (state.num_units - state.lag) * (state.num_peers + 1);

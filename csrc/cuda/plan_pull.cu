@@ -193,7 +193,9 @@ __device__ void CountBefore(const PlanParams& p, uint64_t epoch, const PeerInput
 }
 
 // Numbers this block's chunk of the tokens of all ranks: the rows that their entries have on this
-// rank, and, for this rank's own tokens, on every rank.
+// rank, and, for this rank's own tokens, on every rank. Ids and counts that are read from a peer
+// may be anything once it has failed, which this rank may not know yet: then rows are wrong, but
+// inside.
 __device__ void NumberEntries(const PlanParams& p, const PeerInputs& inputs, const Shared& shared) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t num_rows = plan::RowsPerSource(p.layout, p.top_k, num_local);
@@ -206,7 +208,7 @@ __device__ void NumberEntries(const PlanParams& p, const PeerInputs& inputs, con
     const int32_t num_entries = per_source * p.group.num_ranks;
     // The slot of an entry, or -1.
     const auto slot_of = [&](int32_t source, int32_t expert) {
-      if (expert == plan::kNone) return plan::kNone;
+      if (static_cast<uint32_t>(expert) >= static_cast<uint32_t>(p.num_experts)) return plan::kNone;
       const int32_t column =
           p.layout == Layout::kExpert ? expert : plan::RankOfExpert(expert, num_local);
       const Columns columns = ColumnsOf(p, source);
@@ -242,7 +244,9 @@ __device__ void NumberEntries(const PlanParams& p, const PeerInputs& inputs, con
         position += __popc(mask[t / 32] & ((1u << (t % 32)) - 1));
         const int32_t rank = plan::RankOfExpert(expert, num_local);
         const int32_t column = p.layout == Layout::kExpert ? expert : rank;
-        row = plan::ExpertRow(shared.starts[column], shared.counts[column], position);
+        if (position >= 0) {
+          row = plan::ExpertRow(shared.starts[column], shared.counts[column], position);
+        }
         is_here = rank == p.group.rank && row != plan::kNone;
       }
       if (source == p.group.rank) p.dest_row[tile * p.top_k + i % per_source] = row;

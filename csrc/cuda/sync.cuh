@@ -47,10 +47,12 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
     error->waited_ns = waited_ns;
     ptx::StoreReleaseSystem(&error->set, 1u);
   }
-  atomicOr(&Own(group).blocks_done, kFailedHere);
   for (int r = 0; r < group.num_ranks; ++r) {
     ptx::StoreReleaseSystem(&group.peers[r]->failed, 1u);
   }
+  // All are told before a block acts on the mark: the inputs that they read may be gone after that.
+  ptx::FenceAcquireReleaseSystem();
+  atomicOr(&Own(group).blocks_done, kFailedHere);
 }
 
 // Keeps a wait from lasting for ever: Continue is called now and then while nothing has come.
@@ -143,7 +145,11 @@ __device__ inline bool IsLastBlock(uint32_t* counter, bool& failed) {
     __threadfence();
     before = atomicAdd(counter, 1u);
     const bool is_last = (before & ~kFailedHere) == gridDim.x - 1;
-    if (is_last) atomicAdd(counter, 0u - gridDim.x);
+    if (is_last) {
+      atomicAdd(counter, 0u - gridDim.x);
+      // Two ops at once may have counted together below zero.
+      if ((before & kFailedHere) != 0) atomicOr(counter, kFailedHere);
+    }
     if (is_last || (before & kFailedHere) != 0) __threadfence();
   }
   __syncthreads();
@@ -280,7 +286,12 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
       ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value,
                               FlagValue(epoch, group.tag));
     }
-    failed = threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u;
+    if (threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u) {
+      // No wait may find it: a peer that failed after its own close has sent all.
+      Fail(group, ErrorKind::kAborted, Phase::kClose, group.rank, FlagValue(epoch, group.tag), 0,
+           0);
+      failed = true;
+    }
     finish();
     for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
       if (kMutation != kWithoutClose &&

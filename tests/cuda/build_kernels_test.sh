@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds tests/cuda/kernels_test, plan_test and failures_test into the folder given (default:
-# build/cuda).
+# Builds tests/cuda/kernels_test, plan_test, races_test and failures_test into the folder given
+# (default: build/cuda).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/cuda}
@@ -17,12 +17,12 @@ for source in csrc/cuda/*.cu; do
   compile "$source" "$out/library/$(echo "$source" | tr / _).o" &
   compile "$source" "$out/stopping/$(echo "$source" | tr / _).o" -DJAX_EP_TEST_STOPS &
 done
-for name in kernels_test plan_test failures_test; do
+for name in kernels_test plan_test races_test failures_test; do
   compile "tests/cuda/$name.cu" "$out/tests/$name.o" &
 done
 # A bare wait would forget what failed.
 for job in $(jobs -p); do wait "$job"; done
-for name in kernels_test plan_test; do
+for name in kernels_test plan_test races_test; do
   nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/library/*.o "$out/tests/$name.o" -o "$out/$name"
 done
 nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/library/csrc_{plan,cpu}_*.o "$out"/stopping/*.o \
