@@ -11,6 +11,7 @@
 #include "cuda/plan.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
+#include "transport/error_text.h"
 #include "transport/liveness.h"
 #include "transport/peers.h"
 #include "transport/shared_memory.h"
@@ -35,6 +36,19 @@ nb::dict BuildInfo() {
   info["ffi_api_version"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   info["cuda"] = CUDART_VERSION;
   return info;
+}
+
+std::string RecordText(uint32_t kind, uint32_t rank, uint32_t peer, uint32_t op, uint32_t phase,
+                       uint64_t expected, uint64_t seen) {
+  cuda::ErrorRecord error{};
+  error.kind = kind;
+  error.rank = rank;
+  error.peer = peer;
+  error.op = op;
+  error.phase = phase;
+  error.expected = expected;
+  error.seen = seen;
+  return transport::ErrorText(error);
 }
 
 using Text = std::optional<std::string>;
@@ -149,6 +163,9 @@ NB_MODULE(_cuda, m) {
         "Number of int32 in the scratch result of target jax_ep_plan.");
   m.def("op_tag", &Tag, nb::arg("op"), nb::arg("shape"), nb::arg("ordinal"),
         "For tests: what tells an op from others in its flags.");
+  m.def("error_text", &RecordText, nb::arg("kind"), nb::arg("rank"), nb::arg("peer"), nb::arg("op"),
+        nb::arg("phase"), nb::arg("expected"), nb::arg("seen"),
+        "For tests: what the record of a failure says.");
 }
 
 }  // namespace jax_ep
