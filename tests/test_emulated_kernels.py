@@ -200,18 +200,25 @@ def _run(
     )
 
 
+def _run_well(
+    program: pathlib.Path, arguments: str, **settings: int
+) -> subprocess.CompletedProcess[str]:
+    """The same, of a program that finds all right."""
+    done = _run(program, arguments, **settings)
+    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+    return done
+
+
 @pytest.mark.parametrize("arguments", _KERNELS)
 def test_kernels_give_what_the_cpu_backend_gives(binaries: pathlib.Path, arguments: str) -> None:
-    done = _run(binaries / "kernels_test", f"{_SMALL} {arguments}")
-    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+    _run_well(binaries / "kernels_test", f"{_SMALL} {arguments}")
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("arguments", _SHORT_RINGS)
 def test_sums_through_a_short_ring(binaries: pathlib.Path, arguments: str, seed: int) -> None:
     given = f"{_SMALL} layout=expert plan=pull {arguments}"
-    done = _run(binaries / "kernels_test", given, seed=seed, slots=_SHORT_RINGS[arguments])
-    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+    _run_well(binaries / "kernels_test", given, seed=seed, slots=_SHORT_RINGS[arguments])
 
 
 @pytest.mark.parametrize("seed", range(1, 3))
@@ -219,20 +226,17 @@ def test_sums_through_a_short_ring(binaries: pathlib.Path, arguments: str, seed:
 def test_few_blocks_at_a_time(binaries: pathlib.Path, arguments: str, seed: int) -> None:
     """As when other kernels have most SMs, and wait for something themselves."""
     given = f"{_SMALL} plan=pull {arguments} blocks=4"
-    done = _run(binaries / "kernels_test", given, seed=seed, blocks=_LITTLE_ROOM[arguments])
-    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+    _run_well(binaries / "kernels_test", given, seed=seed, blocks=_LITTLE_ROOM[arguments])
 
 
 @pytest.mark.parametrize("arguments", _STEPS)
 def test_steps_in_which_everything_changes(binaries: pathlib.Path, arguments: str) -> None:
-    done = _run(binaries / "stress_test", f"{_STRESS} {arguments}")
-    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+    _run_well(binaries / "stress_test", f"{_STRESS} {arguments}")
 
 
 def test_failed_plans(binaries: pathlib.Path) -> None:
     """Ranks at other ops, absent, failed before or in another place: errors, not waits for ever."""
-    done = _run(binaries / "plan_test", "check=0 time=0 failures=1")
-    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+    done = _run_well(binaries / "plan_test", "check=0 time=0 failures=1")
     assert done.stdout.count(": right") == 10, done.stdout
 
 
@@ -240,8 +244,7 @@ def test_failed_plans(binaries: pathlib.Path) -> None:
 def test_failures_of_a_rank(binaries: pathlib.Path, arguments: str) -> None:
     """Its peers end in time, with a record and poison; later ops end at once."""
     given = f"{_SMALL} hidden=264 {arguments}"
-    done = _run(binaries / "failures_test", given, slots=_FAILURES[arguments])
-    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+    _run_well(binaries / "failures_test", given, slots=_FAILURES[arguments])
 
 
 @pytest.mark.parametrize("arguments", _OWN_FAILURES)
@@ -249,16 +252,14 @@ def test_failures_that_a_rank_tells(binaries: pathlib.Path, arguments: str) -> N
     """The same, also of peers that were nearly done when they were told."""
     for seed in range(1, 5):
         given = f"{_SMALL} hidden=264 {arguments}"
-        done = _run(binaries / "failures_test", given, seed=seed)
-        assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+        _run_well(binaries / "failures_test", given, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("arguments", _RACES)
 def test_failures_that_may_come_too_late(binaries: pathlib.Path, arguments: str, seed: int) -> None:
     """Right results or poison with a record, whenever peers notice; no writes elsewhere."""
-    done = _run(binaries / "races_test", f"{_SMALL} hidden=264 {arguments}", seed=seed)
-    assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
+    _run_well(binaries / "races_test", f"{_SMALL} hidden=264 {arguments}", seed=seed)
 
 
 @pytest.mark.parametrize("mutation", _MUTATIONS)
