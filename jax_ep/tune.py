@@ -27,6 +27,7 @@ from jax_ep import _tuning
 from jax_ep.bench import launch
 from jax_ep.bench.__main__ import listed, measure
 from jax_ep.bench.cases import Case
+from jax_ep.bench.machine import check_processes, count_gpus
 
 _CANDIDATES = "8,12,16,20,24,28,32,40,48,64,80,100"
 _QUANTIZATIONS = "none,quantized,fp8"
@@ -51,7 +52,7 @@ def main(
     ] = None,
 ) -> None:
     """Find good numbers of SMs and write them to the tuning cache. Options may be lists."""
-    gpus = launch.count_gpus()
+    gpus = count_gpus()
     if gpus == 0:
         sys.exit("jax_ep.tune: there is no GPU here; on CPU the number of SMs has no meaning")
     count = ranks or max(gpus, processes)
@@ -65,7 +66,7 @@ def main(
             quantizations=listed("--quantization", quantization),
             candidates=[int(value) for value in listed("--num-sms", num_sms)],
         )
-        launch.check_processes(count, processes, gpus)
+        check_processes(count, processes, gpus)
         cases[0].check_ranks(count)
     except (ValueError, IndexError) as error:
         raise typer.BadParameter(str(error)) from error

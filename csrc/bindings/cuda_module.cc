@@ -11,6 +11,7 @@
 #include "cuda/plan.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
+#include "transport/copy_rate.h"
 #include "transport/error_text.h"
 #include "transport/liveness.h"
 #include "transport/peers.h"
@@ -104,6 +105,34 @@ std::tuple<std::string, Text> DeviceUuid(int device) {
   return {uuid, error};
 }
 
+std::tuple<std::map<int, uint64_t>, Text> CompletedOps(int64_t group_id) {
+  std::map<int, uint64_t> ops;
+  const Text error = transport::CompletedOps(group_id, ops);
+  return {ops, error};
+}
+
+std::tuple<int, uint64_t, Text> NamePlace(int64_t group_id, int device, uint64_t pointer,
+                                          int64_t bytes) {
+  transport::Place place;
+  const Text error = transport::NamePlace(group_id, device, pointer, bytes, place);
+  return {place.region, place.offset, error};
+}
+
+using CopyTuple = std::tuple<int, int, int, uint64_t, uint64_t>;
+
+std::tuple<std::vector<double>, Text> TimeCopies(int64_t group_id,
+                                                 const std::vector<CopyTuple>& copies,
+                                                 int64_t bytes, int mover, int blocks, int count) {
+  std::vector<transport::Copy> wanted;
+  for (const auto& [device, rank, region, offset, to] : copies) {
+    wanted.push_back({device, rank, {region, offset}, to});
+  }
+  std::vector<double> seconds;
+  const Text error = transport::TimeCopies(group_id, wanted, bytes, static_cast<cuda::Mover>(mover),
+                                           blocks, count, seconds);
+  return {seconds, error};
+}
+
 int64_t PlanScratchSize(int32_t layout, int32_t num_tokens, int32_t top_k, int32_t num_experts,
                         int32_t num_ranks) {
   cuda::PlanParams params{};
@@ -156,6 +185,21 @@ NB_MODULE(_cuda, m) {
         "The watched processes that have gone: process -> whether it said goodbye.");
   m.def("group_failure", &transport::GroupFailure, nb::arg("group_id"),
         "The first failure of the group in this process as a text, or None.");
+  m.def("completed_ops", &CompletedOps, nb::arg("group_id"),
+        nb::call_guard<nb::gil_scoped_release>(),
+        "Ops of the group that each GPU of this process has completed: ({CUDA ordinal: ops}, None) "
+        "or ({}, error text). Waits for its work.");
+  m.def("name_place", &NamePlace, nb::arg("group_id"), nb::arg("device"), nb::arg("pointer"),
+        nb::arg("bytes"),
+        "How a rank names memory of its own to the others: (region, offset, None) or (0, 0, error "
+        "text).");
+  m.def(
+      "time_copies", &TimeCopies, nb::arg("group_id"), nb::arg("copies"), nb::arg("bytes"),
+      nb::arg("mover"), nb::arg("blocks"), nb::arg("count"),
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Has GPUs copy at the same time: each copy is (CUDA ordinal, rank that is read, its region, "
+      "offset, address to write). Returns (seconds of each for `count` copies, None) or ([], "
+      "error text).");
   m.def("workspace_bytes", &transport::WorkspaceBytes,
         "Bytes of device memory that a group takes on each of its GPUs.");
   m.def("plan_scratch_size", &PlanScratchSize, nb::arg("layout"), nb::arg("num_tokens"),

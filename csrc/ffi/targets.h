@@ -10,7 +10,8 @@
   X(jax_ep_plan,        "plan",        Plan)       \
   X(jax_ep_dispatch,    "dispatch",    Dispatch)   \
   X(jax_ep_combine,     "combine",     Combine)    \
-  X(jax_ep_combine_vjp, "combine_vjp", CombineVjp)
+  X(jax_ep_combine_vjp, "combine_vjp", CombineVjp) \
+  X(jax_ep_clock,       "clock",       Clock)
 // clang-format on
 
 namespace jax_ep {

@@ -9,6 +9,7 @@
 #include <set>
 #include <utility>
 
+#include "cuda/clock.h"
 #include "cuda/combine.h"
 #include "cuda/combine_vjp.h"
 #include "cuda/dispatch.h"
@@ -96,6 +97,7 @@ std::optional<std::string> LoadKernels(int device) {
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCombine(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCombineVjp(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadQuantize(), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadClock(), device);
   return std::nullopt;
 }
 
@@ -142,7 +144,7 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     member.params.op_timeout_ns = Nanoseconds(spec.op_timeout_s);
     member.device = device;
     member.max_blocks = spec.max_blocks;
-    member.regions = ranks[rank].regions;
+    for (const RankSpec& peer : ranks) member.regions.push_back(peer.regions);
     for (const auto& [staged_device, staging] : spec.staging) {
       if (staged_device == device) member.staging = staging;
     }
@@ -203,7 +205,8 @@ std::optional<std::string> RecordedFailure(const Member& member) {
 
 bool Member::IsReachable(const void* pointer, int64_t bytes) const {
   const uint64_t begin = reinterpret_cast<uint64_t>(pointer);
-  return std::any_of(regions.begin(), regions.end(), [&](const cuda::Region& region) {
+  const std::vector<cuda::Region>& own = regions[params.rank];
+  return std::any_of(own.begin(), own.end(), [&](const cuda::Region& region) {
     return begin >= region.base && begin + bytes <= region.base + region.size;
   });
 }
@@ -272,6 +275,26 @@ void FinishOps() {
     ScopedDevice scope(device);
     cudaDeviceSynchronize();  // a GPU that has failed has nothing left to wait for
   }
+}
+
+std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t>& ops) {
+  std::vector<std::pair<int, const Workspace*>> workspaces;
+  {
+    std::lock_guard<std::mutex> lock(Mutex());
+    const auto group = Groups().find(group_id);
+    if (group == Groups().end()) return "there is no group of id " + std::to_string(group_id);
+    for (const auto& [device, member] : *group->second) {
+      workspaces.emplace_back(device, member.params.peers[member.params.rank]);
+    }
+  }
+  for (const auto& [device, workspace] : workspaces) {
+    ScopedDevice scope(device);
+    JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
+    JAX_EP_RETURN_IF_CUDA_ERROR(
+        cudaMemcpy(&ops[device], &workspace->epoch, sizeof(uint64_t), cudaMemcpyDeviceToHost),
+        device);
+  }
+  return std::nullopt;
 }
 
 int64_t WorkspaceBytes() { return sizeof(Workspace); }

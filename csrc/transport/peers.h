@@ -46,7 +46,8 @@ struct Member {
   cuda::GroupParams params;  // without tag and op
   int device;                // CUDA ordinal
   int max_blocks;
-  std::vector<cuda::Region> regions;  // of its own memory
+  // Of each rank's memory what peers can read, as this process has it.
+  std::vector<std::vector<cuda::Region>> regions;
   Staging staging;
   std::vector<int> processes;  // of the ranks
 
@@ -77,6 +78,10 @@ std::map<int, bool> GoneProcesses();
 
 // Waits until the GPUs of this process that are in groups have done what was launched on them.
 void FinishOps();
+
+// Ops that each GPU of this process has completed as a member of the group, by CUDA ordinal. Waits
+// for its work. Returns an error text, or nothing.
+std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t>& ops);
 
 // Bytes of device memory that a group takes on each of its GPUs.
 int64_t WorkspaceBytes();

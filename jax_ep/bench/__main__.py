@@ -1,7 +1,8 @@
 """``python -m jax_ep.bench``: what dispatch, combine and whole layers take here.
 
-Without flags it runs the suite "baselines". A suite is a named set of cases; --ops and the flags after
-it make cases of your own. Figures are device times; every result is checked in the same run.
+Without flags it runs the suite "baselines", in sizes that suit the machine. A suite is a named set of
+cases; --ops and the flags after it make cases of your own. Figures are device times; every result is
+checked in the same run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import pathlib
 import shlex
 import sys
+import time
 from typing import Annotated, Any, get_args
 
 try:
@@ -22,9 +24,10 @@ except ImportError as error:
 
 from jax_ep.bench import launch, plot, records, suites
 from jax_ep.bench import table as tables
-from jax_ep.bench.cases import OUR_OPS, Case, Dtype, Op, Quantization, Routing
+from jax_ep.bench.cases import OUR_OPS, Capacity, Case, Dtype, Op, Quantization, Routing
+from jax_ep.bench.machine import Machine, check_processes, count_gpus, left_out
 
-_CPU_RANKS = 2
+_CPU_RANKS = 8
 _LOG_WIDTH = 160
 
 
@@ -48,10 +51,12 @@ def main(
     num_sms: Annotated[str | None, typer.Option(help="SMs an op may occupy.")] = None,
     mode: Annotated[str, typer.Option(help="auto, throughput or latency.")] = "auto",
     weights: Annotated[bool, typer.Option(help="Top-k weights travel along.")] = True,
-    ranks: Annotated[int | None, typer.Option(help="All GPUs, or 2 on CPU.")] = None,
+    capacity: Annotated[str, typer.Option(help=f"Of {', '.join(get_args(Capacity))}.")] = "exact",
+    ranks: Annotated[int | None, typer.Option(help="All GPUs, or 8 on CPU.")] = None,
     processes: Annotated[int, typer.Option(help="1, or one for each rank.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 50,
     timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = 300.0,
+    seconds: Annotated[float, typer.Option(help="After them no case is begun.")] = float("inf"),
     json: Annotated[pathlib.Path | None, typer.Option(help="Write records there.")] = None,
     plot_path: Annotated[pathlib.Path | None, typer.Option("--plot", help="Draw them there.")] = (
         None
@@ -62,11 +67,13 @@ def main(
         _need("matplotlib")
     if suite is not None and ops is not None:
         raise typer.BadParameter("--suite and --ops: expected one of them.")
-    gpus = launch.count_gpus()
+    gpus = count_gpus()
     count = ranks or max(gpus if processes == 1 else processes, 1 if gpus else _CPU_RANKS)
+    machine = Machine(ranks=count, processes=processes, gpus=gpus)
     try:
+        check_processes(count, processes, gpus)
         if ops is None:
-            cases = suites.suite(_one_of("--suite", suite or "baselines", suites.NAMES))
+            cases = suites.suite(_one_of("--suite", suite or "baselines", suites.NAMES), machine)
         else:
             fields = itertools.product(
                 listed("--routing", routing, get_args(Routing)),
@@ -75,6 +82,7 @@ def main(
                 listed("--dtype", dtype, get_args(Dtype)),
                 listed("--quantization", quantization, get_args(Quantization)),
                 [None] if num_sms is None else listed("--num-sms", num_sms),
+                listed("--capacity", capacity, get_args(Capacity)),
                 listed("--ops", ops, get_args(Op)),
             )
             cases = _cases(
@@ -87,11 +95,11 @@ def main(
                 weights=weights,
                 intermediate=intermediate,
             )
-        launch.check_processes(count, processes, gpus)
         for case in cases:
             case.check_ranks(count)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    cases, reasons = left_out(cases, machine)
     job = launch.Job(
         cases=cases,
         ranks=count,
@@ -99,17 +107,24 @@ def main(
         gpus=gpus,
         repeat=repeat,
         command="python -m jax_ep.bench " + shlex.join(sys.argv[1:]),
+        until=time.time() + seconds,
     )
     console = rich.console.Console()
     if not console.is_terminal:  # a log has no margin
         console = rich.console.Console(width=max(console.width, _LOG_WIDTH))
+    console.print(f"{len(cases)} cases: {machine}; starting", highlight=False)
+    for why, number in reasons.items():
+        console.print(f"left out: {number} case(s): {why}", highlight=False, soft_wrap=True)
     found = measure(job, timeout=timeout, console=console, json=json)
     console.print(tables.table(found))
-    for line in (*tables.failures(found), *tables.layer_ratios(found)):
+    for line in (*tables.failures(found), *tables.ratios(found)):
         console.print(line, highlight=False, soft_wrap=True)
     if plot_path is not None:
         plot.plot(found, plot_path)
-    ours = [r for r in found if r["op"] in OUR_OPS]
+    ours = [r for r in found if r["op"] in OUR_OPS and r.get("name") in (None, "reference")]
+    done = sum(r["op"] not in ("ceiling", "link") for r in found)
+    if done < len(cases):
+        console.print(f"{done} of {len(cases)} cases: the time was over", highlight=False)
     if not all(record["correct"] for record in ours):
         console.print("[red]some of jax_ep's own results are wrong or missing")
         raise typer.Exit(1)
@@ -122,7 +137,8 @@ def measure(
     console: rich.console.Console,
     json: pathlib.Path | None = None,
 ) -> list[dict[str, Any]]:
-    """All records of a job, with a progress bar; what there is so far is also in the file ``json``."""
+    """All records of a job: a line for each as it comes, and all so far in the file ``json``."""
+    begin = time.monotonic()
     found: list[dict[str, Any]] = []
     if json is not None:
         records.save(json, found)
@@ -147,13 +163,15 @@ def measure(
             found.append(record)
             if json is not None:
                 records.save(json, found)
+            line = f"{time.monotonic() - begin:5.0f} s  {tables.line(record)}"
+            console.print(line, highlight=False, soft_wrap=True)
     return found
 
 
 def _cases(fields: Any, **rest: Any) -> list[Case]:
     cases = []
     intermediate = rest.pop("intermediate")
-    for routing, tokens, layout, dtype, quantization, num_sms, op in fields:
+    for routing, tokens, layout, dtype, quantization, num_sms, capacity, op in fields:
         base = Case(
             routing=routing,
             tokens=_integer("--tokens", tokens),
@@ -161,6 +179,7 @@ def _cases(fields: Any, **rest: Any) -> list[Case]:
             dtype=dtype,
             quantization=quantization,
             num_sms=None if num_sms is None else _integer("--num-sms", num_sms),
+            capacity=capacity,
             op="dispatch" if op in ("exchange", "layer") else op,
             **rest,
         )
@@ -169,10 +188,12 @@ def _cases(fields: Any, **rest: Any) -> list[Case]:
             new = suites.exchanges(base)
         elif op == "layer":
             new = suites.layers(base, intermediate)
+        elif op == "round_trip":
+            new = suites.round_trips(base)
         elif op == "combine" and quantization != "none":
             continue  # rows come home in full precision
         cases += [case for case in new if case not in cases]
-    return sorted(cases, key=lambda case: case.xla_flags)
+    return cases
 
 
 def listed(flag: str, text: str, choices: tuple[str, ...] | None = None) -> list[str]:

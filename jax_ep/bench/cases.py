@@ -7,12 +7,13 @@ from typing import Any, Literal, get_args
 
 from jax_ep._types import Layout, Mode
 
-Op = Literal["dispatch", "dispatch_cached", "combine", "plan", "exchange", "layer"]
+Op = Literal["dispatch", "dispatch_cached", "combine", "plan", "round_trip", "exchange", "layer"]
 Quantization = Literal["none", "quantized", "fp8", "fp8-dense"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Routing = Literal["uniform", "group-limited", "zipf", "all-to-one"]
+Capacity = Literal["exact", "default"]
 
-OUR_OPS: tuple[Op, ...] = ("plan", "dispatch", "dispatch_cached", "combine")
+OUR_OPS: tuple[Op, ...] = ("plan", "dispatch", "dispatch_cached", "combine", "round_trip")
 ALIGNMENT = 128  # rows of an expert are padded to multiples of it, as grouped matmuls like them
 
 
@@ -22,7 +23,8 @@ class Case:
 
     Attributes:
         op: "plan", "dispatch" (with its plan), "dispatch_cached" (along a handle), "combine",
-            "exchange" (what XLA has in their place) or "layer" (forward and backward).
+            "round_trip" (dispatch and combine), "exchange" (what XLA has in their place, one way) or
+            "layer" (forward and backward).
         layout: "expert" or "token".
         dtype: Of the tokens, before any quantization.
         quantization: "none"; "quantized": the rows given and received are ``Quantized``; "fp8": rows
@@ -39,8 +41,9 @@ class Case:
         num_sms: SMs that the op may occupy; None takes the tuned number or the default.
         mode: As in ``DispatchConfig``.
         weights: Whether top-k weights travel with the rows.
+        capacity: "exact": room for the rows that come; "default": for any routing.
         name: Who does it; None is jax_ep.
-        xla_flags: Flags that its process must be started with.
+        compiler_options: "NAME=VALUE", an option of XLA that its programs are compiled with.
     """
 
     op: Op = "dispatch"
@@ -58,8 +61,9 @@ class Case:
     num_sms: int | None = None
     mode: Mode = "auto"
     weights: bool = True
+    capacity: Capacity = "exact"
     name: str | None = None
-    xla_flags: str = ""
+    compiler_options: str = ""
 
     def __post_init__(self) -> None:
         choices = {
@@ -69,6 +73,7 @@ class Case:
             "dtype": Dtype,
             "routing": Routing,
             "mode": Mode,
+            "capacity": Capacity,
         }
         for field, kind in choices.items():
             if getattr(self, field) not in get_args(kind):
@@ -94,18 +99,33 @@ class Case:
         return "float8_e4m3fn" if self.quantization == "quantized" else self.dtype
 
     @property
+    def out_row_bytes(self) -> int:
+        """Bytes of a row that a dispatch gives, its scales included."""
+        return self._dense_row_bytes if self.quantization == "fp8-dense" else self.wire_row_bytes
+
+    @property
+    def _dense_row_bytes(self) -> int:
+        return self.hidden * (4 if self.dtype == "float32" else 2)
+
+    @property
     def wire_row_bytes(self) -> int:
         """Bytes of a row as it crosses a link, its scales included."""
         if self.quantization != "none" and self.op in ("dispatch", "dispatch_cached"):
             return self.hidden + self.hidden // 128 * 4
-        return self.hidden * (4 if self.dtype == "float32" else 2)
+        return self._dense_row_bytes
 
     @property
     def workload(self) -> Case:
         """What decides about the inputs: cases with equal workloads share them."""
         return dataclasses.replace(
-            self, op="dispatch", num_sms=None, mode="auto", name=None, xla_flags=""
+            self, op="dispatch", num_sms=None, mode="auto", name=None, compiler_options=""
         )
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Compiler options of its programs."""
+        name, _, value = self.compiler_options.partition("=")
+        return {name: value} if name else {}
 
     @property
     def pattern(self) -> str:

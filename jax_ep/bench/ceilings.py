@@ -1,120 +1,159 @@
-"""How fast the machine moves bytes between the ranks, in the same run as everything else.
+"""How fast the machine moves bytes, in the same run as everything else: the figures' ceiling.
 
-With two or more devices: every rank sends to the next one at the same time, so each link is
-used in both directions, by ``lax.ppermute`` (XLA's way between devices) and, within one process, by
-``jax.device_put`` (the copy engines). With one, or with ranks that share GPUs: a copy in its own
-memory, where each byte is read and written; the figure counts it once, as a payload.
+*Links*, where every rank has a GPU of its own: all ranks read from the next one at once, so that each
+link is used in both directions. The library's own movers (bulk copies, as dispatch moves rows; loads,
+as combine reads them) and the copy engines read over the group's mapping of the peers' memory, in one
+process as in several, with nothing planned and nothing waited for. XLA's ``lax.ppermute`` is measured
+beside them. The figure is GB/s of a rank in one direction.
+
+*Memory*, where ranks share GPUs, or there is one: the same movers copy within each rank's memory, all
+ranks at once. The figure is GB/s read and written on a GPU, by all of its ranks together. On CPU it is
+what a core copies within its cache, times the cores, which no op can beat.
 """
 
 from __future__ import annotations
 
+import ast
+import os
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
-_GPU_BYTES, _CPU_BYTES = 1 << 28, 1 << 22
-_REPEAT = 10
+from jax_ep import _compat, _device_group
+from jax_ep.bench import timing
+from jax_ep.bench.timing import Chain, Step
+
+if TYPE_CHECKING:
+    from jax_ep.bench.session import Session
+
+NUM_BYTES = 1 << 28  # of a copy on GPUs
+_COPIES = 24  # of each mover: some 20 ms, beside which the start of a process matters little
+_TRIES = 3
+_CPU_BYTES = 1 << 16  # of a core's copy
+_CPU_SECONDS = 0.02
+
+Kind = Literal["link", "memory"]
+
+# Name, number in csrc/cuda/copy.h, and numbers of blocks, of which the best counts.
+_MOVERS = (
+    ("bulk copies", 0, (8, 24, 64, 132)),
+    ("loads", 1, (16, 64, 132, 264)),
+    ("copy engines", 2, (1,)),
+)
 
 
 class Ceiling(NamedTuple):
-    """GB/s of each rank in one direction, all ranks at once."""
+    """GB/s: of a rank in one direction ("link"), or read and written on a GPU ("memory")."""
 
     name: str
     gbs: float
+    kind: Kind
 
 
-def num_bytes(*, on_gpu: bool) -> int:
-    """Bytes that one move takes from each rank."""
-    return _GPU_BYTES if on_gpu else _CPU_BYTES
+def measure(session: Session) -> list[Ceiling]:
+    """All the ways that there are, the fastest first; call it in all processes."""
+    found = _on_gpus(session) if session.on_gpu else _on_cpu(session)
+    # A time that is not positive says that the machine was busy, and nothing about it.
+    return sorted((c for c in found if c.gbs > 0), key=lambda c: -c.gbs)
 
 
-def measure(
-    mesh: jax.sharding.Mesh, sharding: Any, *, on_gpu: bool, shares_gpus: bool = False
-) -> list[Ceiling]:
-    """All the ways that there are; ``shares_gpus`` if several ranks are on one GPU."""
-    size = num_bytes(on_gpu=on_gpu)
-    ranks = mesh.size
-    shape = (ranks * size // 4,)
-    full = np.zeros(size // 4, np.float32)
-    x = jax.make_array_from_callback(shape, sharding, lambda _: full)
-    if ranks == 1 or shares_gpus:  # no link to measure
-        name = "local copy, GPU shared" if shares_gpus else "local copy"
-        return [Ceiling(name, _slope(_repeated(_local_copy, mesh), x, size))]
-    found = [Ceiling("ppermute", _slope(_repeated(_to_next, mesh), x, size))]
-    if jax.process_count() == 1:
-        found.append(Ceiling("device_put", _device_put(x, mesh, size)))
-    return found
+def _on_gpus(session: Session) -> list[Ceiling]:
+    kind: Kind = "link" if session.has_links else "memory"
+    x = _array(session)
+    found = []
+    if session.group.backend == "cuda":
+        found = [_mover(session, x, kind, *mover) for mover in _MOVERS]
+    if kind == "link":
+        found.append(Ceiling("lax.ppermute", _ppermute(session, x), kind))
+    elif not found:
+        raise RuntimeError("memory of these GPUs is measured by the library's movers alone")
+    return [ceiling for ceiling in found if ceiling is not None]
 
 
-def _local_copy(x: jax.Array) -> jax.Array:
-    # Changes every element, or the compiler would copy nothing.
-    return lax.optimization_barrier(x + 1)
+def _array(session: Session) -> jax.Array:
+    part = np.zeros(NUM_BYTES // 4, np.float32)
+    return session.put(lambda _: part)
 
 
-def _to_next(x: jax.Array) -> jax.Array:
-    ranks = lax.axis_size("expert")
-    return lax.ppermute(x, "expert", [(rank, (rank + 1) % ranks) for rank in range(ranks)])
+def _mover(
+    session: Session, x: jax.Array, kind: Kind, name: str, mover: int, blocks: tuple[int, ...]
+) -> Ceiling | None:
+    """The best rate of a mover; None where peers cannot read the array in place."""
+    library, group = _device_group.library(), session.group
+    to = jax.block_until_ready(x + 1)  # an array of the same size
+    places: dict[int, tuple[int, int]] = {}
+    failures = []
+    devices = list(session.mesh.devices.flat)
+    for rank, pointer in _pointers(session, x).items():
+        ordinal = _compat.local_ordinal(devices[rank])
+        region, offset, error = library.name_place(group.id, ordinal, pointer, NUM_BYTES)
+        places[rank] = (region, offset)
+        failures += [error] if error else []
+    told = session.exchange(repr((places, failures)))
+    everyone: dict[int, tuple[int, int]] = {}
+    for text in told:
+        theirs, failed = ast.literal_eval(text)
+        everyone |= theirs
+        failures += failed
+    if failures:
+        return None
+    step = 1 if kind == "link" else 0
+    targets = _pointers(session, to)
+    best = 0.0
+    for count in blocks:
+        copies = []
+        for rank, target in targets.items():
+            source = (rank + step) % session.ranks
+            ordinal = _compat.local_ordinal(devices[rank])
+            copies.append((ordinal, source, *everyone[source], target))
+        for _ in range(_TRIES):
+            session.exchange("")  # all begin together
+            seconds, error = library.time_copies(group.id, copies, NUM_BYTES, mover, count, _COPIES)
+            slowest = session.largest(max(seconds, default=0.0) if error is None else 0.0)
+            if slowest <= 0:
+                raise RuntimeError(f"copies by {name} failed: {error or 'in another process'}")
+            best = max(best, NUM_BYTES * _COPIES / slowest / 1e9)
+    if kind == "memory":
+        best *= 2 * session.ranks / session.gpus
+    return Ceiling(name, best, kind)
 
 
-def _repeated(move: Any, mesh: jax.sharding.Mesh) -> Any:
-    """``move`` done ``n`` times, as a jitted function of ``x`` and the static ``n``."""
-
-    def program(n: int) -> Any:
-        def body(x: jax.Array) -> jax.Array:
-            for _ in range(n):
-                x = move(x)
-            return x
-
-        spec = P(mesh.axis_names)
-        return jax.jit(
-            jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        )
-
-    return program
+def _pointers(session: Session, array: jax.Array) -> dict[int, int]:
+    """Addresses of the parts of this process's ranks, by rank."""
+    rank_of = {device: rank for rank, device in enumerate(session.mesh.devices.flat)}
+    return {rank_of[s.device]: s.data.unsafe_buffer_pointer() for s in array.addressable_shards}
 
 
-def _slope(program: Any, x: jax.Array, size: int) -> float:
-    """GB/s by the slope between 4 and 8 moves."""
-    times = []
-    for run in (program(4), program(8)):
-        jax.block_until_ready(run(x))
-        times.append(_median_time(lambda run=run: run(x)))
-    return _rate(4 * size, times[1] - times[0])
+def _ppermute(session: Session, x: jax.Array) -> float:
+    """XLA's way between devices."""
+
+    def to_next(x: jax.Array) -> jax.Array:
+        ranks = session.ranks
+        return lax.ppermute(x, session.axis, [(rank, (rank + 1) % ranks) for rank in range(ranks)])
+
+    step = Step(
+        run=to_next,
+        link=lambda _, received, now: now(lax.optimization_barrier(received)),
+        first=lambda x: x,
+    )
+    measured = timing.measure(step, [x], session.mesh, Chain(length=4, repeat=5))
+    return NUM_BYTES / session.slowest(measured.spread).median / 1e3
 
 
-def _device_put(x: jax.Array, mesh: jax.sharding.Mesh, size: int) -> float:
-    devices = list(mesh.devices.flat)
-    parts = {shard.device: shard.data for shard in x.addressable_shards}
-
-    def exchange(times: int) -> Any:
-        arrived = []
-        for _ in range(times):
-            # A new array each time: a device_put of what is there already would copy nothing.
-            arrived = [
-                jax.device_put(parts[device], devices[(rank + 1) % len(devices)])
-                for rank, device in enumerate(devices)
-            ]
-        return arrived
-
-    jax.block_until_ready(exchange(1))
-    few, many = _median_time(lambda: exchange(4)), _median_time(lambda: exchange(8))
-    return _rate(4 * size, many - few)
-
-
-def _rate(size: int, seconds: float) -> float:
-    """GB/s; 0 where the time is not positive."""
-    return size / seconds / 1e9 if seconds > 0 else 0.0
-
-
-def _median_time(call: Any) -> float:
-    """The median time of a call, in seconds."""
-    samples = []
-    for _ in range(_REPEAT):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        samples.append(time.perf_counter() - start)
-    return float(np.median(samples))
+def _on_cpu(session: Session) -> list[Ceiling]:
+    """What one core copies within its cache, times the cores: more than all of them reach together."""
+    best = 0.0
+    source, target = np.zeros(_CPU_BYTES, np.uint8), np.ones(_CPU_BYTES, np.uint8)
+    for _ in range(_TRIES):
+        # The thread's own time: what others do on a busy machine is no property of the core.
+        count, begin = 0, time.thread_time()
+        while (seconds := time.thread_time() - begin) < _CPU_SECONDS:
+            np.copyto(target, source)
+            count += 1
+        best = max(best, 2 * count * _CPU_BYTES / seconds / 1e9)
+    cores = len(os.sched_getaffinity(0))
+    name = f"copies in cache, {cores} cores"
+    return [Ceiling(name, session.largest(best) * cores, "memory")]

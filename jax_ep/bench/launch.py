@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import subprocess
@@ -38,12 +37,13 @@ class Job:
     """What the processes of one run need to know.
 
     Attributes:
-        cases: Cases that need the same XLA flags.
+        cases: Cases.
         ranks: Devices that take part.
         processes: 1, or as many as there are ranks, or a divisor of them on CPU.
         gpus: GPUs of this machine that are used; 0 on CPU.
         repeat: Samples of each figure.
         command: Of the user, for the records.
+        until: Time since the epoch, in seconds, after which no case is begun.
         output: File that process 0 appends JSON lines to.
         coordinator: "host:port" of process 0.
     """
@@ -54,6 +54,7 @@ class Job:
     gpus: int
     repeat: int
     command: str
+    until: float = float("inf")
     output: str = ""
     coordinator: str = ""
 
@@ -67,34 +68,6 @@ class Job:
         fields = json.loads(path.read_text())
         cases = [Case(**case) for case in fields.pop("cases")]
         return cls(cases=cases, **fields)
-
-
-def count_gpus() -> int:
-    """GPUs that JAX would use here, without waking it."""
-    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu" or not shutil.which("nvidia-smi"):
-        return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
-    listing = subprocess.run(
-        ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
-    )
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-
-
-def check_processes(ranks: int, processes: int, gpus: int) -> None:
-    """Raise ``ValueError`` unless the ranks can be laid over so many processes and GPUs."""
-    if ranks < 1 or processes < 1:
-        raise ValueError(f"--ranks, --processes: expected 1 or more, got {ranks} and {processes}.")
-    if processes not in (1, ranks) and (gpus or ranks % processes):
-        raise ValueError(
-            f"--processes: expected 1 or one for each of the {ranks} ranks, got {processes}."
-        )
-    if gpus and processes == 1 and ranks > gpus:
-        raise ValueError(
-            f"--ranks: expected at most {gpus} GPUs for one process, got {ranks}; with --processes "
-            f"{ranks} ranks share GPUs."
-        )
 
 
 @contextlib.contextmanager
@@ -115,31 +88,31 @@ def run(job: Job, *, timeout: float, progress: Progress) -> Iterator[dict[str, A
     """Measure all cases; yields each record as it comes.
 
     Args:
-        job: The run, ``output`` and ``coordinator`` left out. Its cases may need different XLA flags.
+        job: The run, ``output`` and ``coordinator`` left out.
         timeout: Seconds that one case may take, with the start of its processes.
         progress: Is told the name of the case that is measured now.
     """
     with tempfile.TemporaryDirectory(prefix="jax_ep_bench_") as folder:
-        for flags, group in itertools.groupby(job.cases, key=lambda case: case.xla_flags):
-            left = list(group)
-            attempts = itertools.count()
-            while left:
-                where = pathlib.Path(folder) / f"{len(left)}-{next(attempts)}-{abs(hash(flags))}"
-                where.mkdir()
-                part = dataclasses.replace(
-                    job, cases=left, output=str(where / "records"), coordinator=_free_address()
-                )
-                finished = yield from _attempt(part, flags, where, timeout, progress)
-                if finished == len(left):
-                    break
-                yield _failure(part, left[finished], where)
-                left = left[finished + 1 :]
+        left = list(job.cases)
+        for attempt in itertools.count():
+            if not left or time.time() > job.until:
+                return
+            where = pathlib.Path(folder) / str(attempt)
+            where.mkdir()
+            part = dataclasses.replace(
+                job, cases=left, output=str(where / "records"), coordinator=_free_address()
+            )
+            finished, ended_well = yield from _attempt(part, where, timeout, progress)
+            if ended_well or finished == len(left):
+                return
+            yield _failure(part, left[finished], where)
+            left = left[finished + 1 :]
 
 
 def _attempt(
-    job: Job, flags: str, where: pathlib.Path, timeout: float, progress: Progress
-) -> Generator[dict[str, Any], None, int]:
-    """Run processes until all is measured or one fails; returns how many cases they finished."""
+    job: Job, where: pathlib.Path, timeout: float, progress: Progress
+) -> Generator[dict[str, Any], None, tuple[int, bool]]:
+    """Run processes until they end or one fails: the cases that they finished, whether all is well."""
     path = where / "job.json"
     job.save(path)
     output = pathlib.Path(job.output)
@@ -150,7 +123,7 @@ def _attempt(
             workers.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "jax_ep.bench.worker", str(path), str(index)],
-                    env=_environment(job, flags),
+                    env=_environment(job),
                     stdout=stderr,
                     stderr=stderr,
                 )
@@ -174,7 +147,7 @@ def _attempt(
                 progress(name_of(job.cases[finished]))
             failed = any(worker.returncode not in (None, 0) for worker in workers)
             if failed or not any(running) or time.monotonic() - moved > timeout:
-                return finished
+                return finished, not failed and not any(running)
             time.sleep(_POLL_S)
     finally:
         for worker in workers:
@@ -189,9 +162,9 @@ def name_of(case: Case) -> str:
     return records.label(fields)
 
 
-def _environment(job: Job, flags: str) -> dict[str, str]:
+def _environment(job: Job) -> dict[str, str]:
     environment = dict(os.environ)
-    all_flags = [environment.get("XLA_FLAGS", ""), flags]
+    all_flags = [environment.get("XLA_FLAGS", "")]
     if job.gpus == 0:
         environment["JAX_PLATFORMS"] = "cpu"
         # XLA takes the last of several.
@@ -221,6 +194,7 @@ def _failure(job: Job, case: Case, where: pathlib.Path) -> dict[str, Any]:
         "quantization": case.quantization,
         "mode": case.mode,
         "routing": case.pattern,
+        "capacity": case.capacity,
         "ranks": job.ranks,
         "gpus": min(job.gpus, job.ranks),
         "processes": job.processes,

@@ -23,7 +23,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 import jax_ep
-from jax_ep.bench.peers import DECOMPOSER_FLAG
+from jax_ep.bench.cases import Capacity
+from jax_ep.bench.peers import DECOMPOSER
 
 GroupedDot = Callable[[Array, Array, Array], Array]
 
@@ -67,12 +68,14 @@ class Arm:
     Attributes:
         name: Of its records.
         layer: From inputs, experts and sizes to ``[T, H]``.
-        xla_flags: That its process needs.
+        compiler_options: As in ``Case``.
+        capacity: "default" gives it room for any routing.
     """
 
     name: str
     layer: Callable[[Inputs, Experts, Sizes], Array]
-    xla_flags: str = ""
+    compiler_options: str = ""
+    capacity: Capacity = "exact"
 
 
 def with_jax_ep(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
@@ -198,10 +201,11 @@ def _weighted_sum(rows: Array, topk_weights: Array) -> Array:
 
 ARMS = (
     Arm("jax_ep", with_jax_ep),
-    Arm("ragged_all_to_all", with_ragged_all_to_all),
-    Arm("ragged_all_to_all, decomposer", with_ragged_all_to_all, DECOMPOSER_FLAG),
+    Arm("jax_ep", with_jax_ep, capacity="default"),
     Arm("all_to_all", with_all_to_all),
+    Arm("ragged_all_to_all, decomposer", with_ragged_all_to_all, DECOMPOSER),
+    Arm("ragged_all_to_all", with_ragged_all_to_all),
+    Arm("plain, decomposer", plain, DECOMPOSER),
     Arm("plain", plain),
-    Arm("plain, decomposer", plain, DECOMPOSER_FLAG),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}

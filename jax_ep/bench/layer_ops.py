@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax import lax
 
 from jax_ep.bench import expected, layer, memory, timing, traffic
 from jax_ep.bench.cases import Case
+from jax_ep.bench.clock import Clock
 from jax_ep.bench.layer import Arm, Experts, Sizes
 from jax_ep.bench.ops import config
 from jax_ep.bench.problems import Problem, dtype_of
@@ -19,26 +21,29 @@ from jax_ep.bench.session import Session
 from jax_ep.bench.timing import Step
 
 _PASSES = 4  # that rows make over the links: to the experts and home, forward and backward
-_LENGTH = 2  # of a chain, on GPUs
+_MOST_SAMPLES = 20  # they are long
+# Of a layer of jax_ep, forward and backward.
+_CALLS = (
+    *("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine"),
+    *("jax_ep_dispatch", "jax_ep_combine"),
+)
+JUDGE = "all_to_all"  # whose result is right
 # Of the norm of the difference to that of the result; arms round at different places.
 _TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-4}
 
 
 def measure(session: Session, case: Case) -> dict[str, Any]:
     """The record of one arm, named by ``case.name``."""
-    session.need_collectives()  # of the arms that it is compared with
     arm = layer.BY_NAME[case.name or "jax_ep"]
     problem = session.problem(case)
     sizes = sizes_of(session, case, problem)
-    sets = _sets(session, case, problem)
-    measured = timing.measure(
-        _step(arm, sizes),
-        sets,
-        session.mesh,
-        length=_LENGTH if session.on_gpu else 1,
-        repeat=session.repeat,
-    )
-    wrong = _disagreement(session, case, arm, sizes, sets[measured.last_set], measured.result)
+    inputs = _inputs(session, case, problem)
+    judged = _judgement(session, case, sizes, inputs)
+    native = arm.name == "jax_ep" and session.group.backend != "reference"
+    chain = session.chain_of(0, _CALLS if native else (), repeat=min(session.repeat, _MOST_SAMPLES))
+    chain = dataclasses.replace(chain, options=case.options)
+    measured = timing.measure(_step(arm, sizes), [inputs], session.mesh, chain)
+    wrong = _disagreement(case, measured.result, judged)
     link = session.link(case.tokens, case.top_k)
     return session.record(
         case,
@@ -74,29 +79,24 @@ def _step(arm: Arm, sizes: Sizes) -> Step:
         # The compiler is not to see that the link reads but one element of each.
         return lax.optimization_barrier((y, backward(cotangent)))
 
-    def link(inputs: Any, result: Any) -> Any:
+    def link(inputs: Any, result: Any, now: Clock) -> Any:
         x, topk_idx, *rest = inputs
-        return x, timing.after(topk_idx, result), *rest
+        # All inputs are new to each turn, or the compiler would move what it makes of them out of the
+        # loop.
+        return lax.optimization_barrier((x, now(timing.after(topk_idx, result)), *rest))
 
     return Step(run, link)
 
 
-def _sets(session: Session, case: Case, problem: Problem) -> list[Any]:
-    experts = make_experts(session, case)
-    tokens = [
-        session.put(functools.partial(problem.part, index, 0))
-        for index in range(len(problem.topk_idx))
-    ]
-    return [
-        (
-            tokens[index],
-            session.put(topk.__getitem__),
-            session.put(functools.partial(problem.weights, index)),
-            tokens[index - 1],  # another set's tokens are as good a cotangent as any
-            experts,
-        )
-        for index, topk in enumerate(problem.topk_idx)
-    ]
+def _inputs(session: Session, case: Case, problem: Problem) -> Any:
+    return (
+        session.put(functools.partial(problem.part, 0, 0)),
+        session.put(problem.topk_idx[0].__getitem__),
+        session.put(functools.partial(problem.weights, 0)),
+        # Another set's tokens are as good a cotangent as any.
+        session.put(functools.partial(problem.part, 1, 0)),
+        make_experts(session, case),
+    )
 
 
 def make_experts(session: Session, case: Case) -> Experts:
@@ -120,38 +120,40 @@ def make_experts(session: Session, case: Case) -> Experts:
     return make(jax.random.key(0))
 
 
-def _disagreement(
-    session: Session, case: Case, arm: Arm, sizes: Sizes, inputs: Any, result: Any
-) -> str:
-    """Where an arm's result differs from jax_ep's, and jax_ep's from that over all_to_all."""
-    other = layer.BY_NAME["all_to_all" if arm.name == "jax_ep" else "jax_ep"]
-    key = ("errors", other.name, case.workload)
-    if key not in session.programs:
-        session.programs[key] = _errors(session.on_all_ranks(_step(other, sizes).run))
-    errors = session.programs[key]
+def _judgement(session: Session, case: Case, sizes: Sizes, inputs: Any) -> Any:
+    """What the layer must give: outputs and gradients of the arm that is the judge."""
+    key = ("judgement", dataclasses.replace(case.workload, capacity="exact"))
+    if key not in session.kept:
+        session.kept.clear()  # those of another layer would take their memory
+        run = session.on_all_ranks(_step(layer.BY_NAME[JUDGE], sizes).run)
+        session.kept[key] = jax.block_until_ready(run(inputs))
+    return session.kept[key]
+
+
+def _disagreement(case: Case, result: Any, judged: Any) -> str:
+    """Where a result differs from the judge's."""
     names = ("y", "d_x", "d_weights", "d_gate", "d_up", "d_down")
-    found = {
-        n: float(e) for n, e in zip(names, jax.tree.leaves(errors(result, inputs)), strict=True)
+    found = jax.tree.leaves(_errors(result, judged))
+    wrong = {
+        name: float(error)
+        for name, error in zip(names, found, strict=True)
+        if not error <= _TOLERANCE[case.dtype]
     }
-    wrong = {n: e for n, e in found.items() if not e <= _TOLERANCE[case.dtype]}
     if not wrong:
         return ""
     texts = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
-    return f"differs from the arm {other.name!r}: {texts} of its norm"
+    return f"differs from the arm {JUDGE!r}: {texts} of its norm"
 
 
-def _errors(run: Any) -> Any:
-    """The jitted function from a result and its inputs to how far it is from that of ``run``."""
+@jax.jit
+def _errors(result: Any, judged: Any) -> Any:
+    """Of each array, the norm of the difference over that of the right one."""
 
-    @jax.jit
-    def errors(result: Any, inputs: Any) -> Any:
-        def error(got: jax.Array, want: jax.Array) -> jax.Array:
-            got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-            return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+    def error(got: jax.Array, want: jax.Array) -> jax.Array:
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
 
-        return jax.tree.map(error, result, run(inputs))
-
-    return errors
+    return jax.tree.map(error, result, judged)
 
 
 def _traffic(case: Case, problem: Problem, sizes: Sizes, arm: Arm) -> traffic.Traffic:

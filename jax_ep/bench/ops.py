@@ -17,37 +17,32 @@ from jax_ep._capacity import INT32_MAX
 from jax_ep._types import Dispatched, Handle, Quantized
 from jax_ep.bench import expected, memory, timing, traffic
 from jax_ep.bench.cases import Case
+from jax_ep.bench.clock import Clock
 from jax_ep.bench.problems import Problem, row_factors
 from jax_ep.bench.session import Session
 from jax_ep.bench.timing import Step
 
+REFERENCE = "reference"
 _TARGETS = {
     "plan": ("jax_ep_plan",),
     "dispatch": ("jax_ep_plan", "jax_ep_dispatch"),
     "dispatch_cached": ("jax_ep_dispatch",),
     "combine": ("jax_ep_combine",),
+    "round_trip": ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine"),
 }
 
 
 def measure(session: Session, case: Case) -> dict[str, Any]:
-    """The record of one of our ops."""
+    """The record of one of our ops, by the library's kernels or by its reference."""
     problem = session.problem(case)
     step, sets = _step(session, case, problem), _sets(session, case, problem)
-    native = session.group.backend != "reference"
-    moved = traffic.Traffic(0, 0)
-    if case.op != "plan":
-        moved = traffic.of_dispatch(
-            problem.topk_idx[0], experts=case.experts, row_bytes=case.wire_row_bytes
-        )
+    native = _group(session, case).backend != "reference"
+    moved = traffic.of_op(case, problem)
     written = problem.capacity * case.hidden * 2 if case.op != "plan" else 0
-    measured = timing.measure(
-        step,
-        sets,
-        session.mesh,
-        length=session.length(10 + moved.wire / 3e5 + written / 2e6),
-        repeat=session.repeat,
-        targets=_TARGETS[case.op] if native else (),
+    chain = session.chain(
+        10 + moved.wire / 3e5 + written / 2e6, calls=_TARGETS[case.op] if native else ()
     )
+    measured = timing.measure(step, sets, session.mesh, chain)
     link = session.link(case.tokens, case.top_k)
     wrong = _CHECKS[case.op](session, case, problem, measured.result, measured.last_set)
     wrongs = [text for text in session.exchange(wrong) if text]
@@ -57,7 +52,7 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         moved,
         correct=not wrongs,
         num_sms=_num_sms(session, case),
-        name=None if native else "reference",
+        name=None if native else REFERENCE,
         workspace_bytes=_ffi.workspace_bytes(session.group),
         scratch_bytes=memory.scratch_bytes(measured.text),
         staged=_staged(session),
@@ -72,18 +67,24 @@ def config(case: Case) -> jax_ep.DispatchConfig | None:
     return jax_ep.DispatchConfig(num_sms=case.num_sms, mode=case.mode)
 
 
+def _group(session: Session, case: Case) -> jax_ep.Group:
+    return session.reference_group if case.name == REFERENCE else session.group
+
+
 def options(case: Case, session: Session) -> dict[str, Any]:
     """Arguments of ``jax_ep.dispatch`` with and without a handle."""
     cast = case.quantization in ("fp8", "fp8-dense")
     return {
-        "group": session.group,
+        "group": _group(session, case),
         "config": config(case),
         "quantization": "fp8" if cast else None,
         "output": "quantized" if case.quantization == "fp8" else None,
     }
 
 
-def _num_sms(session: Session, case: Case) -> int:
+def _num_sms(session: Session, case: Case) -> int | None:
+    if not session.on_gpu:
+        return None
     cast = "f32" if case.quantization in ("fp8", "fp8-dense") else None
     rows = _tuning.rows_name(case.row_dtype, cast, case.quantization == "fp8-dense")
     op: _tuning.TunedOp = "dispatch"
@@ -123,7 +124,7 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
     def plan(topk_idx: jax.Array) -> Handle:
         return _ops.plan(
             topk_idx,
-            group=session.group,
+            group=given["group"],
             **routed,
             expert_capacity=INT32_MAX,
             config=given["config"],
@@ -135,26 +136,32 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
 
     def combine(inputs: Any) -> jax.Array:
         rows, handle = inputs
-        return jax_ep.combine(rows, handle, group=session.group, config=given["config"])
+        return jax_ep.combine(rows, handle, group=given["group"], config=given["config"])
 
-    def link_ids(inputs: Any, out: Dispatched) -> Any:
+    def round_trip(inputs: Any) -> jax.Array:
+        out = dispatch(inputs)
+        return jax_ep.combine(out.tokens, out.handle, group=given["group"], config=given["config"])
+
+    def link_ids(inputs: Any, out: Any, now: Clock) -> Any:
         x, topk_idx, weights = inputs
-        return x, timing.after(topk_idx, out.tokens), weights
+        result = out.tokens if isinstance(out, Dispatched) else out
+        return x, now(timing.after(topk_idx, result)), weights
 
-    def link_handle(inputs: Any, out: Any) -> Any:
+    def link_handle(inputs: Any, out: Any, now: Clock) -> Any:
         rows, handle, *weights = inputs
         result = out.tokens if isinstance(out, Dispatched) else out
-        topk_idx = timing.after(handle.topk_idx, result)
+        topk_idx = now(timing.after(handle.topk_idx, result))
         return rows, dataclasses.replace(handle, topk_idx=topk_idx), *weights
 
-    def link_plan(topk_idx: jax.Array, handle: Handle) -> jax.Array:
-        return timing.after(topk_idx, handle.recv_src)
+    def link_plan(topk_idx: jax.Array, handle: Handle, now: Clock) -> jax.Array:
+        return now(timing.after(topk_idx, handle.recv_src))
 
     return {
         "plan": Step(plan, link_plan),
         "dispatch": Step(dispatch, link_ids),
         "dispatch_cached": Step(dispatch_cached, link_handle),
         "combine": Step(combine, link_handle),
+        "round_trip": Step(round_trip, link_ids),
     }[case.op]
 
 
@@ -174,7 +181,7 @@ def _sets(session: Session, case: Case, problem: Problem) -> list[Any]:
         if case.weights:
             weights = session.put(functools.partial(problem.weights, index))
         inputs = (x, topk_idx, weights)
-        if case.op == "dispatch":
+        if case.op in ("dispatch", "round_trip"):
             sets.append(inputs)
             continue
         sets.append(prepare(inputs))
@@ -258,6 +265,24 @@ def _check_combine(
     session: Session, case: Case, problem: Problem, out: jax.Array, index: int
 ) -> str:
     """Each token's sum, bit by bit."""
+    return _check_sums(session, case, problem, out, index, row_factors(problem.capacity))
+
+
+def _check_round_trip(
+    session: Session, case: Case, problem: Problem, out: jax.Array, index: int
+) -> str:
+    """The same where rows come home as they went."""
+    return _check_sums(session, case, problem, out, index, np.ones(problem.capacity, np.float32))
+
+
+def _check_sums(
+    session: Session,
+    case: Case,
+    problem: Problem,
+    out: jax.Array,
+    index: int,
+    row_factor: np.ndarray,
+) -> str:
     ids = problem.topk_idx[index]
     # Of the rows on each rank, by (source, token, entry); in layout "token" all entries share one.
     shape = (*ids.shape[:2], case.top_k if case.layout == "expert" else 1)
@@ -265,7 +290,7 @@ def _check_combine(
     for rank in range(problem.ranks):
         sources = problem.sources(index, rank)
         of_rank = np.full(np.prod(shape), np.nan, np.float32)
-        of_rank[sources[sources >= 0]] = row_factors(problem.capacity)[sources >= 0]
+        of_rank[sources[sources >= 0]] = row_factor[sources >= 0]
         of_rank = of_rank.reshape(shape)
         if case.layout == "expert":  # summed by ascending local expert
             of_rank = np.take_along_axis(of_rank, np.argsort(ids, axis=-1), axis=-1)
@@ -283,4 +308,5 @@ _CHECKS: dict[str, Callable[[Session, Case, Problem, Any, int], str]] = {
     "dispatch": _check_dispatch,
     "dispatch_cached": _check_dispatch,
     "combine": _check_combine,
+    "round_trip": _check_round_trip,
 }

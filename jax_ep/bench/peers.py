@@ -1,12 +1,15 @@
 """What XLA itself has for the exchange of rows: the same bytes, rows packed beforehand.
 
-Neither op plans, packs or places rows as a dispatch does, so these figures flatter them.
+Neither op plans, packs or places rows as a dispatch does, so these figures flatter them. In a chain
+each exchange sends what the one before it received, so that none can be merged with another, moved or
+dropped: rows go to their ranks and back, by turns, and after an even number all are home again.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from jax import lax
 
 from jax_ep.bench import expected, timing, traffic
 from jax_ep.bench.cases import Case
+from jax_ep.bench.clock import Clock, no_clock
 from jax_ep.bench.problems import Problem
 from jax_ep.bench.session import AXIS, Session
 from jax_ep.bench.timing import Step
@@ -22,28 +26,26 @@ from jax_ep.bench.timing import Step
 ALL_TO_ALL = "jax.lax.all_to_all"
 RAGGED = "jax.lax.ragged_all_to_all"
 RAGGED_DECOMPOSED = "jax.lax.ragged_all_to_all, decomposer"
-DECOMPOSER_FLAG = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"
+DECOMPOSER = "xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"
 
 
 def measure(session: Session, case: Case) -> dict[str, Any]:
-    """The record of an exchange."""
-    session.need_collectives()
+    """The record of an exchange, or of one there and one back (op "round_trip")."""
     problem = session.problem(case)
     dense = case.name == ALL_TO_ALL
-    make = _dense if dense else _ragged
-    step, sets, check = make(session, case, problem)
     rows = np.full((session.ranks, session.ranks), case.tokens)
     if not dense:
         rows = expected.rank_rows(problem.topk_idx[0], experts=case.experts)
     moved = traffic.of_rows(rows, case.wire_row_bytes)
-    measured = timing.measure(
-        step,
-        sets,
-        session.mesh,
-        length=session.length(moved.wire / 1e5 + 50) if dense else 4,
-        repeat=session.repeat,
-    )
-    wrongs = [text for text in session.exchange(check(measured)) if text]
+    moved = moved._replace(memory=2 * int(rows.sum()) * case.wire_row_bytes)
+    if case.op == "round_trip":
+        moved = traffic.Traffic(*(2 * part for part in moved))
+    exchange = (_dense if dense else _ragged)(session, problem)
+    step = exchange.step if case.op == "exchange" else _twice(exchange.step)
+    chain = session.chain(moved.wire / 1e5 + 50) if dense else session.chain_of(4 * session.on_gpu)
+    chain = dataclasses.replace(chain, options=case.options)
+    measured = timing.measure(step, [exchange.inputs], session.mesh, chain)
+    wrongs = [text for text in session.exchange(_check(session, exchange, measured)) if text]
     return session.record(
         case,
         session.slowest(measured.spread),
@@ -54,77 +56,90 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
     )
 
 
-def _dense(session: Session, case: Case, problem: Problem) -> Any:
-    """Every token to every rank; the rows received are the next rows sent."""
-    ranks = session.ranks
+class Exchange(NamedTuple):
+    """A chain of exchanges.
+
+    Attributes:
+        step: One of them.
+        inputs: What the first is given.
+        rows: The rows among a step's inputs, or its result: an array ``[R * N, H]``.
+        home: What a rank has at first, and after an even number of exchanges.
+    """
+
+    step: Step
+    inputs: Any
+    rows: Callable[[Any], jax.Array]
+    home: Callable[[int], np.ndarray]
+
+
+def _dense(session: Session, problem: Problem) -> Exchange:
+    """Every token to every rank."""
 
     def run(rows: jax.Array) -> jax.Array:
         return lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True)
 
-    def link(_: jax.Array, received: jax.Array) -> jax.Array:
-        return lax.optimization_barrier(received)
+    def link(_: jax.Array, received: jax.Array, now: Clock) -> jax.Array:
+        return now(lax.optimization_barrier(received))
 
-    def sent(rank: int) -> np.ndarray:
-        parts = [np.roll(problem.rows(0, rank)[0], to, axis=0) for to in range(ranks)]
+    def home(rank: int) -> np.ndarray:
+        parts = [np.roll(problem.rows(0, rank)[0], to, axis=0) for to in range(session.ranks)]
         return np.concatenate(parts)
 
-    def check(measured: timing.Measured) -> str:
-        # An even number of exchanges brings every row back.
-        for rank, got in session.parts(measured.result).items():
-            if not expected.same_bits(got, sent(rank)):
-                return f"rank {rank}: rows did not come back"
-        return ""
-
-    return Step(run, link), [session.put(sent)], check
+    return Exchange(Step(run, link, first=lambda x: x), session.put(home), lambda x: x, home)
 
 
-def _ragged(session: Session, case: Case, problem: Problem) -> Any:
-    """The rows of the routing, to a buffer that each exchange writes over."""
-    ranks, tokens = session.ranks, case.tokens
-    room = -(-ranks * tokens // 128) * 128
+def _ragged(session: Session, problem: Problem) -> Exchange:
+    """The rows of the routing, packed by destination; on their way back, by where they came from.
 
-    def run(inputs: Any) -> jax.Array:
-        rows, sizes, buffer = inputs
+    What is written over is the buffer that the exchange before has read.
+    """
+    ranks, case = session.ranks, problem.case
+    counts = expected.rank_rows(problem.topk_idx[0], experts=case.experts).astype(np.int32)
+    most = max(counts.sum(axis=0).max(), counts.sum(axis=1).max())
+    room = max(-(-int(most) // 128), 1) * 128
+
+    def run(state: Any) -> Any:
+        rows, buffer, sizes = state  # sizes[source, destination]
         mine = lax.axis_index(AXIS)
-        send = sizes[mine]
-        before = jnp.cumsum(sizes, axis=0) - sizes  # rows of lower ranks at each destination
-        starts = jnp.arange(ranks, dtype=jnp.int32) * tokens
-        return lax.ragged_all_to_all(
-            rows, buffer, starts, send, before[mine], sizes[:, mine], axis_name=AXIS
+        sent, received = sizes[mine], sizes[:, mine]
+        lands_at = (jnp.cumsum(sizes, axis=0) - sizes)[mine]
+        out = lax.ragged_all_to_all(
+            rows, buffer, jnp.cumsum(sent) - sent, sent, lands_at, received, axis_name=AXIS
+        )
+        return out, rows, sizes.T
+
+    def link(_: Any, state: Any, now: Clock) -> Any:
+        received, buffer, sizes = lax.optimization_barrier(state)
+        return now(received), buffer, sizes
+
+    def home(rank: int) -> np.ndarray:
+        rows = problem.rows(0, rank)[0]
+        return np.concatenate(
+            [np.roll(rows, to, axis=0)[: counts[rank, to]] for to in range(ranks)]
         )
 
-    def link(inputs: Any, received: jax.Array) -> Any:
-        rows, sizes, _ = inputs
-        return rows, sizes, lax.optimization_barrier(received)
+    def in_buffer(rank: int) -> np.ndarray:
+        rows = home(rank)
+        return np.concatenate([rows, np.zeros((room - len(rows), case.hidden), rows.dtype)])
 
-    def sent(index: int, rank: int) -> np.ndarray:
-        parts = [np.roll(problem.rows(index, rank)[0], to, axis=0) for to in range(ranks)]
-        return np.concatenate(parts)
-
-    counts = [expected.rank_rows(topk, experts=case.experts) for topk in problem.topk_idx]
     nothing = np.zeros((room, case.hidden), problem.rows(0, 0)[0].dtype)
-    # Sizes are the same in all sets: else rows of one exchange would stay in the buffer of another.
-    sizes = counts[0].astype(np.int32)
-    sets = [
-        (
-            session.put(functools.partial(sent, index)),
-            session.put(lambda _: sizes),
-            session.put(lambda _: nothing),
-        )
-        for index in range(len(counts))
-    ]
+    inputs = (session.put(in_buffer), session.put(lambda _: nothing), session.put(lambda _: counts))
+    return Exchange(Step(run, link, first=lambda x: x), inputs, lambda state: state[0], home)
 
-    def check(measured: timing.Measured) -> str:
-        index = measured.last_set
-        for rank, got in session.parts(measured.result).items():
-            want = np.concatenate(
-                [
-                    sent(index, source)[rank * tokens : rank * tokens + sizes[source, rank]]
-                    for source in range(ranks)
-                ]
-            )
-            if not expected.same_bits(got[: len(want)], want):
-                return f"rank {rank}: rows differ from those sent"
-        return ""
 
-    return Step(run, link), sets, check
+def _twice(step: Step) -> Step:
+    """A step there and back."""
+
+    def run(inputs: Any) -> Any:
+        return step.run(step.link(inputs, step.run(inputs), no_clock))
+
+    return dataclasses.replace(step, run=run)
+
+
+def _check(session: Session, exchange: Exchange, measured: timing.Measured) -> str:
+    """Whether all rows are where they began; chains are of even length."""
+    for rank, got in session.parts(exchange.rows(measured.result)).items():
+        want = exchange.home(rank)
+        if not expected.same_bits(got[: len(want)], want):
+            return f"rank {rank}: rows did not come back"
+    return ""

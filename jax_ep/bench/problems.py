@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float32
 
+from jax_ep._capacity import lossless_capacity
 from jax_ep.bench import expected, patterns
 from jax_ep.bench.cases import Case
 
@@ -22,7 +23,7 @@ class Problem:
         case: The case.
         ranks: R.
         topk_idx: For each set ``[R, T, K]`` int32.
-        capacity: Rows C that suffice for all sets.
+        capacity: Rows C: those that suffice for all sets, or the default, which suffices for any.
     """
 
     def __init__(self, case: Case, ranks: int, num_sets: int = NUM_SETS) -> None:
@@ -32,9 +33,19 @@ class Problem:
             patterns.topk_idx(case, ranks=ranks, rng=np.random.default_rng([0, index]))
             for index in range(num_sets)
         ]
-        self.capacity = expected.capacity(
-            self.topk_idx, experts=case.experts, layout=case.layout, alignment=case.alignment
-        )
+        if case.capacity == "default":
+            self.capacity = lossless_capacity(
+                num_ranks=ranks,
+                num_tokens=case.tokens,
+                top_k=case.top_k,
+                num_local_experts=case.experts // ranks,
+                layout=case.layout,
+                alignment=case.alignment,
+            )
+        else:
+            self.capacity = expected.capacity(
+                self.topk_idx, experts=case.experts, layout=case.layout, alignment=case.alignment
+            )
         self._rows = functools.cache(self._make_rows)
 
     def rows(self, index: int, rank: int) -> tuple[np.ndarray, ...]:

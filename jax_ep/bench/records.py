@@ -21,13 +21,16 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "top_k": (int,),
     "experts": (int,),
     "num_sms": (int, type(None)),  # None: not ours to say
-    "median_us": (float, type(None)),  # None: it failed
+    "median_us": (float, type(None)),  # None: it failed, or, if correct, was too noisy
     "p10_us": (float, type(None)),
     "p90_us": (float, type(None)),
     "wire_bytes": (int,),  # of the busiest rank in its busier direction, between ranks only
     "wire_gbs": (float, type(None)),
     "logical_gbs": (float, type(None)),  # counts what stays on its rank too
-    "ceiling_gbs": (float, type(None)),  # of a link, in one direction, measured in the same run
+    "ceiling_gbs": (
+        float,
+        type(None),
+    ),  # of what wire_gbs, or memory_gbs, is held against, in this run
     "workspace_bytes": (int,),
     "scratch_bytes": (int,),
     "staged": (bool,),
@@ -39,8 +42,14 @@ FIELDS: dict[str, tuple[type, ...]] = {
 OPTIONAL: dict[str, tuple[type, ...]] = {
     "name": (str,),  # who did it, where that was not jax_ep's own kernels
     "intermediate": (int,),  # width of an expert (op "layer")
+    "capacity": (str,),  # "exact": room for the rows that come; "default": for any routing
+    # Read and written on a GPU (on CPU, the machine) by all of its ranks, at the least, where they
+    # share memory. Then ceiling_gbs is that of the memory.
+    "memory_gbs": (float, type(None)),
     "error": (str,),  # why there is no figure, or what was wrong with the result
 }
+# Above the ceiling of its run no figure is believed.
+_SLACK = 1.05
 
 
 LAYER_SHAPE = ("hidden", "experts", "top_k", "intermediate", "tokens", "dtype")
@@ -60,6 +69,20 @@ def check(record: dict[str, Any]) -> None:
         if type(value) not in types:
             expected = " or ".join(kind.__name__ for kind in types)
             raise ValueError(f"record: field {field}: expected {expected}, got {value!r}.")
+
+
+def rate(record: dict[str, Any]) -> float | None:
+    """GB/s that the record's ceiling bounds: over a link, or in memory that ranks share."""
+    return record["memory_gbs"] if "memory_gbs" in record else record["wire_gbs"]
+
+
+def impossible(record: dict[str, Any]) -> str | None:
+    """Why the figure of a record cannot be: it is above the ceiling of its run; or None."""
+    gbs, ceiling = rate(record), record["ceiling_gbs"]
+    if not gbs or not ceiling or gbs <= _SLACK * ceiling:
+        return None
+    what = "memory" if "memory_gbs" in record else "link"
+    return f"impossible: {gbs:.0f} GB/s, where the {what} has {ceiling:.0f}: not all was done"
 
 
 def save(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
@@ -98,4 +121,6 @@ def label(record: dict[str, Any]) -> str:
     parts.append(f"T={record['tokens']}")
     if record["routing"] != "uniform":
         parts.append(record["routing"])
+    if record.get("capacity", "exact") != "exact":
+        parts.append(f"{record['capacity']} capacity")
     return " ".join(parts)

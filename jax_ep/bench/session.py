@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _compat
-from jax_ep.bench import ceilings, timing
+from jax_ep import _compat, _device_group, _ffi
+from jax_ep.bench import ceilings, records, timing
 from jax_ep.bench.cases import Case
 from jax_ep.bench.problems import Problem
 from jax_ep.bench.timing import Spread
 from jax_ep.bench.traffic import Traffic
 
 AXIS = "expert"
+OUR_TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine", "jax_ep_combine_vjp")
 _LINK_LENGTH = 64
 
 logger = logging.getLogger("jax_ep.bench")
@@ -51,13 +52,27 @@ class Session:
         self.mesh = jax.sharding.Mesh(np.array(devices[: self.ranks]), (AXIS,))
         self.sharding = NamedSharding(self.mesh, P(AXIS))
         self.group = jax_ep.create_group(self.mesh, AXIS, timeout=120)
+        self._reference: jax_ep.Group | None = None
         self.on_gpu = devices[0].platform == "gpu"
         self.shares_gpus = self.on_gpu and self.gpus < self.ranks
+        # Whether bytes between ranks cross a link; else they move in the memory that ranks share.
+        self.has_links = self.on_gpu and self.ranks == self.gpus > 1
+        if why := _ffi.why_unavailable("cuda" if self.on_gpu else "cpu"):
+            raise RuntimeError(f"benchmarks read the clock of jax_ep's own library: {why}")
         self._problem: Problem | None = None
         self._links: dict[tuple[int, int], Spread] = {}
+        self.untold_links: list[tuple[int, int]] = []  # measured, but in no record yet
         self._ceilings: list[ceilings.Ceiling] | None = None
         self._exchanges = 0
-        self.programs: dict[Any, Any] = {}  # that several cases use, by what they were made for
+        self.axis = AXIS
+        self.kept: dict[Any, Any] = {}  # what several cases use, by what it was made for
+
+    @property
+    def reference_group(self) -> jax_ep.Group:
+        """The same ranks over the reference backend."""
+        if self._reference is None:
+            self._reference = jax_ep.create_group(self.mesh, AXIS, timeout=120, backend="reference")
+        return self._reference
 
     def problem(self, case: Case) -> Problem:
         """The inputs of a case; only those of the last workload are kept."""
@@ -96,11 +111,37 @@ class Session:
         rank_of = {device: rank for rank, device in enumerate(self.mesh.devices.flat)}
         return {rank_of[s.device]: np.asarray(s.data) for s in array.addressable_shards}
 
-    def length(self, estimate_us: float) -> int:
-        """How many ops a chain has: on GPUs some 4 ms of them."""
-        if not self.on_gpu:
-            return 1
-        return int(2 ** np.clip(np.round(np.log2(4000 / max(estimate_us, 1))), 3, 6))
+    def chain(self, estimate_us: float, calls: Sequence[str] = ()) -> timing.Chain:
+        """How ops of about so many microseconds are timed here: on GPUs in chains of some 4 ms."""
+        length = 0
+        if self.on_gpu:
+            length = int(2 ** np.clip(np.round(np.log2(4000 / max(estimate_us, 1))), 3, 5))
+        return self.chain_of(length, calls)
+
+    def chain_of(
+        self, length: int, calls: Sequence[str] = (), *, repeat: int | None = None
+    ) -> timing.Chain:
+        """A chain of a given length, 0 for a loop; ``calls`` are those of an op, if they count."""
+        return timing.Chain(
+            length=length,
+            repeat=repeat or self.repeat,
+            grows=not self.on_gpu,
+            calls=calls,
+            completed=self.completed_calls if calls else None,
+            largest=self.largest,
+        )
+
+    def completed_calls(self) -> list[int]:
+        """Calls of our ops that each rank of this process has completed."""
+        if self.group.backend == "cuda":
+            library = _device_group.library()
+            by_ordinal, error = library.completed_ops(self.group.id)
+            if error is not None:
+                raise RuntimeError(error)
+            return [by_ordinal[ordinal] for ordinal in sorted(by_ordinal)]
+        counts = importlib.import_module("jax_ep._cpu").call_counts()
+        ranks = len(self.my_ranks())
+        return [sum(counts[target] for target in OUR_TARGETS) // ranks] * ranks
 
     def link(self, tokens: int, top_k: int) -> Spread:
         """Time of the link that chains ops on ``[T, K]`` ids."""
@@ -110,46 +151,30 @@ class Session:
             sets = [
                 self.put(dict.fromkeys(range(self.ranks), ids + s).__getitem__) for s in range(3)
             ]
-            length = _LINK_LENGTH if self.on_gpu else 1
-            measured = timing.measure(
-                timing.link_step(), sets, self.mesh, length=length, repeat=self.repeat
-            )
+            chain = self.chain_of(_LINK_LENGTH if self.on_gpu else 0)
+            measured = timing.measure(timing.link_step(), sets, self.mesh, chain)
             self._links[key] = self.slowest(measured.spread)
+            self.untold_links.append(key)
         return self._links[key]
 
-    def links(self) -> dict[tuple[int, int], Spread]:
-        """The links measured so far."""
-        return self._links
-
-    def need_collectives(self) -> None:
-        """Raise ``ValueError`` where XLA's collectives cannot run."""
-        if self.shares_gpus and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-            raise ValueError(
-                f"{self.ranks} ranks share {self.gpus} GPUs: NCCL, which XLA's collectives run on, "
-                "wants a GPU for each, or NCCL_MULTI_RANK_GPU_ENABLE=1 (from 2.30 on)."
-            )
-
-    def fastest_ways(self) -> list[ceilings.Ceiling]:
-        """How fast this machine moves bytes between the ranks, the fastest way first."""
+    def ways(self) -> list[ceilings.Ceiling]:
+        """How fast this machine moves bytes, the fastest way first."""
         if self._ceilings is None:
-            measured = ceilings.measure(
-                self.mesh, self.sharding, on_gpu=self.on_gpu, shares_gpus=self.shares_gpus
-            )
-            spreads = [self.slowest(Spread(-c.gbs, -c.gbs, -c.gbs)) for c in measured]
-            slowest = [c._replace(gbs=-s.median) for c, s in zip(measured, spreads, strict=True)]
-            # A slope that is not positive says that the machine was busy, and nothing about it.
-            self._ceilings = sorted((c for c in slowest if c.gbs > 0), key=lambda c: -c.gbs)
+            self._ceilings = ceilings.measure(self)
         return self._ceilings
 
-    def ceiling_gbs(self) -> float | None:
-        """GB/s of the fastest way."""
-        ways = self.fastest_ways()
-        return ways[0].gbs if ways else None
+    def ceiling(self) -> ceilings.Ceiling | None:
+        """The fastest way."""
+        return self.ways()[0] if self.ways() else None
 
     def slowest(self, spread: Spread) -> Spread:
         """The spread of the process with the largest median, told to all processes."""
         values = self.exchange(" ".join(map(repr, spread)))
         return max(Spread(*map(float, text.split())) for text in values)
+
+    def largest(self, value: float) -> float:
+        """The largest of the numbers that the processes have, told to all."""
+        return max(map(float, self.exchange(repr(float(value)))))
 
     def exchange(self, text: str) -> list[str]:
         """Everybody's ``text``, by process; call it in all processes, in one order."""
@@ -171,12 +196,17 @@ class Session:
         error: str | None = None,
         op: str | None = None,
     ) -> dict[str, Any]:
-        """The record of a case; without a spread, of one that failed."""
+        """The record of a case; without a spread, of one that failed.
+
+        A figure that its own spread drowns is left out, and one that the machine cannot reach is wrong;
+        the record says why.
+        """
+        if spread is not None and spread.is_noise and error is None:
+            error = f"too noisy: {spread.p10:.1f} to {spread.p90:.1f} us around {spread.median:.1f}"
+            spread = None
 
         def rate(num_bytes: int) -> float | None:
-            if spread is None or spread.median <= 0:
-                return None
-            return num_bytes / spread.median / 1e3
+            return None if spread is None else num_bytes / spread.median / 1e3
 
         record: dict[str, Any] = {
             "op": op or case.op,
@@ -185,6 +215,7 @@ class Session:
             "quantization": case.quantization,
             "mode": case.mode,
             "routing": case.pattern,
+            "capacity": case.capacity,
             "ranks": self.ranks,
             "gpus": self.gpus,
             "processes": jax.process_count(),
@@ -199,7 +230,7 @@ class Session:
             "wire_bytes": traffic.wire,
             "wire_gbs": rate(traffic.wire),
             "logical_gbs": rate(traffic.logical),
-            "ceiling_gbs": self.ceiling_gbs(),
+            "ceiling_gbs": None,
             "workspace_bytes": workspace_bytes,
             "scratch_bytes": scratch_bytes,
             "staged": staged,
@@ -208,10 +239,18 @@ class Session:
             "versions": versions(),
             "command": self.command,
         }
+        ceiling = self.ceiling()
+        if ceiling is not None:
+            record["ceiling_gbs"] = ceiling.gbs
+        if not self.has_links:
+            record["memory_gbs"] = rate(traffic.memory // max(self.gpus, 1))
         if name is not None:
             record["name"] = name
         if case.intermediate is not None:
             record["intermediate"] = case.intermediate
+        if error is None:
+            error = records.impossible(record)
+            record["correct"] = correct and error is None
         if error is not None:
             record["error"] = error
         return record

@@ -1,40 +1,41 @@
-"""Named sets of cases."""
+"""Named sets of cases, of sizes that suit the machine, the most telling ones first."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 from jax_ep._types import Layout
-from jax_ep.bench import peers
-from jax_ep.bench.cases import OUR_OPS, Case, Quantization
-from jax_ep.bench.layer import ARMS
+from jax_ep.bench import layer, ops, peers
+from jax_ep.bench.cases import Case, Op, Quantization, Routing
+from jax_ep.bench.machine import Machine
 
 _LAYOUTS: tuple[Layout, ...] = ("token", "expert")
+_ROUTINGS: tuple[Routing, ...] = ("uniform", "group-limited", "zipf", "all-to-one")
 _SMALL = Case(tokens=24, hidden=128, top_k=2, experts=8)
+_ON_CPU = Case(tokens=512, hidden=1024, top_k=8, experts=64, alignment=8)
+_DECODE_TOKENS = (8, 1, 32, 64, 256, 512)  # besides 128
 
 
-def suite(name: str) -> list[Case]:
+def suite(name: str, machine: Machine) -> list[Case]:
     """The cases of a suite, those with the same inputs side by side.
 
-    * "baselines": every throughput row of docs/performance.md, and what XLA has in their place.
-    * "decode": 128 tokens a rank.
+    * "baselines": every throughput row of docs/performance.md, and what XLA has in their place; on CPU,
+      dispatch and combine beside ``lax.all_to_all`` and the reference.
+    * "decode": 1 to 512 tokens a rank, 128 above all.
     * "routing": dispatch and combine under every routing pattern.
     * "layer": forward and backward of whole layers, in several implementations.
     * "smoke": a little of everything, for any machine.
     """
-    cases = _SUITES[name]()
-    # Processes start with one set of flags; a stable sort keeps the rest in order.
-    return sorted(cases, key=lambda case: case.xla_flags)
+    return list(dict.fromkeys(_SUITES[name](machine)))
 
 
-def _ours(base: Case) -> list[Case]:
-    """All our ops on a workload; rows come home in full precision only."""
-    return [
-        dataclasses.replace(base, op=op)
-        for op in OUR_OPS
-        if op != "combine" or base.quantization == "none"
-    ]
+def throughput_case(machine: Machine) -> Case:
+    """The workload of "baselines": 4096 tokens a rank, half of that where ranks share a GPU."""
+    if machine.gpus == 0:
+        return _ON_CPU
+    return Case(tokens=2048, experts=128) if machine.shares_gpus else Case()
 
 
 def exchanges(base: Case) -> list[Case]:
@@ -42,8 +43,16 @@ def exchanges(base: Case) -> list[Case]:
     base = dataclasses.replace(base, op="exchange", layout="token")
     return [
         dataclasses.replace(base, name=peers.ALL_TO_ALL),
+        dataclasses.replace(base, name=peers.RAGGED_DECOMPOSED, compiler_options=peers.DECOMPOSER),
         dataclasses.replace(base, name=peers.RAGGED),
-        dataclasses.replace(base, name=peers.RAGGED_DECOMPOSED, xla_flags=peers.DECOMPOSER_FLAG),
+    ]
+
+
+def round_trips(base: Case) -> list[Case]:
+    """Dispatch and combine, by jax_ep, its reference, and an exchange of all rows there and back."""
+    base = dataclasses.replace(base, op="round_trip")
+    return [
+        dataclasses.replace(base, name=name) for name in (None, peers.ALL_TO_ALL, ops.REFERENCE)
     ]
 
 
@@ -52,59 +61,114 @@ def layers(base: Case, intermediate: int) -> list[Case]:
     base = dataclasses.replace(
         base, op="layer", layout="expert", alignment=1, intermediate=intermediate
     )
-    return [dataclasses.replace(base, name=arm.name, xla_flags=arm.xla_flags) for arm in ARMS]
+    return [
+        dataclasses.replace(
+            base, name=arm.name, compiler_options=arm.compiler_options, capacity=arm.capacity
+        )
+        for arm in layer.ARMS
+    ]
 
 
-def _baselines() -> list[Case]:
+def _of(base: Case, names: tuple[Op, ...], **changes: object) -> list[Case]:
+    changed = dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+    return [dataclasses.replace(changed, op=op) for op in names]
+
+
+def _all_ops(base: Case) -> list[Case]:
+    """All our ops on a workload; rows come home in full precision only."""
+    if base.quantization != "none":
+        return _of(base, ("dispatch", "dispatch_cached"))
+    return _of(base, ("dispatch", "combine", "dispatch_cached", "plan"))
+
+
+def _baselines(machine: Machine) -> list[Case]:
+    base = throughput_case(machine)
+    if machine.gpus == 0:
+        return [
+            *round_trips(base),
+            *(case for at in _LAYOUTS for case in _of(base, ("dispatch", "combine"), layout=at)),
+        ]
     quantizations: tuple[Quantization, ...] = ("none", "quantized", "fp8")
-    cases = [
-        case
-        for layout, quantization in itertools.product(_LAYOUTS, quantizations)
-        for case in _ours(Case(layout=layout, quantization=quantization))
-    ]
-    return cases + exchanges(Case())
-
-
-def _decode() -> list[Case]:
-    token = Case(layout="token", tokens=128)
     return [
-        *_ours(dataclasses.replace(token, quantization="quantized")),
-        *_ours(token),
-        *_ours(Case(layout="expert", tokens=128, alignment=16)),
+        *(
+            case
+            for quantization, layout in itertools.product(quantizations, _LAYOUTS)
+            for case in _all_ops(
+                dataclasses.replace(base, layout=layout, quantization=quantization)
+            )
+        ),
+        *_of(base, ("dispatch", "combine"), capacity="default"),
+        *exchanges(base),
+        *(
+            case
+            for at in _LAYOUTS
+            for case in _of(base, ("dispatch", "combine"), layout=at, tokens=2 * base.tokens)
+        ),
     ]
 
 
-def _routing() -> list[Case]:
+def _decode(machine: Machine) -> list[Case]:
+    base = Case(tokens=128, layout="token")
+    if machine.gpus == 0:
+        base = dataclasses.replace(_ON_CPU, tokens=128, layout="token")
+    expert = dataclasses.replace(base, layout="expert", alignment=16)
+    return [
+        *_all_ops(dataclasses.replace(base, quantization="quantized")),
+        *_all_ops(base),
+        *_all_ops(expert),
+        *_of(expert, ("dispatch",), quantization="quantized"),
+        *_of(expert, ("dispatch",), quantization="fp8"),
+        *(
+            case
+            for tokens in _DECODE_TOKENS
+            for case in (
+                *_of(base, ("dispatch",), tokens=tokens, quantization="quantized"),
+                *_of(base, ("combine",), tokens=tokens),
+            )
+        ),
+    ]
+
+
+def _routing(machine: Machine) -> list[Case]:
+    base = throughput_case(machine)
+    if machine.gpus == 0:
+        base = dataclasses.replace(base, hidden=128)
     bases = [
-        *(Case(routing=r) for r in ("uniform", "group-limited", "zipf", "all-to-one")),
-        Case(ragged=True),
+        *(dataclasses.replace(base, routing=routing) for routing in _ROUTINGS),
+        dataclasses.replace(base, ragged=True),
     ]
     return [
-        dataclasses.replace(base, op=op, layout=layout)
+        case
         for base in bases
         for layout in _LAYOUTS
-        for op in ("dispatch", "combine")
+        for case in _of(base, ("dispatch", "combine"), layout=layout)
     ]
 
 
-def _layer() -> list[Case]:
-    training = Case(hidden=2048, experts=64, top_k=6)
-    return layers(Case(), intermediate=256) + layers(training, intermediate=1408)
+def _layer(machine: Machine) -> list[Case]:
+    if machine.gpus == 0:
+        return layers(dataclasses.replace(_ON_CPU, tokens=128, hidden=256), intermediate=128)
+    base = throughput_case(machine)
+    training = dataclasses.replace(base, hidden=2048, experts=64, top_k=6)
+    return layers(base, intermediate=256) + layers(training, intermediate=1408)
 
 
-def _smoke() -> list[Case]:
-    cases = [
-        *_ours(_SMALL),
-        *_ours(dataclasses.replace(_SMALL, layout="token", quantization="quantized")),
+def _smoke(machine: Machine) -> list[Case]:
+    del machine
+    return [
+        *_all_ops(_SMALL),
+        *_all_ops(dataclasses.replace(_SMALL, layout="token", quantization="quantized")),
         dataclasses.replace(_SMALL, quantization="fp8"),
         dataclasses.replace(_SMALL, layout="token", quantization="fp8-dense"),
         dataclasses.replace(_SMALL, layout="token", op="combine", ragged=True, dtype="float32"),
+        dataclasses.replace(_SMALL, capacity="default"),
+        *round_trips(_SMALL),
         *exchanges(_SMALL),
+        *layers(dataclasses.replace(_SMALL, dtype="float32"), intermediate=64),
     ]
-    return cases + layers(dataclasses.replace(_SMALL, dtype="float32"), intermediate=64)
 
 
-_SUITES = {
+_SUITES: dict[str, Callable[[Machine], list[Case]]] = {
     "baselines": _baselines,
     "decode": _decode,
     "routing": _routing,

@@ -15,7 +15,7 @@ def table(found: list[dict[str, Any]]) -> rich.table.Table:
     """One row a record: the figure with its spread, the link's share, what it took."""
     out = rich.table.Table(title=_title(found), caption=CAPTION)
     out.add_column("op", overflow="fold")
-    for column in ("SMs", "us", "p10 to p90", "wire GB/s", "of ceiling", "logical GB/s", "MiB"):
+    for column in ("SMs", "us", "p10 to p90", "GB/s", "of ceiling", "logical GB/s", "MiB"):
         out.add_column(column, justify="right", no_wrap=column == "p10 to p90")
     out.add_column("correct")
     for record in found:
@@ -24,52 +24,79 @@ def table(found: list[dict[str, Any]]) -> rich.table.Table:
 
 
 CAPTION = (
-    "us: median device time of the slowest rank. wire: bytes between ranks; ceiling: the link's "
-    "speed in this run (op ceiling); logical: bytes that stay counted too. MiB: workspace + scratch."
+    "us: median device time of the slowest rank. GB/s: bytes between ranks over a link, or, where "
+    "ranks share memory, read and written there by all of them; ceiling: the fastest way in this run "
+    "(op ceiling); logical: bytes that stay on their rank counted too. MiB: workspace + scratch."
 )
 
 
 def row(record: dict[str, Any]) -> list[str]:
     """The cells of a record."""
     if record["median_us"] is None:
-        return [records.label(record), *[""] * 7, "failed"]
-    wire, ceiling = record["wire_gbs"], record["ceiling_gbs"]
+        return [records.label(record), *[""] * 7, "too noisy" if record["correct"] else "failed"]
     memory = (record["workspace_bytes"] + record["scratch_bytes"]) / _MIB
     return [
         records.label(record),
         str(record["num_sms"] or ""),
         f"{record['median_us']:.1f}",
         f"{record['p10_us']:.1f} to {record['p90_us']:.1f}",
-        f"{wire:.1f}" if wire else "",
-        f"{wire / ceiling:.0%}" if wire and ceiling and record["op"] != "ceiling" else "",
+        f"{gbs:.1f}" if (gbs := records.rate(record)) else "",
+        share(record),
         f"{record['logical_gbs']:.1f}" if record["logical_gbs"] else "",
         f"{memory:.1f}" if memory else "",
         "yes" if record["correct"] else "NO",
     ]
 
 
+def share(record: dict[str, Any]) -> str:
+    """How much of the ceiling of its run a record reaches."""
+    gbs, ceiling = records.rate(record), record["ceiling_gbs"]
+    return f"{gbs / ceiling:.0%}" if gbs and ceiling and record["op"] != "ceiling" else ""
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record in one line."""
+    name = records.label(record)
+    if record["median_us"] is None or not record["correct"]:
+        state = "too noisy" if record["correct"] else "FAILED"
+        return f"{name}: {state}: {record.get('error', '')}"
+    if record["op"] == "ceiling":
+        return f"{name}: {records.rate(record):.1f} GB/s"
+    spread = f"{record['p10_us']:.1f} to {record['p90_us']:.1f}"
+    of_ceiling = f", {share(record)} of the ceiling" if share(record) else ""
+    return f"{name}: {record['median_us']:.1f} us ({spread}){of_ceiling}"
+
+
 def failures(found: list[dict[str, Any]]) -> list[str]:
-    """Why records have no figure or are not correct, one line each reason."""
+    """Why records have no figure or are not right, one line each reason."""
     reasons: dict[str, list[str]] = {}
     for record in found:
-        if not record["correct"]:
+        if not record["correct"] or record["median_us"] is None:
             reasons.setdefault(record.get("error", ""), []).append(records.label(record))
     return [f"{', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
 
 
-def layer_ratios(found: list[dict[str, Any]]) -> list[str]:
-    """How the arms of each layer compare with jax_ep's, one line each."""
+def ratios(found: list[dict[str, Any]]) -> list[str]:
+    """How others compare with jax_ep at the same layer or round trip, one line each."""
     lines = []
-    layers = [r for r in found if r["op"] == "layer" and r["median_us"]]
+    compared = [r for r in found if r["op"] in ("layer", "round_trip") and r["median_us"]]
     ours = {
-        tuple(r[f] for f in records.LAYER_SHAPE): r for r in layers if r.get("name") == "jax_ep"
+        _workload(r): r for r in compared if r.get("name", "jax_ep") == "jax_ep" and _is_exact(r)
     }
-    for record in layers:
-        base = ours.get(tuple(record[field] for field in records.LAYER_SHAPE))
-        if base is not None and base is not record and base["median_us"] > 0:
+    for record in compared:
+        base = ours.get(_workload(record))
+        if base is not None and base is not record:
             ratio = record["median_us"] / base["median_us"]
             lines.append(f"{records.label(record)}: {ratio:.2f} x the time of jax_ep's")
     return lines
+
+
+def _is_exact(record: dict[str, Any]) -> bool:
+    return record.get("capacity", "exact") == "exact"
+
+
+def _workload(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(field) for field in ("op", *records.LAYER_SHAPE))
 
 
 def _title(found: list[dict[str, Any]]) -> str:

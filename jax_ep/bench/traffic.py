@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from jax_ep.bench import expected
+from jax_ep.bench.cases import Case
+from jax_ep.bench.problems import Problem
 
 
 class Traffic(NamedTuple):
@@ -16,10 +18,13 @@ class Traffic(NamedTuple):
     Attributes:
         wire: Crossing between ranks.
         logical: And those that stay on their rank too, as DeepEP's figures count them.
+        memory: Read and written in the memory of all ranks together, at the least: each row that is sent
+            read once, each result written once.
     """
 
     wire: int
     logical: int
+    memory: int = 0
 
 
 def of_rows(rows: Int[np.ndarray, "ranks ranks"], row_bytes: int) -> Traffic:
@@ -40,3 +45,21 @@ def of_dispatch(
     Ids, weights and counts are not counted: they are well under one percent.
     """
     return of_rows(expected.rank_rows(topk_idx, experts=experts), row_bytes)
+
+
+def of_op(case: Case, problem: Problem) -> Traffic:
+    """Of one of our ops."""
+    if case.op == "plan":
+        return Traffic(0, 0)
+    topk, ranks = problem.topk_idx[0], problem.ranks
+    there = of_dispatch(topk, experts=case.experts, row_bytes=case.wire_row_bytes)
+    rows = int(expected.rank_rows(topk, experts=case.experts).sum())
+    pairs = int(expected.rank_pairs(topk, experts=case.experts).sum())
+    dispatched = rows * case.wire_row_bytes + ranks * problem.capacity * case.out_row_bytes
+    summed = pairs if case.layout == "expert" else rows
+    combined = (summed + ranks * case.tokens) * case.wire_row_bytes
+    if case.op == "combine":
+        return there._replace(memory=combined)
+    if case.op == "round_trip":
+        return Traffic(2 * there.wire, 2 * there.logical, dispatched + combined)
+    return there._replace(memory=dispatched)

@@ -5,10 +5,13 @@ Usage: python -m jax_ep.bench.worker JOB INDEX, with the environment that ``laun
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from jax_ep.bench import records
@@ -45,11 +48,15 @@ def main(path: str, index: int) -> None:
             with out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    for case in job.cases:
-        tell(_measure(session, case))
-        tell(None)
-    for record in machine_records(session, job.cases[-1]):
+    for record in _ceilings(session, job.cases[0]):
         tell(record)
+    for case in job.cases:
+        if session.largest(float(time.time() > job.until)):  # all stop at the same case
+            break
+        tell(_measure(session, case))
+        for record in _new_links(session, case):
+            tell(record)
+        tell(None)
 
 
 def _measure(session: Any, case: Case) -> dict[str, Any]:
@@ -57,9 +64,10 @@ def _measure(session: Any, case: Case) -> dict[str, Any]:
     from jax_ep.bench import layer_ops, ops, peers
     from jax_ep.bench.traffic import Traffic
 
-    run = {"exchange": peers.measure, "layer": layer_ops.measure}.get(case.op, ops.measure)
+    run = layer_ops.measure if case.op == "layer" else ops.measure
+    if case.op == "exchange" or case.name == peers.ALL_TO_ALL:
+        run = peers.measure
     try:
-        case.check_ranks(session.ranks)
         return run(session, case)
     except Exception as error:
         traceback.print_exc()
@@ -67,29 +75,35 @@ def _measure(session: Any, case: Case) -> dict[str, Any]:
         return session.record(case, None, Traffic(0, 0), correct=False, name=case.name, error=text)
 
 
-def machine_records(session: Any, last: Case) -> list[dict[str, Any]]:
-    """What was measured of the machine: the ways to move bytes, and the links that chain ops."""
-    import dataclasses
+def _plain(case: Case) -> Case:
+    return Case(hidden=case.hidden, experts=case.experts, top_k=case.top_k)
 
-    from jax_ep.bench.ceilings import num_bytes
+
+def _ceilings(session: Any, case: Case) -> Iterator[dict[str, Any]]:
+    """The ways in which the machine moves bytes."""
+    from jax_ep.bench.ceilings import NUM_BYTES
     from jax_ep.bench.timing import Spread
     from jax_ep.bench.traffic import Traffic
 
-    plain = Case(hidden=last.hidden, experts=last.experts, top_k=last.top_k)
-    found = []
-    for ceiling in session.fastest_ways():
-        moved = num_bytes(on_gpu=session.on_gpu)
-        us = moved / ceiling.gbs / 1e3
-        traffic = Traffic(moved if session.ranks > 1 else 0, moved)
-        found.append(
-            session.record(
-                plain, Spread(us, us, us), traffic, correct=True, name=ceiling.name, op="ceiling"
-            )
+    for way in session.ways():
+        us = NUM_BYTES / way.gbs / 1e3
+        link = way.kind == "link"
+        traffic = Traffic(NUM_BYTES if link else 0, NUM_BYTES, NUM_BYTES * max(session.gpus, 1))
+        yield session.record(
+            _plain(case), Spread(us, us, us), traffic, correct=True, name=way.name, op="ceiling"
         )
-    for (tokens, top_k), spread in session.links().items():
-        case = dataclasses.replace(plain, tokens=tokens, top_k=top_k)
-        found.append(session.record(case, spread, Traffic(0, 0), correct=True, op="link"))
-    return found
+
+
+def _new_links(session: Any, last: Case) -> Iterator[dict[str, Any]]:
+    """The links between chained ops that were measured for the last case."""
+    from jax_ep.bench.traffic import Traffic
+
+    while session.untold_links:
+        tokens, top_k = session.untold_links.pop()
+        case = dataclasses.replace(_plain(last), tokens=tokens, top_k=top_k)
+        yield session.record(
+            case, session.link(tokens, top_k), Traffic(0, 0), correct=True, op="link"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+// Copies of one range of memory to another, as fast as kernels can: what the ops are held against.
+//
+// Nothing is planned, waited for or summed here. The source may be a peer's memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace jax_ep::cuda {
+
+enum class Mover : int32_t {
+  kBulk = 0,    // bulk copies through shared memory, as dispatch moves rows
+  kLoads = 1,   // loads and stores of 16 bytes, as combine reads rows
+  kEngine = 2,  // cudaMemcpyAsync: a copy engine, or a kernel of the driver within one GPU
+};
+constexpr int32_t kNumMovers = 3;
+
+struct CopyParams {
+  const void* from;  // [bytes], aligned to 16 bytes like `to`
+  void* to;          // [bytes]
+  int64_t bytes;     // a multiple of 16
+  int32_t blocks;    // kBulk and kLoads
+};
+
+cudaError_t LaunchCopy(const CopyParams& params, Mover mover, cudaStream_t stream);
+
+cudaError_t LoadCopy();
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,63 @@
+"""Time as the devices see it: a kernel that reads a clock where it stands in the program.
+
+Between two of them lie the ops alone. What the host does meanwhile (starting programs, waiting for
+them, the rest of a busy machine) is in no figure, and a rank that starts late waits in ops before the
+first. On GPUs the clock is the GPU's, on CPU the host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt32
+
+TARGET = "jax_ep_clock"
+
+Stamp = UInt32[jax.Array, "2"]
+
+
+def read(value: jax.Array) -> tuple[jax.Array, Stamp]:
+    """``value``, in place, and the time in nanoseconds (low word, high word) when a device came to it.
+
+    What is computed from the value returned runs after the clock is read.
+    """
+    call = jax.ffi.ffi_call(
+        TARGET,
+        (
+            jax.ShapeDtypeStruct(value.shape, value.dtype),
+            jax.ShapeDtypeStruct((2,), jnp.uint32),
+        ),
+        input_output_aliases={0: 0},
+    )
+    same, stamp = call(value, ordinal=np.int32(0))
+    return same, stamp
+
+
+def microseconds(stamps: UInt32[np.ndarray, "*shape 2"]) -> np.ndarray:
+    """Stamps as float64 microseconds since the first of them."""
+    words = stamps.astype(np.uint64)
+    nanoseconds = words[..., 0] | words[..., 1] << np.uint64(32)
+    return (nanoseconds - nanoseconds.min()).astype(np.float64) / 1e3
+
+
+class Reader:
+    """Reads the clock once: a function for ``Step.link`` that keeps the stamp."""
+
+    def __init__(self) -> None:
+        self.stamp: Stamp | None = None
+
+    def __call__(self, value: jax.Array) -> jax.Array:
+        """``value``, after the clock is read."""
+        value, self.stamp = read(value)
+        return value
+
+
+Clock = Callable[[jax.Array], jax.Array]
+
+
+def no_clock(value: jax.Array) -> jax.Array:
+    """Stands where no time is read."""
+    return value
