@@ -1,81 +1,41 @@
-"""Write docs/performance.md from its template and the committed records.
+"""Write docs/performance.md, its picture and README's table from the committed records.
 
 Usage: ``python docs/render_performance.py [--check]``. Prose is in ``performance.in.md``; a marker
-``<!-- table: NAME -->`` there becomes the table of that name below. Targets and the figures of others
-are in ``benchmarks/targets.json``, records in ``benchmarks/results/*.json``.
+``<!-- table: NAME -->`` there becomes the table of that name below. Targets are in
+``benchmarks/targets.json``, the figures of others in ``benchmarks/peers/``, records in
+``benchmarks/results/*.json``. ``performance.png`` is drawn again if what it shows
+changed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+import performance_headline as headline
+import performance_plot as plot
+from performance_data import (
+    RESULTS,
+    ROOT,
+    TARGETS,
+    Record,
+    good,
+    load_results,
+    load_targets,
+    matches,
+    ours,
+)
+
 TEMPLATE = ROOT / "docs" / "performance.in.md"
 PAGE = ROOT / "docs" / "performance.md"
-TARGETS = ROOT / "benchmarks" / "targets.json"
-RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "performance.png"
+README = ROOT / "README.md"
 NOTE = """\
 <!-- Written by python docs/render_performance.py from docs/performance.in.md,
-benchmarks/targets.json and benchmarks/results/; change those. -->"""
-
-Record = dict[str, Any]
-GROUPED_DOT_FIELDS = {
-    *("op", "pass", "dtype", "rows", "inner", "outer", "groups", "distribution", "median_us"),
-    *(
-        "p10_us",
-        "p90_us",
-        "dense_us",
-        "ratio",
-        "tflops",
-        "correct",
-        "device",
-        "versions",
-        "command",
-    ),
-}
-LOADS_FIELDS = {
-    *("op", "mover", "in_flight", "use", "memory", "row_bytes", "blocks", "rows", "us", "p10_us"),
-    *("p90_us", "gbs", "ceiling_gbs", "correct", "device", "versions", "command"),
-}
-KERNEL_FIELDS = {
-    *("op", "kernel", "layout", "dtype", "quantization", "ranks", "gpus", "tokens", "hidden"),
-    *("top_k", "experts", "alignment", "blocks", "us", "correct", "device", "versions", "command"),
-}
-# Of records that jax_ep.bench does not write, by op.
-OTHER_FIELDS = {
-    "grouped_dot": GROUPED_DOT_FIELDS,
-    "loads": LOADS_FIELDS,
-    "kernel": KERNEL_FIELDS,
-}
-
-
-def load_results(folder: pathlib.Path) -> list[Record]:
-    """The records of all files, by name of file.
-
-    Raises:
-        ValueError: for a file with something else in it, by name.
-    """
-    from jax_ep.bench import records
-
-    found: list[Record] = []
-    for path in sorted(folder.glob("*.json")):
-        for record in json.loads(path.read_text()):
-            try:
-                fields = OTHER_FIELDS.get(record.get("op"))
-                if fields is None:
-                    records.check(record)
-                elif missing := fields - record.keys():
-                    raise ValueError(f"record: fields {sorted(missing)} are missing.")
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-            found.append(record)
-    return found
+benchmarks/targets.json, benchmarks/peers/ and benchmarks/results/; change those. -->"""
 
 
 def render(template: str, targets: dict[str, Any], results: list[Record]) -> str:
@@ -91,32 +51,47 @@ def render(template: str, targets: dict[str, Any], results: list[Record]) -> str
     return page.replace("<!-- generated -->", NOTE)
 
 
+def _headline(targets: dict[str, Any], results: list[Record]) -> str:
+    """jax_ep beside the best of the others."""
+    return headline.table(headline.rows(targets, results))
+
+
+def _summary(targets: dict[str, Any], results: list[Record]) -> str:
+    """The headline in sentences."""
+    rows = headline.rows(targets, results)
+    return headline.wrapped(f"{headline.summary(rows)} {headline.spread(rows)}".rstrip())
+
+
+def _layer_ratio(targets: dict[str, Any], results: list[Record]) -> str:
+    return headline.wrapped(headline.layer(targets, results))
+
+
 def _targets(targets: dict[str, Any], results: list[Record]) -> str:
-    """A row for each target, or for each record of it."""
+    """A row for each record of a target."""
     rows = []
     for figure in targets["figures"]:
-        others = "; ".join(f"{peer['name']}: {peer['us']:g}" for peer in figure["peers"])
-        records = [r for r in _ours(results) if _matches(r, figure["match"])]
-        aim = [f"{figure['target_us']:g}", f"{figure['floor_us']:g}", others or "–"]
+        name = f"{figure['figure']}, {figure['match']['layout']}, T = {figure['match']['tokens']}"
+        records = [r for r in ours(results) if matches(r, figure["match"])]
+        aim = f"{figure['target_us']:g}"
         if not records:
-            rows.append([figure["figure"], "not measured", "", "", "", *aim, ""])
+            rows.append([name, headline.NOT_MEASURED, "", "", "", "", aim, ""])
         for record in records:
             verdict = _verdict(record, figure, targets["slack"])
             rows.append(
                 [
-                    *(figure["figure"], _us(record), _sms(record), str(record["processes"])),
-                    *(_share(record), *aim, verdict),
+                    *(name, _us(record), _spread(record), _sms(record), str(record["processes"])),
+                    *(_share(record), aim, verdict),
                 ]
             )
-    head = "op, us, SMs, processes, of ceiling, target, floor, others, verdict"
+    head = "op, us, p10 to p90, SMs, processes, of ceiling, target, verdict"
     text = _markdown(head, rows)
-    if all("not measured" in row for row in rows):
-        text = f"{_nothing('baselines')} Suite decode has the last two rows.\n\n{text}"
+    if all(headline.NOT_MEASURED in row for row in rows):
+        text = f"{_nothing('baselines')} Suite decode has T = 128.\n\n{text}"
     return text
 
 
 def _verdict(record: Record, figure: dict[str, Any], slack: float) -> str:
-    if not record["correct"] or record["median_us"] is None:
+    if not good(record):
         return "wrong or failed"
     budget = figure["max_num_sms"]
     if budget is not None and (record["num_sms"] or 0) > budget:
@@ -125,8 +100,40 @@ def _verdict(record: Record, figure: dict[str, Any], slack: float) -> str:
     return "met" if ratio <= 1 + slack else f"missed: {ratio:.2f} x the target"
 
 
+def _peers(targets: dict[str, Any], _: list[Record]) -> str:
+    """All figures of others, as in their file."""
+    rows = [
+        [
+            *(str(peer.workload[1]), peer.op.replace("_", " "), peer.name, f"{peer.us:.1f}"),
+            *(f"{peer.p10:.1f} to {peer.p90:.1f}", headline.at_sms(peer.num_sms).strip(" @")),
+        ]
+        for peer in sorted(targets["peers"]["figures"], key=lambda p: (-p.workload[1], p.op, p.us))
+    ]
+    return _markdown("T, op, library, us, p10 to p90, SMs", rows)
+
+
 def _source(targets: dict[str, Any], _: list[Record]) -> str:
-    return targets["source"]
+    peers = targets["peers"]
+    return headline.wrapped(f"The file is `benchmarks/{peers['file']}`. {peers['versions']}.")
+
+
+def _beyond(targets: dict[str, Any], results: list[Record]) -> str:
+    """What a ceiling of the records is, and which rates are above it."""
+    above = [
+        r["wire_gbs"] / r["ceiling_gbs"]
+        for r in results
+        if "wire_gbs" in r and r["op"] != "ceiling" and good(r)
+        if r["wire_gbs"] and r["ceiling_gbs"] and r["wire_gbs"] > r["ceiling_gbs"]
+    ]
+    if not above:
+        return "No rate on this page is above the ceiling of its run."
+    movers = " and ".join(f"{m['name']} {m['gbs']} GB/s" for m in targets["movers"]["figures"])
+    names = ", ".join(sorted({f"`{r['name']}`" for r in results if r["op"] == "ceiling"}))
+    return headline.wrapped(
+        f"A ceiling here is what {names or 'a copy'} reached in the same run, and other movers are "
+        f"faster: {movers} ({targets['movers']['when']}). So {len(above)} records have a rate above "
+        f"their ceiling, by up to {max(above) - 1:.1%}."
+    )
 
 
 def _ceilings(_: dict[str, Any], results: list[Record]) -> str:
@@ -141,7 +148,7 @@ def _ceilings(_: dict[str, Any], results: list[Record]) -> str:
 
 
 def _parts(_: dict[str, Any], results: list[Record]) -> str:
-    records = [r for r in _ours(results) if r["op"] in ("plan", "dispatch_cached")]
+    records = [r for r in ours(results) if r["op"] in ("plan", "dispatch_cached")]
     return _table(_OP_HEAD, map(_op_row, records), "baselines")
 
 
@@ -154,19 +161,22 @@ def _memory(targets: dict[str, Any], results: list[Record]) -> str:
             *(_name(r), str(r["ranks"]), _mib(r["workspace_bytes"]), _mib(r["scratch_bytes"])),
             _mib(r["workspace_bytes"] + r["scratch_bytes"]),
         ]
-        for r in _ours(results)
+        for r in ours(results)
         if r["gpus"] and r["op"] in ("dispatch", "combine") and r["median_us"] is not None
     ]
-    aim = f"Target: at most {limit:.0f} MiB with {memory['ranks']} ranks on one host ({others})."
+    aim = (
+        f"Target: at most {limit:.0f} MiB with {memory['ranks']} ranks on one host ({others}, "
+        f"measured on {memory['when']})."
+    )
     table = _table("op, ranks, workspace MiB, scratch MiB, both MiB", rows, "baselines")
     return f"{aim}\n\n{table}"
 
 
 def _routing(_: dict[str, Any], results: list[Record]) -> str:
-    patterns = {r["routing"] for r in _ours(results)} - {"uniform"}
+    patterns = {r["routing"] for r in ours(results)} - {"uniform"}
     records = [
         r
-        for r in _ours(results)
+        for r in ours(results)
         if patterns
         and r["op"] in ("dispatch", "combine")
         and r["tokens"] > 128
@@ -178,7 +188,7 @@ def _routing(_: dict[str, Any], results: list[Record]) -> str:
 
 def _exchange(_: dict[str, Any], results: list[Record]) -> str:
     records = [r for r in results if r["op"] == "exchange"]
-    rows = [[*_op_row(r)[:-1], "" if r["correct"] else _failure(r)] for r in records]
+    rows = [[*_op_row(r)[:-1], _failure(r)] for r in records]
     return _table(_OP_HEAD.replace("correct", "failure"), rows, "baselines")
 
 
@@ -187,18 +197,18 @@ def _layer(_: dict[str, Any], results: list[Record]) -> str:
 
     rows = []
     layers = [r for r in results if r["op"] == "layer"]
-    ours = {
+    mine = {
         tuple(r[field] for field in (*LAYER_SHAPE, "ranks", "processes")): r["median_us"]
         for r in layers
-        if r["name"] == "jax_ep" and r["median_us"]
+        if r["name"] == "jax_ep" and good(r)
     }
     for r in layers:
-        base = ours.get(tuple(r[field] for field in (*LAYER_SHAPE, "ranks", "processes")))
+        base = mine.get(tuple(r[field] for field in (*LAYER_SHAPE, "ranks", "processes")))
         ratio = f"{r['median_us'] / base:.2f}" if base and r["median_us"] else ""
         shape = (
             f"T={r['tokens']} H={r['hidden']} E={r['experts']} K={r['top_k']} F={r['intermediate']}"
         )
-        state = "" if r["correct"] else _failure(r)
+        state = _failure(r)
         rows.append([_where(r), shape, r["dtype"], r["name"], _us(r), ratio, state])
     return _table("machine, layer, dtype, arm, us, times jax_ep's, failure", rows, "layer")
 
@@ -268,8 +278,13 @@ def _best_gbs(records: list[Record]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
+    "headline": _headline,
+    "summary": _summary,
+    "layer_ratio": _layer_ratio,
     "targets": _targets,
+    "peers": _peers,
     "source": _source,
+    "beyond": _beyond,
     "ceilings": _ceilings,
     "parts": _parts,
     "memory": _memory,
@@ -284,25 +299,11 @@ _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/
 
 
 def _op_row(record: Record) -> list[str]:
-    spread = ""
-    if record["median_us"] is not None:
-        spread = f"{record['p10_us']:.1f} to {record['p90_us']:.1f}"
     return [
-        *(_where(record), _name(record), _us(record), spread, _sms(record)),
+        *(_where(record), _name(record), _us(record), _spread(record), _sms(record)),
         *(_number(record["wire_gbs"]), _share(record), _number(record["logical_gbs"])),
-        "yes" if record["correct"] else "NO",
+        "yes" if record["correct"] and not record.get("error") else "NO",
     ]
-
-
-def _ours(results: list[Record]) -> list[Record]:
-    """Records of jax_ep's own kernels with a GPU for each rank: those that share one have no link."""
-    ops = ("plan", "dispatch", "dispatch_cached", "combine")
-    ours = [r for r in results if r["op"] in ops and "name" not in r]
-    return [r for r in ours if r["gpus"] == r["ranks"]]
-
-
-def _matches(record: Record, match: dict[str, Any]) -> bool:
-    return all(record[field] == value for field, value in match.items())
 
 
 def _table(head: str, rows: Iterable[list[str]], suite: str) -> str:
@@ -338,6 +339,12 @@ def _us(record: Record) -> str:
     return "failed" if record["median_us"] is None else f"{record['median_us']:.1f}"
 
 
+def _spread(record: Record) -> str:
+    if record["median_us"] is None:
+        return ""
+    return f"{record['p10_us']:.1f} to {record['p90_us']:.1f}"
+
+
 def _sms(record: Record) -> str:
     return str(record["num_sms"] or "")
 
@@ -356,22 +363,43 @@ def _mib(num_bytes: int) -> str:
 
 
 def _failure(record: Record) -> str:
-    return record.get("error", "wrong")[:80]
+    return "" if good(record) else record.get("error", "wrong")[:80]
 
 
 def main() -> int:
-    """Write the page, or with --check say whether it is current."""
+    """Write page, picture and README's part, or with --check say which are not current."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
+    parser.add_argument("--check", action="store_true", help="fail if one is out of date")
+    parser.add_argument("--redraw", action="store_true", help="draw the picture in any case")
     options = parser.parse_args()
-    targets = json.loads(TARGETS.read_text())
-    page = render(TEMPLATE.read_text(), targets, load_results(RESULTS))
-    if not options.check:
-        PAGE.write_text(page)
-    elif not PAGE.exists() or PAGE.read_text() != page:
-        print("docs/performance.md is out of date: run python docs/render_performance.py")
-        return 1
+    targets, results = load_targets(TARGETS), load_results(RESULTS)
+    rows, machine = headline.rows(targets, results), _machine(targets)
+    texts = {
+        PAGE: render(TEMPLATE.read_text(), targets, results),
+        README: headline.readme(README.read_text(), targets, results),
+    }
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    redraw = plot.stored_hash(PICTURE) != plot.data_hash(rows, machine)
+    if options.check:
+        for path in [*stale, *([PICTURE] if redraw else [])]:
+            name = path.relative_to(ROOT)
+            print(f"{name} is out of date: run python docs/render_performance.py")
+        return 1 if stale or redraw else 0
+    for path in stale:
+        path.write_text(texts[path])
+    if redraw or options.redraw:
+        try:
+            plot.draw(rows, machine, PICTURE)
+        except ImportError as error:
+            print(f"docs/performance.png needs matplotlib: pip install 'jax-ep[bench]' ({error})")
+            return 1
     return 0
+
+
+def _machine(targets: dict[str, Any]) -> str:
+    """As in "2 × NVIDIA H200, 2 processes"."""
+    where = targets["peers"]["conditions"]
+    return f"{targets['workload']['ranks']} × {where['device']}, {where['processes']} processes"
 
 
 if __name__ == "__main__":
