@@ -14,6 +14,8 @@ from jax import lax
 import jax_ep
 from conftest import PLATFORM
 from jax_ep.bench import (
+    ceilings,
+    clock,
     expected,
     layer,
     layer_ops,
@@ -22,16 +24,22 @@ from jax_ep.bench import (
     peers,
     records,
     suites,
+    table,
+    timing,
     traffic,
 )
 from jax_ep.bench.cases import Case
-from jax_ep.bench.launch import check_processes
 from jax_ep.bench.layer import Experts
+from jax_ep.bench.machine import NCCL_SHARES, Machine, check_processes, left_out
 from jax_ep.bench.problems import Problem
 from jax_ep.bench.session import Session
+from jax_ep.bench.timing import Chain, Spread, Step
 from spmd import need_devices
 
 TINY = Case(tokens=6, hidden=128, top_k=2, experts=8)
+ON_CPU = Machine(ranks=2, processes=1, gpus=0)
+ON_GPUS = Machine(ranks=2, processes=2, gpus=2)
+ON_ONE_GPU = Machine(ranks=2, processes=2, gpus=1)
 on_cpu = pytest.mark.skipif(PLATFORM != "cpu", reason="sets up CPU devices of its own")
 
 # Two ranks, experts 0 and 1 on rank 0, 2 and 3 on rank 1.
@@ -52,7 +60,24 @@ def test_wire_bytes_of_a_routing_worked_by_hand():
     moved = traffic.of_dispatch(ROUTES, experts=4, row_bytes=10)
     assert moved.wire == 20  # rank 0 sends two rows away
     assert moved.logical == 40  # and keeps two
-    assert traffic.of_rows(np.array([[5, 1], [3, 0]]), 10) == (30, 80)  # rank 0 receives 3, and 8
+    rows = traffic.of_rows(np.array([[5, 1], [3, 0]]), 10)
+    assert (rows.wire, rows.logical) == (30, 80)  # rank 0 receives 3, and 8
+
+
+def test_memory_traffic_of_ops_worked_by_hand(monkeypatch):
+    """Six rows that are sent, nine (token, expert) pairs, room for 4 rows on each of two ranks."""
+    case = Case(tokens=3, hidden=5, top_k=2, experts=4)
+    problem = Problem(case, 2)
+    problem.topk_idx, problem.capacity = [ROUTES], 4
+
+    def memory_of(**changes):
+        return traffic.of_op(dataclasses.replace(case, **changes), problem).memory
+
+    assert memory_of(op="plan") == 0
+    assert memory_of(op="dispatch") == 10 * (6 + 2 * 4)
+    assert memory_of(op="combine") == 10 * (9 + 2 * 3)
+    assert memory_of(op="combine", layout="token") == 10 * (6 + 2 * 3)
+    assert memory_of(op="round_trip") == 10 * (6 + 2 * 4 + 9 + 2 * 3)
 
 
 def test_sums_round_once_a_rank_and_once_at_home():
@@ -159,12 +184,32 @@ def test_impossible_processes_say_so():
         check_processes(4, 2, 4)
 
 
+@pytest.mark.parametrize("machine", [ON_CPU, ON_GPUS, ON_ONE_GPU], ids=str)
 @pytest.mark.parametrize("name", suites.NAMES)
-def test_suites_name_each_case_once(name):
-    cases = suites.suite(name)
+def test_suites_name_each_case_once_and_suit_the_machine(name, machine):
+    cases = suites.suite(name, machine)
     assert cases and len(set(cases)) == len(cases)
-    flags = [case.xla_flags for case in cases]
-    assert flags == sorted(flags)
+    largest = max(case.tokens * case.hidden for case in cases)
+    if name != "smoke":
+        assert (largest <= 2**20) == (machine.gpus == 0)
+    labels = [records.label({**c.to_json(), "routing": c.pattern}) for c in cases]
+    assert len(set(zip(labels, cases, strict=True))) == len(cases)
+
+
+def test_what_users_do_by_default_has_cases_of_its_own():
+    for name, op in (("baselines", "dispatch"), ("baselines", "combine"), ("layer", "layer")):
+        kinds = {c.capacity for c in suites.suite(name, ON_GPUS) if c.op == op}
+        assert kinds == {"exact", "default"}
+    assert {8192, 4096} <= {case.tokens for case in suites.suite("baselines", ON_GPUS)}
+    assert {1, 8, 32, 64, 128, 256, 512} == {c.tokens for c in suites.suite("decode", ON_GPUS)}
+    shared = suites.suite("baselines", ON_ONE_GPU)
+    assert {2048, 4096} == {case.tokens for case in shared}
+
+
+def test_default_capacity_is_that_of_dispatch():
+    case = dataclasses.replace(TINY, capacity="default", alignment=4)
+    assert Problem(case, 2).capacity == 2 * 6 * 2 + 4 * 3
+    assert Problem(dataclasses.replace(case, layout="token"), 2).capacity == 12
 
 
 def emulated_ragged_all_to_all(operand, output, starts, sizes, lands_at, received, *, axis_name):
@@ -261,15 +306,168 @@ def test_records_are_checked(tmp_path):
         records.load(tmp_path / "b.json")
 
 
-def test_ranks_that_share_a_gpu_need_no_collectives(monkeypatch):
+def test_what_cannot_run_is_left_out_with_a_reason(monkeypatch):
+    monkeypatch.delenv(NCCL_SHARES, raising=False)
+    cases = [TINY, *suites.exchanges(TINY), *suites.layers(TINY, intermediate=64)]
+    kept, reasons = left_out(cases, ON_CPU)
+    assert [case.name for case in kept] == [
+        *(None, peers.ALL_TO_ALL),
+        *("jax_ep", "jax_ep", "all_to_all"),
+    ]
+    assert reasons == {"XLA has no ragged_all_to_all on CPU": 6}
+    assert left_out(cases, ON_GPUS) == (cases, {})
+    kept, reasons = left_out(cases, ON_ONE_GPU)
+    assert kept == [TINY]
+    assert len(reasons) == 1 and "2 ranks share 1 GPU(s): NCCL" in next(iter(reasons))
+    monkeypatch.setenv(NCCL_SHARES, "1")
+    assert left_out(cases, ON_ONE_GPU) == (cases, {})
+
+
+def test_spreads_larger_than_their_figure_are_noise():
+    assert Spread(-2.8, -9.0, 4.0).is_noise
+    assert Spread(3.0, 1.0, 4.5).is_noise
+    assert not Spread(3.0, 2.0, 4.5).is_noise
+    assert Spread(float("nan"), 0.0, 1.0).is_noise
+
+
+def test_stamps_are_64_bits():
+    stamps = np.array([[2**32 - 1, 0], [499, 1]], np.uint32)
+    assert clock.microseconds(stamps).tolist() == [0.0, 0.5]
+
+
+@on_cpu
+def test_noise_is_no_figure_and_no_failure():
+    need_devices(2)
     session = Session(ranks=2, gpus=0, repeat=1, command="")
-    monkeypatch.setattr(session, "shares_gpus", True)
-    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
-    (way,) = session.fastest_ways() or [None]
-    assert way is None or way.name == "local copy, GPU shared"
-    for case in suites.exchanges(TINY)[:1] + suites.layers(TINY, intermediate=64)[:1]:
-        measure = peers.measure if case.op == "exchange" else layer_ops.measure
-        with pytest.raises(ValueError, match="2 ranks share 0 GPUs: NCCL"):
-            measure(session, case)
-    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    session.need_collectives()
+    record = session.record(TINY, Spread(3.0, 1.0, 4.5), traffic.Traffic(9, 9, 9), correct=True)
+    records.check(record)
+    assert record["median_us"] is None and record["correct"]
+    assert record["error"] == "too noisy: 1.0 to 4.5 us around 3.0"
+    assert table.row(record)[-1] == "too noisy" and "too noisy: 1.0" in table.line(record)
+
+
+@on_cpu
+@pytest.mark.parametrize("links", [False, True])
+def test_impossible_rates_are_wrong(monkeypatch, links):
+    """629 GB/s over a link of 391, and more than the memory has; 5 % above are within the error."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    session.has_links = links
+    kind = "link" if links else "memory"
+    monkeypatch.setattr(session, "ways", lambda: [ceilings.Ceiling("copies", 391.0, kind)])
+
+    def record(num_bytes):
+        moved = traffic.Traffic(num_bytes, num_bytes, num_bytes)
+        return session.record(TINY, Spread(93.0, 92.0, 94.0), moved, correct=True)
+
+    wrong = record(58_491_000)
+    assert not wrong["correct"]
+    assert wrong["error"].startswith(f"impossible: 629 GB/s, where the {kind} has 391")
+    assert "NO" in table.row(wrong)[-1] and "impossible" in table.line(wrong)
+    assert record(36_363_000 + 1_700_000)["correct"]
+    assert not record(36_363_000 + 2_000_000)["correct"]
+
+
+def chained(session, step, **chain):
+    x = session.put(lambda rank: np.full((4, 8), rank, np.int32))
+    return timing.measure(step, [x, x + 10], session.mesh, Chain(**chain))
+
+
+@on_cpu
+@pytest.mark.parametrize("length", [0, 6])
+def test_ops_that_were_not_run_are_noticed(length):
+    """The group is asked how many ops it has completed."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    step = Step(run=lambda x: x + 1, link=lambda x, y, now: now(timing.after(x, y)))
+    done = iter([[5, 5], [6, 5]])
+    with pytest.raises(RuntimeError, match=r"were to bring the group from \[5, 5\]"):
+        chained(
+            session,
+            step,
+            length=length,
+            repeat=2,
+            grows=length == 0,
+            completed=lambda: next(done),
+        )
+
+
+@on_cpu
+def test_calls_that_were_merged_are_noticed(monkeypatch):
+    """Two equal calls that XLA sees as one."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    step = Step(run=lambda x: clock.read(x)[0], link=lambda x, y, now: now(timing.after(x, y)))
+    calls = ("jax_ep_clock", "jax_ep_clock")
+    with pytest.raises(RuntimeError, match="a chain of 8 ops was compiled to 10 of jax_ep_clock"):
+        chained(session, step, length=6, repeat=1, calls=calls)
+
+
+@on_cpu
+@pytest.mark.parametrize("form", ["unrolled", "loop", "growing"])
+def test_chains_time_what_an_op_takes(form):
+    """An op that waits for three milliseconds, in each form of chain."""
+    need_devices(2)
+    import time
+
+    import jax
+
+    def sleep(x):
+        time.sleep(0.003)
+        return x
+
+    def run(x):
+        return jax.pure_callback(sleep, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    session = Session(ranks=1, gpus=0, repeat=1, command="")
+    step = Step(run=run, link=lambda x, y, now: now(timing.after(x, y)))
+    measured = chained(
+        session, step, length=6 if form == "unrolled" else 0, repeat=6, grows=form == "growing"
+    )
+    assert 3_000 <= measured.spread.p10 <= measured.spread.median < 30_000
+    # The last op was given the second set, where sets go in turn.
+    assert np.asarray(measured.result)[0, 0] == (10 if form == "unrolled" else 0)
+    assert measured.last_set == (1 if form == "unrolled" else 0)
+
+
+@on_cpu
+@pytest.mark.parametrize("op", ["exchange", "round_trip"])
+@pytest.mark.parametrize("name", [peers.ALL_TO_ALL, peers.RAGGED])
+@pytest.mark.parametrize("length", [0, 4])
+def test_rows_of_exchanges_come_back(monkeypatch, name, op, length):
+    """Each exchange sends what the one before received; one that loses a row is found out."""
+    need_devices(2)
+    monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    chain = dataclasses.replace(session.chain_of(length), grows=length == 0)
+    monkeypatch.setattr(session, "chain", lambda *_: chain)
+    monkeypatch.setattr(session, "chain_of", lambda *_: chain)
+    case = dataclasses.replace(TINY, op=op, name=name, routing="zipf", layout="token")
+    record = peers.measure(session, case)
+    assert record["correct"] and record["name"] == name, record
+
+    def loses(exchange):
+        def wrong(*args, **kwargs):
+            return exchange(*args, **kwargs).at[1].set(0)
+
+        return wrong
+
+    for function in ("ragged_all_to_all", "all_to_all"):
+        monkeypatch.setattr(lax, function, loses(getattr(lax, function)))
+    record = peers.measure(session, case)
+    assert not record["correct"] and "rows did not come back" in record["error"]
+
+
+@on_cpu
+def test_round_trips_are_checked(monkeypatch):
+    need_devices(2)
+    from jax_ep.bench import ops
+
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    for name in (None, ops.REFERENCE):
+        record = ops.measure(session, dataclasses.replace(TINY, op="round_trip", name=name))
+        assert record["correct"] and record.get("name") == name
+    combine = jax_ep.combine
+    monkeypatch.setattr(jax_ep, "combine", lambda *a, **k: combine(*a, **k).at[2].set(0))
+    record = ops.measure(session, dataclasses.replace(TINY, op="round_trip"))
+    assert not record["correct"] and "sums are off" in record["error"]

@@ -263,7 +263,7 @@ def test_search_writes_what_groups_read(cache, monkeypatch, capsys):
         ]
 
     monkeypatch.setattr(tune, "measure", measure)
-    monkeypatch.setattr(tune.launch, "count_gpus", lambda: 2)
+    monkeypatch.setattr(tune, "count_gpus", lambda: 2)
     search = functools.partial(tune.main, quantization="none", layout="token")
     search(tokens="4096", num_sms="16,24")
     assert len(asked) == 4

@@ -30,8 +30,9 @@ struct Copy {
   uint64_t to = 0;
 };
 
-// Has all the devices copy `bytes`, `count` times one after the other, at the same time, and
-// measures with events of their streams how long each took, after one copy that is not counted.
+// Has all the devices copy `bytes`, 3 * `count` times one after the other, at the same time, and
+// measures with events of their streams how long each took for those in the middle. The others keep
+// memory and links busy for devices that begin a little earlier or later, of other processes too.
 // Returns an error text, or nothing and the seconds of each copy's device in `seconds`.
 std::optional<std::string> TimeCopies(int64_t group_id, const std::vector<Copy>& copies,
                                       int64_t bytes, cuda::Mover mover, int blocks, int count,

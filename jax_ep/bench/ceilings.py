@@ -33,6 +33,7 @@ NUM_BYTES = 1 << 28  # of a copy on GPUs
 _COPIES = 24  # of each mover: some 20 ms, beside which the start of a process matters little
 _TRIES = 3
 _CPU_BYTES = 1 << 16  # of a core's copy
+_CPU_COPIES = 100  # between looks at the time, which may cost microseconds
 _CPU_SECONDS = 0.02
 
 Kind = Literal["link", "memory"]
@@ -151,8 +152,9 @@ def _on_cpu(session: Session) -> list[Ceiling]:
         # The thread's own time: what others do on a busy machine is no property of the core.
         count, begin = 0, time.thread_time()
         while (seconds := time.thread_time() - begin) < _CPU_SECONDS:
-            np.copyto(target, source)
-            count += 1
+            for _ in range(_CPU_COPIES):
+                np.copyto(target, source)
+            count += _CPU_COPIES
         best = max(best, 2 * count * _CPU_BYTES / seconds / 1e9)
     cores = len(os.sched_getaffinity(0))
     name = f"copies in cache, {cores} cores"

@@ -95,8 +95,8 @@ def _ragged(session: Session, problem: Problem) -> Exchange:
     """
     ranks, case = session.ranks, problem.case
     counts = expected.rank_rows(problem.topk_idx[0], experts=case.experts).astype(np.int32)
-    most = max(counts.sum(axis=0).max(), counts.sum(axis=1).max())
-    room = max(-(-int(most) // 128), 1) * 128
+    most = max(*map(int, counts.sum(axis=0)), *map(int, counts.sum(axis=1)))
+    room = max(-(-most // 128), 1) * 128
 
     def run(state: Any) -> Any:
         rows, buffer, sizes = state  # sizes[source, destination]

@@ -264,8 +264,9 @@ def _compile(
     # Replication is not tracked: everything here differs from rank to rank.
     mapped = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     typed = tuple(np.int32(x) if isinstance(x, int) else x for x in arguments)
-    compiled = jax.jit(mapped).lower(*typed).compile(compiler_options=chain.options or None)
-    text = compiled.as_text()
+    lowered = jax.jit(mapped).lower(*typed)
+    compiled: Any = lowered.compile(compiler_options=chain.options or None)
+    text = compiled.as_text() or ""
     for target in set(chain.calls):
         count = text.count(f'custom_call_target="{target}"')
         if count != ops * chain.calls.count(target):

@@ -18,8 +18,8 @@ class Traffic(NamedTuple):
     Attributes:
         wire: Crossing between ranks.
         logical: And those that stay on their rank too, as DeepEP's figures count them.
-        memory: Read and written in the memory of all ranks together, at the least: each row that is sent
-            read once, each result written once.
+        memory: Read and written in the memory of all ranks together, at the least: each row that is
+            sent read once, each result written once.
     """
 
     wire: int
