@@ -471,3 +471,10 @@ def test_round_trips_are_checked(monkeypatch):
     monkeypatch.setattr(jax_ep, "combine", lambda *a, **k: combine(*a, **k).at[2].set(0))
     record = ops.measure(session, dataclasses.replace(TINY, op="round_trip"))
     assert not record["correct"] and "sums are off" in record["error"]
+
+
+def test_compiler_options_have_their_types():
+    (decomposed,) = (c for c in suites.exchanges(TINY) if c.compiler_options)
+    assert list(decomposed.options.values()) == [True]
+    assert dataclasses.replace(TINY, compiler_options="a=b=c").options == {"a": "b=c"}
+    assert TINY.options == {}

@@ -122,10 +122,11 @@ class Case:
         )
 
     @property
-    def options(self) -> dict[str, str]:
-        """Compiler options of its programs."""
+    def options(self) -> dict[str, str | bool]:
+        """Compiler options of its programs, as ``compile`` takes them: flags are no texts."""
         name, _, value = self.compiler_options.partition("=")
-        return {name: value} if name else {}
+        flags = {"true": True, "false": False}
+        return {name: flags.get(value, value)} if name else {}
 
     @property
     def pattern(self) -> str:
