@@ -106,6 +106,7 @@ __device__ void SendTotals(const PlanParams& p, uint64_t epoch, int32_t num_tota
     const int32_t total = __ldcg(&own.own_totals[c]);
     own.own_totals[c] = 0;
     for (int r = 0; r < p.group.num_ranks; ++r) {
+      if (TestWithholds(p.group, r, WordKind::kTotal)) continue;
       ptx::StoreRelaxedSystem(&p.group.peers[r]->totals[p.group.rank][c], PackCount(total, epoch));
     }
   }
@@ -124,7 +125,7 @@ __device__ int32_t TotalOf(const PlanParams& p, uint64_t epoch, int32_t c, int32
     // It left together with the flag that was waited for; after a failure it may never come.
     for (Deadline deadline;
          kMutation != kWithoutPlanTotals && (word & 0xffffffff) != (epoch & 0xffffffff);) {
-      if (!deadline.Continue(p.group, Phase::kRows, r, FlagValue(epoch, p.group.tag), word)) break;
+      if (!deadline.Continue(p.group, WordKind::kTotal, r, epoch, word)) break;
       word = ptx::LoadRelaxedSystem(&Own(p.group).totals[r][c]);
     }
     total += static_cast<int32_t>(word >> 32);

@@ -199,7 +199,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     // By a warp that has the least to do now.
     if (first == 0 && from_end < p.group.num_ranks) {
       const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
-      ok = WaitFlag(p.group, flag.value, epoch, Phase::kArrival, from_end) && ok;
+      ok = WaitFlag(p.group, flag.value, epoch, WordKind::kArrivalFlag, from_end) && ok;
     }
     if (num_slots != 0) {
       SumCells<kLayout>(n, shared.peer_cells, num_slots, [&](int32_t slot, int32_t total) {

@@ -30,7 +30,7 @@ __device__ __forceinline__ Workspace& Own(const GroupParams& group) {
 
 // Records the failure unless there was one before, and tells all peers. Not inlined, like all that
 // runs only when a wait takes long: the waits are many, and their code should stay short.
-__device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phase,
+__device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, WordKind word,
                                          int peer, uint64_t expected, uint64_t seen,
                                          uint64_t waited_ns) {
   // Its own flag is that of another op: one that runs beside this one.
@@ -41,7 +41,7 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
     error->rank = group.rank;
     error->peer = peer;
     error->op = static_cast<uint32_t>(group.op);
-    error->phase = static_cast<uint32_t>(phase);
+    error->word = static_cast<uint32_t>(word);
     error->expected = expected;
     error->seen = seen;
     error->waited_ns = waited_ns;
@@ -58,25 +58,28 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
 // Keeps a wait from lasting for ever: Continue is called now and then while nothing has come.
 class Deadline {
  public:
-  // False once the group has failed; `expected` and `seen` are for the report.
-  __device__ __forceinline__ bool Continue(const GroupParams& group, Phase phase, int peer,
+  // False once the group has failed. `expected` and `seen`, packed as `word` says, are for the
+  // report; of a message, all bits of the epoch are expected.
+  __device__ __forceinline__ bool Continue(const GroupParams& group, WordKind word, int peer,
                                            uint64_t expected, uint64_t seen) {
-    return ++spins_ % 64 != 0 || Look(group, phase, peer, expected, seen);
+    return ++spins_ % 64 != 0 || Look(group, word, peer, expected, seen);
   }
 
  private:
-  __device__ __noinline__ bool Look(const GroupParams& group, Phase phase, int peer,
+  __device__ __noinline__ bool Look(const GroupParams& group, WordKind word, int peer,
                                     uint64_t expected, uint64_t seen) {
     if (ptx::LoadAcquireSystem(&Own(group).failed) != 0u) {
-      Fail(group, ErrorKind::kAborted, phase, peer, expected, seen, 0);
+      Fail(group, ErrorKind::kAborted, word, peer, expected, seen, 0);
       return false;
     }
-    // A peer at another op may never send what this one waits for.
-    const uint64_t epoch = expected >> kTagBits;
-    if (phase == Phase::kArrival && epoch != 0) {
+    // A peer at another op may never send the message that this one waits for. The other waits are
+    // for flags, which tell the op themselves, or begin after the peer's arrival flag was right.
+    if (word == WordKind::kMessage) {
+      const uint64_t epoch = expected;
+      const uint64_t flag = FlagValue(epoch, group.tag);
       const uint64_t arrival = ptx::LoadAcquireSystem(&Own(group).arrival[epoch % 2][peer].value);
-      if (arrival >> kTagBits >= epoch && arrival != expected) {
-        Fail(group, ErrorKind::kMismatch, phase, peer, expected, arrival, 0);
+      if (arrival >> kTagBits >= epoch && arrival != flag) {
+        Fail(group, ErrorKind::kMismatch, WordKind::kArrivalFlag, peer, flag, arrival, 0);
         return false;
       }
     }
@@ -86,16 +89,15 @@ class Deadline {
     if (spins_ % 1024 == 0) {  // across PCIe, so less often
       const uint32_t lost = ptx::LoadAcquireSystem(&group.error->lost_peer);
       if (lost != 0u && lost_) {
-        Fail(group, ErrorKind::kPeerLost, phase, static_cast<int>(lost) - 1, expected, seen,
-             waited);
+        Fail(group, ErrorKind::kPeerLost, word, static_cast<int>(lost) - 1, expected, seen, waited);
         return false;
       }
       lost_ = lost != 0u;  // what it sent before it went may still be found by another look
     }
     const uint64_t limit =
-        phase == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
+        PhaseOf(word) == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
     if (waited <= limit) return true;
-    Fail(group, ErrorKind::kTimeout, phase, peer, expected, seen, waited);
+    Fail(group, ErrorKind::kTimeout, word, peer, expected, seen, waited);
     return false;
   }
 
@@ -104,18 +106,19 @@ class Deadline {
   bool lost_ = false;
 };
 
-// Waits for `flag` of `peer` to reach `epoch`; false once the group has failed.
+// Waits for `flag` of `peer`, of the kind `word`, to reach `epoch`; false once the group has
+// failed.
 __device__ inline bool WaitFlag(const GroupParams& group, const uint64_t& flag, uint64_t epoch,
-                                Phase phase, int peer) {
+                                WordKind word, int peer) {
   const uint64_t expected = FlagValue(epoch, group.tag);
   for (Deadline deadline;;) {
     const uint64_t seen = ptx::LoadAcquireSystem(&flag);
     if (seen == expected) return true;
     if (seen >> kTagBits >= epoch) {
-      Fail(group, ErrorKind::kMismatch, phase, peer, expected, seen, 0);
+      Fail(group, ErrorKind::kMismatch, word, peer, expected, seen, 0);
       return false;
     }
-    if (!deadline.Continue(group, phase, peer, expected, seen)) return false;
+    if (!deadline.Continue(group, word, peer, expected, seen)) return false;
   }
 }
 
@@ -130,7 +133,7 @@ __device__ __forceinline__ uint64_t BeginOp(const GroupParams& group) {
   const uint64_t epoch = EpochOfOp(group);
   // By a thread that has nothing to do while the answer comes.
   if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && atomicExch(&own.active, 1u) != 0u) {
-    Fail(group, ErrorKind::kConcurrent, Phase::kArrival, group.rank, epoch, epoch, 0);
+    Fail(group, ErrorKind::kConcurrent, WordKind::kNone, group.rank, epoch, epoch, 0);
   }
   return epoch;
 }
@@ -183,6 +186,7 @@ __device__ inline void Publish(const GroupParams& group, uint64_t epoch,
                               FlagValue(epoch, group.tag));
       continue;
     }
+    if (TestWithholds(group, i / kWords, WordKind::kAddress)) continue;
     const void* address = nullptr;
 #pragma unroll
     for (int j = 0; j < kMaxAddresses; ++j) address = word == j ? addresses[j] : address;
@@ -190,7 +194,7 @@ __device__ inline void Publish(const GroupParams& group, uint64_t epoch,
     if (address != nullptr) {
       encoded = EncodeAddress(group, epoch, address);
       if (encoded == ~uint64_t{0}) {
-        Fail(group, ErrorKind::kUnreachable, Phase::kArrival, group.rank,
+        Fail(group, ErrorKind::kUnreachable, WordKind::kNone, group.rank,
              reinterpret_cast<uint64_t>(address), word, 0);
         continue;  // who waits for it finds that this rank has failed
       }
@@ -220,11 +224,11 @@ __device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
   }
   const bool failed = ptx::LoadAcquireSystem(&Own(group).failed) != 0u;  // on its way meanwhile
   if (rank != group.rank || instance != group.instance) {
-    Fail(group, ErrorKind::kMisplaced, Phase::kArrival, rank, group.instance, instance, 0);
+    Fail(group, ErrorKind::kMisplaced, WordKind::kNone, rank, group.instance, instance, 0);
     return true;
   }
   if (!failed) return false;
-  Fail(group, ErrorKind::kAborted, Phase::kArrival, group.rank, epoch, epoch, 0);
+  Fail(group, ErrorKind::kAborted, WordKind::kNone, group.rank, epoch, epoch, 0);
   return true;
 }
 
@@ -236,7 +240,7 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
   for (int i = threadIdx.x; i < group.num_ranks * kMaxAddresses; i += blockDim.x) {
     const int r = i / kMaxAddresses;
     const uint64_t& flag = own.arrival[epoch % 2][r].value;
-    if (kMutation != kWithoutArrival && !WaitFlag(group, flag, epoch, Phase::kArrival, r)) {
+    if (kMutation != kWithoutArrival && !WaitFlag(group, flag, epoch, WordKind::kArrivalFlag, r)) {
       arrived = false;
       break;
     }
@@ -245,7 +249,7 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
     for (Deadline deadline; arrived;) {
       word = ptx::LoadRelaxedSystem(&own.addresses[r][i % kMaxAddresses]);
       if ((word & 0xffff) == (epoch & 0xffff) || kMutation == kWithoutArrival) break;
-      arrived = deadline.Continue(group, Phase::kArrival, r, epoch & 0xffff, word & 0xffff);
+      arrived = deadline.Continue(group, WordKind::kAddress, r, epoch & 0xffff, word);
     }
     if (!arrived) break;
     const uint64_t encoded = word >> 16;
@@ -288,14 +292,14 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
     }
     if (threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u) {
       // No wait may find it: a peer that failed after its own close has sent all.
-      Fail(group, ErrorKind::kAborted, Phase::kClose, group.rank, FlagValue(epoch, group.tag), 0,
-           0);
+      Fail(group, ErrorKind::kAborted, WordKind::kCloseFlag, group.rank,
+           FlagValue(epoch, group.tag), 0, 0);
       failed = true;
     }
     finish();
     for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
       if (kMutation != kWithoutClose &&
-          !WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r)) {
+          !WaitFlag(group, own.close[r].value, epoch, WordKind::kCloseFlag, r)) {
         failed = true;
       }
     }

@@ -57,6 +57,10 @@ JAX_EP_HOST_DEVICE uint64_t PackAddress(uint64_t region, uint64_t offset, uint64
 JAX_EP_HOST_DEVICE uint64_t PackCount(int32_t count, uint64_t epoch) {
   return static_cast<uint64_t>(static_cast<uint32_t>(count)) << 32 | (epoch & 0xffffffff);
 }
+// Of the ring: the token whose sum is there, or has been read.
+JAX_EP_HOST_DEVICE uint64_t RingWord(int32_t token, uint64_t epoch) {
+  return epoch << 32 | static_cast<uint32_t>(token);
+}
 
 // Sums that the ring holds of each of the other ranks; 0 if a row is too long.
 JAX_EP_HOST_DEVICE int32_t RingSlots(int32_t num_ranks, int64_t row_bytes) {
@@ -73,8 +77,33 @@ constexpr uint32_t kFailedHere = 1u << 31;
 enum class Phase : uint32_t {
   kArrival = 0,  // a peer's inputs
   kClose = 1,    // a peer's last read of this rank's inputs
-  kRows = 2,     // a peer's partial sums
+  kRows = 2,     // a peer's partial sums, or its totals of the plan
 };
+
+// The word that a wait reads, which says how `expected` and `seen` of an ErrorRecord are packed.
+enum class WordKind : uint32_t {
+  kNone = 0,         // the failure is not about a word
+  kArrivalFlag = 1,  // FlagValue
+  kCloseFlag = 2,    // FlagValue
+  kAddress = 3,      // PackAddress; expected is the number alone
+  kTotal = 4,        // PackCount, of the plan that reads; expected is the epoch alone
+  kMessage = 5,      // PackCount, of the plan that sends; expected is the epoch alone
+  kSum = 6,          // RingWord: a sum is in its slot of the ring
+  kSumRead = 7,      // RingWord: home has read the sum
+};
+
+JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
+  switch (word) {
+    case WordKind::kCloseFlag:
+      return Phase::kClose;
+    case WordKind::kTotal:
+    case WordKind::kSum:
+    case WordKind::kSumRead:
+      return Phase::kRows;
+    default:
+      return Phase::kArrival;
+  }
+}
 
 // The first failure of a group on one rank, in pinned host memory, so that it can be read whatever
 // state the device is in. `set` is written last.
@@ -83,8 +112,8 @@ struct ErrorRecord {
   uint32_t kind;  // ErrorKind
   uint32_t rank;
   uint32_t peer;
-  uint32_t op;  // OpKind
-  uint32_t phase;
+  uint32_t op;    // OpKind
+  uint32_t word;  // WordKind
   uint64_t expected;
   uint64_t seen;
   uint64_t waited_ns;

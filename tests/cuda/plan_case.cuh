@@ -111,8 +111,8 @@ struct Group {
     CHECK_CUDA(cudaDeviceSynchronize());
     for (const cuda::GroupParams& group : params) {
       if (group.error->set == 0) continue;
-      std::printf("FAILED: kind %u rank %u peer %u phase %u expected %llx seen %llx\n",
-                  group.error->kind, group.error->rank, group.error->peer, group.error->phase,
+      std::printf("FAILED: kind %u rank %u peer %u word %u expected %llx seen %llx\n",
+                  group.error->kind, group.error->rank, group.error->peer, group.error->word,
                   (unsigned long long)group.error->expected, (unsigned long long)group.error->seen);
       std::exit(1);
     }
