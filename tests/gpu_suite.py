@@ -133,7 +133,7 @@ def stages(gpus: int) -> dict[str, Stage]:
             + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES]
             + [
                 f"{{binaries}}/races_test race={race} layout={layout} ranks=3 tries=50 {RACES}"
-                for race in ("close", "reuse")
+                for race in ("close", "reuse", "wrap")
                 for layout in ("expert", "token")
             ],
             seconds=300,

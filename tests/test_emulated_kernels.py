@@ -162,7 +162,10 @@ _RACES = [
     "race=close layout=expert ranks=3",
     "race=reuse layout=token ranks=3 tokens=300 tries=60",
     "race=reuse layout=expert ranks=3 tokens=300 tries=60",
+    "race=wrap layout=token ranks=2",
+    "race=wrap layout=expert ranks=3",
 ]
+_NUMBER_BY_EPOCH = 7  # test_hooks.cuh
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +273,20 @@ def test_failures_that_a_rank_tells(binaries: pathlib.Path, arguments: str) -> N
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("arguments", _RACES)
 def test_failures_that_may_come_too_late(binaries: pathlib.Path, arguments: str, seed: int) -> None:
-    """Right results or poison with a record, whenever peers notice; no writes elsewhere."""
+    """Right results or poison with a record, whenever peers notice; no writes elsewhere.
+
+    And no old address, where no rank fails."""
     _run_well(binaries / "races_test", f"{_SMALL} hidden=264 {arguments}", seed=seed)
+
+
+@pytest.mark.parametrize("arguments", [race for race in _RACES if "race=wrap" in race])
+def test_an_epoch_cannot_number_addresses(binaries: pathlib.Path, arguments: str) -> None:
+    """Of which a word has 16 bits: the same ones 65536 ops later."""
+    given = f"{_SMALL} hidden=264 {arguments}"
+    done = _run(binaries / "races_test", given, mutation=_NUMBER_BY_EPOCH)
+    assert done.returncode != 0 and "rows of the old buffer" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 @pytest.mark.parametrize("mutation", _MUTATIONS)

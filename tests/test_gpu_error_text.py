@@ -56,9 +56,16 @@ EPOCH = 5 << 32 | 70_000  # of which words carry some bits
             "arrival",
             EPOCH & 0xFFFF,
             0x123456 << 16 | 4463,
-            "; expected the address of epoch 4464 modulo 65536, saw that of epoch 4463 modulo 65536",
+            "; expected the address of publication 4464 modulo 65536,"
+            " saw that of publication 4463 modulo 65536",
         ),
-        (ADDRESS, "arrival", 1, 0, "; expected the address of epoch 1 modulo 65536, saw none"),
+        (
+            ADDRESS,
+            "arrival",
+            1,
+            0,
+            "; expected the address of publication 1 modulo 65536, saw none",
+        ),
         (
             TOTAL,
             "rows",

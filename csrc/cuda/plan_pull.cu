@@ -310,12 +310,12 @@ __global__ void __launch_bounds__(kThreads) CountKernel(const __grid_constant__ 
   extern __shared__ __align__(16) int32_t counts[];
   const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
   const int32_t num_totals = p.layout == Layout::kExpert ? columns : columns + p.num_experts;
-  const uint64_t epoch = BeginOp(p.group);
+  const OpNumbers op = BeginOp(p.group);
   CountEntries(p, counts, columns);
   bool failed;  // not marked in this count
   if (IsLastBlock(&Own(p.group).blocks_arrived, failed)) {
-    Publish(p.group, epoch, {p.shared_topk, p.scratch, nullptr});
-    SendTotals(p, epoch, num_totals);
+    Publish(p.group, op, {p.shared_topk, p.scratch, nullptr});
+    SendTotals(p, op.epoch, num_totals);
   }
 }
 
@@ -325,10 +325,10 @@ __global__ void __launch_bounds__(kThreads, 1) NumberKernel(const __grid_constan
   const Shared shared(p, memory);
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
-  const uint64_t epoch = EpochOfOp(p.group);
+  const OpNumbers op = NumbersOfOp(p.group);
   __shared__ PeerInputs inputs;
-  const bool ok = WaitInputs(p.group, epoch, inputs);
-  if (ok) Number(p, epoch, inputs, shared, columns);
+  const bool ok = WaitInputs(p.group, op, inputs);
+  if (ok) Number(p, op.epoch, inputs, shared, columns);
   const auto finish = [&] {
     // The counts of the whole rank. What peers sent may be overwritten from now on.
     const int32_t stride = ScratchStride(p.num_experts, p.group.num_ranks);
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1) NumberKernel(const __grid_constan
     if (threadIdx.x == 0) *p.num_dropped = dropped;
   };
   const auto poison = [&] { Poison(p, threadIdx.x, kThreads); };
-  EndOp(p.group, epoch, finish, poison);
+  EndOp(p.group, op.epoch, finish, poison);
 }
 
 int NumBlocks(const PlanParams& p) {

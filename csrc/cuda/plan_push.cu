@@ -134,7 +134,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
 
   int32_t ids[kIdsOfLane];  // on their way while the epoch comes
   LoadFirstIds<kMaxK>(params, chunk, ids);
-  const uint64_t epoch = BeginOp(p.group);
+  const uint64_t epoch = BeginOp(p.group).epoch;
   // What other blocks write to is ready once all have seen the second half. The warp that makes it
   // so has nothing else to wait for yet.
   if (threadIdx.x < 32) {

@@ -2,7 +2,7 @@
 //
 // Every op of a group is one kernel on each rank, or two (plan_pull.cu), and runs in these steps:
 //
-//   1. BeginOp: all blocks learn the epoch of the op.
+//   1. BeginOp: all blocks learn the numbers of the op.
 //   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
 //   3. WaitInputs: every block waits until all peers have done so; then it may read their inputs.
 //   4. EndOp: the last block to finish tells every peer that this rank reads no more, and waits
@@ -122,20 +122,23 @@ __device__ inline bool WaitFlag(const GroupParams& group, const uint64_t& flag, 
   }
 }
 
-// The epoch of the running op.
-__device__ __forceinline__ uint64_t EpochOfOp(const GroupParams& group) {
-  return *static_cast<volatile uint64_t*>(&Own(group).epoch) + 1;
+// The numbers of the running op, its publication only if it is one that publishes.
+__device__ __forceinline__ OpNumbers NumbersOfOp(const GroupParams& group) {
+  OpNumbers last;
+  ptx::LoadRelaxedSystem(&Own(group).last.epoch, last.epoch, last.publication);  // by one load
+  if (kMutation == kNumberByEpoch) last.publication = last.epoch;
+  return {last.epoch + 1, last.publication + 1};
 }
 
 // The same, in the op's first kernel. All threads of all blocks call it before EndOp.
-__device__ __forceinline__ uint64_t BeginOp(const GroupParams& group) {
+__device__ __forceinline__ OpNumbers BeginOp(const GroupParams& group) {
   Workspace& own = Own(group);
-  const uint64_t epoch = EpochOfOp(group);
+  const OpNumbers op = NumbersOfOp(group);
   // By a thread that has nothing to do while the answer comes.
   if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && atomicExch(&own.active, 1u) != 0u) {
-    Fail(group, ErrorKind::kConcurrent, WordKind::kNone, group.rank, epoch, epoch, 0);
+    Fail(group, ErrorKind::kConcurrent, WordKind::kNone, group.rank, op.epoch, op.epoch, 0);
   }
-  return epoch;
+  return op;
 }
 
 // True in all threads of the last block that comes here, which sees all that the other blocks wrote
@@ -161,21 +164,22 @@ __device__ inline bool IsLastBlock(uint32_t* counter, bool& failed) {
 }
 
 // This rank's address as its peers may name it; ~0 if they cannot read it.
-__device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t epoch,
+__device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t publication,
                                          const void* address) {
   const uint64_t value = reinterpret_cast<uint64_t>(address);
   for (int i = 0; i < kMaxRegions; ++i) {
     const Region region = Own(group).regions[group.rank][i];
-    if (value - region.base < region.size) return PackAddress(i, value - region.base, epoch);
+    if (value - region.base < region.size) return PackAddress(i, value - region.base, publication);
   }
   return ~uint64_t{0};
 }
 
 // Tells every peer that this rank's inputs are ready, at `addresses` (null: none). Called by all
 // threads of one block, after the inputs were made visible (by an earlier kernel, or IsLastBlock).
-__device__ inline void Publish(const GroupParams& group, uint64_t epoch,
+__device__ inline void Publish(const GroupParams& group, OpNumbers op,
                                const void* const (&addresses)[kMaxAddresses]) {
   constexpr int kWords = kMaxAddresses + 1;
+  const auto [epoch, publication] = op;
   TestDelay(group.rank, epoch, 0);
   ptx::FenceAcquireReleaseSystem();
   for (int i = threadIdx.x; i < group.num_ranks * kWords; i += blockDim.x) {
@@ -190,15 +194,16 @@ __device__ inline void Publish(const GroupParams& group, uint64_t epoch,
     const void* address = nullptr;
 #pragma unroll
     for (int j = 0; j < kMaxAddresses; ++j) address = word == j ? addresses[j] : address;
-    uint64_t encoded = PackAddress(0, 0, epoch);
+    uint64_t encoded = PackAddress(0, 0, publication);
     if (address != nullptr) {
-      encoded = EncodeAddress(group, epoch, address);
+      encoded = EncodeAddress(group, publication, address);
       if (encoded == ~uint64_t{0}) {
         Fail(group, ErrorKind::kUnreachable, WordKind::kNone, group.rank,
              reinterpret_cast<uint64_t>(address), word, 0);
         continue;  // who waits for it finds that this rank has failed
       }
     }
+    TestDelay(group.rank, epoch, ~0u);  // the flag may be there before the address
     ptx::StoreRelaxedSystem(&peer.addresses[group.rank][word], encoded);
   }
 }
@@ -234,8 +239,9 @@ __device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
 
 // Waits until all ranks have arrived, after which `inputs` says where their inputs are; false in
 // all threads once the group has failed. Called by all threads of a block.
-__device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, PeerInputs& inputs) {
+__device__ inline bool WaitInputs(const GroupParams& group, OpNumbers op, PeerInputs& inputs) {
   Workspace& own = Own(group);
+  const uint64_t epoch = op.epoch, number = PackAddress(0, 0, op.publication);
   bool arrived = threadIdx.x + 1 != blockDim.x || !HasFailed(group, epoch);
   for (int i = threadIdx.x; i < group.num_ranks * kMaxAddresses; i += blockDim.x) {
     const int r = i / kMaxAddresses;
@@ -248,8 +254,8 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
     uint64_t word;
     for (Deadline deadline; arrived;) {
       word = ptx::LoadRelaxedSystem(&own.addresses[r][i % kMaxAddresses]);
-      if ((word & 0xffff) == (epoch & 0xffff) || kMutation == kWithoutArrival) break;
-      arrived = deadline.Continue(group, WordKind::kAddress, r, epoch & 0xffff, word);
+      if ((word & 0xffff) == number || kMutation == kWithoutArrival) break;
+      arrived = deadline.Continue(group, WordKind::kAddress, r, number, word);
     }
     if (!arrived) break;
     const uint64_t encoded = word >> 16;
@@ -308,7 +314,9 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
   if (failed) poison();
   if (!is_last || threadIdx.x != 0) return;
   own.tickets = 0;
-  own.epoch = epoch;
+  own.last.epoch = epoch;
+  // Without its value, for which the end would wait, or a register be kept until here.
+  atomicAdd(reinterpret_cast<unsigned long long*>(&own.last.publication), 1ull);
   own.active = 0;
 }
 
@@ -317,10 +325,10 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Poison&& 
   EndOp(group, epoch, [] {}, poison);
 }
 
-// Ends an op whose peers read nothing of this rank's. Called by one thread, after all blocks'
-// waits.
+// Ends an op whose peers read nothing of this rank's, and which published nothing. Called by one
+// thread, after all blocks' waits.
 __device__ inline void EndOpAtOnce(const GroupParams& group, uint64_t epoch) {
-  Own(group).epoch = epoch;
+  Own(group).last.epoch = epoch;
   Own(group).active = 0;
 }
 

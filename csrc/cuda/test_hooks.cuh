@@ -23,6 +23,8 @@ constexpr int kWithoutRingReady = 3;   // for sums of peers
 constexpr int kWithoutRingFree = 4;    // until home has read a slot
 constexpr int kWithoutPlanWords = 5;   // for the messages of the plan that pushes
 constexpr int kWithoutPlanTotals = 6;  // for the totals of the plan that pulls
+// Not a wait: addresses are told from those of before by their epoch.
+constexpr int kNumberByEpoch = 7;
 
 // Slots of the ring that are used for the sums of one peer, at most.
 #ifdef JAX_EP_TEST_RING_SLOTS

@@ -36,8 +36,8 @@ std::string WordText(const ErrorRecord& error) {
     return "; expected the " + std::string(what) + " of " + describe(error.expected) + ", saw " +
            (is_empty ? "none" : "that of " + describe(error.seen));
   };
-  const auto low_epoch = [](uint64_t word) {
-    return "epoch " + std::to_string(word & 0xffff) + " modulo 65536";
+  const auto publication = [](uint64_t word) {
+    return "publication " + std::to_string(word & 0xffff) + " modulo 65536";
   };
   const auto epoch = [](uint64_t word) { return "epoch " + std::to_string(word & 0xffffffff); };
   const auto epoch_and_token = [](uint64_t word) {
@@ -48,7 +48,7 @@ std::string WordText(const ErrorRecord& error) {
     case cuda::WordKind::kCloseFlag:
       return "; expected " + FlagText(error.expected) + ", saw " + FlagText(error.seen);
     case cuda::WordKind::kAddress:
-      return text("address", low_epoch, ~uint64_t{0});
+      return text("address", publication, ~uint64_t{0});
     case cuda::WordKind::kTotal:
       return text("total", epoch, 0xffffffff);
     case cuda::WordKind::kMessage:

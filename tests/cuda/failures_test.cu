@@ -390,8 +390,9 @@ class Test {
     };
     switch (static_cast<WordKind>(error.word)) {
       case WordKind::kAddress:
-        return says("the address of " + epoch + " modulo 65536, saw that of epoch " +
-                    std::to_string(number - 1) + " modulo 65536.");
+        return says("the address of publication " + std::to_string(number) +
+                    " modulo 65536, saw that of publication " + std::to_string(number - 1) +
+                    " modulo 65536.");
       case WordKind::kTotal:
         return says("the total of " + epoch + ", saw that of epoch 1.");
       case WordKind::kMessage:
