@@ -193,7 +193,7 @@ class Combiner {
       }
       ++count;
     }
-    __syncwarp();
+    __syncwarp();  // the list is written, and what lanes have waited for is there for all
     char* y = static_cast<char*>(p_.y) + int64_t{token} * state_.row_bytes;
     if (count == 0) {
       Clear(y, begin, end);

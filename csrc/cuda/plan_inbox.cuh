@@ -254,6 +254,7 @@ int64_t InboxWords(const PlanParams& p, const PushShape& n) {
          (2 * kBlocks * n.quads + int64_t{p.num_tokens} * n.token_words);
 }
 
+// Relaxed, for the words say all themselves.
 __device__ __forceinline__ void SendPair(uint64_t* to, uint64_t epoch, uint32_t first,
                                          uint32_t second) {
   ptx::StoreRelaxedSystem(to, PackCount(static_cast<int32_t>(first), epoch),

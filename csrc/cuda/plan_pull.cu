@@ -98,7 +98,8 @@ __device__ void CountEntries(const PlanParams& p, int32_t* counts /*[columns]*/,
   }
 }
 
-// The last block: gives this rank's totals to all ranks.
+// The last block: gives this rank's totals to all ranks. Relaxed, for the words say all themselves;
+// all ranks have closed the op that read those of before.
 __device__ void SendTotals(const PlanParams& p, uint64_t epoch, int32_t num_totals) {
   Workspace& own = Own(p.group);
   TestDelay(p.group.rank, epoch, 3);

@@ -14,7 +14,9 @@
 // end until its peers have read. What keeps a word from being overwritten before it is read:
 //   * There are two inboxes, and two sets of arrival flags, used by turns of the epoch. A rank
 //     writes those of epoch e + 2 after its op of epoch e + 1 has ended. That op, whichever it is,
-//     ended only after all ranks had arrived at it, so after their ops of epoch e had ended.
+//     ended only after all ranks had arrived at it, so after their ops of epoch e had ended. The
+//     arrival flag here releases nothing, and need not: the loads of a kernel that has ended have
+//     their values, which no later store changes.
 //   * All else that peers write to belongs to ops that end only once all ranks read no more.
 // What keeps a word from being taken for a newer one: it would have to lie there for exactly 2^32
 // ops, never written to by a plan in between, over 10 hours of nothing but ops of the group.
@@ -220,7 +222,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     if (first == 0) {
       ok = counts.Take(params, shared, epoch) && ok;
       STAMP(8);
-      // A rank that failed before has said so before it arrived.
+      // A rank that failed before has said so before it arrived: Fail's fence was passed by then.
       if (from_end < p.group.num_ranks) ok = ok && !HasFailed(p.group, epoch);
       TestDelay(p.group.rank, epoch, 1);
     }

@@ -62,6 +62,7 @@ class Ring {
   }
 
   // Source: tells that the sum is there, which all lanes have stored before the last __syncwarp.
+  // The fence releases these stores.
   __device__ void TellReady(int home, const RingPlace& place) const {
     ptx::FenceAcquireReleaseSystem();
     Tell(p_.group.peers[home]->ring_ready[p_.group.rank], place);

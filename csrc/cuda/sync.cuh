@@ -13,6 +13,14 @@
 // and returns false; from then on every wait of the group returns false at once. Nothing traps: the
 // last block overwrites all results with poison. And a rank that has failed does not close, so no
 // rank ends an op well in which another one failed before it had read all (EndOp).
+//
+// Order of memory, as PTX defines it. A word that tells a peer that memory is ready, or is read, is
+// released at system scope: by a release store, or by a fence of system scope and a relaxed store
+// of the same thread. What other threads did before comes along, since they met that thread at a
+// barrier (of a warp or a block) or through a counter between fences (IsLastBlock). The peer
+// acquires the word at system scope, and its other threads meet the one that did. Relaxed stores
+// without a fence are for words that hand no memory over: all that they say is in the word itself
+// (the plans' counts and ids, and the arrival flag of plan_push.cu).
 #pragma once
 
 #include <cstdint>
@@ -176,6 +184,7 @@ __device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t publ
 
 // Tells every peer that this rank's inputs are ready, at `addresses` (null: none). Called by all
 // threads of one block, after the inputs were made visible (by an earlier kernel, or IsLastBlock).
+// Each thread has its fence before all of its stores, so these are relaxed, and come in any order.
 __device__ inline void Publish(const GroupParams& group, OpNumbers op,
                                const void* const (&addresses)[kMaxAddresses]) {
   constexpr int kWords = kMaxAddresses + 1;
@@ -292,8 +301,10 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
   const bool is_last = IsLastBlock(&own.blocks_done, failed);
   if (!is_last && !failed) return;
   if (!failed) {
+    // Releases the reads of all blocks, which IsLastBlock ordered before for this GPU alone. (Bulk
+    // loads are among them: they were complete when their barriers were waited for.)
     for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
-      ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value,
+      ptx::StoreReleaseSystem(&group.peers[r]->close[group.rank].value,
                               FlagValue(epoch, group.tag));
     }
     if (threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u) {
