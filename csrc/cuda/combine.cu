@@ -203,7 +203,6 @@ class Combiner {
       AddOwnFirst(num_own, own, count, begin, end, y);
     }
     __syncwarp();
-    // What the lanes loaded has come: they have stored sums of it.
     if (awaits) ring_.TellFree(rank, place);
     return true;
   }

@@ -55,17 +55,22 @@ class Ring {
     return __all_sync(~0u, is_free);
   }
 
-  // Home: tells that the sum of `source` is read, by all lanes, before the last __syncwarp.
+  // Home: tells that the sum of `source` is read, by all lanes, before the last __syncwarp. The
+  // store releases these loads: the source overwrites what they read, and in PTX's memory model a
+  // relaxed store may be seen before an earlier load is done. Lanes that wait for a source each
+  // call this together, so that the warp pays for one release, not for one of each source.
   __device__ void TellFree(int source, const RingPlace& place) const {
     if (place.token + state_.num_slots >= p_.num_tokens) return;  // nobody will ask
-    Tell(p_.group.peers[source]->ring_free[p_.group.rank], place);
+    uint64_t* words = p_.group.peers[source]->ring_free[p_.group.rank];
+    ptx::StoreReleaseSystem(&words[IndexOf(place)], RingWord(place.token, state_.epoch));
   }
 
   // Source: tells that the sum is there, which all lanes have stored before the last __syncwarp.
   // The fence releases these stores.
   __device__ void TellReady(int home, const RingPlace& place) const {
     ptx::FenceAcquireReleaseSystem();
-    Tell(p_.group.peers[home]->ring_ready[p_.group.rank], place);
+    uint64_t* words = p_.group.peers[home]->ring_ready[p_.group.rank];
+    ptx::StoreRelaxedSystem(&words[IndexOf(place)], RingWord(place.token, state_.epoch));
   }
 
   // Home: waits until the sum of `source` is there. False once the group has failed.
@@ -81,9 +86,6 @@ class Ring {
   __device__ bool HasRows(int32_t source) const {
     const int32_t row = p_.recv_rows[int64_t{source} * p_.num_rows];
     return row >= 0 && row < p_.capacity;
-  }
-  __device__ void Tell(uint64_t* words, const RingPlace& place) const {
-    ptx::StoreRelaxedSystem(&words[IndexOf(place)], RingWord(place.token, state_.epoch));
   }
   // Until the word of the place speaks of `token`.
   __device__ bool Wait(WordKind kind, const uint64_t* words, const RingPlace& place, int32_t token,
