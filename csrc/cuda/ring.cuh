@@ -61,16 +61,13 @@ class Ring {
   // call this together, so that the warp pays for one release, not for one of each source.
   __device__ void TellFree(int source, const RingPlace& place) const {
     if (place.token + state_.num_slots >= p_.num_tokens) return;  // nobody will ask
-    uint64_t* words = p_.group.peers[source]->ring_free[p_.group.rank];
-    ptx::StoreReleaseSystem(&words[IndexOf(place)], RingWord(place.token, state_.epoch));
+    Tell(p_.group.peers[source]->ring_free[p_.group.rank], place);
   }
 
-  // Source: tells that the sum is there, which all lanes have stored before the last __syncwarp.
-  // The fence releases these stores.
+  // Source: tells that the sum is there, which all lanes have stored before the last __syncwarp. A
+  // release store, not a fence: that would acquire too, which empties the SM's L1 cache.
   __device__ void TellReady(int home, const RingPlace& place) const {
-    ptx::FenceAcquireReleaseSystem();
-    uint64_t* words = p_.group.peers[home]->ring_ready[p_.group.rank];
-    ptx::StoreRelaxedSystem(&words[IndexOf(place)], RingWord(place.token, state_.epoch));
+    Tell(p_.group.peers[home]->ring_ready[p_.group.rank], place);
   }
 
   // Home: waits until the sum of `source` is there. False once the group has failed.
@@ -86,6 +83,9 @@ class Ring {
   __device__ bool HasRows(int32_t source) const {
     const int32_t row = p_.recv_rows[int64_t{source} * p_.num_rows];
     return row >= 0 && row < p_.capacity;
+  }
+  __device__ void Tell(uint64_t* words, const RingPlace& place) const {
+    ptx::StoreReleaseSystem(&words[IndexOf(place)], RingWord(place.token, state_.epoch));
   }
   // Until the word of the place speaks of `token`.
   __device__ bool Wait(WordKind kind, const uint64_t* words, const RingPlace& place, int32_t token,
