@@ -85,7 +85,10 @@ FAILURES = [
     "op=combine_vjp layout=expert failure=concurrent other=combine",
     "op=combine layout=expert failure=stops items=60000",
     "op=combine layout=expert failure=stops items=2 phase=rows",
-    "op=combine layout=expert failure=stops routes=first phase=rows tokens=8000 ranks=2",
+    "op=combine layout=expert failure=stops routes=first word=receipt tokens=8000 ranks=2",
+    "op=dispatch layout=expert failure=withholds word=address",
+    "op=plan layout=expert failure=withholds word=total",
+    "op=plan layout=token failure=withholds word=message plan=push",
 ]
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 
@@ -130,7 +133,7 @@ def stages(gpus: int) -> dict[str, Stage]:
             + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES]
             + [
                 f"{{binaries}}/races_test race={race} layout={layout} ranks=3 tries=50 {RACES}"
-                for race in ("close", "reuse")
+                for race in ("close", "reuse", "wrap")
                 for layout in ("expert", "token")
             ],
             seconds=300,

@@ -92,7 +92,8 @@ _SEEDS = 12  # schedules that a mutation may hide from, less one
 
 # A rank that fails, and the slots of the ring. Peers wait for its inputs; until it has read theirs; for
 # its sums; for slots that it has not read (the rank whose rows all are, in the last of these). Its
-# process may be gone then. Or they find it at another op.
+# process may be gone then. Or it comes and some of its words do not. Or they find it at another op.
+# Each peer has a record and a text that say which word it waited for.
 _FAILURES = {
     "op=dispatch failure=absent layout=expert ranks=3": 1024,
     "op=dispatch failure=absent layout=token ranks=2 failing=0": 1024,
@@ -108,7 +109,16 @@ _FAILURES = {
     "op=combine failure=stops phase=rows layout=expert ranks=2": 1024,
     "op=combine failure=stops phase=rows layout=expert ranks=3 tokens=100 items=1": 1024,
     "op=combine failure=stops phase=rows layout=expert ranks=3 tokens=100 items=1 weighted=1": 2,
-    "op=combine failure=stops phase=rows layout=expert ranks=2 routes=first": 1,
+    "op=combine failure=stops word=sum layout=expert ranks=2": 1024,
+    "op=combine failure=stops word=receipt layout=expert ranks=2 routes=first": 1,
+    "op=dispatch failure=withholds word=address layout=expert ranks=3": 1024,
+    "op=combine failure=withholds word=address layout=token ranks=2 failing=0": 1024,
+    "op=plan failure=withholds word=address layout=token ranks=2": 1024,
+    "op=plan failure=withholds word=total layout=expert ranks=3": 1024,
+    "op=plan failure=withholds word=total layout=token ranks=2 failing=0": 1024,
+    "op=plan failure=withholds word=message layout=expert ranks=2 plan=push timeout_ms=1000": 1024,
+    "op=plan failure=withholds word=message layout=token ranks=2 plan=push timeout_ms=1000": 1024,
+    "op=plan failure=absent layout=token ranks=3": 1024,
     "op=dispatch failure=gone layout=token ranks=3": 1024,
     "op=combine failure=gone layout=expert ranks=3": 1024,
     "op=dispatch failure=gone phase=close layout=expert ranks=3 failing=0": 1024,
@@ -120,6 +130,8 @@ _FAILURES = {
     "op=combine failure=gone phase=rows layout=expert ranks=2 routes=first": 1,
     "op=dispatch failure=mismatch layout=expert ranks=3 failing=0 other=combine_vjp": 1024,
     "op=combine failure=mismatch layout=expert ranks=3": 1024,
+    "op=plan failure=mismatch layout=expert ranks=2 plan=push timeout_ms=1000": 1024,
+    "op=plan failure=mismatch layout=token ranks=3": 1024,
     "op=combine failure=mismatch layout=token ranks=2 other=dispatch": 1024,
     "op=combine_vjp failure=mismatch layout=expert ranks=3 other=combine": 1024,
 }
@@ -150,7 +162,10 @@ _RACES = [
     "race=close layout=expert ranks=3",
     "race=reuse layout=token ranks=3 tokens=300 tries=60",
     "race=reuse layout=expert ranks=3 tokens=300 tries=60",
+    "race=wrap layout=token ranks=2",
+    "race=wrap layout=expert ranks=3",
 ]
+_NUMBER_BY_EPOCH = 7  # test_hooks.cuh
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +273,20 @@ def test_failures_that_a_rank_tells(binaries: pathlib.Path, arguments: str) -> N
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("arguments", _RACES)
 def test_failures_that_may_come_too_late(binaries: pathlib.Path, arguments: str, seed: int) -> None:
-    """Right results or poison with a record, whenever peers notice; no writes elsewhere."""
+    """Right results or poison with a record, whenever peers notice; no writes elsewhere.
+
+    And no old address, where no rank fails."""
     _run_well(binaries / "races_test", f"{_SMALL} hidden=264 {arguments}", seed=seed)
+
+
+@pytest.mark.parametrize("arguments", [race for race in _RACES if "race=wrap" in race])
+def test_an_epoch_cannot_number_addresses(binaries: pathlib.Path, arguments: str) -> None:
+    """Of which a word has 16 bits: the same ones 65536 ops later."""
+    given = f"{_SMALL} hidden=264 {arguments}"
+    done = _run(binaries / "races_test", given, mutation=_NUMBER_BY_EPOCH)
+    assert done.returncode != 0 and "rows of the old buffer" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 @pytest.mark.parametrize("mutation", _MUTATIONS)

@@ -39,14 +39,14 @@ nb::dict BuildInfo() {
   return info;
 }
 
-std::string RecordText(uint32_t kind, uint32_t rank, uint32_t peer, uint32_t op, uint32_t phase,
+std::string RecordText(uint32_t kind, uint32_t rank, uint32_t peer, uint32_t op, uint32_t word,
                        uint64_t expected, uint64_t seen) {
   cuda::ErrorRecord error{};
   error.kind = kind;
   error.rank = rank;
   error.peer = peer;
   error.op = op;
-  error.phase = phase;
+  error.word = word;
   error.expected = expected;
   error.seen = seen;
   return transport::ErrorText(error);
@@ -208,7 +208,7 @@ NB_MODULE(_cuda, m) {
   m.def("op_tag", &Tag, nb::arg("op"), nb::arg("shape"), nb::arg("ordinal"),
         "For tests: what tells an op from others in its flags.");
   m.def("error_text", &RecordText, nb::arg("kind"), nb::arg("rank"), nb::arg("peer"), nb::arg("op"),
-        nb::arg("phase"), nb::arg("expected"), nb::arg("seen"),
+        nb::arg("word"), nb::arg("expected"), nb::arg("seen"),
         "For tests: what the record of a failure says.");
 }
 

@@ -193,7 +193,7 @@ class Combiner {
       }
       ++count;
     }
-    __syncwarp();
+    __syncwarp();  // the list is written, and what lanes have waited for is there for all
     char* y = static_cast<char*>(p_.y) + int64_t{token} * state_.row_bytes;
     if (count == 0) {
       Clear(y, begin, end);
@@ -203,7 +203,6 @@ class Combiner {
       AddOwnFirst(num_own, own, count, begin, end, y);
     }
     __syncwarp();
-    // What the lanes loaded has come: they have stored sums of it.
     if (awaits) ring_.TellFree(rank, place);
     return true;
   }
@@ -277,17 +276,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     CombineKernel(const __grid_constant__ CombineParams p) {
   extern __shared__ __align__(128) char shared[];
   __shared__ CombineState state;
-  const uint64_t epoch = BeginOp(p.group);
+  const OpNumbers op = BeginOp(p.group);
   const bool has_rows = p.hidden > 0;  // else only values come home
   if (blockIdx.x == 0) {
     const bool is_read = p.layout == Layout::kToken && has_rows;
-    Publish(p.group, epoch, {is_read ? p.rows : nullptr, p.values, nullptr});
+    Publish(p.group, op, {is_read ? p.rows : nullptr, p.values, nullptr});
   }
   if (has_rows && threadIdx.x == kThreads / 2) {  // one that has no part in what is above
-    MakeState(p, epoch, p.hidden * sizeof(T), state);
+    MakeState(p, op.epoch, p.hidden * sizeof(T), state);
   }
-  Tickets tickets(p.group);                        // the first is on its way meanwhile
-  if (WaitInputs(p.group, epoch, state.inputs)) {  // where the block meets
+  Tickets tickets(p.group);                     // the first is on its way meanwhile
+  if (WaitInputs(p.group, op, state.inputs)) {  // where the block meets
     const int32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
     if (p.values != nullptr) {
       BringValues(p, state.inputs, warp * 32 + threadIdx.x % 32, kThreads * gridDim.x);
@@ -297,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Combiner<T, kWeighted>(p, state, memory).Run(tickets);
     }
   }
-  EndOp(p.group, epoch, [&] { Poison<T>(p); });
+  EndOp(p.group, op.epoch, [&] { Poison<T>(p); });
 }
 
 }  // namespace

@@ -311,8 +311,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     CombineVjpKernel(const __grid_constant__ CombineVjpParams p) {
   extern __shared__ __align__(128) char memory[];
   __shared__ PeerInputs inputs;
-  const uint64_t epoch = BeginOp(p.group);
-  if (blockIdx.x == 0) Publish(p.group, epoch, {p.dy, nullptr, nullptr});
+  const OpNumbers op = BeginOp(p.group);
+  if (blockIdx.x == 0) Publish(p.group, op, {p.dy, nullptr, nullptr});
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_warps = blockDim.x / 32;
   const int32_t size = TeamWarps(p), team = warp / size, member = warp % size;
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
   if (member == 0 && threadIdx.x % 32 == 0) {
     InitBarriers(*reinterpret_cast<Barriers*>(team_memory), size);
   }
-  if (WaitInputs(p.group, epoch, inputs)) {  // where the block meets
+  if (WaitInputs(p.group, op, inputs)) {  // where the block meets
     Differentiator<T>(p, inputs, team * gridDim.x + blockIdx.x, num_warps / size * gridDim.x,
                       member, size, team_memory)
         .Run();
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
   for (int32_t c = first; c < p.capacity; c += gridDim.x * num_warps) {
     if (p.recv_src[c] < 0) FillRow<T>(p, c, 0u);  // it has no source
   }
-  EndOp(p.group, epoch, [&] {
+  EndOp(p.group, op.epoch, [&] {
     for (int32_t c = warp; c < p.capacity; c += num_warps) FillRow<T>(p, c, ~0u);
   });
 }

@@ -304,15 +304,15 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     DispatchKernel(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) char memory[];
   const Shared shared(memory);
-  const uint64_t epoch = BeginOp(p.group);
+  const OpNumbers op = BeginOp(p.group);
   if (blockIdx.x == 0) {
-    Publish(p.group, epoch, {p.row_bytes > 0 ? p.x : nullptr, p.scales, p.weights});
+    Publish(p.group, op, {p.row_bytes > 0 ? p.x : nullptr, p.scales, p.weights});
   }
   for (int32_t i = threadIdx.x; i < kZeroBytes / 16; i += blockDim.x) {
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
   ptx::FenceProxyAsyncShared();
-  const bool ok = WaitInputs(p.group, epoch, *shared.inputs);  // and the zeros are there
+  const bool ok = WaitInputs(p.group, op, *shared.inputs);  // and the zeros are there
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_movers = NumMovers(p);
   if (ok && warp < num_movers && p.row_bytes > 0) {
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     if (p.weights != nullptr) BringWeights(p, *shared.inputs, thread, num_helpers * 32);
     if (p.scales_per_row != 0) ClearUnusedScales(p, helper, num_helpers);
   }
-  EndOp(p.group, epoch, [&] { Poison(p); });
+  EndOp(p.group, op.epoch, [&] { Poison(p); });
 }
 
 }  // namespace

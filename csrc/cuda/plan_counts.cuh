@@ -85,6 +85,7 @@ __device__ void SendCounts(const PushParams& params, const Shared& shared, uint6
     const int32_t quad = i - nth * n.quads;
     int r = p.group.rank + 1 + nth;
     if (r >= p.group.num_ranks) r -= p.group.num_ranks;
+    if (TestWithholds(p.group, r, WordKind::kMessage)) continue;
     const int4 counts = reinterpret_cast<const int4*>(shared.sent)[quad];
     SendPair(CountsOf(*p.group.peers[r], n, epoch, p.group.rank, blockIdx.x) + 2 * quad, epoch,
              Halves(counts.x, counts.y), Halves(counts.z, counts.w));
@@ -115,7 +116,9 @@ class IncomingCounts {
       if (inside && i >= kThreads) Load(params, epoch, i);
       if (inside && ok) {
         for (Deadline deadline; !(pairs_[0].IsOf(epoch) && pairs_[1].IsOf(epoch));) {
-          ok = pairs_[0].Continue(deadline, p.group, epoch, source);
+          const uint64_t seen =
+              pairs_[0].IsOf(epoch) ? pairs_[1].Missing(epoch) : pairs_[0].Missing(epoch);
+          ok = deadline.Continue(p.group, WordKind::kMessage, source, epoch, seen);
           if (!ok) break;
           Load(params, epoch, i);
         }

@@ -254,6 +254,7 @@ int64_t InboxWords(const PlanParams& p, const PushShape& n) {
          (2 * kBlocks * n.quads + int64_t{p.num_tokens} * n.token_words);
 }
 
+// Relaxed, for the words say all themselves.
 __device__ __forceinline__ void SendPair(uint64_t* to, uint64_t epoch, uint32_t first,
                                          uint32_t second) {
   ptx::StoreRelaxedSystem(to, PackCount(static_cast<int32_t>(first), epoch),
@@ -280,17 +281,22 @@ struct Words {
     }
     return kMutation == kWithoutPlanWords || all;
   }
-  // Called while a wait goes on; false once the group has failed.
-  __device__ __forceinline__ bool Continue(Deadline& deadline, const GroupParams& group,
-                                           uint64_t epoch, int source) const {
-    const uint64_t seen = (values[0] & 0xffffffff) << kTagBits;
-    return deadline.Continue(group, Phase::kArrival, source, FlagValue(epoch, group.tag), seen);
+  // The last word that is of another epoch, for the report of a wait.
+  __device__ __forceinline__ uint64_t Missing(uint64_t epoch) const {
+    uint64_t missing = values[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) {
+      if (static_cast<uint32_t>(values[i]) != static_cast<uint32_t>(epoch)) missing = values[i];
+    }
+    return missing;
   }
   // Returns once all are of this epoch; false once the group has failed.
   __device__ __forceinline__ bool Await(const GroupParams& group, uint64_t epoch, int source,
                                         const uint64_t* from) {
     for (Deadline deadline; !IsOf(epoch);) {
-      if (!Continue(deadline, group, epoch, source)) return false;
+      if (!deadline.Continue(group, WordKind::kMessage, source, epoch, Missing(epoch))) {
+        return false;
+      }
       Load(from);
     }
     return true;

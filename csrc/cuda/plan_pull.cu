@@ -98,7 +98,8 @@ __device__ void CountEntries(const PlanParams& p, int32_t* counts /*[columns]*/,
   }
 }
 
-// The last block: gives this rank's totals to all ranks.
+// The last block: gives this rank's totals to all ranks. Relaxed, for the words say all themselves;
+// all ranks have closed the op that read those of before.
 __device__ void SendTotals(const PlanParams& p, uint64_t epoch, int32_t num_totals) {
   Workspace& own = Own(p.group);
   TestDelay(p.group.rank, epoch, 3);
@@ -106,6 +107,7 @@ __device__ void SendTotals(const PlanParams& p, uint64_t epoch, int32_t num_tota
     const int32_t total = __ldcg(&own.own_totals[c]);
     own.own_totals[c] = 0;
     for (int r = 0; r < p.group.num_ranks; ++r) {
+      if (TestWithholds(p.group, r, WordKind::kTotal)) continue;
       ptx::StoreRelaxedSystem(&p.group.peers[r]->totals[p.group.rank][c], PackCount(total, epoch));
     }
   }
@@ -124,7 +126,7 @@ __device__ int32_t TotalOf(const PlanParams& p, uint64_t epoch, int32_t c, int32
     // It left together with the flag that was waited for; after a failure it may never come.
     for (Deadline deadline;
          kMutation != kWithoutPlanTotals && (word & 0xffffffff) != (epoch & 0xffffffff);) {
-      if (!deadline.Continue(p.group, Phase::kRows, r, FlagValue(epoch, p.group.tag), word)) break;
+      if (!deadline.Continue(p.group, WordKind::kTotal, r, epoch, word)) break;
       word = ptx::LoadRelaxedSystem(&Own(p.group).totals[r][c]);
     }
     total += static_cast<int32_t>(word >> 32);
@@ -309,12 +311,12 @@ __global__ void __launch_bounds__(kThreads) CountKernel(const __grid_constant__ 
   extern __shared__ __align__(16) int32_t counts[];
   const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
   const int32_t num_totals = p.layout == Layout::kExpert ? columns : columns + p.num_experts;
-  const uint64_t epoch = BeginOp(p.group);
+  const OpNumbers op = BeginOp(p.group);
   CountEntries(p, counts, columns);
   bool failed;  // not marked in this count
   if (IsLastBlock(&Own(p.group).blocks_arrived, failed)) {
-    Publish(p.group, epoch, {p.shared_topk, p.scratch, nullptr});
-    SendTotals(p, epoch, num_totals);
+    Publish(p.group, op, {p.shared_topk, p.scratch, nullptr});
+    SendTotals(p, op.epoch, num_totals);
   }
 }
 
@@ -324,10 +326,10 @@ __global__ void __launch_bounds__(kThreads, 1) NumberKernel(const __grid_constan
   const Shared shared(p, memory);
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
-  const uint64_t epoch = EpochOfOp(p.group);
+  const OpNumbers op = NumbersOfOp(p.group);
   __shared__ PeerInputs inputs;
-  const bool ok = WaitInputs(p.group, epoch, inputs);
-  if (ok) Number(p, epoch, inputs, shared, columns);
+  const bool ok = WaitInputs(p.group, op, inputs);
+  if (ok) Number(p, op.epoch, inputs, shared, columns);
   const auto finish = [&] {
     // The counts of the whole rank. What peers sent may be overwritten from now on.
     const int32_t stride = ScratchStride(p.num_experts, p.group.num_ranks);
@@ -351,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 1) NumberKernel(const __grid_constan
     if (threadIdx.x == 0) *p.num_dropped = dropped;
   };
   const auto poison = [&] { Poison(p, threadIdx.x, kThreads); };
-  EndOp(p.group, epoch, finish, poison);
+  EndOp(p.group, op.epoch, finish, poison);
 }
 
 int NumBlocks(const PlanParams& p) {

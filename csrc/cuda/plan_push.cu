@@ -14,7 +14,9 @@
 // end until its peers have read. What keeps a word from being overwritten before it is read:
 //   * There are two inboxes, and two sets of arrival flags, used by turns of the epoch. A rank
 //     writes those of epoch e + 2 after its op of epoch e + 1 has ended. That op, whichever it is,
-//     ended only after all ranks had arrived at it, so after their ops of epoch e had ended.
+//     ended only after all ranks had arrived at it, so after their ops of epoch e had ended. The
+//     arrival flag here releases nothing, and need not: the loads of a kernel that has ended have
+//     their values, which no later store changes.
 //   * All else that peers write to belongs to ops that end only once all ranks read no more.
 // What keeps a word from being taken for a newer one: it would have to lie there for exactly 2^32
 // ops, never written to by a plan in between, over 10 hours of nothing but ops of the group.
@@ -134,7 +136,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
 
   int32_t ids[kIdsOfLane];  // on their way while the epoch comes
   LoadFirstIds<kMaxK>(params, chunk, ids);
-  const uint64_t epoch = BeginOp(p.group);
+  const uint64_t epoch = BeginOp(p.group).epoch;
   // What other blocks write to is ready once all have seen the second half. The warp that makes it
   // so has nothing else to wait for yet.
   if (threadIdx.x < 32) {
@@ -199,7 +201,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     // By a warp that has the least to do now.
     if (first == 0 && from_end < p.group.num_ranks) {
       const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
-      ok = WaitFlag(p.group, flag.value, epoch, Phase::kArrival, from_end) && ok;
+      ok = WaitFlag(p.group, flag.value, epoch, WordKind::kArrivalFlag, from_end) && ok;
     }
     if (num_slots != 0) {
       SumCells<kLayout>(n, shared.peer_cells, num_slots, [&](int32_t slot, int32_t total) {
@@ -220,7 +222,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     if (first == 0) {
       ok = counts.Take(params, shared, epoch) && ok;
       STAMP(8);
-      // A rank that failed before has said so before it arrived.
+      // A rank that failed before has said so before it arrived: Fail's fence was passed by then.
       if (from_end < p.group.num_ranks) ok = ok && !HasFailed(p.group, epoch);
       TestDelay(p.group.rank, epoch, 1);
     }

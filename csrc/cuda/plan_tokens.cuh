@@ -30,7 +30,7 @@ __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch
       continue;
     }
     uint64_t* to = IdsOf(*p.group.peers[r], p, n, epoch, p.group.rank, token) + first;
-    if constexpr (Ids::kWords == 1) {
+    if constexpr (Ids::kWords == 1) {  // relaxed, as in SendPair
       ptx::StoreRelaxedSystem(to, PackCount(static_cast<int32_t>(message.words[0]), epoch));
     } else {
       SendPair(to, epoch, message.words[0], message.words[1]);

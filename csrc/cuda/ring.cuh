@@ -50,32 +50,33 @@ class Ring {
     do {  // not every token has a sum
       before -= state_.num_slots;
     } while (before >= 0 && !HasRows(home * p_.num_tokens + before));
-    const bool is_free = before < 0 || Wait(Own(p_.group).ring_free[home], place, before, home);
+    const bool is_free =
+        before < 0 || Wait(WordKind::kSumRead, Own(p_.group).ring_free[home], place, before, home);
     return __all_sync(~0u, is_free);
   }
 
-  // Home: tells that the sum of `source` is read, by all lanes, before the last __syncwarp.
+  // Home: tells that the sum of `source` is read, by all lanes, before the last __syncwarp. The
+  // store releases these loads: the source overwrites what they read, and in PTX's memory model a
+  // relaxed store may be seen before an earlier load is done. Lanes that wait for a source each
+  // call this together, so that the warp pays for one release, not for one of each source.
   __device__ void TellFree(int source, const RingPlace& place) const {
     if (place.token + state_.num_slots >= p_.num_tokens) return;  // nobody will ask
     Tell(p_.group.peers[source]->ring_free[p_.group.rank], place);
   }
 
-  // Source: tells that the sum is there, which all lanes have stored before the last __syncwarp.
+  // Source: tells that the sum is there, which all lanes have stored before the last __syncwarp. A
+  // release store, not a fence: that would acquire too, which empties the SM's L1 cache.
   __device__ void TellReady(int home, const RingPlace& place) const {
-    ptx::FenceAcquireReleaseSystem();
     Tell(p_.group.peers[home]->ring_ready[p_.group.rank], place);
   }
 
   // Home: waits until the sum of `source` is there. False once the group has failed.
   __device__ bool WaitReady(int source, const RingPlace& place) const {
     return kMutation == kWithoutRingReady ||
-           Wait(Own(p_.group).ring_ready[source], place, place.token, source);
+           Wait(WordKind::kSum, Own(p_.group).ring_ready[source], place, place.token, source);
   }
 
  private:
-  __device__ uint64_t Word(int32_t token) const {
-    return state_.epoch << 32 | static_cast<uint32_t>(token);
-  }
   __device__ int32_t IndexOf(const RingPlace& place) const {
     return place.slot * state_.num_parts + place.part;
   }
@@ -84,16 +85,16 @@ class Ring {
     return row >= 0 && row < p_.capacity;
   }
   __device__ void Tell(uint64_t* words, const RingPlace& place) const {
-    ptx::StoreRelaxedSystem(&words[IndexOf(place)], Word(place.token));
+    ptx::StoreReleaseSystem(&words[IndexOf(place)], RingWord(place.token, state_.epoch));
   }
   // Until the word of the place speaks of `token`.
-  __device__ bool Wait(const uint64_t* words, const RingPlace& place, int32_t token,
+  __device__ bool Wait(WordKind kind, const uint64_t* words, const RingPlace& place, int32_t token,
                        int peer) const {
-    const uint64_t expected = Word(token);
+    const uint64_t expected = RingWord(token, state_.epoch);
     for (Deadline deadline;;) {
       const uint64_t seen = ptx::LoadAcquireSystem(&words[IndexOf(place)]);
       if (seen == expected) return true;
-      if (!deadline.Continue(p_.group, Phase::kRows, peer, expected, seen)) return false;
+      if (!deadline.Continue(p_.group, kind, peer, expected, seen)) return false;
     }
   }
 

@@ -2,7 +2,7 @@
 //
 // Every op of a group is one kernel on each rank, or two (plan_pull.cu), and runs in these steps:
 //
-//   1. BeginOp: all blocks learn the epoch of the op.
+//   1. BeginOp: all blocks learn the numbers of the op.
 //   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
 //   3. WaitInputs: every block waits until all peers have done so; then it may read their inputs.
 //   4. EndOp: the last block to finish tells every peer that this rank reads no more, and waits
@@ -13,6 +13,14 @@
 // and returns false; from then on every wait of the group returns false at once. Nothing traps: the
 // last block overwrites all results with poison. And a rank that has failed does not close, so no
 // rank ends an op well in which another one failed before it had read all (EndOp).
+//
+// Order of memory, as PTX defines it. A word that tells a peer that memory is ready, or is read, is
+// released at system scope: by a release store, or by a fence of system scope and a relaxed store
+// of the same thread. What other threads did before comes along, since they met that thread at a
+// barrier (of a warp or a block) or through a counter between fences (IsLastBlock). The peer
+// acquires the word at system scope, and its other threads meet the one that did. Relaxed stores
+// without a fence are for words that hand no memory over: all that they say is in the word itself
+// (the plans' counts and ids, and the arrival flag of plan_push.cu).
 #pragma once
 
 #include <cstdint>
@@ -30,7 +38,7 @@ __device__ __forceinline__ Workspace& Own(const GroupParams& group) {
 
 // Records the failure unless there was one before, and tells all peers. Not inlined, like all that
 // runs only when a wait takes long: the waits are many, and their code should stay short.
-__device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, Phase phase,
+__device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, WordKind word,
                                          int peer, uint64_t expected, uint64_t seen,
                                          uint64_t waited_ns) {
   // Its own flag is that of another op: one that runs beside this one.
@@ -41,7 +49,7 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
     error->rank = group.rank;
     error->peer = peer;
     error->op = static_cast<uint32_t>(group.op);
-    error->phase = static_cast<uint32_t>(phase);
+    error->word = static_cast<uint32_t>(word);
     error->expected = expected;
     error->seen = seen;
     error->waited_ns = waited_ns;
@@ -58,25 +66,28 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
 // Keeps a wait from lasting for ever: Continue is called now and then while nothing has come.
 class Deadline {
  public:
-  // False once the group has failed; `expected` and `seen` are for the report.
-  __device__ __forceinline__ bool Continue(const GroupParams& group, Phase phase, int peer,
+  // False once the group has failed. `expected` and `seen`, packed as `word` says, are for the
+  // report; of a message, all bits of the epoch are expected.
+  __device__ __forceinline__ bool Continue(const GroupParams& group, WordKind word, int peer,
                                            uint64_t expected, uint64_t seen) {
-    return ++spins_ % 64 != 0 || Look(group, phase, peer, expected, seen);
+    return ++spins_ % 64 != 0 || Look(group, word, peer, expected, seen);
   }
 
  private:
-  __device__ __noinline__ bool Look(const GroupParams& group, Phase phase, int peer,
+  __device__ __noinline__ bool Look(const GroupParams& group, WordKind word, int peer,
                                     uint64_t expected, uint64_t seen) {
     if (ptx::LoadAcquireSystem(&Own(group).failed) != 0u) {
-      Fail(group, ErrorKind::kAborted, phase, peer, expected, seen, 0);
+      Fail(group, ErrorKind::kAborted, word, peer, expected, seen, 0);
       return false;
     }
-    // A peer at another op may never send what this one waits for.
-    const uint64_t epoch = expected >> kTagBits;
-    if (phase == Phase::kArrival && epoch != 0) {
+    // A peer at another op may never send the message that this one waits for. The other waits are
+    // for flags, which tell the op themselves, or begin after the peer's arrival flag was right.
+    if (word == WordKind::kMessage) {
+      const uint64_t epoch = expected;
+      const uint64_t flag = FlagValue(epoch, group.tag);
       const uint64_t arrival = ptx::LoadAcquireSystem(&Own(group).arrival[epoch % 2][peer].value);
-      if (arrival >> kTagBits >= epoch && arrival != expected) {
-        Fail(group, ErrorKind::kMismatch, phase, peer, expected, arrival, 0);
+      if (arrival >> kTagBits >= epoch && arrival != flag) {
+        Fail(group, ErrorKind::kMismatch, WordKind::kArrivalFlag, peer, flag, arrival, 0);
         return false;
       }
     }
@@ -86,16 +97,15 @@ class Deadline {
     if (spins_ % 1024 == 0) {  // across PCIe, so less often
       const uint32_t lost = ptx::LoadAcquireSystem(&group.error->lost_peer);
       if (lost != 0u && lost_) {
-        Fail(group, ErrorKind::kPeerLost, phase, static_cast<int>(lost) - 1, expected, seen,
-             waited);
+        Fail(group, ErrorKind::kPeerLost, word, static_cast<int>(lost) - 1, expected, seen, waited);
         return false;
       }
       lost_ = lost != 0u;  // what it sent before it went may still be found by another look
     }
     const uint64_t limit =
-        phase == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
+        PhaseOf(word) == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
     if (waited <= limit) return true;
-    Fail(group, ErrorKind::kTimeout, phase, peer, expected, seen, waited);
+    Fail(group, ErrorKind::kTimeout, word, peer, expected, seen, waited);
     return false;
   }
 
@@ -104,35 +114,39 @@ class Deadline {
   bool lost_ = false;
 };
 
-// Waits for `flag` of `peer` to reach `epoch`; false once the group has failed.
+// Waits for `flag` of `peer`, of the kind `word`, to reach `epoch`; false once the group has
+// failed.
 __device__ inline bool WaitFlag(const GroupParams& group, const uint64_t& flag, uint64_t epoch,
-                                Phase phase, int peer) {
+                                WordKind word, int peer) {
   const uint64_t expected = FlagValue(epoch, group.tag);
   for (Deadline deadline;;) {
     const uint64_t seen = ptx::LoadAcquireSystem(&flag);
     if (seen == expected) return true;
     if (seen >> kTagBits >= epoch) {
-      Fail(group, ErrorKind::kMismatch, phase, peer, expected, seen, 0);
+      Fail(group, ErrorKind::kMismatch, word, peer, expected, seen, 0);
       return false;
     }
-    if (!deadline.Continue(group, phase, peer, expected, seen)) return false;
+    if (!deadline.Continue(group, word, peer, expected, seen)) return false;
   }
 }
 
-// The epoch of the running op.
-__device__ __forceinline__ uint64_t EpochOfOp(const GroupParams& group) {
-  return *static_cast<volatile uint64_t*>(&Own(group).epoch) + 1;
+// The numbers of the running op, its publication only if it is one that publishes.
+__device__ __forceinline__ OpNumbers NumbersOfOp(const GroupParams& group) {
+  OpNumbers last;
+  ptx::LoadRelaxedSystem(&Own(group).last.epoch, last.epoch, last.publication);  // by one load
+  if (kMutation == kNumberByEpoch) last.publication = last.epoch;
+  return {last.epoch + 1, last.publication + 1};
 }
 
 // The same, in the op's first kernel. All threads of all blocks call it before EndOp.
-__device__ __forceinline__ uint64_t BeginOp(const GroupParams& group) {
+__device__ __forceinline__ OpNumbers BeginOp(const GroupParams& group) {
   Workspace& own = Own(group);
-  const uint64_t epoch = EpochOfOp(group);
+  const OpNumbers op = NumbersOfOp(group);
   // By a thread that has nothing to do while the answer comes.
   if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && atomicExch(&own.active, 1u) != 0u) {
-    Fail(group, ErrorKind::kConcurrent, Phase::kArrival, group.rank, epoch, epoch, 0);
+    Fail(group, ErrorKind::kConcurrent, WordKind::kNone, group.rank, op.epoch, op.epoch, 0);
   }
-  return epoch;
+  return op;
 }
 
 // True in all threads of the last block that comes here, which sees all that the other blocks wrote
@@ -158,21 +172,23 @@ __device__ inline bool IsLastBlock(uint32_t* counter, bool& failed) {
 }
 
 // This rank's address as its peers may name it; ~0 if they cannot read it.
-__device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t epoch,
+__device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t publication,
                                          const void* address) {
   const uint64_t value = reinterpret_cast<uint64_t>(address);
   for (int i = 0; i < kMaxRegions; ++i) {
     const Region region = Own(group).regions[group.rank][i];
-    if (value - region.base < region.size) return PackAddress(i, value - region.base, epoch);
+    if (value - region.base < region.size) return PackAddress(i, value - region.base, publication);
   }
   return ~uint64_t{0};
 }
 
 // Tells every peer that this rank's inputs are ready, at `addresses` (null: none). Called by all
 // threads of one block, after the inputs were made visible (by an earlier kernel, or IsLastBlock).
-__device__ inline void Publish(const GroupParams& group, uint64_t epoch,
+// Each thread has its fence before all of its stores, so these are relaxed, and come in any order.
+__device__ inline void Publish(const GroupParams& group, OpNumbers op,
                                const void* const (&addresses)[kMaxAddresses]) {
   constexpr int kWords = kMaxAddresses + 1;
+  const auto [epoch, publication] = op;
   TestDelay(group.rank, epoch, 0);
   ptx::FenceAcquireReleaseSystem();
   for (int i = threadIdx.x; i < group.num_ranks * kWords; i += blockDim.x) {
@@ -183,18 +199,20 @@ __device__ inline void Publish(const GroupParams& group, uint64_t epoch,
                               FlagValue(epoch, group.tag));
       continue;
     }
+    if (TestWithholds(group, i / kWords, WordKind::kAddress)) continue;
     const void* address = nullptr;
 #pragma unroll
     for (int j = 0; j < kMaxAddresses; ++j) address = word == j ? addresses[j] : address;
-    uint64_t encoded = PackAddress(0, 0, epoch);
+    uint64_t encoded = PackAddress(0, 0, publication);
     if (address != nullptr) {
-      encoded = EncodeAddress(group, epoch, address);
+      encoded = EncodeAddress(group, publication, address);
       if (encoded == ~uint64_t{0}) {
-        Fail(group, ErrorKind::kUnreachable, Phase::kArrival, group.rank,
+        Fail(group, ErrorKind::kUnreachable, WordKind::kNone, group.rank,
              reinterpret_cast<uint64_t>(address), word, 0);
         continue;  // who waits for it finds that this rank has failed
       }
     }
+    TestDelay(group.rank, epoch, ~0u);  // the flag may be there before the address
     ptx::StoreRelaxedSystem(&peer.addresses[group.rank][word], encoded);
   }
 }
@@ -220,23 +238,24 @@ __device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
   }
   const bool failed = ptx::LoadAcquireSystem(&Own(group).failed) != 0u;  // on its way meanwhile
   if (rank != group.rank || instance != group.instance) {
-    Fail(group, ErrorKind::kMisplaced, Phase::kArrival, rank, group.instance, instance, 0);
+    Fail(group, ErrorKind::kMisplaced, WordKind::kNone, rank, group.instance, instance, 0);
     return true;
   }
   if (!failed) return false;
-  Fail(group, ErrorKind::kAborted, Phase::kArrival, group.rank, epoch, epoch, 0);
+  Fail(group, ErrorKind::kAborted, WordKind::kNone, group.rank, epoch, epoch, 0);
   return true;
 }
 
 // Waits until all ranks have arrived, after which `inputs` says where their inputs are; false in
 // all threads once the group has failed. Called by all threads of a block.
-__device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, PeerInputs& inputs) {
+__device__ inline bool WaitInputs(const GroupParams& group, OpNumbers op, PeerInputs& inputs) {
   Workspace& own = Own(group);
+  const uint64_t epoch = op.epoch, number = PackAddress(0, 0, op.publication);
   bool arrived = threadIdx.x + 1 != blockDim.x || !HasFailed(group, epoch);
   for (int i = threadIdx.x; i < group.num_ranks * kMaxAddresses; i += blockDim.x) {
     const int r = i / kMaxAddresses;
     const uint64_t& flag = own.arrival[epoch % 2][r].value;
-    if (kMutation != kWithoutArrival && !WaitFlag(group, flag, epoch, Phase::kArrival, r)) {
+    if (kMutation != kWithoutArrival && !WaitFlag(group, flag, epoch, WordKind::kArrivalFlag, r)) {
       arrived = false;
       break;
     }
@@ -244,8 +263,8 @@ __device__ inline bool WaitInputs(const GroupParams& group, uint64_t epoch, Peer
     uint64_t word;
     for (Deadline deadline; arrived;) {
       word = ptx::LoadRelaxedSystem(&own.addresses[r][i % kMaxAddresses]);
-      if ((word & 0xffff) == (epoch & 0xffff) || kMutation == kWithoutArrival) break;
-      arrived = deadline.Continue(group, Phase::kArrival, r, epoch & 0xffff, word & 0xffff);
+      if ((word & 0xffff) == number || kMutation == kWithoutArrival) break;
+      arrived = deadline.Continue(group, WordKind::kAddress, r, number, word);
     }
     if (!arrived) break;
     const uint64_t encoded = word >> 16;
@@ -282,20 +301,22 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
   const bool is_last = IsLastBlock(&own.blocks_done, failed);
   if (!is_last && !failed) return;
   if (!failed) {
+    // Releases the reads of all blocks, which IsLastBlock ordered before for this GPU alone. (Bulk
+    // loads are among them: they were complete when their barriers were waited for.)
     for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
-      ptx::StoreRelaxedSystem(&group.peers[r]->close[group.rank].value,
+      ptx::StoreReleaseSystem(&group.peers[r]->close[group.rank].value,
                               FlagValue(epoch, group.tag));
     }
     if (threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u) {
       // No wait may find it: a peer that failed after its own close has sent all.
-      Fail(group, ErrorKind::kAborted, Phase::kClose, group.rank, FlagValue(epoch, group.tag), 0,
-           0);
+      Fail(group, ErrorKind::kAborted, WordKind::kCloseFlag, group.rank,
+           FlagValue(epoch, group.tag), 0, 0);
       failed = true;
     }
     finish();
     for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
       if (kMutation != kWithoutClose &&
-          !WaitFlag(group, own.close[r].value, epoch, Phase::kClose, r)) {
+          !WaitFlag(group, own.close[r].value, epoch, WordKind::kCloseFlag, r)) {
         failed = true;
       }
     }
@@ -304,7 +325,9 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
   if (failed) poison();
   if (!is_last || threadIdx.x != 0) return;
   own.tickets = 0;
-  own.epoch = epoch;
+  own.last.epoch = epoch;
+  // Without its value, for which the end would wait, or a register be kept until here.
+  atomicAdd(reinterpret_cast<unsigned long long*>(&own.last.publication), 1ull);
   own.active = 0;
 }
 
@@ -313,10 +336,10 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Poison&& 
   EndOp(group, epoch, [] {}, poison);
 }
 
-// Ends an op whose peers read nothing of this rank's. Called by one thread, after all blocks'
-// waits.
+// Ends an op whose peers read nothing of this rank's, and which published nothing. Called by one
+// thread, after all blocks' waits.
 __device__ inline void EndOpAtOnce(const GroupParams& group, uint64_t epoch) {
-  Own(group).epoch = epoch;
+  Own(group).last.epoch = epoch;
   Own(group).active = 0;
 }
 

@@ -48,14 +48,26 @@ JAX_EP_HOST_DEVICE uint64_t FlagValue(uint64_t epoch, uint32_t tag) {
   return epoch << kTagBits | (tag & ((1u << kTagBits) - 1));
 }
 
-// Words that carry the epoch beside the value need no flag of their own: who finds the epoch has
-// the value too. An address travels as region and offset; 16 bits of the epoch tell an op from the
-// one before it.
-JAX_EP_HOST_DEVICE uint64_t PackAddress(uint64_t region, uint64_t offset, uint64_t epoch) {
-  return (region << kRegionShift | offset) << 16 | (epoch & 0xffff);
+// The numbers of an op: its epoch, and how many ops of the group up to this one have published
+// addresses. All ranks run the same ops, so both are the same everywhere.
+struct alignas(16) OpNumbers {
+  uint64_t epoch;
+  uint64_t publication;
+};
+
+// Words that carry a number of the op beside the value need no flag of their own: who finds the
+// number has the value too. An address travels as region and offset. There are only 16 bits left
+// for a number: they count publications, each of which writes all addresses, so that the word of
+// before has the number before, however many epochs have passed.
+JAX_EP_HOST_DEVICE uint64_t PackAddress(uint64_t region, uint64_t offset, uint64_t publication) {
+  return (region << kRegionShift | offset) << 16 | (publication & 0xffff);
 }
 JAX_EP_HOST_DEVICE uint64_t PackCount(int32_t count, uint64_t epoch) {
   return static_cast<uint64_t>(static_cast<uint32_t>(count)) << 32 | (epoch & 0xffffffff);
+}
+// Of the ring: the token whose sum is there, or has been read.
+JAX_EP_HOST_DEVICE uint64_t RingWord(int32_t token, uint64_t epoch) {
+  return epoch << 32 | static_cast<uint32_t>(token);
 }
 
 // Sums that the ring holds of each of the other ranks; 0 if a row is too long.
@@ -73,8 +85,33 @@ constexpr uint32_t kFailedHere = 1u << 31;
 enum class Phase : uint32_t {
   kArrival = 0,  // a peer's inputs
   kClose = 1,    // a peer's last read of this rank's inputs
-  kRows = 2,     // a peer's partial sums
+  kRows = 2,     // a peer's partial sums, or its totals of the plan
 };
+
+// The word that a wait reads, which says how `expected` and `seen` of an ErrorRecord are packed.
+enum class WordKind : uint32_t {
+  kNone = 0,         // the failure is not about a word
+  kArrivalFlag = 1,  // FlagValue
+  kCloseFlag = 2,    // FlagValue
+  kAddress = 3,      // PackAddress; expected is the number of the publication alone
+  kTotal = 4,        // PackCount, of the plan that reads; expected is the epoch alone
+  kMessage = 5,      // PackCount, of the plan that sends; expected is the epoch alone
+  kSum = 6,          // RingWord: a sum is in its slot of the ring
+  kSumRead = 7,      // RingWord: home has read the sum
+};
+
+JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
+  switch (word) {
+    case WordKind::kCloseFlag:
+      return Phase::kClose;
+    case WordKind::kTotal:
+    case WordKind::kSum:
+    case WordKind::kSumRead:
+      return Phase::kRows;
+    default:
+      return Phase::kArrival;
+  }
+}
 
 // The first failure of a group on one rank, in pinned host memory, so that it can be read whatever
 // state the device is in. `set` is written last.
@@ -83,8 +120,8 @@ struct ErrorRecord {
   uint32_t kind;  // ErrorKind
   uint32_t rank;
   uint32_t peer;
-  uint32_t op;  // OpKind
-  uint32_t phase;
+  uint32_t op;    // OpKind
+  uint32_t word;  // WordKind
   uint64_t expected;
   uint64_t seen;
   uint64_t waited_ns;
@@ -128,7 +165,7 @@ struct Workspace {
   uint32_t blocks_arrived;                      // of the running kernel
   uint32_t blocks_done;                         // of the running kernel; and kFailedHere
   uint32_t tickets;                             // of the running kernel (Tickets); zero between ops
-  uint64_t epoch;                               // of the last op that completed
+  OpNumbers last;                               // epoch and publication that completed last
   int32_t num_invalid;                          // plan: of the running kernel; zero between plans
   int32_t own_totals[kMaxExperts + kMaxRanks];  // plan: this rank's totals; zero between plans
 };

@@ -12,9 +12,16 @@ const char* OpName(uint32_t op) {
   return op < 4 ? kNames[op] : "unknown";
 }
 
-const char* PhaseName(uint32_t phase) {
-  constexpr const char* kNames[] = {"arrival", "close", "rows"};
-  return phase < 3 ? kNames[phase] : "unknown";
+const char* PhaseName(cuda::Phase phase) {
+  switch (phase) {
+    case cuda::Phase::kArrival:
+      return "arrival";
+    case cuda::Phase::kClose:
+      return "close";
+    case cuda::Phase::kRows:
+      return "rows";
+  }
+  return "unknown";
 }
 
 std::string FlagText(uint64_t flag) {
@@ -22,24 +29,57 @@ std::string FlagText(uint64_t flag) {
          std::to_string(flag & ((1u << cuda::kTagBits) - 1));
 }
 
+// What a wait expected of a word, and what an earlier op had left there.
+std::string WordText(const ErrorRecord& error) {
+  const auto text = [&](const char* what, auto describe, uint64_t mask) {
+    const bool is_empty = (error.seen & mask) == 0;
+    return "; expected the " + std::string(what) + " of " + describe(error.expected) + ", saw " +
+           (is_empty ? "none" : "that of " + describe(error.seen));
+  };
+  const auto publication = [](uint64_t word) {
+    return "publication " + std::to_string(word & 0xffff) + " modulo 65536";
+  };
+  const auto epoch = [](uint64_t word) { return "epoch " + std::to_string(word & 0xffffffff); };
+  const auto epoch_and_token = [](uint64_t word) {
+    return "epoch " + std::to_string(word >> 32) + ", token " + std::to_string(word & 0xffffffff);
+  };
+  switch (static_cast<cuda::WordKind>(error.word)) {
+    case cuda::WordKind::kArrivalFlag:
+    case cuda::WordKind::kCloseFlag:
+      return "; expected " + FlagText(error.expected) + ", saw " + FlagText(error.seen);
+    case cuda::WordKind::kAddress:
+      return text("address", publication, ~uint64_t{0});
+    case cuda::WordKind::kTotal:
+      return text("total", epoch, 0xffffffff);
+    case cuda::WordKind::kMessage:
+      return text("message", epoch, 0xffffffff);
+    case cuda::WordKind::kSum:
+      return text("sum", epoch_and_token, ~uint64_t{0});
+    case cuda::WordKind::kSumRead:
+      return text("receipt for the sum", epoch_and_token, ~uint64_t{0});
+    case cuda::WordKind::kNone:
+      break;
+  }
+  return "";
+}
+
 }  // namespace
 
 std::string ErrorText(const ErrorRecord& error) {
   std::string text = "jax_ep.CommunicationError: rank " + std::to_string(error.rank) + ", op " +
-                     OpName(error.op) + ", phase " + PhaseName(error.phase) + ": ";
+                     OpName(error.op) + ", phase " +
+                     PhaseName(cuda::PhaseOf(static_cast<cuda::WordKind>(error.word))) + ": ";
   const std::string peer = "rank " + std::to_string(error.peer);
-  const std::string flags =
-      "; expected " + FlagText(error.expected) + ", saw " + FlagText(error.seen);
   switch (static_cast<cuda::ErrorKind>(error.kind)) {
     case cuda::ErrorKind::kTimeout:
       text += "waited " + std::to_string(static_cast<double>(error.waited_ns) * 1e-9) + " s for " +
-              peer + flags;
+              peer + WordText(error);
       break;
     case cuda::ErrorKind::kMismatch:
-      text += peer + " is at another op" + flags;
+      text += peer + " is at another op" + WordText(error);
       break;
     case cuda::ErrorKind::kPeerLost:
-      text += "the process of " + peer + " is gone" + flags;
+      text += "the process of " + peer + " is gone" + WordText(error);
       break;
     case cuda::ErrorKind::kUnreachable:
       text += "an input is in memory that its peers cannot read";

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 out=${1:-build/cuda}
 rm -rf "$out/library" "$out/stopping" "$out/tests"  # no object of a source that is gone
 mkdir -p "$out/library" "$out/stopping" "$out/tests"
-for source in csrc/plan/*.cc csrc/cpu/*.cc; do
+for source in csrc/plan/*.cc csrc/cpu/*.cc csrc/transport/error_text.cc; do
   g++ -std=c++17 -O3 -ffp-contract=off -Icsrc -c "$source" \
     -o "$out/library/$(echo "$source" | tr / _).o" &
 done
@@ -25,5 +25,5 @@ for job in $(jobs -p); do wait "$job"; done
 for name in kernels_test plan_test races_test; do
   nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/library/*.o "$out/tests/$name.o" -o "$out/$name"
 done
-nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/library/csrc_{plan,cpu}_*.o "$out"/stopping/*.o \
+nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/library/csrc_{plan,cpu,transport}_*.o "$out"/stopping/*.o \
   "$out/tests/failures_test.o" -o "$out/failures_test"

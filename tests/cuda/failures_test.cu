@@ -1,14 +1,15 @@
 // Fails a rank of a group, without XLA, and checks what its peers make of it: each ends in time and
 // has a record that says why, and all of its results are poison; so does every later op, at once.
 //
-//   failures_test [op=dispatch|combine|combine_vjp] [failing=(the last rank)]
-//                 [failure=absent|gone|stops|mismatch|concurrent|unreachable|misplaced]
+//   failures_test [op=plan|dispatch|combine|combine_vjp] [plan=pull|push] [failing=(the last rank)]
+//                 [failure=absent|gone|stops|withholds|mismatch|concurrent|unreachable|misplaced]
 //                 [other=(the failing rank's op, if it is a mismatch, or its second one)]
 //                 [other_blocks=0] [other_tag=0] (by which the second op's are greater)
 //                 [coords=rank|instance (that are wrong)]
 //                 [items=0 (of each warp of combine, before the rank stops)]
 //                 [phase=arrival|rows|close (in which its peers are, once it is gone or stops)]
-//                 [routes=all|first (rank)] [timeout_ms=250]
+//                 [word=address|total|message|sum|receipt (that they wait for; or any of the
+//                 phase)] [routes=all|first (rank)] [timeout_ms=250]
 //
 // and what kernels_test takes for its workload. The kernels are built with JAX_EP_TEST_STOPS.
 
@@ -23,13 +24,16 @@
 #include <vector>
 
 #include "cuda/ptx.cuh"
+#include "cuda/test_hooks.cuh"
 #include "kernels_case.cuh"
+#include "transport/error_text.h"
 
 namespace {
 
 using cuda::ErrorKind;
 using cuda::OpKind;
 using cuda::Phase;
+using cuda::WordKind;
 
 constexpr size_t kGuard = 64;  // elements after each result, which nothing may write
 constexpr int kUntouched = 0xAB;
@@ -41,8 +45,21 @@ void Expect(bool holds, int rank, const char* what) {
   ++num_wrong;
 }
 
+// That ranks wait for in this phase; kNone: a sum or a receipt.
+WordKind WordNamed(const std::string& name, Phase phase) {
+  return name == "address"        ? WordKind::kAddress
+         : name == "total"        ? WordKind::kTotal
+         : name == "message"      ? WordKind::kMessage
+         : name == "sum"          ? WordKind::kSum
+         : name == "receipt"      ? WordKind::kSumRead
+         : phase == Phase::kRows  ? WordKind::kNone
+         : phase == Phase::kClose ? WordKind::kCloseFlag
+                                  : WordKind::kArrivalFlag;
+}
+
 OpKind OpNamed(const std::string& name) {
-  return name == "dispatch"      ? OpKind::kDispatch
+  return name == "plan"          ? OpKind::kPlan
+         : name == "dispatch"    ? OpKind::kDispatch
          : name == "combine_vjp" ? OpKind::kCombineVjp
                                  : OpKind::kCombine;
 }
@@ -58,8 +75,9 @@ __global__ void ReportLost(cuda::ErrorRecord* error, int peer) {
 struct Failure {
   OpKind op, other;
   int failing;
-  bool stops, gone, mismatch, concurrent, unreachable, misplaced;
+  bool stops, gone, withholds, mismatch, concurrent, unreachable, misplaced;
   Phase phase;
+  WordKind word;  // see WordNamed
   ErrorKind kind;
   int items, other_blocks, other_tag;
   int32_t coords[2];
@@ -67,13 +85,16 @@ struct Failure {
   Failure(const Options& options, int num_ranks) {
     const std::string what = options.Text("failure", "absent");
     gone = what == "gone", mismatch = what == "mismatch", concurrent = what == "concurrent";
+    withholds = what == "withholds";
     unreachable = what == "unreachable", misplaced = what == "misplaced";
     op = OpNamed(options.Text("op", "combine"));
     other = OpNamed(options.Text("other", options.Text("op", "combine").c_str()));
     failing = options.Int("failing", num_ranks - 1);
     const std::string where = options.Text("phase", what == "stops" ? "close" : "arrival");
     phase = where == "close" ? Phase::kClose : where == "rows" ? Phase::kRows : Phase::kArrival;
-    stops = phase != Phase::kArrival;
+    word = WordNamed(options.Text("word", ""), phase);
+    if (word != WordKind::kNone) phase = PhaseOf(word);
+    stops = phase != Phase::kArrival && !withholds;
     kind = mismatch      ? ErrorKind::kMismatch
            : gone        ? ErrorKind::kPeerLost
            : concurrent  ? ErrorKind::kConcurrent
@@ -87,6 +108,11 @@ struct Failure {
     coords[0] = wrong_rank ? (failing + 1) % num_ranks : failing;
     coords[1] = wrong_rank ? 0 : 1;
   }
+  bool Awaits(uint32_t kind) const {
+    const auto found = static_cast<WordKind>(kind);
+    return word != WordKind::kNone ? found == word
+                                   : found == WordKind::kSum || found == WordKind::kSumRead;
+  }
   // Whether it comes and fails itself; else its peers have to notice.
   bool FailsItself() const { return mismatch || concurrent || unreachable || misplaced; }
 };
@@ -94,7 +120,15 @@ struct Failure {
 // Calls `visit` with the name and the buffer of each result of an op.
 template <typename Visit>
 void VisitResults(OpKind op, const Workload& w, Rank& k, Visit&& visit) {
-  if (op == OpKind::kDispatch) {
+  if (op == OpKind::kPlan) {
+    visit("dest_row", k.dest_row);
+    visit("recv_rows", k.recv_rows);
+    visit("group_sizes", k.group_sizes);
+    visit("counts", k.counts);
+    visit("demand", k.demand);
+    visit("num_dropped", k.num_dropped);
+    visit("num_invalid", k.num_invalid);
+  } else if (op == OpKind::kDispatch) {
     visit("rows", k.rows);
     visit("row_weights", k.row_weights);
     if (w.fp8) visit("row_scales", k.row_scales);
@@ -110,16 +144,21 @@ void VisitResults(OpKind op, const Workload& w, Rank& k, Visit&& visit) {
 class Test {
  public:
   Test(const Workload& w, const Options& options, int failing, std::vector<Rank>& ranks)
-      : w_(w), ranks_(ranks), timeout_ns_(options.Int("timeout_ms", 250) * uint64_t{1'000'000}) {
+      : w_(w),
+        ranks_(ranks),
+        timeout_ns_(options.Int("timeout_ms", 250) * uint64_t{1'000'000}),
+        plan_(options.Text("plan", "pull") == "push" ? cuda::PlanKernel::kPush
+                                                     : cuda::PlanKernel::kPull) {
     ops_ = {OpKind::kDispatch, OpKind::kCombine};
     if (w.HasVjp()) ops_.push_back(OpKind::kCombineVjp);
     coords_.resize(ranks.size());
     for (size_t r = 0; r < ranks.size(); ++r) {
       CHECK_CUDA(cudaSetDevice(ranks[r].device));
-      for (const OpKind op : ops_) {
-        VisitResults(op, w, ranks[r],
-                     [](const char*, auto& buffer) { buffer.Resize(buffer.host.size() + kGuard); });
-      }
+      const auto guard = [](const char*, auto& buffer) {
+        buffer.Resize(buffer.host.size() + kGuard);
+      };
+      VisitResults(OpKind::kPlan, w, ranks[r], guard);
+      for (const OpKind op : ops_) VisitResults(op, w, ranks[r], guard);
       coords_[r].Resize(2);
       SetCoords(ranks[r], {int32_t(r), 0});
       ranks[r].group.coords = coords_[r].device;
@@ -159,14 +198,16 @@ class Test {
     const bool times_out = f.kind == ErrorKind::kTimeout;
     for (Rank& k : ranks_) {
       // What ought not to pass takes much longer.
-      k.group.arrival_timeout_ns = (times_out && !f.stops ? 1 : 20) * timeout_ns_;
-      k.group.op_timeout_ns = (times_out && f.stops ? 1 : 20) * timeout_ns_;
+      const bool arrives = f.phase != Phase::kArrival;
+      k.group.arrival_timeout_ns = (times_out && !arrives ? 1 : 20) * timeout_ns_;
+      k.group.op_timeout_ns = (times_out && arrives ? 1 : 20) * timeout_ns_;
       if (f.gone && !f.stops) k.error->lost_peer = 1 + f.failing;
       Clear(f.op, k);
     }
     Clear(f.other, failing);
     if (f.mismatch) ++failing.group.tag;
     if (f.stops) failing.group.tag |= (1 + f.items) << 16;
+    if (f.withholds) failing.group.tag |= (cuda::kWithholds + static_cast<uint32_t>(f.word)) << 16;
     if (f.misplaced) SetCoords(failing, {f.coords[0], f.coords[1]});
     if (f.unreachable) SetRegions(failing, false);
     if (f.concurrent) {
@@ -175,7 +216,7 @@ class Test {
       for (Rank& k : ranks_) {
         if (k.group.rank != f.failing) {
           Launch(f.op, k);
-        } else if (f.stops || f.FailsItself()) {
+        } else if (f.stops || f.withholds || f.FailsItself()) {
           Launch(f.other, k);
         }
       }
@@ -189,6 +230,7 @@ class Test {
 
     // All go on, but one that stopped.
     if (f.mismatch) --failing.group.tag;
+    if (f.withholds) failing.group.tag &= 0xffff;
     SetCoords(failing, {f.failing, 0});
     SetRegions(failing, true);
     for (const OpKind later : ops_) {
@@ -215,7 +257,8 @@ class Test {
   void Launch(OpKind op, Rank& k, const Workload& w, uint64_t* times) {
     CHECK_CUDA(cudaSetDevice(k.device));
     ReadTime<<<1, 1, 0, k.stream>>>(times);
-    CHECK_CUDA(op == OpKind::kDispatch ? cuda::LaunchDispatch(DispatchParamsOf(w, k, 0), k.stream)
+    CHECK_CUDA(op == OpKind::kPlan       ? cuda::LaunchPlan(PlanParamsOf(w, k), plan_, k.stream)
+               : op == OpKind::kDispatch ? cuda::LaunchDispatch(DispatchParamsOf(w, k, 0), k.stream)
                : op == OpKind::kCombine
                    ? cuda::LaunchCombine(CombineParamsOf(w, k, 0), k.stream)
                    : cuda::LaunchCombineVjp(CombineVjpParamsOf(w, k, 0), k.stream));
@@ -306,10 +349,9 @@ class Test {
       }
       noticed = true;
       Expect(error.kind == static_cast<uint32_t>(f.kind), r, "kind");
-      Expect(error.phase == static_cast<uint32_t>(f.phase), r, "phase");
       if (is_own) {
         Expect(error.peer == uint32_t(f.misplaced ? f.coords[0] : r), r, "peer");
-      } else if (f.kind == ErrorKind::kTimeout && f.phase == Phase::kRows) {
+      } else if (f.kind == ErrorKind::kTimeout && f.phase == Phase::kRows && !f.withholds) {
         // Peers that wait for the failing one may be waited for.
         Expect(error.peer != error.rank, r, "peer");
       } else {
@@ -317,6 +359,16 @@ class Test {
       }
       if (f.kind == ErrorKind::kTimeout)
         Expect(error.waited_ns >= timeout_ns_, r, "waited less than the deadline");
+      if (is_own) {
+        // Of two ops at once, either may find the other's flag.
+        const auto word = static_cast<WordKind>(error.word);
+        Expect(word == WordKind::kNone || (f.concurrent && (word == WordKind::kArrivalFlag ||
+                                                            word == WordKind::kCloseFlag)),
+               r, "a word");
+      } else {
+        Expect(f.Awaits(error.word), r, "word");
+        CheckText(k);
+      }
       if (f.misplaced)
         Expect(error.expected == 0 && error.seen == uint64_t(f.coords[1]), r, "instance");
       if (f.unreachable)
@@ -325,12 +377,43 @@ class Test {
     Expect(noticed, f.failing, "nobody noticed");
   }
 
+  // What users read of the words that were expected and seen. All ops before this one were right.
+  void CheckText(const Rank& k) {
+    const cuda::ErrorRecord& error = *k.error;
+    const std::string text = transport::ErrorText(error);
+    std::printf("  %s\n", text.c_str());
+    const size_t number = ops_.size() + 2;  // after the plan, and each of the others
+    const std::string epoch = "epoch " + std::to_string(number);
+    const std::string of_ring = epoch + ", token " + std::to_string(uint32_t(error.expected)) + ",";
+    const auto says = [&](const std::string& expected) {
+      Expect(text.find("; expected " + expected) != std::string::npos, k.group.rank, "text");
+    };
+    switch (static_cast<WordKind>(error.word)) {
+      case WordKind::kAddress:
+        return says("the address of publication " + std::to_string(number) +
+                    " modulo 65536, saw that of publication " + std::to_string(number - 1) +
+                    " modulo 65536.");
+      case WordKind::kTotal:
+        return says("the total of " + epoch + ", saw that of epoch 1.");
+      case WordKind::kMessage:
+        return says("the message of " + epoch + ", saw none.");
+      case WordKind::kSum:
+        Expect(uint32_t(error.expected) < uint32_t(w_.T), k.group.rank, "token");
+        return says("the sum of " + of_ring);
+      case WordKind::kSumRead:
+        Expect(uint32_t(error.expected) < uint32_t(w_.T), k.group.rank, "token");
+        return says("the receipt for the sum of " + of_ring);
+      default:
+        return says(epoch + " tag " + std::to_string(k.group.tag & 0xffff) + ",");
+    }
+  }
+
   void CheckFailed(OpKind op, Rank& k, uint64_t limit_ns) {
     const int r = k.group.rank;
     const cuda::ErrorRecord& error = *k.error;
     const std::vector<uint64_t> times = times_[r].FromDevice();
-    std::printf("rank %d: kind %u op %u phase %u peer %u, after %.1f ms\n", r, error.kind, error.op,
-                error.phase, error.peer, (times[1] - times[0]) * 1e-6);
+    std::printf("rank %d: kind %u op %u word %u peer %u, after %.1f ms\n", r, error.kind, error.op,
+                error.word, error.peer, (times[1] - times[0]) * 1e-6);
     Expect(error.set == 1, r, "no record");
     Expect(error.rank == uint32_t(r), r, "rank of the record");
     Expect(error.op == static_cast<uint32_t>(op), r, "op of the record");
@@ -359,6 +442,7 @@ class Test {
   const Workload& w_;
   std::vector<Rank>& ranks_;
   uint64_t timeout_ns_;
+  cuda::PlanKernel plan_;  // of a plan that fails
   std::vector<OpKind> ops_;
   std::vector<Buffer<uint64_t>> times_;  // before and after the last op, and a rank's second one
   std::vector<Buffer<int32_t>> coords_;

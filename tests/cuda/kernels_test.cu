@@ -171,8 +171,8 @@ int main(int argc, char** argv) {
       const cuda::ErrorRecord& error = *rank.error;
       if (error.set == 0) continue;
       failed = true;
-      std::printf("FAILED: kind %u rank %u peer %u op %u phase %u expected %llx seen %llx\n",
-                  error.kind, error.rank, error.peer, error.op, error.phase,
+      std::printf("FAILED: kind %u rank %u peer %u op %u word %u expected %llx seen %llx\n",
+                  error.kind, error.rank, error.peer, error.op, error.word,
                   (unsigned long long)error.expected, (unsigned long long)error.seen);
     }
     if (failed) std::exit(1);

@@ -45,12 +45,12 @@ __global__ void CompareWords(const int32_t* got, const int32_t* expected, int co
 // An op of the usual kind: peers read an address, and all wait until that is done.
 __global__ void OtherOp(cuda::GroupParams group, const int32_t* input, int32_t* sink) {
   __shared__ cuda::PeerInputs inputs;
-  const uint64_t epoch = cuda::BeginOp(group);
-  if (blockIdx.x == 0) cuda::Publish(group, epoch, {input, nullptr, nullptr});
-  if (cuda::WaitInputs(group, epoch, inputs) && threadIdx.x < group.num_ranks) {
+  const cuda::OpNumbers op = cuda::BeginOp(group);
+  if (blockIdx.x == 0) cuda::Publish(group, op, {input, nullptr, nullptr});
+  if (cuda::WaitInputs(group, op, inputs) && threadIdx.x < group.num_ranks) {
     *sink = inputs.Of<int32_t>(threadIdx.x, 0)[0];
   }
-  cuda::EndOp(group, epoch, [] {});
+  cuda::EndOp(group, op.epoch, [] {});
 }
 
 template <typename T>
@@ -111,8 +111,8 @@ struct Group {
     CHECK_CUDA(cudaDeviceSynchronize());
     for (const cuda::GroupParams& group : params) {
       if (group.error->set == 0) continue;
-      std::printf("FAILED: kind %u rank %u peer %u phase %u expected %llx seen %llx\n",
-                  group.error->kind, group.error->rank, group.error->peer, group.error->phase,
+      std::printf("FAILED: kind %u rank %u peer %u word %u expected %llx seen %llx\n",
+                  group.error->kind, group.error->rank, group.error->peer, group.error->word,
                   (unsigned long long)group.error->expected, (unsigned long long)group.error->seen);
       std::exit(1);
     }

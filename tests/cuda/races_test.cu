@@ -1,7 +1,7 @@
-// A rank that fails while its peers may or may not notice in time: whatever they make of it is
-// right.
+// Races that a delay at the right place brings to light. Mostly a rank fails while its peers may or
+// may not notice in time: whatever they make of it is right.
 //
-//   races_test race=close|reuse [tries=20] and what kernels_test takes for its workload
+//   races_test race=close|reuse|wrap [tries=20] and what kernels_test takes for its workload
 //
 // close: rank 0 gives up its wait for the peers' end at once, and its inputs are overwritten. A
 // peer of
@@ -9,6 +9,10 @@
 // reuse: rank 1 finds that it is misplaced, ends, and what it has counted for its peers' plans is
 //     overwritten, while rank 2 keeps these from going on. They write to no other memory than
 //     theirs.
+// wrap: no rank fails. Between two dispatches that read different buffers lie 65535 ops that
+// publish
+//     no address, after which the lower 16 bits of the epoch are the same again. Built with
+//     JAX_EP_TEST_DELAYS, addresses may come after the arrival flag.
 
 #include <cuda_runtime.h>
 
@@ -16,6 +20,7 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cuda/ptx.cuh"
@@ -69,11 +74,12 @@ void LaunchPlans(const Workload& w, std::vector<Rank>& ranks) {
   }
 }
 
-void LaunchDispatches(const Workload& w, std::vector<Rank>& ranks) {
+// Which read copy `launch` of x.
+void LaunchDispatches(const Workload& w, std::vector<Rank>& ranks, int launch = 0) {
   for (Rank& k : ranks) {
     CHECK_CUDA(cudaSetDevice(k.device));
     CHECK_CUDA(cudaMemsetAsync(k.rows.device, 0, k.rows.host.size(), k.stream));
-    CHECK_CUDA(cuda::LaunchDispatch(DispatchParamsOf(w, k, 0), k.stream));
+    CHECK_CUDA(cuda::LaunchDispatch(DispatchParamsOf(w, k, launch), k.stream));
   }
 }
 
@@ -126,14 +132,43 @@ void RaceForReuse(const Workload& w, std::vector<Rank>& ranks, const int32_t* wr
   }
 }
 
+// What the op has left that ended last.
+void SetEpoch(Rank& k, uint64_t epoch) {
+  CHECK_CUDA(cudaSetDevice(k.device));
+  CHECK_CUDA(cudaMemcpy(&k.workspace->last.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
+  CHECK_CUDA(cudaDeviceSynchronize());
+}
+
+void RaceForTheAddress(const Workload& w, std::vector<Rank>& ranks, uint64_t first_epoch) {
+  for (Rank& k : ranks) SetEpoch(k, first_epoch);
+  LaunchPlans(w, ranks);
+  Synchronize(ranks);
+  LaunchDispatches(w, ranks, 0);
+  Synchronize(ranks);
+  std::vector<std::vector<char>> rows;
+  for (Rank& k : ranks) {
+    rows.push_back(k.rows.FromDevice());
+    SetEpoch(k, first_epoch + 2 + 65535);
+    CHECK_CUDA(cudaMemset(k.x.Of(0), 0x77, k.x.host.size()));
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
+  LaunchDispatches(w, ranks, 1);
+  Synchronize(ranks);
+  for (Rank& k : ranks) {
+    k.x.ToDevice();
+    Expect(k.error->set == 0, k.group.rank, "a failure");
+    Expect(k.rows.FromDevice() == rows[k.group.rank], k.group.rank, "rows of the old buffer");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);  // streams that wait for each other
   const Options options(argc, argv);
   Workload w(options);
-  const bool close = options.Text("race", "close") == "close";
-  if (!close && w.R < 3) {
+  const std::string race = options.Text("race", "close");
+  if (race == "reuse" && w.R < 3) {
     std::printf("race=reuse: expected 3 ranks or more\n");
     return 2;
   }
@@ -149,12 +184,19 @@ int main(int argc, char** argv) {
   for (Rank& k : ranks) {
     CHECK_CUDA(cudaSetDevice(k.device));
     k.recv_src.Resize(k.recv_src.host.size() + kGuard);
+    k.x.MakeCopies(2);
     Spin<<<1, 1, 0, k.stream>>>(1);  // loads it before kernels wait for each other
   }
   Synchronize(ranks);
   for (int i = 0; i < options.Int("tries", 20) && num_wrong == 0; ++i) {
     Reset(ranks);
-    close ? RaceForTheClose(w, ranks) : RaceForReuse(w, ranks, wrong_coords.device, generator);
+    if (race == "wrap") {
+      RaceForTheAddress(w, ranks, i);
+    } else if (race == "reuse") {
+      RaceForReuse(w, ranks, wrong_coords.device, generator);
+    } else {
+      RaceForTheClose(w, ranks);
+    }
   }
   std::printf(num_wrong == 0 ? "all right\n" : "%d WRONG\n", num_wrong);
   return num_wrong == 0 ? 0 : 1;

@@ -28,7 +28,8 @@ compile() {
   echo "g++ ${flags[*]} $kernels -c $1 -o $out/objects/$2.o"
 }
 {
-  for source in "$out"/source/cuda/*.cu "$here"/*.cc "$root"/csrc/plan/*.cc "$root"/csrc/cpu/*.cc; do
+  for source in "$out"/source/cuda/*.cu "$here"/*.cc "$root"/csrc/plan/*.cc "$root"/csrc/cpu/*.cc \
+    "$root"/csrc/transport/error_text.cc; do
     compile "$source" "library_$(basename "$(dirname "$source")")_$(basename "$source")"
   done
   for name in "${names[@]}"; do compile "$out/source/tests/$name.cu" "$name"; done
