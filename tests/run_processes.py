@@ -8,7 +8,7 @@ where there are more processes than GPUs, shares GPU i modulo their number with 
 
 The output is the end of the report of the first process that failed, or else what was skipped and
 why; then the last line of every process. With ``--follow`` that of process 0 comes first, line by line
-while it runs. SIGTERM ends the processes and still gets a report. The exit status is the worst one.
+while it runs. SIGTERM ends the processes, which report first. The exit status is the worst one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 NCCL_SHARES_GPUS = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 _DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
 _VERDICT = re.compile(r"\b(passed|failed|skipped|error|errors|deselected)\b.* in \d")
+_REPORT_S = 2.5  # seconds for the reports of processes that are interrupted
 _TAIL = 150  # lines of the log of a process that failed
 
 
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
         finally:
             _end(processes)
         status = [_exit_status(process) for process in processes]
-        _report(logs, status, why)
+        _report(logs, status, why, followed=options.follow)
     worst = max(status)
     verdict = "all passed" if worst == 0 else f"FAILED, exit status {worst}"
     if why is not None:
@@ -133,12 +134,23 @@ def _wait(
             reason = f"after process {failed[0]} had failed" if failed else "at the time limit"
             if told_to_end:
                 reason = "when the launcher was told to end"
+                _interrupt(processes)
             _show(followed, shown)
             return f"processes {left} were killed {reason}"
         shown = _show(followed, shown)
         time.sleep(0.05)
     _show(followed, shown)
     return None
+
+
+def _interrupt(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Let pytest report what has failed so far, if it does so at once."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + _REPORT_S
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(0.05)
 
 
 def _show(log: pathlib.Path | None, shown: int) -> int:
@@ -166,13 +178,19 @@ def _exit_status(process: subprocess.Popen[bytes]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _report(logs: list[pathlib.Path], status: list[int], why: str | None) -> None:
+def _report(
+    logs: list[pathlib.Path], status: list[int], why: str | None, *, followed: bool
+) -> None:
     texts = [log.read_text(errors="replace").splitlines() for log in logs]
     # A process that was killed tells less than one that failed by itself.
     failed = [i for i, code in enumerate(status) if 0 < code < 128]
     failed += [i for i, code in enumerate(status) if code >= 128]
     shown = failed[0] if failed else 0
-    if failed:
+    if followed:
+        print()  # its last line may not be complete
+    if followed and failed and shown == 0:
+        pass  # all of it is there
+    elif failed:
         print(f"process {shown}:", *texts[shown][-_TAIL:], sep="\n")
     else:
         # What was skipped and why, which may differ in processes that have no part in a test.
