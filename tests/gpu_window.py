@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -33,6 +34,8 @@ from window_stages import GRACE, RESERVE, Stage
 ROOT = pathlib.Path(__file__).parents[1]
 _UPDATE_S = 1.0
 _QUICK_GRACE = 3.0  # seconds for stages to end where the whole window is told to
+# A library that was built from other sources may load, but lacks targets.
+_NAMES = "from jax_ep import _cpu, _cuda; print(*_cpu.targets().keys() & _cuda.targets().keys())"
 _MACHINE = {
     "gpus": "nvidia-smi -L",
     "links": "nvidia-smi topo -m",
@@ -138,10 +141,13 @@ class Window:
     def _is_built(self, stage: Stage) -> bool:
         if stage.name == "build_loads":
             return (pathlib.Path(self._names["binaries"]) / "loads").exists()
-        command = [sys.executable, "-c", "from jax_ep import _cpu, _cuda"]
         environment = {**os.environ, "PYTHONPATH": window_cache.python_path(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-        return done.returncode == 0
+        command = [sys.executable, "-c", _NAMES]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        wanted = re.findall(r"X\((jax_ep_\w+),", (ROOT / "csrc/ffi/targets.h").read_text())
+        return done.returncode == 0 and set(wanted) <= set(done.stdout.split())
 
     def _run_group(self, group: list[Stage], deadline: float) -> None:
         """Run stages side by side, in lanes; keep all files up to date meanwhile."""
