@@ -15,9 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,24 +31,6 @@ import run_processes
 from jax_ep import _compat, _device_group
 
 TOKENS, TOP_K, HIDDEN = 96, 4, 512
-
-
-@contextlib.contextmanager
-def multi_process_service() -> Iterator[dict[str, str]]:
-    """NVIDIA's MPS, of our own: kernels of several processes run side by side. Gives its variables."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = {
-            "CUDA_MPS_PIPE_DIRECTORY": str(pathlib.Path(folder, "pipe")),
-            "CUDA_MPS_LOG_DIRECTORY": str(pathlib.Path(folder, "log")),
-        }
-        control = "nvidia-cuda-mps-control"
-        subprocess.run([control, "-d"], env={**os.environ, **env}, check=True)
-        try:
-            yield env
-        finally:
-            subprocess.run(
-                [control], input="quit\n", text=True, env={**os.environ, **env}, check=False
-            )
 
 
 def need_two_ranks(processes: int) -> None:

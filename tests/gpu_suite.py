@@ -1,6 +1,7 @@
 """Everything that needs GPUs, in stages: the tests in all modes, kernels, sanitizers, benchmarks.
 
     python tests/gpu_suite.py [--out FOLDER] [--binaries FOLDER] [--seconds S] [--list] [STAGE ...]
+    python tests/gpu_suite.py --window [--cache FOLDER] [--fill-cache FOLDER] [...]
 
 Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. Each writes
 its output to FOLDER/STAGE.log, and benchmarks their records to FOLDER/*.json; a table says at the end
@@ -12,6 +13,9 @@ collectives too then runs only with NCCL 2.30 and ``NCCL_MULTI_RANK_GPU_ENABLE=1
     nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/loads.cu -o build/cuda/loads
 
 The package and what its tests import must be there; ``pip install -e '.[test]'`` sees to both.
+
+With ``--window`` or ``--fill-cache`` it runs other stages: the most valuable ones in nine minutes, on a
+machine that is lent for no longer (see ``gpu_window.py``).
 """
 
 from __future__ import annotations
@@ -27,10 +31,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from typing import IO
 
-import gpu_processes
+import gpu_window
+import mps
 import run_processes
+import window_stages
 
 ROOT = pathlib.Path(__file__).parents[1]
 SUITE = (
@@ -210,28 +217,50 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/gpu_suite"))
     parser.add_argument("--binaries", type=pathlib.Path, default=pathlib.Path("build/cuda"))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all stages")
+    parser.add_argument("--seconds", type=float, help="for all stages; 540 for a window")
+    parser.add_argument("--window", action="store_true", help="what two GPUs show in nine minutes")
+    parser.add_argument("--cache", type=pathlib.Path, help="parts of a compilation cache to use")
+    parser.add_argument("--fill-cache", type=pathlib.Path, help="a window that writes such parts")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("stages", nargs="*", metavar="STAGE")
     options = parser.parse_args(arguments)
     gpus = run_processes.count_gpus()
-    known = stages(gpus)
+    window = options.window or options.fill_cache is not None
+    known: Iterable[str] = stages(gpus)
+    if window:
+        known = [stage.name for stage in window_stages.stages(gpus)]
     if options.list:
         print(*known, sep="\n")
         return 0
     wrong = [name for name in options.stages if name not in known]
     if wrong:
         parser.error(f"argument STAGE: expected names of --list, got {', '.join(wrong)}")
+    if window:
+        return gpu_window.main(
+            out=options.out,
+            binaries=options.binaries,
+            seconds=options.seconds or window_stages.SECONDS,
+            names=options.stages,
+            cache=options.cache,
+            fill=options.fill_cache,
+        )
+    return run_all(options, gpus)
+
+
+def run_all(options: argparse.Namespace, gpus: int) -> int:
+    """Run the stages that were asked for, or all; 0 if all went well."""
+    known = stages(gpus)
+    seconds = float("inf") if options.seconds is None else options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
     names = {"python": sys.executable, "out": options.out, "binaries": options.binaries}
     begin, verdicts = time.monotonic(), {}
     for name in options.stages or known:
         stage = known[name]
-        left = begin + options.seconds - time.monotonic()
+        left = begin + seconds - time.monotonic()
         if gpus < stage.gpus:
             verdicts[name] = f"left out: needs {stage.gpus} GPUs, there are {gpus}"
         elif left <= 0:
-            verdicts[name] = f"left out: the {options.seconds:.0f} s are over"
+            verdicts[name] = f"left out: the {seconds:.0f} s are over"
         else:
             verdicts[name] = run(stage, name, gpus, min(left, stage.seconds), options.out, names)
         print(f"{name:36} {verdicts[name]}", flush=True)
@@ -259,14 +288,14 @@ def run(
     if shares and run_processes.NCCL_SHARES_GPUS:
         environment.setdefault("NCCL_MAX_NCHANNELS", "8")  # see test_gpu_collectives.py
     with (
-        gpu_processes.multi_process_service() if shares else contextlib.nullcontext({}) as mps,
+        mps.multi_process_service() if shares else contextlib.nullcontext({}) as variables,
         (out / f"{name}.log").open("w") as log,
     ):
         for command in stage.commands:
             text = command.format(**names)
             print(f"$ {text}", file=log, flush=True)
             left = begin + seconds - time.monotonic()
-            status = finish(text, environment | mps, log, left)
+            status = finish(text, environment | variables, log, left)
             if status is None:
                 return f"FAILED: not done after {seconds:.0f} s: {text}"
             if status:

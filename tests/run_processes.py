@@ -1,13 +1,14 @@
 """Runs the suite in several processes, one device each.
 
-Usage: python tests/run_processes.py [--timeout S] [--grace S] N [pytest arguments]
+Usage: python tests/run_processes.py [--timeout S] [--grace S] [--follow] N [pytest arguments]
 
 On CPU each process has one device. On GPUs (``JAX_EP_TEST_PLATFORM=cuda``) process i has GPU i, or,
 where there are more processes than GPUs, shares GPU i modulo their number with others.
 ``XLA_PYTHON_CLIENT_MEM_FRACTION`` is made to fit unless it is set.
 
 The output is the end of the report of the first process that failed, or else what was skipped and
-why; then the last line of every process. The exit status is the worst one.
+why; then the last line of every process. With ``--follow`` that of process 0 comes first, line by line
+while it runs. SIGTERM ends the processes, which report first. The exit status is the worst one.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import argparse
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 # NCCL from 2.30 on lets ranks share a GPU where this is asked for; older ones refuse.
 NCCL_SHARES_GPUS = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 _DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
 _VERDICT = re.compile(r"\b(passed|failed|skipped|error|errors|deselected)\b.* in \d")
+_REPORT_S = 2.5  # seconds for the reports of processes that are interrupted
 _TAIL = 150  # lines of the log of a process that failed
 
 
@@ -34,6 +38,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for the whole run")
     parser.add_argument("--grace", type=float, default=20, help="seconds for the others to end")
+    parser.add_argument("--follow", action="store_true", help="show what process 0 writes, at once")
     parser.add_argument("count", type=int, metavar="N", help="number of processes")
     parser.add_argument("pytest", nargs=argparse.REMAINDER, help="arguments of pytest")
     options = parser.parse_args(arguments)
@@ -42,15 +47,22 @@ def main(arguments: list[str]) -> int:
             f"argument N: expected two processes or more, got {options.count}; use pytest."
         )
     start = time.monotonic()
+    told_to_end: list[int] = []
+
+    def remember(number: int, _: Any) -> None:
+        told_to_end.append(number)
+
+    signal.signal(signal.SIGTERM, remember)
     with tempfile.TemporaryDirectory(prefix="jax_ep-") as folder:
         logs = [pathlib.Path(folder) / f"{index}.log" for index in range(options.count)]
         processes = _start(options.count, options.pytest, pathlib.Path(folder), logs)
         try:
-            why = _wait(processes, start + options.timeout, options.grace)
+            followed = logs[0] if options.follow else None
+            why = _wait(processes, start + options.timeout, options.grace, followed, told_to_end)
         finally:
             _end(processes)
         status = [_exit_status(process) for process in processes]
-        _report(logs, status, why)
+        _report(logs, status, why, followed=options.follow)
     worst = max(status)
     verdict = "all passed" if worst == 0 else f"FAILED, exit status {worst}"
     if why is not None:
@@ -104,18 +116,53 @@ def count_gpus() -> int:
     return len(re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE))
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], deadline: float, grace: float) -> str | None:
+def _wait(
+    processes: list[subprocess.Popen[bytes]],
+    deadline: float,
+    grace: float,
+    followed: pathlib.Path | None,
+    told_to_end: list[int],
+) -> str | None:
     """Until all have ended; why not, if some have to be ended."""
+    shown = 0
     while any(process.poll() is None for process in processes):
         failed = [index for index, process in enumerate(processes) if process.poll()]
         if failed and time.monotonic() + grace < deadline:
             deadline = time.monotonic() + grace
-        if time.monotonic() > deadline:
+        if told_to_end or time.monotonic() > deadline:
             left = [index for index, process in enumerate(processes) if process.poll() is None]
             reason = f"after process {failed[0]} had failed" if failed else "at the time limit"
+            if told_to_end:
+                reason = "when the launcher was told to end"
+                _interrupt(processes)
+            _show(followed, shown)
             return f"processes {left} were killed {reason}"
+        shown = _show(followed, shown)
         time.sleep(0.05)
+    _show(followed, shown)
     return None
+
+
+def _interrupt(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Let pytest report what has failed so far, if it does so at once."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + _REPORT_S
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(0.05)
+
+
+def _show(log: pathlib.Path | None, shown: int) -> int:
+    """Print what a log has beyond its first ``shown`` bytes; how many it has."""
+    if log is None:
+        return 0
+    with log.open("rb") as file:
+        file.seek(shown)
+        text = file.read()
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
+    return shown + len(text)
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -131,13 +178,19 @@ def _exit_status(process: subprocess.Popen[bytes]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _report(logs: list[pathlib.Path], status: list[int], why: str | None) -> None:
+def _report(
+    logs: list[pathlib.Path], status: list[int], why: str | None, *, followed: bool
+) -> None:
     texts = [log.read_text(errors="replace").splitlines() for log in logs]
     # A process that was killed tells less than one that failed by itself.
     failed = [i for i, code in enumerate(status) if 0 < code < 128]
     failed += [i for i, code in enumerate(status) if code >= 128]
     shown = failed[0] if failed else 0
-    if failed:
+    if followed:
+        print()  # its last line may not be complete
+    if followed and failed and shown == 0:
+        pass  # all of it is there
+    elif failed:
         print(f"process {shown}:", *texts[shown][-_TAIL:], sep="\n")
     else:
         # What was skipped and why, which may differ in processes that have no part in a test.

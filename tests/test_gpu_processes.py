@@ -11,6 +11,7 @@ import jax
 import pytest
 
 import gpu_processes
+import mps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,8 +23,9 @@ def run(program: str, processes: int, timeout: float = 240, **env: str) -> list[
     """The outputs of processes that all end well, under MPS where ranks share a GPU."""
     gpus = jax.device_count()
     shares = processes > gpus and shutil.which("nvidia-cuda-mps-control") is not None
-    with gpu_processes.multi_process_service() if shares else contextlib.nullcontext({}) as mps:
-        running = gpu_processes.start(program, processes, gpus, **mps, **env)
+    service = mps.multi_process_service() if shares else contextlib.nullcontext({})
+    with service as variables:
+        running = gpu_processes.start(program, processes, gpus, **variables, **env)
         results = gpu_processes.finish(running, timeout)
     for rank, (status, output) in enumerate(results):
         assert status == 0, f"rank {rank} ended with {status}:\n{output}"

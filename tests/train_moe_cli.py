@@ -31,7 +31,8 @@ def start(
     """Start the example with warnings as errors; ``finish`` must follow."""
     command = [sys.executable, "-W", "error", str(_EXAMPLES / "train_moe.py"), *arguments.split()]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(pathlib.Path(jax_ep.__file__).parents[1])
+    root = str(pathlib.Path(jax_ep.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [*command, "--data", str(data), "--out", str(out)],
         env=environment | env,

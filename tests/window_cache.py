@@ -1,0 +1,105 @@
+"""A compilation cache that travels: what processes need to use it, and its parts of bounded size.
+
+One GPU fills it. A program of two ranks is the same, and compiled to the same, whether two processes
+share a GPU, have one each, or one process has both; ``cache_plugin`` gives all of them one key. What a
+key still holds: the program, the versions of jaxlib and CUDA, ``XLA_FLAGS``, and the kind of GPU.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import pathlib
+import tarfile
+
+PLUGIN = pathlib.Path(__file__).with_name("cache_plugin")
+PART_BYTES = 14 << 20
+MOST_PARTS = 4
+
+
+def environment(folder: pathlib.Path, lookups: pathlib.Path) -> dict[str, str]:
+    """Variables of processes that use the cache in ``folder``; ``PYTHONPATH`` must name ``PLUGIN``.
+
+    Args:
+        folder: With the entries; need not be there.
+        lookups: A folder for what ``found_and_missed`` counts.
+    """
+    lookups.mkdir(parents=True, exist_ok=True)
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_EP_WINDOW_LOOKUPS": str(lookups / "process"),
+        "JAX_EP_TEST_SAME_PROGRAMS": "1",  # see spmd.py
+    }
+
+
+def found_and_missed(lookups: pathlib.Path) -> tuple[int, int, list[str]]:
+    """Programs that processes found in the cache, that they missed, and the names of the latter."""
+    found, missed = 0, collections.Counter[str]()
+    for path in lookups.glob("process.*"):
+        for line in path.read_text().splitlines():
+            what, _, key = line.partition(" ")
+            if what == "found":
+                found += 1
+            else:
+                missed[key.rpartition("-")[0]] += 1
+    return found, missed.total(), [name for name, _ in missed.most_common()]
+
+
+def pack(folder: pathlib.Path, parts: pathlib.Path, part_bytes: int = PART_BYTES) -> str:
+    """Write the entries into tar files ``cache-N.tar`` of at most so many bytes; says how many.
+
+    The largest entries are left out where ``MOST_PARTS`` do not suffice for all.
+    """
+    parts.mkdir(parents=True, exist_ok=True)
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith((".part", "-atime"))
+    ]
+    sizes = {path: _tar_bytes(path.stat().st_size) for path in paths}
+    groups: list[list[pathlib.Path]] = [[]]
+    used = left_out = 0
+    for path in sorted(paths, key=lambda path: (sizes[path], path.name)):
+        if used + sizes[path] > part_bytes - tarfile.RECORDSIZE and groups[-1]:
+            groups.append([])
+            used = 0
+        if len(groups) > MOST_PARTS or sizes[path] > part_bytes - tarfile.RECORDSIZE:
+            left_out += 1
+            continue
+        groups[-1].append(path)
+        used += sizes[path]
+    groups = [group for group in groups[:MOST_PARTS] if group]
+    for number, group in enumerate(groups):
+        part = parts / f"cache-{number}.tar.part"
+        with tarfile.open(part, "w") as tar:
+            for path in group:
+                tar.add(path, arcname=str(path.relative_to(folder)))
+        part.replace(parts / f"cache-{number}.tar")
+    for stale in parts.glob("cache-*.tar"):
+        if int(stale.stem.partition("-")[2]) >= len(groups):
+            stale.unlink()
+    text = (
+        f"{len(paths) - left_out} entries in {len(groups)} part(s), {sum(sizes.values()) >> 10} KiB"
+    )
+    return f"{text}, {left_out} left out" if left_out else text
+
+
+def unpack(parts: pathlib.Path, folder: pathlib.Path) -> int:
+    """Bring the entries of all parts into a folder; how many files there are then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(parts.glob("cache-*.tar")):
+        with tarfile.open(path) as tar:
+            tar.extractall(folder, filter="data")
+    return sum(path.is_file() for path in folder.rglob("*"))
+
+
+def python_path(root: pathlib.Path) -> str:
+    """``PYTHONPATH`` of processes that use the cache."""
+    paths = [str(root), str(root / "tests"), str(PLUGIN), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, paths))
+
+
+def _tar_bytes(size: int) -> int:
+    """What a file takes in a tar file: headers, a long name, and whole blocks."""
+    return 4 * tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
