@@ -291,7 +291,7 @@ std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t
     ScopedDevice scope(device);
     JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
     JAX_EP_RETURN_IF_CUDA_ERROR(
-        cudaMemcpy(&ops[device], &workspace->epoch, sizeof(uint64_t), cudaMemcpyDeviceToHost),
+        cudaMemcpy(&ops[device], &workspace->last.epoch, sizeof(uint64_t), cudaMemcpyDeviceToHost),
         device);
   }
   return std::nullopt;
