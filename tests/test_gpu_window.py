@@ -120,6 +120,15 @@ PASSED is what it says
 FAILED                                                             [ 50%]
 tests/test_a.py::test_three SKIPPED (needs two GPUs, ...)          [ 75%]
 tests/test_a.py::test_four """
+NOT_CAPTURED = """\
+collecting ... collected 3 items
+
+tests/test_a.py::test_one[x] process 0, exit status 0:
+2 processes: FAILED
+PASSED
+tests/test_a.py::test_two SKIPPED (needs two GPUs)
+tests/test_a.py::test_three FAILED
+"""
 WORKERS = """\
 created: 2/2 workers
 2 workers [3 items]
@@ -141,6 +150,9 @@ def test_progress_of_pytest():
     assert found.text == "3 of 4 tests: 1 passed, 1 failed, 1 skipped"
     assert found.failed == ("tests/test_a.py::test_two[one process-8 b] process 0 says something",)
     assert not found.complete
+    found = window_progress.of("tests", NOT_CAPTURED)
+    assert found.text == "3 of 3 tests: 1 passed, 1 failed, 1 skipped"
+    assert found.failed == ("tests/test_a.py::test_three",)
     found = window_progress.of("tests", WORKERS)
     assert found.text == "2 of 3 tests: 1 passed, 1 error"
     assert found.failed == ("tests/test_a.py::test_two",)
