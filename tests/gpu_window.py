@@ -101,6 +101,7 @@ class Window:
         self.files.machine = {what: _output(command) for what, command in _MACHINE.items()}
         self.files.machine["gpu count"] = self.gpus
         self.files.say(f"{len(self._stages)} stages on {self.gpus} GPU(s)")
+        self.files.update()
         waiting = [stage for stage in self._stages if not self._left_out(stage)]
         groups = window_stages.groups(waiting)
         for number, group in enumerate(groups):
