@@ -1,4 +1,4 @@
-"""``gpu_suite.py --window``: the most valuable of all stages, on a machine that is lent for minutes.
+"""``gpu_suite.py --window``: the most valuable of all stages, where time on GPUs is short.
 
 ``window_stages.py`` is the table of stages and their budgets; ``window_files.py`` writes what they
 leave. A stage that has not ended shortly before its limit is asked to end. If it does not, it is killed
