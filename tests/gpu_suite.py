@@ -14,8 +14,8 @@ collectives too then runs only with NCCL 2.30 and ``NCCL_MULTI_RANK_GPU_ENABLE=1
 
 The package and what its tests import must be there; ``pip install -e '.[test]'`` sees to both.
 
-With ``--window`` or ``--fill-cache`` it runs other stages: the most valuable ones in nine minutes, on a
-machine that is lent for no longer (see ``gpu_window.py``).
+With ``--window`` or ``--fill-cache`` it runs other stages: the most valuable ones, in nine minutes
+(see ``gpu_window.py``).
 """
 
 from __future__ import annotations

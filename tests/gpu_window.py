@@ -1,4 +1,4 @@
-"""``gpu_suite.py --window``: the most valuable of all stages, on a machine that is lent for minutes.
+"""``gpu_suite.py --window``: the most valuable of all stages, where time on GPUs is short.
 
 ``window_stages.py`` is the table of stages and their budgets; ``window_files.py`` writes what they
 leave. A stage that has not ended shortly before its limit is asked to end. If it does not, it is killed
@@ -101,6 +101,7 @@ class Window:
         self.files.machine = {what: _output(command) for what, command in _MACHINE.items()}
         self.files.machine["gpu count"] = self.gpus
         self.files.say(f"{len(self._stages)} stages on {self.gpus} GPU(s)")
+        self.files.update()
         waiting = [stage for stage in self._stages if not self._left_out(stage)]
         groups = window_stages.groups(waiting)
         for number, group in enumerate(groups):

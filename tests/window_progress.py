@@ -18,9 +18,9 @@ _BY_WORKERS = re.compile(r"^\d+ workers? \[(\d+) items?\]", re.MULTILINE)
 _OUTCOMES = ("PASSED", "FAILED", "SKIPPED", "ERROR", "XFAIL", "XPASS")
 _ANY = "|".join(_OUTCOMES)
 # "tests/x.py::test PASSED [ 1%]", or of a worker "[gw0] [ 1%] PASSED tests/x.py::test". What a test
-# writes meanwhile stands between its name and its outcome.
+# writes meanwhile (with -s, when there are no percents) stands between its name and its outcome.
 _NAME = re.compile(r"^(\S+\.py::\S.*)")
-_OUTCOME = re.compile(rf"(?:^|^(.*?) )({_ANY})(?: \(.*\)?)? +\[ *\d+%\]$")
+_OUTCOME = re.compile(rf"(?:^|^(.*?) )({_ANY})(?: \(.*\)?)?( +\[ *\d+%\])?$")
 _OF_WORKER = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({_ANY}) (\S.*)$")
 # run_processes.py repeats the end of the log of a process that failed.
 _REPEATED = re.compile(r"^process \d+:$.*?(?=^\$ |\Z)", re.MULTILINE | re.DOTALL)
@@ -84,9 +84,10 @@ def of_tests(log: str) -> Progress:
             outcomes.append((match[1], match[2].strip()))
             continue
         ended = _OUTCOME.match(line)
-        if started := _NAME.match(ended[1] or "" if ended else line):
+        started = _NAME.match(ended[1] or "" if ended else line)
+        if started:
             name = started[1].strip()
-        if ended:
+        if ended and (ended[3] or started or not ended[1]):
             outcomes.append((ended[2], name))
     total = sum(int(match[2] or match[1]) for match in _COLLECTED.finditer(log))
     total += sum(map(int, _BY_WORKERS.findall(log)))

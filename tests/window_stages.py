@@ -65,7 +65,7 @@ _LOADS = (
     " -o {binaries}/loads"
 )
 _PYTEST = "{python} -m pytest -v -p no:cacheprovider"
-_SEVERAL = "{python} tests/run_processes.py --follow --timeout {seconds}"
+_SEVERAL = "{python} tests/run_processes.py --follow"
 _VALUES = (
     "tests/test_suite_values.py tests/test_suite_gradients.py tests/test_ordinals.py"
     " tests/test_large_plans.py"

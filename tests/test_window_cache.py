@@ -1,0 +1,76 @@
+"""The compilation cache that travels: its parts, and that processes find what others compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import gpu_suite
+import window_cache
+
+pytestmark = pytest.mark.one_process("starts programs of its own")
+
+
+def test_parts(tmp_path, monkeypatch):
+    folder, parts = tmp_path / "cache", tmp_path / "parts"
+    (folder / "inner").mkdir(parents=True)
+    contents = {f"jit_f-{i:064x}-cache": os.urandom(3000) for i in range(20)}
+    contents["inner/fusion"] = b"tuned"
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / ".1.part").write_bytes(b"half")
+    text = window_cache.pack(folder, parts, part_bytes=40000)
+    assert text.startswith("21 entries in ") and "left out" not in text
+    files = sorted(parts.iterdir())
+    assert 1 < len(files) <= window_cache.MOST_PARTS
+    assert all(path.stat().st_size <= 40000 for path in files)
+    assert window_cache.unpack(parts, tmp_path / "again") == 21
+    for name, content in contents.items():
+        assert (tmp_path / "again" / name).read_bytes() == content
+    # A smaller cache leaves no old part; what does not fit is said.
+    monkeypatch.setattr(window_cache, "MOST_PARTS", 1)
+    assert "left out" in window_cache.pack(folder, parts, part_bytes=40000)
+    assert len(list(parts.iterdir())) == 1
+    assert window_cache.unpack(tmp_path / "nothing", tmp_path / "empty") == 0
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from jax._src import cache_key
+print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))[0, 0])
+print("plain keys" if cache_key._hash_accelerator_config is not cache_key._hash_devices else "our keys")
+"""
+
+
+def test_processes_use_the_cache(tmp_path):
+    """The second finds what the first compiled; on CPU that is meant to be there, nothing is cached."""
+    cache = tmp_path / "cache"
+
+    def run(name, **env):
+        lookups = tmp_path / name
+        environment = {
+            k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")
+        }
+        environment |= window_cache.environment(cache, lookups)
+        environment |= {"PYTHONPATH": window_cache.python_path(gpu_suite.ROOT), **env}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", PROGRAM],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, window_cache.found_and_missed(lookups)
+
+    text, (found, missed, names) = run("cpu", JAX_PLATFORMS="cpu")
+    assert "plain keys" in text and (found, missed) == (0, 0) and not cache.exists()
+    text, (found, missed, names) = run("first")
+    assert "our keys" in text and found == 0 and missed > 0 and "jit__lambda" in "".join(names)
+    _, (again, missed_again, _) = run("second")
+    assert (again, missed_again) == (missed, 0)
+    assert not list(cache.glob(".*.part"))
