@@ -23,6 +23,7 @@ struct CopyParams {
   int32_t blocks;    // kBulk and kLoads
 };
 
+// For the movers that are kernels.
 cudaError_t LaunchCopy(const CopyParams& params, Mover mover, cudaStream_t stream);
 
 cudaError_t LoadCopy();

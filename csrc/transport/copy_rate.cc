@@ -7,6 +7,11 @@
 namespace jax_ep::transport {
 namespace {
 
+cudaError_t Start(const cuda::CopyParams& params, cuda::Mover mover, cudaStream_t stream) {
+  if (mover != cuda::Mover::kEngine) return cuda::LaunchCopy(params, mover, stream);
+  return cudaMemcpyAsync(params.to, params.from, params.bytes, cudaMemcpyDefault, stream);
+}
+
 // A stream with two events; gone with its scope.
 class Timer {
  public:
@@ -36,7 +41,7 @@ class Timer {
     ScopedDevice scope(device_);
     for (int i = 0; i < 3 * count; ++i) {
       if (i == count) JAX_EP_RETURN_IF_CUDA_ERROR(cudaEventRecord(begin_, stream_), device_);
-      JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LaunchCopy(params, mover, stream_), device_);
+      JAX_EP_RETURN_IF_CUDA_ERROR(Start(params, mover, stream_), device_);
       if (i == 2 * count - 1) JAX_EP_RETURN_IF_CUDA_ERROR(cudaEventRecord(end_, stream_), device_);
     }
     return std::nullopt;
