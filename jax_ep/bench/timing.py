@@ -241,7 +241,7 @@ def _loop(step: Step, sets: Sequence[Any], mesh: jax.sharding.Mesh, chain: Chain
         usable = len(intervals) // group * group
         samples = intervals[:usable].reshape(-1, group).mean(axis=1)
         over = turns == _MOST_TURNS or time.monotonic() - begin > _LOOP_SECONDS
-        if chain.largest(Spread.of(samples).is_noise) == 0 or chain.largest(over):
+        if chain.largest(float(Spread.of(samples).is_noise)) == 0 or chain.largest(float(over)):
             return Measured(Spread.of(samples), result, 0, compiled.as_text(), ran)
         group *= 2
 
