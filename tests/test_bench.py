@@ -478,3 +478,16 @@ def test_compiler_options_have_their_types():
     assert list(decomposed.options.values()) == [True]
     assert dataclasses.replace(TINY, compiler_options="a=b=c").options == {"a": "b=c"}
     assert TINY.options == {}
+
+
+@on_cpu
+@pytest.mark.parametrize("op", ["dispatch_cached", "combine"])
+def test_the_reference_along_a_handle_is_not_moved_out_of_the_loop(op):
+    """It reads no ``topk_idx``, through which ops are chained: then a turn takes no time at all."""
+    need_devices(2)
+    from jax_ep.bench import ops
+
+    session = Session(ranks=2, gpus=0, repeat=5, command="")
+    case = dataclasses.replace(TINY, op=op, name=ops.REFERENCE, tokens=512, hidden=1024)
+    record = ops.measure(session, case)
+    assert record["correct"] and record["median_us"] > 100, record
