@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 import jax_ep
 from jax_ep import _device_group, _ffi, _ops, _tuning
@@ -152,10 +151,9 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
         rows, handle, *weights = inputs
         result = out.tokens if isinstance(out, Dispatched) else out
         topk_idx = now(timing.after(handle.topk_idx, result))
-        linked = (rows, dataclasses.replace(handle, topk_idx=topk_idx), *weights)
         if given["group"].backend == "reference":  # it need not read topk_idx
-            return lax.optimization_barrier(linked)
-        return linked
+            handle = jax.tree.map(lambda leaf: timing.after(leaf, result), handle)
+        return rows, dataclasses.replace(handle, topk_idx=topk_idx), *weights
 
     def link_plan(topk_idx: jax.Array, handle: Handle, now: Clock) -> jax.Array:
         return now(timing.after(topk_idx, handle.recv_src))
