@@ -118,21 +118,25 @@ def _source(targets: dict[str, Any], _: list[Record]) -> str:
 
 
 def _beyond(targets: dict[str, Any], results: list[Record]) -> str:
-    """What a ceiling of the records is, and which rates are above it."""
-    above = [
-        r["wire_gbs"] / r["ceiling_gbs"]
-        for r in results
-        if "wire_gbs" in r and r["op"] != "ceiling" and good(r)
+    """Which rates over links are above the ceiling of their run, and what that ceiling was."""
+    records = [r for r in results if "wire_gbs" in r and "memory_gbs" not in r and good(r)]
+    over = [
+        r
+        for r in records
+        if r["op"] != "ceiling"
         if r["wire_gbs"] and r["ceiling_gbs"] and r["wire_gbs"] > r["ceiling_gbs"]
     ]
+    above = [r["wire_gbs"] / r["ceiling_gbs"] for r in over]
     if not above:
         return "No rate on this page is above the ceiling of its run."
     movers = " and ".join(f"{m['name']} {m['gbs']} GB/s" for m in targets["movers"]["figures"])
-    names = ", ".join(sorted({f"`{r['name']}`" for r in results if r["op"] == "ceiling"}))
+    bounds = {r["ceiling_gbs"] for r in over}
+    measured = [r for r in records if r["op"] == "ceiling" and r["ceiling_gbs"] in bounds]
+    names = ", ".join(sorted({f"`{r['name']}`" for r in measured}))
     return headline.wrapped(
-        f"A ceiling here is what {names or 'a copy'} reached in the same run, and other movers are "
-        f"faster: {movers} ({targets['movers']['when']}). So {len(above)} records have a rate above "
-        f"their ceiling, by up to {max(above) - 1:.1%}."
+        f"{len(above)} records have a rate above the ceiling of their run, by up to "
+        f"{max(above) - 1:.1%}: it is what {names or 'a copy'} reached, and other movers are faster: "
+        f"{movers} ({targets['movers']['when']})."
     )
 
 
@@ -140,11 +144,13 @@ def _ceilings(_: dict[str, Any], results: list[Record]) -> str:
     rows = []
     for record in results:
         if record["op"] == "ceiling":
-            rows.append([_where(record), record["name"], _number(record["logical_gbs"])])
+            memory = ", read and written in memory" if "memory_gbs" in record else ""
+            rows.append([_where(record), record["name"] + memory, _number(record["logical_gbs"])])
         elif record["op"] == "link":
             name = f"link between chained ops, T = {record['tokens']}, K = {record['top_k']}"
             rows.append([_where(record), name, f"{_us(record)} us"])
-    return _table("machine, what, GB/s of a rank in one direction", rows, "baselines")
+    head = "machine, what, GB/s of a rank in one direction or of a GPU's memory"
+    return _table(head, rows, "baselines")
 
 
 def _parts(_: dict[str, Any], results: list[Record]) -> str:

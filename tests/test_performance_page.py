@@ -409,8 +409,13 @@ def test_rates_above_the_ceiling(page, targets):
 
     assert beyond(ceiling, slow) == "No rate on this page is above the ceiling of its run."
     text = beyond(ceiling, slow, fast, loads(), record(wire_gbs=None))
-    assert "what `ppermute` reached in the same run" in text
-    assert text.endswith("1 records have a rate above their ceiling, by up to 10.0%.")
+    assert "it is what `ppermute` reached, and other movers" in text
+    assert text.startswith("1 records have a rate above the ceiling of their run, by up to 10.0%:")
+    # Copies in memory that ranks share are no ceiling of a link, nor are rates there over one.
+    memory = {"memory_gbs": 400.0, "ranks": 2, "gpus": 1}
+    copies = record(op="ceiling", name="bulk copies", ceiling_gbs=4000.0, **memory)
+    shared = record(wire_gbs=9000.0, ceiling_gbs=4000.0, **memory)
+    assert beyond(ceiling, slow, fast, loads(), record(wire_gbs=None), copies, shared) == text
     for mover in targets["movers"]["figures"]:
         assert f"{mover['name']} {mover['gbs']} GB/s" in text
 
