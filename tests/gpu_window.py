@@ -5,7 +5,7 @@ leave. A stage that has not ended shortly before its limit is asked to end. If i
 with all that it has started; what it has written stays. SIGTERM ends the window in the same way. On one
 GPU the same command is a rehearsal: ranks share the GPU, and stages that need two are left out.
 
-With ``fill``, a rehearsal also keeps what it compiled, in parts that travel (``window_cache.py``).
+With ``fill`` it also keeps what it compiled, in parts that travel (``window_cache.py``).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def main(
     names: Sequence[str] = (),
     cache: pathlib.Path | None = None,
     fill: pathlib.Path | None = None,
+    rehearses: bool = False,
 ) -> int:
     """Run the window; 1 if a stage failed.
 
@@ -62,11 +63,12 @@ def main(
         names: Of the stages to run; all if there are none.
         cache: A folder with the parts of a compilation cache.
         fill: A folder for the parts of what is in the cache afterwards.
+        rehearses: Only the cache matters: stages may take what time is left, and leave no results.
     """
     with tempfile.TemporaryDirectory(prefix="jax_ep_window_", ignore_cleanup_errors=True) as work:
         gpus = run_processes.count_gpus()
         stages = [s for s in window_stages.stages(gpus) if not names or s.name in names]
-        window = Window(stages, gpus, out, pathlib.Path(work), binaries, seconds, fill)
+        window = Window(stages, gpus, out, pathlib.Path(work), binaries, seconds, fill, rehearses)
         if cache is not None:
             entries = window_cache.unpack(cache, window.cache)
             window.files.say(f"{entries} files of the compilation cache")
@@ -87,11 +89,12 @@ class Window:
         binaries: pathlib.Path,
         seconds: float,
         fill: pathlib.Path | None = None,
+        rehearses: bool = False,
     ) -> None:
-        self.gpus, self.work, self.fill = gpus, work, fill
+        self.gpus, self.work, self.fill, self.rehearses = gpus, work, fill, rehearses
         self.cache = work / "cache"
         self.stop = threading.Event()
-        self.files = Files(out, work, stages, keeps_results=fill is None)
+        self.files = Files(out, work, stages, keeps_results=not rehearses)
         self._deadline = time.monotonic() + seconds - min(RESERVE, seconds / 10)
         self._names = {"python": sys.executable, "work": work, "binaries": ROOT / binaries}
         self._stages = stages
@@ -107,7 +110,7 @@ class Window:
         for number, group in enumerate(groups):
             left = self._deadline - time.monotonic()
             seconds = window_stages.limit(
-                group, groups[number + 1 :], left, bounded=self.fill is None
+                group, groups[number + 1 :], left, bounded=not self.rehearses
             )
             if self.stop.is_set() or seconds < 1:
                 why = "the window was told to end" if self.stop.is_set() else "no time was left"
@@ -128,7 +131,7 @@ class Window:
         why = window_stages.why_not(stage, self.gpus)
         if stage.kind == "build" and self._is_built(stage):
             why = "it is there"
-        if self.fill is not None and "{binaries}" in stage.commands[0] and stage.kind != "build":
+        if self.rehearses and "{binaries}" in stage.commands[0] and stage.kind != "build":
             why = "it compiles nothing"
         if why is not None:
             self._leave_out([stage], why)

@@ -53,7 +53,7 @@ def test_order():
     names = [stage.name for stage in window_stages.stages(2)]
     assert len(set(names)) == len(names)
     benches = [n for n in names if n.startswith("bench_") and "process" in n]
-    assert [n.split("_")[2] for n in benches] == ["2"] * 4 + ["1"] * 4
+    assert benches == ["bench_2_processes", "bench_1_process"]
     assert names.index(benches[-1]) < names.index("collectives") < names.index("one_process")
     for group in window_stages.groups(runnable(2)):
         assert len(group) == 1 or {stage.kind for stage in group} in ({"build"}, {"tests"})
@@ -63,12 +63,12 @@ def test_left_out_on_one_gpu(monkeypatch):
     monkeypatch.setattr(run_processes, "NCCL_SHARES_GPUS", False)
     out = {s.name: window_stages.why_not(s, 1) for s in window_stages.stages(1)}
     assert out["one_process"] == "needs 2 GPUs, there is 1"
-    assert out["bench_decode_1_process"] and out["bench_loads"]
-    assert out["training"] and out["collectives"] and out["bench_layer_2_processes"]
-    assert out["bench_baselines_2_processes"] is None and out["processes_4"] is None
+    assert out["bench_1_process"] and out["bench_loads"]
+    assert out["training"] and out["collectives"]
+    assert out["bench_2_processes"] is None and out["processes_4"] is None
     monkeypatch.setattr(run_processes, "NCCL_SHARES_GPUS", True)
     out = {s.name: window_stages.why_not(s, 1) for s in window_stages.stages(1)}
-    assert not out["training"] and not out["collectives"] and not out["bench_layer_2_processes"]
+    assert not out["training"] and not out["collectives"]
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])
@@ -334,3 +334,31 @@ def test_from_the_command_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu_suite.main(["--window", "nothing"])
     assert "expected names of --list, got nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1], ids=["alone", "xdist"])
+def test_failures_show_at_once(tmp_path, workers):
+    """With their reasons, which a run that is ended later would not come to; and they count once."""
+    if workers:
+        pytest.importorskip("xdist")
+    pytest_itself = "os.getppid()" if workers else "os.getpid()"
+    (tmp_path / "test_it.py").write_text(
+        "import os\n"
+        "def test_wrong(): assert 1 == 2, 'tests/other.py::test_x FAILED'\n"
+        "def test_right(): pass\n"
+        f"def test_that_ends_all(): os.kill({pytest_itself}, 9)\n"
+    )
+    options = ["-v", "-p", "window_failures", "-p", "no:cacheprovider", "-c", os.devnull]
+    options += ["-n", str(workers)] if workers else []
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--rootdir", tmp_path, tmp_path],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(gpu_suite.ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode < 0
+    assert "| E   AssertionError: tests/other.py::test_x FAILED" in done.stdout
+    assert window_progress.of("tests", done.stdout).failed == ("test_it.py::test_wrong",)

@@ -33,7 +33,7 @@ _LOG_WIDTH = 160
 
 def main(
     suite: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(suites.NAMES)}; instead of cases.")
+        str | None, typer.Option(help=f"Of {', '.join(suites.NAMES)}; instead of cases.")
     ] = None,
     ops: Annotated[str | None, typer.Option(help=f"Of {', '.join(get_args(Op))}.")] = None,
     layout: Annotated[str, typer.Option(help="expert, token or both.")] = "expert,token",
@@ -62,7 +62,7 @@ def main(
         None
     ),
 ) -> None:
-    """Measure dispatch, combine and whole layers. Options may be lists: --tokens 128,4096."""
+    """Measure dispatch, combine and whole layers. Options may be lists: --suite baselines,decode."""
     if plot_path is not None:
         _need("matplotlib")
     if suite is not None and ops is not None:
@@ -73,7 +73,8 @@ def main(
     try:
         check_processes(count, processes, gpus)
         if ops is None:
-            cases = suites.suite(_one_of("--suite", suite or "baselines", suites.NAMES), machine)
+            names = listed("--suite", suite or "baselines", suites.NAMES)
+            cases = list(dict.fromkeys(case for n in names for case in suites.suite(n, machine)))
         else:
             fields = itertools.product(
                 listed("--routing", routing, get_args(Routing)),

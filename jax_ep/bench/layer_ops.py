@@ -124,7 +124,6 @@ def _judgement(session: Session, case: Case, sizes: Sizes, inputs: Any) -> Any:
     """What the layer must give: outputs and gradients of the arm that is the judge."""
     key = ("judgement", dataclasses.replace(case.workload, capacity="exact"))
     if key not in session.kept:
-        session.kept.clear()  # those of another layer would take their memory
         run = session.on_all_ranks(_step(layer.BY_NAME[JUDGE], sizes).run)
         session.kept[key] = jax.block_until_ready(run(inputs))
     return session.kept[key]

@@ -229,10 +229,7 @@ def _check_dispatch(
     for name, array, sent in zip(("rows", "scales"), tokens, everyone, strict=False):
         for rank, got in session.parts(array).items():
             sources = problem.sources(index, rank)
-            token = sources // case.top_k if case.layout == "expert" else sources
-            want = sent[np.maximum(token, 0)]
-            want[sources < 0] = 0
-            if not expected.same_bits(got, want):
+            if not _are_rows_of(got, sent, sources, case.top_k if case.layout == "expert" else 1):
                 return f"rank {rank}: {name} differ from those sent"
     if out.weights is None:
         return ""
@@ -252,15 +249,31 @@ def _check_dispatch(
     return ""
 
 
+def _are_rows_of(got: np.ndarray, sent: np.ndarray, sources: np.ndarray, per_token: int) -> bool:
+    """Whether rows are those of their sources' tokens, and zero where they have none."""
+
+    def is_right(part: slice) -> bool:
+        want = sent[np.maximum(sources[part], 0) // per_token]
+        want[sources[part] < 0] = 0
+        return expected.same_bits(got[part], want)
+
+    return len(got) == len(sources) and all(expected.by_parts(is_right, len(sources)))
+
+
 def _sent(case: Case, problem: Problem, index: int, rank: int) -> tuple[np.ndarray, ...]:
     """A rank's tokens in the form that they must arrive in."""
     rows = problem.rows(index, rank)
-    if case.quantization in ("fp8", "fp8-dense"):
-        quantized = expected.quantize(rows[0])
+    if case.quantization not in ("fp8", "fp8-dense"):
+        return rows
+
+    def cast(part: slice) -> tuple[np.ndarray, ...]:
+        quantized = expected.quantize(rows[0][part])
         if case.quantization == "fp8":
             return quantized
-        return (expected.dequantize(*quantized, problem.rows(index, rank)[0].dtype.name),)
-    return rows
+        return (expected.dequantize(*quantized, rows[0].dtype.name),)
+
+    parts = expected.by_parts(cast, len(rows[0]))
+    return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _check_combine(
@@ -298,7 +311,12 @@ def _check_sums(
             of_rank = np.take_along_axis(of_rank, np.argsort(ids, axis=-1), axis=-1)
         factors.append(of_rank)
     for rank, got in session.parts(out).items():
-        want = expected.rounded_sums(problem.rows(index, rank)[0], [f[rank] for f in factors])
+        x = problem.rows(index, rank)[0]
+
+        def sums(part: slice, x: np.ndarray = x, rank: int = rank) -> np.ndarray:
+            return expected.rounded_sums(x[part], [f[rank][part] for f in factors])
+
+        want = np.concatenate(expected.by_parts(sums, len(x)))
         if not expected.same_bits(got, want):
             error = np.abs(got.astype(np.float32) - want.astype(np.float32)).max()
             return f"rank {rank}: sums are off by up to {error}"
