@@ -81,7 +81,13 @@ def main(
         repeat=repeat,
         command="python -m jax_ep.tune " + shlex.join(sys.argv[1:]),
     )
-    found = best_entries(measure(job, timeout=timeout, console=console))
+
+    def save(records: list[dict[str, Any]]) -> None:
+        """What is known by now, so that a run that is ended has not been for nothing."""
+        if found := best_entries(records, tried=len({case.num_sms for case in cases})):
+            _tuning.save(path, merged(kept, found))
+
+    found = best_entries(measure(job, timeout=timeout, console=console, save=save))
     if not found:
         sys.exit("jax_ep.tune: no op gave a right result in time; see python -m jax_ep.bench")
     _tuning.save(path, merged(kept, found))
@@ -127,15 +133,22 @@ def cases_of(
     return [dataclasses.replace(base, **change) for change in changes]
 
 
-def best_entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """An entry of the cache for each key, from the right records of jax_ep's kernels alone."""
+def best_entries(records: list[dict[str, Any]], tried: int = 1) -> list[dict[str, Any]]:
+    """An entry of the cache for each key, from the right records of jax_ep's kernels alone.
+
+    Args:
+        records: Of the benchmarks.
+        tried: Records that a key must have, right or wrong, to get an entry.
+    """
     by_key: dict[_tuning.Key, list[dict[str, Any]]] = {}
     for record in records:
-        ours = record["op"] in ("dispatch", "combine") and "name" not in record
-        if ours and record["correct"] and record["median_us"] is not None:
+        if record["op"] in ("dispatch", "combine") and "name" not in record:
             by_key.setdefault(key_of(record), []).append(record)
     entries = []
-    for key, measured in by_key.items():
+    for key, of_key in by_key.items():
+        measured = [r for r in of_key if r["correct"] and r["median_us"] is not None]
+        if len(of_key) < tried or not measured:
+            continue
         limit = _SLACK * min(record["median_us"] for record in measured)
         good = [record for record in measured if record["median_us"] <= limit]
         best = min(good, key=lambda record: record["num_sms"])

@@ -112,7 +112,8 @@ def put(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
         if not lockstep.ACTIVE:
             return jax.device_put(x, sharding)
         # device_put would compare the processes' data, by a collective of XLA.
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        # A process without a device of the mesh could not know the dtype.
+        return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i], dtype=x.dtype)
 
     return jax.tree.map(one, tree)
 

@@ -37,17 +37,24 @@ def text(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def cpu_losses(text, tmp_path_factory):
-    """The losses on two CPU devices by the size of the axis "data"."""
+    """The losses on two CPU devices by the size of the axis "data"; both runs begin at once."""
+    outs = {size: tmp_path_factory.mktemp("cpu") for size in (1, 2)}
+    processes = [
+        train_moe_cli.start(
+            f"{OPTIONS} --devices 2 --data-parallel {size}", data=text, out=out, JAX_PLATFORMS="cpu"
+        )
+        for size, out in outs.items()
+    ]
+    finish = functools.cache(lambda: train_moe_cli.finish(processes, timeout=TIMEOUT))
 
-    @functools.cache
     def losses(data_parallel: int) -> list[float]:
-        out = tmp_path_factory.mktemp("cpu")
-        arguments = f"{OPTIONS} --devices 2 --data-parallel {data_parallel}"
-        process = train_moe_cli.start(arguments, data=text, out=out, JAX_PLATFORMS="cpu")
-        train_moe_cli.finish([process], timeout=TIMEOUT)
-        return train_moe_cli.losses(out)
+        finish()
+        return train_moe_cli.losses(outs[data_parallel])
 
-    return losses
+    yield losses
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 # With one group, it spans both GPUs; with two, NCCL alone connects them.

@@ -125,6 +125,8 @@ def test_other_mesh():
     x = np.ones((1, 3, 1), np.float32)
     np.testing.assert_array_equal(spmd.stacked_jit(lambda x: 3 * x, mesh)(x), 3 * x)
     assert spmd.here(mesh) == (ME == 0)
+    put = spmd.put(x, mesh)  # in a process without a part of it too
+    assert (put.shape, put.dtype) == (x.shape, x.dtype)
 
 def test_ends():
     if os.environ.get("TEST_OF_LAUNCHER") == "kill" and ME == 1:

@@ -151,7 +151,8 @@ def test_without_command_buffers():
     """The same, every kernel launched by itself."""
     file, config = pathlib.Path(__file__), pathlib.Path(__file__).parents[1] / "pyproject.toml"
     done = run_python(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(config)),
+        # pytest-benchmark would warn of the worker of xdist that may have started us.
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-c", str(config)),
         f"{file}::test_every_step_is_right",
         timeout=500,
         XLA_FLAGS="--xla_gpu_enable_command_buffer=",

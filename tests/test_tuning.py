@@ -223,6 +223,28 @@ def test_search_takes_the_fewest_sms_that_are_as_good():
     assert [e["num_sms"] for e in tune.merged(kept, found)] == [98, 16, 32]
 
 
+def test_a_search_that_is_ended_has_written_what_it_finished(cache, monkeypatch):
+    """An op with all of its candidates, right or wrong; not one that is under way."""
+
+    def measure(job, *, save, **_):
+        combine = record(16, 1.0, op="combine")
+        for found in (
+            [record(16, 5.0)],
+            [record(16, 5.0), record(24, None)],
+            [record(16, 5.0), record(24, None), combine],
+        ):
+            save(found)
+            saved.append(set(_tuning.load()) if cache.exists() else set())
+        raise KeyboardInterrupt
+
+    saved = []
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "count_gpus", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(tokens="4096", num_sms="16,24", quantization="none", layout="token")
+    assert saved == [set(), {KEY}, {KEY}]
+
+
 def test_search_covers_what_makes_sense():
     cases = tune.cases_of(
         Case(),

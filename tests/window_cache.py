@@ -47,7 +47,7 @@ def found_and_missed(lookups: pathlib.Path) -> tuple[int, int, list[str]]:
 
 
 def pack(folder: pathlib.Path, parts: pathlib.Path, part_bytes: int = PART_BYTES) -> str:
-    """Write the entries into tar files ``cache-N.tar`` of at most so many bytes; says how many.
+    """Write the entries into tar files ``cache-N.tgz`` of at most so many bytes; says how many.
 
     The largest entries are left out where ``MOST_PARTS`` do not suffice for all.
     """
@@ -71,12 +71,13 @@ def pack(folder: pathlib.Path, parts: pathlib.Path, part_bytes: int = PART_BYTES
         used += sizes[path]
     groups = [group for group in groups[:MOST_PARTS] if group]
     for number, group in enumerate(groups):
-        part = parts / f"cache-{number}.tar.part"
-        with tarfile.open(part, "w") as tar:
+        part = parts / f"cache-{number}.tgz.part"
+        # Entries are compressed already; this is for the headers and the padding between them.
+        with tarfile.open(part, "w:gz", compresslevel=1) as tar:
             for path in group:
                 tar.add(path, arcname=str(path.relative_to(folder)))
-        part.replace(parts / f"cache-{number}.tar")
-    for stale in parts.glob("cache-*.tar"):
+        part.replace(parts / f"cache-{number}.tgz")
+    for stale in parts.glob("cache-*.tgz"):
         if int(stale.stem.partition("-")[2]) >= len(groups):
             stale.unlink()
     text = (
@@ -88,7 +89,7 @@ def pack(folder: pathlib.Path, parts: pathlib.Path, part_bytes: int = PART_BYTES
 def unpack(parts: pathlib.Path, folder: pathlib.Path) -> int:
     """Bring the entries of all parts into a folder; how many files there are then."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(parts.glob("cache-*.tar")):
+    for path in sorted(parts.glob("cache-*.tgz")):
         with tarfile.open(path) as tar:
             tar.extractall(folder, filter="data")
     return sum(path.is_file() for path in folder.rglob("*"))

@@ -87,10 +87,10 @@ def stages(gpus: int) -> list[Stage]:
     """
     for_nccl = 1 if run_processes.NCCL_SHARES_GPUS else 2
     return [
-        Stage("build", [f"bash -c '{_BUILD}'"], "build", 30, 150, "build"),
-        Stage("build_loads", [f"bash -c '{_LOADS}'"], "build", 30, 150, "build"),
+        Stage("build", [f"bash -c '{_BUILD}'"], "build", 24, 150, "build"),
+        Stage("build_loads", [f"bash -c '{_LOADS}'"], "build", 24, 150, "build"),
         _bench(2, gpus, 170, 260),
-        _bench(1, gpus, 115, 200),
+        _bench(1, gpus, 145, 220),
         Stage(
             "bench_loads",
             ["{binaries}/loads --json {work}/loads.json"],
@@ -105,32 +105,49 @@ def stages(gpus: int) -> list[Stage]:
             "collectives",
             [f"{_PYTEST} -s -rs tests/test_gpu_collectives.py"],
             "tests",
-            60,
+            52,
             130,
             "collectives",
             gpus=for_nccl,
             ranks=2,
             environment=_share(0.05),
         ),
-        _tests("one_process", f"{_PYTEST} {_parallel(4)} {_VALUES} {_PROGRAMS} {_STEPS}", 1, 0.05),
-        _tests("processes_2_values", f"{_SEVERAL} 2 {_PYTEST_OPTIONS} {_VALUES}", 2, 0.1),
-        _tests("processes_2_programs", f"{_SEVERAL} 2 {_PYTEST_OPTIONS} {_PROGRAMS}", 2, 0.1),
-        _tests("processes_4", f"{_SEVERAL} 4 {_PYTEST_OPTIONS} {_VALUES} {_PROGRAMS}", 4, 0.08),
-        _tests("training", f"{_PYTEST} -s -rs tests/test_gpu_training.py", 2, 0.05, gpus=for_nccl),
         _tests(
-            "steps", f"{_SEVERAL} 2 {_PYTEST_OPTIONS} {_STEPS}", 2, 0.1, JAX_EP_TEST_ALL_STEPS="1"
+            "one_process",
+            80,
+            f"{_PYTEST} {_parallel(4)} {_VALUES} {_PROGRAMS} {_STEPS} tests/test_gpu.py",
+            1,
+            0.05,
+            gpus=2,
+        ),
+        _tests("processes_2_values", 40, f"{_SEVERAL} 2 {_PYTEST_OPTIONS} {_VALUES}", 2, 0.1),
+        _tests("processes_2_programs", 75, f"{_SEVERAL} 2 {_PYTEST_OPTIONS} {_PROGRAMS}", 2, 0.1),
+        _tests("processes_4", 70, f"{_SEVERAL} 4 {_PYTEST_OPTIONS} {_VALUES} {_PROGRAMS}", 4, 0.08),
+        _tests(
+            "training",
+            100,
+            f"{_PYTEST} -s -rs tests/test_gpu_training.py",
+            2,
+            0.05,
+            gpus=for_nccl,
+        ),
+        _tests(
+            "steps",
+            25,
+            f"{_SEVERAL} 2 {_PYTEST_OPTIONS} {_STEPS}",
+            2,
+            0.1,
+            JAX_EP_TEST_ALL_STEPS="1",
         ),
         Stage(
             "tune",
-            # The table is written at the end of each, so the most useful comes first.
             [
                 "{python} -m jax_ep.tune --ranks 2 --processes 2 --cache {work}/tuning.json"
-                f" --tokens 4096 --layout {layout} --quantization none --repeat 20"
+                " --tokens 4096 --layout token,expert --quantization none --repeat 20"
                 " --num-sms 8,16,24,32,48,64,80,100"
-                for layout in ("token", "expert")
             ],
             "other",
-            30,
+            25,
             90,
             "tune",
             ranks=2,
@@ -161,12 +178,17 @@ def _bench(processes: int, gpus: int, seconds: float, most: float) -> Stage:
 
 
 def _tests(
-    name: str, command: str, ranks: int, share: float, *, gpus: int = 1, **env: str
+    name: str,
+    seconds: float,
+    command: str,
+    ranks: int,
+    share: float,
+    *,
+    gpus: int = 1,
+    **env: str,
 ) -> Stage:
-    if name == "one_process":
-        command, gpus = f"{command} tests/test_gpu.py", 2
     environment = {**_share(share), **env}
-    return Stage(name, [command], "tests", 111, 400, "tests", gpus, ranks, {}, environment)
+    return Stage(name, [command], "tests", seconds, 400, "tests", gpus, ranks, {}, environment)
 
 
 def _share(of_memory: float) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, get_args
 
 try:
@@ -137,8 +138,17 @@ def measure(
     timeout: float,
     console: rich.console.Console,
     json: pathlib.Path | None = None,
+    save: Callable[[list[dict[str, Any]]], None] = lambda found: None,
 ) -> list[dict[str, Any]]:
-    """All records of a job: a line for each as it comes, and all so far in the file ``json``."""
+    """All records of a job: a line for each as it comes.
+
+    Args:
+        job: The run.
+        timeout: Seconds that a case may take.
+        console: For lines and progress.
+        json: A file for all records so far, after each.
+        save: Is given all records so far, after each.
+    """
     begin = time.monotonic()
     found: list[dict[str, Any]] = []
     if json is not None:
@@ -164,6 +174,7 @@ def measure(
             found.append(record)
             if json is not None:
                 records.save(json, found)
+            save(found)
             line = f"{time.monotonic() - begin:5.0f} s  {tables.line(record)}"
             console.print(line, highlight=False, soft_wrap=True)
     return found
