@@ -37,11 +37,54 @@ def test_parts(tmp_path, monkeypatch):
     assert window_cache.unpack(tmp_path / "nothing", tmp_path / "empty") == 0
 
 
+SPREAD = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax_plugins import jax_ep_window
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
+x = jax.ShapeDtypeStruct((4, 4), np.float32, sharding=jax.NamedSharding(mesh, P("expert")))
+sizes = np.ones(2, np.int32)
+
+def ragged(x):
+    return lax.ragged_all_to_all(x, x, sizes, sizes, sizes, sizes, axis_name="expert")
+
+for function in (
+    lambda x: x + lax.axis_index("expert"),
+    lambda x: lax.psum(x, "expert"),
+    lambda x: lax.fori_loop(0, 3, lambda _, x: lax.ppermute(x, "expert", [(0, 1)]), x),
+    ragged,
+):
+    specs = {"in_specs": P("expert"), "out_specs": P("expert"), "check_vma": False}
+    inner = jax.shard_map(function, mesh=mesh, **specs)
+    for outer in (inner, lambda x, inner=inner: inner(x).sum()):
+        module = jax.jit(outer).lower(x).compiler_ir()
+        print(int(jax_ep_window.has_collectives(module)), end=" ")
+"""
+
+
+def test_programs_that_depend_on_how_devices_are_spread():
+    """Those with collectives, in loops too, and all in which the partitioner has a say."""
+    environment = {**os.environ, "PYTHONPATH": window_cache.python_path(gpu_suite.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SPREAD],
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "1", "1", "1", "1", "1", "1", "1"]
+
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from jax._src import cache_key
 print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))[0, 0])
-print("plain keys" if cache_key._hash_accelerator_config is not cache_key._hash_devices else "our keys")
+print("our keys" if "jax_ep_window" in cache_key._hash_accelerator_config.__module__ else "plain keys")
 """
 
 

@@ -4,8 +4,10 @@ JAX imports what it finds in the namespace package ``jax_plugins`` when it start
 brings this into all processes of a run (see ``tests/window_cache.py``). It changes three things:
 
 * The key of a program on GPUs holds the kinds of its devices and not the fingerprint of their topology,
-  which tells one process with two GPUs from two processes with one each, and hosts by their CPUs. XLA
-  compiles the same for them. It is what JAX itself does where a topology has no fingerprint.
+  which tells hosts by their CPUs. How devices are spread over processes is left in it only for programs
+  with collectives of XLA's, or with some that its partitioner may add: of a small all-reduce XLA makes
+  a kernel for GPUs of one process, which reads wild where processes have one each. All others are
+  compiled to the same in all modes.
 * Entries appear by a rename. JAX writes them in place, and a process that reads meanwhile would warn.
 * Programs for CPU are not cached: they would be loaded on other CPUs.
 
@@ -15,6 +17,17 @@ Every look into the cache adds a line to the file ``$JAX_EP_WINDOW_LOOKUPS.PID``
 from __future__ import annotations
 
 import os
+import threading
+from typing import Any
+
+_COLLECTIVES = {
+    f"stablehlo.{name}"
+    for name in (
+        *("all_gather", "all_reduce", "all_to_all", "collective_broadcast"),
+        *("collective_permute", "reduce_scatter"),
+    )
+}
+_OUTSIDE = {"sdy.manual_computation", "func.return"}  # what a shard_map and no more consists of
 
 
 def initialize() -> None:
@@ -41,8 +54,46 @@ def initialize() -> None:
                 part.write_bytes(value)
                 part.replace(path)
 
-    cache_key._hash_accelerator_config = cache_key._hash_devices
+    hash_computation, local = cache_key._hash_computation, threading.local()
+
+    def hash_and_look(hash_obj: Any, module: Any, *rest: Any) -> None:
+        local.has_collectives = has_collectives(module)
+        hash_computation(hash_obj, module, *rest)
+
+    def hash_devices(hash_obj: Any, devices: Any) -> None:
+        cache_key._hash_devices(hash_obj, devices)
+        if local.has_collectives and devices.size > 1:
+            places = [device.process_index for device in devices.flat]
+            cache_key._hash_string(hash_obj, f"processes {places}")
+
+    cache_key._hash_computation = hash_and_look
+    cache_key._hash_accelerator_config = hash_devices
     compilation_cache.get_file_cache = lambda path: (Cache(path, max_size=-1), path)
+
+
+def has_collectives(module: Any) -> bool:
+    """Whether a program may communicate by XLA's own means."""
+    from jax._src.lib.mlir import ir
+
+    found = False
+
+    def look(operation: Any) -> Any:
+        nonlocal found
+        name, parent = operation.name, operation.parent
+        if parent is not None and parent.name == "func.func" and _is_main(parent):
+            found |= name not in _OUTSIDE
+        if name == "stablehlo.custom_call":
+            found |= "ragged_all_to_all" in str(operation.attributes["call_target_name"])
+        else:
+            found |= name in _COLLECTIVES
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(look)
+    return found
+
+
+def _is_main(function: Any) -> bool:
+    return str(function.attributes["sym_name"]) == '"main"'
 
 
 def note(what: str, key: str) -> None:
