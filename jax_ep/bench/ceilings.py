@@ -7,9 +7,8 @@ process as in several, with nothing planned and nothing waited for. XLA's ``lax.
 beside them. The figure is GB/s of a rank in one direction.
 
 *Memory*, where ranks share GPUs, or there is one: the same movers copy within each rank's memory, all
-ranks at once; beside them a kernel of XLA's that reads an array and writes one. The figure is GB/s read
-and written on a GPU, by all of its ranks together. On CPU it is what a core copies within its cache,
-times the cores, which no op can beat.
+ranks at once. The figure is GB/s read and written on a GPU, by all of its ranks together. On CPU it is
+what a core copies within its cache, times the cores, which no op can beat.
 """
 
 from __future__ import annotations
@@ -70,8 +69,6 @@ def _on_gpus(session: Session) -> list[Ceiling]:
         found = [_mover(session, x, kind, *mover) for mover in _MOVERS]
     if kind == "link":
         found.append(Ceiling("lax.ppermute", _ppermute(session, x), kind))
-    else:
-        found.append(Ceiling("XLA's x + 1", _add_one(session, x), kind))
     return [ceiling for ceiling in found if ceiling is not None]
 
 
@@ -143,21 +140,6 @@ def _ppermute(session: Session, x: jax.Array) -> float:
     )
     measured = timing.measure(step, [x], session.mesh, Chain(length=4, repeat=5))
     return NUM_BYTES / session.slowest(measured.spread).median / 1e3
-
-
-def _add_one(session: Session, x: jax.Array) -> float:
-    """XLA's way within a GPU: one kernel that reads and writes every element, again and again."""
-    step = Step(
-        run=lambda x: x + 1,
-        link=lambda _, y, now: now(lax.optimization_barrier(y)),
-        first=lambda x: x,
-    )
-    chain = Chain(length=8, repeat=5)
-    measured = timing.measure(step, [x], session.mesh, chain)
-    if (kernels := measured.text.count(" fusion(")) < chain.length:
-        raise RuntimeError(f"XLA made {kernels} kernels of {chain.length} additions")
-    us = session.slowest(measured.spread).median
-    return 2 * NUM_BYTES * session.ranks / session.gpus / us / 1e3
 
 
 def _on_cpu(session: Session) -> list[Ceiling]:
