@@ -2,7 +2,7 @@
 // bring rows from this GPU's memory or a peer's to registers or to other rows.
 //
 //   nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/loads.cu -o build/cuda/loads
-//   build/cuda/loads [--json benchmarks/results/loads_h200.json]
+//   build/cuda/loads [--json benchmarks/results/loads.json]
 //
 // Movers: bulk copies as in csrc/cuda/dispatch.cu, with the same stages; the adder of combine; and
 // loads of 16 bytes, 4 or 8 of them under way in each of 1024 threads of a block. Uses: "copy"

@@ -206,7 +206,7 @@ def _layer(_: dict[str, Any], results: list[Record]) -> str:
     mine = {
         tuple(r[field] for field in (*LAYER_SHAPE, "ranks", "processes")): r["median_us"]
         for r in layers
-        if r["name"] == "jax_ep" and good(r)
+        if r["name"] == "jax_ep" and r.get("capacity") != "default" and good(r)
     }
     for r in layers:
         base = mine.get(tuple(r[field] for field in (*LAYER_SHAPE, "ranks", "processes")))
@@ -215,7 +215,8 @@ def _layer(_: dict[str, Any], results: list[Record]) -> str:
             f"T={r['tokens']} H={r['hidden']} E={r['experts']} K={r['top_k']} F={r['intermediate']}"
         )
         state = _failure(r)
-        rows.append([_where(r), shape, r["dtype"], r["name"], _us(r), ratio, state])
+        arm = r["name"] + (", default capacity" if r.get("capacity") == "default" else "")
+        rows.append([_where(r), shape, r["dtype"], arm, _us(r), ratio, state])
     return _table("machine, layer, dtype, arm, us, times jax_ep's, failure", rows, "layer")
 
 

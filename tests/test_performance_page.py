@@ -398,6 +398,13 @@ def test_layer_ratio(page, targets):
     for results in ((mine,), (other,), (mine, {**other, "correct": False}), ()):
         assert ratio(*results).endswith("`jax.lax.all_to_all`: not measured.")
     assert "not measured" in ratio({**mine, "tokens": 128}, other)
+    # Room for any routing is a time of its own, whatever order the records have.
+    roomy = {**mine, "capacity": "default", "median_us": 6000.0}
+    for results in ((roomy, mine, other), (mine, other, roomy)):
+        assert "takes 5.00 ms; the same layer" in ratio(*results)
+        assert ratio(*results).endswith("room for any routing, jax_ep takes 6.00 ms.")
+        table = rows(page, targets, list(results), "layer")
+        assert any("jax_ep, default capacity" in row and "1.20" in row for row in table)
 
 
 def test_rates_above_the_ceiling(page, targets):
