@@ -12,22 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from jax_ep import _environment as _environment  # first: it prepares XLA's CPU client
 from jax_ep import reference, routing
-from jax_ep._combine import combine
-from jax_ep._dispatch import dispatch
+from jax_ep._core.quantize import dequantize, quantize
+from jax_ep._core.types import DispatchConfig, Dispatched, Handle, Quantized
 from jax_ep._errors import CommunicationError, errors
-from jax_ep._group import Group, create_group
-from jax_ep._grouped_dot import grouped_dot
-from jax_ep._moe import MoEAux, moe
-from jax_ep._moe_params import (
+from jax_ep._grouped_dot.api import grouped_dot
+from jax_ep._groups.create import create_group
+from jax_ep._groups.group import Group
+from jax_ep._moe.layer import MoEAux, moe
+from jax_ep._moe.params import (
     MoEParams,
     PartitionNames,
     SharedExpert,
     init_moe_params,
     moe_partition_specs,
 )
-from jax_ep._overlap import Ticket, combine_done, combine_start, dispatch_done, dispatch_start
-from jax_ep._quantize import dequantize, quantize
-from jax_ep._types import DispatchConfig, Dispatched, Handle, Quantized
+from jax_ep._ops.combine import combine
+from jax_ep._ops.dispatch import dispatch
+from jax_ep._ops.overlap import Ticket, combine_done, combine_start, dispatch_done, dispatch_start
 from jax_ep._version import __version__
 
 if TYPE_CHECKING:

@@ -117,9 +117,10 @@ def _native_library() -> Iterator[Finding]:
             "an installed package",
         )
         return
-    from jax_ep import _cpu, _ffi
+    from jax_ep import _cpu
+    from jax_ep._core import libraries
 
-    reason = _ffi.why_unavailable()
+    reason = libraries.why_unavailable()
     if reason is not None:
         yield Finding("fail", "native CPU library", reason, "reinstall jax_ep")
         return
@@ -207,12 +208,12 @@ def _gpus() -> Iterator[Finding]:
 
 def _links() -> Iterator[Finding]:
     """What joins the GPUs of this machine, and which of them read each other's memory."""
-    from jax_ep import _gpu_links
+    from jax_ep._groups import links as gpu_links
 
     gpus = [line for line in _ask_nvidia_smi("-L").splitlines() if line.startswith("GPU ")]
     if len(gpus) < 2:
         return
-    links = _gpu_links.links(_ask_nvidia_smi("topo", "-m"))
+    links = gpu_links.links(_ask_nvidia_smi("topo", "-m"))
     if links is None:
         yield Finding(
             "note",
@@ -221,21 +222,20 @@ def _links() -> Iterator[Finding]:
             "look at what it prints: ranks want NVLink (NV1, NV18 ...) between them",
         )
     else:
-        for link in sorted(set(links.values()), key=lambda link: not _gpu_links.is_nvlink(link)):
+        for link in sorted(set(links.values()), key=lambda link: not gpu_links.is_nvlink(link)):
             pairs = [pair for pair in links if links[pair] == link]
             which = f"all {len(pairs)}" if len(pairs) == len(links) else str(len(pairs))
-            fast = _gpu_links.is_nvlink(link)
+            fast, text = gpu_links.is_nvlink(link), gpu_links.pairs_text(pairs)
             yield Finding(
                 "ok" if fast else "note",
                 "GPU links",
-                f"{link} ({_gpu_links.meaning(link)}) joins {which} pair(s): "
-                f"{_gpu_links.pairs_text(pairs)}",
+                f"{link} ({gpu_links.meaning(link)}) joins {which} pair(s): {text}",
                 ""
                 if fast
                 else "without NVLink rows take several times as long: make groups of GPUs that "
                 "NVLink joins, or see nvidia-smi nvlink --status if these should be",
             )
-    access = _gpu_links.access(_ask_nvidia_smi("topo", "-p2p", "r"))
+    access = gpu_links.access(_ask_nvidia_smi("topo", "-p2p", "r"))
     if access is None:
         yield Finding(
             "note",
@@ -252,7 +252,7 @@ def _links() -> Iterator[Finding]:
     yield Finding(
         "note",
         "GPU peer access",
-        f"{_gpu_links.pairs_text(apart)} do not read each other's memory "
+        f"{gpu_links.pairs_text(apart)} do not read each other's memory "
         f"({', '.join(sorted(set(refused.values())))} in nvidia-smi topo -p2p r)",
         "the native backend needs groups without such pairs: choose others with "
         "CUDA_VISIBLE_DEVICES, or see whether IOMMU, ACS or the driver forbids it; "
@@ -264,7 +264,8 @@ def _reach() -> Iterator[Finding]:
     """What other processes of this host could read of each GPU's arrays."""
     import jax
 
-    from jax_ep import _compat, _device_group, _exported_memory
+    from jax_ep import _compat
+    from jax_ep._groups import gpu_side, memory
 
     if importlib.util.find_spec("jax_ep._cuda") is None:
         return
@@ -273,7 +274,7 @@ def _reach() -> Iterator[Finding]:
         if device.platform != "gpu" or ordinal is None:
             continue
         name = f"arrays of GPU {ordinal}"
-        reason = _exported_memory.why_not_in_place(_device_group.library(), ordinal)
+        reason = memory.why_not_in_place(gpu_side.library(), ordinal)
         if reason == "":
             yield Finding("ok", name, "other processes of this host can read them in place")
             continue
@@ -281,7 +282,7 @@ def _reach() -> Iterator[Finding]:
             "note",
             name,
             f"other processes cannot read them in place ({reason}): groups that span processes "
-            f"copy operands first, into {_exported_memory.staging_bytes()} bytes "
+            f"copy operands first, into {memory.staging_bytes()} bytes "
             "(JAX_EP_STAGING_BYTES)",
             "unset XLA_PYTHON_CLIENT_PREALLOCATE and XLA_PYTHON_CLIENT_ALLOCATOR, so that XLA "
             "allocates its memory at once",

@@ -11,10 +11,11 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jax_ep import _checks, _moe_checks
-from jax_ep._group import Group
-from jax_ep._moe import MoEAux, RouterLike, moe
-from jax_ep._moe_params import (
+from jax_ep._core import arguments
+from jax_ep._groups.group import Group
+from jax_ep._moe import checks
+from jax_ep._moe.layer import MoEAux, RouterLike, moe
+from jax_ep._moe.params import (
     DEFAULT_NAMES,
     Initializer,
     MoEParams,
@@ -86,7 +87,7 @@ class MoE(nn.Module):
 
     def setup(self) -> None:
         """Make the weights."""
-        _moe_checks.check_layer(
+        checks.check_layer(
             "linen.MoE", group=self.group, num_experts=self.num_experts, top_k=self.top_k
         )
         shapes = moe_param_shapes(
@@ -163,7 +164,7 @@ class MoE(nn.Module):
             ValueError: if the layer was made without ``router_bias=True``.
         """
         if not self.router_bias:
-            raise _checks.value_error(
+            raise arguments.value_error(
                 "linen.MoE.update_router_bias",
                 "self",
                 "a layer with a router bias",

@@ -9,10 +9,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jax_ep import _checks, _moe_checks
-from jax_ep._group import Group
-from jax_ep._moe import MoEAux, RouterLike, moe
-from jax_ep._moe_params import (
+from jax_ep._core import arguments
+from jax_ep._groups.group import Group
+from jax_ep._moe import checks
+from jax_ep._moe.layer import MoEAux, RouterLike, moe
+from jax_ep._moe.params import (
     DEFAULT_NAMES,
     Initializer,
     MoEParams,
@@ -106,7 +107,7 @@ class MoE(nnx.Module):
             TypeError: for a group, ``num_experts`` or ``top_k`` of the wrong type.
             ValueError: for sizes that do not fit each other; the text says what would.
         """
-        _moe_checks.check_layer("nnx.MoE", group=group, num_experts=num_experts, top_k=top_k)
+        checks.check_layer("nnx.MoE", group=group, num_experts=num_experts, top_k=top_k)
         self.num_experts = num_experts
         self.top_k = top_k
         self.group = group
@@ -192,7 +193,7 @@ class MoE(nnx.Module):
             ValueError: if the layer was made without ``router_bias=True``.
         """
         if self.router_bias is None:
-            raise _checks.value_error(
+            raise arguments.value_error(
                 "nnx.MoE.update_router_bias",
                 "self",
                 "a layer with a router bias",

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jax_ep._numerics import keep, round_to
-from jax_ep._quantize import dequantize, quantize
-from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
+from jax_ep._core.numerics import keep, round_to
+from jax_ep._core.quantize import dequantize, quantize
+from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 
 if TYPE_CHECKING:
-    from jax_ep._group import Group
+    from jax_ep._groups.group import Group
 
 _INT32_MAX = jnp.iinfo(jnp.int32).max
 _LANES = 256

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from jax_ep import _checks
+from jax_ep._core import arguments
 
 Kind = Literal["softmax", "sigmoid", "group_limited"]
 Scoring = Literal["sigmoid", "softmax"]
@@ -152,9 +152,9 @@ def group_limited_top_k(
     _check_logits(op, logits)
     _check_k(op, k, logits.shape[1])
     tokens, experts = logits.shape
-    _checks.check_one_of(op, "scoring", scoring, ("sigmoid", "softmax"))
+    arguments.check_one_of(op, "scoring", scoring, ("sigmoid", "softmax"))
     if num_groups < 1 or experts % num_groups:
-        raise _checks.value_error(
+        raise arguments.value_error(
             op,
             "num_groups",
             f"a divisor of the {experts} experts",
@@ -163,7 +163,7 @@ def group_limited_top_k(
         )
     size = experts // num_groups
     if not 1 <= top_groups <= num_groups or k > top_groups * size:
-        raise _checks.value_error(
+        raise arguments.value_error(
             op,
             "top_groups",
             f"1 to {num_groups} groups, of {size} experts each, with {k} experts among them",
@@ -203,12 +203,12 @@ class Router:
     scoring: Scoring = "sigmoid"
 
     def __post_init__(self) -> None:
-        _checks.check_one_of(
+        arguments.check_one_of(
             "routing.Router", "kind", self.kind, ("softmax", "sigmoid", "group_limited")
         )
         grouped = self.num_groups is not None and self.top_groups is not None
         if self.kind == "group_limited" and not grouped:
-            raise _checks.value_error(
+            raise arguments.value_error(
                 "routing.Router",
                 "num_groups",
                 "num_groups and top_groups with kind 'group_limited'",
@@ -321,11 +321,11 @@ def _selection(
 
 def _check_logits(op: str, logits: Any) -> None:
     if not isinstance(logits, jax.Array | np.ndarray):
-        raise _checks.type_error(
+        raise arguments.type_error(
             op, "logits", "an array", type(logits).__name__, "convert it first"
         )
     if logits.ndim != 2:
-        raise _checks.value_error(
+        raise arguments.value_error(
             op,
             "logits",
             "two dimensions, [tokens, experts]",
@@ -335,12 +335,12 @@ def _check_logits(op: str, logits: Any) -> None:
 
 
 def _check_k(op: str, k: Any, num_experts: int) -> None:
-    if not _checks.is_int(k):
-        raise _checks.type_error(
+    if not arguments.is_int(k):
+        raise arguments.type_error(
             op, "k", "a Python int", type(k).__name__, "pass the number of experts of a token"
         )
     if not 1 <= k <= num_experts:
-        raise _checks.value_error(
+        raise arguments.value_error(
             op,
             "k",
             f"1 to {num_experts}, the number of experts",

@@ -1,8 +1,9 @@
 """``python -m jax_ep.tune``: how many SMs dispatch and combine are best given here.
 
 Times each op with several numbers of SMs on the GPUs that are there, by the benchmarks' own method, and
-writes the best into the tuning cache, which groups read when they are created (``jax_ep._tuning``). Of
-numbers within two percent of the best, the smallest is taken: what it leaves, computation can use.
+writes the best into the tuning cache, which groups read when they are created
+(``jax_ep._groups.tuning``). Of numbers within two percent of the best, the smallest is taken: what it
+leaves, computation can use.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ except ImportError as error:
     package = str(error.name).partition(".")[0]
     sys.exit(f"jax_ep.tune: {package} is not installed: pip install 'jax-ep[bench]'")
 
-from jax_ep import _tuning
+from jax_ep._groups import tuning
 from jax_ep.bench import launch
 from jax_ep.bench.__main__ import listed, measure
 from jax_ep.bench.cases import Case
@@ -48,7 +49,7 @@ def main(
     repeat: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 50,
     timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = 300.0,
     cache: Annotated[
-        pathlib.Path | None, typer.Option(help=f"Instead of ${_tuning.CACHE_VARIABLE}.")
+        pathlib.Path | None, typer.Option(help=f"Instead of ${tuning.CACHE_VARIABLE}.")
     ] = None,
 ) -> None:
     """Find good numbers of SMs and write them to the tuning cache. Options may be lists."""
@@ -71,7 +72,7 @@ def main(
     except (ValueError, IndexError) as error:
         raise typer.BadParameter(str(error)) from error
     console = rich.console.Console()
-    path = _tuning.cache_path() if cache is None else cache
+    path = tuning.cache_path() if cache is None else cache
     kept = entries_to_keep(path, console)
     job = launch.Job(
         cases=cases,
@@ -85,12 +86,12 @@ def main(
     def save(records: list[dict[str, Any]]) -> None:
         """What is known by now, so that a run that is ended has not been for nothing."""
         if found := best_entries(records, tried=len({case.num_sms for case in cases})):
-            _tuning.save(path, merged(kept, found))
+            tuning.save(path, merged(kept, found))
 
     found = best_entries(measure(job, timeout=timeout, console=console, save=save))
     if not found:
         sys.exit("jax_ep.tune: no op gave a right result in time; see python -m jax_ep.bench")
-    _tuning.save(path, merged(kept, found))
+    tuning.save(path, merged(kept, found))
     table = rich.table.Table(title=f"written to {path}")
     for column in ("op", "layout", "rows", "tokens", "hidden", "SMs", "us"):
         table.add_column(column)
@@ -140,7 +141,7 @@ def best_entries(records: list[dict[str, Any]], tried: int = 1) -> list[dict[str
         records: Of the benchmarks.
         tried: Records that a key must have, right or wrong, to get an entry.
     """
-    by_key: dict[_tuning.Key, list[dict[str, Any]]] = {}
+    by_key: dict[tuning.Key, list[dict[str, Any]]] = {}
     for record in records:
         if record["op"] in ("dispatch", "combine") and "name" not in record:
             by_key.setdefault(key_of(record), []).append(record)
@@ -163,24 +164,24 @@ def best_entries(records: list[dict[str, Any]], tried: int = 1) -> list[dict[str
     return entries
 
 
-def key_of(record: dict[str, Any]) -> _tuning.Key:
+def key_of(record: dict[str, Any]) -> tuning.Key:
     """What a record's figure holds for."""
     cast = "f32" if record["quantization"] in ("fp8", "fp8-dense") else None
-    return _tuning.Key(
+    return tuning.Key(
         device_kind=record["device"],
         ranks=record["ranks"],
         op=record["op"],
         layout=record["layout"],
-        rows=_tuning.rows_name(record["dtype"], cast, record["quantization"] == "fp8-dense"),
+        rows=tuning.rows_name(record["dtype"], cast, record["quantization"] == "fp8-dense"),
         hidden=record["hidden"],
-        tokens=_tuning.tokens_bucket(record["tokens"]),
+        tokens=tuning.tokens_bucket(record["tokens"]),
     )
 
 
 def merged(kept: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries found, and those kept that none of them replaces."""
-    replaced = {_tuning.key_of(entry) for entry in found}
-    return [entry for entry in kept if _tuning.key_of(entry) not in replaced] + found
+    replaced = {tuning.key_of(entry) for entry in found}
+    return [entry for entry in kept if tuning.key_of(entry) not in replaced] + found
 
 
 def entries_to_keep(path: pathlib.Path, console: rich.console.Console) -> list[dict[str, Any]]:
@@ -188,7 +189,7 @@ def entries_to_keep(path: pathlib.Path, console: rich.console.Console) -> list[d
     if not path.exists():
         return []
     try:
-        return _tuning.entries_of(path.read_text())
+        return tuning.entries_of(path.read_text())
     except (OSError, ValueError) as error:
         console.print(f"{path} is replaced: {error}", highlight=False)
         return []

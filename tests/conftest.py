@@ -42,10 +42,10 @@ else:
     BACKENDS = ("reference", "cpu")
 
 # Wrong calls of these reach the user as errors that name the fix, so no type checker may come first.
-_CHECKED_BY_HAND = {"_dispatch", "_combine", "_overlap", "_group", "_moe", "_quantize", "routing"}
-_CHECKED_BY_HAND |= {"nnx", "linen"}
+_CHECKED_BY_HAND = {"_ops.dispatch", "_ops.combine", "_ops.overlap", "_groups.create", "_moe.layer"}
+_CHECKED_BY_HAND |= {"_core.quantize", "routing", "nnx", "linen"}
 # JAX rebuilds these pytrees with leaves of any kind (specs, sentinels, batched arrays).
-_PYTREES = {"_types"}
+_PYTREES = {"_core.types"}
 
 
 def _checked_modules() -> list[str]:
@@ -55,11 +55,10 @@ def _checked_modules() -> list[str]:
         return []
     root = pathlib.Path(spec.submodule_search_locations[0])
     paths = [path.relative_to(root).with_suffix("") for path in root.rglob("*.py")]
-    return [
-        ".".join(["jax_ep", *path.parts])
-        for path in paths
-        if path.name not in {"__init__", "__main__"} | _CHECKED_BY_HAND | _PYTREES
-    ]
+    names = [".".join(path.parts) for path in paths if path.name not in ("__init__", "__main__")]
+    unchecked = _CHECKED_BY_HAND | _PYTREES
+    assert unchecked <= set(names), f"no modules: {unchecked - set(names)}"
+    return [f"jax_ep.{name}" for name in names if name not in unchecked]
 
 
 if "jax_ep" not in sys.modules:

@@ -28,7 +28,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 import run_processes
-from jax_ep import _compat, _device_group
+from jax_ep import _compat
+from jax_ep._groups import gpu_side
 
 TOKENS, TOP_K, HIDDEN = 96, 4, 512
 
@@ -130,7 +131,7 @@ def values(ranks: int) -> None:
     begin = time.perf_counter()
     group = jax_ep.create_group(mesh, backend="cuda", timeout=60)
     seconds = time.perf_counter() - begin
-    print(f"group in {seconds:.3f} s, staged: {_device_group.why_staged(group.id)}")
+    print(f"group in {seconds:.3f} s, staged: {gpu_side.why_staged(group.id)}")
     me = jax.process_index()
     idx, weights = routes(ranks, seed=0)
     x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN))
@@ -252,12 +253,12 @@ def ending(ranks: int) -> None:
     layer = jax.jit(identity_layer(group))
     y = layer(*operands)  # not waited for by the rank that ends
     if jax.process_index() == 1:
-        _device_group.library().say_goodbye()
+        gpu_side.library().say_goodbye()
         return
     me = jax.process_index()
     np.testing.assert_allclose(mine(y), expected(x[me], idx[me], weights[me]), rtol=1e-4, atol=1e-5)
     deadline = time.monotonic() + 30
-    while 1 not in _device_group.library().gone_processes():
+    while 1 not in gpu_side.library().gone_processes():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     group.check()

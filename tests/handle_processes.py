@@ -18,9 +18,11 @@ from typing import Any
 
 import jax
 
-from jax_ep import _compat, _device_group, _exported_memory
-from jax_ep._device_group import Rank
+from jax_ep import _compat
 from jax_ep._errors import CommunicationError
+from jax_ep._groups import gpu_side
+from jax_ep._groups import memory as group_memory
+from jax_ep._groups.gpu_side import Rank
 
 SCENE, FOLDER, ME, PROCESSES = sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:])
 EVERYBODY = list(range(PROCESSES))
@@ -104,7 +106,7 @@ def create(group_id: int, instances: list[list[int]]) -> str:
     """Make a group of one rank for each process; "made", or the error."""
     ranks = [[Rank(p, 10 + p, 0 if p == ME else None) for p in procs] for procs in instances]
     try:
-        _device_group.create(group_id, ranks, 60.0)
+        gpu_side.create(group_id, ranks, 60.0)
     except CommunicationError as error:
         return str(error)
     return "made"
@@ -142,23 +144,23 @@ def failures() -> Any:
 
 def agreements() -> Any:
     """The largest value counts; another group is an error in all; one outside is not asked."""
-    results: list[Any] = [_device_group.agree(EVERYBODY, "group", 3 + ME)]
+    results: list[Any] = [gpu_side.agree(EVERYBODY, "group", 3 + ME)]
     try:
-        _device_group.agree(EVERYBODY, "one" if ME == 0 else "other", 0)
+        gpu_side.agree(EVERYBODY, "one" if ME == 0 else "other", 0)
     except CommunicationError as error:
         results.append(str(error))
-    results.append(_device_group.agree([0, 1], "two", 5 * (ME + 1)))
+    results.append(gpu_side.agree([0, 1], "two", 5 * (ME + 1)))
     return results
 
 
 def obstacles() -> Any:
     """What keeps one process from it keeps all."""
-    return _device_group.obstacle(EVERYBODY, "there is no library" if ME == 1 else None)
+    return gpu_side.obstacle(EVERYBODY, "there is no library" if ME == 1 else None)
 
 
 def killed() -> Any:
     """A process that is gone in the middle; the others know soon."""
-    _device_group.agree(EVERYBODY, "group", 0)
+    gpu_side.agree(EVERYBODY, "group", 0)
     if ME == PROCESSES - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
@@ -171,7 +173,7 @@ def killed() -> Any:
 
 def forked() -> Any:
     """A process that is gone while a fork of it lives on; the fork is alive until "end" is there."""
-    _device_group.agree(EVERYBODY, "group", 0)
+    gpu_side.agree(EVERYBODY, "group", 0)
     pid, end = FOLDER / "fork", FOLDER / "end"
     if ME == 1:
         fork = os.fork()
@@ -194,7 +196,7 @@ def forked() -> Any:
 
 def absent() -> Any:
     """A process that does not come."""
-    _device_group._MEETING_TIMEOUT_S = 2.0
+    gpu_side._MEETING_TIMEOUT_S = 2.0
     if ME == PROCESSES - 1:
         return "absent"
     return create(1, [EVERYBODY])
@@ -203,8 +205,8 @@ def absent() -> Any:
 if __name__ == "__main__":
     _compat.key_value_set, _compat.key_value_get = key_value_set, key_value_get
     jax.process_index, jax.process_count = lambda: ME, lambda: PROCESSES
-    _device_group.library = lambda: memory
-    _exported_memory._address_of_an_array = lambda _: memory.allocate_exportable(0, [0], 4096)[0]
-    _exported_memory.why_not_in_place = lambda native, ordinal: ""
-    _device_group._MEETING_TIMEOUT_S = 60.0
+    gpu_side.library = lambda: memory
+    group_memory._address_of_an_array = lambda _: memory.allocate_exportable(0, [0], 4096)[0]
+    group_memory.why_not_in_place = lambda native, ordinal: ""
+    gpu_side._MEETING_TIMEOUT_S = 60.0
     print("SAW " + json.dumps(globals()[SCENE]()), flush=True)

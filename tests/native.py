@@ -8,12 +8,13 @@ import pytest
 
 import jax_ep
 import routings
-from jax_ep import _ffi
-from jax_ep._types import Handle
+from jax_ep._backends import native
+from jax_ep._core import libraries
+from jax_ep._core.types import Handle
 
 if jax.default_backend() != "cpu":
     pytest.skip("tests of the CPU backend", allow_module_level=True)
-if reason := _ffi.why_unavailable():
+if reason := libraries.why_unavailable():
     pytest.fail(reason, pytrace=False)
 
 RANKS, TOKENS, TOP_K, EXPERTS, HIDDEN, CAPACITY = 2, 4, 2, 4, 8, 64
@@ -29,7 +30,7 @@ def plan(
     idx, group: jax_ep.Group, layout="expert", capacity=CAPACITY, alignment=8, experts=EXPERTS
 ) -> Handle:
     """The plan of ``idx``, inside a function that runs on every rank."""
-    return _ffi.plan(
+    return native.plan(
         idx,
         group=group,
         num_experts=experts,

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from conftest import PLATFORM
-from jax_ep import _device_group
+from jax_ep._groups import gpu_side
 from jax_ep.bench import ceilings
 from jax_ep.bench.session import Session
 from spmd import need_devices
@@ -46,7 +46,7 @@ def measured(monkeypatch):
         session.has_links, session.gpus = links, 2 if links else 1
         if largest is not None:
             session.largest = largest
-        monkeypatch.setattr(_device_group, "library", lambda: library)
+        monkeypatch.setattr(gpu_side, "library", lambda: library)
         return ceilings.measure(session)
 
     return measure

@@ -8,7 +8,8 @@ import types
 import jax
 import pytest
 
-from jax_ep import _compat, _device_group, _exported_memory, doctor
+from jax_ep import _compat, doctor
+from jax_ep._groups import gpu_side, memory
 
 
 @pytest.fixture
@@ -19,8 +20,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(platform="gpu")])
     monkeypatch.setattr(_compat, "local_ordinal", lambda device: 3)
-    monkeypatch.setattr(_device_group, "library", lambda: library)
-    monkeypatch.setattr(_exported_memory, "_address_of_an_array", lambda ordinal: 4096)
+    monkeypatch.setattr(gpu_side, "library", lambda: library)
+    monkeypatch.setattr(memory, "_address_of_an_array", lambda ordinal: 4096)
     for name in ("PREALLOCATE", "ALLOCATOR"):
         monkeypatch.delenv(f"XLA_PYTHON_CLIENT_{name}", raising=False)
     return library

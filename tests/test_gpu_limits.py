@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 import jax_ep
-from jax_ep import _device_group, _ffi, _gpu_limits, _ops, reference
+from jax_ep import reference
+from jax_ep._backends import native
+from jax_ep._core import limits
+from jax_ep._groups import gpu_side
+from jax_ep._ops import gradients
 from spmd import make_mesh, shard
 
 TOKENS = 4
@@ -22,7 +26,7 @@ VJP = 106240
 @pytest.fixture
 def trace(monkeypatch):
     """Traces one rank of a group of GPUs, whose ops are stood in for by those of the reference."""
-    monkeypatch.setitem(_ops._BACKENDS, "cuda", reference)
+    monkeypatch.setitem(gradients._BACKENDS, "cuda", reference)
 
     def trace(fn, *, ranks: int = 2, backend: str = "cuda"):
         group = jax_ep.Group(
@@ -79,8 +83,8 @@ def test_experts_of_a_layer(trace):
 def test_plan(trace, monkeypatch):
     """What no kernel of the plan has room for, as the native library says by a size below 0."""
     library = types.SimpleNamespace(plan_scratch_size=lambda *_: -1)
-    monkeypatch.setattr(_device_group, "library", lambda: library)
-    monkeypatch.setitem(_ops._BACKENDS, "cuda", _ffi)
+    monkeypatch.setattr(gpu_side, "library", lambda: library)
+    monkeypatch.setitem(gradients._BACKENDS, "cuda", native)
     text = (
         r"dispatch: argument num_experts: .* room for, got 64 experts, 1 a token, on 2 ranks; use"
     )
@@ -165,9 +169,9 @@ def test_limits_are_those_of_the_kernels():
         assert found is not None, name
         return int(found[1]) << int(found[2] or 0)
 
-    assert constant("workspace.h", "kMaxExperts") == _gpu_limits.MAX_EXPERTS
-    assert constant("workspace.h", "kRingBytes") == _gpu_limits.max_summed_row_bytes(2) == RING
+    assert constant("workspace.h", "kMaxExperts") == limits.MAX_EXPERTS
+    assert constant("workspace.h", "kRingBytes") == limits.max_summed_row_bytes(2) == RING
     vjp = "combine_vjp.cu"
     room = constant(vjp, "kSharedBytes") - constant(vjp, "kBarrierBytes")
     room -= constant(vjp, "kStages") * constant(vjp, "kStageBytes")
-    assert room // constant(vjp, "kBuffers") - 128 == _gpu_limits.MAX_VJP_ROW_BYTES == VJP
+    assert room // constant(vjp, "kBuffers") - 128 == limits.MAX_VJP_ROW_BYTES == VJP

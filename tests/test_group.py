@@ -16,7 +16,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _device_group, _ffi, _group
+from jax_ep._backends import native
+from jax_ep._groups import create, gpu_side
 from spmd import fit, make_group, make_mesh, need_devices, ranks_at_most, run_python, shard
 
 pytestmark = pytest.mark.one_process("asks for backends that serve one process")
@@ -188,10 +189,10 @@ def test_native_code_is_told_a_finite_timeout(monkeypatch):
     """An infinite number of nanoseconds would become 0 there."""
     told = []
     library = types.SimpleNamespace(create_group=lambda *args: told.append(args[2]))
-    monkeypatch.setattr(_device_group, "library", lambda: library)
-    rank = _device_group.Rank(process=jax.process_index(), device=0, ordinal=0)
+    monkeypatch.setattr(gpu_side, "library", lambda: library)
+    rank = gpu_side.Rank(process=jax.process_index(), device=0, ordinal=0)
     for timeout in (5.0, float("inf")):
-        _device_group.create(1, [[rank]], timeout)
+        gpu_side.create(1, [[rank]], timeout)
     assert told == [5.0, 1e9]
 
 
@@ -215,10 +216,10 @@ def test_programs_and_groups_place_ranks_alike(axes):
     mesh = make_mesh((2, 3, 2), ("a", "b", "c"))
     group = jax_ep.create_group(mesh, axes, backend="reference")
     places = shard(
-        lambda: _ffi._coords(group)[None], mesh, in_specs=(), out_specs=P(mesh.axis_names)
+        lambda: native._coords(group)[None], mesh, in_specs=(), out_specs=P(mesh.axis_names)
     )
     found = np.asarray(jax.jit(places)()).reshape(*mesh.devices.shape, 2)
-    instances = _group._instances(mesh, group.axis_names)
+    instances = create._instances(mesh, group.axis_names)
     for instance, rank in np.ndindex(*instances.shape):
         [at] = np.argwhere(mesh.devices == instances[instance, rank])
         assert found[tuple(at)].tolist() == [rank, instance]

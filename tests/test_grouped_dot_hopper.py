@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _compat, _grouped_dot_hopper
-from jax_ep._grouped_dot_hopper.tile_table import tile_table
+from jax_ep import _compat
+from jax_ep._grouped_dot import hopper
+from jax_ep._grouped_dot.hopper.tile_table import tile_table
 from test_grouped_dot import SIZES, numpy_grouped_dot, problem, with_gradients
 
 needs_hopper = pytest.mark.skipif(not _compat.has_hopper_gpu(), reason="needs a Hopper GPU")
@@ -41,7 +42,7 @@ def test_tile_table(case, tile):
 
 
 def test_why_not():
-    why_not = _grouped_dot_hopper.why_not
+    why_not = hopper.why_not
     assert why_not(jnp.bfloat16, 8, 128, 256) is None
     assert "multiples of 128 channels, not 100 and 256" in why_not(jnp.bfloat16, 8, 100, 256)
     assert "none for int8" in why_not(jnp.dtype(jnp.int8), 8, 128, 128)
@@ -58,7 +59,7 @@ def test_lowers_for_gpus_anywhere(dtype, inner, outer):
     ]
 
     def passes(lhs, rhs, d_out, sizes):
-        kernels = _grouped_dot_hopper
+        kernels = hopper
         return (
             kernels.rows_by_matrices(lhs, rhs, sizes, contract=0),
             kernels.rows_by_matrices(d_out, rhs, sizes, contract=1),
@@ -120,17 +121,15 @@ def test_kernels_know_nothing_of_what_is_around(around):
     d_out, sizes = jnp.zeros((136, 256), jnp.bfloat16), jnp.zeros(2, jnp.int32)
 
     def products(lhs, rhs, d_out, sizes):
-        kernels = _grouped_dot_hopper
+        kernels = hopper
         by_matrices = kernels.rows_by_matrices(lhs, rhs, sizes, contract=0)
         return by_matrices, kernels.rows_by_rows(lhs, d_out, sizes)
 
     given = (lhs, rhs, d_out, sizes)
     want = kernels_in(lowered_for_gpus(products, *given))
     assert len(want) == 2
-    _grouped_dot_hopper.custom_call.cache_clear()
-    lowered_for_gpus(
-        lambda lhs, sizes: _grouped_dot_hopper.rows_by_rows(lhs, lhs, sizes), lhs, sizes
-    )
+    hopper.custom_call.cache_clear()
+    lowered_for_gpus(lambda lhs, sizes: hopper.rows_by_rows(lhs, lhs, sizes), lhs, sizes)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("expert",))
     setting, function = contextlib.nullcontext(), products
     if around == "vmap":
@@ -224,7 +223,7 @@ def test_vmap():
 @needs_hopper
 def test_what_kernels_cannot_do_is_said(caplog):
     """Other widths go through the loop, with a warning."""
-    jax_ep._grouped_dot._warn_of_loop.cache_clear()
+    jax_ep._grouped_dot.api._warn_of_loop.cache_clear()
     out = jax.jit(functools.partial(jax_ep.grouped_dot))(
         jnp.ones((16, 24)), jnp.ones((2, 24, 8)), jnp.array([4, 8], jnp.int32)
     )

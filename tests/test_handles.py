@@ -17,8 +17,9 @@ import time
 import pytest
 
 import jax_ep
-from jax_ep import _compat, _device_group, _handles
+from jax_ep import _compat
 from jax_ep._errors import CommunicationError
+from jax_ep._groups import gpu_side, processes
 
 SCRIPT = pathlib.Path(__file__).with_name("handle_processes.py")
 
@@ -154,7 +155,7 @@ def store(monkeypatch):
 @pytest.fixture
 def ends(store):
     """The ends of two processes of three."""
-    both = [_handles.Endpoint(me, 3, {"host": "here"}) for me in (0, 1)]
+    both = [processes.Endpoint(me, 3, {"host": "here"}) for me in (0, 1)]
     yield both
     for end in both:
         end.close()
@@ -201,7 +202,7 @@ def greet(end, process, token, lifeline=True):
     token = facts["token"] if token is None else token
     with theirs:
         greeting = {"process": process, "token": token}
-        _handles.send(connection, greeting, [theirs.fileno()] if lifeline else [])
+        processes.send(connection, greeting, [theirs.fileno()] if lifeline else [])
     return connection, ours
 
 
@@ -225,8 +226,8 @@ def test_long_temporary_directories(store, tmp_path, monkeypatch):
     """A socket's path has 107 characters at most."""
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    monkeypatch.setattr(_handles.tempfile, "tempdir", str(long))
-    end = _handles.Endpoint(0, 2, {})
+    monkeypatch.setattr(processes.tempfile, "tempdir", str(long))
+    end = processes.Endpoint(0, 2, {})
     path = end.introduce([0], 1.0)[0]["path"]
     assert len(path) <= 107 and pathlib.Path(path).is_socket()
     end.close()
@@ -243,7 +244,7 @@ def test_descriptors_arrive_and_are_not_inherited(ends):
     assert message == {"n": 1} and len(descriptors) == 3
     assert all(os.pread(descriptor, 9, 0) == b"rows" for descriptor in descriptors)
     assert not any(os.get_inheritable(descriptor) for descriptor in descriptors)
-    _handles.close_all(descriptors)
+    processes.close_all(descriptors)
 
 
 @pytest.mark.parametrize("token", ["", "0" * 32, "é", 7, ["a"]])
@@ -274,7 +275,7 @@ def test_greetings_with_the_token_but_wrong_are_refused(ends, knock, process, li
 def test_other_users_are_refused(ends, knock, monkeypatch):
     """On both sides: who connects, and whom one connects to."""
     first, second = ends
-    monkeypatch.setattr(_handles.os, "getuid", lambda: os.geteuid() + 1)
+    monkeypatch.setattr(processes.os, "getuid", lambda: os.geteuid() + 1)
     connection, _ = knock(first, 1, None)
     text = error_of(lambda: first.exchange([1], {}, [], 1.0))
     assert text == "processes [1] did not connect within 1 s"
@@ -302,12 +303,12 @@ def test_messages_that_are_cut_leak_no_descriptors():
     ours, theirs = socket.socketpair()
     before = len(os.listdir("/proc/self/fd"))
     with ours:
-        rights = _handles.array.array("i", [0, 1, 2])
+        rights = processes.array.array("i", [0, 1, 2])
         ours.sendmsg(
-            [_handles._HEAD.pack(100, 3), b"{"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+            [processes._HEAD.pack(100, 3), b"{"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
         )
     with pytest.raises(ConnectionError):
-        _handles.receive(theirs)
+        processes.receive(theirs)
     assert len(os.listdir("/proc/self/fd")) == before - 1
     theirs.close()
 
@@ -414,10 +415,10 @@ def test_watch():
 )
 def test_blocks_of_ranks_that_share_a_gpu(num_sms, ranks, blocks):
     """All of them fit the GPU at once."""
-    assert _device_group.blocks_per_rank(["a"] * ranks + ["b"], num_sms) == blocks
+    assert gpu_side.blocks_per_rank(["a"] * ranks + ["b"], num_sms) == blocks
 
 
 @pytest.mark.parametrize(("num_sms", "ranks", "most"), [(132, 13, 12), (78, 6, 5)])
 def test_too_many_ranks_share_a_gpu(num_sms, ranks, most):
     with pytest.raises(CommunicationError, match=f"at most {most} ranks on a GPU .* got {ranks}"):
-        _device_group.blocks_per_rank(["a"] * ranks, num_sms)
+        gpu_side.blocks_per_rank(["a"] * ranks, num_sms)

@@ -95,10 +95,10 @@ def test_index_is_complete():
 
 
 def test_versions_agree():
-    from jax_ep import _ffi
+    from jax_ep._core import libraries
 
-    if _ffi.why_unavailable() is not None:
-        pytest.skip(f"no native library: {_ffi.why_unavailable()}")
+    if libraries.why_unavailable() is not None:
+        pytest.skip(f"no native library: {libraries.why_unavailable()}")
     from jax_ep import _cpu
 
     assert _cpu.build_info()["version"] == jax_ep.__version__

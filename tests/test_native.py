@@ -16,7 +16,8 @@ import pytest
 import jax_ep
 import oracle
 import routings
-from jax_ep import _cpu, _ffi, reference
+from jax_ep import _cpu, reference
+from jax_ep._backends import native
 from native import RANKS, UNBOUNDED, indices, plan
 from spmd import make_group, ranks_at_most, stacked_jit
 
@@ -66,8 +67,8 @@ def test_large_payload(layout):
 
     def run(x, idx, weights):
         handle = plan(idx, group, layout, capacity, experts=experts)
-        rows, _ = _ffi.dispatch(x, None, handle, group=group)
-        y, _ = _ffi.combine(rows, weights if fused else None, None, handle, group=group)
+        rows, _ = native.dispatch(x, None, handle, group=group)
+        y, _ = native.combine(rows, weights if fused else None, None, handle, group=group)
         return rows, y
 
     rows, y = stacked_jit(run, group.mesh)(x, idx, weights)
@@ -97,10 +98,10 @@ def test_quantization_of_every_bit_pattern(dtype, scale_format):
 
     def run(x, idx):
         handle = plan(idx, group, capacity=x.shape[0], alignment=1, experts=1)
-        quantized, _ = _ffi.dispatch(
+        quantized, _ = native.dispatch(
             x, None, handle, group=group, scale_format=scale_format, dense_output=False
         )
-        dense, _ = _ffi.dispatch(x, None, handle, group=group, scale_format=scale_format)
+        dense, _ = native.dispatch(x, None, handle, group=group, scale_format=scale_format)
         return quantized, dense
 
     quantized, dense = stacked_jit(run, group.mesh)(x, idx)
@@ -125,7 +126,7 @@ def test_rounding_of_sums(dtype):
 
     def run(x, idx, weights):
         handle = plan(idx, group, capacity=1024, alignment=1, experts=1)
-        y, _ = _ffi.combine(x, weights, None, handle, group=group)
+        y, _ = native.combine(x, weights, None, handle, group=group)
         return y
 
     with np.errstate(all="ignore"):
@@ -147,5 +148,5 @@ def test_subnormal_numbers_are_flushed_as_xla_flushes_them():
 
         return stacked_jit(body, group.mesh)(x, idx, weights)
 
-    for found, expected in zip(*map(jax.tree.leaves, (run(_ffi), run(reference))), strict=True):
+    for found, expected in zip(*map(jax.tree.leaves, (run(native), run(reference))), strict=True):
         oracle.assert_same(found, expected, "with subnormal numbers")

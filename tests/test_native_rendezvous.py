@@ -17,7 +17,8 @@ import pytest
 
 import jax_ep
 import oracle
-from jax_ep import _cpu, _ffi
+from jax_ep import _cpu
+from jax_ep._backends import native
 from native import EXPERTS, HIDDEN, TOKENS, indices, plan
 from spmd import make_group, stacked, stacked_jit
 
@@ -77,8 +78,8 @@ def test_delays_change_nothing():
         handle = plan(idx, group)
         branches = []
         for scale in (1.0, 2.0, 3.0):
-            rows, _ = _ffi.dispatch(scale * x, None, handle, group=group)
-            y, _ = _ffi.combine(rows, None, None, handle, group=group)
+            rows, _ = native.dispatch(scale * x, None, handle, group=group)
+            y, _ = native.combine(rows, None, None, handle, group=group)
             branches.append(y / scale)
         return jnp.stack(branches, 1)
 

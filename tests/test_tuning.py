@@ -17,8 +17,10 @@ import pytest
 
 import jax_ep
 from conftest import PLATFORM
-from jax_ep import _compat, _ffi, _tuning, tune
-from jax_ep._tuning import Key
+from jax_ep import _compat, tune
+from jax_ep._backends import native
+from jax_ep._groups import sms, tuning
+from jax_ep._groups.tuning import Key
 from jax_ep.bench.cases import Case
 from spmd import make_group as make_real_group
 from spmd import run_python
@@ -35,7 +37,7 @@ def entry(num_sms=20, **changes):
 def cache(tmp_path, monkeypatch):
     path = tmp_path / "sub" / "tuning.json"
     monkeypatch.setenv("JAX_EP_TUNING_CACHE", str(path))
-    monkeypatch.setattr(_tuning, "_warned", set())
+    monkeypatch.setattr(tuning, "_warned", set())
     return path
 
 
@@ -52,16 +54,16 @@ def gpus_have_132_sms(monkeypatch):
 
 def num_sms(group, **changes):
     arguments = {"op": "dispatch", "layout": "token", "rows": "bfloat16", "hidden": 7168}
-    return _tuning.num_sms(group, **{**arguments, "num_tokens": 4096, **changes})
+    return sms.num_sms(group, **{**arguments, "num_tokens": 4096, **changes})
 
 
 def test_default_leaves_32_sms():
-    assert _tuning.default_num_sms("expert", 132) == 64
-    assert _tuning.default_num_sms("token", 132) == 24
-    assert _tuning.default_num_sms("expert", 78) == 46
-    assert _tuning.default_num_sms("token", 40) == 8
-    assert _tuning.default_num_sms("token", 16) == 2
-    assert _tuning.default_num_sms("expert", None) == 64
+    assert tuning.default_num_sms("expert", 132) == 64
+    assert tuning.default_num_sms("token", 132) == 24
+    assert tuning.default_num_sms("expert", 78) == 46
+    assert tuning.default_num_sms("token", 40) == 8
+    assert tuning.default_num_sms("token", 16) == 2
+    assert tuning.default_num_sms("expert", None) == 64
 
 
 def test_what_is_asked_for_comes_first_then_the_table_then_the_default():
@@ -78,39 +80,39 @@ def test_what_is_asked_for_comes_first_then_the_table_then_the_default():
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(0, 1), (1, 1), (3, 4), (128, 128), (129, 256)])
 def test_buckets(tokens, bucket):
-    assert _tuning.tokens_bucket(tokens) == bucket
+    assert tuning.tokens_bucket(tokens) == bucket
 
 
 def test_attributes_carry_the_number():
     group = make_group(tuning={KEY: 20})
     attributes = functools.partial(
-        _ffi._attributes,
+        native._attributes,
         group,
         8,
         "token",
         op="dispatch",
         num_tokens=4096,
         hidden=7168,
-        rows=_tuning.rows_name("bfloat16"),
+        rows=tuning.rows_name("bfloat16"),
     )
     assert attributes(None)["num_sms"] == 20
     assert attributes(jax_ep.DispatchConfig(num_sms=8))["num_sms"] == 8
 
 
 def test_cache_round_trip(cache):
-    assert _tuning.load() == {}
-    _tuning.save(cache, [entry(), entry(16, layout="expert")])
-    assert _tuning.load() == {KEY: 20, dataclasses.replace(KEY, layout="expert"): 16}
+    assert tuning.load() == {}
+    tuning.save(cache, [entry(), entry(16, layout="expert")])
+    assert tuning.load() == {KEY: 20, dataclasses.replace(KEY, layout="expert"): 16}
     assert [path.name for path in cache.parent.iterdir()] == ["tuning.json"]
 
 
 def test_cache_path(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_EP_TUNING_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _tuning.cache_path() == tmp_path / "jax_ep" / "tuning.json"
+    assert tuning.cache_path() == tmp_path / "jax_ep" / "tuning.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert _tuning.cache_path() == tmp_path / ".cache" / "jax_ep" / "tuning.json"
+    assert tuning.cache_path() == tmp_path / ".cache" / "jax_ep" / "tuning.json"
 
 
 BAD = {
@@ -131,7 +133,7 @@ def test_bad_caches_are_ignored_with_one_warning(cache, caplog, reason):
     cache.parent.mkdir()
     cache.write_text(BAD[reason])
     with caplog.at_level(logging.WARNING, "jax_ep"):
-        assert _tuning.load() == {} == _tuning.load()
+        assert tuning.load() == {} == tuning.load()
     assert len(caplog.records) == 1
     text = caplog.text
     assert reason in text and str(cache) in text and "python -m jax_ep.tune" in text
@@ -140,19 +142,20 @@ def test_bad_caches_are_ignored_with_one_warning(cache, caplog, reason):
 def test_bytes_that_are_no_text(cache, caplog):
     cache.parent.mkdir()
     cache.write_bytes(b"\xff\xfe\x00")
-    assert _tuning.load() == {}
+    assert tuning.load() == {}
     assert len(caplog.records) == 1
 
 
 WORKER = """
 import sys
 import jax, jax_ep
-from jax_ep import _tuning
+from jax_ep._groups import sms
+from jax_ep._groups import tuning
 address, index = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(address, 2, index, coordinator_bind_address=address if index == 0 else None)
 mesh = jax.sharding.Mesh(jax.devices(), ("expert",))
 assert mesh.size == 2
-table = _tuning.agreed_table(mesh, "test")
+table = tuning.agreed_table(mesh, "test")
 print(sorted((key.device_kind, value) for key, value in table.items()))
 jax.distributed.shutdown()
 """
@@ -168,7 +171,7 @@ def test_processes_take_the_table_of_rank_0(tmp_path, monkeypatch):
     workers = []
     for index in range(2):
         path = tmp_path / f"{index}.json"
-        _tuning.save(path, [entry(20 + index, device_kind=f"host {index}")])
+        tuning.save(path, [entry(20 + index, device_kind=f"host {index}")])
         environment = {
             **os.environ,
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
@@ -218,7 +221,7 @@ def test_search_takes_the_fewest_sms_that_are_as_good():
         (16, "bfloat16", 4096),
         (32, "bfloat16 as fp8", 4096),
     ]
-    assert _tuning.key_of(found[0]) == KEY
+    assert tuning.key_of(found[0]) == KEY
     kept = [entry(99), entry(98, device_kind="other")]
     assert [e["num_sms"] for e in tune.merged(kept, found)] == [98, 16, 32]
 
@@ -234,7 +237,7 @@ def test_a_search_that_is_ended_has_written_what_it_finished(cache, monkeypatch)
             [record(16, 5.0), record(24, None), combine],
         ):
             save(found)
-            saved.append(set(_tuning.load()) if cache.exists() else set())
+            saved.append(set(tuning.load()) if cache.exists() else set())
         raise KeyboardInterrupt
 
     saved = []
@@ -289,12 +292,12 @@ def test_search_writes_what_groups_read(cache, monkeypatch, capsys):
     search = functools.partial(tune.main, quantization="none", layout="token")
     search(tokens="4096", num_sms="16,24")
     assert len(asked) == 4
-    assert _tuning.load() == {KEY: 16, dataclasses.replace(KEY, op="combine"): 16}
+    assert tuning.load() == {KEY: 16, dataclasses.replace(KEY, op="combine"): 16}
     search(tokens="128", num_sms="8")
-    assert _tuning.load()[KEY] == 16
-    assert _tuning.load()[dataclasses.replace(KEY, tokens=128)] == 8
+    assert tuning.load()[KEY] == 16
+    assert tuning.load()[dataclasses.replace(KEY, tokens=128)] == 8
     cache.write_text("{")
     search(tokens="4096", num_sms="12")
-    assert _tuning.load()[KEY] == 12
+    assert tuning.load()[KEY] == 12
     out = " ".join(capsys.readouterr().out.split())
     assert "is replaced" in out and "written to" in out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from jax_ep._types import Layout, Mode
+from jax_ep._core.types import Layout, Mode
 
 Op = Literal["dispatch", "dispatch_cached", "combine", "plan", "round_trip", "exchange", "layer"]
 Quantization = Literal["none", "quantized", "fp8", "fp8-dense"]

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from jax_ep import _compat, _device_group
+from jax_ep import _compat
+from jax_ep._groups import gpu_side
 from jax_ep.bench import timing
 from jax_ep.bench.timing import Chain, Step
 
@@ -81,7 +82,7 @@ def _mover(
     session: Session, x: jax.Array, kind: Kind, name: str, mover: int, blocks: tuple[int, ...]
 ) -> Ceiling | None:
     """The best rate of a mover; None where peers cannot read the array in place."""
-    library, group = _device_group.library(), session.group
+    library, group = gpu_side.library(), session.group
     to = jax.block_until_ready(x + 1)  # an array of the same size
     places: dict[int, tuple[int, int]] = {}
     failures = []

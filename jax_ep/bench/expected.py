@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Int, Int32
 
-from jax_ep._types import Layout
+from jax_ep._core.types import Layout
 
 _MAX_E4M3 = np.float32(448)
 _PART_ROWS = 512  # that a thread works on at a time: a few megabytes, which its caches hold

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from jax_ep import _device_group, _ffi, _ops, _tuning
-from jax_ep._capacity import INT32_MAX
-from jax_ep._types import Dispatched, Handle, Quantized
+from jax_ep._backends import native
+from jax_ep._core.capacity import INT32_MAX
+from jax_ep._core.types import Dispatched, Handle, Quantized
+from jax_ep._groups import gpu_side, sms, tuning
+from jax_ep._ops import gradients
 from jax_ep.bench import expected, memory, timing, traffic
 from jax_ep.bench.cases import Case
 from jax_ep.bench.clock import Clock
@@ -36,11 +38,11 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
     """The record of one of our ops, by the library's kernels or by its reference."""
     problem = session.problem(case)
     step, sets = _step(session, case, problem), _sets(session, case, problem)
-    native = _group(session, case).backend != "reference"
+    is_native = _group(session, case).backend != "reference"
     moved = traffic.of_op(case, problem)
     written = problem.capacity * case.hidden * 2 if case.op != "plan" else 0
     chain = session.chain(
-        10 + moved.wire / 3e5 + written / 2e6, calls=_TARGETS[case.op] if native else ()
+        10 + moved.wire / 3e5 + written / 2e6, calls=_TARGETS[case.op] if is_native else ()
     )
     measured = timing.measure(step, sets, session.mesh, chain)
     link = session.link(case.tokens, case.top_k)
@@ -52,8 +54,8 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         moved,
         correct=not wrongs,
         num_sms=_num_sms(session, case),
-        name=None if native else REFERENCE,
-        workspace_bytes=_ffi.workspace_bytes(session.group),
+        name=None if is_native else REFERENCE,
+        workspace_bytes=native.workspace_bytes(session.group),
         scratch_bytes=memory.scratch_bytes(measured.text),
         staged=_staged(session),
         error=wrongs[0] if wrongs else None,
@@ -86,11 +88,11 @@ def _num_sms(session: Session, case: Case) -> int | None:
     if not session.on_gpu:
         return None
     cast = "f32" if case.quantization in ("fp8", "fp8-dense") else None
-    rows = _tuning.rows_name(case.row_dtype, cast, case.quantization == "fp8-dense")
-    op: _tuning.TunedOp = "dispatch"
+    rows = tuning.rows_name(case.row_dtype, cast, case.quantization == "fp8-dense")
+    op: tuning.TunedOp = "dispatch"
     if case.op in ("plan", "combine"):
         op = "plan" if case.op == "plan" else "combine"
-    wanted = _tuning.num_sms(
+    wanted = sms.num_sms(
         session.group,
         op=op,
         layout=case.layout,
@@ -101,11 +103,11 @@ def _num_sms(session: Session, case: Case) -> int | None:
     )
     if session.group.backend != "cuda":
         return wanted
-    return min(wanted, _device_group.max_blocks(session.group.id))
+    return min(wanted, gpu_side.max_blocks(session.group.id))
 
 
 def _staged(session: Session) -> bool:
-    return _device_group.is_staged(session.group.id)
+    return gpu_side.is_staged(session.group.id)
 
 
 def _step(session: Session, case: Case, problem: Problem) -> Step:
@@ -122,7 +124,7 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
         return jax_ep.dispatch(x, topk_idx, weights, **routed, **given)
 
     def plan(topk_idx: jax.Array) -> Handle:
-        return _ops.plan(
+        return gradients.plan(
             topk_idx,
             group=given["group"],
             **routed,

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float32
 
-from jax_ep._capacity import lossless_capacity
+from jax_ep._core.capacity import lossless_capacity
 from jax_ep.bench import expected, patterns
 from jax_ep.bench.cases import Case
 

@@ -15,7 +15,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _compat, _device_group, _ffi
+from jax_ep import _compat
+from jax_ep._core import libraries
+from jax_ep._groups import gpu_side
 from jax_ep.bench import ceilings, records, timing
 from jax_ep.bench.cases import Case
 from jax_ep.bench.problems import Problem
@@ -57,7 +59,7 @@ class Session:
         self.shares_gpus = self.on_gpu and self.gpus < self.ranks
         # Whether bytes between ranks cross a link; else they move in the memory that ranks share.
         self.has_links = self.on_gpu and self.ranks == self.gpus > 1
-        if why := _ffi.why_unavailable("cuda" if self.on_gpu else "cpu"):
+        if why := libraries.why_unavailable("cuda" if self.on_gpu else "cpu"):
             raise RuntimeError(f"benchmarks read the clock of jax_ep's own library: {why}")
         self._problem: Problem | None = None
         self._links: dict[tuple[int, int], Spread] = {}
@@ -134,7 +136,7 @@ class Session:
     def completed_calls(self) -> list[int]:
         """Calls of our ops that each rank of this process has completed."""
         if self.group.backend == "cuda":
-            library = _device_group.library()
+            library = gpu_side.library()
             by_ordinal, error = library.completed_ops(self.group.id)
             if error is not None:
                 raise RuntimeError(error)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
-from jax_ep._types import Layout
+from jax_ep._core.types import Layout
 from jax_ep.bench import layer, ops, peers
 from jax_ep.bench.cases import Case, Op, Quantization, Routing
 from jax_ep.bench.machine import Machine

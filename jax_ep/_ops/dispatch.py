@@ -8,11 +8,10 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 
-from jax_ep import _checks, _ops
-from jax_ep._capacity import INT32_MAX, lossless_capacity, round_up, rows_per_expert
-from jax_ep._group import Group
-from jax_ep._quantize import check_scale_format
-from jax_ep._types import (
+from jax_ep._core import arguments
+from jax_ep._core.capacity import INT32_MAX, lossless_capacity, round_up, rows_per_expert
+from jax_ep._core.quantize import check_scale_format
+from jax_ep._core.types import (
     DispatchConfig,
     Dispatched,
     Handle,
@@ -20,6 +19,8 @@ from jax_ep._types import (
     Quantized,
     ScaleFormat,
 )
+from jax_ep._groups.group import Group
+from jax_ep._ops import checks, gradients
 
 Output = Literal["dense", "quantized"]
 
@@ -110,9 +111,9 @@ def dispatch(
         ValueError: for any other argument that does not fit; the text says what would.
     """
     op = "dispatch"
-    _checks.check_group(op, group)
-    _checks.check_config(op, config)
-    _checks.check_rows(op, "x", x)
+    checks.check_group(op, group)
+    arguments.check_config(op, config)
+    arguments.check_rows(op, "x", x)
     values = x.values if isinstance(x, Quantized) else x
     quantize_as = _check_quantization(op, x, quantization, output, scale_format)
     if handle is None:
@@ -129,23 +130,23 @@ def dispatch(
             config,
         )
     else:
-        _checks.check_handle(op, handle, group)
-        _checks.check_not_given(op, "topk_idx", topk_idx)
-        _checks.check_not_given(op, "capacity_factor", capacity_factor)
-        _checks.check_as_in_handle(op, "num_experts", num_experts, handle.num_experts)
-        _checks.check_as_in_handle(op, "layout", layout, handle.layout)
-        _checks.check_as_in_handle(op, "alignment", alignment, handle.alignment)
-        _checks.check_as_in_handle(op, "capacity", capacity, handle.capacity)
+        checks.check_handle(op, handle, group)
+        checks.check_not_given(op, "topk_idx", topk_idx)
+        checks.check_not_given(op, "capacity_factor", capacity_factor)
+        checks.check_as_in_handle(op, "num_experts", num_experts, handle.num_experts)
+        checks.check_as_in_handle(op, "layout", layout, handle.layout)
+        checks.check_as_in_handle(op, "alignment", alignment, handle.alignment)
+        checks.check_as_in_handle(op, "capacity", capacity, handle.capacity)
         if handle.topk_idx.shape[0] != values.shape[0]:
-            raise _checks.value_error(
+            raise arguments.value_error(
                 op,
                 "x",
                 f"the {handle.topk_idx.shape[0]} tokens that the handle was made for",
                 f"{values.shape[0]} tokens",
                 "leave the handle out to make a new plan",
             )
-    _checks.check_topk_weights(op, topk_weights, handle.topk_idx.shape)
-    options = _ops.DispatchOptions(
+    checks.check_topk_weights(op, topk_weights, handle.topk_idx.shape)
+    options = gradients.DispatchOptions(
         group=group,
         row_dtype=values.dtype,
         scale_format=quantize_as,
@@ -153,11 +154,11 @@ def dispatch(
         config=config,
     )
     if isinstance(x, Quantized):
-        x = _ops.refuse_gradient(x)
-    x, topk_weights, handle = _ops.vary_together(group, x, topk_weights, handle)
-    tokens, weights = _ops.dispatch(options, x, topk_weights, handle)
+        x = gradients.refuse_gradient(x)
+    x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
+    tokens, weights = gradients.dispatch(options, x, topk_weights, handle)
     if isinstance(tokens, Quantized):
-        tokens = _ops.refuse_gradient(tokens)
+        tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")
     return Dispatched(
         tokens=tokens,
@@ -184,12 +185,12 @@ def _plan(
     capacity_factor: float | None,
     config: DispatchConfig | None,
 ) -> Handle:
-    _checks.check_topk_idx(op, topk_idx, num_tokens)
+    checks.check_topk_idx(op, topk_idx, num_tokens)
     assert topk_idx is not None  # for the type checker: check_topk_idx has seen to it
     top_k = topk_idx.shape[1]
-    _checks.check_experts(op, num_experts, top_k, group)
+    checks.check_experts(op, num_experts, top_k, group)
     assert num_experts is not None
-    _checks.check_layout(op, layout, alignment)
+    checks.check_layout(op, layout, alignment)
     expert_capacity = INT32_MAX
     lossless = lossless_capacity(
         num_ranks=group.size,
@@ -200,7 +201,7 @@ def _plan(
         alignment=alignment,
     )
     if capacity_factor is not None:
-        _checks.check_capacity_factor(op, capacity_factor, layout, capacity)
+        checks.check_capacity_factor(op, capacity_factor, layout, capacity)
         expert_capacity = rows_per_expert(
             capacity_factor=capacity_factor,
             num_ranks=group.size,
@@ -212,13 +213,13 @@ def _plan(
         padded = round_up(expert_capacity, alignment)
         capacity = min(lossless, num_experts // group.size * padded)
     elif capacity is not None:
-        _checks.check_capacity(op, capacity, layout, alignment)
+        checks.check_capacity(op, capacity, layout, alignment)
     else:
         capacity = lossless
-    _checks.check_int32_indices(
+    checks.check_int32_indices(
         op, sources=group.size * num_tokens, top_k=top_k, rows=group.size * capacity
     )
-    handle = _ops.plan(
+    handle = gradients.plan(
         topk_idx,
         group=group,
         num_experts=num_experts,
@@ -239,12 +240,12 @@ def _check_quantization(
     scale_format: str,
 ) -> ScaleFormat | None:
     """The scale format that the op quantizes with, or None where it does not quantize."""
-    _checks.check_one_of(op, "quantization", quantization, (None, "fp8"))
-    _checks.check_one_of(op, "output", output, (None, "dense", "quantized"))
+    arguments.check_one_of(op, "quantization", quantization, (None, "fp8"))
+    arguments.check_one_of(op, "output", output, (None, "dense", "quantized"))
     check_scale_format(op, scale_format)
     if isinstance(x, Quantized):
         if output == "dense":
-            raise _checks.value_error(
+            raise arguments.value_error(
                 op,
                 "output",
                 "'quantized' or None for Quantized x",
@@ -252,7 +253,7 @@ def _check_quantization(
                 "turn the rows received into dense ones with jax_ep.dequantize",
             )
         if quantization is not None:
-            raise _checks.value_error(
+            raise arguments.value_error(
                 op,
                 "quantization",
                 "None for x that is Quantized already",
@@ -262,7 +263,7 @@ def _check_quantization(
         return None
     if quantization is None:
         if output == "quantized":
-            raise _checks.value_error(
+            raise arguments.value_error(
                 op,
                 "output",
                 "'dense' or None without quantization",
@@ -270,7 +271,7 @@ def _check_quantization(
                 "pass quantization='fp8' too",
             )
         return None
-    _checks.check_fp8_hidden(op, x.shape[1])
+    arguments.check_fp8_hidden(op, x.shape[1])
     return "ue8m0" if scale_format == "ue8m0" else "f32"
 
 

@@ -1,46 +1,25 @@
-"""Checks of what users pass, while tracing: errors name op, argument, expected, got and fix."""
+"""Checks of the arguments of dispatch and combine, while tracing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_ep import _compat, _gpu_limits
-from jax_ep._capacity import INT32_MAX
-from jax_ep._group import Group
-from jax_ep._types import DispatchConfig, Handle, Layout, Quantized
+from jax_ep import _compat
+from jax_ep._core import arguments, limits
+from jax_ep._core.capacity import INT32_MAX
+from jax_ep._core.types import Handle, Layout
+from jax_ep._groups.group import Group
 
 MAX_TOP_K = 32
-ROW_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-
-
-def value_error(op: str, argument: str, expected: str, got: object, fix: str) -> ValueError:
-    """The one form that all errors about a value take."""
-    return ValueError(_text(op, argument, expected, got, fix))
-
-
-def type_error(op: str, argument: str, expected: str, got: object, fix: str) -> TypeError:
-    """The one form that all errors about a type or dtype take."""
-    return TypeError(_text(op, argument, expected, got, fix))
-
-
-def _text(op: str, argument: str, expected: str, got: object, fix: str) -> str:
-    return f"jax_ep.{op}: argument {argument}: expected {expected}, got {got}; {fix}."
-
-
-def is_int(value: Any) -> bool:
-    """Whether ``value`` is a Python int, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_group(op: str, group: Any) -> None:
     """``group`` is a Group, and the op is traced where every axis of its mesh is manual."""
     if not isinstance(group, Group):
-        raise type_error(
+        raise arguments.type_error(
             op,
             "group",
             "a Group",
@@ -50,7 +29,7 @@ def check_group(op: str, group: Any) -> None:
     manual = _compat.manual_axes()
     missing = [name for name in group.mesh.axis_names if name not in manual]
     if missing:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "group",
             f"a call where every axis of the mesh {group.mesh.axis_names} is manual",
@@ -61,7 +40,7 @@ def check_group(op: str, group: Any) -> None:
     sizes = _compat.context_axis_sizes()
     own = dict(group.mesh.shape)
     if {name: sizes[name] for name in own} != own or len(sizes) != len(own):
-        raise value_error(
+        raise arguments.value_error(
             op,
             "group",
             f"a group of the mesh in use, {sizes}",
@@ -70,116 +49,10 @@ def check_group(op: str, group: Any) -> None:
         )
 
 
-def check_config(op: str, config: Any) -> None:
-    """``config`` is None or a DispatchConfig."""
-    if config is not None and not isinstance(config, DispatchConfig):
-        raise type_error(
-            op, "config", "a DispatchConfig or None", type(config).__name__, "wrap the settings"
-        )
-
-
-def check_one_of(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
-    """``value`` is one of ``allowed``."""
-    if value not in allowed:
-        names = ", ".join(repr(name) for name in allowed)
-        raise value_error(op, argument, f"one of {names}", repr(value), "choose one of these")
-
-
-def check_rows(op: str, argument: str, x: Any) -> None:
-    """``x`` is ``[rows, hidden]`` in a row dtype, or Quantized, and rows are whole vectors."""
-    if isinstance(x, Quantized):
-        check_quantized(op, argument, x)
-        return
-    if not isinstance(x, jax.Array):
-        raise type_error(
-            op, argument, "a jax array or jax_ep.Quantized", type(x).__name__, "convert it first"
-        )
-    if x.ndim != 2:
-        raise value_error(
-            op,
-            argument,
-            "two dimensions, [tokens, hidden]",
-            f"shape {x.shape}",
-            "flatten the leading dimensions into tokens",
-        )
-    if x.dtype not in ROW_DTYPES:
-        raise type_error(
-            op,
-            argument,
-            "dtype bfloat16, float16 or float32 (or jax_ep.Quantized)",
-            f"dtype {x.dtype}",
-            "cast it with astype, or quantize it with jax_ep.quantize",
-        )
-    row_bytes = x.shape[1] * x.dtype.itemsize
-    if row_bytes == 0 or row_bytes % 16:
-        raise value_error(
-            op,
-            argument,
-            "rows of a positive multiple of 16 bytes",
-            f"hidden {x.shape[1]} of {x.dtype} = {row_bytes} bytes",
-            f"pad hidden to a multiple of {16 // x.dtype.itemsize}",
-        )
-
-
-def check_quantized(op: str, argument: str, x: Any) -> None:
-    """Values and scales are arrays that have the dtypes and shapes of quantized rows."""
-    if not isinstance(x, Quantized):
-        raise type_error(
-            op, argument, "jax_ep.Quantized", type(x).__name__, "make it with jax_ep.quantize"
-        )
-    for name, part in x._asdict().items():
-        if not isinstance(part, jax.Array | np.ndarray):
-            raise type_error(
-                op,
-                f"{argument}.{name}",
-                "an array",
-                type(part).__name__,
-                "make it with jax_ep.quantize",
-            )
-    values, scales = x
-    if values.ndim != 2 or values.shape[1] == 0 or values.shape[1] % 128:
-        raise value_error(
-            op,
-            f"{argument}.values",
-            "[tokens, hidden] with hidden a positive multiple of 128",
-            f"shape {values.shape}",
-            "pad hidden to a multiple of 128",
-        )
-    if values.dtype != jnp.float8_e4m3fn:
-        raise type_error(
-            op,
-            f"{argument}.values",
-            "dtype float8_e4m3fn",
-            f"dtype {values.dtype}",
-            "make it with jax_ep.quantize",
-        )
-    blocks = (values.shape[0], values.shape[1] // 128)
-    if scales.shape != blocks or scales.dtype != jnp.float32:
-        raise value_error(
-            op,
-            f"{argument}.scales",
-            f"float32 {blocks}, one for each 128 channels",
-            f"{scales.dtype} {scales.shape}",
-            "make it with jax_ep.quantize",
-        )
-
-
-def check_fp8_hidden(op: str, hidden: int) -> None:
-    """Rows can be quantized: hidden is a multiple of a block of 128 channels."""
-    if hidden % 128:
-        raise value_error(
-            op,
-            "x",
-            "hidden a multiple of 128 with quantization='fp8'",
-            f"hidden {hidden}",
-            "pad hidden to a multiple of 128, or send the rows unquantized",
-        )
-
-
 def check_topk_idx(op: str, topk_idx: Any, num_tokens: int) -> None:
     """``topk_idx`` is int32 ``[T, K]`` with 1 ≤ K ≤ 32."""
     if not isinstance(topk_idx, jax.Array):
-        raise type_error(
+        raise arguments.type_error(
             op,
             "topk_idx",
             "an int32 array [tokens, top_k] (or handle=)",
@@ -187,7 +60,7 @@ def check_topk_idx(op: str, topk_idx: Any, num_tokens: int) -> None:
             "pass the expert ids that the router chose, or the handle of an earlier dispatch",
         )
     if topk_idx.dtype != jnp.int32:
-        raise type_error(
+        raise arguments.type_error(
             op,
             "topk_idx",
             "dtype int32",
@@ -195,7 +68,7 @@ def check_topk_idx(op: str, topk_idx: Any, num_tokens: int) -> None:
             "cast it with astype(jnp.int32)",
         )
     if topk_idx.ndim != 2 or topk_idx.shape[0] != num_tokens:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "topk_idx",
             f"shape [tokens, top_k] with the {num_tokens} tokens of x",
@@ -203,7 +76,7 @@ def check_topk_idx(op: str, topk_idx: Any, num_tokens: int) -> None:
             "give each token one row of expert ids, -1 where it has fewer",
         )
     if not 1 <= topk_idx.shape[1] <= MAX_TOP_K:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "topk_idx",
             f"1 to {MAX_TOP_K} experts a token",
@@ -218,7 +91,7 @@ def check_topk_weights(op: str, topk_weights: Any, shape: tuple[int, ...]) -> No
         return
     if not isinstance(topk_weights, jax.Array) or topk_weights.dtype != jnp.float32:
         got = getattr(topk_weights, "dtype", type(topk_weights).__name__)
-        raise type_error(
+        raise arguments.type_error(
             op,
             "topk_weights",
             "a float32 array or None",
@@ -226,7 +99,7 @@ def check_topk_weights(op: str, topk_weights: Any, shape: tuple[int, ...]) -> No
             "cast it with astype(jnp.float32)",
         )
     if topk_weights.shape != shape:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "topk_weights",
             f"the shape of topk_idx, {shape}",
@@ -239,7 +112,7 @@ def check_experts(op: str, num_experts: Any, top_k: int, group: Group) -> None:
     """``num_experts`` is a positive multiple of R and not below K."""
     check_num_experts(op, num_experts, group)
     if top_k > num_experts:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "topk_idx",
             f"top_k of at most num_experts = {num_experts}",
@@ -250,8 +123,8 @@ def check_experts(op: str, num_experts: Any, top_k: int, group: Group) -> None:
 
 def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
     """``num_experts`` is a positive multiple of R that the backend has room for."""
-    if not is_int(num_experts):
-        raise type_error(
+    if not arguments.is_int(num_experts):
+        raise arguments.type_error(
             op,
             "num_experts",
             "a Python int (or handle=)",
@@ -259,7 +132,7 @@ def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
             "pass the number of experts over the whole group",
         )
     if num_experts < 1 or num_experts % group.size:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "num_experts",
             f"a positive multiple of the group's {group.size} ranks",
@@ -267,9 +140,9 @@ def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
             "give every rank the same number of experts, adding unused ones if need be",
         )
     on_gpus = group.backend == "cuda"
-    most = _gpu_limits.MAX_EXPERTS if on_gpus else INT32_MAX
+    most = limits.MAX_EXPERTS if on_gpus else INT32_MAX
     if num_experts > most:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "num_experts",
             f"at most {most}{' on GPUs' if on_gpus else ''}",
@@ -280,9 +153,9 @@ def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
 
 def check_layout(op: str, layout: object, alignment: Any) -> None:
     """``layout`` is known and ``alignment`` a positive int."""
-    check_one_of(op, "layout", layout, get_args(Layout))
-    if not is_int(alignment) or not 1 <= alignment <= INT32_MAX:
-        raise value_error(
+    arguments.check_one_of(op, "layout", layout, get_args(Layout))
+    if not arguments.is_int(alignment) or not 1 <= alignment <= INT32_MAX:
+        raise arguments.value_error(
             op,
             "alignment",
             f"a positive int of at most {INT32_MAX}",
@@ -294,8 +167,8 @@ def check_layout(op: str, layout: object, alignment: Any) -> None:
 def check_capacity(op: str, capacity: Any, layout: Layout, alignment: int) -> None:
     """``capacity`` is a positive int, and a multiple of ``alignment`` in layout "expert"."""
     multiple = alignment if layout == "expert" else 1
-    if not is_int(capacity) or capacity < multiple or capacity % multiple:
-        raise value_error(
+    if not arguments.is_int(capacity) or capacity < multiple or capacity % multiple:
+        raise arguments.value_error(
             op,
             "capacity",
             f"a Python int, a positive multiple of the alignment {multiple}"
@@ -311,7 +184,7 @@ def check_capacity_factor(
 ) -> None:
     """``capacity_factor`` is a positive number, alone, in layout "expert"."""
     if capacity is not None:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "capacity_factor",
             "one of capacity and capacity_factor",
@@ -319,7 +192,7 @@ def check_capacity_factor(
             "capacity bounds the rows of a rank, capacity_factor those of each expert",
         )
     if layout != "expert":
-        raise value_error(
+        raise arguments.value_error(
             op,
             "capacity_factor",
             "None with layout='token', whose rows belong to no one expert",
@@ -327,7 +200,7 @@ def check_capacity_factor(
             "bound the rows with capacity, or use layout='expert'",
         )
     if not isinstance(capacity_factor, (int, float)) or not 0 < capacity_factor <= INT32_MAX:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "capacity_factor",
             f"a Python int or float, a positive number of at most {INT32_MAX}",
@@ -339,7 +212,7 @@ def check_capacity_factor(
 def check_int32_indices(op: str, *, sources: int, top_k: int, rows: int) -> None:
     """Row and slot numbers over the whole group fit int32."""
     if max(sources * top_k, rows) > INT32_MAX:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "x",
             f"ranks x tokens x top_k and ranks x capacity of at most {INT32_MAX}",
@@ -351,7 +224,7 @@ def check_int32_indices(op: str, *, sources: int, top_k: int, rows: int) -> None
 def check_handle(op: str, handle: Any, group: Group) -> None:
     """``handle`` is a Handle that ``group`` made."""
     if not isinstance(handle, Handle):
-        raise type_error(
+        raise arguments.type_error(
             op,
             "handle",
             "a jax_ep.Handle",
@@ -359,7 +232,7 @@ def check_handle(op: str, handle: Any, group: Group) -> None:
             "pass the .handle of what dispatch returned",
         )
     if handle.group_id != group.id:
-        raise value_error(
+        raise arguments.value_error(
             op,
             "handle",
             f"a handle of this group (id {group.id})",
@@ -371,7 +244,7 @@ def check_handle(op: str, handle: Any, group: Group) -> None:
 def check_not_given(op: str, argument: str, value: object) -> None:
     """``value`` is None, since the handle already says it."""
     if value is not None:
-        raise value_error(
+        raise arguments.value_error(
             op,
             argument,
             "None together with handle=, which holds the routes",
@@ -383,7 +256,7 @@ def check_not_given(op: str, argument: str, value: object) -> None:
 def check_as_in_handle(op: str, argument: str, value: object, fixed: object) -> None:
     """``value`` is None or what the handle says already."""
     if value is not None and (type(value) is not type(fixed) or value != fixed):
-        raise value_error(
+        raise arguments.value_error(
             op,
             argument,
             f"{fixed!r}, as the handle says, or None",

@@ -1,8 +1,7 @@
-"""Expert-parallel groups: which ranks exchange rows, and through which backend."""
+"""Makes groups: the choice of backend, ids, and what processes agree on."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import math
@@ -12,8 +11,10 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from jax_ep import _compat, _device_group, _ffi, _tuning
-from jax_ep._errors import from_text
+from jax_ep import _compat
+from jax_ep._core import libraries
+from jax_ep._groups import gpu_side, tuning
+from jax_ep._groups.group import Group
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
@@ -25,70 +26,6 @@ logger = logging.getLogger("jax_ep")
 _groups: dict[tuple[Any, ...], Group] = {}
 _generations: dict[tuple[Any, ...], int] = {}
 _warned: set[str] = set()
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Group:
-    """The ranks along one mesh axis (or several), and the backend that moves their rows.
-
-    Made by ``create_group``; hashable and static, so jitted functions may close over it. Where the
-    mesh has other axes too, there are several groups side by side, one per position on those
-    axes, and each rank exchanges rows within its own.
-
-    Attributes:
-        mesh: The mesh that the group was made on.
-        axis_names: The axes that form the group, row-major.
-        backend: "cpu" or "cuda" (native, XLA FFI) or "reference" (pure JAX).
-        timeout: Seconds that an op waits for a peer to arrive.
-        id: The same in every process and every run with the same devices and axes.
-        tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
-    """
-
-    mesh: jax.sharding.Mesh
-    axis_names: tuple[str, ...]
-    backend: str
-    timeout: float
-    id: int
-    tuning: _tuning.Table
-
-    @property
-    def size(self) -> int:
-        """Number of ranks R in the group."""
-        return math.prod(self.mesh.shape[name] for name in self.axis_names)
-
-    @property
-    def other_axes(self) -> tuple[str, ...]:
-        """The axes of the mesh that are not of the group."""
-        return tuple(name for name in self.mesh.axis_names if name not in self.axis_names)
-
-    def check(self) -> None:
-        """Raise ``CommunicationError`` if an op of this group has failed on a GPU of this process.
-
-        Replays of CUDA graphs run no host code that could report a failure, so ask now and then.
-        The CPU and the reference backends report a failure through the computation that it
-        happened in and leave nothing behind, so for them this always returns.
-        """
-        if self.backend == "cuda":
-            failure = _device_group.failure(self.id)
-            if failure is not None:
-                raise from_text(failure)
-
-    def __repr__(self) -> str:
-        axes = ", ".join(f"{name}={self.mesh.shape[name]}" for name in self.axis_names)
-        return f"Group({axes}, backend={self.backend!r})"
-
-    def __copy__(self) -> Group:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "jax_ep.Group: cannot be pickled, as its devices belong to this process; call "
-            "jax_ep.create_group in each process, and pickle weights (pytrees of arrays, nnx.state) "
-            "without the layers or functions that hold the group."
-        )
 
 
 def create_group(
@@ -169,7 +106,7 @@ def create_group(
         # Some processes may know of a failure that others have not met yet.
         first_id = _group_id(mesh, axis_names, resolved, float(timeout), 0)
         what = f"{axis_names} of {dict(mesh.shape)}, timeout {timeout:g}, id {first_id:x}"
-        generation = _device_group.agree(processes, what, generation)
+        generation = gpu_side.agree(processes, what, generation)
     if group is None or generation != before:
         _generations[key] = generation
         group_id = _group_id(mesh, axis_names, resolved, float(timeout), generation)
@@ -179,19 +116,19 @@ def create_group(
             backend=resolved,
             timeout=float(timeout),
             id=group_id,
-            tuning=_tuning.agreed_table(mesh, str(group_id)) if resolved == "cuda" else {},
+            tuning=tuning.agreed_table(mesh, str(group_id)) if resolved == "cuda" else {},
         )
         if resolved == "cuda":
             _groups.pop(key, None)
-            _device_group.create(
-                group.id, _device_group.ranks_of(_instances(mesh, axis_names)), group.timeout
+            gpu_side.create(
+                group.id, gpu_side.ranks_of(_instances(mesh, axis_names)), group.timeout
             )
         _groups[key] = group
     return group
 
 
 def _has_failed(group: Group) -> bool:
-    return group.backend == "cuda" and _device_group.failure(group.id) is not None
+    return group.backend == "cuda" and gpu_side.failure(group.id) is not None
 
 
 def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
@@ -258,9 +195,9 @@ def _why_not(native: str, mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) 
         kinds = {_compat.compute_capability(device) for device in mesh.devices.flat}
         if kinds != {"9.0"}:
             return f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
-    unavailable = _ffi.why_unavailable(native)
+    unavailable = libraries.why_unavailable(native)
     if native == "cuda" and len(processes) > 1:
-        return _device_group.obstacle(processes, unavailable)
+        return gpu_side.obstacle(processes, unavailable)
     return unavailable
 
 

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jax_ep import _compat, _numerics
-from jax_ep._grouped_dot_hopper.custom_call import Kernel, custom_call, pallas_kernel
+from jax_ep import _compat
+from jax_ep._core import numerics
+from jax_ep._grouped_dot.hopper.custom_call import Kernel, custom_call, pallas_kernel
 
 _ROW_MULTIPLE = 8  # rows of a tile in shared memory
 
 
 def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``x`` as the sum of two bfloat16 arrays, up to 2⁻¹⁶ of it."""
-    high = _numerics.round_to(x, jnp.bfloat16)  # a pair of casts XLA would drop
+    high = numerics.round_to(x, jnp.bfloat16)  # a pair of casts XLA would drop
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 

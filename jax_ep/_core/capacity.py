@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from jax_ep._types import Layout
+from jax_ep._core.types import Layout
 
 INT32_MAX = 2**31 - 1
 

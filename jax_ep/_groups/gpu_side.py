@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ep import _compat, _handles
+from jax_ep import _compat
 from jax_ep._errors import CommunicationError
-from jax_ep._exported_memory import Offer, checked, staging_of
+from jax_ep._groups import processes as other_processes
+from jax_ep._groups.memory import Offer, checked, staging_of
 from jax_ep._version import __version__
 
 _OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
@@ -201,7 +202,7 @@ def _create_together(
         )
     finally:
         for _, descriptors in received.values():
-            _handles.close_all(descriptors)
+            other_processes.close_all(descriptors)
     answers = _meet(processes, {"what": f"made {group_id}", "error": error})
     _raise_first({me: error, **{p: m["error"] for p, (m, _) in answers.items()}})
     reasons = [
@@ -244,7 +245,7 @@ def _map_and_create(
     instances: dict[int, list[Rank]],
     own: dict[int, int],
     offer: Offer,
-    received: _handles.Received,
+    received: other_processes.Received,
     timeout: float,
     num_sms: int,
 ) -> None:
@@ -336,22 +337,22 @@ def _say_goodbye_at_exit() -> None:
 
 
 @functools.cache
-def _the_endpoint(me: int, unavailable: str | None) -> _handles.Endpoint:
+def _the_endpoint(me: int, unavailable: str | None) -> other_processes.Endpoint:
     facts = {
-        "host": _handles.host_name(),
+        "host": other_processes.host_name(),
         "unavailable": unavailable or "",
         "version": __version__,
     }
-    return _handles.Endpoint(me, jax.process_count(), facts)
+    return other_processes.Endpoint(me, jax.process_count(), facts)
 
 
-def _endpoint(unavailable: str | None = None) -> _handles.Endpoint:
+def _endpoint(unavailable: str | None = None) -> other_processes.Endpoint:
     return _the_endpoint(jax.process_index(), unavailable)
 
 
 def _meet(
     processes: list[int], message: dict[str, Any], descriptors: Sequence[int] = ()
-) -> _handles.Received:
+) -> other_processes.Received:
     """Exchange a message with the other processes."""
     others = [process for process in processes if process != jax.process_index()]
     return _endpoint().exchange(others, message, list(descriptors), _MEETING_TIMEOUT_S)

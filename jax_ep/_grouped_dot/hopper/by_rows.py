@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jax_ep._grouped_dot_hopper.launch import halves, launch, pad_rows
-from jax_ep._grouped_dot_hopper.pipeline import (
+from jax_ep._grouped_dot.hopper.launch import halves, launch, pad_rows
+from jax_ep._grouped_dot.hopper.pipeline import (
     PART,
     Pipeline,
     load,
@@ -22,7 +22,7 @@ from jax_ep._grouped_dot_hopper.pipeline import (
     plgpu,
     write_zeros,
 )
-from jax_ep._grouped_dot_hopper.tiles import Tiles, default_tiles
+from jax_ep._grouped_dot.hopper.tiles import Tiles, default_tiles
 
 
 @functools.partial(jax.jit, static_argnames=("tiles",))

@@ -4,7 +4,7 @@
 belong together. Here a loop walks over tiles of rows of one group, and its trip count is the number
 of rows there are: neither other groups' matrices nor unused rows cost anything.
 
-On Hopper GPUs kernels of our own (``_grouped_dot_hopper``) do the same, far faster: the product itself
+On Hopper GPUs kernels of our own (``hopper/``) do the same, far faster: the product itself
 and the gradient of the matrices are all that forward and backward need.
 """
 
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from jax_ep import _checks, _compat
+from jax_ep import _compat
+from jax_ep._core import arguments
 
 logger = logging.getLogger("jax_ep")
 
@@ -66,12 +67,12 @@ def grouped_dot(
     """
     op = "grouped_dot"
     if lhs.dtype != rhs.dtype:
-        raise _checks.type_error(
+        raise arguments.type_error(
             op, "rhs", f"dtype {lhs.dtype} as lhs", f"dtype {rhs.dtype}", "cast one of them"
         )
     groups = group_sizes.shape[0]
     if lhs.ndim != 2 or rhs.ndim != 3 or rhs.shape[:2] != (groups, lhs.shape[1]):
-        raise _checks.value_error(
+        raise arguments.value_error(
             op,
             "rhs",
             f"[groups, inner, outer] for lhs [rows, inner] {lhs.shape} and {groups} groups",
@@ -134,7 +135,7 @@ def _kernels(dtype: Any, rows: int, inner: int, outer: int) -> Any:
     """The module of the kernels for such operands, or None; where a GPU has none, it says why."""
     if not _compat.has_hopper_gpu():
         return None
-    from jax_ep import _grouped_dot_hopper as kernels
+    from jax_ep._grouped_dot import hopper as kernels
 
     reason = kernels.why_not(dtype, rows, inner, outer)
     if reason is None:

@@ -1,4 +1,4 @@
-"""The native backends: loads a library, registers its FFI targets and calls them.
+"""The native backends: calls of their FFI targets.
 
 The same target names, operands and attributes serve every platform; on GPUs some targets have a scratch
 result more. A backend is a module with
@@ -7,9 +7,7 @@ result more. A backend is a module with
 
 from __future__ import annotations
 
-import functools
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,45 +15,20 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from jax_ep import _compat, _device_group, _tuning
-from jax_ep._capacity import round_up
-from jax_ep._native_call import native_call
-from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
-from jax_ep._version import __version__
-
-if TYPE_CHECKING:
-    from jax_ep._group import Group
+from jax_ep import _compat
+from jax_ep._backends.primitive import native_call
+from jax_ep._core.capacity import round_up
+from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
+from jax_ep._groups import gpu_side, sms, tuning
+from jax_ep._groups.group import Group
 
 _LAYOUTS = {"expert": 0, "token": 1}
 _QUANTIZATIONS = {None: 0, "f32": 1, "ue8m0": 2}
-_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
-
-
-@functools.cache
-def why_unavailable(backend: str = "cpu") -> str | None:
-    """None once the native library of ``backend`` is loaded and registered, else why it is not."""
-    try:
-        library: Any = importlib.import_module(f"jax_ep._{backend}")
-    except ImportError as error:
-        return f"the native {backend} library did not load ({error}); reinstall jax_ep"
-    built = library.build_info()["version"]
-    if built != __version__:
-        return (
-            f"the native {backend} library is of version {built} and the package of {__version__}; "
-            "reinstall jax_ep"
-        )
-    platform = _PLATFORMS[backend]
-    jax.devices(backend)  # XLA's client must be up before targets with state are registered.
-    if backend == "cpu":
-        _compat.register_ffi_types(library.types(), platform=platform)
-    for name, handlers in library.targets().items():
-        jax.ffi.register_ffi_target(name, handlers, platform=platform)
-    return None
 
 
 def workspace_bytes(group: Group) -> int:
     """Device memory that ``group`` takes on each of its GPUs beyond XLA's; 0 on other platforms."""
-    return _device_group.library().workspace_bytes() if group.backend == "cuda" else 0
+    return gpu_side.library().workspace_bytes() if group.backend == "cuda" else 0
 
 
 def plan(
@@ -86,7 +59,7 @@ def plan(
         (1,),
     ]
     if group.backend == "cuda":
-        scratch = _device_group.library().plan_scratch_size(
+        scratch = gpu_side.library().plan_scratch_size(
             _LAYOUTS[layout], num_tokens, top_k, num_experts, group.size
         )
         if scratch < 0:
@@ -169,7 +142,7 @@ def dispatch(
             op="dispatch",
             num_tokens=len(values),
             hidden=hidden,
-            rows=_tuning.rows_name(values.dtype, scale_format, dense_output),
+            rows=tuning.rows_name(values.dtype, scale_format, dense_output),
         ),
         quantization=np.int32(_QUANTIZATIONS[scale_format]),
         dense_output=np.int32(dense_output),
@@ -209,7 +182,7 @@ def combine(
             op="combine",
             num_tokens=num_tokens,
             hidden=rows.shape[1],
-            rows=_tuning.rows_name(rows.dtype),
+            rows=tuning.rows_name(rows.dtype),
         ),
     )
     return y, home if values is not None else None
@@ -245,7 +218,7 @@ def combine_vjp(
             op="dispatch",
             num_tokens=len(dy),
             hidden=rows.shape[1],
-            rows=_tuning.rows_name(rows.dtype),
+            rows=tuning.rows_name(rows.dtype),
         ),
     )
     return d_rows, d_weights
@@ -266,12 +239,12 @@ def _attributes(
     layout: Layout,
     config: DispatchConfig | None,
     *,
-    op: _tuning.TunedOp,
+    op: tuning.TunedOp,
     num_tokens: int,
     hidden: int = 0,
     rows: str = "",
 ) -> dict[str, Any]:
-    num_sms = _tuning.num_sms(
+    num_sms = sms.num_sms(
         group,
         op=op,
         layout=layout,

@@ -11,9 +11,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jax_ep import _checks
-from jax_ep._numerics import keep, round_to
-from jax_ep._types import Quantized, ScaleFormat
+from jax_ep._core import arguments
+from jax_ep._core.numerics import keep, round_to
+from jax_ep._core.types import Quantized, ScaleFormat
 
 BLOCK = 128
 MAX_E4M3 = 448.0
@@ -75,9 +75,9 @@ def dequantize(q: Quantized, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "r
         TypeError: for another dtype of the values or the result.
         ValueError: for shapes that do not fit together.
     """
-    _checks.check_quantized("dequantize", "q", q)
-    if jnp.dtype(dtype) not in _checks.ROW_DTYPES:
-        raise _checks.type_error(
+    arguments.check_quantized("dequantize", "q", q)
+    if jnp.dtype(dtype) not in arguments.ROW_DTYPES:
+        raise arguments.type_error(
             "dequantize",
             "dtype",
             "dtype bfloat16, float16 or float32",
@@ -104,7 +104,7 @@ def check_scale_format(op: str, scale_format: str) -> None:
 
 def _check_rows(op: str, x: Any) -> None:
     if not isinstance(x, jax.Array | np.ndarray):
-        raise _checks.type_error(op, "x", "an array", type(x).__name__, "convert it first")
+        raise arguments.type_error(op, "x", "an array", type(x).__name__, "convert it first")
     if x.ndim != 2 or x.shape[1] % BLOCK:
         raise ValueError(
             f"jax_ep.{op}: argument x: expected [rows, hidden] with hidden a multiple of {BLOCK}, "

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_ep import _checks, _compat
-from jax_ep._group import Group
-from jax_ep._moe_params import MoEParams, SharedExpert
-from jax_ep._placement import why_not_usable
-from jax_ep._quantize import check_scale_format
+from jax_ep import _compat
+from jax_ep._core import arguments
+from jax_ep._core.quantize import check_scale_format
+from jax_ep._groups.group import Group
+from jax_ep._moe.params import MoEParams, SharedExpert
+from jax_ep._moe.placement import why_not_usable
+from jax_ep._ops import checks as op_checks
 from jax_ep.routing import Routing
 
 
@@ -21,7 +23,7 @@ def check_group(group: Any) -> None:
     _check_is_group("moe", group)
     manual = [name for name in _compat.manual_axes() if name in group.mesh.axis_names]
     if manual:
-        raise _checks.value_error(
+        raise arguments.value_error(
             "moe",
             "group",
             "a call outside shard_map, on global arrays",
@@ -30,7 +32,7 @@ def check_group(group: Any) -> None:
         )
     sizes, own = _compat.context_axis_sizes(), dict(group.mesh.shape)
     if sizes and list(sizes.items()) != list(own.items()):
-        raise _checks.value_error(
+        raise arguments.value_error(
             "moe",
             "group",
             f"a group of the mesh in use, {sizes}",
@@ -42,13 +44,13 @@ def check_group(group: Any) -> None:
 def check_layer(op: str, *, group: Any, num_experts: Any, top_k: Any) -> None:
     """The settings of a Flax layer fit each other, so that its weights can be made."""
     _check_is_group(op, group)
-    _checks.check_num_experts(op, num_experts, group)
+    op_checks.check_num_experts(op, num_experts, group)
     check_top_k(top_k, num_experts, op=op)
 
 
 def _check_is_group(op: str, group: Any) -> None:
     if not isinstance(group, Group):
-        raise _checks.type_error(
+        raise arguments.type_error(
             op,
             "group",
             "a Group",
@@ -59,13 +61,13 @@ def _check_is_group(op: str, group: Any) -> None:
 
 def check_top_k(top_k: Any, num_experts: int, *, op: str = "moe") -> None:
     """A token can have so many experts."""
-    if not _checks.is_int(top_k):
-        raise _checks.type_error(
+    if not arguments.is_int(top_k):
+        raise arguments.type_error(
             op, "top_k", "a Python int", type(top_k).__name__, "pass the experts of a token"
         )
-    most = min(num_experts, _checks.MAX_TOP_K)
+    most = min(num_experts, op_checks.MAX_TOP_K)
     if not 1 <= top_k <= most:
-        raise _checks.value_error(
+        raise arguments.value_error(
             op, "top_k", f"1 to {most} experts a token", top_k, "choose a number in that range"
         )
 
@@ -73,9 +75,9 @@ def check_top_k(top_k: Any, num_experts: int, *, op: str = "moe") -> None:
 def check_x(x: Any) -> None:
     """``x`` is an array of tokens."""
     if not isinstance(x, jax.Array | np.ndarray):
-        raise _checks.type_error("moe", "x", "an array", type(x).__name__, "convert it first")
+        raise arguments.type_error("moe", "x", "an array", type(x).__name__, "convert it first")
     if x.ndim == 0:
-        raise _checks.value_error(
+        raise arguments.value_error(
             "moe",
             "x",
             "at least one dimension, [..., hidden]",
@@ -89,7 +91,7 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> None:
     if mask is None:
         return
     if not isinstance(mask, jax.Array | np.ndarray) or mask.dtype != jnp.bool_:
-        raise _checks.type_error(
+        raise arguments.type_error(
             "moe",
             "mask",
             "a boolean array or None",
@@ -97,7 +99,7 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> None:
             "cast it with astype(bool)",
         )
     if mask.shape != shape:
-        raise _checks.value_error(
+        raise arguments.value_error(
             "moe", "mask", f"shape {shape}, one entry for each token", mask.shape, "reshape it"
         )
 
@@ -105,7 +107,7 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> None:
 def check_params(params: Any, hidden: int, num_experts: int) -> None:
     """``params`` are weights of these sizes."""
     if not isinstance(params, MoEParams):
-        raise _checks.type_error(
+        raise arguments.type_error(
             "moe",
             "params",
             "jax_ep.MoEParams",
@@ -116,7 +118,7 @@ def check_params(params: Any, hidden: int, num_experts: int) -> None:
         weight = getattr(params, name)
         optional = name == "router_bias"
         if not isinstance(weight, jax.Array | np.ndarray) and not (optional and weight is None):
-            raise _checks.type_error(
+            raise arguments.type_error(
                 "moe",
                 f"params.{name}",
                 "an array or None" if optional else "an array",
@@ -134,7 +136,7 @@ def check_params(params: Any, hidden: int, num_experts: int) -> None:
     for name, shape in expected.items():
         weight = getattr(params, name)
         if weight is not None and weight.shape != shape:
-            raise _checks.value_error(
+            raise arguments.value_error(
                 "moe",
                 f"params.{name}",
                 f"shape {shape} for hidden {hidden}, {num_experts} experts and intermediate "
@@ -149,7 +151,7 @@ def _check_shared(shared: Any, hidden: int) -> None:
     if shared is None:
         return
     if not isinstance(shared, SharedExpert):
-        raise _checks.type_error(
+        raise arguments.type_error(
             "moe",
             "params.shared",
             "jax_ep.SharedExpert or None",
@@ -158,7 +160,7 @@ def _check_shared(shared: Any, hidden: int) -> None:
         )
     for name, weight in shared._asdict().items():
         if not isinstance(weight, jax.Array | np.ndarray):
-            raise _checks.type_error(
+            raise arguments.type_error(
                 "moe",
                 f"params.shared.{name}",
                 "an array",
@@ -171,7 +173,7 @@ def _check_shared(shared: Any, hidden: int) -> None:
     for name, shape in expected.items():
         weight = getattr(shared, name)
         if weight.shape != shape:
-            raise _checks.value_error(
+            raise arguments.value_error(
                 "moe",
                 f"params.shared.{name}",
                 f"shape {shape} for hidden {hidden} and a shared expert of {intermediate}",
@@ -187,7 +189,7 @@ def check_placement(group: Group, x: Any, params: MoEParams, mask: Any) -> None:
         reason = why_not_usable(array, group.mesh)
         if reason is not None:
             argument = ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-            raise _checks.value_error(
+            raise arguments.value_error(
                 "moe",
                 argument,
                 f"an array on the mesh of the group, {dict(group.mesh.shape)}",
@@ -207,26 +209,26 @@ def check_dispatch_options(
     config: Any,
 ) -> None:
     """The options for ``dispatch`` are static values, so that ``jax.jit`` can hash them."""
-    _checks.check_layout("moe", "expert", alignment)
+    op_checks.check_layout("moe", "expert", alignment)
     if capacity_factor is not None:
-        _checks.check_capacity_factor("moe", capacity_factor, "expert", capacity)
+        op_checks.check_capacity_factor("moe", capacity_factor, "expert", capacity)
     elif capacity is not None:
-        _checks.check_capacity("moe", capacity, "expert", alignment)
-    _checks.check_one_of("moe", "quantization", quantization, (None, "fp8"))
+        op_checks.check_capacity("moe", capacity, "expert", alignment)
+    arguments.check_one_of("moe", "quantization", quantization, (None, "fp8"))
     check_scale_format("moe", scale_format)
-    _checks.check_config("moe", config)
+    arguments.check_config("moe", config)
 
 
 def check_function(argument: str, function: Any) -> None:
     """``function`` can be called, and ``jax.jit`` can tell it from others by its hash."""
     if not callable(function):
-        raise _checks.type_error(
+        raise arguments.type_error(
             "moe", argument, "a function", type(function).__name__, "leave it out for the default"
         )
     try:
         hash(function)
     except TypeError:
-        raise _checks.type_error(
+        raise arguments.type_error(
             "moe",
             argument,
             "a function that can be hashed",
@@ -238,7 +240,7 @@ def check_function(argument: str, function: Any) -> None:
 def check_routing(routing: Any, num_tokens: int, top_k: int) -> None:
     """A custom router gave a ``Routing`` of ``top_k`` experts for each token."""
     if not isinstance(routing, Routing):
-        raise _checks.type_error(
+        raise arguments.type_error(
             "moe",
             "router",
             "a function that gives a jax_ep.routing.Routing",
@@ -247,7 +249,7 @@ def check_routing(routing: Any, num_tokens: int, top_k: int) -> None:
         )
     shape = (num_tokens, top_k)
     if routing.topk_idx.shape != shape or routing.topk_weights.shape != shape:
-        raise _checks.value_error(
+        raise arguments.value_error(
             "moe",
             "router",
             f"a function that gives topk_idx and topk_weights of shape [tokens, top_k] {shape}",

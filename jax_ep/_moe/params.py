@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
-from jax_ep._group import Group
+from jax_ep._groups.group import Group
 
 AxisName = str | tuple[str, ...] | None
 Initializer = Callable[..., Array]

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_ep import _compat, _handles
+from jax_ep import _compat
 from jax_ep._errors import CommunicationError
+from jax_ep._groups import processes
 
 _STAGING_BYTES = 1 << 30
 _MIB = 1 << 20
@@ -61,7 +62,7 @@ class Offer:
 
     def close(self) -> None:
         """Close the descriptors, which were sent."""
-        _handles.close_all(self.descriptors)
+        processes.close_all(self.descriptors)
         self.descriptors = []
 
 

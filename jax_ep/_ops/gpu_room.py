@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 
-from jax_ep import _checks, _gpu_limits
-from jax_ep._group import Group
-from jax_ep._types import Layout
+from jax_ep._core import arguments, limits
+from jax_ep._core.types import Layout
+from jax_ep._groups.group import Group
 
 
 def check_sums_fit(
@@ -15,20 +15,20 @@ def check_sums_fit(
     """GPUs can sum rows like these: in layout "expert" one of each peer must fit their ring."""
     if group.backend != "cuda" or layout != "expert":
         return
-    _check_row_bytes(op, argument, rows, _gpu_limits.max_summed_row_bytes(group.size), what)
+    _check_row_bytes(op, argument, rows, limits.max_summed_row_bytes(group.size), what)
 
 
 def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:
     """GPUs can take the gradient of ``combine`` with weights of rows like these."""
     if group.backend == "cuda":
         what = "for gradients with weights on GPUs"
-        _check_row_bytes(op, argument, rows, _gpu_limits.MAX_VJP_ROW_BYTES, what)
+        _check_row_bytes(op, argument, rows, limits.MAX_VJP_ROW_BYTES, what)
 
 
 def _check_row_bytes(op: str, argument: str, rows: jax.Array, most: int, what: str) -> None:
     row_bytes = rows.shape[1] * rows.dtype.itemsize
     if row_bytes > most:
-        raise _checks.value_error(
+        raise arguments.value_error(
             op,
             argument,
             f"rows of at most {most} bytes {what}",

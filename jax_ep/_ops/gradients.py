@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from jax_ep import _compat, _ffi, _gpu_checks, reference
-from jax_ep._group import Group
-from jax_ep._types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
+from jax_ep import _compat, reference
+from jax_ep._backends import native
+from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
+from jax_ep._groups.group import Group
+from jax_ep._ops import gpu_room
 
-_BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": _ffi, "cuda": _ffi}
+_BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": native, "cuda": native}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _dispatch_bwd(options, handle, cotangents):
     d_rows, d_row_weights = cotangents
     if not isinstance(d_rows, Quantized):
         what = "for gradients on GPUs"
-        _gpu_checks.check_sums_fit("dispatch", "x", d_rows, handle.layout, options.group, what)
+        gpu_room.check_sums_fit("dispatch", "x", d_rows, handle.layout, options.group, what)
         transpose = CombineOptions(options.group, options.config)
         d_tokens, d_weights = combine(transpose, d_rows, d_row_weights, handle)
         return d_tokens, d_weights, None
@@ -201,7 +203,7 @@ def _combine_weighted_fwd(options, rows, row_weights, handle):
 def _combine_weighted_bwd(options, residuals, dy):
     rows, row_weights, handle = residuals
     group, config = options.group, options.config
-    _gpu_checks.check_weighted_gradient_fits("combine", "rows", rows, group)
+    gpu_room.check_weighted_gradient_fits("combine", "rows", rows, group)
     backend = _BACKENDS[group.backend]
     gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group, config=config)
     return *_match(gradients, rows), None

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from jax_ep import _checks
-from jax_ep._combine import combine
-from jax_ep._dispatch import dispatch
-from jax_ep._group import Group
-from jax_ep._types import DispatchConfig, Dispatched, Handle, Quantized
+from jax_ep._core import arguments
+from jax_ep._core.types import DispatchConfig, Dispatched, Handle, Quantized
+from jax_ep._groups.group import Group
+from jax_ep._ops.combine import combine
+from jax_ep._ops.dispatch import dispatch
 
 
 @jax.tree_util.register_dataclass
@@ -130,7 +130,7 @@ def _order(x: Any, after: Ticket | None, op: str) -> Any:
     if after is None:
         return x
     if not isinstance(after, Ticket):
-        raise _checks.type_error(
+        raise arguments.type_error(
             op, "after", "a Ticket or None", type(after).__name__, "pass what a start half returned"
         )
     first = lax.stop_gradient(jax.tree.leaves(after)[0].reshape(-1)[:1])
@@ -143,7 +143,7 @@ def _finish(ticket: Any, op: str) -> Any:
     if not isinstance(ticket, Ticket) or ticket.op != op:
         is_ticket = isinstance(ticket, Ticket)
         got = f"a ticket of {ticket.op}_start" if is_ticket else type(ticket).__name__
-        raise _checks.type_error(
+        raise arguments.type_error(
             f"{op}_done",
             "ticket",
             f"the ticket of {op}_start",

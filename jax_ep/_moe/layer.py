@@ -14,14 +14,16 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jax_ep import _checks, _moe_checks
-from jax_ep._combine import combine
-from jax_ep._group import Group
-from jax_ep._grouped_dot import grouped_dot as default_grouped_dot
-from jax_ep._moe_params import MoEParams, SharedExpert, moe_partition_specs
-from jax_ep._overlap import dispatch_done, dispatch_start
-from jax_ep._placement import join_tokens, place, split_tokens
-from jax_ep._types import DispatchConfig, Dispatched, Quantized, ScaleFormat
+from jax_ep._core import arguments
+from jax_ep._core.types import DispatchConfig, Dispatched, Quantized, ScaleFormat
+from jax_ep._grouped_dot.api import grouped_dot as default_grouped_dot
+from jax_ep._groups.group import Group
+from jax_ep._moe import checks
+from jax_ep._moe.params import MoEParams, SharedExpert, moe_partition_specs
+from jax_ep._moe.placement import join_tokens, place, split_tokens
+from jax_ep._ops import checks as op_checks
+from jax_ep._ops.combine import combine
+from jax_ep._ops.overlap import dispatch_done, dispatch_start
 from jax_ep.routing import Router, Routing, expert_load, load_balancing_loss
 
 RouterLike = Literal["softmax", "sigmoid"] | Router | Callable[..., Routing]
@@ -145,21 +147,21 @@ def moe(
             ``jit`` ``moe`` cannot see where arrays lie, and for such a mesh XLA may end the process.
     """
     op = "moe"
-    _moe_checks.check_group(group)
-    _checks.check_num_experts(op, num_experts, group)
-    _moe_checks.check_top_k(top_k, num_experts)
-    _moe_checks.check_x(x)
-    _moe_checks.check_params(params, x.shape[-1], num_experts)
-    _checks.check_one_of(op, "overlap", overlap, (None, "shared_expert"))
+    checks.check_group(group)
+    op_checks.check_num_experts(op, num_experts, group)
+    checks.check_top_k(top_k, num_experts)
+    checks.check_x(x)
+    checks.check_params(params, x.shape[-1], num_experts)
+    arguments.check_one_of(op, "overlap", overlap, (None, "shared_expert"))
     if overlap is not None and params.shared is None:
-        raise _checks.value_error(
+        raise arguments.value_error(
             op, "overlap", "None without a shared expert", repr(overlap), "leave it out"
         )
-    _moe_checks.check_mask(mask, x.shape[:-1])
-    _moe_checks.check_placement(group, x, params, mask)
+    checks.check_mask(mask, x.shape[:-1])
+    checks.check_placement(group, x, params, mask)
     grouped_dot = default_grouped_dot if grouped_dot is None else grouped_dot
-    _moe_checks.check_function("grouped_dot", grouped_dot)
-    _moe_checks.check_function("activation", activation)
+    checks.check_function("grouped_dot", grouped_dot)
+    checks.check_function("activation", activation)
     options: dict[str, Any] = {
         "alignment": alignment,
         "capacity": capacity,
@@ -168,7 +170,7 @@ def moe(
         "scale_format": scale_format,
         "config": config,
     }
-    _moe_checks.check_dispatch_options(**options)
+    checks.check_dispatch_options(**options)
     settings = _Settings(
         group=group,
         num_experts=num_experts,
@@ -197,7 +199,7 @@ def _over_mesh(
         load = jnp.zeros((settings.num_experts,), jnp.int32)
         return jnp.zeros_like(x), MoEAux(jnp.float32(0), load, none, none)
     tokens = split_tokens(x, mesh, axes)
-    _checks.check_rows("moe", "x", tokens)
+    arguments.check_rows("moe", "x", tokens)
     if mask is None and tokens.shape[0] != math.prod(x.shape[:-1]):
         mask = jnp.ones(x.shape[:-1], bool)
     if mask is not None:
@@ -264,7 +266,7 @@ def _route(settings: _Settings, x: Float[Array, "tokens hidden"], params: MoEPar
         routing = router(logits, settings.top_k, bias)
     else:
         routing = router(logits, bias)
-    _moe_checks.check_routing(routing, x.shape[0], settings.top_k)
+    checks.check_routing(routing, x.shape[0], settings.top_k)
     return routing
 
 
@@ -300,24 +302,24 @@ def _gated(gate: Array, up: Array, settings: _Settings) -> Float32[Array, "rows 
 
 def _resolve_router(router: RouterLike) -> Router | Callable[..., Routing]:
     if isinstance(router, str):
-        _checks.check_one_of("moe", "router", router, ("softmax", "sigmoid"))
+        arguments.check_one_of("moe", "router", router, ("softmax", "sigmoid"))
         return Router(router)
     if not callable(router):
-        raise _checks.type_error(
+        raise arguments.type_error(
             "moe",
             "router",
             "'softmax', 'sigmoid', a jax_ep.routing.Router or a function",
             type(router).__name__,
             "leave it out for 'softmax'",
         )
-    _moe_checks.check_function("router", router)
+    checks.check_function("router", router)
     return router
 
 
 def _resolve_token_axes(token_axes: tuple[str, ...], group: Group) -> tuple[str, ...]:
     names = group.mesh.axis_names
     if not isinstance(token_axes, Sequence) or isinstance(token_axes, str):
-        raise _checks.type_error(
+        raise arguments.type_error(
             "moe", "token_axes", f"a tuple of axes of the mesh {names}", repr(token_axes), "wrap it"
         )
     token_axes = tuple(token_axes)
@@ -326,7 +328,7 @@ def _resolve_token_axes(token_axes: tuple[str, ...], group: Group) -> tuple[str,
         return outside + group.axis_names
     absent = [name for name in token_axes if name not in names]
     if absent or len(set(token_axes)) != len(token_axes):
-        raise _checks.value_error(
+        raise arguments.value_error(
             "moe",
             "token_axes",
             f"axes of the mesh {names}, each once",
@@ -334,7 +336,7 @@ def _resolve_token_axes(token_axes: tuple[str, ...], group: Group) -> tuple[str,
             "name the axes that tokens are to be split over",
         )
     if not set(group.axis_names) <= set(token_axes):
-        raise _checks.value_error(
+        raise arguments.value_error(
             "moe",
             "token_axes",
             f"the axes of the group, {group.axis_names}, among them",

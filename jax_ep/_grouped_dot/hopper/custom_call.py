@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jax.interpreters import mlir
 
-from jax_ep._grouped_dot_hopper.pipeline import plgpu
+from jax_ep._grouped_dot.hopper.pipeline import plgpu
 
 _COUNTED = "mosaic_gpu.dump_basename"  # names files of dumps; jaxlib makes one where there is none
 

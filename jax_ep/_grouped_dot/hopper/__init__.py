@@ -13,9 +13,9 @@ once for all programs (``custom_call``).
 This is the only package that knows Pallas, whose GPU interface is experimental.
 """
 
-from jax_ep._grouped_dot_hopper.by_matrices import rows_by_matrices
-from jax_ep._grouped_dot_hopper.by_rows import rows_by_rows
-from jax_ep._grouped_dot_hopper.custom_call import custom_call
-from jax_ep._grouped_dot_hopper.tiles import Tiles, why_not
+from jax_ep._grouped_dot.hopper.by_matrices import rows_by_matrices
+from jax_ep._grouped_dot.hopper.by_rows import rows_by_rows
+from jax_ep._grouped_dot.hopper.custom_call import custom_call
+from jax_ep._grouped_dot.hopper.tiles import Tiles, why_not
 
 __all__ = ["Tiles", "custom_call", "rows_by_matrices", "rows_by_rows", "why_not"]

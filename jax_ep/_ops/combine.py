@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from jax_ep import _checks, _gpu_checks, _ops
-from jax_ep._group import Group
-from jax_ep._types import DispatchConfig, Handle, Quantized
+from jax_ep._core import arguments
+from jax_ep._core.types import DispatchConfig, Handle, Quantized
+from jax_ep._groups.group import Group
+from jax_ep._ops import checks, gpu_room, gradients
 
 
 def combine(
@@ -59,30 +60,30 @@ def combine(
         ValueError: for any other argument that does not fit; the text says what would.
     """
     op = "combine"
-    _checks.check_group(op, group)
-    _checks.check_config(op, config)
-    _checks.check_handle(op, handle, group)
+    checks.check_group(op, group)
+    arguments.check_config(op, config)
+    checks.check_handle(op, handle, group)
     if isinstance(rows, Quantized):
-        raise _checks.type_error(
+        raise arguments.type_error(
             op, "rows", "an array", "Quantized", "turn it into a dense one with jax_ep.dequantize"
         )
-    _checks.check_rows(op, "rows", rows)
+    arguments.check_rows(op, "rows", rows)
     if rows.shape[0] != handle.capacity:
-        raise _checks.value_error(
+        raise arguments.value_error(
             op,
             "rows",
             f"the {handle.capacity} rows of the dispatch",
             f"shape {rows.shape}",
             "keep padding and unused rows in place",
         )
-    _gpu_checks.check_sums_fit(op, "rows", rows, handle.layout, group)
+    gpu_room.check_sums_fit(op, "rows", rows, handle.layout, group)
     _check_weights(op, weights, handle)
-    rows, weights, handle = _ops.vary_together(group, rows, weights, handle)
-    options = _ops.CombineOptions(group, config)
+    rows, weights, handle = gradients.vary_together(group, rows, weights, handle)
+    options = gradients.CombineOptions(group, config)
     if weights is None:
-        y, _ = _ops.combine(options, rows, None, handle)
+        y, _ = gradients.combine(options, rows, None, handle)
     else:
-        y = _ops.combine_weighted(options, rows, weights, handle)
+        y = gradients.combine_weighted(options, rows, weights, handle)
     return checkpoint_name(y, "jax_ep.combine")
 
 
@@ -91,11 +92,11 @@ def _check_weights(op: str, weights: Array | None, handle: Handle) -> None:
         return
     if not isinstance(weights, jax.Array) or weights.dtype != jnp.float32:
         got = getattr(weights, "dtype", type(weights).__name__)
-        raise _checks.type_error(
+        raise arguments.type_error(
             op, "weights", "a float32 array or None", got, "cast it with astype(jnp.float32)"
         )
     if handle.layout != "expert":
-        raise _checks.value_error(
+        raise arguments.value_error(
             op,
             "weights",
             "None in layout 'token', whose rows each sum several experts",
@@ -103,7 +104,7 @@ def _check_weights(op: str, weights: Array | None, handle: Handle) -> None:
             "multiply the expert outputs before summing them into rows",
         )
     if weights.shape != (handle.capacity,):
-        raise _checks.value_error(
+        raise arguments.value_error(
             op,
             "weights",
             f"shape ({handle.capacity},), one for each row",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from jax_ep._grouped_dot_hopper.tiles import Tiles
+from jax_ep._grouped_dot.hopper.tiles import Tiles
 
 plgpu: Any = mosaic_gpu  # experimental, and its annotations do not hold
 

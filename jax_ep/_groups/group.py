@@ -1,0 +1,77 @@
+"""A group: the ranks that exchange rows, and the backend that moves them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from jax_ep._errors import from_text
+from jax_ep._groups import gpu_side
+from jax_ep._groups.tuning import Table
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Group:
+    """The ranks along one mesh axis (or several), and the backend that moves their rows.
+
+    Made by ``create_group``; hashable and static, so jitted functions may close over it. Where the
+    mesh has other axes too, there are several groups side by side, one per position on those
+    axes, and each rank exchanges rows within its own.
+
+    Attributes:
+        mesh: The mesh that the group was made on.
+        axis_names: The axes that form the group, row-major.
+        backend: "cpu" or "cuda" (native, XLA FFI) or "reference" (pure JAX).
+        timeout: Seconds that an op waits for a peer to arrive.
+        id: The same in every process and every run with the same devices and axes.
+        tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
+    """
+
+    mesh: jax.sharding.Mesh
+    axis_names: tuple[str, ...]
+    backend: str
+    timeout: float
+    id: int
+    tuning: Table
+
+    @property
+    def size(self) -> int:
+        """Number of ranks R in the group."""
+        return math.prod(self.mesh.shape[name] for name in self.axis_names)
+
+    @property
+    def other_axes(self) -> tuple[str, ...]:
+        """The axes of the mesh that are not of the group."""
+        return tuple(name for name in self.mesh.axis_names if name not in self.axis_names)
+
+    def check(self) -> None:
+        """Raise ``CommunicationError`` if an op of this group has failed on a GPU of this process.
+
+        Replays of CUDA graphs run no host code that could report a failure, so ask now and then.
+        The CPU and the reference backends report a failure through the computation that it
+        happened in and leave nothing behind, so for them this always returns.
+        """
+        if self.backend == "cuda":
+            failure = gpu_side.failure(self.id)
+            if failure is not None:
+                raise from_text(failure)
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{name}={self.mesh.shape[name]}" for name in self.axis_names)
+        return f"Group({axes}, backend={self.backend!r})"
+
+    def __copy__(self) -> Group:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "jax_ep.Group: cannot be pickled, as its devices belong to this process; call "
+            "jax_ep.create_group in each process, and pickle weights (pytrees of arrays, nnx.state) "
+            "without the layers or functions that hold the group."
+        )

@@ -1,0 +1,1 @@
+"""The public ops, dispatch and combine, whole and in halves; their checks and their gradients."""
