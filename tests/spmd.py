@@ -170,7 +170,9 @@ def fields(value: Any) -> dict[str, jax.Array]:
     """The arrays of a ``Dispatched``, a ``Handle`` or a ``Quantized`` by name, Nones left out."""
     if hasattr(value, "_asdict"):
         return value._asdict()
-    pairs = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    names = [f.name for f in dataclasses.fields(value)]
+    names += [name for name, part in vars(type(value)).items() if isinstance(part, property)]
+    pairs = {name: getattr(value, name) for name in names}
     return {name: leaf for name, leaf in pairs.items() if isinstance(leaf, jax.Array)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -9,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 
 from jax_ep._core import arguments
-from jax_ep._core.capacity import INT32_MAX, lossless_capacity, round_up, rows_per_expert
+from jax_ep._core.capacity import lossless_capacity, round_up, rows_per_expert
 from jax_ep._core.quantize import check_scale_format
 from jax_ep._core.types import (
     DispatchConfig,
@@ -117,18 +118,20 @@ def dispatch(
     values = x.values if isinstance(x, Quantized) else x
     quantize_as = _check_quantization(op, x, quantization, output, scale_format)
     if handle is None:
-        handle = _plan(
-            op,
-            values.shape[0],
-            topk_idx,
-            group,
-            num_experts,
-            _DEFAULT_LAYOUT if layout is None else layout,
-            _DEFAULT_ALIGNMENT if alignment is None else alignment,
-            capacity,
-            capacity_factor,
-            config,
+        checks.check_topk_idx(op, topk_idx, values.shape[0])
+        assert topk_idx is not None  # for the type checker: check_topk_idx has seen to it
+        checks.check_experts(op, num_experts, topk_idx.shape[1], group)
+        assert num_experts is not None
+        asked = gradients.PlanOptions(
+            group=group,
+            num_experts=num_experts,
+            layout=_DEFAULT_LAYOUT if layout is None else layout,
+            capacity=capacity,
+            alignment=_DEFAULT_ALIGNMENT if alignment is None else alignment,
+            config=config,
         )
+        with_room = _with_room(op, asked, topk_idx.shape, capacity_factor)
+        handle = _name(gradients.plan(with_room, topk_idx), "jax_ep.handle")
     else:
         checks.check_handle(op, handle, group)
         checks.check_not_given(op, "topk_idx", topk_idx)
@@ -160,76 +163,54 @@ def dispatch(
     if isinstance(tokens, Quantized):
         tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")
-    return Dispatched(
-        tokens=tokens,
-        weights=weights,
-        expert_idx=handle.expert_idx,
-        group_sizes=handle.group_sizes,
-        counts=handle.counts,
-        demand=handle.demand,
-        num_dropped=handle.num_dropped,
-        num_invalid=handle.num_invalid,
-        handle=handle,
-    )
+    return Dispatched(tokens=tokens, weights=weights, handle=handle)
 
 
-def _plan(
+def _with_room(
     op: str,
-    num_tokens: int,
-    topk_idx: Array | None,
-    group: Group,
-    num_experts: int | None,
-    layout: Layout,
-    alignment: int,
-    capacity: int | None,
+    options: gradients.PlanOptions,
+    shape: tuple[int, ...],
     capacity_factor: float | None,
-    config: DispatchConfig | None,
-) -> Handle:
-    checks.check_topk_idx(op, topk_idx, num_tokens)
-    assert topk_idx is not None  # for the type checker: check_topk_idx has seen to it
-    top_k = topk_idx.shape[1]
-    checks.check_experts(op, num_experts, top_k, group)
-    assert num_experts is not None
+) -> gradients.PlanOptions:
+    """Options whose capacity is a number: the one that was asked for, or room that suffices.
+
+    Args:
+        op: For errors.
+        options: As the user gave them.
+        shape: ``[T, K]`` of the tokens of a rank.
+        capacity_factor: As the user gave it.
+    """
+    group, layout, alignment = options.group, options.layout, options.alignment
     checks.check_layout(op, layout, alignment)
-    expert_capacity = INT32_MAX
+    num_tokens, top_k = shape
+    num_local = options.num_experts // group.size
     lossless = lossless_capacity(
         num_ranks=group.size,
         num_tokens=num_tokens,
         top_k=top_k,
-        num_local_experts=num_experts // group.size,
+        num_local_experts=num_local,
         layout=layout,
         alignment=alignment,
     )
+    expert_capacity, capacity = options.expert_capacity, options.capacity
     if capacity_factor is not None:
         checks.check_capacity_factor(op, capacity_factor, layout, capacity)
-        expert_capacity = rows_per_expert(
+        wanted = rows_per_expert(
             capacity_factor=capacity_factor,
             num_ranks=group.size,
             num_tokens=num_tokens,
             top_k=top_k,
-            num_experts=num_experts,
+            num_experts=options.num_experts,
         )
-        expert_capacity = min(expert_capacity, group.size * num_tokens)
-        padded = round_up(expert_capacity, alignment)
-        capacity = min(lossless, num_experts // group.size * padded)
+        expert_capacity = min(wanted, group.size * num_tokens)
+        capacity = min(lossless, num_local * round_up(expert_capacity, alignment))
     elif capacity is not None:
         checks.check_capacity(op, capacity, layout, alignment)
     else:
         capacity = lossless
-    checks.check_int32_indices(
-        op, sources=group.size * num_tokens, top_k=top_k, rows=group.size * capacity
-    )
-    handle = gradients.plan(
-        topk_idx,
-        group=group,
-        num_experts=num_experts,
-        layout=layout,
-        capacity=capacity,
-        alignment=alignment,
-        expert_capacity=expert_capacity,
-        config=config,
-    )
-    return _name(handle, "jax_ep.handle")
+    rows = group.size * capacity
+    checks.check_int32_indices(op, sources=group.size * num_tokens, top_k=top_k, rows=rows)
+    return dataclasses.replace(options, capacity=capacity, expert_capacity=expert_capacity)
 
 
 def _check_quantization(

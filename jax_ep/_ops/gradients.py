@@ -20,11 +20,35 @@ from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat, reference
 from jax_ep._backends import native
+from jax_ep._core.capacity import INT32_MAX
 from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._ops import gpu_room
 
 _BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": native, "cuda": native}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Static arguments of one plan, by the names that backends give them.
+
+    Attributes:
+        group: The group.
+        num_experts: Over the whole group.
+        layout: "expert" or "token".
+        capacity: Rows of each rank; None is for whoever makes the options to replace.
+        alignment: Group sizes are multiples of it.
+        expert_capacity: Rows that an expert keeps at most.
+        config: How to use the machine.
+    """
+
+    group: Group
+    num_experts: int
+    layout: Layout
+    capacity: int | None
+    alignment: int
+    expert_capacity: int = INT32_MAX
+    config: DispatchConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,31 +83,14 @@ class CombineOptions:
     config: DispatchConfig | None = None
 
 
-def plan(
-    topk_idx: Int32[Array, "tokens top_k"],
-    *,
-    group: Group,
-    num_experts: int,
-    layout: Layout,
-    capacity: int,
-    alignment: int,
-    expert_capacity: int,
-    config: DispatchConfig | None = None,
-) -> Handle:
+def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle:
     """See ``jax_ep.reference.plan``."""
-    (topk_idx,) = vary_together(group, topk_idx)
-    static: dict[str, Any] = {
-        "group": group,
-        "num_experts": num_experts,
-        "layout": layout,
-        "capacity": capacity,
-        "alignment": alignment,
-    }
+    (topk_idx,) = vary_together(options.group, topk_idx)
     if topk_idx.shape[0] == 0:
-        handle = _empty_plan(topk_idx, **static)
+        handle = _empty_plan(options, topk_idx)
     else:
-        backend = _BACKENDS[group.backend]
-        handle = backend.plan(topk_idx, **static, expert_capacity=expert_capacity, config=config)
+        arguments = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+        handle = _BACKENDS[options.group.backend].plan(topk_idx, **arguments)
     return _match(handle, topk_idx)
 
 
@@ -252,18 +259,11 @@ def _match(results: Any, like: Any) -> Any:
     return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), results)
 
 
-def _empty_plan(
-    topk_idx: Int32[Array, "0 top_k"],
-    *,
-    group: Group,
-    num_experts: int,
-    layout: Layout,
-    capacity: int,
-    alignment: int,
-) -> Handle:
+def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Handle:
     """The plan of no tokens, which needs no communication."""
-    top_k = topk_idx.shape[1]
-    num_local = num_experts // group.size
+    top_k, layout, capacity = topk_idx.shape[1], options.layout, options.capacity
+    assert capacity is not None
+    num_local = options.num_experts // options.group.size
     none = functools.partial(jnp.full, fill_value=-1, dtype=jnp.int32)
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
     return Handle(
@@ -277,11 +277,11 @@ def _empty_plan(
         demand=zeros((num_local,)),
         num_dropped=zeros((1,)),
         num_invalid=zeros((1,)),
-        group_id=group.id,
-        num_experts=num_experts,
+        group_id=options.group.id,
+        num_experts=options.num_experts,
         layout=layout,
         capacity=capacity,
-        alignment=alignment,
+        alignment=options.alignment,
     )
 
 

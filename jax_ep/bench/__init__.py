@@ -2,8 +2,8 @@
 
 The command line (``__main__``) turns flags or the name of a suite (``suites``) into cases (``cases``)
 that suit the machine (``machine``) and has them run by processes of their own (``launch``,
-``worker``): XLA divides a GPU's memory once a process. There, inputs come from ``problems``, what is
-right from ``expected``, programs from ``ops``, ``peers`` and ``layer``, times from ``timing`` by the
+``worker``): XLA divides a GPU's memory once a process. There, ``session`` holds what cases share and
+``ranks`` who takes part, inputs come from ``problems``, what is right from ``expected``, programs from ``ops``, ``peers`` and ``layer``, times from ``timing`` by the
 devices' ``clock``, and the machine's speed in the same run from ``ceilings``. What comes out are
 records (``records``), which ``table`` and ``plot`` show.
 """

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 import os
 import time
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,10 +25,8 @@ from jax import lax
 from jax_ep import _compat
 from jax_ep._groups import gpu_side
 from jax_ep.bench import timing
+from jax_ep.bench.ranks import Ranks
 from jax_ep.bench.timing import Chain, Step
-
-if TYPE_CHECKING:
-    from jax_ep.bench.session import Session
 
 NUM_BYTES = 1 << 28  # of a copy on GPUs
 _COPIES = 24  # that are timed of each mover, and as many before and after: milliseconds
@@ -55,14 +53,14 @@ class Ceiling(NamedTuple):
     kind: Kind
 
 
-def measure(session: Session) -> list[Ceiling]:
+def measure(session: Ranks) -> list[Ceiling]:
     """All the ways that there are, the fastest first; call it in all processes."""
     found = _on_gpus(session) if session.on_gpu else _on_cpu(session)
     # A time that is not positive says that the machine was busy, and nothing about it.
     return sorted((c for c in found if c.gbs > 0), key=lambda c: -c.gbs)
 
 
-def _on_gpus(session: Session) -> list[Ceiling]:
+def _on_gpus(session: Ranks) -> list[Ceiling]:
     kind: Kind = "link" if session.has_links else "memory"
     x = _array(session)
     found: list[Ceiling | None] = []
@@ -73,13 +71,13 @@ def _on_gpus(session: Session) -> list[Ceiling]:
     return [ceiling for ceiling in found if ceiling is not None]
 
 
-def _array(session: Session) -> jax.Array:
+def _array(session: Ranks) -> jax.Array:
     part = np.zeros(NUM_BYTES // 4, np.float32)
     return session.put(lambda _: part)
 
 
 def _mover(
-    session: Session, x: jax.Array, kind: Kind, name: str, mover: int, blocks: tuple[int, ...]
+    session: Ranks, x: jax.Array, kind: Kind, name: str, mover: int, blocks: tuple[int, ...]
 ) -> Ceiling | None:
     """The best rate of a mover; None where peers cannot read the array in place."""
     library, group = gpu_side.library(), session.group
@@ -121,13 +119,13 @@ def _mover(
     return Ceiling(name, best, kind)
 
 
-def _pointers(session: Session, array: jax.Array) -> dict[int, int]:
+def _pointers(session: Ranks, array: jax.Array) -> dict[int, int]:
     """Addresses of the parts of this process's ranks, by rank."""
     rank_of = {device: rank for rank, device in enumerate(session.mesh.devices.flat)}
     return {rank_of[s.device]: s.data.unsafe_buffer_pointer() for s in array.addressable_shards}
 
 
-def _ppermute(session: Session, x: jax.Array) -> float:
+def _ppermute(session: Ranks, x: jax.Array) -> float:
     """XLA's way between devices."""
 
     def to_next(x: jax.Array) -> jax.Array:
@@ -143,7 +141,7 @@ def _ppermute(session: Session, x: jax.Array) -> float:
     return NUM_BYTES / session.slowest(measured.spread).median / 1e3
 
 
-def _on_cpu(session: Session) -> list[Ceiling]:
+def _on_cpu(session: Ranks) -> list[Ceiling]:
     """What one core copies within its cache, times the cores: more than all of them reach together."""
     source, target = np.zeros(_CPU_BYTES // 4, np.int32), np.ones(_CPU_BYTES // 4, np.int32)
     one = np.int32(1)

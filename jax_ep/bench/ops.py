@@ -13,7 +13,6 @@ import numpy as np
 
 import jax_ep
 from jax_ep._backends import native
-from jax_ep._core.capacity import INT32_MAX
 from jax_ep._core.types import Dispatched, Handle, Quantized
 from jax_ep._groups import gpu_side, sms, tuning
 from jax_ep._ops import gradients
@@ -124,13 +123,8 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
         return jax_ep.dispatch(x, topk_idx, weights, **routed, **given)
 
     def plan(topk_idx: jax.Array) -> Handle:
-        return gradients.plan(
-            topk_idx,
-            group=given["group"],
-            **routed,
-            expert_capacity=INT32_MAX,
-            config=given["config"],
-        )
+        options = gradients.PlanOptions(group=given["group"], **routed, config=given["config"])
+        return gradients.plan(options, topk_idx)
 
     def dispatch_cached(inputs: Any) -> Dispatched:
         x, handle, weights = inputs

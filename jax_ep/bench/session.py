@@ -1,4 +1,4 @@
-"""What the cases of one process share: mesh, group, figures of the machine, the rest of a record."""
+"""What the cases of one process share: the ranks, figures of the machine, the rest of a record."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ import dataclasses
 import importlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import _compat
-from jax_ep._core import libraries
 from jax_ep._groups import gpu_side
 from jax_ep.bench import ceilings, records, timing
 from jax_ep.bench.cases import Case
 from jax_ep.bench.problems import Problem
+from jax_ep.bench.ranks import AXIS, Ranks
 from jax_ep.bench.timing import Spread
 from jax_ep.bench.traffic import Traffic
 
-AXIS = "expert"
 OUR_TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine", "jax_ep_combine_vjp")
 _LINK_LENGTH = 64
 
@@ -32,7 +28,7 @@ logger = logging.getLogger("jax_ep.bench")
 
 
 @dataclasses.dataclass
-class Session:
+class Session(Ranks):
     """One process' part of a run.
 
     Attributes:
@@ -42,31 +38,16 @@ class Session:
         command: The command line that the user gave.
     """
 
-    ranks: int
-    gpus: int
     repeat: int
     command: str
 
     def __post_init__(self) -> None:
-        devices = jax.devices()
-        if len(devices) < self.ranks:
-            raise ValueError(f"ranks: expected at most {len(devices)} devices, got {self.ranks}.")
-        self.mesh = jax.sharding.Mesh(np.array(devices[: self.ranks]), (AXIS,))
-        self.sharding = NamedSharding(self.mesh, P(AXIS))
-        self.group = jax_ep.create_group(self.mesh, AXIS, timeout=120)
+        super().__post_init__()
         self._reference: jax_ep.Group | None = None
-        self.on_gpu = devices[0].platform == "gpu"
-        self.shares_gpus = self.on_gpu and self.gpus < self.ranks
-        # Whether bytes between ranks cross a link; else they move in the memory that ranks share.
-        self.has_links = self.on_gpu and self.ranks == self.gpus > 1
-        if why := libraries.why_unavailable("cuda" if self.on_gpu else "cpu"):
-            raise RuntimeError(f"benchmarks read the clock of jax_ep's own library: {why}")
         self._problem: Problem | None = None
         self._links: dict[tuple[int, int], Spread] = {}
         self.untold_links: list[tuple[int, int]] = []  # measured, but in no record yet
         self._ceilings: list[ceilings.Ceiling] | None = None
-        self._exchanges = 0
-        self.axis = AXIS
         self.kept: dict[Any, Any] = {}  # what several cases use, by what it was made for
 
     @property
@@ -81,37 +62,6 @@ class Session:
         if self._problem is None or self._problem.case != case.workload:
             self._problem = Problem(case.workload, self.ranks)
         return self._problem
-
-    def put(self, make: Callable[[int], np.ndarray]) -> jax.Array:
-        """A global array of which ``make(rank)`` is the part of each rank."""
-        first, mine = self.my_ranks()[0], {}
-        mine[first] = make(first)
-        rows = mine[first].shape[0]
-        shape = (self.ranks * rows, *mine[first].shape[1:])
-
-        def part(index: Any) -> np.ndarray:
-            rank = (index[0].start or 0) // rows
-            return mine[rank] if rank in mine else make(rank)
-
-        return jax.make_array_from_callback(shape, self.sharding, part)
-
-    def my_ranks(self) -> list[int]:
-        """Ranks whose devices are of this process."""
-        mine = jax.process_index()
-        return [r for r, d in enumerate(self.mesh.devices.flat) if d.process_index == mine]
-
-    def on_all_ranks(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """``function`` of what one rank sees, jitted, as a function of global arrays."""
-        spec = P(AXIS)
-        mapped = jax.shard_map(
-            function, mesh=self.mesh, in_specs=(spec,), out_specs=spec, check_vma=False
-        )
-        return jax.jit(mapped)
-
-    def parts(self, array: jax.Array) -> dict[int, np.ndarray]:
-        """The parts of a global array that belong to this process' ranks."""
-        rank_of = {device: rank for rank, device in enumerate(self.mesh.devices.flat)}
-        return {rank_of[s.device]: np.asarray(s.data) for s in array.addressable_shards}
 
     def chain(self, estimate_us: float, calls: Sequence[str] = ()) -> timing.Chain:
         """How ops of about so many microseconds are timed here: on GPUs in chains of some 4 ms."""
@@ -168,20 +118,6 @@ class Session:
     def ceiling(self) -> ceilings.Ceiling | None:
         """The fastest way."""
         return self.ways()[0] if self.ways() else None
-
-    def slowest(self, spread: Spread) -> Spread:
-        """The spread of the process with the largest median, told to all processes."""
-        values = self.exchange(" ".join(map(repr, spread)))
-        return max(Spread(*map(float, text.split())) for text in values)
-
-    def largest(self, value: float) -> float:
-        """The largest of the numbers that the processes have, told to all."""
-        return max(map(float, self.exchange(repr(float(value)))))
-
-    def exchange(self, text: str) -> list[str]:
-        """Everybody's ``text``, by process; call it in all processes, in one order."""
-        self._exchanges += 1
-        return _compat.all_gather_text(f"jax_ep/bench/{self._exchanges}", text)
 
     def record(
         self,
