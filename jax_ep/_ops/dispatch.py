@@ -122,13 +122,15 @@ def dispatch(
         assert topk_idx is not None  # for the type checker: check_topk_idx has seen to it
         checks.check_experts(op, num_experts, topk_idx.shape[1], group)
         assert num_experts is not None
+        layout = _DEFAULT_LAYOUT if layout is None else layout
+        alignment = _DEFAULT_ALIGNMENT if alignment is None else alignment
+        checks.check_layout(op, layout, alignment)
+        if capacity_factor is not None:
+            checks.check_capacity_factor(op, capacity_factor, layout, capacity)
+        elif capacity is not None:
+            checks.check_capacity(op, capacity, layout, alignment)
         asked = gradients.PlanOptions(
-            group=group,
-            num_experts=num_experts,
-            layout=_DEFAULT_LAYOUT if layout is None else layout,
-            capacity=capacity,
-            alignment=_DEFAULT_ALIGNMENT if alignment is None else alignment,
-            config=config,
+            group, num_experts, layout, capacity=capacity, alignment=alignment, config=config
         )
         with_room = _with_room(op, asked, topk_idx.shape, capacity_factor)
         handle = _name(gradients.plan(with_room, topk_idx), "jax_ep.handle")
@@ -176,12 +178,11 @@ def _with_room(
 
     Args:
         op: For errors.
-        options: As the user gave them.
+        options: As the user gave them, checked.
         shape: ``[T, K]`` of the tokens of a rank.
-        capacity_factor: As the user gave it.
+        capacity_factor: As the user gave it, checked.
     """
     group, layout, alignment = options.group, options.layout, options.alignment
-    checks.check_layout(op, layout, alignment)
     num_tokens, top_k = shape
     num_local = options.num_experts // group.size
     lossless = lossless_capacity(
@@ -194,7 +195,6 @@ def _with_room(
     )
     expert_capacity, capacity = options.expert_capacity, options.capacity
     if capacity_factor is not None:
-        checks.check_capacity_factor(op, capacity_factor, layout, capacity)
         wanted = rows_per_expert(
             capacity_factor=capacity_factor,
             num_ranks=group.size,
@@ -204,9 +204,7 @@ def _with_room(
         )
         expert_capacity = min(wanted, group.size * num_tokens)
         capacity = min(lossless, num_local * round_up(expert_capacity, alignment))
-    elif capacity is not None:
-        checks.check_capacity(op, capacity, layout, alignment)
-    else:
+    elif capacity is None:
         capacity = lossless
     rows = group.size * capacity
     checks.check_int32_indices(op, sources=group.size * num_tokens, top_k=top_k, rows=rows)
