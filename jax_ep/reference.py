@@ -170,7 +170,9 @@ def combine(
     """Bring the rows of each token home and sum them.
 
     Each rank sums its rows of a token in float32, by ascending local expert, and rounds the sum to
-    the row dtype; the home rank adds those in float32, by ascending rank, and rounds again.
+    the row dtype; the home rank adds those in float32, by ascending rank, and rounds again. Where the
+    group spans hosts, the sums of each host's ranks are added and rounded first, and home adds those
+    of the hosts.
 
     Args:
         rows: ``[C, H]`` bf16, f16 or f32.
@@ -200,10 +202,8 @@ def combine(
         total = total + jnp.where((index >= 0)[:, None], term, 0.0)
     partial = round_to(total, rows.dtype)
     arrived = _all_to_all(partial.reshape(group.size, num_tokens, -1), group)
-    y = lax.optimization_barrier(jnp.zeros(arrived.shape[1:], jnp.float32))
-    for rank in range(group.size):
-        y = y + arrived[rank].astype(jnp.float32)
-    y = round_to(y, rows.dtype)
+    of_hosts = [_rounded_sum([arrived[rank] for rank in ranks]) for ranks in group.topology.hosts]
+    y = of_hosts[0] if len(of_hosts) == 1 else _rounded_sum(of_hosts)
     if values is None:
         return y, None
     used = handle.recv_src >= 0
@@ -263,6 +263,14 @@ def combine_vjp(
         half = lanes.shape[1] // 2
         lanes = lax.optimization_barrier(lanes[:, :half] + lanes[:, half:])
     return d_rows, jnp.where(used, lanes[:, 0], 0.0)
+
+
+def _rounded_sum(terms: list[Array]) -> Array:
+    """The sum of arrays of one dtype, one after the other in float32, rounded to that dtype."""
+    total = lax.optimization_barrier(jnp.zeros(terms[0].shape, jnp.float32))
+    for term in terms:
+        total = total + term.astype(jnp.float32)
+    return round_to(total, terms[0].dtype)
 
 
 def _zero(handle: Handle) -> Int32[Array, ""]:

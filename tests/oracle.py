@@ -226,15 +226,25 @@ def send_home(values: np.ndarray, routes: Plan) -> np.ndarray:
     return home
 
 
-def combine(rows: np.ndarray, routes: Plan, weights: np.ndarray | None = None) -> np.ndarray:
-    """Sum of each token's rows ``[R, T, H]``: first on each rank, then over ranks, in f32."""
+def combine(
+    rows: np.ndarray,
+    routes: Plan,
+    weights: np.ndarray | None = None,
+    ranks_per_host: int | None = None,
+) -> np.ndarray:
+    """Sum of each token's rows ``[R, T, H]`` in f32: on each rank, then over ranks.
+
+    With ``ranks_per_host`` the sums over ranks are those of each host, and are summed in turn.
+    """
     num_ranks, num_tokens, _ = routes.topk_idx.shape
     out = np.zeros((num_ranks, num_tokens, rows.shape[-1]), rows.dtype)
     with np.errstate(all="ignore"):
         for home in range(num_ranks):
             for token in range(num_tokens):
-                total = np.zeros(rows.shape[-1], np.float32)
+                totals = []
                 for rank in range(num_ranks):
+                    if rank % (ranks_per_host or num_ranks) == 0:
+                        totals.append(np.zeros(rows.shape[-1], np.float32))
                     partial = np.zeros(rows.shape[-1], np.float32)
                     for row in routes.recv_rows[rank, home * num_tokens + token]:
                         if row < 0:
@@ -243,8 +253,12 @@ def combine(rows: np.ndarray, routes: Plan, weights: np.ndarray | None = None) -
                         if weights is not None:
                             term = weights[rank, row].astype(np.float32) * term
                         partial = partial + term
-                    total = total + partial.astype(rows.dtype).astype(np.float32)
-                out[home, token] = total.astype(rows.dtype)
+                    totals[-1] = totals[-1] + partial.astype(rows.dtype).astype(np.float32)
+                total = totals[0].astype(rows.dtype)
+                if len(totals) > 1:
+                    rounded = (of_host.astype(rows.dtype).astype(np.float32) for of_host in totals)
+                    total = sum(rounded, np.zeros(rows.shape[-1], np.float32)).astype(rows.dtype)
+                out[home, token] = total
     return out
 
 

@@ -15,12 +15,14 @@ from jax_ep import reference
 from jax_ep._backends import native
 from jax_ep._core import limits
 from jax_ep._groups import gpu_side
+from jax_ep._groups.topology import Topology
 from jax_ep._ops import gradients
 from spmd import make_mesh, shard
 
 TOKENS = 4
 RING = 32 << 20
 VJP = 106240
+ONE_HOST = Topology(hosts=((0, 1),), processes=((0, 0),))
 
 
 @pytest.fixture
@@ -35,6 +37,7 @@ def trace(monkeypatch):
             backend=backend,
             timeout=1.0,
             id=1,
+            topology=ONE_HOST,
             tuning={},
         )
 
@@ -71,7 +74,7 @@ def test_experts_of_a_layer(trace):
     )
 
     def layer(params):
-        group = jax_ep.Group(make_mesh(2), ("expert",), "cuda", 1.0, 1, {})
+        group = jax_ep.Group(make_mesh(2), ("expert",), "cuda", 1.0, 1, ONE_HOST, {})
         return jax_ep.moe(jnp.zeros((4, 8)), params, group=group, num_experts=4098, top_k=2)
 
     with pytest.raises(

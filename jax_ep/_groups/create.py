@@ -15,6 +15,7 @@ from jax_ep import _compat
 from jax_ep._core import libraries
 from jax_ep._groups import gpu_side, tuning
 from jax_ep._groups.group import Group
+from jax_ep._groups.topology import Topology
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
@@ -34,6 +35,7 @@ def create_group(
     *,
     backend: Backend = "auto",
     timeout: float = _DEFAULT_TIMEOUT_S,
+    ranks_per_host: int | None = None,
 ) -> Group:
     """Make the group of ranks along ``axis_name`` of ``mesh``.
 
@@ -55,14 +57,18 @@ def create_group(
         timeout: Seconds that an op waits for a peer to arrive before it fails with
             ``CommunicationError``; at least 0.001, and ``float("inf")`` waits for ever. Peers may be
             late because they compile or write checkpoints.
+        ranks_per_host: Ranks that count as those of one host, one after the other; a divisor of R.
+            None counts all as one host's. Where there are several hosts, ``combine`` sums a token's
+            rows once on each rank, once for each host, over its ranks, and once at home, over the
+            hosts. The native backends serve one host, so this is for the reference until they do.
 
     Returns:
         The group.
 
     Raises:
-        TypeError: for a mesh, axis or timeout of another type.
-        ValueError: for an unknown axis, backend or timeout, or a backend that cannot serve the
-            mesh.
+        TypeError: for a mesh, axis, timeout or number of another type.
+        ValueError: for an unknown axis, backend or timeout, a ``ranks_per_host`` that does not divide
+            R, or a backend that cannot serve the mesh.
         CommunicationError: if GPUs of several processes form the group and a process did not come,
             came with another group, or could not do its part; then in all of them.
     """
@@ -94,35 +100,37 @@ def create_group(
             f"seconds, got {timeout!r}; the default is {_DEFAULT_TIMEOUT_S:g}, and float('inf') "
             f"waits for ever."
         )
-    resolved = _resolve_backend(mesh, axis_names, backend)
-    key = (mesh, axis_names, resolved, float(timeout))
+    instances = _instances(mesh, axis_names)
+    _check_ranks_per_host(ranks_per_host, instances.shape[1])
+    topology = Topology.of(instances, ranks_per_host)
+    resolved = _resolve_backend(mesh, topology, backend)
+    key = (mesh, axis_names, resolved, float(timeout), topology)
     group = _groups.get(key)
     # A group that failed is not used again; programs that were made for it keep failing.
     alive = group is not None and not _has_failed(group)
     before = _generations.get(key, -1)
     generation = before if alive else before + 1
-    processes = _processes(mesh)
+    processes = topology.all_processes
     if resolved == "cuda" and len(processes) > 1:
         # Some processes may know of a failure that others have not met yet.
-        first_id = _group_id(mesh, axis_names, resolved, float(timeout), 0)
+        first_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, 0)
         what = f"{axis_names} of {dict(mesh.shape)}, timeout {timeout:g}, id {first_id:x}"
         generation = gpu_side.agree(processes, what, generation)
     if group is None or generation != before:
         _generations[key] = generation
-        group_id = _group_id(mesh, axis_names, resolved, float(timeout), generation)
+        group_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, generation)
         group = Group(
             mesh=mesh,
             axis_names=axis_names,
             backend=resolved,
             timeout=float(timeout),
             id=group_id,
+            topology=topology,
             tuning=tuning.agreed_table(mesh, str(group_id)) if resolved == "cuda" else {},
         )
         if resolved == "cuda":
             _groups.pop(key, None)
-            gpu_side.create(
-                group.id, gpu_side.ranks_of(_instances(mesh, axis_names)), group.timeout
-            )
+            gpu_side.create(group.id, gpu_side.ranks_of(instances), group.timeout)
         _groups[key] = group
     return group
 
@@ -149,16 +157,32 @@ def _group_id(
     axis_names: tuple[str, ...],
     backend: str,
     timeout: float,
+    topology: Topology,
     generation: int,
 ) -> int:
     """A positive 63-bit id made of what the group is, never of where it lives in memory."""
     devices = [(device.platform, device.id) for device in mesh.devices.flat]
-    what = (axis_names, mesh.axis_names, mesh.devices.shape, devices, backend, timeout, generation)
-    text = repr(what)
+    what = (axis_names, mesh.axis_names, mesh.devices.shape, devices, backend, timeout)
+    text = repr((*what, topology.ranks_per_host, generation))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def _resolve_backend(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], backend: Backend) -> str:
+def _check_ranks_per_host(ranks_per_host: Any, size: int) -> None:
+    if ranks_per_host is None:
+        return
+    if not isinstance(ranks_per_host, int) or isinstance(ranks_per_host, bool):
+        raise TypeError(
+            f"jax_ep.create_group: argument ranks_per_host: expected a Python int or None, got "
+            f"{type(ranks_per_host).__name__}; pass the number of ranks that share a host."
+        )
+    if ranks_per_host < 1 or size % ranks_per_host:
+        raise ValueError(
+            f"jax_ep.create_group: argument ranks_per_host: expected a positive divisor of the group's "
+            f"{size} ranks, got {ranks_per_host}; give every host the same number of ranks."
+        )
+
+
+def _resolve_backend(mesh: jax.sharding.Mesh, topology: Topology, backend: Backend) -> str:
     if backend == "reference":
         return "reference"
     platforms = sorted({device.platform for device in mesh.devices.flat})
@@ -168,7 +192,7 @@ def _resolve_backend(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], backe
     elif backend not in ("auto", native):
         reason = f"its devices are of platform {platforms[0]!r}"
     else:
-        reason = _why_not(native, mesh, axis_names)
+        reason = _why_not(native, mesh, topology)
         if reason is None:
             return native
     if backend != "auto":
@@ -182,27 +206,20 @@ def _resolve_backend(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...], backe
     return "reference"
 
 
-def _why_not(native: str, mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> str | None:
+def _why_not(native: str, mesh: jax.sharding.Mesh, topology: Topology) -> str | None:
     """Why the backend ``native`` cannot serve ``mesh``, or None if it can."""
-    processes = _processes(mesh)
-    spans = any(
-        len({device.process_index for device in instance}) > 1
-        for instance in _instances(mesh, axis_names)
-    )
-    if spans and native == "cpu":
+    if len(topology.hosts) > 1:
+        return f"the group spans {len(topology.hosts)} hosts, which no native backend can do yet"
+    if topology.spans_processes and native == "cpu":
         return "the group spans several processes, which the cpu backend cannot do yet"
     if native == "cuda":
         kinds = {_compat.compute_capability(device) for device in mesh.devices.flat}
         if kinds != {"9.0"}:
             return f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
     unavailable = libraries.why_unavailable(native)
-    if native == "cuda" and len(processes) > 1:
-        return gpu_side.obstacle(processes, unavailable)
+    if native == "cuda" and len(topology.all_processes) > 1:
+        return gpu_side.obstacle(topology.all_processes, unavailable)
     return unavailable
-
-
-def _processes(mesh: jax.sharding.Mesh) -> list[int]:
-    return sorted({device.process_index for device in mesh.devices.flat})
 
 
 def _instances(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax
 
 from jax_ep._errors import from_text
 from jax_ep._groups import gpu_side
+from jax_ep._groups.topology import Topology
 from jax_ep._groups.tuning import Table
 
 
@@ -27,6 +28,7 @@ class Group:
         backend: "cpu" or "cuda" (native, XLA FFI) or "reference" (pure JAX).
         timeout: Seconds that an op waits for a peer to arrive.
         id: The same in every process and every run with the same devices and axes.
+        topology: Which ranks share a host, and which a process.
         tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
     """
 
@@ -35,6 +37,7 @@ class Group:
     backend: str
     timeout: float
     id: int
+    topology: Topology
     tuning: Table
 
     @property
@@ -61,6 +64,8 @@ class Group:
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name}={self.mesh.shape[name]}" for name in self.axis_names)
+        if len(self.topology.hosts) > 1:
+            axes += f", ranks_per_host={self.topology.ranks_per_host}"
         return f"Group({axes}, backend={self.backend!r})"
 
     def __copy__(self) -> Group:

@@ -1,0 +1,50 @@
+"""Where the ranks of a group are: which share a host, which a process."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The places of a group's ranks. Whatever decides by place asks this.
+
+    Attributes:
+        hosts: The ranks of each host, ascending; the same in all groups side by side.
+        processes: For each of the groups side by side, JAX's index of each rank's process.
+    """
+
+    hosts: tuple[tuple[int, ...], ...]
+    processes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, instances: np.ndarray, ranks_per_host: int | None = None) -> Topology:
+        """The topology of ``[groups side by side, R]`` devices.
+
+        Args:
+            instances: The devices, in rank order.
+            ranks_per_host: How many ranks, one after the other, share a host; None is for all.
+        """
+        size = instances.shape[1]
+        per_host = ranks_per_host or size
+        hosts = tuple(tuple(range(i, i + per_host)) for i in range(0, size, per_host))
+        processes = tuple(tuple(device.process_index for device in row) for row in instances)
+        return cls(hosts, processes)
+
+    @property
+    def ranks_per_host(self) -> int:
+        """Ranks that share a host."""
+        return len(self.hosts[0])
+
+    @property
+    def all_processes(self) -> list[int]:
+        """The processes of all groups side by side, ascending."""
+        return sorted(set(itertools.chain.from_iterable(self.processes)))
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether ranks of one group are in several processes."""
+        return any(len(set(row)) > 1 for row in self.processes)

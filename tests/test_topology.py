@@ -1,0 +1,107 @@
+"""Where ranks are: logical hosts, what ``create_group`` says of them, and the order of sums."""
+
+from __future__ import annotations
+
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_ep
+import oracle
+import routings
+from jax_ep._groups.topology import Topology
+from spmd import make_group, make_mesh, need_devices, stacked_jit
+
+RANKS, TOKENS, HIDDEN, EXPERTS = 4, 16, 8, 8
+
+
+def devices(*processes: int) -> np.ndarray:
+    return np.array([types.SimpleNamespace(process_index=p) for p in processes])
+
+
+def test_places():
+    one = Topology.of(devices(0, 0, 0, 0)[None])
+    assert one.hosts == ((0, 1, 2, 3),) and one.ranks_per_host == 4
+    assert one.all_processes == [0] and not one.spans_processes
+    side_by_side = Topology.of(np.stack([devices(0, 1), devices(3, 2)]), 1)
+    assert side_by_side.hosts == ((0,), (1,)) and side_by_side.ranks_per_host == 1
+    assert side_by_side.processes == ((0, 1), (3, 2)) and side_by_side.spans_processes
+    assert side_by_side.all_processes == [0, 1, 2, 3]
+    assert not Topology.of(np.stack([devices(0, 0), devices(1, 1)])).spans_processes
+    assert Topology.of(devices(0, 0)[None], 2) == Topology.of(devices(0, 0)[None])
+
+
+@pytest.mark.one_process("asks for backends that serve one process")
+def test_groups_of_logical_hosts(native_backend):
+    need_devices(RANKS)
+    mesh = make_mesh(RANKS)
+    group = jax_ep.create_group(mesh, ranks_per_host=2, backend="reference")
+    assert group.topology.hosts == ((0, 1), (2, 3))
+    assert repr(group) == "Group(expert=4, ranks_per_host=2, backend='reference')"
+    assert group is jax_ep.create_group(mesh, ranks_per_host=2, backend="reference")
+    flat = jax_ep.create_group(mesh, backend="reference")
+    assert flat.id != group.id and "ranks_per_host" not in repr(flat)
+    assert flat is jax_ep.create_group(mesh, ranks_per_host=RANKS, backend="reference")
+    # Native backends serve one host: asked for they refuse, and otherwise are passed over.
+    with pytest.raises(ValueError, match=r"argument backend: .* spans 2 hosts, which no native"):
+        jax_ep.create_group(mesh, ranks_per_host=2, backend=native_backend)
+    assert jax_ep.create_group(mesh, ranks_per_host=2) is group
+    assert jax_ep.create_group(mesh, ranks_per_host=RANKS).backend == native_backend
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_host", "error", "text"),
+    [
+        (
+            3,
+            ValueError,
+            "expected a positive divisor of the group's 4 ranks, got 3; give every host",
+        ),
+        (0, ValueError, "expected a positive divisor"),
+        (8, ValueError, "expected a positive divisor"),
+        (2.0, TypeError, "expected a Python int or None, got float"),
+        (True, TypeError, "expected a Python int or None, got bool"),
+    ],
+)
+def test_wrong_numbers(ranks_per_host, error, text):
+    need_devices(RANKS)
+    with pytest.raises(error, match=f"create_group: argument ranks_per_host: {text}"):
+        jax_ep.create_group(make_mesh(RANKS), ranks_per_host=ranks_per_host)
+
+
+@pytest.mark.needs_collectives
+@pytest.mark.parametrize("layout", ["token", "expert"])
+def test_sums_once_a_rank_once_a_host_and_once_at_home(layout):
+    """Bit by bit as the oracle, whose bits differ from those of one host."""
+    need_devices(RANKS)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((RANKS, TOKENS, HIDDEN)).astype(ml_dtypes.bfloat16)
+    idx = routings.make("uniform", ranks=RANKS, tokens=TOKENS, top_k=4, experts=EXPERTS)
+    capacity = RANKS * TOKENS * 2 if layout == "expert" else RANKS * TOKENS
+    bounds = oracle.Limits(capacity, oracle.INT32_MAX)
+    plan = oracle.plan(idx, num_experts=EXPERTS, layout=layout, alignment=1, bounds=bounds)
+    rows = rng.standard_normal((RANKS, capacity, HIDDEN)).astype(ml_dtypes.bfloat16)
+    found = {}
+    for ranks_per_host in (1, 2, None):
+        group = make_group(RANKS, "reference", ranks_per_host=ranks_per_host)
+
+        def run(x, idx, rows, group=group):
+            out = jax_ep.dispatch(
+                x,
+                idx,
+                group=group,
+                num_experts=EXPERTS,
+                layout=layout,
+                alignment=1,
+                capacity=capacity,
+            )
+            return jax_ep.combine(rows, out.handle, group=group)
+
+        found[ranks_per_host] = stacked_jit(run, group.mesh)(x, idx, rows)
+        want = oracle.combine(rows, plan, ranks_per_host=ranks_per_host)
+        oracle.assert_same(found[ranks_per_host], want, f"{ranks_per_host} ranks a host")
+    assert (found[2] != found[None]).any()
+    # A host of each rank rounds what is rounded already.
+    oracle.assert_same(found[1], found[None], "hosts of one rank")
