@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -147,20 +148,44 @@ def test_a_run_that_is_ended_keeps_its_records_and_leaves_no_process(tmp_path):
     assert records.load(out) and not _workers(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--suite", "fast"], "--suite: expected one of baselines"),
-        (["--ops", "dispatch", "--capacity", "some"], "--capacity: expected one of"),
-        (["--ops", "dispatch", "--tokens", "many"], "--tokens: expected an integer"),
-        (["--ops", "dispach"], "--ops: expected one of"),
-        (["--ops", "dispatch", "--experts", "9"], "experts: expected a multiple of the 8 ranks"),
-        (["--ops", "dispatch", "--suite", "smoke"], "expected one of them"),
-    ],
-)
-def test_wrong_flags_say_so(arguments, text):
-    done = bench(*arguments)
-    assert done.returncode == 2 and text in done.stderr, done.stderr
+WRONG_FLAGS = {
+    "--suite fast": "--suite: expected one of baselines",
+    "--ops dispatch --capacity some": "--capacity: expected one of",
+    "--ops dispatch --tokens many": "--tokens: expected an integer",
+    "--ops dispach": "--ops: expected one of",
+    "--ops dispatch --experts 9": "experts: expected a multiple of the 8 ranks",
+    "--ops dispatch --suite smoke": "expected one of them",
+}
+# Runs the program with each of the flags in its first argument; prints [exit status, stderr] of each.
+RUN_EACH = """
+import contextlib, io, json, runpy, sys
+flags, found = json.loads(sys.argv[1]), []
+for given in flags:
+    sys.argv = ["bench", *given.split()]
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        try:
+            runpy.run_module("jax_ep.bench", run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code
+    found.append([status, error.getvalue()])
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """To all wrong flags, of one process."""
+    flags = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", "TERM": "dumb", "XLA_FLAGS": ""}
+    done = run_python("-c", RUN_EACH, json.dumps(list(WRONG_FLAGS)), timeout=300, **flags)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(WRONG_FLAGS, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS)
+def test_wrong_flags_say_so(answers, flags):
+    status, error = answers[flags]
+    assert status == 2 and WRONG_FLAGS[flags] in error, error
 
 
 @pytest.mark.parametrize(

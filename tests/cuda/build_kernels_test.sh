@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Builds tests/cuda/kernels_test, plan_test, races_test and failures_test into the folder given
-# (default: build/cuda).
+# (default: build/cuda). With a second argument, "once", kernels are compiled only as failures_test has
+# them, and all four are linked with these: enough to know that everything compiles and links.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/cuda}
+variants=(library stopping)
+[ "${2:-}" = once ] && variants=(stopping)
 rm -rf "$out/library" "$out/stopping" "$out/tests"  # no object of a source that is gone
 mkdir -p "$out/library" "$out/stopping" "$out/tests"
 for source in csrc/plan/*.cc csrc/cpu/*.cc csrc/transport/error_text.cc; do
@@ -14,16 +17,20 @@ compile() {
   nvcc -std=c++17 -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Icsrc -c "$1" -o "$2" "${@:3}"
 }
 for source in csrc/cuda/*.cu; do
-  compile "$source" "$out/library/$(echo "$source" | tr / _).o" &
-  compile "$source" "$out/stopping/$(echo "$source" | tr / _).o" -DJAX_EP_TEST_STOPS &
+  for variant in "${variants[@]}"; do
+    defines=()
+    [ "$variant" = stopping ] && defines=(-DJAX_EP_TEST_STOPS)
+    compile "$source" "$out/$variant/$(echo "$source" | tr / _).o" "${defines[@]}" &
+  done
 done
 for name in kernels_test plan_test races_test failures_test; do
   compile "tests/cuda/$name.cu" "$out/tests/$name.o" &
 done
 # A bare wait would forget what failed.
 for job in $(jobs -p); do wait "$job"; done
-for name in kernels_test plan_test races_test; do
-  nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/library/*.o "$out/tests/$name.o" -o "$out/$name"
-done
-nvcc -gencode=arch=compute_90a,code=sm_90a "$out"/library/csrc_{plan,cpu,transport}_*.o "$out"/stopping/*.o \
-  "$out/tests/failures_test.o" -o "$out/failures_test"
+host=("$out"/library/csrc_{plan,cpu,transport}_*.o)
+link() {  # link NAME FOLDER, that of its kernels
+  nvcc -gencode=arch=compute_90a,code=sm_90a "${host[@]}" "$out/$2"/csrc_cuda_*.o "$out/tests/$1.o" -o "$out/$1"
+}
+for name in kernels_test plan_test races_test; do link "$name" "${variants[0]}"; done
+link failures_test stopping

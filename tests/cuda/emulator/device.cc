@@ -124,7 +124,7 @@ void RunBlock(Block& block) {
 
 void EndBlock(Grid& grid, size_t i) {
   if (!grid.blocks[i]->copies.empty()) Abort("a block ended before its bulk copies");
-  FreeSharedMemory(grid.blocks[i]->shared);
+  FreeSharedMemory(grid.blocks[i]->shared, grid.config.shared_bytes);
   grid.blocks.erase(grid.blocks.begin() + static_cast<ptrdiff_t>(i));
   --num_blocks;
   ++grid.num_finished;

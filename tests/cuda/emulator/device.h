@@ -69,8 +69,8 @@ uint32_t CurrentThread();
 void AdvanceCopies(Block& block);
 
 constexpr size_t kStaticBytes = 8 << 10;  // of a block's shared memory, for all kernels together
-char* TakeSharedMemory();
-void FreeSharedMemory(char* memory);
+char* TakeSharedMemory();                 // all of it poison
+void FreeSharedMemory(char* memory, size_t dynamic_bytes);
 
 // Starts a grid; `finished` is called when all of its blocks are done.
 void StartGrid(std::unique_ptr<Grid> grid);

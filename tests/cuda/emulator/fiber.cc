@@ -31,7 +31,8 @@ emulator_switch_stack:
   popq %r12
   popq %rbx
   popq %rbp
-  ret
+  popq %rcx
+  jmp *%rcx
 .size emulator_switch_stack, .-emulator_switch_stack
 )");
 #else
@@ -41,7 +42,9 @@ emulator_switch_stack:
 namespace emulator {
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;  // memory only as far as it is used
+// Memory only as far as it is used. An odd number of cache lines: were it a power of two, the tops
+// of all stacks would compete for the same few lines of the caches.
+constexpr size_t kStackBytes = 1093 * 64;
 constexpr uint64_t kCanary = 0x5ac3f1b2d4e69788;
 
 std::vector<Stack> free_stacks;

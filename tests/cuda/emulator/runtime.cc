@@ -145,18 +145,28 @@ size_t ReserveShared(size_t size, size_t alignment) {
   return offset;
 }
 
+constexpr int kPoison = 0xcd;
+constexpr size_t kGuard = 1024;  // bytes after those of a block, which it must leave alone
+
 char* TakeSharedMemory() {
-  constexpr size_t kBytes = kStaticBytes + kMaxSharedBytes + 1024;
+  constexpr size_t kBytes = kStaticBytes + kMaxSharedBytes + kGuard;
   if (free_shared.empty()) {
     free_shared.push_back(static_cast<char*>(std::aligned_alloc(1024, kBytes / 1024 * 1024)));
+    std::memset(free_shared.back(), kPoison, kBytes / 1024 * 1024);
   }
   char* memory = free_shared.back();
   free_shared.pop_back();
-  std::memset(memory, 0xcd, kBytes / 1024 * 1024);
   return memory;
 }
 
-void FreeSharedMemory(char* memory) { free_shared.push_back(memory); }
+void FreeSharedMemory(char* memory, size_t dynamic_bytes) {
+  char* end = memory + kStaticBytes + dynamic_bytes;
+  for (char* byte = end; byte != end + kGuard; ++byte) {
+    if (*byte != static_cast<char>(kPoison)) Abort("a block wrote past its shared memory");
+  }
+  std::memset(memory, kPoison, kStaticBytes + dynamic_bytes);
+  free_shared.push_back(memory);
+}
 
 cudaError_t AllowShared(const void* kernel, int bytes) {
   if (bytes < 0 || static_cast<size_t>(bytes) > kMaxSharedBytes) return cudaErrorInvalidValue;
