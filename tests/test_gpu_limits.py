@@ -165,9 +165,9 @@ def test_limits_are_those_of_the_kernels():
         assert found is not None, name
         return int(found[1]) << int(found[2] or 0)
 
-    assert constant("workspace.h", "kMaxExperts") == _gpu_limits.MAX_EXPERTS
-    assert constant("workspace.h", "kRingBytes") == _gpu_limits.max_summed_row_bytes(2) == RING
-    vjp = "combine_vjp.cu"
+    assert constant("core/workspace.h", "kMaxExperts") == _gpu_limits.MAX_EXPERTS
+    assert constant("core/workspace.h", "kRingBytes") == _gpu_limits.max_summed_row_bytes(2) == RING
+    vjp = "node/combine_vjp.cu"
     room = constant(vjp, "kSharedBytes") - constant(vjp, "kBarrierBytes")
     room -= constant(vjp, "kStages") * constant(vjp, "kStageBytes")
     assert room // constant(vjp, "kBuffers") - 128 == _gpu_limits.MAX_VJP_ROW_BYTES == VJP

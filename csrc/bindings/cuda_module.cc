@@ -8,7 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings/version.h"
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
 #include "transport/copy_rate.h"

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/copy.h"
+#include "cuda/measure/copy.h"
 #include "transport/peers.h"
 
 namespace jax_ep::transport {

@@ -9,12 +9,12 @@
 #include <set>
 #include <utility>
 
-#include "cuda/clock.h"
-#include "cuda/combine.h"
-#include "cuda/combine_vjp.h"
-#include "cuda/dispatch.h"
-#include "cuda/plan.h"
-#include "cuda/quantize.h"
+#include "cuda/measure/clock.h"
+#include "cuda/node/combine.h"
+#include "cuda/node/combine_vjp.h"
+#include "cuda/node/dispatch.h"
+#include "cuda/plan/plan.h"
+#include "cuda/rows/quantize.h"
 #include "transport/cuda_status.h"
 #include "transport/error_text.h"
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/group_params.h"
+#include "cuda/core/group_params.h"
 
 namespace jax_ep::transport {
 

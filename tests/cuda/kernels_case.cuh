@@ -18,12 +18,12 @@
 #include "check_cuda.h"
 #include "cpu/geometry.h"
 #include "cpu/numerics.h"
-#include "cuda/combine.h"
-#include "cuda/combine_vjp.h"
-#include "cuda/dispatch.h"
-#include "cuda/plan.h"
-#include "cuda/quantize.h"
-#include "cuda/workspace.h"
+#include "cuda/core/workspace.h"
+#include "cuda/node/combine.h"
+#include "cuda/node/combine_vjp.h"
+#include "cuda/node/dispatch.h"
+#include "cuda/plan/plan.h"
+#include "cuda/rows/quantize.h"
 #include "plan/build_plan.h"
 
 namespace {

@@ -20,9 +20,9 @@
 #include <vector>
 
 #include "check_cuda.h"
-#include "cuda/combine.h"
-#include "cuda/dispatch.h"
-#include "cuda/plan.h"
+#include "cuda/node/combine.h"
+#include "cuda/node/dispatch.h"
+#include "cuda/plan/plan.h"
 #include "plan/routing.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // Handler of target jax_ep_clock on GPUs.
 
-#include "cuda/clock.h"
+#include "cuda/measure/clock.h"
 
 #include "ffi/clock.h"
 #include "ffi/cuda/device_call.h"

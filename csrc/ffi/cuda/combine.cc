@@ -1,6 +1,6 @@
 // Handler of target jax_ep_combine on GPUs.
 
-#include "cuda/combine.h"
+#include "cuda/node/combine.h"
 
 #include "ffi/cuda/device_call.h"
 

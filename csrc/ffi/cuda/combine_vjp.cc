@@ -1,6 +1,6 @@
 // Handler of target jax_ep_combine_vjp on GPUs.
 
-#include "cuda/combine_vjp.h"
+#include "cuda/node/combine_vjp.h"
 
 #include "ffi/cuda/device_call.h"
 

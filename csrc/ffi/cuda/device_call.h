@@ -7,8 +7,8 @@
 #include <initializer_list>
 #include <string>
 
-#include "cuda/group_params.h"
-#include "cuda/row_type.h"
+#include "cuda/core/group_params.h"
+#include "cuda/rows/row_type.h"
 #include "ffi/checker.h"
 #include "ffi/decode.h"
 #include "transport/peers.h"

@@ -1,8 +1,8 @@
 // Handler of target jax_ep_dispatch on GPUs.
 
-#include "cuda/dispatch.h"
+#include "cuda/node/dispatch.h"
 
-#include "cuda/quantize.h"
+#include "cuda/rows/quantize.h"
 #include "ffi/cuda/device_call.h"
 
 namespace jax_ep {

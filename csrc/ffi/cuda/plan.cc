@@ -1,6 +1,6 @@
 // Handler of target jax_ep_plan on GPUs.
 
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 
 #include <string>
 

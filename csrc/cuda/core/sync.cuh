@@ -1,6 +1,6 @@
 // How the ranks of a group keep step inside kernels: arrival, closing, deadlines and failures.
 //
-// Every op of a group is one kernel on each rank, or two (plan_pull.cu), and runs in these steps:
+// Every op of a group is one kernel on each rank, or two (plan/pull.cu), and runs in these steps:
 //
 //   1. BeginOp: all blocks learn the numbers of the op.
 //   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
@@ -20,15 +20,15 @@
 // barrier (of a warp or a block) or through a counter between fences (IsLastBlock). The peer
 // acquires the word at system scope, and its other threads meet the one that did. Relaxed stores
 // without a fence are for words that hand no memory over: all that they say is in the word itself
-// (the plans' counts and ids, and the arrival flag of plan_push.cu).
+// (the plans' counts and ids, and the arrival flag of plan/push.cu).
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/group_params.h"
-#include "cuda/ptx.cuh"
-#include "cuda/test_hooks.cuh"
-#include "cuda/workspace.h"
+#include "cuda/core/group_params.h"
+#include "cuda/core/ptx.cuh"
+#include "cuda/core/test_hooks.cuh"
+#include "cuda/core/workspace.h"
 
 namespace jax_ep::cuda {
 

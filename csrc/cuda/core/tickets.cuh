@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "cuda/sync.cuh"
+#include "cuda/core/sync.cuh"
 
 namespace jax_ep::cuda {
 

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 
-#include "cuda/quantize.h"
-#include "cuda/vectors.cuh"
+#include "cuda/rows/quantize.h"
+#include "cuda/rows/vectors.cuh"
 
 namespace jax_ep::cuda {
 namespace {

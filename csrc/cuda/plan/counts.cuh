@@ -1,10 +1,10 @@
-// Steps of the plan's fast kernel (plan_push.cu) over columns: what each of them has, and where its
+// Steps of the plan's fast kernel (push.cu) over columns: what each of them has, and where its
 // rows begin.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/plan_lanes.cuh"
+#include "cuda/plan/lanes.cuh"
 
 namespace jax_ep::cuda {
 namespace {

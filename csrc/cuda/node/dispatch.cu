@@ -8,10 +8,10 @@
 
 #include <algorithm>
 
-#include "cuda/dispatch.h"
-#include "cuda/sources.cuh"
-#include "cuda/sync.cuh"
-#include "cuda/vectors.cuh"
+#include "cuda/core/sync.cuh"
+#include "cuda/node/dispatch.h"
+#include "cuda/rows/sources.cuh"
+#include "cuda/rows/vectors.cuh"
 
 namespace jax_ep::cuda {
 namespace {

@@ -1,11 +1,11 @@
 // Which sources a rank has rows of, and which rows: a source is a token of some rank.
 //
-// Params has group, num_tokens, num_rows, capacity and recv_rows as in dispatch.h.
+// Params has group, num_tokens, num_rows, capacity and recv_rows as in node/dispatch.h.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/tickets.cuh"
+#include "cuda/core/tickets.cuh"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {

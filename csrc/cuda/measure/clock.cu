@@ -1,7 +1,7 @@
 // One thread that reads the clock.
 
-#include "cuda/clock.h"
-#include "cuda/ptx.cuh"
+#include "cuda/core/ptx.cuh"
+#include "cuda/measure/clock.h"
 
 namespace jax_ep::cuda {
 namespace {

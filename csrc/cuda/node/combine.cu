@@ -6,13 +6,13 @@
 // on at the same time: every rank goes through a list of items, in which its own sum of a token
 // comes some time after its sums for peers. Warps take items in turn.
 
-#include "cuda/adder.cuh"
-#include "cuda/combine.h"
-#include "cuda/ring.cuh"
-#include "cuda/sources.cuh"
-#include "cuda/sync.cuh"
-#include "cuda/tickets.cuh"
-#include "cuda/vectors.cuh"
+#include "cuda/core/sync.cuh"
+#include "cuda/core/tickets.cuh"
+#include "cuda/node/combine.h"
+#include "cuda/rows/adder.cuh"
+#include "cuda/rows/ring.cuh"
+#include "cuda/rows/sources.cuh"
+#include "cuda/rows/vectors.cuh"
 
 namespace jax_ep::cuda {
 namespace {
@@ -34,6 +34,14 @@ struct WarpMemory {
   Term terms[2 * kMaxTerms];  // of a sum, and of the sum of own rows in it
 };
 constexpr int kSharedBytes = kAdderWarps * static_cast<int>(sizeof(WarpMemory));
+
+// What all warps of a running combine need to know. In shared memory: registers are scarce.
+struct CombineState : RingState {
+  int32_t num_peers;  // that sums are made for
+  int32_t num_units;  // parts of rows of all tokens
+  int32_t lag;        // see GetItem
+  PeerInputs inputs;
+};
 
 // One item of the list: for a part of a token's row, this rank's sum for its n-th peer, or, if n is
 // the number of peers, the sum of its own token.
@@ -234,7 +242,7 @@ class Combiner {
 
   const CombineParams& p_;
   const CombineState& state_;
-  Ring ring_;
+  Ring<CombineParams> ring_;
   Term* terms_;
   char* piece_;
 };

@@ -1,10 +1,10 @@
-// How the plan's fast kernel (plan_push.cu) spreads tokens over threads: the ids of a token are
+// How the plan's fast kernel (push.cu) spreads tokens over threads: the ids of a token are
 // held by kMaxK / kIdsOfLane lanes side by side.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/plan_inbox.cuh"
+#include "cuda/plan/inbox.cuh"
 
 namespace jax_ep::cuda {
 namespace {

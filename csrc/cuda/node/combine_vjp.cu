@@ -14,10 +14,10 @@
 
 #include <algorithm>
 
-#include "cuda/combine_vjp.h"
-#include "cuda/sources.cuh"
-#include "cuda/sync.cuh"
-#include "cuda/vectors.cuh"
+#include "cuda/core/sync.cuh"
+#include "cuda/node/combine_vjp.h"
+#include "cuda/rows/sources.cuh"
+#include "cuda/rows/vectors.cuh"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {

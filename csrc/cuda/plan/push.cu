@@ -27,8 +27,8 @@
 
 #include <cstdint>
 
-#include "cuda/plan_counts.cuh"
-#include "cuda/plan_tokens.cuh"
+#include "cuda/plan/counts.cuh"
+#include "cuda/plan/tokens.cuh"
 
 namespace jax_ep::cuda {
 namespace {

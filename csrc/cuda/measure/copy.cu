@@ -1,7 +1,7 @@
 // The movers: a loop of bulk copies, and a loop of loads and stores.
 
-#include "cuda/copy.h"
-#include "cuda/ptx.cuh"
+#include "cuda/core/ptx.cuh"
+#include "cuda/measure/copy.h"
 
 namespace jax_ep::cuda {
 namespace {

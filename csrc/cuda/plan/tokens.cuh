@@ -1,11 +1,11 @@
-// Steps of the plan's fast kernel (plan_push.cu) over tokens. Where a step looks something up for
+// Steps of the plan's fast kernel (push.cu) over tokens. Where a step looks something up for
 // each of a lane's ids, all its loads come before its stores: a load that waits for the one before
 // takes longer than all else.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/plan_lanes.cuh"
+#include "cuda/plan/lanes.cuh"
 
 namespace jax_ep::cuda {
 namespace {

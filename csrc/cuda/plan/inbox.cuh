@@ -1,9 +1,9 @@
-// The sizes, the shared memory and the messages of the plan's fast kernel (plan_push.cu).
+// The sizes, the shared memory and the messages of the plan's fast kernel (push.cu).
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/plan_common.cuh"
+#include "cuda/plan/common.cuh"
 
 namespace jax_ep::cuda {
 namespace {

@@ -7,12 +7,12 @@
 
 #include <cstdint>
 
-#include "cuda/plan.h"
-#include "cuda/sync.cuh"
+#include "cuda/core/sync.cuh"
+#include "cuda/plan/plan.h"
 
 namespace jax_ep::cuda {
 
-// The kernel that reads out of peers' memory (plan_pull.cu), and the one that sends (plan_push.cu).
+// The kernel that reads out of peers' memory (pull.cu), and the one that sends (push.cu).
 int64_t PullPlanScratchSize(int32_t num_experts, int32_t num_ranks);
 bool FitsPullPlan(const PlanParams& params);
 cudaError_t LoadPullPlan();

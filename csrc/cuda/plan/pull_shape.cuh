@@ -1,10 +1,10 @@
-// What a block of the plan that reads (plan_pull.cu) counts, how many tokens it numbers at a time,
+// What a block of the plan that reads (pull.cu) counts, how many tokens it numbers at a time,
 // and where that lies in its shared memory.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/plan_common.cuh"
+#include "cuda/plan/common.cuh"
 
 namespace jax_ep::cuda {
 namespace {

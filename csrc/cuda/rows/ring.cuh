@@ -2,26 +2,23 @@
 //
 // Home's workspace has slots for the sums of each peer, which token t uses as slot t % slots. A sum
 // travels in parts, each with two words: that it is there, and that home has read it.
+//
+// Params has group, num_tokens, num_rows, capacity and recv_rows as in node/combine.h.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/combine.h"
-#include "cuda/sync.cuh"
+#include "cuda/core/sync.cuh"
 
 namespace jax_ep::cuda {
 
-// What all warps of a running combine need to know. In shared memory: registers are scarce.
-struct CombineState {
+// How one op uses the ring.
+struct RingState {
   uint64_t epoch;
   int32_t row_bytes;
   int32_t part_bytes;  // of all parts of a row but the last
   int32_t num_parts;   // of a row; a power of two
   int32_t num_slots;   // for the sums of one peer
-  int32_t num_peers;   // that sums are made for
-  int32_t num_units;   // parts of rows of all tokens
-  int32_t lag;         // see GetItem
-  PeerInputs inputs;
 };
 
 // A part of the sum of a token.
@@ -31,9 +28,10 @@ struct RingPlace {
   int32_t slot;  // token % num_slots
 };
 
+template <typename Params>
 class Ring {
  public:
-  __device__ Ring(const CombineParams& p, const CombineState& state) : p_(p), state_(state) {}
+  __device__ Ring(const Params& p, const RingState& state) : p_(p), state_(state) {}
 
   // Where the sum of rank `source` for a token of `home` goes.
   __device__ char* Sum(int home, int source, const RingPlace& place) const {
@@ -98,8 +96,8 @@ class Ring {
     }
   }
 
-  const CombineParams& p_;
-  const CombineState& state_;
+  const Params& p_;
+  const RingState& state_;
 };
 
 }  // namespace jax_ep::cuda

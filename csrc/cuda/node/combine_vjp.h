@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "cuda/group_params.h"
-#include "cuda/row_type.h"
+#include "cuda/core/group_params.h"
+#include "cuda/rows/row_type.h"
 
 namespace jax_ep::cuda {
 

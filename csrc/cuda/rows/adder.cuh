@@ -10,8 +10,8 @@
 
 #include <cstdint>
 
-#include "cuda/ptx.cuh"
-#include "cuda/vectors.cuh"
+#include "cuda/core/ptx.cuh"
+#include "cuda/rows/vectors.cuh"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/row_type.h"
+#include "cuda/rows/row_type.h"
 
 namespace jax_ep::cuda {
 

@@ -1,7 +1,7 @@
 // The plan op: which of its kernels serves a shape.
 
-#include "cuda/plan.h"
-#include "cuda/plan_common.cuh"
+#include "cuda/plan/common.cuh"
+#include "cuda/plan/plan.h"
 
 namespace jax_ep::cuda {
 PlanKernel ChoosePlanKernel(const PlanParams& params) {

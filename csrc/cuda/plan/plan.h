@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/group_params.h"
+#include "cuda/core/group_params.h"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {

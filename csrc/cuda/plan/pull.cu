@@ -1,4 +1,4 @@
-// The plan op for shapes that the faster kernel (plan_push.cu) has no room for: every rank reads
+// The plan op for shapes that the faster kernel (push.cu) has no room for: every rank reads
 // what it needs out of its peers' memory.
 //
 // Each block has a chunk of the tokens. It cleans their entries and counts them by column; totals
@@ -12,8 +12,8 @@
 
 #include <algorithm>
 
-#include "cuda/plan_common.cuh"
-#include "cuda/plan_pull_shape.cuh"
+#include "cuda/plan/common.cuh"
+#include "cuda/plan/pull_shape.cuh"
 
 namespace jax_ep::cuda {
 namespace {

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/group_params.h"
+#include "cuda/core/group_params.h"
 
 namespace jax_ep::cuda {
 
