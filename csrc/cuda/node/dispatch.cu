@@ -27,8 +27,8 @@ constexpr int kManyStores = 2;
 constexpr int kStoring = 1;
 static_assert(kManyStores + kStoring <= kStages && kFewStores + kStoring <= kStages);
 constexpr int kMaxMovers = 8;
-constexpr int kHelpers = 4;  // warps
-constexpr int kRingBytes = 200 << 10;
+constexpr int kHelpers = 4;              // warps
+constexpr int kStagesBytes = 200 << 10;  // of shared memory, for the stages of all movers
 constexpr int kMaxChunkBytes = 16 << 10;
 constexpr int kZeroBytes = 8 << 10;
 
@@ -56,7 +56,7 @@ __host__ __device__ int32_t StageBytes(const DispatchParams& p) {
 }
 
 __host__ __device__ int32_t NumMovers(const DispatchParams& p) {
-  return plan::Min(kRingBytes / (kStages * StageBytes(p)), kMaxMovers);
+  return plan::Min(kStagesBytes / (kStages * StageBytes(p)), kMaxMovers);
 }
 
 // Shared memory of a block.
@@ -65,12 +65,12 @@ constexpr int kInputsAt = kBarriersAt + kMaxMovers * kStages * static_cast<int>(
 constexpr int kStagesAt = kInputsAt + static_cast<int>(sizeof(PeerInputs));
 static_assert(kStagesAt % 128 == 0, "bulk copies want aligned stages");
 
-struct Shared {
+struct DispatchMemory {
   char* zeros;         // [kZeroBytes]
   uint64_t* barriers;  // [kMaxMovers, kStages]
   PeerInputs* inputs;  // x, scales, weights
   char* stages;        // [movers, kStages, StageBytes()]
-  __device__ explicit Shared(char* memory)
+  __device__ explicit DispatchMemory(char* memory)
       : zeros(memory),
         barriers(reinterpret_cast<uint64_t*>(memory + kBarriersAt)),
         inputs(reinterpret_cast<PeerInputs*>(memory + kInputsAt)),
@@ -303,7 +303,7 @@ template <int kAhead>
 __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     DispatchKernel(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) char memory[];
-  const Shared shared(memory);
+  const DispatchMemory shared(memory);
   const OpNumbers op = BeginOp(p.group);
   if (blockIdx.x == 0) {
     Publish(p.group, op, {p.row_bytes > 0 ? p.x : nullptr, p.scales, p.weights});

@@ -76,7 +76,7 @@ __device__ __forceinline__ void SumCells(const PushShape& n, Cell* cells, int32_
 }
 
 // This block's counts, to all ranks.
-__device__ void SendCounts(const PushParams& params, const Shared& shared, uint64_t epoch) {
+__device__ void SendCounts(const PushParams& params, const PushMemory& shared, uint64_t epoch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
 #pragma unroll 1
@@ -102,7 +102,7 @@ class IncomingCounts {
   }
 
   // Takes them all; false once the group has failed.
-  __device__ __forceinline__ bool Take(const PushParams& params, const Shared& shared,
+  __device__ __forceinline__ bool Take(const PushParams& params, const PushMemory& shared,
                                        uint64_t epoch) {
     const PlanParams& p = params.plan;
     const PushShape& n = params.shape;
@@ -177,7 +177,7 @@ class IncomingCounts {
 
 // Entries of all ranks in `column`; `before` gets those of the ranks before `source`, and of the
 // blocks before this one there.
-__device__ __forceinline__ int32_t SumRanks(const PushParams& params, const Shared& shared,
+__device__ __forceinline__ int32_t SumRanks(const PushParams& params, const PushMemory& shared,
                                             int32_t column, int source, int32_t& before) {
   int32_t sum = 0;
 #pragma unroll 2
@@ -217,7 +217,7 @@ __device__ __forceinline__ void ForExperts(const PushParams& params, Body body) 
 // What every column of rows is asked for. In layout "expert" `starts` becomes how many rows the
 // experts before it have among its 32, and `sums` how many these have.
 template <typename Params>
-__device__ void SumColumns(const Params& params, const Shared& shared) {
+__device__ void SumColumns(const Params& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   if (Params::kLayout == Layout::kToken) {
@@ -256,7 +256,7 @@ __device__ void SumColumns(const Params& params, const Shared& shared) {
 // Where the rows of every expert begin on its rank, and how many are kept: see LayOutExperts. Once
 // the groups reach the capacity, a multiple of the alignment, nothing is left for the rest: so a
 // start is the sum of the sizes before it, cut at the capacity.
-__device__ void LayOutExpertRows(const PushParams& params, const Shared& shared) {
+__device__ void LayOutExpertRows(const PushParams& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   ForExperts(params, [&](int32_t i, int32_t r, int32_t nth, int32_t l) {
@@ -285,7 +285,7 @@ __device__ void LayOutExpertRows(const PushParams& params, const Shared& shared)
 
 // Layout "token": the first block writes what the local experts are asked for; it is what they get,
 // too, unless tokens were dropped.
-__device__ void WriteDemand(const PushParams& params, const Shared& shared) {
+__device__ void WriteDemand(const PushParams& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
 #pragma unroll 1
@@ -300,7 +300,7 @@ __device__ void WriteDemand(const PushParams& params, const Shared& shared) {
 // Entries of the batch's slots that come before them in their columns become `slots[].rows.first`.
 // Threads from the block's end have the slots, in LayOutSlots too: those from its beginning have
 // columns meanwhile.
-__device__ void SumSlots(const PushParams& params, const Shared& shared, Batch batch) {
+__device__ void SumSlots(const PushParams& params, const PushMemory& shared, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
 #pragma unroll 1
@@ -314,7 +314,7 @@ __device__ void SumSlots(const PushParams& params, const Shared& shared, Batch b
 }
 
 // Layout "expert": where the entries of the batch's slots go. Their limits are those of the slots.
-__device__ void LayOutSlots(const PushParams& params, const Shared& shared, Chunk chunk,
+__device__ void LayOutSlots(const PushParams& params, const PushMemory& shared, Chunk chunk,
                             Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;

@@ -12,9 +12,9 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 8;  // of the cluster; any GPU of this kind can hold them
 // What a block may have, less its static part.
-constexpr size_t kMaxSharedBytes = 226 << 10;
+constexpr size_t kMaxPushBytes = 226 << 10;
 // Shared memory up to which more sources are numbered at a time.
-constexpr size_t kGoodSharedBytes = 190 << 10;
+constexpr size_t kGoodPushBytes = 190 << 10;
 // Counts, positions and numbers of slots have 16 bits.
 constexpr int64_t kMaxCount = 0xffff;
 
@@ -96,7 +96,7 @@ struct alignas(16) SlotRows {
   int32_t source;
 };
 
-struct Shared {
+struct PushMemory {
   int32_t* records;  // [chunk, kMaxK] of own entries: expert, then column and position
   Cell* cells;       // [columns, stride] of own entries
   Cell* peer_cells;  // [slots of peers, stride]
@@ -113,7 +113,7 @@ struct Shared {
   SlotList* lists;   // [sources, here] (layout "expert")
   int32_t* kept;     // [L] pairs kept of each local expert (layout "token")
 
-  __device__ Shared(const PushShape& n, int32_t* memory) {
+  __device__ PushMemory(const PushShape& n, int32_t* memory) {
     records = memory;
     cells = reinterpret_cast<Cell*>(memory + n.cells);
     peer_cells = reinterpret_cast<Cell*>(memory + n.peer_cells);
@@ -195,7 +195,7 @@ PushShape PushShapeOf(const PlanParams& p) {
   const auto fits = [&](bool apart) {
     n.apart = apart;
     LayOutShared(p, n);
-    return n.end * sizeof(int32_t) <= kGoodSharedBytes;
+    return n.end * sizeof(int32_t) <= kGoodPushBytes;
   };
   n.sources = p.group.num_ranks;
   while (!fits(true) && !fits(!by_expert) && n.sources > 1) n.sources = (n.sources + 1) / 2;

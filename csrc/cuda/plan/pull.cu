@@ -1,9 +1,9 @@
 // The plan op for shapes that the faster kernel (push.cu) has no room for: every rank reads
 // what it needs out of its peers' memory.
 //
-// Each block has a chunk of the tokens. It cleans their entries and counts them by column; totals
+// Each block has a range of the tokens. It cleans their entries and counts them by column; totals
 // go to all peers. Then every rank knows where the rows of each (column, source rank) begin, and
-// every block numbers the entries of its chunk, of every rank, in order: a bit mask of tokens for
+// every block numbers the entries of its range, of every rank, in order: a bit mask of tokens for
 // each column makes the position of an entry a matter of counting the bits before it.
 //
 // These are two kernels: blocks that number wait for what all blocks of all ranks have counted, and
@@ -38,11 +38,11 @@ __device__ bool IsFirstOnRank(const int32_t* ids /*[K]*/, int32_t k, const PlanP
   return true;
 }
 
-struct Chunk {
-  int32_t begin, end;  // tokens
+struct TokenRange {
+  int32_t begin, end;
 };
 
-__device__ Chunk ChunkOf(int32_t block, int32_t num_tokens) {
+__device__ TokenRange TokensOfBlock(int32_t block, int32_t num_tokens) {
   const int32_t size = (num_tokens + gridDim.x - 1) / gridDim.x;
   const int32_t begin = plan::Min(block * size, num_tokens);
   return {begin, plan::Min(begin + size, num_tokens)};
@@ -51,7 +51,7 @@ __device__ Chunk ChunkOf(int32_t block, int32_t num_tokens) {
 // Cleans this block's entries and counts them; marks all rows unused.
 __device__ void CountEntries(const PlanParams& p, int32_t* counts /*[columns]*/, int32_t columns) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
-  const Chunk chunk = ChunkOf(blockIdx.x, p.num_tokens);
+  const TokenRange tokens = TokensOfBlock(blockIdx.x, p.num_tokens);
   // Layout "token" counts pairs by expert too, for the demand.
   int32_t* row = p.scratch + blockIdx.x * ScratchStride(p.num_experts, p.group.num_ranks);
   int32_t* expert_totals = p.layout == Layout::kExpert ? counts : row + p.group.num_ranks;
@@ -68,8 +68,8 @@ __device__ void CountEntries(const PlanParams& p, int32_t* counts /*[columns]*/,
   }
   __syncthreads();
   int32_t num_invalid = 0;
-  const int32_t num_entries = (chunk.end - chunk.begin) * p.top_k;
-  const int32_t first = chunk.begin * p.top_k;
+  const int32_t num_entries = (tokens.end - tokens.begin) * p.top_k;
+  const int32_t first = tokens.begin * p.top_k;
   for (int32_t i = threadIdx.x; i < num_entries; i += kThreads) {
     const int32_t k = i % p.top_k;
     const int32_t* ids = p.topk_idx + first + i - k;
@@ -138,7 +138,7 @@ __device__ int32_t TotalOf(const PlanParams& p, uint64_t epoch, int32_t c, int32
 // groups of a rank follow each other; once they reach the capacity, which is a multiple of the
 // alignment, nothing is left for the rest: so a start is the sum of the sizes before it, cut at the
 // capacity.
-__device__ void LayOutColumns(const PlanParams& p, uint64_t epoch, const Shared& shared) {
+__device__ void LayOutColumns(const PlanParams& p, uint64_t epoch, const PullMemory& shared) {
   if (p.layout == Layout::kToken) {
     for (int32_t r = threadIdx.x; r < p.group.num_ranks; r += kThreads) {
       shared.starts[r] = 0;
@@ -174,9 +174,9 @@ __device__ void LayOutColumns(const PlanParams& p, uint64_t epoch, const Shared&
   }
 }
 
-// Rows of each slot that lie before this block's chunk.
+// Rows of each slot that lie before this block's tokens.
 __device__ void CountBefore(const PlanParams& p, uint64_t epoch, const PeerInputs& inputs,
-                            const Shared& shared) {
+                            const PullMemory& shared) {
   const int32_t stride = ScratchStride(p.num_experts, p.group.num_ranks);
   for (int32_t slot = threadIdx.x; slot < NumSlots(p); slot += kThreads) {
     const auto [source, column] = ColumnOfSlot(p, slot);
@@ -194,18 +194,19 @@ __device__ void CountBefore(const PlanParams& p, uint64_t epoch, const PeerInput
   }
 }
 
-// Numbers this block's chunk of the tokens of all ranks: the rows that their entries have on this
+// Numbers this block's range of the tokens of all ranks: the rows that their entries have on this
 // rank, and, for this rank's own tokens, on every rank. Ids and counts that are read from a peer
 // may be anything once it has failed, which this rank may not know yet: then rows are wrong, but
 // inside.
-__device__ void NumberEntries(const PlanParams& p, const PeerInputs& inputs, const Shared& shared) {
+__device__ void NumberEntries(const PlanParams& p, const PeerInputs& inputs,
+                              const PullMemory& shared) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t num_rows = plan::RowsPerSource(p.layout, p.top_k, num_local);
   const int32_t tile_size = TileSize(p);
   const int32_t words = tile_size / 32;
-  const Chunk chunk = ChunkOf(blockIdx.x, p.num_tokens);
-  for (int32_t tile = chunk.begin; tile < chunk.end; tile += tile_size) {
-    const int32_t num_tokens = plan::Min(tile_size, chunk.end - tile);
+  const TokenRange tokens = TokensOfBlock(blockIdx.x, p.num_tokens);
+  for (int32_t tile = tokens.begin; tile < tokens.end; tile += tile_size) {
+    const int32_t num_tokens = plan::Min(tile_size, tokens.end - tile);
     const int32_t per_source = num_tokens * p.top_k;
     const int32_t num_entries = per_source * p.group.num_ranks;
     // The slot of an entry, or -1.
@@ -288,7 +289,7 @@ __device__ void NumberEntries(const PlanParams& p, const PeerInputs& inputs, con
 
 // Once all ranks have arrived: the rows of this block's entries.
 __device__ void Number(const PlanParams& p, uint64_t epoch, const PeerInputs& inputs,
-                       const Shared& shared, int32_t columns) {
+                       const PullMemory& shared, int32_t columns) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   for (int32_t l = threadIdx.x; l < num_local; l += kThreads) shared.kept[l] = 0;
   CountBefore(p, epoch, inputs, shared);
@@ -323,7 +324,7 @@ __global__ void __launch_bounds__(kThreads) CountKernel(const __grid_constant__ 
 // The second one.
 __global__ void __launch_bounds__(kThreads, 1) NumberKernel(const __grid_constant__ PlanParams p) {
   extern __shared__ __align__(16) int32_t memory[];
-  const Shared shared(p, memory);
+  const PullMemory shared(p, memory);
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
   const OpNumbers op = NumbersOfOp(p.group);
@@ -367,14 +368,14 @@ int64_t PullPlanScratchSize(int32_t num_experts, int32_t num_ranks) {
   return int64_t{kMaxBlocks} * ScratchStride(num_experts, num_ranks);
 }
 
-bool FitsPullPlan(const PlanParams& params) { return SharedBytes(params) <= kMaxSharedBytes; }
+bool FitsPullPlan(const PlanParams& params) { return SharedBytes(params) <= kMaxPullBytes; }
 
 cudaError_t LoadPullPlan() {
   cudaFuncAttributes attributes;  // asking for them loads the kernel
   const cudaError_t error = cudaFuncGetAttributes(&attributes, CountKernel);
   if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(NumberKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kMaxSharedBytes);
+                              kMaxPullBytes);
 }
 
 cudaError_t LaunchPullPlan(const PlanParams& params, cudaStream_t stream) {

@@ -9,7 +9,7 @@
 namespace jax_ep::cuda {
 namespace {
 
-constexpr size_t kMaxSharedBytes = 200 << 10;
+constexpr size_t kMaxPullBytes = 200 << 10;  // of shared memory
 // Tokens of each rank that a block numbers at a time, at most.
 constexpr int kMaxTile = 128;
 // Entries of all ranks that a block numbers at a time, at most.
@@ -57,21 +57,21 @@ __host__ __device__ int32_t SharedWords(const PlanParams& p, int32_t tile) {
 __host__ __device__ int32_t TileSize(const PlanParams& p) {
   int32_t tile = kMaxTile;
   while (tile > 32 && (tile * p.top_k * p.group.num_ranks > kMaxTileEntries ||
-                       SharedWords(p, tile) * sizeof(int32_t) > kMaxSharedBytes)) {
+                       SharedWords(p, tile) * sizeof(int32_t) > kMaxPullBytes)) {
     tile /= 2;
   }
   return tile;
 }
 
 // Views of a block's dynamic shared memory.
-struct Shared {
+struct PullMemory {
   int32_t* entries;  // [R, tile, K]: expert ids, then rows on this rank
   int32_t* before;   // [slots]: entries of this block; later: rows before the tile
   int32_t* starts;   // [columns]: first row of the column on its rank
   int32_t* counts;   // [columns]: rows kept of the column
   int32_t* kept;     // [L]: pairs kept of each local expert (layout "token")
   uint32_t* masks;   // [slots, tile / 32]
-  __device__ Shared(const PlanParams& p, int32_t* memory) {
+  __device__ PullMemory(const PlanParams& p, int32_t* memory) {
     const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
     entries = memory;
     before = entries + p.group.num_ranks * TileSize(p) * p.top_k;

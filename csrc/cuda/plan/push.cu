@@ -63,7 +63,7 @@ __device__ __noinline__ void FillNone(int32_t* words, int64_t begin, int64_t end
 // Rows that no entry has: in layout "expert" those after each group's last, in layout "token" those
 // after all others.
 template <typename Params>
-__device__ void FillUnusedRows(const Params& params, const Shared& shared) {
+__device__ void FillUnusedRows(const Params& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   if (Params::kLayout == Layout::kToken) {
@@ -86,7 +86,7 @@ __device__ void FillUnusedRows(const Params& params, const Shared& shared) {
 }
 
 // Layout "expert": what the rows of the batch's slots hold. Half of a warp has a slot.
-__device__ void WriteListedRows(const PushParams& params, const Shared& shared, Batch batch) {
+__device__ void WriteListedRows(const PushParams& params, const PushMemory& shared, Batch batch) {
   constexpr int kLanesOfSlot = 16;
   constexpr int kAtOnce = 2;  // loads side by side
 #pragma unroll 1
@@ -108,7 +108,7 @@ __device__ void WriteListedRows(const PushParams& params, const Shared& shared, 
 }
 
 // Layout "token", after tokens were dropped: the first block writes what was kept.
-__device__ void WriteKept(const PushParams& params, const Shared& shared) {
+__device__ void WriteKept(const PushParams& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
   int32_t dropped = 0;
 #pragma unroll 1
@@ -128,7 +128,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   __shared__ int32_t num_listed;
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
-  const Shared shared(n, memory);
+  const PushMemory shared(n, memory);
   const int32_t begin = plan::Min(blockIdx.x * n.chunk, p.num_tokens);
   const Chunk chunk{begin, plan::Min(n.chunk, p.num_tokens - begin)};
   constexpr bool by_token = kLayout == Layout::kToken;
@@ -301,7 +301,7 @@ cudaError_t Load() {
        {&PushPlanKernel<8, 8, kLayout>, &PushPlanKernel<8, 16, kLayout>,
         &PushPlanKernel<32, 16, kLayout>}) {
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxSharedBytes));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxPushBytes));
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -333,7 +333,7 @@ bool FitsPushPlan(const PlanParams& params) {
   return params.top_k <= MaxTopK(params) && params.num_tokens <= kMaxCount &&
          int64_t{n.chunk} * params.top_k <= kMaxCount && n.columns <= kMaxCount &&
          n.sources * n.here <= kMaxCount && InboxWords(params, n) <= kInboxWords &&
-         n.end * sizeof(int32_t) <= kMaxSharedBytes;
+         n.end * sizeof(int32_t) <= kMaxPushBytes;
 }
 
 cudaError_t LoadPushPlan() {

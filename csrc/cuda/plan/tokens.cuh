@@ -51,7 +51,7 @@ __device__ __forceinline__ void LoadFirstIds(const PushParams& params, Chunk chu
 // Cleans the chunk's entries, sends them, and marks them in the cells of all columns. `ids` are
 // those of LoadFirstIds.
 template <int kMaxK, int kIdBits, typename Params>
-__device__ __forceinline__ void CleanTokens(const Params& params, const Shared& shared,
+__device__ __forceinline__ void CleanTokens(const Params& params, const PushMemory& shared,
                                             uint64_t epoch, Chunk chunk,
                                             int32_t (&ids)[kIdsOfLane]) {
   const PlanParams& p = params.plan;
@@ -91,7 +91,8 @@ __device__ __forceinline__ void CleanTokens(const Params& params, const Shared& 
 
 // Lists entries of this rank's columns in layout "expert": `first` is the number of the lane's
 // first one in the chunk.
-__device__ __forceinline__ void ListEntries(const Shared& shared, const bool (&listed)[kIdsOfLane],
+__device__ __forceinline__ void ListEntries(const PushMemory& shared,
+                                            const bool (&listed)[kIdsOfLane],
                                             const int32_t (&slots)[kIdsOfLane],
                                             const int32_t (&positions)[kIdsOfLane], int32_t first) {
   int32_t places[kIdsOfLane];
@@ -106,7 +107,7 @@ __device__ __forceinline__ void ListEntries(const Shared& shared, const bool (&l
 // Own entries get their position in the chunk: records become column | position << 16. Those that
 // are here are listed.
 template <int kMaxK, typename Params>
-__device__ __forceinline__ void PlaceOwnEntries(const Params& params, const Shared& shared,
+__device__ __forceinline__ void PlaceOwnEntries(const Params& params, const PushMemory& shared,
                                                 Chunk chunk) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -153,7 +154,7 @@ class IncomingIds {
   }
 
   // Takes them all, and marks them in the cells of their slots; false once the group has failed.
-  __device__ __forceinline__ bool Take(const Shared& shared) {
+  __device__ __forceinline__ bool Take(const PushMemory& shared) {
     const PushShape& n = params_.shape;
     bool ok = true;
     const int num_own = batch_.NumOwn();
@@ -224,7 +225,7 @@ struct PeerEntries {
   int32_t slots[kIdsOfLane];
   int32_t positions[kIdsOfLane];  // in the slot
 
-  __device__ __forceinline__ PeerEntries(const PushShape& n, const Shared& shared, int32_t s,
+  __device__ __forceinline__ PeerEntries(const PushShape& n, const PushMemory& shared, int32_t s,
                                          int32_t nth, int32_t t, bool inside) {
     using Ids = Message<kMaxK, kIdBits>;
     Ids ids;
@@ -248,7 +249,7 @@ struct PeerEntries {
 
 // Layout "expert": lists the entries whose ids were taken.
 template <int kMaxK, int kIdBits>
-__device__ __forceinline__ void ListPeerEntries(const PushParams& params, const Shared& shared,
+__device__ __forceinline__ void ListPeerEntries(const PushParams& params, const PushMemory& shared,
                                                 Chunk chunk, Batch batch) {
   const PushShape& n = params.shape;
   const int num_own = batch.NumOwn();
@@ -271,7 +272,7 @@ __device__ __forceinline__ void StoreRecvRows(const PushParams& params, int64_t 
 
 // The rows of own entries on all ranks, and in layout "expert" those here by token.
 template <int kMaxK, typename Params>
-__device__ __forceinline__ void WriteOwnRows(const Params& params, const Shared& shared,
+__device__ __forceinline__ void WriteOwnRows(const Params& params, const PushMemory& shared,
                                              Chunk chunk) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -308,7 +309,7 @@ __device__ __forceinline__ void WriteOwnRows(const Params& params, const Shared&
 
 // Layout "expert": the rows here of the tokens of the batch's peers.
 template <int kMaxK, int kIdBits>
-__device__ __forceinline__ void WriteRecvRows(const PushParams& params, const Shared& shared,
+__device__ __forceinline__ void WriteRecvRows(const PushParams& params, const PushMemory& shared,
                                               Chunk chunk, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -333,7 +334,7 @@ __device__ __forceinline__ void WriteRecvRows(const PushParams& params, const Sh
 // Layout "token": the rows here of the tokens of all the batch's sources. `drops`: kept pairs are
 // counted.
 template <int kMaxK, int kIdBits>
-__device__ __forceinline__ void WriteTokenRows(const PushParams& params, const Shared& shared,
+__device__ __forceinline__ void WriteTokenRows(const PushParams& params, const PushMemory& shared,
                                                Chunk chunk, Batch batch, bool drops) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
