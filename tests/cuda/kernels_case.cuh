@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "check_cuda.h"
-#include "cpu/geometry.h"
 #include "cpu/numerics.h"
 #include "cuda/core/workspace.h"
 #include "cuda/node/combine.h"
@@ -24,6 +23,7 @@
 #include "cuda/node/dispatch.h"
 #include "cuda/plan/plan.h"
 #include "cuda/rows/quantize.h"
+#include "ops/geometry.h"
 #include "plan/build_plan.h"
 
 namespace {
@@ -103,7 +103,7 @@ struct Workload {
   std::string dtype;
   bool fp8, by_expert, weighted;
   cuda::RowType type;
-  cpu::DType cpu_type;
+  ops::DType cpu_type;
   int width;  // bytes of an element of a row
 
   // C is 0 unless it is given.
@@ -128,9 +128,9 @@ struct Workload {
     type = dtype == "f32"   ? cuda::RowType::kFloat32
            : dtype == "f16" ? cuda::RowType::kFloat16
                             : cuda::RowType::kBFloat16;
-    cpu_type = dtype == "f32"   ? cpu::DType::kFloat32
-               : dtype == "f16" ? cpu::DType::kFloat16
-                                : cpu::DType::kBFloat16;
+    cpu_type = dtype == "f32"   ? ops::DType::kFloat32
+               : dtype == "f16" ? ops::DType::kFloat16
+                                : ops::DType::kBFloat16;
     width = cuda::ByteWidth(type);
   }
 

@@ -7,6 +7,7 @@
 
 #include "cuda/core/group_params.h"
 #include "cuda/rows/row_type.h"
+#include "ops/combine.h"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
@@ -32,6 +33,30 @@ struct CombineParams {
   float* home;               // [T, K], or null
   int32_t num_blocks;
 };
+
+// What the arguments of the op say; the group and the number of blocks are left. `rows` and
+// `values` are where this rank has them: peers may read them elsewhere.
+inline CombineParams ParamsOf(const ops::CombineArgs& args) {
+  const ops::Geometry& geometry = args.geometry;
+  CombineParams params{};
+  params.layout = geometry.layout;
+  params.type = RowTypeOf(geometry.dtype);
+  params.num_tokens = geometry.num_tokens;
+  params.top_k = geometry.top_k;
+  params.num_experts = geometry.num_experts;
+  params.capacity = geometry.capacity;
+  params.num_rows = geometry.rows_per_source();
+  params.hidden = geometry.hidden;
+  params.rows = args.rows;
+  params.row_weights = args.row_weights;
+  params.values = args.values;
+  params.topk = args.handle.topk;
+  params.dest_row = args.handle.dest_row;
+  params.recv_rows = args.handle.recv_rows;
+  params.y = args.y;
+  params.home = args.home;
+  return params;
+}
 
 // On failure every byte of y and home is 0xff, which is NaN in every dtype.
 cudaError_t LaunchCombine(const CombineParams& params, cudaStream_t stream);

@@ -7,6 +7,7 @@
 
 #include "cuda/core/group_params.h"
 #include "cuda/rows/row_type.h"
+#include "ops/combine_vjp.h"
 
 namespace jax_ep::cuda {
 
@@ -27,6 +28,26 @@ struct CombineVjpParams {
   float* d_weights;          // [C]
   int32_t num_blocks;
 };
+
+// What the arguments of the op say; the group and the number of blocks are left. `dy` is where this
+// rank has it: peers may read it elsewhere.
+inline CombineVjpParams ParamsOf(const ops::CombineVjpArgs& args) {
+  const ops::Geometry& geometry = args.geometry;
+  CombineVjpParams params{};
+  params.type = RowTypeOf(geometry.dtype);
+  params.num_tokens = geometry.num_tokens;
+  params.num_rows = geometry.rows_per_source();
+  params.capacity = geometry.capacity;
+  params.hidden = geometry.hidden;
+  params.dy = args.dy;
+  params.rows = args.rows;
+  params.row_weights = args.row_weights;
+  params.recv_rows = args.handle.recv_rows;
+  params.recv_src = args.handle.recv_src;
+  params.d_rows = args.d_rows;
+  params.d_weights = args.d_weights;
+  return params;
+}
 
 // Whether rows of so many bytes fit the kernel's shared memory.
 bool FitsCombineVjp(int64_t row_bytes);

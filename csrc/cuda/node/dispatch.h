@@ -6,12 +6,10 @@
 #include <cstdint>
 
 #include "cuda/core/group_params.h"
+#include "ops/dispatch.h"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
-
-// Channels that share one scale.
-constexpr int32_t kScaleBlock = 128;
 
 // Symbols as in plan/routing.h; H is the hidden size.
 struct DispatchParams {
@@ -35,6 +33,32 @@ struct DispatchParams {
   float* row_weights;         // [C] or [C, K], or null
   int32_t num_blocks;
 };
+
+// What the arguments of the op say, if rows travel as they are; the group and the number of blocks
+// are left. `x`, `scales` and `weights` are where this rank has them: peers may read them
+// elsewhere.
+inline DispatchParams ParamsOf(const ops::DispatchArgs& args) {
+  const ops::Geometry& geometry = args.geometry;
+  DispatchParams params{};
+  params.layout = geometry.layout;
+  params.num_tokens = geometry.num_tokens;
+  params.top_k = geometry.top_k;
+  params.capacity = geometry.capacity;
+  params.num_rows = geometry.rows_per_source();
+  params.row_bytes = static_cast<int32_t>(geometry.row_bytes());
+  params.row_stride = geometry.row_bytes();
+  params.scales_per_row = args.scales != nullptr ? geometry.hidden / ops::kScaleBlock : 0;
+  params.x = args.x;
+  params.scales = args.scales;
+  params.weights = args.weights;
+  params.recv_rows = args.handle.recv_rows;
+  params.recv_src = args.handle.recv_src;
+  params.expert_idx = args.handle.expert_idx;
+  params.rows = args.rows;
+  params.row_scales = args.row_scales;
+  params.row_weights = args.row_weights;
+  return params;
+}
 
 // Moves rows as they are. On failure every byte of the rows and of row_weights is 0xff, which is
 // NaN in every dtype.

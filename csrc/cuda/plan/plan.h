@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/core/group_params.h"
+#include "ops/plan.h"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
@@ -36,6 +37,33 @@ struct PlanParams {
   int32_t* scratch;         // [PlanScratchSize()]; peers read it
   int32_t max_blocks;       // of kPull, the same on all ranks; 0 for what is best
 };
+
+// What the arguments of the op say, for the kernel that sends; the group, and what peers read of
+// the other kernel, are left.
+inline PlanParams ParamsOf(const ops::PlanArgs& args) {
+  const plan::PlanShape& shape = args.shape;
+  const plan::RankPlan& buffers = args.buffers;
+  PlanParams params{};
+  params.layout = shape.layout;
+  params.num_tokens = shape.num_tokens;
+  params.top_k = shape.top_k;
+  params.num_experts = shape.num_experts;
+  params.capacity = shape.capacity;
+  params.alignment = shape.alignment;
+  params.expert_capacity = shape.expert_capacity;
+  params.topk_idx = buffers.topk_idx;
+  params.topk = buffers.topk;
+  params.dest_row = buffers.dest_row;
+  params.recv_rows = buffers.recv_rows;
+  params.recv_src = buffers.recv_src;
+  params.expert_idx = buffers.expert_idx;
+  params.group_sizes = buffers.group_sizes;
+  params.counts = buffers.counts;
+  params.demand = buffers.demand;
+  params.num_dropped = buffers.num_dropped;
+  params.num_invalid = buffers.num_invalid;
+  return params;
+}
 
 enum class PlanKernel {
   kPush,  // ranks send each other what they need: fast

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/rows/row_type.h"
+#include "ops/dispatch.h"
 
 namespace jax_ep::cuda {
 
@@ -17,6 +18,24 @@ struct QuantizeParams {
   const void* x;   // [num_rows, hidden]
   void* values;    // [num_rows, hidden] float8_e4m3fn
   float* scales;   // [num_rows, hidden / 128]
+};
+
+// Rows in float8 with their scales, in one piece of memory.
+struct QuantizedRows {
+  char* values;
+  float* scales;
+
+  // Bytes that `num_rows` rows take, with every part aligned for bulk copies.
+  static int64_t Bytes(int64_t num_rows, int32_t hidden) {
+    return Align(num_rows * hidden) + Align(num_rows * (hidden / ops::kScaleBlock) * 4);
+  }
+
+  static QuantizedRows At(char* memory, int64_t num_rows, int32_t hidden) {
+    return {memory, reinterpret_cast<float*>(memory + Align(num_rows * hidden))};
+  }
+
+ private:
+  static int64_t Align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 };
 
 cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream);

@@ -1,34 +1,17 @@
 // What all ranks of a group agree on in one data op, and the handle that routes it.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <string>
-#include <tuple>
 
-#include "cpu/numerics.h"
-#include "cpu/status.h"
 #include "plan/routing.h"
 
-namespace jax_ep::cpu {
+namespace jax_ep::ops {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3FN };
 
 constexpr int64_t ByteWidth(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : (dtype == DType::kFloat8E4M3FN ? 1 : 2);
-}
-
-// Calls `visit` with a value of the C++ type of `dtype`, which must not be kFloat8E4M3FN: rows in
-// that format are moved, never computed with.
-template <typename Visitor>
-auto VisitRowType(DType dtype, Visitor&& visit) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return visit(BFloat16{});
-    case DType::kFloat16:
-      return visit(Float16{});
-    default:
-      return visit(float{});
-  }
 }
 
 // Symbols as in plan/routing.h; H is the hidden size.
@@ -50,12 +33,22 @@ struct Geometry {
   int64_t row_bytes() const { return hidden * ByteWidth(dtype); }
 };
 
-inline bool operator==(const Geometry& a, const Geometry& b) {
-  const auto fields = [](const Geometry& g) {
-    return std::tie(g.num_ranks, g.num_experts, g.num_tokens, g.top_k, g.capacity, g.hidden,
-                    g.layout, g.dtype);
-  };
-  return fields(a) == fields(b);
+// The numbers of a call that all ranks must agree on: the CPU backend compares them where ranks
+// meet, and GPUs compare a digest of them, which their flags carry (ffi/cuda/op_tag.h).
+using AgreedNumbers = std::array<int64_t, 12>;
+
+// Those of the geometry, then `more`, at most four.
+template <typename... More>
+AgreedNumbers AgreedOn(const Geometry& geometry, More... more) {
+  return {geometry.num_tokens,
+          geometry.top_k,
+          geometry.capacity,
+          geometry.hidden,
+          static_cast<int64_t>(geometry.dtype),
+          static_cast<int64_t>(geometry.layout),
+          geometry.num_ranks,
+          geometry.num_experts,
+          static_cast<int64_t>(more)...};
 }
 
 // One rank's handle, as made by the plan op. M is rows_per_source().
@@ -67,9 +60,4 @@ struct Handle {
   const int32_t* expert_idx;  // [C, K] in layout "token", else empty
 };
 
-// The error for an entry of a handle that points outside of [-1, limit): handles are plain arrays,
-// so one that was damaged on the way must not make an op read or write elsewhere.
-Status BadHandleEntry(const char* op, const char* argument, int64_t rank, int64_t index,
-                      int64_t limit, int32_t got);
-
-}  // namespace jax_ep::cpu
+}  // namespace jax_ep::ops
