@@ -13,8 +13,8 @@
 #include "ffi/targets.h"
 #include "transport/copy_rate.h"
 #include "transport/error_text.h"
+#include "transport/groups.h"
 #include "transport/liveness.h"
-#include "transport/peers.h"
 #include "transport/shared_memory.h"
 #include "xla/ffi/api/c_api.h"
 

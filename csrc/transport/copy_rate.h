@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cuda/measure/copy.h"
-#include "transport/peers.h"
+#include "transport/groups.h"
 
 namespace jax_ep::transport {
 

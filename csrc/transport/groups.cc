@@ -1,4 +1,4 @@
-#include "transport/peers.h"
+#include "transport/groups.h"
 
 #include <cuda_runtime_api.h>
 
