@@ -7,12 +7,16 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <set>
+
 #include "bindings/version.h"
 #include "cuda/plan/plan.h"
+#include "ffi/cuda/load_kernels.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
 #include "transport/copy_rate.h"
 #include "transport/error_text.h"
+#include "transport/failures.h"
 #include "transport/groups.h"
 #include "transport/liveness.h"
 #include "transport/shared_memory.h"
@@ -61,12 +65,14 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
                  double arrival_timeout_s, double op_timeout_s, int max_blocks,
                  const std::vector<StagingTuple>& staging) {
   transport::GroupSpec spec;
+  std::set<int> devices;
   spec.id = group_id;
   for (const auto& [number, ranks] : instances) {
     std::vector<transport::RankSpec>& instance = spec.instances[number];
     for (const auto& [device, process, workspace, regions] : ranks) {
       transport::RankSpec& rank = instance.emplace_back();
       rank.device = device;
+      if (device >= 0) devices.insert(device);
       rank.process = process;
       rank.workspace = workspace;
       for (const auto& [base, size] : regions) rank.regions.push_back({base, size});
@@ -76,6 +82,7 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
   spec.op_timeout_s = op_timeout_s;
   spec.max_blocks = max_blocks;
   for (const auto& [device, base, size] : staging) spec.staging.push_back({device, {base, size}});
+  if (Text error = LoadKernels(devices)) return error;
   return transport::CreateGroup(spec);
 }
 

@@ -1,7 +1,4 @@
-// The groups of this process: who can reach whose memory, and the failures of their members.
-//
-// Within a process, GPUs reach each other's memory by plain pointers once peer access is on. Memory
-// of other processes has been mapped beforehand (shared_memory.h).
+// The groups of this process, by id: made, found, and asked how they fare.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/core/group_params.h"
+#include "cuda/core/workspace.h"
+#include "transport/member.h"
 
 namespace jax_ep::transport {
 
@@ -24,12 +22,6 @@ struct RankSpec {
   std::vector<cuda::Region> regions;
 };
 
-// Memory that operands are copied into where peers cannot read them in place.
-struct Staging {
-  uint64_t base = 0;
-  uint64_t size = 0;
-};
-
 struct GroupSpec {
   int64_t id = 0;
   // The groups that lie side by side in the mesh, by number: ranks in order. Only those with ranks
@@ -41,30 +33,13 @@ struct GroupSpec {
   std::vector<std::pair<int, Staging>> staging;  // by device; none: nothing is staged
 };
 
-// What one rank of a group needs to launch ops; lives until the process ends.
-struct Member {
-  cuda::GroupParams params;  // without tag and op
-  int device;                // CUDA ordinal
-  int max_blocks;
-  // Of each rank's memory what peers can read, as this process has it.
-  std::vector<std::vector<cuda::Region>> regions;
-  Staging staging;
-  std::vector<int> processes;  // of the ranks
-
-  // Whether peers can read these bytes in place.
-  bool IsReachable(const void* pointer, int64_t bytes) const;
-};
-
-// Makes a group, eagerly: workspaces, peer access, loaded kernels. Replaces a group of the same id,
-// which must be idle. Returns an error text, or nothing.
+// Makes a group, eagerly: workspaces and peer access. Its kernels have to be loaded (they must not
+// be while a peer waits in one). Replaces a group of the same id, which must be idle. Returns an
+// error text, or nothing.
 std::optional<std::string> CreateGroup(const GroupSpec& spec);
 
 // The member of group `group_id` on `device`, or null.
 const Member* FindMember(int64_t group_id, int device);
-
-// The first failure of `member`, as a text for CommunicationError, or nothing. A peer whose process
-// has gone is one too.
-std::optional<std::string> Failure(const Member& member);
 
 // The first failure of any member of the group in this process, or nothing. Not one: a peer whose
 // process has ended orderly.
@@ -72,9 +47,6 @@ std::optional<std::string> GroupFailure(int64_t group_id);
 
 // Notes that a process has gone, in all groups with ranks of it: waits for its ranks end.
 void ReportProcess(int process, bool orderly);
-
-// The processes that have gone, and whether orderly.
-std::map<int, bool> GoneProcesses();
 
 // Waits until the GPUs of this process that are in groups have done what was launched on them.
 void FinishOps();

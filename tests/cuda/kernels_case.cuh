@@ -282,7 +282,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     group.arrival_timeout_ns = group.op_timeout_ns =
         options.Int("timeout", 5) * uint64_t{1'000'000'000};
     group.tag = 7;
-    // All addresses are good everywhere, as transport/groups.cc says.
+    // All addresses are good everywhere, as transport/peer_access.h says.
     std::vector<cuda::Region> regions(size_t(R) * cuda::kMaxRegions);
     for (size_t i = 0; i < regions.size(); ++i) {
       constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "ffi/cuda/op_tag.h"
+#include "transport/failures.h"
 #include "transport/groups.h"
 
 namespace jax_ep {

@@ -9,7 +9,7 @@
 #include "cuda/core/group_params.h"
 #include "ffi/checker.h"
 #include "ffi/decode.h"
-#include "transport/groups.h"
+#include "transport/member.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {
