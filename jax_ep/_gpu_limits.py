@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MAX_EXPERTS = 4096  # csrc/cuda/core/workspace.h: kMaxExperts
-MAX_VJP_ROW_BYTES = 106240  # csrc/cuda/node/combine_vjp.cu: FitsCombineVjp
+MAX_VJP_ROW_BYTES = 106240  # csrc/cuda/node/combine_vjp.cu: MaxCombineVjpRowBytes
 _RING_BYTES = 32 << 20  # csrc/cuda/core/workspace.h: kRingBytes
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
-import re
 import types
 
 import jax
@@ -156,18 +154,8 @@ def test_rows_of_the_gradient_with_weights(trace):
 
 
 def test_limits_are_those_of_the_kernels():
-    root = pathlib.Path(__file__).parents[1] / "csrc" / "cuda"
-
-    def constant(file: str, name: str) -> int:
-        found = re.search(
-            rf"constexpr int {name} = (\d+)(?: << (\d+))?;", (root / file).read_text()
-        )
-        assert found is not None, name
-        return int(found[1]) << int(found[2] or 0)
-
-    assert constant("core/workspace.h", "kMaxExperts") == _gpu_limits.MAX_EXPERTS
-    assert constant("core/workspace.h", "kRingBytes") == _gpu_limits.max_summed_row_bytes(2) == RING
-    vjp = "node/combine_vjp.cu"
-    room = constant(vjp, "kSharedBytes") - constant(vjp, "kBarrierBytes")
-    room -= constant(vjp, "kStages") * constant(vjp, "kStageBytes")
-    assert room // constant(vjp, "kBuffers") - 128 == _gpu_limits.MAX_VJP_ROW_BYTES == VJP
+    """Also where there is no GPU library, and so nothing to ask, while tracing."""
+    limits = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library").limits()
+    assert limits["max_experts"] == _gpu_limits.MAX_EXPERTS
+    assert limits["ring_bytes"] == _gpu_limits.max_summed_row_bytes(2) == RING
+    assert limits["max_vjp_row_bytes"] == _gpu_limits.MAX_VJP_ROW_BYTES == VJP

@@ -10,6 +10,8 @@
 #include <set>
 
 #include "bindings/version.h"
+#include "cuda/core/workspace.h"
+#include "cuda/node/combine_vjp.h"
 #include "cuda/plan/plan.h"
 #include "ffi/cuda/load_kernels.h"
 #include "ffi/cuda/op_tag.h"
@@ -41,6 +43,15 @@ nb::dict BuildInfo() {
   info["ffi_api_version"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   info["cuda"] = CUDART_VERSION;
   return info;
+}
+
+nb::dict Limits() {
+  nb::dict limits;
+  limits["max_ranks"] = cuda::kMaxRanks;
+  limits["max_experts"] = cuda::kMaxExperts;
+  limits["ring_bytes"] = cuda::kRingBytes;
+  limits["max_vjp_row_bytes"] = cuda::MaxCombineVjpRowBytes();
+  return limits;
 }
 
 std::string RecordText(uint32_t kind, uint32_t rank, uint32_t peer, uint32_t op, uint32_t word,
@@ -163,6 +174,9 @@ NB_MODULE(_cuda, m) {
   m.def("targets", &Targets, "FFI targets: name -> capsule, for register_ffi_target.");
   m.def("build_info", &BuildInfo,
         "Version of jax_ep, (major, minor) of the FFI API, CUDA runtime.");
+  m.def("limits", &Limits,
+        "What the kernels have room for: max_ranks of a group on one host, max_experts of it, "
+        "ring_bytes of the sums of rows under way, max_vjp_row_bytes of a row in combine_vjp.");
   m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
         nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
         nb::arg("staging"), nb::call_guard<nb::gil_scoped_release>(),

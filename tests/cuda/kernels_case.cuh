@@ -134,7 +134,9 @@ struct Workload {
     width = cuda::ByteWidth(type);
   }
 
-  bool HasVjp() const { return by_expert && !fp8 && cuda::FitsCombineVjp(int64_t{H} * width); }
+  bool HasVjp() const {
+    return by_expert && !fp8 && int64_t{H} * width <= cuda::MaxCombineVjpRowBytes();
+  }
 };
 
 // Each rank's device, stream and routes, some of them invalid.

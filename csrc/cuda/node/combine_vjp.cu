@@ -347,8 +347,9 @@ cudaError_t LoadCombineVjp() {
   return cudaSuccess;
 }
 
-bool FitsCombineVjp(int64_t row_bytes) {
-  return kBarrierBytes + kBuffers * (row_bytes + 128) + kStages * kStageBytes <= kSharedBytes;
+int64_t MaxCombineVjpRowBytes() {
+  constexpr int kRoom = kSharedBytes - kBarrierBytes - kStages * kStageBytes;  // for the buffers
+  return kRoom / kBuffers - 128;  // less what aligning a buffer may cost
 }
 
 cudaError_t LaunchCombineVjp(const CombineVjpParams& params, cudaStream_t stream) {

@@ -49,8 +49,8 @@ inline CombineVjpParams ParamsOf(const ops::CombineVjpArgs& args) {
   return params;
 }
 
-// Whether rows of so many bytes fit the kernel's shared memory.
-bool FitsCombineVjp(int64_t row_bytes);
+// Bytes of the longest rows that the kernel's shared memory has room for.
+int64_t MaxCombineVjpRowBytes();
 
 cudaError_t LaunchCombineVjp(const CombineVjpParams& params, cudaStream_t stream);
 

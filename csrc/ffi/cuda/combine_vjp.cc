@@ -16,7 +16,7 @@ ffi::Error CombineVjp(cudaStream_t stream, int32_t device, const CombineVjpAttrs
   ops::CombineVjpArgs args{};
   CheckCall(check, attrs, buffers, args);
   const ops::Geometry& geometry = args.geometry;
-  check.Attribute("hidden", cuda::FitsCombineVjp(geometry.row_bytes()),
+  check.Attribute("hidden", geometry.row_bytes() <= cuda::MaxCombineVjpRowBytes(),
                   "rows of about 100 KB at most on GPUs", geometry.hidden);
   if (!check.ok()) return check.error();
   DeviceGroup group;
