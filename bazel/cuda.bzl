@@ -25,7 +25,7 @@ def _cuda_library_impl(ctx):
     nvcc = [file for file in ctx.files._compiler if file.basename == "nvcc"]
     objects = []
     for source in ctx.files.srcs:
-        object = ctx.actions.declare_file("{}_objects/{}.o".format(ctx.label.name, source.basename))
+        object = ctx.actions.declare_file("{}_objects/{}.o".format(ctx.label.name, source.short_path))
         unused = ctx.actions.declare_file("{}.unused".format(object.basename), sibling = object)
         arguments = ctx.actions.args()
         arguments.add_all([headers, unused] + nvcc)

@@ -4,8 +4,8 @@
 //   nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/loads.cu -o build/cuda/loads
 //   build/cuda/loads [--json benchmarks/results/loads.json]
 //
-// Movers: bulk copies as in csrc/cuda/dispatch.cu, with the same stages; the adder of combine; and
-// loads of 16 bytes, 4 or 8 of them under way in each of 1024 threads of a block. Uses: "copy"
+// Movers: bulk copies as in csrc/cuda/node/dispatch.cu, with the same stages; the adder of combine;
+// and loads of 16 bytes, 4 or 8 of them under way in each of 1024 threads of a block. Uses: "copy"
 // writes every row to a row here, as dispatch does; "sum" adds rows by fours in float32, as combine
 // does, which has no float8 rows. Rows are gathered in random order out of two sources in turn,
 // each some ten times the L2 cache. "peer": two GPUs read each other's memory at the same time. A

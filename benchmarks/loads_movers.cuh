@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "cuda/adder.cuh"
-#include "cuda/ptx.cuh"
-#include "cuda/vectors.cuh"
+#include "cuda/core/ptx.cuh"
+#include "cuda/rows/adder.cuh"
+#include "cuda/rows/vectors.cuh"
 
 namespace loads {
 

@@ -6,7 +6,7 @@ import pytest
 
 cuda = pytest.importorskip("jax_ep._cuda", reason="the GPU backend was not built (no nvcc)")
 
-# csrc/cuda/workspace.h: ErrorKind
+# csrc/cuda/core/workspace.h: ErrorKind
 TIMEOUT, MISMATCH, ABORTED, LOST, UNREACHABLE, CONCURRENT, MISPLACED = range(1, 8)
 # The same: WordKind
 NONE, ARRIVAL, CLOSE, ADDRESS, TOTAL, MESSAGE, SUM, RECEIPT = range(8)

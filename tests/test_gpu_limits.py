@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
-import re
 import types
 
 import jax
@@ -163,18 +161,8 @@ def test_rows_of_the_gradient_with_weights(trace):
 
 
 def test_limits_are_those_of_the_kernels():
-    root = pathlib.Path(__file__).parents[1] / "csrc" / "cuda"
-
-    def constant(file: str, name: str) -> int:
-        found = re.search(
-            rf"constexpr int {name} = (\d+)(?: << (\d+))?;", (root / file).read_text()
-        )
-        assert found is not None, name
-        return int(found[1]) << int(found[2] or 0)
-
-    assert constant("workspace.h", "kMaxExperts") == limits.MAX_EXPERTS
-    assert constant("workspace.h", "kRingBytes") == limits.max_summed_row_bytes(2) == RING
-    vjp = "combine_vjp.cu"
-    room = constant(vjp, "kSharedBytes") - constant(vjp, "kBarrierBytes")
-    room -= constant(vjp, "kStages") * constant(vjp, "kStageBytes")
-    assert room // constant(vjp, "kBuffers") - 128 == limits.MAX_VJP_ROW_BYTES == VJP
+    """Also where there is no GPU library, and so nothing to ask, while tracing."""
+    room = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library").limits()
+    assert room["max_experts"] == limits.MAX_EXPERTS
+    assert room["ring_bytes"] == limits.max_summed_row_bytes(2) == RING
+    assert room["max_vjp_row_bytes"] == limits.MAX_VJP_ROW_BYTES == VJP

@@ -7,14 +7,20 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <set>
+
 #include "bindings/version.h"
-#include "cuda/plan.h"
+#include "cuda/core/workspace.h"
+#include "cuda/node/combine_vjp.h"
+#include "cuda/plan/plan.h"
+#include "ffi/cuda/load_kernels.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
 #include "transport/copy_rate.h"
 #include "transport/error_text.h"
+#include "transport/failures.h"
+#include "transport/groups.h"
 #include "transport/liveness.h"
-#include "transport/peers.h"
 #include "transport/shared_memory.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -39,6 +45,15 @@ nb::dict BuildInfo() {
   return info;
 }
 
+nb::dict Limits() {
+  nb::dict limits;
+  limits["max_ranks"] = cuda::kMaxRanks;
+  limits["max_experts"] = cuda::kMaxExperts;
+  limits["ring_bytes"] = cuda::kRingBytes;
+  limits["max_vjp_row_bytes"] = cuda::MaxCombineVjpRowBytes();
+  return limits;
+}
+
 std::string RecordText(uint32_t kind, uint32_t rank, uint32_t peer, uint32_t op, uint32_t word,
                        uint64_t expected, uint64_t seen) {
   cuda::ErrorRecord error{};
@@ -61,12 +76,14 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
                  double arrival_timeout_s, double op_timeout_s, int max_blocks,
                  const std::vector<StagingTuple>& staging) {
   transport::GroupSpec spec;
+  std::set<int> devices;
   spec.id = group_id;
   for (const auto& [number, ranks] : instances) {
     std::vector<transport::RankSpec>& instance = spec.instances[number];
     for (const auto& [device, process, workspace, regions] : ranks) {
       transport::RankSpec& rank = instance.emplace_back();
       rank.device = device;
+      if (device >= 0) devices.insert(device);
       rank.process = process;
       rank.workspace = workspace;
       for (const auto& [base, size] : regions) rank.regions.push_back({base, size});
@@ -76,6 +93,7 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
   spec.op_timeout_s = op_timeout_s;
   spec.max_blocks = max_blocks;
   for (const auto& [device, base, size] : staging) spec.staging.push_back({device, {base, size}});
+  if (Text error = LoadKernels(devices)) return error;
   return transport::CreateGroup(spec);
 }
 
@@ -156,6 +174,9 @@ NB_MODULE(_cuda, m) {
   m.def("targets", &Targets, "FFI targets: name -> capsule, for register_ffi_target.");
   m.def("build_info", &BuildInfo,
         "Version of jax_ep, (major, minor) of the FFI API, CUDA runtime.");
+  m.def("limits", &Limits,
+        "What the kernels have room for: max_ranks of a group on one host, max_experts of it, "
+        "ring_bytes of the sums of rows under way, max_vjp_row_bytes of a row in combine_vjp.");
   m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
         nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
         nb::arg("staging"), nb::call_guard<nb::gil_scoped_release>(),

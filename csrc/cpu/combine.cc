@@ -4,6 +4,8 @@
 #include <string>
 #include <utility>
 
+#include "cpu/numerics.h"
+
 namespace jax_ep::cpu {
 namespace {
 
@@ -25,8 +27,9 @@ void AddRounded(const float* partial, int32_t hidden, float* sum) {
 // Adds what rank `source_rank`'s rows contribute to one token. `recv_rows` [M] are that token's
 // rows there, `partial` [H] is scratch.
 template <typename T>
-void AddRank(const CombineArgs& source_rank, const int32_t* recv_rows, float* partial, float* sum) {
-  const Geometry& geometry = source_rank.geometry;
+void AddRank(const ops::CombineArgs& source_rank, const int32_t* recv_rows, float* partial,
+             float* sum) {
+  const ops::Geometry& geometry = source_rank.geometry;
   const int32_t hidden = geometry.hidden;
   const int32_t rows_per_source = geometry.rows_per_source();
   const T* rows = static_cast<const T*>(source_rank.rows);
@@ -55,9 +58,9 @@ void AddRank(const CombineArgs& source_rank, const int32_t* recv_rows, float* pa
 
 // Sums one token of rank `home`. `scratch` is [2, H].
 template <typename T>
-Status CombineToken(const std::vector<const CombineArgs*>& ranks, int64_t home, int64_t token,
+Status CombineToken(const std::vector<const ops::CombineArgs*>& ranks, int64_t home, int64_t token,
                     float* scratch) {
-  const Geometry& geometry = ranks[home]->geometry;
+  const ops::Geometry& geometry = ranks[home]->geometry;
   const int32_t hidden = geometry.hidden;
   const int32_t rows_per_source = geometry.rows_per_source();
   const int64_t source_token = home * geometry.num_tokens + token;
@@ -81,9 +84,9 @@ Status CombineToken(const std::vector<const CombineArgs*>& ranks, int64_t home, 
 }
 
 // Brings one token's values home to its entries.
-Status FetchValues(const std::vector<const CombineArgs*>& ranks, int64_t home, int64_t token) {
-  const CombineArgs& args = *ranks[home];
-  const Geometry& geometry = args.geometry;
+Status FetchValues(const std::vector<const ops::CombineArgs*>& ranks, int64_t home, int64_t token) {
+  const ops::CombineArgs& args = *ranks[home];
+  const ops::Geometry& geometry = args.geometry;
   const int64_t top_k = geometry.top_k;
   for (int64_t k = 0; k < top_k; ++k) {
     const int64_t entry = token * top_k + k;
@@ -107,8 +110,9 @@ Status FetchValues(const std::vector<const CombineArgs*>& ranks, int64_t home, i
 }
 
 template <typename T>
-Status CombineTokens(const std::vector<const CombineArgs*>& ranks, int64_t begin, int64_t end) {
-  const Geometry& geometry = ranks[0]->geometry;
+Status CombineTokens(const std::vector<const ops::CombineArgs*>& ranks, int64_t begin,
+                     int64_t end) {
+  const ops::Geometry& geometry = ranks[0]->geometry;
   std::vector<float> scratch(2 * int64_t{geometry.hidden});
   Status status;
   for (int64_t i = begin; i < end && status.ok(); ++i) {
@@ -120,18 +124,13 @@ Status CombineTokens(const std::vector<const CombineArgs*>& ranks, int64_t begin
   return status;
 }
 
-bool SameCall(const CombineArgs& a, const CombineArgs& b) {
-  return a.geometry == b.geometry && (a.row_weights == nullptr) == (b.row_weights == nullptr) &&
-         (a.home == nullptr) == (b.home == nullptr);
-}
-
 }  // namespace
 
-RowWork CombineWork(std::vector<const CombineArgs*> ranks) {
-  for (size_t rank = 1; rank < ranks.size(); ++rank) {
-    if (!SameCall(*ranks[0], *ranks[rank])) return RanksDisagree("combine", rank);
+RowWork CombineWork(std::vector<const ops::CombineArgs*> ranks) {
+  if (const int64_t other = FindDisagreement(ranks); other != 0) {
+    return RanksDisagree("combine", other);
   }
-  const Geometry& geometry = ranks[0]->geometry;
+  const ops::Geometry& geometry = ranks[0]->geometry;
   RowWork work;
   work.num_rows = int64_t{geometry.num_ranks} * geometry.num_tokens;
   work.bytes_per_row = geometry.row_bytes() * std::min(geometry.top_k, geometry.num_experts);

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/numerics.h"
+
 namespace jax_ep::cpu {
 namespace {
 
@@ -25,9 +27,10 @@ float Dot(const T* a, const T* b, int32_t hidden) {
 }
 
 template <typename T>
-Status RowGradient(const std::vector<const CombineVjpArgs*>& ranks, int64_t rank, int64_t row) {
-  const CombineVjpArgs& args = *ranks[rank];
-  const Geometry& geometry = args.geometry;
+Status RowGradient(const std::vector<const ops::CombineVjpArgs*>& ranks, int64_t rank,
+                   int64_t row) {
+  const ops::CombineVjpArgs& args = *ranks[rank];
+  const ops::Geometry& geometry = args.geometry;
   const int32_t hidden = geometry.hidden;
   const int32_t encoded = args.handle.recv_src[row];
   if (encoded < plan::kNone || encoded >= geometry.num_sources()) {
@@ -49,7 +52,8 @@ Status RowGradient(const std::vector<const CombineVjpArgs*>& ranks, int64_t rank
 }
 
 template <typename T>
-Status RowGradients(const std::vector<const CombineVjpArgs*>& ranks, int64_t begin, int64_t end) {
+Status RowGradients(const std::vector<const ops::CombineVjpArgs*>& ranks, int64_t begin,
+                    int64_t end) {
   const int64_t capacity = ranks[0]->geometry.capacity;
   Status status;
   for (int64_t i = begin; i < end && status.ok(); ++i) {
@@ -58,15 +62,13 @@ Status RowGradients(const std::vector<const CombineVjpArgs*>& ranks, int64_t beg
   return status;
 }
 
-bool SameCall(const CombineVjpArgs& a, const CombineVjpArgs& b) { return a.geometry == b.geometry; }
-
 }  // namespace
 
-RowWork CombineVjpWork(std::vector<const CombineVjpArgs*> ranks) {
-  for (size_t rank = 1; rank < ranks.size(); ++rank) {
-    if (!SameCall(*ranks[0], *ranks[rank])) return RanksDisagree("combine_vjp", rank);
+RowWork CombineVjpWork(std::vector<const ops::CombineVjpArgs*> ranks) {
+  if (const int64_t other = FindDisagreement(ranks); other != 0) {
+    return RanksDisagree("combine_vjp", other);
   }
-  const Geometry& geometry = ranks[0]->geometry;
+  const ops::Geometry& geometry = ranks[0]->geometry;
   RowWork work;
   work.num_rows = int64_t{geometry.num_ranks} * geometry.capacity;
   work.bytes_per_row = 3 * geometry.row_bytes();

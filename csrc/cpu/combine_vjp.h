@@ -3,21 +3,10 @@
 
 #include <vector>
 
-#include "cpu/geometry.h"
 #include "cpu/work.h"
+#include "ops/combine_vjp.h"
 
 namespace jax_ep::cpu {
-
-// One rank's operands and results.
-struct CombineVjpArgs {
-  Geometry geometry;
-  const void* dy;            // [T, H] cotangents of combine's result
-  const void* rows;          // [C, H] as combine had them
-  const float* row_weights;  // [C] as combine had them
-  Handle handle;
-  void* d_rows;      // [C, H]
-  float* d_weights;  // [C]
-};
 
 // The op for a whole group; `ranks` holds every rank's arguments, in rank order, and must outlive
 // the work. A used row with source token dy gives d_rows = round(weight * dy) and
@@ -25,6 +14,6 @@ struct CombineVjpArgs {
 //
 // The dot product has one fixed order: 256 lanes, lane j summing the products of channels
 // j, j + 256, ... in turn from +0, then lane j += lane j + s for s = 128, 64, ..., 1.
-RowWork CombineVjpWork(std::vector<const CombineVjpArgs*> ranks);
+RowWork CombineVjpWork(std::vector<const ops::CombineVjpArgs*> ranks);
 
 }  // namespace jax_ep::cpu

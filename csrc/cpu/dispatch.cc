@@ -11,11 +11,12 @@ namespace jax_ep::cpu {
 namespace {
 
 // Fills row `row` of `dest` from token `token` of `source`, or with zeros where `source` is null.
-void MoveRow(const DispatchArgs& dest, int64_t row, const DispatchArgs* source, int64_t token) {
-  const Geometry& geometry = dest.geometry;
+void MoveRow(const ops::DispatchArgs& dest, int64_t row, const ops::DispatchArgs* source,
+             int64_t token) {
+  const ops::Geometry& geometry = dest.geometry;
   const int64_t hidden = geometry.hidden;
-  const int64_t num_blocks = hidden / kScaleBlock;
-  const bool quantize = dest.quantization != Quantization::kNone;
+  const int64_t num_blocks = hidden / ops::kScaleBlock;
+  const bool quantize = dest.quantization != ops::Quantization::kNone;
   const int64_t row_bytes = quantize && !dest.dense_output ? hidden : geometry.row_bytes();
   auto* out = static_cast<std::byte*>(dest.rows) + row * row_bytes;
   float* out_scales = dest.row_scales == nullptr ? nullptr : dest.row_scales + row * num_blocks;
@@ -45,7 +46,7 @@ void MoveRow(const DispatchArgs& dest, int64_t row, const DispatchArgs* source, 
 }
 
 // Fills the weights of row `row` of `dest`, with zeros where `weights` (of all ranks) is null.
-void MoveWeights(const DispatchArgs& dest, int64_t row, const DispatchArgs* source_rank,
+void MoveWeights(const ops::DispatchArgs& dest, int64_t row, const ops::DispatchArgs* source_rank,
                  plan::Source source) {
   const int64_t top_k = dest.geometry.top_k;
   const float* weights =
@@ -60,15 +61,15 @@ void MoveWeights(const DispatchArgs& dest, int64_t row, const DispatchArgs* sour
   }
 }
 
-Status DispatchRow(const std::vector<const DispatchArgs*>& ranks, int64_t rank, int64_t row) {
-  const DispatchArgs& dest = *ranks[rank];
-  const Geometry& geometry = dest.geometry;
+Status DispatchRow(const std::vector<const ops::DispatchArgs*>& ranks, int64_t rank, int64_t row) {
+  const ops::DispatchArgs& dest = *ranks[rank];
+  const ops::Geometry& geometry = dest.geometry;
   const int32_t encoded = dest.handle.recv_src[row];
   if (encoded < plan::kNone || encoded >= geometry.num_sources()) {
     return BadHandleEntry("dispatch", "recv_src", rank, row, geometry.num_sources(), encoded);
   }
   plan::Source source{};
-  const DispatchArgs* source_rank = nullptr;
+  const ops::DispatchArgs* source_rank = nullptr;
   if (encoded != plan::kNone) {
     source = plan::DecodeSource(geometry.layout, encoded, geometry.num_tokens, geometry.top_k);
     source_rank = ranks[source.rank];
@@ -78,19 +79,13 @@ Status DispatchRow(const std::vector<const DispatchArgs*>& ranks, int64_t rank, 
   return Status();
 }
 
-bool SameCall(const DispatchArgs& a, const DispatchArgs& b) {
-  return a.geometry == b.geometry && a.quantization == b.quantization &&
-         a.dense_output == b.dense_output && (a.scales == nullptr) == (b.scales == nullptr) &&
-         (a.weights == nullptr) == (b.weights == nullptr);
-}
-
 }  // namespace
 
-RowWork DispatchWork(std::vector<const DispatchArgs*> ranks) {
-  for (size_t rank = 1; rank < ranks.size(); ++rank) {
-    if (!SameCall(*ranks[0], *ranks[rank])) return RanksDisagree("dispatch", rank);
+RowWork DispatchWork(std::vector<const ops::DispatchArgs*> ranks) {
+  if (const int64_t other = FindDisagreement(ranks); other != 0) {
+    return RanksDisagree("dispatch", other);
   }
-  const Geometry& geometry = ranks[0]->geometry;
+  const ops::Geometry& geometry = ranks[0]->geometry;
   const int64_t capacity = geometry.capacity;
   RowWork work;
   work.num_rows = geometry.num_ranks * capacity;

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "ops/geometry.h"
+
 namespace jax_ep::cpu {
 
 struct BFloat16 {
@@ -106,6 +108,20 @@ inline Float8E4M3FN FromFloat<Float8E4M3FN>(float value) {
   const uint32_t finite = magnitude < kSmallestNormal ? subnormal : normal;
   const uint32_t result = magnitude > 0x7f800000u ? 0x7fu : finite;
   return Float8E4M3FN{static_cast<uint8_t>(((bits >> 24) & 0x80u) | result)};
+}
+
+// Calls `visit` with a value of the C++ type of `dtype`, which must not be kFloat8E4M3FN: rows in
+// that format are moved, never computed with.
+template <typename Visitor>
+auto VisitRowType(ops::DType dtype, Visitor&& visit) {
+  switch (dtype) {
+    case ops::DType::kBFloat16:
+      return visit(BFloat16{});
+    case ops::DType::kFloat16:
+      return visit(Float16{});
+    default:
+      return visit(float{});
+  }
 }
 
 }  // namespace jax_ep::cpu

@@ -4,18 +4,12 @@
 #include <vector>
 
 #include "cpu/work.h"
-#include "plan/build_plan.h"
+#include "ops/plan.h"
 
 namespace jax_ep::cpu {
 
-// One rank's operands and results.
-struct PlanArgs {
-  plan::PlanShape shape;
-  plan::RankPlan buffers;
-};
-
 // The op for a whole group; `ranks` holds every rank's arguments, in rank order, and must outlive
 // the work.
-RowWork PlanWork(std::vector<const PlanArgs*> ranks);
+RowWork PlanWork(std::vector<const ops::PlanArgs*> ranks);
 
 }  // namespace jax_ep::cpu

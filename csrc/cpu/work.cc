@@ -84,6 +84,15 @@ RowWork RanksDisagree(const char* op, int64_t rank) {
   return work;
 }
 
+Status BadHandleEntry(const char* op, const char* argument, int64_t rank, int64_t index,
+                      int64_t limit, int32_t got) {
+  return Status(StatusCode::kInvalidArgument,
+                std::string("jax_ep.") + op + ": argument " + argument +
+                    ": expected entries in [-1, " + std::to_string(limit) + "), got " +
+                    std::to_string(got) + " at flat index " + std::to_string(index) + " of rank " +
+                    std::to_string(rank) + "; pass the handle that dispatch returned, unchanged");
+}
+
 Status RunShared(RowWork work, const ThreadPool& pool) {
   const auto run = std::make_shared<SharedRun>(std::move(work));
   static const int64_t num_cores = std::max<int64_t>(1, std::thread::hardware_concurrency());

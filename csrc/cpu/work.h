@@ -1,8 +1,10 @@
 // Work on rows that several threads can share.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "cpu/status.h"
 
@@ -16,8 +18,22 @@ struct RowWork {
   std::function<Status(int64_t begin, int64_t end)> run;
 };
 
+// The first rank that came with other shapes or attributes than rank 0; 0 if none did.
+template <typename Args>
+int64_t FindDisagreement(const std::vector<const Args*>& ranks) {
+  for (size_t rank = 1; rank < ranks.size(); ++rank) {
+    if (AgreedOn(*ranks[rank]) != AgreedOn(*ranks[0])) return static_cast<int64_t>(rank);
+  }
+  return 0;
+}
+
 // Work that fails, because `rank` came to op `op` with other shapes or attributes than rank 0.
 RowWork RanksDisagree(const char* op, int64_t rank);
+
+// The error for an entry of a handle that points outside of [-1, limit): handles are plain arrays,
+// so one that was damaged on the way must not make an op read or write elsewhere.
+Status BadHandleEntry(const char* op, const char* argument, int64_t rank, int64_t index,
+                      int64_t limit, int32_t got);
 
 // Threads to run tasks on.
 struct ThreadPool {

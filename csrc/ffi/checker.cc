@@ -35,9 +35,7 @@ bool IsPresent(ffi::AnyBuffer buffer) {
 
 void Checker::Fail(const std::string& what, const std::string& expected, const std::string& got) {
   if (!ok()) return;
-  status_ =
-      cpu::Status(cpu::StatusCode::kInvalidArgument, std::string("jax_ep.") + op_ + ": " + what +
-                                                         ": expected " + expected + ", got " + got);
+  failure_ = std::string("jax_ep.") + op_ + ": " + what + ": expected " + expected + ", got " + got;
 }
 
 void Checker::Attribute(const char* name, bool condition, const char* expected, int64_t got) {
@@ -69,18 +67,8 @@ Checker::Matrix Checker::MatrixArgument(const char* name, ffi::AnyBuffer got) {
   return {0, 0};
 }
 
-ffi::Error ToError(const cpu::Status& status) {
-  switch (status.code()) {
-    case cpu::StatusCode::kOk:
-      return ffi::Error::Success();
-    case cpu::StatusCode::kInvalidArgument:
-      return ffi::Error::InvalidArgument(status.message());
-    case cpu::StatusCode::kDeadlineExceeded:
-      return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, status.message());
-    case cpu::StatusCode::kInternal:
-      return ffi::Error::Internal(status.message());
-  }
-  return ffi::Error::Internal(status.message());
+ffi::Error Checker::error() const {
+  return ok() ? ffi::Error::Success() : ffi::Error::InvalidArgument(failure_);
 }
 
 }  // namespace jax_ep

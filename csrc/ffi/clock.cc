@@ -4,11 +4,11 @@ namespace jax_ep {
 
 namespace ffi = ::xla::ffi;
 
-void CheckClock(Checker& check, ffi::AnyBuffer x, ffi::AnyBuffer same, ffi::AnyBuffer time) {
-  if (same.untyped_data() != x.untyped_data()) {
+void CheckClock(Checker& check, const ClockBuffers& buffers) {
+  if (buffers.same.untyped_data() != buffers.x.untyped_data()) {
     check.Fail("result 0", "the operand's own buffer (operand_output_aliases)", "another one");
   }
-  check.Result("time", time, ffi::U32, {2});
+  check.Result("time", buffers.time, ffi::U32, {2});
 }
 
 }  // namespace jax_ep

@@ -5,12 +5,10 @@
 #pragma once
 
 #include "ffi/checker.h"
-#include "xla/ffi/api/ffi.h"
+#include "ffi/signatures.h"
 
 namespace jax_ep {
 
-// `time` is [2] uint32: nanoseconds, low word first.
-void CheckClock(Checker& check, ::xla::ffi::AnyBuffer x, ::xla::ffi::AnyBuffer same,
-                ::xla::ffi::AnyBuffer time);
+void CheckClock(Checker& check, const ClockBuffers& buffers);
 
 }  // namespace jax_ep

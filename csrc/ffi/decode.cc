@@ -13,6 +13,8 @@ namespace {
 
 constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
 
+int32_t* Ints(ffi::AnyBuffer buffer) { return static_cast<int32_t*>(buffer.untyped_data()); }
+
 }  // namespace
 
 void CheckGroup(Checker& check, const GroupAttrs& attrs) {
@@ -38,6 +40,9 @@ Coords CheckCoords(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer buffe
   return coords;
 }
 
+namespace {
+
+// Checks what int32 indices need: T, K >= 1, and R * T * K and R * C below 2^31.
 void CheckExtents(Checker& check, const GroupAttrs& attrs, int64_t num_tokens, int64_t top_k,
                   int64_t capacity) {
   const int64_t num_entries = attrs.num_ranks * num_tokens * top_k;
@@ -51,8 +56,11 @@ void CheckExtents(Checker& check, const GroupAttrs& attrs, int64_t num_tokens, i
   }
 }
 
-cpu::Handle CheckHandle(Checker& check, const GroupAttrs& attrs, const HandleBuffers& buffers,
-                        cpu::Geometry& geometry) {
+// Checks the operands that carry a handle, which all ops that move rows have, and fills `geometry`
+// (all but hidden and dtype) from the attributes and their shapes.
+template <typename Buffers>
+ops::Handle CheckHandle(Checker& check, const GroupAttrs& attrs, const Buffers& buffers,
+                        ops::Geometry& geometry) {
   const auto [num_tokens, top_k] = check.MatrixArgument("topk", buffers.topk);
   const int64_t capacity = static_cast<int64_t>(buffers.recv_src.element_count());
   CheckExtents(check, attrs, num_tokens, top_k, capacity);
@@ -70,15 +78,15 @@ cpu::Handle CheckHandle(Checker& check, const GroupAttrs& attrs, const HandleBuf
                  {attrs.num_ranks * num_tokens, geometry.rows_per_source()});
   check.Argument("recv_src", buffers.recv_src, ffi::S32, {capacity});
   check.Argument("expert_idx", buffers.expert_idx, ffi::S32, {by_token ? capacity : 0, top_k});
-  const auto data = [](ffi::AnyBuffer buffer) {
-    return static_cast<const int32_t*>(buffer.untyped_data());
-  };
-  return {data(buffers.topk), data(buffers.dest_row), data(buffers.recv_rows),
-          data(buffers.recv_src), data(buffers.expert_idx)};
+#define JAX_EP_HANDLE_DATA(name) Ints(buffers.name),
+  return {JAX_EP_HANDLE_OPERANDS(JAX_EP_HANDLE_DATA)};
+#undef JAX_EP_HANDLE_DATA
 }
 
+// Checks that `x` is [num_rows, H] of a dtype that rows may have; sets geometry.hidden and
+// geometry.dtype.
 void CheckRows(Checker& check, const char* name, ffi::AnyBuffer x, int64_t num_rows,
-               cpu::Geometry& geometry) {
+               ops::Geometry& geometry) {
   const int64_t hidden = check.MatrixArgument(name, x).cols;
   const std::string what = std::string("argument ") + name;
   if (hidden > kMaxIndex) check.Fail(what, "a hidden size below 2^31", std::to_string(hidden));
@@ -86,32 +94,35 @@ void CheckRows(Checker& check, const char* name, ffi::AnyBuffer x, int64_t num_r
   geometry.hidden = static_cast<int32_t>(hidden);
   switch (x.element_type()) {
     case ffi::F32:
-      geometry.dtype = cpu::DType::kFloat32;
+      geometry.dtype = ops::DType::kFloat32;
       return;
     case ffi::BF16:
-      geometry.dtype = cpu::DType::kBFloat16;
+      geometry.dtype = ops::DType::kBFloat16;
       return;
     case ffi::F16:
-      geometry.dtype = cpu::DType::kFloat16;
+      geometry.dtype = ops::DType::kFloat16;
       return;
     case ffi::F8E4M3FN:
-      geometry.dtype = cpu::DType::kFloat8E4M3FN;
+      geometry.dtype = ops::DType::kFloat8E4M3FN;
       return;
     default:
       check.Fail(what, "dtype BF16, F16, F32 or F8E4M3FN", Describe(x));
   }
 }
 
+// The same for rows to compute with: bf16, f16 or f32.
 void CheckSummableRows(Checker& check, const char* name, ffi::AnyBuffer x, int64_t num_rows,
-                       cpu::Geometry& geometry) {
+                       ops::Geometry& geometry) {
   CheckRows(check, name, x, num_rows, geometry);
-  if (geometry.dtype == cpu::DType::kFloat8E4M3FN) {
+  if (geometry.dtype == ops::DType::kFloat8E4M3FN) {
     check.Fail(std::string("argument ") + name, "dtype BF16, F16 or F32", Describe(x));
   }
 }
 
+// Checks float32 values that belong to rows: [C] in layout "expert", [C, K] in layout "token".
+// `what` is "argument name" or "result name".
 void CheckRowValues(Checker& check, const char* what, ffi::AnyBuffer values,
-                    const cpu::Geometry& geometry) {
+                    const ops::Geometry& geometry) {
   if (geometry.layout == plan::Layout::kExpert) {
     check.Buffer(what, values, ffi::F32, {geometry.capacity});
   } else {
@@ -119,14 +130,10 @@ void CheckRowValues(Checker& check, const char* what, ffi::AnyBuffer values,
   }
 }
 
-namespace {
-
-int32_t* Ints(ffi::AnyBuffer buffer) { return static_cast<int32_t*>(buffer.untyped_data()); }
-
 }  // namespace
 
-void DecodePlan(Checker& check, const PlanAttrs& attrs, const PlanBuffers& buffers,
-                cpu::PlanArgs& args) {
+void Decode(Checker& check, const PlanAttrs& attrs, const PlanBuffers& buffers,
+            ops::PlanArgs& args) {
   const auto [num_tokens, top_k] = check.MatrixArgument("topk_idx", buffers.topk_idx);
   const int64_t capacity = static_cast<int64_t>(buffers.recv_src.element_count());
   CheckExtents(check, attrs.group, num_tokens, top_k, capacity);
@@ -156,17 +163,9 @@ void DecodePlan(Checker& check, const PlanAttrs& attrs, const PlanBuffers& buffe
   check.Result("demand", buffers.demand, ffi::S32, {num_local_experts});
   check.Result("num_dropped", buffers.num_dropped, ffi::S32, {1});
   check.Result("num_invalid", buffers.num_invalid, ffi::S32, {1});
-  args.buffers = {static_cast<const int32_t*>(buffers.topk_idx.untyped_data()),
-                  Ints(buffers.topk),
-                  Ints(buffers.dest_row),
-                  Ints(buffers.recv_rows),
-                  Ints(buffers.recv_src),
-                  Ints(buffers.expert_idx),
-                  Ints(buffers.group_sizes),
-                  Ints(buffers.counts),
-                  Ints(buffers.demand),
-                  Ints(buffers.num_dropped),
-                  Ints(buffers.num_invalid)};
+#define JAX_EP_PLAN_DATA(name) Ints(buffers.name),
+  args.buffers = {Ints(buffers.topk_idx), JAX_EP_PLAN_RESULTS(JAX_EP_PLAN_DATA)};
+#undef JAX_EP_PLAN_DATA
 }
 
 namespace {
@@ -174,21 +173,21 @@ namespace {
 // Checks the payload: x, its scales, and the rows that come of them.
 void CheckPayload(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x,
                   ffi::AnyBuffer scales, ffi::AnyBuffer rows, ffi::AnyBuffer row_scales,
-                  cpu::DispatchArgs& args) {
-  cpu::Geometry& geometry = args.geometry;
+                  ops::DispatchArgs& args) {
+  ops::Geometry& geometry = args.geometry;
   CheckRows(check, "x", x, geometry.num_tokens, geometry);
   check.Attribute("quantization", attrs.quantization >= 0 && attrs.quantization <= 2,
                   "0 (none), 1 (float32 scales) or 2 (ue8m0 scales)", attrs.quantization);
-  args.quantization = static_cast<cpu::Quantization>(attrs.quantization);
+  args.quantization = static_cast<ops::Quantization>(attrs.quantization);
   args.dense_output = attrs.dense_output != 0;
 
-  const bool quantize = args.quantization != cpu::Quantization::kNone;
-  const bool quantized_input = geometry.dtype == cpu::DType::kFloat8E4M3FN;
+  const bool quantize = args.quantization != ops::Quantization::kNone;
+  const bool quantized_input = geometry.dtype == ops::DType::kFloat8E4M3FN;
   const bool quantized_output = quantized_input || (quantize && !args.dense_output);
-  const int64_t num_blocks = geometry.hidden / cpu::kScaleBlock;
+  const int64_t num_blocks = geometry.hidden / ops::kScaleBlock;
   if (quantize && quantized_input)
     check.Argument("x", x, ffi::BF16, {geometry.num_tokens, geometry.hidden});
-  if ((quantize || quantized_input) && geometry.hidden % cpu::kScaleBlock != 0) {
+  if ((quantize || quantized_input) && geometry.hidden % ops::kScaleBlock != 0) {
     check.Fail("argument x", "a hidden size that is a multiple of 128",
                std::to_string(geometry.hidden));
   }
@@ -212,12 +211,12 @@ void CheckPayload(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x,
 
 }  // namespace
 
-void DecodeDispatch(Checker& check, const DispatchAttrs& attrs, const HandleBuffers& routes,
-                    const DispatchBuffers& buffers, cpu::DispatchArgs& args) {
-  args.handle = CheckHandle(check, attrs.group, routes, args.geometry);
+void Decode(Checker& check, const DispatchAttrs& attrs, const DispatchBuffers& buffers,
+            ops::DispatchArgs& args) {
+  args.handle = CheckHandle(check, attrs.group, buffers, args.geometry);
   if (!check.ok()) return;
   CheckPayload(check, attrs, buffers.x, buffers.scales, buffers.rows, buffers.row_scales, args);
-  const cpu::Geometry& geometry = args.geometry;
+  const ops::Geometry& geometry = args.geometry;
   if (!IsPresent(buffers.weights)) {
     check.Argument("weights", buffers.weights, ffi::F32, {0});
     check.Result("row_weights", buffers.row_weights, ffi::F32, {0});
@@ -229,10 +228,10 @@ void DecodeDispatch(Checker& check, const DispatchAttrs& attrs, const HandleBuff
   args.row_weights = static_cast<float*>(buffers.row_weights.untyped_data());
 }
 
-void DecodeCombine(Checker& check, const CombineAttrs& attrs, const HandleBuffers& routes,
-                   const CombineBuffers& buffers, cpu::CombineArgs& args) {
-  cpu::Geometry& geometry = args.geometry;
-  args.handle = CheckHandle(check, attrs.group, routes, geometry);
+void Decode(Checker& check, const CombineAttrs& attrs, const CombineBuffers& buffers,
+            ops::CombineArgs& args) {
+  ops::Geometry& geometry = args.geometry;
+  args.handle = CheckHandle(check, attrs.group, buffers, geometry);
   if (!check.ok()) return;
   CheckSummableRows(check, "rows", buffers.rows, geometry.capacity, geometry);
   check.Result("y", buffers.y, buffers.rows.element_type(), {geometry.num_tokens, geometry.hidden});
@@ -255,11 +254,11 @@ void DecodeCombine(Checker& check, const CombineAttrs& attrs, const HandleBuffer
   }
 }
 
-void DecodeCombineVjp(Checker& check, const CombineVjpAttrs& attrs, const HandleBuffers& routes,
-                      const CombineVjpBuffers& buffers, cpu::CombineVjpArgs& args) {
-  cpu::Geometry& geometry = args.geometry;
+void Decode(Checker& check, const CombineVjpAttrs& attrs, const CombineVjpBuffers& buffers,
+            ops::CombineVjpArgs& args) {
+  ops::Geometry& geometry = args.geometry;
   check.Attribute("layout", attrs.group.layout == 0, "0 (expert)", attrs.group.layout);
-  args.handle = CheckHandle(check, attrs.group, routes, geometry);
+  args.handle = CheckHandle(check, attrs.group, buffers, geometry);
   if (!check.ok()) return;
   CheckSummableRows(check, "rows", buffers.rows, geometry.capacity, geometry);
   check.Argument("dy", buffers.dy, buffers.rows.element_type(),

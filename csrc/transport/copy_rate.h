@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/copy.h"
-#include "transport/peers.h"
+#include "cuda/measure/copy.h"
+#include "transport/groups.h"
 
 namespace jax_ep::transport {
 

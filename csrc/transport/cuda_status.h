@@ -18,9 +18,10 @@ inline std::optional<std::string> Explain(cudaError_t error, const char* call, i
          cudaGetErrorString(error);
 }
 
-#define JAX_EP_RETURN_IF_CUDA_ERROR(call, device)                              \
-  do {                                                                         \
-    if (auto error_text = Explain((call), #call, (device))) return error_text; \
+#define JAX_EP_RETURN_IF_CUDA_ERROR(call, device)                                \
+  do {                                                                           \
+    if (auto error_text = ::jax_ep::transport::Explain((call), #call, (device))) \
+      return error_text;                                                         \
   } while (false)
 
 // Sets the current device until it goes out of scope. Where the thread had none, it has none again:

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "cuda/workspace.h"
+#include "cuda/core/workspace.h"
 
 namespace jax_ep::transport {
 

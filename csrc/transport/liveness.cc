@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "transport/peers.h"
+#include "transport/groups.h"
 
 namespace jax_ep::transport {
 namespace {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-MAX_EXPERTS = 4096  # csrc/cuda/workspace.h: kMaxExperts
-MAX_VJP_ROW_BYTES = 106240  # csrc/cuda/combine_vjp.cu: FitsCombineVjp
-_RING_BYTES = 32 << 20  # csrc/cuda/workspace.h: kRingBytes
+MAX_EXPERTS = 4096  # csrc/cuda/core/workspace.h: kMaxExperts
+MAX_VJP_ROW_BYTES = 106240  # csrc/cuda/node/combine_vjp.cu: MaxCombineVjpRowBytes
+_RING_BYTES = 32 << 20  # csrc/cuda/core/workspace.h: kRingBytes
 
 
 def max_summed_row_bytes(num_ranks: int) -> int:

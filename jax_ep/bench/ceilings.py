@@ -37,7 +37,7 @@ _CPU_SECONDS = 0.2
 
 Kind = Literal["link", "memory"]
 
-# Name, number in csrc/cuda/copy.h, and numbers of blocks, of which the best counts.
+# Name, number in csrc/cuda/measure/copy.h, and numbers of blocks, of which the best counts.
 _MOVERS = (
     ("bulk copies", 0, (8, 24, 64, 132)),
     ("loads", 1, (16, 64, 132, 264)),

@@ -23,8 +23,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/ptx.cuh"
-#include "cuda/test_hooks.cuh"
+#include "cuda/core/ptx.cuh"
+#include "cuda/core/test_hooks.cuh"
 #include "kernels_case.cuh"
 #include "transport/error_text.h"
 

@@ -16,14 +16,14 @@
 #include <vector>
 
 #include "check_cuda.h"
-#include "cpu/geometry.h"
 #include "cpu/numerics.h"
-#include "cuda/combine.h"
-#include "cuda/combine_vjp.h"
-#include "cuda/dispatch.h"
-#include "cuda/plan.h"
-#include "cuda/quantize.h"
-#include "cuda/workspace.h"
+#include "cuda/core/workspace.h"
+#include "cuda/node/combine.h"
+#include "cuda/node/combine_vjp.h"
+#include "cuda/node/dispatch.h"
+#include "cuda/plan/plan.h"
+#include "cuda/rows/quantize.h"
+#include "ops/geometry.h"
 #include "plan/build_plan.h"
 
 namespace {
@@ -103,7 +103,7 @@ struct Workload {
   std::string dtype;
   bool fp8, by_expert, weighted;
   cuda::RowType type;
-  cpu::DType cpu_type;
+  ops::DType cpu_type;
   int width;  // bytes of an element of a row
 
   // C is 0 unless it is given.
@@ -128,13 +128,15 @@ struct Workload {
     type = dtype == "f32"   ? cuda::RowType::kFloat32
            : dtype == "f16" ? cuda::RowType::kFloat16
                             : cuda::RowType::kBFloat16;
-    cpu_type = dtype == "f32"   ? cpu::DType::kFloat32
-               : dtype == "f16" ? cpu::DType::kFloat16
-                                : cpu::DType::kBFloat16;
+    cpu_type = dtype == "f32"   ? ops::DType::kFloat32
+               : dtype == "f16" ? ops::DType::kFloat16
+                                : ops::DType::kBFloat16;
     width = cuda::ByteWidth(type);
   }
 
-  bool HasVjp() const { return by_expert && !fp8 && cuda::FitsCombineVjp(int64_t{H} * width); }
+  bool HasVjp() const {
+    return by_expert && !fp8 && int64_t{H} * width <= cuda::MaxCombineVjpRowBytes();
+  }
 };
 
 // Each rank's device, stream and routes, some of them invalid.
@@ -282,7 +284,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     group.arrival_timeout_ns = group.op_timeout_ns =
         options.Int("timeout", 5) * uint64_t{1'000'000'000};
     group.tag = 7;
-    // All addresses are good everywhere, as transport/peers.cc says.
+    // All addresses are good everywhere, as transport/peer_access.h says.
     std::vector<cuda::Region> regions(size_t(R) * cuda::kMaxRegions);
     for (size_t i = 0; i < regions.size(); ++i) {
       constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;

@@ -48,14 +48,14 @@ void Compare(const char* what, int rank, const Buffer<T>& buffer) {
 
 // The casts to and from float8, which handlers launch beside a dispatch, on one rank's tokens.
 template <typename T>
-void CheckQuantize(const Workload& w, const Rank& k, cpu::Quantization quantization) {
+void CheckQuantize(const Workload& w, const Rank& k, ops::Quantization quantization) {
   Buffer<char> values, dense;
   Buffer<float> scales;
   const size_t row = size_t(w.H) * sizeof(T);
   values.Resize(size_t(w.T) * w.H);
   dense.Resize(w.T * row);
   scales.Resize(size_t(w.T) * w.H / 128);
-  const cuda::QuantizeParams there{w.type,       quantization == cpu::Quantization::kFp8Ue8m0,
+  const cuda::QuantizeParams there{w.type,       quantization == ops::Quantization::kFp8Ue8m0,
                                    w.T,          w.H,
                                    k.x.device,   values.device,
                                    scales.device};
@@ -79,7 +79,7 @@ void CheckQuantize(const Workload& w, const Rank& k, cpu::Quantization quantizat
 
 void CheckQuantize(const Workload& w, const Rank& k) {
   CHECK_CUDA(cudaSetDevice(k.device));
-  for (const auto quantization : {cpu::Quantization::kFp8, cpu::Quantization::kFp8Ue8m0}) {
+  for (const auto quantization : {ops::Quantization::kFp8, ops::Quantization::kFp8Ue8m0}) {
     if (w.dtype == "f32") {
       CheckQuantize<float>(w, k, quantization);
     } else if (w.dtype == "f16") {
@@ -214,17 +214,17 @@ int main(int argc, char** argv) {
   plan::BuildPlans(shape, plans);
   const auto run_on_cpu = [](cpu::RowWork work) { return work.run(0, work.num_rows); };
   const auto handle_of = [](Rank& k) {
-    return cpu::Handle{k.topk.host.data(), k.dest_row.host.data(), k.recv_rows.host.data(),
+    return ops::Handle{k.topk.host.data(), k.dest_row.host.data(), k.recv_rows.host.data(),
                        k.recv_src.host.data(), k.expert_idx.host.data()};
   };
-  const cpu::Geometry geometry{R, E, T,      K,
-                               C, H, layout, fp8 ? cpu::DType::kFloat8E4M3FN : w.cpu_type};
-  std::vector<cpu::DispatchArgs> dispatch_args(R);
-  std::vector<const cpu::DispatchArgs*> dispatch_pointers;
+  const ops::Geometry geometry{R, E, T,      K,
+                               C, H, layout, fp8 ? ops::DType::kFloat8E4M3FN : w.cpu_type};
+  std::vector<ops::DispatchArgs> dispatch_args(R);
+  std::vector<const ops::DispatchArgs*> dispatch_pointers;
   for (int r = 0; r < R; ++r) {
     Rank& k = ranks[r];
     dispatch_args[r] = {geometry,
-                        cpu::Quantization::kNone,
+                        ops::Quantization::kNone,
                         false,
                         k.x.host.data(),
                         fp8 ? k.scales.host.data() : nullptr,
@@ -237,8 +237,8 @@ int main(int argc, char** argv) {
   }
   run_on_cpu(cpu::DispatchWork(dispatch_pointers));
   if (has_vjp) {
-    std::vector<cpu::CombineVjpArgs> args(R);
-    std::vector<const cpu::CombineVjpArgs*> pointers;
+    std::vector<ops::CombineVjpArgs> args(R);
+    std::vector<const ops::CombineVjpArgs*> pointers;
     for (int r = 0; r < R; ++r) {
       Rank& k = ranks[r];
       args[r] = {
@@ -250,9 +250,9 @@ int main(int argc, char** argv) {
   } else if (!fp8) {
     for (Rank& k : ranks) k.d_rows.host = k.rows.host;
   }
-  std::vector<cpu::CombineArgs> combine_args(R);
-  std::vector<const cpu::CombineArgs*> combine_pointers;
-  cpu::Geometry combine_geometry = geometry;
+  std::vector<ops::CombineArgs> combine_args(R);
+  std::vector<const ops::CombineArgs*> combine_pointers;
+  ops::Geometry combine_geometry = geometry;
   combine_geometry.dtype = w.cpu_type;
   for (int r = 0; r < R; ++r) {
     Rank& k = ranks[r];

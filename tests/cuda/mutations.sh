@@ -7,8 +7,8 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 folder=${2:-build/mutations}
 flags=(-std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -cudart static -Icsrc)
-kernels=(csrc/cuda/plan.cu csrc/cuda/plan_push.cu csrc/cuda/plan_pull.cu csrc/cuda/dispatch.cu
-         csrc/cuda/combine.cu tests/cuda/stress_test.cu)
+kernels=(csrc/cuda/plan/*.cu csrc/cuda/node/dispatch.cu csrc/cuda/node/combine.cu
+         tests/cuda/stress_test.cu)
 # Name, then the arguments of the run that must notice.
 variants=(
   "plain layout=expert" "delays layout=expert"

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "check_cuda.h"
-#include "cuda/plan.h"
-#include "cuda/plan_common.cuh"
-#include "cuda/sync.cuh"
+#include "cuda/core/sync.cuh"
+#include "cuda/plan/common.cuh"
+#include "cuda/plan/plan.h"
 #include "plan/build_plan.h"
 
 namespace plan_test {

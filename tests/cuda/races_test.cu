@@ -23,7 +23,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/ptx.cuh"
+#include "cuda/core/ptx.cuh"
 #include "kernels_case.cuh"
 
 namespace {

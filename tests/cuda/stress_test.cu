@@ -20,9 +20,9 @@
 #include <vector>
 
 #include "check_cuda.h"
-#include "cuda/combine.h"
-#include "cuda/dispatch.h"
-#include "cuda/plan.h"
+#include "cuda/node/combine.h"
+#include "cuda/node/dispatch.h"
+#include "cuda/plan/plan.h"
 #include "plan/routing.h"
 
 namespace {
@@ -204,7 +204,7 @@ int main(int argc, char** argv) {
     k.group.num_ranks = s.ranks;
     k.group.arrival_timeout_ns = k.group.op_timeout_ns =
         number("timeout", 5) * uint64_t{1'000'000'000};
-    // Every address is good everywhere, as transport/peers.cc says.
+    // Every address is good everywhere, as transport/peer_access.h says.
     std::vector<cuda::Region> regions(size_t(s.ranks) * cuda::kMaxRegions);
     for (size_t i = 0; i < regions.size(); ++i) {
       constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;

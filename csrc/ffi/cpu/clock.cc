@@ -14,17 +14,15 @@ namespace ffi = ::xla::ffi;
 
 namespace {
 
-ffi::Error Clock(int32_t ordinal, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> same,
-                 ffi::Result<ffi::AnyBuffer> time) {
-  static_cast<void>(ordinal);
+ffi::Error Clock(const ClockBuffers& buffers) {
   OnCall(Target::kClock);
   Checker check("clock");
-  CheckClock(check, x, *same, *time);
-  if (!check.ok()) return ToError(check.status());
+  CheckClock(check, buffers);
+  if (!check.ok()) return check.error();
   const uint64_t now = std::chrono::duration_cast<std::chrono::nanoseconds>(
                            std::chrono::steady_clock::now().time_since_epoch())
                            .count();
-  uint32_t* words = static_cast<uint32_t*>(time->untyped_data());
+  uint32_t* words = static_cast<uint32_t*>(buffers.time.untyped_data());
   words[0] = static_cast<uint32_t>(now);
   words[1] = static_cast<uint32_t>(now >> 32);
   return ffi::Error::Success();
@@ -32,11 +30,8 @@ ffi::Error Clock(int32_t ordinal, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> 
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_clock_execute, Clock,
-                              ffi::Ffi::Bind()
-                                  .Attr<int32_t>("ordinal")
-                                  .Arg<ffi::AnyBuffer>()    // x
-                                  .Ret<ffi::AnyBuffer>()    // the same buffer
-                                  .Ret<ffi::AnyBuffer>());  // time
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jax_ep_clock_execute, [](ClockAttrs, auto... buffers) { return Clock({BufferOf(buffers)...}); },
+    ffi::Ffi::Bind().Attrs<ClockAttrs>() JAX_EP_BIND_BUFFERS(CLOCK));
 
 }  // namespace jax_ep

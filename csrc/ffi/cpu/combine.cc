@@ -11,35 +11,14 @@ namespace ffi = ::xla::ffi;
 
 namespace {
 
-using Out = ffi::Result<ffi::AnyBuffer>;
-
-ffi::Future Combine(CallState* state, ffi::RunId run_id, ffi::ThreadPool pool, CombineAttrs attrs,
-                    ffi::AnyBuffer rows, ffi::AnyBuffer row_weights, ffi::AnyBuffer values,
-                    ffi::AnyBuffer topk, ffi::AnyBuffer dest_row, ffi::AnyBuffer recv_rows,
-                    ffi::AnyBuffer recv_src, ffi::AnyBuffer expert_idx, ffi::AnyBuffer coords,
-                    Out y, Out home) {
-  const auto decode = [&](Checker& check, cpu::CombineArgs& args) {
-    DecodeCombine(check, attrs, {topk, dest_row, recv_rows, recv_src, expert_idx},
-                  {rows, row_weights, values, *y, *home}, args);
-  };
-  return JoinGroup<cpu::CombineArgs, cpu::CombineWork>(Target::kCombine, {state, run_id, pool},
-                                                       attrs.group, coords, decode);
+ffi::Future Combine(const CallContext& context, const CombineAttrs& attrs,
+                    const CombineBuffers& buffers) {
+  return JoinGroup<ops::CombineArgs, cpu::CombineWork>(Target::kCombine, context, attrs, buffers);
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_execute, Combine,
-                              BindGroupCall<CombineAttrs>()
-                                  .Arg<ffi::AnyBuffer>()    // rows
-                                  .Arg<ffi::AnyBuffer>()    // row_weights
-                                  .Arg<ffi::AnyBuffer>()    // values
-                                  .Arg<ffi::AnyBuffer>()    // topk
-                                  .Arg<ffi::AnyBuffer>()    // dest_row
-                                  .Arg<ffi::AnyBuffer>()    // recv_rows
-                                  .Arg<ffi::AnyBuffer>()    // recv_src
-                                  .Arg<ffi::AnyBuffer>()    // expert_idx
-                                  .Arg<ffi::AnyBuffer>()    // coords
-                                  .Ret<ffi::AnyBuffer>()    // y
-                                  .Ret<ffi::AnyBuffer>());  // home
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_combine_execute, WithBuffers(Combine),
+                              BindGroupCall<CombineAttrs>() JAX_EP_BIND_BUFFERS(COMBINE));
 
 }  // namespace jax_ep

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/geometry.h"
 #include "cpu/rendezvous.h"
+#include "cpu/status.h"
 #include "ffi/checker.h"
 #include "ffi/cpu/call_state.h"
 #include "ffi/cpu/test_hooks.h"
@@ -36,34 +36,47 @@ auto BindGroupCall() {
       .template Attrs<Attrs>();
 }
 
+// What XLA calls with what was bound: has `call` get the buffers as a struct.
+template <typename Attrs, typename Buffers>
+auto WithBuffers(::xla::ffi::Future (*call)(const CallContext&, const Attrs&, const Buffers&)) {
+  return [call](CallState* state, ::xla::ffi::RunId run_id, ::xla::ffi::ThreadPool pool,
+                Attrs attrs, auto... buffers) {
+    return call({state, run_id, pool}, attrs, Buffers{BufferOf(buffers)...});
+  };
+}
+
 cpu::ThreadPool PoolFrom(::xla::ffi::ThreadPool& pool);
 
-// Checks the common part of a call, has `decode(check, args)` check and fill the rest, and brings
-// `args` to the meeting of the group's ranks.
-template <typename Args, cpu::RowWork (*kMakeWork)(std::vector<const Args*>), typename Decode>
-::xla::ffi::Future JoinGroup(Target target, CallContext context, const GroupAttrs& attrs,
-                             ::xla::ffi::AnyBuffer coords_buffer, Decode&& decode) {
+// The outcome of an op as XLA takes it.
+::xla::ffi::Error ToError(const cpu::Status& status);
+
+// Checks a call and brings its arguments to the meeting of the group's ranks.
+template <typename Args, cpu::RowWork (*kMakeWork)(std::vector<const Args*>), typename Attrs,
+          typename Buffers>
+::xla::ffi::Future JoinGroup(Target target, const CallContext& context, const Attrs& attrs,
+                             const Buffers& buffers) {
   ::xla::ffi::Promise promise;
   ::xla::ffi::Future future(promise);
   try {
     OnCall(target);
     const char* op = kTargets[static_cast<int>(target)].op;
     Checker check(op);
-    CheckGroup(check, attrs);
-    const Coords coords = CheckCoords(check, attrs, coords_buffer);
+    const GroupAttrs& group = attrs.group;
+    CheckGroup(check, group);
+    const Coords coords = CheckCoords(check, group, buffers.coords);
     auto args = std::make_shared<Args>();
-    if (check.ok()) decode(check, *args);
+    if (check.ok()) Decode(check, attrs, buffers, *args);
     if (!check.ok()) {
-      promise.SetError(ToError(check.status()));
+      promise.SetError(check.error());
       return future;
     }
     cpu::Arrival arrival{
         {context.state->call_id, context.run_id.run_id, coords.group_index},
         op,
-        attrs.group_id,
+        group.group_id,
         coords.rank,
-        attrs.num_ranks,
-        attrs.timeout_ms,
+        group.num_ranks,
+        group.timeout_ms,
         std::move(args),
         [promise](const cpu::Status& status) mutable {
           if (status.ok()) {

@@ -1,6 +1,6 @@
 // Handler of target jax_ep_clock on GPUs.
 
-#include "cuda/clock.h"
+#include "cuda/measure/clock.h"
 
 #include "ffi/clock.h"
 #include "ffi/cuda/device_call.h"
@@ -11,26 +11,17 @@ namespace ffi = ::xla::ffi;
 
 namespace {
 
-ffi::Error Clock(cudaStream_t stream, int32_t device, int32_t ordinal, ffi::AnyBuffer x,
-                 ffi::Result<ffi::AnyBuffer> same, ffi::Result<ffi::AnyBuffer> time) {
-  static_cast<void>(device);
-  static_cast<void>(ordinal);
+ffi::Error Clock(cudaStream_t stream, int32_t, const ClockAttrs&,
+                 const DeviceClockBuffers& buffers) {
   Checker check("clock");
-  CheckClock(check, x, *same, *time);
-  if (!check.ok()) return ToError(check.status());
-  return ToError(cuda::LaunchClock(static_cast<uint32_t*>(time->untyped_data()), stream), "clock");
+  CheckClock(check, buffers);
+  if (!check.ok()) return check.error();
+  auto* time = static_cast<uint32_t*>(buffers.time.untyped_data());
+  return ToError(cuda::LaunchClock(time, stream), "clock");
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_ep_clock_execute, Clock,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::DeviceOrdinal>()
-                                  .Attr<int32_t>("ordinal")
-                                  .Arg<ffi::AnyBuffer>()   // x
-                                  .Ret<ffi::AnyBuffer>()   // the same buffer
-                                  .Ret<ffi::AnyBuffer>(),  // time
-                              {ffi::Traits::kCmdBufferCompatible});
+JAX_EP_DEFINE_DEVICE_CALL(jax_ep_clock_execute, Clock, CLOCK);
 
 }  // namespace jax_ep

@@ -4,20 +4,22 @@
 #include <string>
 
 #include "ffi/cuda/op_tag.h"
-#include "transport/peers.h"
+#include "transport/failures.h"
+#include "transport/groups.h"
 
 namespace jax_ep {
 
 namespace ffi = ::xla::ffi;
 
-ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer coords,
-                        int32_t device, cuda::OpKind op, std::initializer_list<int64_t> shape,
-                        DeviceGroup& group) {
+void CheckDeviceGroup(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer coords) {
   CheckGroup(check, attrs);
   check.Argument("coords", coords, ffi::S32, {2});
   check.Attribute("num_experts", attrs.num_experts <= cuda::kMaxExperts, "at most 4096 on GPUs",
                   attrs.num_experts);
-  if (!check.ok()) return ToError(check.status());
+}
+
+ffi::Error PrepareGroup(const GroupAttrs& attrs, ffi::AnyBuffer coords, int32_t device,
+                        cuda::OpKind op, const ops::AgreedNumbers& agreed, DeviceGroup& group) {
   const transport::Member* member = transport::FindMember(attrs.group_id, device);
   if (member == nullptr) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
@@ -32,7 +34,7 @@ ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer 
   group.params = member->params;
   group.params.op = op;
   group.params.coords = static_cast<const int32_t*>(coords.untyped_data());
-  group.params.tag = OpTag(op, shape, attrs.ordinal);
+  group.params.tag = OpTag(op, agreed, attrs.ordinal);
   return ffi::Error::Success();
 }
 
@@ -40,17 +42,6 @@ void CheckScratch(Checker& check, ffi::AnyBuffer scratch, int64_t bytes) {
   if (static_cast<int64_t>(scratch.size_bytes()) < bytes) {
     check.Fail("result scratch", std::to_string(bytes) + " bytes",
                std::to_string(scratch.size_bytes()));
-  }
-}
-
-cuda::RowType RowTypeOf(cpu::DType dtype) {
-  switch (dtype) {
-    case cpu::DType::kBFloat16:
-      return cuda::RowType::kBFloat16;
-    case cpu::DType::kFloat16:
-      return cuda::RowType::kFloat16;
-    default:
-      return cuda::RowType::kFloat32;
   }
 }
 

@@ -4,26 +4,35 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <string>
 
-#include "cuda/group_params.h"
-#include "cuda/row_type.h"
+#include "cuda/core/group_params.h"
 #include "ffi/checker.h"
 #include "ffi/decode.h"
-#include "transport/peers.h"
+#include "transport/member.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {
 
-// Starts the binding of a group op: context, then attributes; operands and results follow.
-template <typename Attrs>
-auto BindDeviceCall() {
-  return ::xla::ffi::Ffi::Bind()
-      .Ctx<::xla::ffi::PlatformStream<cudaStream_t>>()
-      .Ctx<::xla::ffi::DeviceOrdinal>()
-      .template Attrs<Attrs>();
+// What XLA calls with what was bound: has `call` get the buffers as a struct.
+template <typename Attrs, typename Buffers>
+auto WithBuffers(::xla::ffi::Error (*call)(cudaStream_t stream, int32_t device, const Attrs&,
+                                           const Buffers&)) {
+  return [call](cudaStream_t stream, int32_t device, Attrs attrs, auto... buffers) {
+    return call(stream, device, attrs, Buffers{BufferOf(buffers)...});
+  };
 }
+
+// Defines handler `symbol` of function `Call`, which takes CallAttrs and DeviceCallBuffers, as made
+// from the lists of `LIST`.
+#define JAX_EP_DEFINE_DEVICE_CALL(symbol, Call, LIST)                                \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, WithBuffers(Call),                           \
+                                ::xla::ffi::Ffi::Bind()                              \
+                                    .Ctx<::xla::ffi::PlatformStream<cudaStream_t>>() \
+                                    .Ctx<::xla::ffi::DeviceOrdinal>()                \
+                                    .Attrs<Call##Attrs>() JAX_EP_BIND_BUFFERS(LIST)  \
+                                        JAX_EP_BIND_SCRATCH(LIST),                   \
+                                {::xla::ffi::Traits::kCmdBufferCompatible})
 
 // What a call needs to know of its group.
 struct DeviceGroup {
@@ -35,12 +44,22 @@ struct DeviceGroup {
   int32_t NumBlocks(const GroupAttrs& attrs, int32_t fallback) const;
 };
 
-// Checks the common part of a call and finds this device's member of the group; the kernel compares
-// its place with `coords`, that of the device in the program's mesh. The tag is that of
-// the op, of `shape`, which all ranks must agree on, and of the call's ordinal.
-::xla::ffi::Error PrepareGroup(Checker& check, const GroupAttrs& attrs,
-                               ::xla::ffi::AnyBuffer coords, int32_t device, cuda::OpKind op,
-                               std::initializer_list<int64_t> shape, DeviceGroup& group);
+// Checks what calls have in common: the group and coords, whose values are on the device.
+void CheckDeviceGroup(Checker& check, const GroupAttrs& attrs, ::xla::ffi::AnyBuffer coords);
+
+// Finds this device's member of the group of a call that has been checked; the kernel compares its
+// place with `coords`, that of the device in the program's mesh. The tag is that of the op, of the
+// numbers that all ranks must agree on, and of the call's ordinal.
+::xla::ffi::Error PrepareGroup(const GroupAttrs& attrs, ::xla::ffi::AnyBuffer coords,
+                               int32_t device, cuda::OpKind op, const ops::AgreedNumbers& agreed,
+                               DeviceGroup& group);
+
+// Checks a call and fills the arguments of its op.
+template <typename Attrs, typename Buffers, typename Args>
+void CheckCall(Checker& check, const Attrs& attrs, const Buffers& buffers, Args& args) {
+  CheckDeviceGroup(check, attrs.group, buffers.coords);
+  if (check.ok()) Decode(check, attrs, buffers, args);
+}
 
 // Where peers find the operands and scratch memory of a call: in place, or, in a group whose
 // members cannot read each other's XLA buffers, in staging memory.
@@ -75,8 +94,6 @@ class SharedOperands {
 
 // Checks that a scratch result has at least `bytes`.
 void CheckScratch(Checker& check, ::xla::ffi::AnyBuffer scratch, int64_t bytes);
-
-cuda::RowType RowTypeOf(cpu::DType dtype);
 
 ::xla::ffi::Error ToError(cudaError_t error, const char* op);
 

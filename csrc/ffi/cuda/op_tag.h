@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/workspace.h"
+#include "cuda/core/workspace.h"
 
 namespace jax_ep {
 

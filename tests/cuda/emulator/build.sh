@@ -18,9 +18,11 @@ read -ra more <<<"${CXXFLAGS:-}"
 flags+=("${more[@]}")
 rm -rf "$out/source" "$out/objects"
 mkdir -p "$out/objects"
-${PYTHON:-python3} "$here/rewrite.py" "$root/csrc/cuda" "$out/source/cuda"
+for room in "$root"/csrc/cuda/*/; do
+  ${PYTHON:-python3} "$here/rewrite.py" "$room" "$out/source/cuda/$(basename "$room")"
+done
 ${PYTHON:-python3} "$here/rewrite.py" "$root/tests/cuda" "$out/source/tests"
-cp "$here/ptx.cuh" "$out/source/cuda/ptx.cuh"
+cp "$here/ptx.cuh" "$out/source/cuda/core/ptx.cuh"
 # As nvcc does, kernels include the runtime's header.
 compile() {
   local kernels=
@@ -28,7 +30,7 @@ compile() {
   echo "g++ ${flags[*]} $kernels -c $1 -o $out/objects/$2.o"
 }
 {
-  for source in "$out"/source/cuda/*.cu "$here"/*.cc "$root"/csrc/plan/*.cc "$root"/csrc/cpu/*.cc \
+  for source in "$out"/source/cuda/*/*.cu "$here"/*.cc "$root"/csrc/plan/*.cc "$root"/csrc/cpu/*.cc \
     "$root"/csrc/transport/error_text.cc; do
     compile "$source" "library_$(basename "$(dirname "$source")")_$(basename "$source")"
   done

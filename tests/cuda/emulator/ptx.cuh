@@ -1,5 +1,5 @@
-// Stands for csrc/cuda/ptx.cuh: the same functions, on the emulator. Orders of memory need nothing
-// here, where one fiber runs at a time; fences are chances for others to run.
+// Stands for csrc/cuda/core/ptx.cuh: the same functions, on the emulator. Orders of memory need
+// nothing here, where one fiber runs at a time; fences are chances for others to run.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,0 +1,24 @@
+// What a kernel needs to know of its group.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/workspace.h"
+
+namespace jax_ep::cuda {
+
+// What every kernel of a group needs to know of it; passed by value.
+struct GroupParams {
+  Workspace* peers[kMaxRanks];  // as this device maps them; peers[rank] is its own
+  ErrorRecord* error;           // pinned host memory
+  int rank;
+  int num_ranks;
+  int instance;           // which of the groups side by side
+  const int32_t* coords;  // [2], rank and instance as the program counts them; null: not checked
+  uint64_t arrival_timeout_ns;
+  uint64_t op_timeout_ns;
+  uint32_t tag;
+  OpKind op;
+};
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,346 @@
+// How the ranks of a group keep step inside kernels: arrival, closing, deadlines and failures.
+//
+// Every op of a group is one kernel on each rank, or two (plan/pull.cu), and runs in these steps:
+//
+//   1. BeginOp: all blocks learn the numbers of the op.
+//   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
+//   3. WaitInputs: every block waits until all peers have done so; then it may read their inputs.
+//   4. EndOp: the last block to finish tells every peer that this rank reads no more, and waits
+//      until all peers have said the same; then the inputs may be reused. An op whose peers read
+//      nothing of this rank's ends without that (EndOpAtOnce).
+//
+// A wait that passes its deadline, or that meets another op, records the failure, tells all peers
+// and returns false; from then on every wait of the group returns false at once. Nothing traps: the
+// last block overwrites all results with poison. And a rank that has failed does not close, so no
+// rank ends an op well in which another one failed before it had read all (EndOp).
+//
+// Order of memory, as PTX defines it. A word that tells a peer that memory is ready, or is read, is
+// released at system scope: by a release store, or by a fence of system scope and a relaxed store
+// of the same thread. What other threads did before comes along, since they met that thread at a
+// barrier (of a warp or a block) or through a counter between fences (IsLastBlock). The peer
+// acquires the word at system scope, and its other threads meet the one that did. Relaxed stores
+// without a fence are for words that hand no memory over: all that they say is in the word itself
+// (the plans' counts and ids, and the arrival flag of plan/push.cu).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/group_params.h"
+#include "cuda/core/ptx.cuh"
+#include "cuda/core/test_hooks.cuh"
+#include "cuda/core/workspace.h"
+
+namespace jax_ep::cuda {
+
+__device__ __forceinline__ Workspace& Own(const GroupParams& group) {
+  return *group.peers[group.rank];
+}
+
+// Records the failure unless there was one before, and tells all peers. Not inlined, like all that
+// runs only when a wait takes long: the waits are many, and their code should stay short.
+__device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, WordKind word,
+                                         int peer, uint64_t expected, uint64_t seen,
+                                         uint64_t waited_ns) {
+  // Its own flag is that of another op: one that runs beside this one.
+  if (kind == ErrorKind::kMismatch && peer == group.rank) kind = ErrorKind::kConcurrent;
+  ErrorRecord* error = group.error;
+  if (atomicCAS_system(&error->set, 0u, 2u) == 0u) {
+    error->kind = static_cast<uint32_t>(kind);
+    error->rank = group.rank;
+    error->peer = peer;
+    error->op = static_cast<uint32_t>(group.op);
+    error->word = static_cast<uint32_t>(word);
+    error->expected = expected;
+    error->seen = seen;
+    error->waited_ns = waited_ns;
+    ptx::StoreReleaseSystem(&error->set, 1u);
+  }
+  for (int r = 0; r < group.num_ranks; ++r) {
+    ptx::StoreReleaseSystem(&group.peers[r]->failed, 1u);
+  }
+  // All are told before a block acts on the mark: the inputs that they read may be gone after that.
+  ptx::FenceAcquireReleaseSystem();
+  atomicOr(&Own(group).blocks_done, kFailedHere);
+}
+
+// Keeps a wait from lasting for ever: Continue is called now and then while nothing has come.
+class Deadline {
+ public:
+  // False once the group has failed. `expected` and `seen`, packed as `word` says, are for the
+  // report; of a message, all bits of the epoch are expected.
+  __device__ __forceinline__ bool Continue(const GroupParams& group, WordKind word, int peer,
+                                           uint64_t expected, uint64_t seen) {
+    return ++spins_ % 64 != 0 || Look(group, word, peer, expected, seen);
+  }
+
+ private:
+  __device__ __noinline__ bool Look(const GroupParams& group, WordKind word, int peer,
+                                    uint64_t expected, uint64_t seen) {
+    if (ptx::LoadAcquireSystem(&Own(group).failed) != 0u) {
+      Fail(group, ErrorKind::kAborted, word, peer, expected, seen, 0);
+      return false;
+    }
+    // A peer at another op may never send the message that this one waits for. The other waits are
+    // for flags, which tell the op themselves, or begin after the peer's arrival flag was right.
+    if (word == WordKind::kMessage) {
+      const uint64_t epoch = expected;
+      const uint64_t flag = FlagValue(epoch, group.tag);
+      const uint64_t arrival = ptx::LoadAcquireSystem(&Own(group).arrival[epoch % 2][peer].value);
+      if (arrival >> kTagBits >= epoch && arrival != flag) {
+        Fail(group, ErrorKind::kMismatch, WordKind::kArrivalFlag, peer, flag, arrival, 0);
+        return false;
+      }
+    }
+    const uint64_t now = ptx::GlobalTimer();
+    if (start_ == 0) start_ = now;
+    const uint64_t waited = now - start_;
+    if (spins_ % 1024 == 0) {  // across PCIe, so less often
+      const uint32_t lost = ptx::LoadAcquireSystem(&group.error->lost_peer);
+      if (lost != 0u && lost_) {
+        Fail(group, ErrorKind::kPeerLost, word, static_cast<int>(lost) - 1, expected, seen, waited);
+        return false;
+      }
+      lost_ = lost != 0u;  // what it sent before it went may still be found by another look
+    }
+    const uint64_t limit =
+        PhaseOf(word) == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
+    if (waited <= limit) return true;
+    Fail(group, ErrorKind::kTimeout, word, peer, expected, seen, waited);
+    return false;
+  }
+
+  uint32_t spins_ = 0;
+  uint64_t start_ = 0;
+  bool lost_ = false;
+};
+
+// Waits for `flag` of `peer`, of the kind `word`, to reach `epoch`; false once the group has
+// failed.
+__device__ inline bool WaitFlag(const GroupParams& group, const uint64_t& flag, uint64_t epoch,
+                                WordKind word, int peer) {
+  const uint64_t expected = FlagValue(epoch, group.tag);
+  for (Deadline deadline;;) {
+    const uint64_t seen = ptx::LoadAcquireSystem(&flag);
+    if (seen == expected) return true;
+    if (seen >> kTagBits >= epoch) {
+      Fail(group, ErrorKind::kMismatch, word, peer, expected, seen, 0);
+      return false;
+    }
+    if (!deadline.Continue(group, word, peer, expected, seen)) return false;
+  }
+}
+
+// The numbers of the running op, its publication only if it is one that publishes.
+__device__ __forceinline__ OpNumbers NumbersOfOp(const GroupParams& group) {
+  OpNumbers last;
+  ptx::LoadRelaxedSystem(&Own(group).last.epoch, last.epoch, last.publication);  // by one load
+  if (kMutation == kNumberByEpoch) last.publication = last.epoch;
+  return {last.epoch + 1, last.publication + 1};
+}
+
+// The same, in the op's first kernel. All threads of all blocks call it before EndOp.
+__device__ __forceinline__ OpNumbers BeginOp(const GroupParams& group) {
+  Workspace& own = Own(group);
+  const OpNumbers op = NumbersOfOp(group);
+  // By a thread that has nothing to do while the answer comes.
+  if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && atomicExch(&own.active, 1u) != 0u) {
+    Fail(group, ErrorKind::kConcurrent, WordKind::kNone, group.rank, op.epoch, op.epoch, 0);
+  }
+  return op;
+}
+
+// True in all threads of the last block that comes here, which sees all that the other blocks wrote
+// before they came. `counter` is reset. `failed` becomes whether it is marked with kFailedHere;
+// then every block sees what those before it wrote. Called by all threads of all blocks.
+__device__ inline bool IsLastBlock(uint32_t* counter, bool& failed) {
+  __shared__ uint32_t before;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    before = atomicAdd(counter, 1u);
+    const bool is_last = (before & ~kFailedHere) == gridDim.x - 1;
+    if (is_last) {
+      atomicAdd(counter, 0u - gridDim.x);
+      // Two ops at once may have counted together below zero.
+      if ((before & kFailedHere) != 0) atomicOr(counter, kFailedHere);
+    }
+    if (is_last || (before & kFailedHere) != 0) __threadfence();
+  }
+  __syncthreads();
+  failed = (before & kFailedHere) != 0;
+  return (before & ~kFailedHere) == gridDim.x - 1;
+}
+
+// This rank's address as its peers may name it; ~0 if they cannot read it.
+__device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t publication,
+                                         const void* address) {
+  const uint64_t value = reinterpret_cast<uint64_t>(address);
+  for (int i = 0; i < kMaxRegions; ++i) {
+    const Region region = Own(group).regions[group.rank][i];
+    if (value - region.base < region.size) return PackAddress(i, value - region.base, publication);
+  }
+  return ~uint64_t{0};
+}
+
+// Tells every peer that this rank's inputs are ready, at `addresses` (null: none). Called by all
+// threads of one block, after the inputs were made visible (by an earlier kernel, or IsLastBlock).
+// Each thread has its fence before all of its stores, so these are relaxed, and come in any order.
+__device__ inline void Publish(const GroupParams& group, OpNumbers op,
+                               const void* const (&addresses)[kMaxAddresses]) {
+  constexpr int kWords = kMaxAddresses + 1;
+  const auto [epoch, publication] = op;
+  TestDelay(group.rank, epoch, 0);
+  ptx::FenceAcquireReleaseSystem();
+  for (int i = threadIdx.x; i < group.num_ranks * kWords; i += blockDim.x) {
+    Workspace& peer = *group.peers[i / kWords];
+    const int word = i % kWords;
+    if (word == kMaxAddresses) {
+      ptx::StoreRelaxedSystem(&peer.arrival[epoch % 2][group.rank].value,
+                              FlagValue(epoch, group.tag));
+      continue;
+    }
+    if (TestWithholds(group, i / kWords, WordKind::kAddress)) continue;
+    const void* address = nullptr;
+#pragma unroll
+    for (int j = 0; j < kMaxAddresses; ++j) address = word == j ? addresses[j] : address;
+    uint64_t encoded = PackAddress(0, 0, publication);
+    if (address != nullptr) {
+      encoded = EncodeAddress(group, publication, address);
+      if (encoded == ~uint64_t{0}) {
+        Fail(group, ErrorKind::kUnreachable, WordKind::kNone, group.rank,
+             reinterpret_cast<uint64_t>(address), word, 0);
+        continue;  // who waits for it finds that this rank has failed
+      }
+    }
+    TestDelay(group.rank, epoch, ~0u);  // the flag may be there before the address
+    ptx::StoreRelaxedSystem(&peer.addresses[group.rank][word], encoded);
+  }
+}
+
+// Where the peers' inputs are, as this device maps them. In shared memory.
+struct PeerInputs {
+  const char* address[kMaxRanks][kMaxAddresses];
+
+  template <typename T>
+  __device__ __forceinline__ const T* Of(int peer, int index) const {
+    return reinterpret_cast<const T*>(address[peer][index]);
+  }
+};
+
+// Whether the group had failed before this op, which then shall not succeed, though all that it
+// waits for may come; or whether the program takes this device for another rank. For one thread of
+// a block, beside the waits of the others.
+__device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
+  int rank = group.rank, instance = group.instance;
+  if (group.coords != nullptr) {
+    rank = group.coords[0];
+    instance = group.coords[1];
+  }
+  const bool failed = ptx::LoadAcquireSystem(&Own(group).failed) != 0u;  // on its way meanwhile
+  if (rank != group.rank || instance != group.instance) {
+    Fail(group, ErrorKind::kMisplaced, WordKind::kNone, rank, group.instance, instance, 0);
+    return true;
+  }
+  if (!failed) return false;
+  Fail(group, ErrorKind::kAborted, WordKind::kNone, group.rank, epoch, epoch, 0);
+  return true;
+}
+
+// Waits until all ranks have arrived, after which `inputs` says where their inputs are; false in
+// all threads once the group has failed. Called by all threads of a block.
+__device__ inline bool WaitInputs(const GroupParams& group, OpNumbers op, PeerInputs& inputs) {
+  Workspace& own = Own(group);
+  const uint64_t epoch = op.epoch, number = PackAddress(0, 0, op.publication);
+  bool arrived = threadIdx.x + 1 != blockDim.x || !HasFailed(group, epoch);
+  for (int i = threadIdx.x; i < group.num_ranks * kMaxAddresses; i += blockDim.x) {
+    const int r = i / kMaxAddresses;
+    const uint64_t& flag = own.arrival[epoch % 2][r].value;
+    if (kMutation != kWithoutArrival && !WaitFlag(group, flag, epoch, WordKind::kArrivalFlag, r)) {
+      arrived = false;
+      break;
+    }
+    // It left together with the flag; after a failure it may never come.
+    uint64_t word;
+    for (Deadline deadline; arrived;) {
+      word = ptx::LoadRelaxedSystem(&own.addresses[r][i % kMaxAddresses]);
+      if ((word & 0xffff) == number || kMutation == kWithoutArrival) break;
+      arrived = deadline.Continue(group, WordKind::kAddress, r, number, word);
+    }
+    if (!arrived) break;
+    const uint64_t encoded = word >> 16;
+    const Region region = own.regions[r][encoded >> kRegionShift];
+    const uint64_t offset = encoded & ((uint64_t{1} << kRegionShift) - 1);
+    // Ranges that this device does not map cannot be named.
+    inputs.address[r][i % kMaxAddresses] =
+        reinterpret_cast<const char*>(region.base + (offset < region.size ? offset : 0));
+  }
+  TestDelay(group.rank, epoch, 1);
+  return __syncthreads_and(arrived);
+}
+
+// Ends the op: the last block returns once all ranks read no more. Called by all threads of all
+// blocks, each after its last read of a peer, also after a failure. Meanwhile all threads of the
+// last block run `finish`, which sees what the other blocks wrote; and then, if the group has
+// failed, `poison`, which makes all results recognisable: blocks that did not fail have written
+// theirs.
+//
+// A rank whose waits or inputs were wrong (kFailedHere) does not close, so that its peers fail too,
+// who may have read these inputs before they were told. That also makes one look at `failed`
+// enough: a peer that fails after its close has read all that it needed, and this rank's results
+// are right.
+//
+// Two ops that run at once share the count of blocks, and the last of either may not know it. So
+// every block that comes after a failure here writes poison, over what came before it.
+template <typename Finish, typename Poison>
+__device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish,
+                             Poison&& poison) {
+  Workspace& own = Own(group);
+  TestDelay(group.rank, epoch, 2);
+  if (TestStops(group.tag, ~0u)) return;
+  bool failed;
+  const bool is_last = IsLastBlock(&own.blocks_done, failed);
+  if (!is_last && !failed) return;
+  if (!failed) {
+    // Releases the reads of all blocks, which IsLastBlock ordered before for this GPU alone. (Bulk
+    // loads are among them: they were complete when their barriers were waited for.)
+    for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
+      ptx::StoreReleaseSystem(&group.peers[r]->close[group.rank].value,
+                              FlagValue(epoch, group.tag));
+    }
+    if (threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u) {
+      // No wait may find it: a peer that failed after its own close has sent all.
+      Fail(group, ErrorKind::kAborted, WordKind::kCloseFlag, group.rank,
+           FlagValue(epoch, group.tag), 0, 0);
+      failed = true;
+    }
+    finish();
+    for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
+      if (kMutation != kWithoutClose &&
+          !WaitFlag(group, own.close[r].value, epoch, WordKind::kCloseFlag, r)) {
+        failed = true;
+      }
+    }
+    failed = __syncthreads_or(failed);
+  }
+  if (failed) poison();
+  if (!is_last || threadIdx.x != 0) return;
+  own.tickets = 0;
+  own.last.epoch = epoch;
+  // Without its value, for which the end would wait, or a register be kept until here.
+  atomicAdd(reinterpret_cast<unsigned long long*>(&own.last.publication), 1ull);
+  own.active = 0;
+}
+
+template <typename Poison>
+__device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Poison&& poison) {
+  EndOp(group, epoch, [] {}, poison);
+}
+
+// Ends an op whose peers read nothing of this rank's, and which published nothing. Called by one
+// thread, after all blocks' waits.
+__device__ inline void EndOpAtOnce(const GroupParams& group, uint64_t epoch) {
+  Own(group).last.epoch = epoch;
+  Own(group).active = 0;
+}
+
+}  // namespace jax_ep::cuda

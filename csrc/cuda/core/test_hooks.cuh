@@ -1,0 +1,76 @@
+// What stress tests build into the kernels: delays that bring races to light, mutations, each of
+// which takes one wait out, to show that the tests would notice, a shorter ring, which few tokens
+// fill, and ranks that stop in the middle of an op or keep words to themselves. None is in the
+// library.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/group_params.h"
+
+namespace jax_ep::cuda {
+
+#ifdef JAX_EP_MUTATION
+constexpr int kMutation = JAX_EP_MUTATION;
+#else
+constexpr int kMutation = 0;
+#endif
+
+// The waits that can be taken out.
+constexpr int kWithoutArrival = 1;     // of peers' inputs
+constexpr int kWithoutClose = 2;       // until peers have read this rank's inputs
+constexpr int kWithoutRingReady = 3;   // for sums of peers
+constexpr int kWithoutRingFree = 4;    // until home has read a slot
+constexpr int kWithoutPlanWords = 5;   // for the messages of the plan that pushes
+constexpr int kWithoutPlanTotals = 6;  // for the totals of the plan that pulls
+// Not a wait: addresses are told from those of before by their epoch.
+constexpr int kNumberByEpoch = 7;
+
+// Slots of the ring that are used for the sums of one peer, at most.
+#ifdef JAX_EP_TEST_RING_SLOTS
+constexpr int kMostRingSlots = JAX_EP_TEST_RING_SLOTS;
+#else
+constexpr int kMostRingSlots = 1 << 30;
+#endif
+
+// Some blocks, at some points of some ops, wait for up to 30 us.
+__device__ __forceinline__ void TestDelay([[maybe_unused]] int rank,
+                                          [[maybe_unused]] uint64_t epoch,
+                                          [[maybe_unused]] uint32_t point) {
+#ifdef JAX_EP_TEST_DELAYS
+  uint32_t x = static_cast<uint32_t>(epoch) * 2654435761u ^ point * 40503u ^
+               (blockIdx.x + 1) * 2246822519u ^ (rank + 1) * 3266489917u;
+  x ^= x >> 15;
+  x *= 2246822519u;
+  x ^= x >> 13;
+  if (x % 4 == 0) __nanosleep(x / 4 % 30000);
+#endif
+}
+
+// Only the lower half of a tag travels. The upper one, in tests, is 0, or 1 + the number of items
+// after which the rank stops, or kWithholds + the kind of the words that the rank sends to no peer.
+constexpr uint32_t kWithholds = 0xff00;
+
+// Whether this rank stops in this op, as one whose process is gone: each warp of combine after so
+// many items, and no block ends the op.
+__device__ __forceinline__ bool TestStops([[maybe_unused]] uint32_t tag,
+                                          [[maybe_unused]] uint32_t num_items) {
+#ifdef JAX_EP_TEST_STOPS
+  return tag >> 16 != 0 && tag >> 16 < kWithholds && num_items >= (tag >> 16) - 1;
+#else
+  return false;
+#endif
+}
+
+// Whether this rank sends none of its words of this kind to the peer in this op.
+__device__ __forceinline__ bool TestWithholds([[maybe_unused]] const GroupParams& group,
+                                              [[maybe_unused]] int peer,
+                                              [[maybe_unused]] WordKind word) {
+#ifdef JAX_EP_TEST_STOPS
+  return group.tag >> 16 == kWithholds + static_cast<uint32_t>(word) && peer != group.rank;
+#else
+  return false;
+#endif
+}
+
+}  // namespace jax_ep::cuda

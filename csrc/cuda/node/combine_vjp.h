@@ -1,0 +1,59 @@
+// The gradients of combine with fused weights, on a GPU (layout "expert").
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/core/group_params.h"
+#include "cuda/rows/row_type.h"
+#include "ops/combine_vjp.h"
+
+namespace jax_ep::cuda {
+
+// Symbols as in plan/routing.h; H is the hidden size.
+struct CombineVjpParams {
+  GroupParams group;
+  RowType type;
+  int32_t num_tokens;
+  int32_t num_rows;
+  int32_t capacity;
+  int32_t hidden;
+  const void* dy;            // [T, H], this rank's
+  const void* rows;          // [C, H]
+  const float* row_weights;  // [C]
+  const int32_t* recv_rows;  // [R * T, M]
+  const int32_t* recv_src;   // [C]
+  void* d_rows;              // [C, H]
+  float* d_weights;          // [C]
+  int32_t num_blocks;
+};
+
+// What the arguments of the op say; the group and the number of blocks are left. `dy` is where this
+// rank has it: peers may read it elsewhere.
+inline CombineVjpParams ParamsOf(const ops::CombineVjpArgs& args) {
+  const ops::Geometry& geometry = args.geometry;
+  CombineVjpParams params{};
+  params.type = RowTypeOf(geometry.dtype);
+  params.num_tokens = geometry.num_tokens;
+  params.num_rows = geometry.rows_per_source();
+  params.capacity = geometry.capacity;
+  params.hidden = geometry.hidden;
+  params.dy = args.dy;
+  params.rows = args.rows;
+  params.row_weights = args.row_weights;
+  params.recv_rows = args.handle.recv_rows;
+  params.recv_src = args.handle.recv_src;
+  params.d_rows = args.d_rows;
+  params.d_weights = args.d_weights;
+  return params;
+}
+
+// Bytes of the longest rows that the kernel's shared memory has room for.
+int64_t MaxCombineVjpRowBytes();
+
+cudaError_t LaunchCombineVjp(const CombineVjpParams& params, cudaStream_t stream);
+
+cudaError_t LoadCombineVjp();
+
+}  // namespace jax_ep::cuda

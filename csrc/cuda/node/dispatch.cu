@@ -1,0 +1,354 @@
+// The dispatch op: every rank reads the rows that it needs, each once over the link, and writes
+// each to all its places.
+//
+// In a block, *movers* are warps that copy rows by bulk copies through a ring of stages in shared
+// memory: while some loads are under way, finished ones are stored. In between they clear unused
+// rows, at a pace that spreads this over the whole op: all at once would keep the links idle
+// meanwhile. The other warps are *helpers*: they bring weights and scales.
+
+#include <algorithm>
+
+#include "cuda/core/sync.cuh"
+#include "cuda/node/dispatch.h"
+#include "cuda/rows/sources.cuh"
+#include "cuda/rows/vectors.cuh"
+
+namespace jax_ep::cuda {
+namespace {
+
+using plan::Layout;
+
+constexpr int kStages = 4;
+// Loads ahead of the stores, where a row is stored once and where it may be stored many times.
+constexpr int kFewStores = 3;
+constexpr int kManyStores = 2;
+// Items before the current one whose stores may still read their stages. No more: what is queued
+// when the work ends is what other SMs wait for.
+constexpr int kStoring = 1;
+static_assert(kManyStores + kStoring <= kStages && kFewStores + kStoring <= kStages);
+constexpr int kMaxMovers = 8;
+constexpr int kHelpers = 4;              // warps
+constexpr int kStagesBytes = 200 << 10;  // of shared memory, for the stages of all movers
+constexpr int kMaxChunkBytes = 16 << 10;
+constexpr int kZeroBytes = 8 << 10;
+
+// How a row is cut for the stages.
+struct Chunks {
+  int32_t bytes;  // of all but the last
+  int32_t count;
+};
+
+__host__ __device__ Chunks ChunksOf(int32_t row_bytes) {
+  if (row_bytes == 0) return {16, 0};  // only weights are brought
+  const int32_t count = (row_bytes + kMaxChunkBytes - 1) / kMaxChunkBytes;
+  const int32_t bytes = plan::RoundUp((row_bytes + count - 1) / count, 16);
+  return {bytes, (row_bytes + bytes - 1) / bytes};
+}
+
+// Scales travel with the last chunk of their row if bulk copies can carry them.
+__host__ __device__ int32_t BulkScaleBytes(const DispatchParams& p) {
+  const int32_t bytes = p.scales_per_row * static_cast<int32_t>(sizeof(float));
+  return bytes % 16 == 0 ? bytes : 0;
+}
+
+__host__ __device__ int32_t StageBytes(const DispatchParams& p) {
+  return plan::RoundUp(ChunksOf(p.row_bytes).bytes, 128) + plan::RoundUp(BulkScaleBytes(p), 128);
+}
+
+__host__ __device__ int32_t NumMovers(const DispatchParams& p) {
+  return plan::Min(kStagesBytes / (kStages * StageBytes(p)), kMaxMovers);
+}
+
+// Shared memory of a block.
+constexpr int kBarriersAt = kZeroBytes;
+constexpr int kInputsAt = kBarriersAt + kMaxMovers * kStages * static_cast<int>(sizeof(uint64_t));
+constexpr int kStagesAt = kInputsAt + static_cast<int>(sizeof(PeerInputs));
+static_assert(kStagesAt % 128 == 0, "bulk copies want aligned stages");
+
+struct DispatchMemory {
+  char* zeros;         // [kZeroBytes]
+  uint64_t* barriers;  // [kMaxMovers, kStages]
+  PeerInputs* inputs;  // x, scales, weights
+  char* stages;        // [movers, kStages, StageBytes()]
+  __device__ explicit DispatchMemory(char* memory)
+      : zeros(memory),
+        barriers(reinterpret_cast<uint64_t*>(memory + kBarriersAt)),
+        inputs(reinterpret_cast<PeerInputs*>(memory + kInputsAt)),
+        stages(memory + kStagesAt) {}
+};
+
+size_t SharedBytes(const DispatchParams& p) {
+  return kStagesAt + static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
+}
+
+// Clears the rows without a source, those of one of `num_warps` warps, bit by bit. Neighbouring
+// rows belong to different warps: unused rows lie together.
+class RowClearer {
+ public:
+  __device__ RowClearer(const DispatchParams& p, const char* zeros, int32_t warp, int32_t num_warps)
+      : p_(p), zeros_(zeros), warp_(warp), num_warps_(num_warps) {
+    const int32_t share = warp < p.capacity ? (p.capacity - warp - 1) / num_warps + 1 : 0;
+    num_steps_ = (share + 31) / 32;
+    next_is_unused_ = IsUnused(0);
+  }
+
+  // Goes on until `done` of `total` parts of the work are done. The stores are in each lane's
+  // current bulk group.
+  __device__ void Advance(int64_t done, int64_t total) {
+    while (step_ < num_steps_ && step_ * total < done * num_steps_) {
+      const int32_t row = RowAt(step_);
+      const bool is_unused = next_is_unused_;
+      next_is_unused_ = IsUnused(++step_);  // there when it is needed
+      if (!is_unused) continue;
+      char* target = static_cast<char*>(p_.rows) + row * p_.row_stride;
+      for (int32_t offset = 0; offset < p_.row_bytes; offset += kZeroBytes) {
+        ptx::BulkStore(target + offset, zeros_, plan::Min(kZeroBytes, p_.row_bytes - offset));
+      }
+    }
+  }
+
+ private:
+  __device__ int64_t RowAt(int32_t step) const {
+    return (int64_t{step} * 32 + threadIdx.x % 32) * num_warps_ + warp_;
+  }
+  __device__ bool IsUnused(int32_t step) const {
+    const int64_t row = RowAt(step);
+    return row < p_.capacity && p_.recv_src[row] < 0;
+  }
+
+  const DispatchParams& p_;
+  const char* zeros_;
+  int32_t warp_;
+  int32_t num_warps_;
+  int32_t num_steps_;
+  int32_t step_ = 0;
+  bool next_is_unused_;
+};
+
+// One mover. The load of an item runs up to kAhead items ahead of its stores; the other stages hold
+// items whose stores still read them.
+template <int kAhead>
+__device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int32_t warp,
+                         int32_t num_warps, const char* zeros, char* stages, uint64_t* barriers) {
+  const int32_t lane = threadIdx.x % 32;
+  const Chunks chunks = ChunksOf(p.row_bytes);
+  const int32_t stage_bytes = StageBytes(p);
+  const int32_t scale_bytes = BulkScaleBytes(p);
+  const int32_t scale_offset = stage_bytes - plan::RoundUp(scale_bytes, 128);
+  if (lane == 0) {
+    for (int s = 0; s < kStages; ++s) ptx::InitBarrier(&barriers[s], 1);
+    ptx::FenceBarrierInit();
+    ptx::FenceProxyAsyncGlobal();
+  }
+  __syncwarp();
+
+  RowClearer clearer(p, zeros, warp, num_warps);
+  SourceQueue<DispatchParams> sources(p, warp, num_warps);
+  typename SourceQueue<DispatchParams>::Entry source{};
+  int32_t load_chunk = chunks.count;
+  int32_t row_of_stage[kStages];
+  int32_t offset_of_stage[kStages];
+  bool more = true;
+  // Starts the next load into `stage`; sets `more` to false when there is none.
+  const auto load = [&](int stage, int32_t& row, int32_t& offset) {
+    if (!more) return;
+    if (load_chunk == chunks.count) {
+      source = sources.Next();
+      load_chunk = 0;
+      more = source.source != plan::kNone;
+      if (!more) return;
+    }
+    row = source.row;
+    offset = load_chunk * chunks.bytes;
+    ++load_chunk;
+    if (lane == 0) {
+      const int32_t bytes = plan::Min(chunks.bytes, p.row_bytes - offset);
+      const int32_t rank = source.source / p.num_tokens;
+      const int64_t token = source.source % p.num_tokens;
+      char* memory = stages + stage * stage_bytes;
+      const bool with_scales = scale_bytes != 0 && load_chunk == chunks.count;
+      ptx::ArriveExpectBytes(&barriers[stage], bytes + (with_scales ? scale_bytes : 0));
+      ptx::BulkLoad(memory, inputs.Of<char>(rank, 0) + token * p.row_bytes + offset, bytes,
+                    &barriers[stage]);
+      if (with_scales) {
+        ptx::BulkLoad(memory + scale_offset, inputs.Of<char>(rank, 1) + token * scale_bytes,
+                      scale_bytes, &barriers[stage]);
+      }
+    }
+  };
+  int32_t num_loaded = 0;
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    load(s, row_of_stage[s], offset_of_stage[s]);
+    num_loaded += more;
+  }
+  for (int32_t item = 0; item < num_loaded;) {
+    const uint32_t parity = (item / kStages) & 1;
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      if (item >= num_loaded) break;
+      while (!ptx::TryWaitParity(&barriers[s], parity)) {
+      }
+      const int32_t row = row_of_stage[s];
+      if (row >= 0) {
+        const int32_t bytes = plan::Min(chunks.bytes, p.row_bytes - offset_of_stage[s]);
+        char* target = static_cast<char*>(p.rows) + row * p.row_stride + offset_of_stage[s];
+        ptx::BulkStore(target, stages + s * stage_bytes, bytes);
+        if (scale_bytes != 0 && offset_of_stage[s] + bytes == p.row_bytes) {
+          ptx::BulkStore(reinterpret_cast<char*>(p.row_scales) + int64_t{row} * scale_bytes,
+                         stages + s * stage_bytes + scale_offset, scale_bytes);
+        }
+      }
+      ++item;
+      clearer.Advance(source.n, sources.num_sources());
+      ptx::CommitBulkGroup();
+      // The next load takes the stage of an earlier item, whose stores must have read it.
+      ptx::WaitBulkGroupRead<kStoring>();
+      __syncwarp();
+      const int next = (s + kAhead) % kStages;
+      load(next, row_of_stage[next], offset_of_stage[next]);
+      num_loaded += more;
+    }
+  }
+  clearer.Advance(1, 1);
+  ptx::CommitBulkGroup();
+  ptx::WaitBulkGroups();
+}
+
+// Helpers: the weight of each row.
+__device__ void BringWeights(const DispatchParams& p, const PeerInputs& inputs, int32_t thread,
+                             int32_t num_threads) {
+  const bool by_pair = p.layout == Layout::kToken;
+  const int64_t count = int64_t{p.capacity} * (by_pair ? p.top_k : 1);
+  const int32_t num_sources = plan::NumSources(p.layout, p.group.num_ranks, p.num_tokens, p.top_k);
+  for (int64_t i = thread; i < count; i += num_threads) {
+    const int32_t encoded = p.recv_src[by_pair ? i / p.top_k : i];
+    float weight = 0.0f;
+    if (encoded >= 0 && encoded < num_sources && (!by_pair || p.expert_idx[i] >= 0)) {
+      const plan::Source source = plan::DecodeSource(p.layout, encoded, p.num_tokens, p.top_k);
+      const int32_t k = by_pair ? static_cast<int32_t>(i % p.top_k) : source.k;
+      const float* weights = inputs.Of<float>(source.rank, 2);
+      weight = __ldcg(&weights[int64_t{source.token} * p.top_k + k]);
+    }
+    p.row_weights[i] = weight;
+  }
+}
+
+// Helpers: the scales of the sources of one warp, several sources at a time to hide the link's
+// latency.
+__device__ void BringScales(const DispatchParams& p, const PeerInputs& inputs, int32_t warp,
+                            int32_t num_warps) {
+  constexpr int kAtOnce = 4;
+  const int32_t lane = threadIdx.x % 32;
+  SourceIterator<DispatchParams> sources(p, warp, num_warps);
+  for (bool more = true; more;) {
+    int32_t batch[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      batch[i] = more ? sources.Next() : plan::kNone;
+      more = more && batch[i] != plan::kNone;
+    }
+    for (int32_t j0 = 0; j0 < p.scales_per_row; j0 += 32) {
+      const int32_t j = j0 + lane;
+      float scale[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (batch[i] < 0 || j >= p.scales_per_row) continue;
+        const float* scales = inputs.Of<float>(batch[i] / p.num_tokens, 1);
+        scale[i] = __ldcg(&scales[int64_t{batch[i] % p.num_tokens} * p.scales_per_row + j]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (batch[i] < 0 || j >= p.scales_per_row) continue;
+        for (int32_t m = 0; m < p.num_rows; ++m) {
+          const int32_t row = p.recv_rows[int64_t{batch[i]} * p.num_rows + m];
+          if (row < 0 || row >= p.capacity) break;
+          p.row_scales[int64_t{row} * p.scales_per_row + j] = scale[i];
+        }
+      }
+    }
+  }
+}
+
+// Helpers: zeros for the scales of rows that have no source.
+__device__ void ClearUnusedScales(const DispatchParams& p, int32_t warp, int32_t num_warps) {
+  for (int64_t row = warp; row < p.capacity; row += num_warps) {
+    if (p.recv_src[row] >= 0) continue;
+    for (int32_t j = threadIdx.x % 32; j < p.scales_per_row; j += 32) {
+      p.row_scales[row * p.scales_per_row + j] = 0.0f;
+    }
+  }
+}
+
+// What a failed dispatch gives: NaN in every row.
+__device__ void Poison(const DispatchParams& p) {
+  const int32_t words_per_row = p.row_bytes / 16;
+  for (int64_t row = 0; row < p.capacity; ++row) {
+    uint4* words = reinterpret_cast<uint4*>(static_cast<char*>(p.rows) + row * p.row_stride);
+    for (int32_t i = threadIdx.x; i < words_per_row; i += blockDim.x) {
+      words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    }
+  }
+  for (int64_t i = threadIdx.x; i < int64_t{p.capacity} * p.scales_per_row; i += blockDim.x) {
+    p.row_scales[i] = __uint_as_float(~0u);
+  }
+  if (p.row_weights == nullptr) return;
+  const int64_t num_weights = int64_t{p.capacity} * (p.layout == Layout::kToken ? p.top_k : 1);
+  for (int64_t i = threadIdx.x; i < num_weights; i += blockDim.x) {
+    p.row_weights[i] = __uint_as_float(~0u);
+  }
+}
+
+template <int kAhead>
+__global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
+    DispatchKernel(const __grid_constant__ DispatchParams p) {
+  extern __shared__ __align__(128) char memory[];
+  const DispatchMemory shared(memory);
+  const OpNumbers op = BeginOp(p.group);
+  if (blockIdx.x == 0) {
+    Publish(p.group, op, {p.row_bytes > 0 ? p.x : nullptr, p.scales, p.weights});
+  }
+  for (int32_t i = threadIdx.x; i < kZeroBytes / 16; i += blockDim.x) {
+    reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
+  }
+  ptx::FenceProxyAsyncShared();
+  const bool ok = WaitInputs(p.group, op, *shared.inputs);  // and the zeros are there
+  const int32_t warp = threadIdx.x / 32;
+  const int32_t num_movers = NumMovers(p);
+  if (ok && warp < num_movers && p.row_bytes > 0) {
+    MoveRows<kAhead>(p, *shared.inputs, warp * gridDim.x + blockIdx.x, num_movers * gridDim.x,
+                     shared.zeros,
+                     shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
+                     shared.barriers + warp * kStages);
+  } else if (ok && warp >= num_movers) {
+    const int32_t helper = (warp - num_movers) * gridDim.x + blockIdx.x;
+    const int32_t num_helpers = kHelpers * gridDim.x;
+    const int32_t thread = helper * 32 + threadIdx.x % 32;
+    if (p.scales_per_row != 0 && BulkScaleBytes(p) == 0)
+      BringScales(p, *shared.inputs, helper, num_helpers);
+    if (p.weights != nullptr) BringWeights(p, *shared.inputs, thread, num_helpers * 32);
+    if (p.scales_per_row != 0) ClearUnusedScales(p, helper, num_helpers);
+  }
+  EndOp(p.group, op.epoch, [&] { Poison(p); });
+}
+
+}  // namespace
+
+cudaError_t LoadDispatch() {
+  constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  const cudaError_t error = cudaFuncSetAttribute(DispatchKernel<kFewStores>, kAttribute, 220 << 10);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(DispatchKernel<kManyStores>, kAttribute, 220 << 10);
+}
+
+bool FitsDispatch(const DispatchParams& params) { return NumMovers(params) > 0; }
+
+cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
+  const int num_threads = (NumMovers(params) + kHelpers) * 32;
+  const auto kernel =
+      params.layout == Layout::kToken ? DispatchKernel<kFewStores> : DispatchKernel<kManyStores>;
+  kernel<<<params.num_blocks, num_threads, SharedBytes(params), stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace jax_ep::cuda

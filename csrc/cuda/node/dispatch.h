@@ -1,0 +1,72 @@
+// The dispatch op on a GPU: every rank reads the rows that it needs from its peers.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/core/group_params.h"
+#include "ops/dispatch.h"
+#include "plan/routing.h"
+
+namespace jax_ep::cuda {
+
+// Symbols as in plan/routing.h; H is the hidden size.
+struct DispatchParams {
+  GroupParams group;
+  plan::Layout layout;
+  int32_t num_tokens;         // T
+  int32_t top_k;              // K
+  int32_t capacity;           // C
+  int32_t num_rows;           // M, rows of a source at most
+  int32_t row_bytes;          // of a row as it travels; a multiple of 16
+  int64_t row_stride;         // bytes from one row of `rows` to the next; row_bytes or more
+  int32_t scales_per_row;     // float32 that travel with each row; 0 without scales
+  const void* x;              // [T, H], this rank's
+  const float* scales;        // [T, scales_per_row], or null
+  const float* weights;       // [T, K], or null
+  const int32_t* recv_rows;   // [R * T, M]
+  const int32_t* recv_src;    // [C]
+  const int32_t* expert_idx;  // [C, K] in layout "token"
+  void* rows;                 // [C, row_stride], row_bytes of each are written
+  float* row_scales;          // [C, scales_per_row], or null
+  float* row_weights;         // [C] or [C, K], or null
+  int32_t num_blocks;
+};
+
+// What the arguments of the op say, if rows travel as they are; the group and the number of blocks
+// are left. `x`, `scales` and `weights` are where this rank has them: peers may read them
+// elsewhere.
+inline DispatchParams ParamsOf(const ops::DispatchArgs& args) {
+  const ops::Geometry& geometry = args.geometry;
+  DispatchParams params{};
+  params.layout = geometry.layout;
+  params.num_tokens = geometry.num_tokens;
+  params.top_k = geometry.top_k;
+  params.capacity = geometry.capacity;
+  params.num_rows = geometry.rows_per_source();
+  params.row_bytes = static_cast<int32_t>(geometry.row_bytes());
+  params.row_stride = geometry.row_bytes();
+  params.scales_per_row = args.scales != nullptr ? geometry.hidden / ops::kScaleBlock : 0;
+  params.x = args.x;
+  params.scales = args.scales;
+  params.weights = args.weights;
+  params.recv_rows = args.handle.recv_rows;
+  params.recv_src = args.handle.recv_src;
+  params.expert_idx = args.handle.expert_idx;
+  params.rows = args.rows;
+  params.row_scales = args.row_scales;
+  params.row_weights = args.row_weights;
+  return params;
+}
+
+// Moves rows as they are. On failure every byte of the rows and of row_weights is 0xff, which is
+// NaN in every dtype.
+cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream);
+
+cudaError_t LoadDispatch();
+
+// Whether shared memory has room for rows, with their scales, as long as these.
+bool FitsDispatch(const DispatchParams& params);
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,356 @@
+// The plan op: every (token, k) entry learns its row, in one kernel of one cluster of blocks.
+//
+// Each block has a chunk of the tokens, and each token some lanes of a warp. Blocks send to all
+// ranks what these need: how many entries each column has in the chunk (to their own rank, too),
+// and to peers the expert ids of each token there. So every block knows what lies before its chunk,
+// at which rank ever, and numbers the chunk's entries of all ranks. A bit mask of tokens for each
+// column makes the position of an entry a matter of counting the bits before it; in layout "expert"
+// the entries that are here are listed by column in shared memory, so that what is written in the
+// end lies together. Most of that is done before the counts arrive. A row is written once: by who
+// has its entry, or as unused.
+//
+// Messages go to the peer's inbox. A word has 32 bits of the epoch beside its data: who finds the
+// epoch has the data. So nothing is fenced, nothing is read over a link, and no rank waits at the
+// end until its peers have read. What keeps a word from being overwritten before it is read:
+//   * There are two inboxes, and two sets of arrival flags, used by turns of the epoch. A rank
+//     writes those of epoch e + 2 after its op of epoch e + 1 has ended. That op, whichever it is,
+//     ended only after all ranks had arrived at it, so after their ops of epoch e had ended. The
+//     arrival flag here releases nothing, and need not: the loads of a kernel that has ended have
+//     their values, which no later store changes.
+//   * All else that peers write to belongs to ops that end only once all ranks read no more.
+// What keeps a word from being taken for a newer one: it would have to lie there for exactly 2^32
+// ops, never written to by a plan in between, over 10 hours of nothing but ops of the group.
+// A rank at another op sends its arrival flag with another tag, which is found before what came
+// from it is used for more than shared memory.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/plan/counts.cuh"
+#include "cuda/plan/tokens.cuh"
+
+namespace jax_ep::cuda {
+namespace {
+
+#ifdef JAX_EP_PLAN_STAMPS  // where the time goes, for development
+__device__ int64_t plan_stamps[kBlocks][16];
+#define STAMP(i) \
+  if (threadIdx.x == 0) plan_stamps[blockIdx.x][i] = clock64()
+#else
+#define STAMP(i)
+#endif
+
+// Loops are not unrolled where that gains nothing: each launch has to fetch the code that it runs.
+
+// Sets words from `begin` to `end` to -1, all threads of all blocks together.
+__device__ __noinline__ void FillNone(int32_t* words, int64_t begin, int64_t end, bool aligned) {
+  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+#pragma unroll 1
+  for (int64_t i = begin / 4 * 4 + 4 * thread; i < end; i += 4 * kBlocks * kThreads) {
+    if (aligned && i >= begin && i + 4 <= end) {
+      *reinterpret_cast<int4*>(words + i) =
+          make_int4(plan::kNone, plan::kNone, plan::kNone, plan::kNone);
+      continue;
+    }
+#pragma unroll 1
+    for (int64_t j = i; j < i + 4; ++j) {
+      if (j >= begin && j < end) words[j] = plan::kNone;
+    }
+  }
+}
+
+// Rows that no entry has: in layout "expert" those after each group's last, in layout "token" those
+// after all others.
+template <typename Params>
+__device__ void FillUnusedRows(const Params& params, const PushMemory& shared) {
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+  if (Params::kLayout == Layout::kToken) {
+    const int32_t used = plan::Min(shared.demand[p.group.rank], p.capacity);
+    FillNone(p.recv_src, used, p.capacity, params.aligned);
+    FillNone(p.expert_idx, int64_t{used} * p.top_k, int64_t{p.capacity} * p.top_k, params.aligned);
+    return;
+  }
+  const int32_t first = p.group.rank * n.num_local, last = first + n.num_local - 1;
+#pragma unroll 1
+  for (int32_t column = first + threadIdx.x / 32 * kBlocks + blockIdx.x; column < last;
+       column += kWarps * kBlocks) {
+    const int32_t end = shared.starts[column + 1];
+#pragma unroll 1
+    for (int32_t row = shared.rows[column].limit + threadIdx.x % 32; row < end; row += 32) {
+      p.recv_src[row] = plan::kNone;
+    }
+  }
+  FillNone(p.recv_src, shared.rows[last].limit, p.capacity, params.aligned);
+}
+
+// Layout "expert": what the rows of the batch's slots hold. Half of a warp has a slot.
+__device__ void WriteListedRows(const PushParams& params, const PushMemory& shared, Batch batch) {
+  constexpr int kLanesOfSlot = 16;
+  constexpr int kAtOnce = 2;  // loads side by side
+#pragma unroll 1
+  for (int32_t i = threadIdx.x / kLanesOfSlot; i < batch.count * params.shape.here;
+       i += kThreads / kLanesOfSlot) {
+    const SlotRows slot = shared.slots[i];
+    const uint16_t* list = shared.list + slot.place;
+    int32_t* to = params.plan.recv_src + slot.rows.first;
+    const int32_t count = slot.rows.limit - slot.rows.first;
+#pragma unroll 1
+    for (int32_t j = threadIdx.x % kLanesOfSlot; j < count; j += kAtOnce * kLanesOfSlot) {
+      const int32_t next = j + kLanesOfSlot;
+      const int32_t entry = list[j];
+      const int32_t next_entry = next < count ? list[next] : 0;
+      to[j] = slot.source + entry;
+      if (next < count) to[next] = slot.source + next_entry;
+    }
+  }
+}
+
+// Layout "token", after tokens were dropped: the first block writes what was kept.
+__device__ void WriteKept(const PushParams& params, const PushMemory& shared) {
+  const PlanParams& p = params.plan;
+  int32_t dropped = 0;
+#pragma unroll 1
+  for (int32_t l = threadIdx.x; l < params.shape.num_local; l += kThreads) {
+    const int32_t kept = shared.kept[l];
+    dropped += p.demand[l] - kept;  // written by this thread
+    p.counts[l] = p.group_sizes[l] = kept;
+  }
+  if (dropped != 0) atomicAdd(p.num_dropped, dropped);
+}
+
+template <int kMaxK, int kIdBits, Layout kLayout>
+__global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
+    PushPlanKernel(const __grid_constant__ LayoutParams<kLayout> params) {
+  extern __shared__ __align__(16) int32_t memory[];
+  __shared__ uint32_t failed;  // any block of the cluster
+  __shared__ int32_t num_listed;
+  const PlanParams& p = params.plan;
+  const PushShape& n = params.shape;
+  const PushMemory shared(n, memory);
+  const int32_t begin = plan::Min(blockIdx.x * n.chunk, p.num_tokens);
+  const Chunk chunk{begin, plan::Min(n.chunk, p.num_tokens - begin)};
+  constexpr bool by_token = kLayout == Layout::kToken;
+  STAMP(0);
+
+  int32_t ids[kIdsOfLane];  // on their way while the epoch comes
+  LoadFirstIds<kMaxK>(params, chunk, ids);
+  const uint64_t epoch = BeginOp(p.group).epoch;
+  // What other blocks write to is ready once all have seen the second half. The warp that makes it
+  // so has nothing else to wait for yet.
+  if (threadIdx.x < 32) {
+    if (threadIdx.x == 0) failed = 0;
+    if (by_token) {
+#pragma unroll 1
+      for (int32_t l = threadIdx.x; l < n.num_local; l += 32) shared.kept[l] = 0;
+    }
+    ptx::ClusterArriveRelease();
+  } else {
+    ptx::ClusterArriveRelaxed();
+  }
+  ClearCells(n, shared.cells, n.columns);
+  if (n.apart) ClearCells(n, shared.peer_cells, NumPeerSlots(n, Batch{0, n.sources}));
+#pragma unroll 1
+  for (int32_t i = threadIdx.x; i < 4 * n.quads; i += kThreads) shared.sent[i] = 0;
+  if (threadIdx.x == 0) num_listed = 0;
+  const int32_t from_end = kThreads - 1 - static_cast<int32_t>(threadIdx.x);
+  if (blockIdx.x == 0 && from_end < p.group.num_ranks) {
+    ptx::StoreRelaxedSystem(&p.group.peers[from_end]->arrival[epoch % 2][p.group.rank].value,
+                            FlagValue(epoch, p.group.tag));
+  }
+  __syncthreads();
+  STAMP(1);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = 0;
+  TestDelay(p.group.rank, epoch, 0);
+  CleanTokens<kMaxK, kIdBits>(params, shared, epoch, chunk, ids);
+  __syncthreads();
+  STAMP(2);
+  SumCells<kLayout>(n, shared.cells, n.columns, [&](int32_t column, int32_t total) {
+    const bool is_first = threadIdx.x % kLanesOfColumn<kLayout> == 0;
+    if (is_first && column < n.columns) shared.sent[column] = total;
+    if (by_token) return;
+    const int32_t slot = column - p.group.rank * n.here;
+    const bool is_here = static_cast<uint32_t>(slot) < static_cast<uint32_t>(n.here);
+    const int32_t place = PlaceInList(is_here ? total : 0, &num_listed);
+    if (is_first && is_here) shared.lists[slot] = {place, total};
+  });
+  __syncthreads();
+  SendCounts(params, shared, epoch);
+  STAMP(3);
+
+  bool ok = true, drops = false;
+  for (int first = 0; first < p.group.num_ranks; first += n.sources) {
+    const Batch batch{first, plan::Min(n.sources, p.group.num_ranks - first)};
+    const int32_t num_slots = NumPeerSlots(n, batch);
+    IncomingIds<kMaxK, kIdBits, LayoutParams<kLayout>> incoming(params, epoch, chunk, batch);
+    IncomingCounts counts;
+    if (first == 0) PlaceOwnEntries<kMaxK>(params, shared, chunk);
+    STAMP(4);
+    if (num_slots != 0) {
+      if (first != 0 || !n.apart) {
+        __syncthreads();
+        ClearCells(n, shared.peer_cells, num_slots);
+        if (threadIdx.x == 0 && first != 0) num_listed = 0;
+        __syncthreads();
+      }
+      ok = incoming.Take(shared) && ok;
+      __syncthreads();
+      STAMP(5);
+    }
+    // By a warp that has the least to do now.
+    if (first == 0 && from_end < p.group.num_ranks) {
+      const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
+      ok = WaitFlag(p.group, flag.value, epoch, WordKind::kArrivalFlag, from_end) && ok;
+    }
+    if (num_slots != 0) {
+      SumCells<kLayout>(n, shared.peer_cells, num_slots, [&](int32_t slot, int32_t total) {
+        if (by_token) return;
+        const int32_t place = PlaceInList(total, &num_listed);
+        if (threadIdx.x % kLanesOfColumn<kLayout> == 0 && slot < num_slots) {
+          shared.lists[batch.NumOwn() * n.here + slot] = {place, total};
+        }
+      });
+      __syncthreads();
+      STAMP(6);
+    }
+    if (first == 0) counts.Load(params, epoch);
+    if (num_slots != 0 && !by_token) {
+      ListPeerEntries<kMaxK, kIdBits>(params, shared, chunk, batch);
+    }
+    STAMP(7);
+    if (first == 0) {
+      ok = counts.Take(params, shared, epoch) && ok;
+      STAMP(8);
+      // A rank that failed before has said so before it arrived: Fail's fence was passed by then.
+      if (from_end < p.group.num_ranks) ok = ok && !HasFailed(p.group, epoch);
+      TestDelay(p.group.rank, epoch, 1);
+    }
+    ok = __syncthreads_and(ok);
+    if (!ok) break;
+    STAMP(9);
+    if (first == 0) SumColumns(params, shared);
+    SumSlots(params, shared, batch);
+    if (first == 0) {
+      __syncthreads();
+      if (by_token) {
+        drops = shared.demand[p.group.rank] > p.capacity;
+        if (blockIdx.x == 0) WriteDemand(params, shared);
+      } else {
+        LayOutExpertRows(params, shared);
+        __syncthreads();
+      }
+    }
+    STAMP(10);
+    if (!by_token) LayOutSlots(params, shared, chunk, batch);
+    if (first == 0) WriteOwnRows<kMaxK>(params, shared, chunk);
+    STAMP(11);
+    if (!by_token || first != 0) __syncthreads();
+    if (by_token) {
+      WriteTokenRows<kMaxK, kIdBits>(params, shared, chunk, batch, drops);
+    } else {
+      WriteListedRows(params, shared, batch);
+      STAMP(12);
+      WriteRecvRows<kMaxK, kIdBits>(params, shared, chunk, batch);
+    }
+    STAMP(13);
+  }
+
+  if (ok) FillUnusedRows(params, shared);
+  if (drops) __syncthreads();  // all is counted
+  ptx::ClusterWaitAcquire();
+  if (!ok && threadIdx.x < kBlocks) *ptx::MapShared(&failed, threadIdx.x) = 1;
+  if (drops && blockIdx.x != 0) {
+#pragma unroll 1
+    for (int32_t l = threadIdx.x; l < n.num_local; l += kThreads) {
+      if (shared.kept[l] != 0) atomicAdd(ptx::MapShared(&shared.kept[l], 0), shared.kept[l]);
+    }
+  }
+  // Rows need not be seen before the kernel ends, only what other blocks are told.
+  if (!ok || drops) {
+    ptx::ClusterArriveRelease();
+  } else {
+    ptx::ClusterArriveRelaxed();
+  }
+  ptx::ClusterWaitAcquire();
+  if (failed != 0) {
+    ptx::ClusterArriveRelease();  // over the rows of all blocks
+    ptx::ClusterWaitAcquire();
+    Poison(p, blockIdx.x * kThreads + threadIdx.x, kBlocks * kThreads);
+    FillNone(p.recv_src, 0, p.capacity, params.aligned);
+    if (by_token) FillNone(p.expert_idx, 0, int64_t{p.capacity} * p.top_k, params.aligned);
+  }
+  if (blockIdx.x != 0) return;
+  if (drops && failed == 0) WriteKept(params, shared);
+  STAMP(14);
+  if (threadIdx.x == 0) EndOpAtOnce(p.group, epoch);
+}
+
+template <Layout kLayout>
+using Kernel = void (*)(LayoutParams<kLayout>);
+
+template <Layout kLayout>
+Kernel<kLayout> KernelFor(const PlanParams& p, const PushShape& n) {
+  if (MaxTopK(p) == 32) return PushPlanKernel<32, 16, kLayout>;
+  return n.id_bits == 8 ? PushPlanKernel<8, 8, kLayout> : PushPlanKernel<8, 16, kLayout>;
+}
+
+template <Layout kLayout>
+cudaError_t Load() {
+  for (const Kernel<kLayout> kernel :
+       {&PushPlanKernel<8, 8, kLayout>, &PushPlanKernel<8, 16, kLayout>,
+        &PushPlanKernel<32, 16, kLayout>}) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxPushBytes));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <Layout kLayout>
+cudaError_t Launch(const PushParams& params, cudaStream_t stream) {
+  const Kernel<kLayout> kernel = KernelFor<kLayout>(params.plan, params.shape);
+  kernel<<<kBlocks, kThreads, params.shape.end * sizeof(int32_t), stream>>>(
+      LayoutParams<kLayout>{params});
+  return cudaGetLastError();
+}
+
+bool IsAligned(const PlanParams& p) {
+  uintptr_t bits = 0;
+  for (const int32_t* pointer :
+       {p.topk_idx, static_cast<const int32_t*>(p.topk), static_cast<const int32_t*>(p.dest_row),
+        static_cast<const int32_t*>(p.recv_rows), static_cast<const int32_t*>(p.recv_src),
+        static_cast<const int32_t*>(p.expert_idx)}) {
+    bits |= reinterpret_cast<uintptr_t>(pointer);
+  }
+  return bits % 16 == 0;
+}
+
+}  // namespace
+
+bool FitsPushPlan(const PlanParams& params) {
+  const PushShape n = PushShapeOf(params);
+  return params.top_k <= MaxTopK(params) && params.num_tokens <= kMaxCount &&
+         int64_t{n.chunk} * params.top_k <= kMaxCount && n.columns <= kMaxCount &&
+         n.sources * n.here <= kMaxCount && InboxWords(params, n) <= kInboxWords &&
+         n.end * sizeof(int32_t) <= kMaxPushBytes;
+}
+
+cudaError_t LoadPushPlan() {
+  const cudaError_t error = Load<Layout::kExpert>();
+  return error != cudaSuccess ? error : Load<Layout::kToken>();
+}
+
+cudaError_t LaunchPushPlan(const PlanParams& params, cudaStream_t stream) {
+  const PushParams all{params, PushShapeOf(params), IsAligned(params)};
+  return params.layout == Layout::kToken ? Launch<Layout::kToken>(all, stream)
+                                         : Launch<Layout::kExpert>(all, stream);
+}
+
+#ifdef JAX_EP_PLAN_STAMPS
+cudaError_t ReadPlanStamps(int64_t (&stamps)[kBlocks][16]) {
+  return cudaMemcpyFromSymbol(stamps, plan_stamps, sizeof(stamps));
+}
+#endif
+
+}  // namespace jax_ep::cuda

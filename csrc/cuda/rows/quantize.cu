@@ -1,0 +1,152 @@
+// float8_e4m3fn rows with one scale per 128 channels; the arithmetic of jax_ep.quantize, to the
+// bit.
+
+#include <cuda_fp8.h>
+
+#include <algorithm>
+
+#include "cuda/rows/quantize.h"
+#include "cuda/rows/vectors.cuh"
+
+namespace jax_ep::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kThreadsPerBlock128 = 128 / kVector;  // threads that share a scale
+constexpr float kMax = 448.0f;
+constexpr float kInverseMax = 1.0f / 448.0f;
+constexpr float kSmallestAmax = 1e-30f;
+
+// The least power of two not below x (positive and normal); NaN stays NaN.
+__device__ __forceinline__ float RoundUpToPowerOfTwo(float x) {
+  if (isnan(x)) return x;
+  return __uint_as_float((__float_as_uint(x) + 0x7FFFFFu) & 0x7F800000u);
+}
+
+// Like fminf(fmaxf(...)), but NaN stays NaN.
+__device__ __forceinline__ float Clip(float x) { return x > kMax ? kMax : (x < -kMax ? -kMax : x); }
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) QuantizeKernel(QuantizeParams p) {
+  const int64_t num_vectors = p.num_rows * p.hidden / kVector;
+  const T* x = static_cast<const T*>(p.x);
+  uint2* values = static_cast<uint2*>(p.values);
+  // All threads of a warp go round together: num_vectors is a multiple of 16, not of 32.
+  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = first; i - threadIdx.x % 32 < num_vectors; i += step) {
+    const bool inside = i < num_vectors;
+    float channels[kVector] = {};
+    if (inside) Unpack(LoadVector(x + i * kVector), channels);
+    // Compared as integers, magnitudes keep their order and NaN is above infinity.
+    uint32_t amax_bits = 0;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      amax_bits = max(amax_bits, __float_as_uint(channels[j]) & 0x7FFFFFFFu);
+    }
+#pragma unroll
+    for (int offset = kThreadsPerBlock128 / 2; offset > 0; offset /= 2) {
+      amax_bits = max(amax_bits, __shfl_xor_sync(~0u, amax_bits, offset));
+    }
+    const float amax = __uint_as_float(amax_bits);
+    float scale = __fmul_rn(amax < kSmallestAmax ? kSmallestAmax : amax, kInverseMax);
+    if (p.ue8m0) scale = RoundUpToPowerOfTwo(scale);
+    const float inverse = __frcp_rn(scale);
+    uint16_t pairs[kVector / 2];
+#pragma unroll
+    for (int j = 0; j < kVector; j += 2) {
+      const float2 pair = make_float2(Clip(__fmul_rn(channels[j], inverse)),
+                                      Clip(__fmul_rn(channels[j + 1], inverse)));
+      pairs[j / 2] = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+    }
+    if (!inside) continue;
+    values[i] =
+        make_uint2(pairs[0] | uint32_t{pairs[1]} << 16, pairs[2] | uint32_t{pairs[3]} << 16);
+    if (i % kThreadsPerBlock128 == 0) p.scales[i / kThreadsPerBlock128] = scale;
+  }
+}
+
+// One warp a row. The float8 channels are the last bytes of their row, so that what a vector of
+// results overwrites are channels that it, or a vector before it, is made of.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) DequantizeKernel(DequantizeParams p) {
+  constexpr int kAtOnce = 4;  // vectors of a lane that are on their way together
+  constexpr int kWarps = kThreads / 32;
+  const int32_t lane = threadIdx.x % 32;
+  const int32_t num_vectors = p.hidden / kVector;
+  for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; row < p.num_rows;
+       row += int64_t{gridDim.x} * kWarps) {
+    T* channels_out = static_cast<T*>(p.rows) + row * p.hidden;
+    const uint2* values = reinterpret_cast<const uint2*>(
+        reinterpret_cast<const char*>(channels_out) + (sizeof(T) - 1) * p.hidden);
+    const float* scales = p.scales + row * (p.hidden / 128);
+    for (int32_t v0 = lane; v0 - lane < num_vectors; v0 += 32 * kAtOnce) {
+      uint2 packed[kAtOnce];
+      float scale[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int32_t v = v0 + 32 * n;
+        if (v >= num_vectors) continue;
+        packed[n] = __ldcg(&values[v]);
+        scale[n] = __ldcg(&scales[v / kThreadsPerBlock128]);
+      }
+      __syncwarp();  // all are read before any is overwritten
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int32_t v = v0 + 32 * n;
+        if (v >= num_vectors) continue;
+        float channels[kVector];
+#pragma unroll
+        for (int j = 0; j < kVector; j += 2) {
+          const uint32_t word = j < 4 ? packed[n].x : packed[n].y;
+          const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(
+              static_cast<__nv_fp8x2_storage_t>(word >> (j % 4 * 8)), __NV_E4M3);
+          const float2 both = __half22float2(__half2(pair));
+          channels[j] = __fmul_rn(both.x, scale[n]);
+          channels[j + 1] = __fmul_rn(both.y, scale[n]);
+        }
+        StoreVector(channels_out + v * kVector, Pack<T>(channels));
+      }
+    }
+  }
+}
+
+unsigned NumBlocks(int64_t num_rows, int32_t hidden) {
+  const int64_t num_vectors = num_rows * hidden / kVector;
+  return static_cast<unsigned>(
+      std::clamp<int64_t>((num_vectors + kThreads - 1) / kThreads, 1, 132 * 8));
+}
+
+}  // namespace
+
+cudaError_t LoadQuantize() {
+  for (const RowType type : {RowType::kFloat32, RowType::kBFloat16, RowType::kFloat16}) {
+    const cudaError_t error = VisitRowType(type, [](auto element) {
+      cudaFuncAttributes attributes;
+      const cudaError_t first =
+          cudaFuncGetAttributes(&attributes, QuantizeKernel<decltype(element)>);
+      if (first != cudaSuccess) return first;
+      return cudaFuncGetAttributes(&attributes, DequantizeKernel<decltype(element)>);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream) {
+  return VisitRowType(params.type, [&](auto element) {
+    QuantizeKernel<decltype(element)>
+        <<<NumBlocks(params.num_rows, params.hidden), kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t LaunchDequantize(const DequantizeParams& params, cudaStream_t stream) {
+  return VisitRowType(params.type, [&](auto element) {
+    DequantizeKernel<decltype(element)>
+        <<<NumBlocks(params.num_rows, params.hidden), kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,63 @@
+// What all ranks of a group agree on in one data op, and the handle that routes it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "plan/routing.h"
+
+namespace jax_ep::ops {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3FN };
+
+constexpr int64_t ByteWidth(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : (dtype == DType::kFloat8E4M3FN ? 1 : 2);
+}
+
+// Symbols as in plan/routing.h; H is the hidden size.
+struct Geometry {
+  int32_t num_ranks;    // R
+  int32_t num_experts;  // E, a multiple of R
+  int32_t num_tokens;   // T
+  int32_t top_k;        // K
+  int32_t capacity;     // C
+  int32_t hidden;       // H
+  plan::Layout layout;
+  DType dtype;  // of the rows
+
+  int32_t num_local_experts() const { return num_experts / num_ranks; }
+  int32_t rows_per_source() const {
+    return plan::RowsPerSource(layout, top_k, num_local_experts());
+  }
+  int32_t num_sources() const { return plan::NumSources(layout, num_ranks, num_tokens, top_k); }
+  int64_t row_bytes() const { return hidden * ByteWidth(dtype); }
+};
+
+// The numbers of a call that all ranks must agree on: the CPU backend compares them where ranks
+// meet, and GPUs compare a digest of them, which their flags carry (ffi/cuda/op_tag.h).
+using AgreedNumbers = std::array<int64_t, 12>;
+
+// Those of the geometry, then `more`, at most four.
+template <typename... More>
+AgreedNumbers AgreedOn(const Geometry& geometry, More... more) {
+  return {geometry.num_tokens,
+          geometry.top_k,
+          geometry.capacity,
+          geometry.hidden,
+          static_cast<int64_t>(geometry.dtype),
+          static_cast<int64_t>(geometry.layout),
+          geometry.num_ranks,
+          geometry.num_experts,
+          static_cast<int64_t>(more)...};
+}
+
+// One rank's handle, as made by the plan op. M is rows_per_source().
+struct Handle {
+  const int32_t* topk;        // [T, K]
+  const int32_t* dest_row;    // [T, K]
+  const int32_t* recv_rows;   // [R * T, M]
+  const int32_t* recv_src;    // [C]
+  const int32_t* expert_idx;  // [C, K] in layout "token", else empty
+};
+
+}  // namespace jax_ep::ops

@@ -1,0 +1,61 @@
+// The operands, results and attributes of each FFI target, in the order in which they are passed.
+//
+// Stated here once, as lists that macros go through: X(name) for a buffer, X(type, name) for an
+// attribute. The buffer structs of all handlers, their bindings on every platform and what the
+// modules tell Python (signatures()) are made of these lists. Shapes are in the argument structs
+// (dispatch.h, ...). Optional operands are arrays of shape (0,) when absent. On GPUs some targets
+// have one result more, scratch memory, after those listed.
+#pragma once
+
+// clang-format off
+
+// Attributes that every op of a group begins with.
+//   num_ranks, num_experts   of the group
+//   layout                   plan::Layout
+//   group_id                 for messages
+//   timeout_ms               for the arrival of all ranks
+//   num_sms                  that the op may occupy on a GPU; 0 for the default
+//   ordinal                  of the call among those of its program
+#define JAX_EP_GROUP_ATTRIBUTES(X) \
+  X(int32_t, num_ranks) X(int32_t, num_experts) X(int32_t, layout) X(int64_t, group_id) \
+  X(int64_t, timeout_ms) X(int32_t, num_sms) X(int32_t, ordinal)
+
+// A handle, as operands (ops::Handle).
+#define JAX_EP_HANDLE_OPERANDS(X) X(topk) X(dest_row) X(recv_rows) X(recv_src) X(expert_idx)
+
+// Every op of a group ends its operands with coords: s32[2], the rank within its group, and which
+// of the groups that lie side by side in the mesh it is in.
+
+#define JAX_EP_PLAN_ATTRIBUTES(X) X(int32_t, alignment) X(int32_t, expert_capacity)
+#define JAX_EP_PLAN_OPERANDS(X) X(topk_idx) X(coords)
+#define JAX_EP_PLAN_RESULTS(X) \
+  X(topk) X(dest_row) X(recv_rows) X(recv_src) X(expert_idx) \
+  X(group_sizes) X(counts) X(demand) X(num_dropped) X(num_invalid)
+#define JAX_EP_PLAN_SCRATCH(X) X(scratch)
+
+// quantization is an ops::Quantization, dense_output 0 or 1.
+#define JAX_EP_DISPATCH_ATTRIBUTES(X) X(int32_t, quantization) X(int32_t, dense_output)
+#define JAX_EP_DISPATCH_OPERANDS(X) \
+  X(x) X(scales) X(weights) JAX_EP_HANDLE_OPERANDS(X) X(coords)
+#define JAX_EP_DISPATCH_RESULTS(X) X(rows) X(row_scales) X(row_weights)
+#define JAX_EP_DISPATCH_SCRATCH(X) X(scratch)
+
+#define JAX_EP_COMBINE_ATTRIBUTES(X)
+#define JAX_EP_COMBINE_OPERANDS(X) \
+  X(rows) X(row_weights) X(values) JAX_EP_HANDLE_OPERANDS(X) X(coords)
+#define JAX_EP_COMBINE_RESULTS(X) X(y) X(home)
+#define JAX_EP_COMBINE_SCRATCH(X)
+
+#define JAX_EP_COMBINE_VJP_ATTRIBUTES(X)
+#define JAX_EP_COMBINE_VJP_OPERANDS(X) \
+  X(dy) X(rows) X(row_weights) JAX_EP_HANDLE_OPERANDS(X) X(coords)
+#define JAX_EP_COMBINE_VJP_RESULTS(X) X(d_rows) X(d_weights)
+#define JAX_EP_COMBINE_VJP_SCRATCH(X)
+
+// No op of a group: `same` is x in place, `time` u32[2], nanoseconds, low word first.
+#define JAX_EP_CLOCK_ATTRIBUTES(X) X(int32_t, ordinal)
+#define JAX_EP_CLOCK_OPERANDS(X) X(x)
+#define JAX_EP_CLOCK_RESULTS(X) X(same) X(time)
+#define JAX_EP_CLOCK_SCRATCH(X)
+
+// clang-format on

@@ -1,0 +1,161 @@
+#include "transport/groups.h"
+
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <utility>
+
+#include "transport/cuda_status.h"
+#include "transport/failures.h"
+#include "transport/peer_access.h"
+
+namespace jax_ep::transport {
+namespace {
+
+using cuda::Workspace;
+
+using Group = std::map<int, Member>;  // by device
+
+// Kernels compare it with what has passed, so it may be long, but not as long as there are numbers.
+uint64_t Nanoseconds(double seconds) {
+  constexpr double kMaxSeconds = 1e9;
+  return static_cast<uint64_t>((seconds < kMaxSeconds ? seconds : kMaxSeconds) * 1e9);
+}
+
+std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
+                                       std::vector<RankSpec> ranks, Group& group) {
+  const int num_ranks = static_cast<int>(ranks.size());
+  if (num_ranks > cuda::kMaxRanks) {
+    return "a group on one host has at most " + std::to_string(cuda::kMaxRanks) + " ranks, got " +
+           std::to_string(num_ranks);
+  }
+  for (RankSpec& rank : ranks) {
+    if (rank.regions.empty()) rank.regions = AddressSpace();
+    if (rank.device < 0) continue;
+    for (const RankSpec& peer : ranks) {
+      if (peer.device < 0) continue;
+      if (auto error = EnablePeerAccess(rank.device, peer.device)) return error;
+    }
+    if (rank.workspace != 0) continue;
+    if (auto error = AllocateWorkspace(rank.device, rank.workspace)) return error;
+  }
+  std::vector<std::vector<cuda::Region>> regions;
+  for (const RankSpec& rank : ranks) regions.push_back(rank.regions);
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    const int device = ranks[rank].device;
+    if (device < 0) continue;
+    Member member{};
+    for (int peer = 0; peer < num_ranks; ++peer) {
+      member.params.peers[peer] = reinterpret_cast<Workspace*>(ranks[peer].workspace);
+      member.processes.push_back(ranks[peer].process);
+    }
+    if (auto error = AllocateErrorRecord(device, &member.params.error)) return error;
+    if (auto error = WriteRegions(device, regions, member.params.peers[rank])) return error;
+    member.params.rank = rank;
+    member.params.num_ranks = num_ranks;
+    member.params.instance = instance;
+    member.params.arrival_timeout_ns = Nanoseconds(spec.arrival_timeout_s);
+    member.params.op_timeout_ns = Nanoseconds(spec.op_timeout_s);
+    member.device = device;
+    member.max_blocks = spec.max_blocks;
+    member.regions = regions;
+    for (const auto& [staged_device, staging] : spec.staging) {
+      if (staged_device == device) member.staging = staging;
+    }
+    group[device] = member;
+  }
+  return std::nullopt;
+}
+
+std::mutex& Mutex() {
+  static auto* mutex = new std::mutex;
+  return *mutex;
+}
+
+std::map<int64_t, std::unique_ptr<Group>>& Groups() {
+  static auto* groups = new std::map<int64_t, std::unique_ptr<Group>>;
+  return *groups;
+}
+
+}  // namespace
+
+std::optional<std::string> CreateGroup(const GroupSpec& spec) {
+  auto group = std::make_unique<Group>();
+  for (const auto& [instance, ranks] : spec.instances) {
+    if (auto error = AddInstance(spec, instance, ranks, *group)) return error;
+  }
+  std::lock_guard<std::mutex> lock(Mutex());
+  for (const auto& [device, member] : *group) TellGone(member);
+  // A replaced group is kept: handlers may still hold its members.
+  auto& slot = Groups()[spec.id];
+  if (slot != nullptr) static_cast<void>(slot.release());
+  slot = std::move(group);
+  return std::nullopt;
+}
+
+const Member* FindMember(int64_t group_id, int device) {
+  std::lock_guard<std::mutex> lock(Mutex());
+  const auto group = Groups().find(group_id);
+  if (group == Groups().end()) return nullptr;
+  const auto member = group->second->find(device);
+  return member == group->second->end() ? nullptr : &member->second;
+}
+
+std::optional<std::string> GroupFailure(int64_t group_id) {
+  std::lock_guard<std::mutex> lock(Mutex());
+  const auto group = Groups().find(group_id);
+  if (group == Groups().end()) return std::nullopt;
+  for (const auto& [device, member] : *group->second) {
+    if (auto failure = Failure(member, /*orderly_is_failure=*/false)) return failure;
+  }
+  return std::nullopt;
+}
+
+void ReportProcess(int process, bool orderly) {
+  NoteGone(process, orderly);
+  std::lock_guard<std::mutex> lock(Mutex());
+  for (const auto& [id, group] : Groups()) {
+    for (const auto& [device, member] : *group) TellGone(member);
+  }
+}
+
+void FinishOps() {
+  std::set<int> devices;
+  {
+    std::lock_guard<std::mutex> lock(Mutex());
+    for (const auto& [id, group] : Groups()) {
+      for (const auto& [device, member] : *group) devices.insert(device);
+    }
+  }
+  for (const int device : devices) {
+    ScopedDevice scope(device);
+    cudaDeviceSynchronize();  // a GPU that has failed has nothing left to wait for
+  }
+}
+
+std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t>& ops) {
+  std::vector<std::pair<int, const Workspace*>> workspaces;
+  {
+    std::lock_guard<std::mutex> lock(Mutex());
+    const auto group = Groups().find(group_id);
+    if (group == Groups().end()) return "there is no group of id " + std::to_string(group_id);
+    for (const auto& [device, member] : *group->second) {
+      workspaces.emplace_back(device, member.params.peers[member.params.rank]);
+    }
+  }
+  for (const auto& [device, workspace] : workspaces) {
+    ScopedDevice scope(device);
+    JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
+    JAX_EP_RETURN_IF_CUDA_ERROR(
+        cudaMemcpy(&ops[device], &workspace->last.epoch, sizeof(uint64_t), cudaMemcpyDeviceToHost),
+        device);
+  }
+  return std::nullopt;
+}
+
+int64_t WorkspaceBytes() { return sizeof(Workspace); }
+
+}  // namespace jax_ep::transport

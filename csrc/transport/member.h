@@ -1,0 +1,38 @@
+// One rank of a group, as its process sees it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cuda/core/group_params.h"
+
+namespace jax_ep::transport {
+
+// Memory that operands are copied into where peers cannot read them in place.
+struct Staging {
+  uint64_t base = 0;
+  uint64_t size = 0;
+};
+
+// What one rank of a group needs to launch ops; lives until the process ends.
+struct Member {
+  cuda::GroupParams params;  // without tag and op
+  int device;                // CUDA ordinal
+  int max_blocks;            // of an op
+  // Of each rank's memory what peers can read, as this process has it.
+  std::vector<std::vector<cuda::Region>> regions;
+  Staging staging;
+  std::vector<int> processes;  // of the ranks
+
+  // Whether peers can read these bytes in place.
+  bool IsReachable(const void* pointer, int64_t bytes) const {
+    const uint64_t begin = reinterpret_cast<uint64_t>(pointer);
+    const std::vector<cuda::Region>& own = regions[params.rank];
+    return std::any_of(own.begin(), own.end(), [&](const cuda::Region& region) {
+      return begin >= region.base && begin + bytes <= region.base + region.size;
+    });
+  }
+};
+
+}  // namespace jax_ep::transport
