@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core import FrozenDict
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jax_ep._core import arguments
-from jax_ep._groups.group import Group
-from jax_ep._moe import checks
-from jax_ep._moe.layer import MoEAux, RouterLike, moe
-from jax_ep._moe.params import (
-    DEFAULT_NAMES,
-    Initializer,
-    MoEParams,
-    PartitionNames,
-    SharedExpert,
-    default_init,
-    moe_param_shapes,
-    moe_partition_specs,
-)
+from jax_ep._moe.layer import MoEAux
+from jax_ep._moe.params import Initializer, MoEParams, SharedExpert
+from jax_ep._moe.settings import LayerSettings, says_settings
 from jax_ep.routing import update_bias
 
 
-class MoE(nn.Module):
+@says_settings
+class MoE(LayerSettings, nn.Module):
     """``jax_ep.moe`` with its weights.
 
     Example::
@@ -50,54 +40,18 @@ class MoE(nn.Module):
         variables = {**variables, **updated}
 
     Attributes:
-        hidden: H, channels of the tokens.
-        intermediate: F of each expert.
-        num_experts: E over the whole group; a multiple of its size.
-        top_k: Experts of each token.
-        group: The group, from ``create_group``.
-        router: As in ``jax_ep.moe``.
-        router_bias: Whether the router has a selection bias.
-        shared_intermediate: S of the shared expert, or None for none.
-        dtype: Of the computation; None takes that of the input.
-        param_dtype: Of the weights.
-        kernel_init: ``(key, shape, dtype)`` to the weights of the experts.
-        router_init: Likewise, of the router.
-        partition_names: Mesh axes, or logical names, of the weights' dimensions.
+        {settings}
         with_partitioning: How an initializer is given its names: ``nn.with_partitioning`` for mesh
             axes, ``nn.with_logical_partitioning`` for logical names.
-        options: Further keyword arguments of ``jax_ep.moe``: ``token_axes``, ``grouped_dot``,
-            ``overlap``, ``capacity_factor`` and so on.
     """
 
-    hidden: int
-    intermediate: int
-    num_experts: int
-    top_k: int
-    group: Group
-    router: RouterLike = "softmax"
-    router_bias: bool = False
-    shared_intermediate: int | None = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    kernel_init: Initializer = default_init
-    router_init: Initializer = default_init
-    partition_names: PartitionNames = DEFAULT_NAMES
-    with_partitioning: Callable[..., Any] = nn.with_partitioning
-    options: Mapping[str, Any] = FrozenDict()
+    with_partitioning: Callable[..., Any] = dataclasses.field(
+        default=nn.with_partitioning, kw_only=True
+    )
 
     def setup(self) -> None:
         """Make the weights."""
-        checks.check_layer(
-            "linen.MoE", group=self.group, num_experts=self.num_experts, top_k=self.top_k
-        )
-        shapes = moe_param_shapes(
-            hidden=self.hidden,
-            intermediate=self.intermediate,
-            num_experts=self.num_experts,
-            shared_intermediate=self.shared_intermediate,
-            dtype=self.param_dtype,
-        )
-        specs = moe_partition_specs(shapes, group=self.group, names=self.partition_names)
+        shapes, specs = self._weights("linen.MoE")
 
         def param(name: str, init: Initializer, shape: Any, names: Any) -> Array:
             named = self.with_partitioning(init, tuple(names))
@@ -142,16 +96,7 @@ class MoE(nn.Module):
             ``[..., H]`` in the layer's dtype, and the statistics.
         """
         bias = self.bias.value if self.router_bias else None
-        return moe(
-            x if self.dtype is None else x.astype(self.dtype),
-            self.params._replace(router_bias=bias),
-            group=self.group,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            router=self.router,
-            mask=mask,
-            **self.options,
-        )
+        return self._run(x, self.params._replace(router_bias=bias), mask)
 
     def update_router_bias(self, load: Shaped[Array, " experts"], rate: float = 1e-3) -> None:
         """Move the router's bias towards even load (``routing.update_bias``).

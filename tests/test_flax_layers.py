@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import flax.linen as nn
 import jax
@@ -167,7 +168,8 @@ def test_linen_training_step(native_backend):
         group,
         shared_intermediate=6,
         partition_names=names,
-        options={"overlap": "shared_expert", "capacity_factor": 4.0},
+        overlap="shared_expert",
+        capacity_factor=4.0,
     )
     x = make_x()
     with jax.set_mesh(group.mesh):
@@ -237,6 +239,19 @@ def test_linen_with_the_weights_of_nnx(native_backend):
     want = layer(make_x(), mask=mask)
     got = make_linen(group, shared_intermediate=6).apply(variables, make_x(), mask=mask)
     assert same(got, want) and want[1].load.sum() == 18
+
+
+@pytest.mark.parametrize("layer", [jax_ep.nnx.MoE, jax_ep.linen.MoE])
+def test_settings_are_those_of_moe(layer):
+    """All of its options are there, by name, with its defaults, and are described."""
+    of_moe = inspect.signature(jax_ep.moe).parameters
+    of_layer = inspect.signature(layer.__init__).parameters
+    for name, parameter in of_moe.items():
+        if name in ("x", "params", "mask"):  # not of the layer, but of a call
+            continue
+        assert of_layer[name].default == parameter.default, name
+        assert f"    {name}: " in layer.__doc__, name
+    assert "{settings}" not in layer.__doc__
 
 
 def test_no_bias_to_update():

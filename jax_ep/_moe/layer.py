@@ -29,7 +29,7 @@ from jax_ep.routing import Router, Routing, expert_load, load_balancing_loss
 RouterLike = Literal["softmax", "sigmoid"] | Router | Callable[..., Routing]
 GroupedDot = Callable[[Array, Array, Array], Array]
 
-_DEFAULT_TOKEN_AXES = ("data", "expert")
+DEFAULT_TOKEN_AXES = ("data", "expert")
 
 
 class MoEAux(NamedTuple):
@@ -72,7 +72,7 @@ def moe(
     num_experts: int,
     top_k: int,
     router: RouterLike = "softmax",
-    token_axes: tuple[str, ...] = _DEFAULT_TOKEN_AXES,
+    token_axes: tuple[str, ...] = DEFAULT_TOKEN_AXES,
     mask: Bool[Array, "*batch"] | None = None,
     grouped_dot: GroupedDot | None = None,
     overlap: Literal["shared_expert"] | None = None,
@@ -323,7 +323,7 @@ def _resolve_token_axes(token_axes: tuple[str, ...], group: Group) -> tuple[str,
             "moe", "token_axes", f"a tuple of axes of the mesh {names}", repr(token_axes), "wrap it"
         )
     token_axes = tuple(token_axes)
-    if token_axes == _DEFAULT_TOKEN_AXES:
+    if token_axes == DEFAULT_TOKEN_AXES:
         outside = ("data",) if "data" in names and "data" not in group.axis_names else ()
         return outside + group.axis_names
     absent = [name for name in token_axes if name not in names]

@@ -1,0 +1,125 @@
+"""The settings of a layer that holds its weights, stated once for all of Flax's modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from jax_ep._core.types import DispatchConfig, ScaleFormat
+from jax_ep._groups.group import Group
+from jax_ep._moe import checks
+from jax_ep._moe.layer import DEFAULT_TOKEN_AXES, GroupedDot, MoEAux, RouterLike, moe
+from jax_ep._moe.params import (
+    DEFAULT_NAMES,
+    Initializer,
+    MoEParams,
+    PartitionNames,
+    default_init,
+    moe_param_shapes,
+    moe_partition_specs,
+)
+
+_SETTINGS = "{settings}"
+Class = TypeVar("Class", bound=type)
+
+
+@dataclasses.dataclass
+class LayerSettings:
+    """What a layer is made with: fields that its class inherits.
+
+    Attributes:
+        hidden: H, channels of the tokens.
+        intermediate: F of each expert.
+        num_experts: E over the whole group; a multiple of its size.
+        top_k: Experts of each token.
+        group: The group, from ``create_group``.
+        router: As in ``jax_ep.moe``, as are all settings from ``token_axes`` on.
+        router_bias: Whether the router has a selection bias.
+        shared_intermediate: S of the shared expert, or None for none.
+        dtype: Of the computation; None takes that of the input.
+        param_dtype: Of the weights.
+        kernel_init: ``(key, shape, dtype)`` to the weights of the experts.
+        router_init: Likewise, of the router.
+        partition_names: Mesh axes, or logical names, of the weights' dimensions.
+        token_axes: Mesh axes that tokens are split over.
+        grouped_dot: Replaces ``jax_ep.grouped_dot``.
+        overlap: "shared_expert" runs the shared expert while rows are under way.
+        activation: Of the gate.
+        alignment: Rows of each expert are padded to a multiple of it.
+        capacity: Rows of each rank.
+        capacity_factor: Bounds the rows of each expert.
+        quantization: "fp8" sends rows in 8 bits.
+        scale_format: Of their scales.
+        config: How to use the machine.
+    """
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    group: Group
+    _: dataclasses.KW_ONLY
+    router: RouterLike = "softmax"
+    router_bias: Any = False
+    shared_intermediate: int | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = default_init
+    router_init: Initializer = default_init
+    partition_names: PartitionNames = DEFAULT_NAMES
+    token_axes: tuple[str, ...] = DEFAULT_TOKEN_AXES
+    grouped_dot: GroupedDot | None = None
+    overlap: Literal["shared_expert"] | None = None
+    activation: Callable[[Array], Array] = jax.nn.silu
+    alignment: int = 1
+    capacity: int | None = None
+    capacity_factor: float | None = None
+    quantization: Literal["fp8"] | None = None
+    scale_format: ScaleFormat = "f32"
+    config: DispatchConfig | None = None
+
+    def _weights(self, op: str) -> tuple[MoEParams, MoEParams]:
+        """Shapes and partitioning of the weights, once the settings are known to fit each other."""
+        checks.check_layer(op, group=self.group, num_experts=self.num_experts, top_k=self.top_k)
+        shapes = moe_param_shapes(
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            num_experts=self.num_experts,
+            shared_intermediate=self.shared_intermediate,
+            dtype=self.param_dtype,
+        )
+        return shapes, moe_partition_specs(shapes, group=self.group, names=self.partition_names)
+
+    def _run(
+        self,
+        x: Float[Array, "*batch hidden"],
+        params: MoEParams,
+        mask: Bool[Array, "*batch"] | None,
+    ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
+        """``jax_ep.moe`` with these settings."""
+        x = x if self.dtype is None else x.astype(self.dtype)
+        return moe(x, params, mask=mask, **{name: getattr(self, name) for name in _OF_MOE})
+
+
+_OF_MOE = [
+    name
+    for name in inspect.signature(moe).parameters
+    if name in {field.name for field in dataclasses.fields(LayerSettings)}
+]
+
+
+def says_settings(layer: Class) -> Class:
+    """Put the settings' descriptions where a layer's docstring has ``{settings}``."""
+    doc = inspect.cleandoc(LayerSettings.__doc__ or "")
+    lines = doc.partition("Attributes:\n")[2].splitlines()
+    text = inspect.cleandoc(layer.__doc__ or "")
+    assert _SETTINGS in text
+    layer.__doc__ = text.replace(_SETTINGS, "\n".join(lines).strip())
+    return layer
