@@ -86,7 +86,7 @@ struct Rank {
   int device;
   cudaStream_t stream;
   cudaEvent_t begin, end;
-  cuda::Workspace* workspace;
+  cuda::Channel* channel;
   cuda::ErrorRecord* error;
   Buffer<int32_t> topk_idx, topk, dest_row, recv_rows, recv_src, expert_idx, group_sizes, counts,
       demand, num_dropped, num_invalid, scratch;
@@ -193,7 +193,7 @@ inline int NeededCapacity(const Workload& w, const std::vector<Rank>& ranks) {
   return *std::max_element(needed.begin(), needed.end());
 }
 
-// Memory, inputs and workspaces; the kernels are loaded.
+// Memory, inputs and channels; the kernels are loaded.
 inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>& ranks,
                     std::mt19937& generator) {
   const int R = w.R, T = w.T, K = w.K, E = w.E, H = w.H, L = w.L, M = w.M, C = w.C;
@@ -208,13 +208,13 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
       if (peer != rank.device && cudaDeviceEnablePeerAccess(peer, 0) != cudaSuccess)
         cudaGetLastError();
     }
-    CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&rank.workspace), sizeof(cuda::Workspace)));
-    CHECK_CUDA(cudaMemset(rank.workspace, 0, sizeof(cuda::Workspace)));
+    CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&rank.channel), sizeof(cuda::Channel)));
+    CHECK_CUDA(cudaMemset(rank.channel, 0, sizeof(cuda::Channel)));
     CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&rank.error), sizeof(cuda::ErrorRecord),
                              cudaHostAllocPortable | cudaHostAllocMapped));
     std::memset(rank.error, 0, sizeof(cuda::ErrorRecord));
     // What a stream's first launch sets up must not wait for kernels that wait for this rank.
-    CHECK_CUDA(cudaMemsetAsync(rank.workspace, 0, sizeof(cuda::Workspace), rank.stream));
+    CHECK_CUDA(cudaMemsetAsync(rank.channel, 0, sizeof(cuda::Channel), rank.stream));
     CHECK_CUDA(cudaEventCreate(&rank.begin));
     CHECK_CUDA(cudaEventCreate(&rank.end));
     CHECK_CUDA(cudaEventRecord(rank.begin, rank.stream));
@@ -277,7 +277,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
   for (int r = 0; r < R; ++r) {
     cuda::GroupParams& group = ranks[r].group;
     group = {};
-    for (int p = 0; p < R; ++p) group.peers[p] = ranks[p].workspace;
+    for (int p = 0; p < R; ++p) group.peers[p] = ranks[p].channel;
     group.error = ranks[r].error;
     group.rank = r;
     group.num_ranks = R;
@@ -290,7 +290,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
       constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
       regions[i] = {i % cuda::kMaxRegions * kSize, kSize};
     }
-    CHECK_CUDA(cudaMemcpy(ranks[r].workspace->regions, regions.data(),
+    CHECK_CUDA(cudaMemcpy(ranks[r].channel->regions, regions.data(),
                           regions.size() * sizeof(cuda::Region), cudaMemcpyHostToDevice));
   }
 }
