@@ -26,6 +26,7 @@
 #include "cuda/core/ptx.cuh"
 #include "cuda/core/test_hooks.cuh"
 #include "kernels_case.cuh"
+#include "kernels_ops.cuh"
 #include "transport/error_text.h"
 
 namespace {

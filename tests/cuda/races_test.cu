@@ -25,6 +25,7 @@
 
 #include "cuda/core/ptx.cuh"
 #include "kernels_case.cuh"
+#include "kernels_ops.cuh"
 
 namespace {
 
