@@ -18,8 +18,8 @@ import oracle
 import routings
 from jax_ep import _cpu, reference
 from jax_ep._backends import native
-from native import RANKS, UNBOUNDED, indices, plan
-from spmd import make_group, ranks_at_most, stacked_jit
+from native import EXPERTS, HIDDEN, RANKS, TOKENS, UNBOUNDED, indices, plan
+from spmd import make_group, ranks_at_most, shard, stacked_jit
 
 pytestmark = pytest.mark.one_process("the native CPU backend serves groups of one process")
 
@@ -35,6 +35,41 @@ def test_targets_have_both_stages():
     for name, stages in _cpu.targets().items():
         assert name.startswith("jax_ep_")
         assert stages.keys() == {"instantiate", "execute"}
+
+
+def native_calls(jaxpr):
+    """The calls of native targets in a program, as JAX traces it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "jax_ep_call":
+            yield equation.params
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from native_calls(inner)
+
+
+def test_calls_have_the_signatures_of_their_targets():
+    group = make_group(RANKS, "cpu")
+
+    def loss(x, idx):
+        weights = jax.numpy.ones(idx.shape)
+        out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=EXPERTS, alignment=8)
+        return jax_ep.combine(out.tokens, out.handle, group=group, weights=out.weights).sum()
+
+    mapped = shard(jax.grad(loss), group.mesh)
+    x = np.zeros((RANKS * TOKENS, HIDDEN), np.float32)
+    program = jax.make_jaxpr(mapped)(x, indices().reshape(RANKS * TOKENS, -1)).jaxpr
+    signatures = _cpu.signatures()
+    assert signatures.keys() == _cpu.targets().keys()
+    called = set()
+    for call in native_calls(program):
+        wanted = signatures[call["target"]]
+        called.add(call["target"])
+        assert len(call["absent"]) == len(wanted["operands"])  # given or absent
+        assert len(call["results"]) == len(wanted["results"])
+        names = [name for name, _ in call["attributes"]] + ["ordinal"]
+        assert sorted(names) == sorted(wanted["attributes"])
+    assert called == signatures.keys() - {"jax_ep_clock"}
 
 
 def test_call_counts():

@@ -7,6 +7,8 @@
 // have one result more, scratch memory, after those listed.
 #pragma once
 
+#include <vector>
+
 // clang-format off
 
 // Attributes that every op of a group begins with.
@@ -59,3 +61,40 @@
 #define JAX_EP_CLOCK_SCRATCH(X)
 
 // clang-format on
+
+namespace jax_ep::ops {
+
+// The names in the lists of a target.
+struct Signature {
+  const char* target;
+  std::vector<const char*> attributes, operands, results, scratch;
+};
+
+inline std::vector<Signature> Signatures() {
+#define JAX_EP_NO_ATTRIBUTES(X)
+#define JAX_EP_ATTRIBUTE_NAME(type, name) #name,
+#define JAX_EP_BUFFER_NAME(name) #name,
+#define JAX_EP_SIGNATURE(target, GROUP_ATTRIBUTES, LIST)         \
+  {                                                              \
+    #target,                                                     \
+        {GROUP_ATTRIBUTES(JAX_EP_ATTRIBUTE_NAME)                 \
+             JAX_EP_##LIST##_ATTRIBUTES(JAX_EP_ATTRIBUTE_NAME)}, \
+        {JAX_EP_##LIST##_OPERANDS(JAX_EP_BUFFER_NAME)},          \
+        {JAX_EP_##LIST##_RESULTS(JAX_EP_BUFFER_NAME)}, {         \
+      JAX_EP_##LIST##_SCRATCH(JAX_EP_BUFFER_NAME)                \
+    }                                                            \
+  }
+  return {
+      JAX_EP_SIGNATURE(jax_ep_plan, JAX_EP_GROUP_ATTRIBUTES, PLAN),
+      JAX_EP_SIGNATURE(jax_ep_dispatch, JAX_EP_GROUP_ATTRIBUTES, DISPATCH),
+      JAX_EP_SIGNATURE(jax_ep_combine, JAX_EP_GROUP_ATTRIBUTES, COMBINE),
+      JAX_EP_SIGNATURE(jax_ep_combine_vjp, JAX_EP_GROUP_ATTRIBUTES, COMBINE_VJP),
+      JAX_EP_SIGNATURE(jax_ep_clock, JAX_EP_NO_ATTRIBUTES, CLOCK),
+  };
+#undef JAX_EP_SIGNATURE
+#undef JAX_EP_BUFFER_NAME
+#undef JAX_EP_ATTRIBUTE_NAME
+#undef JAX_EP_NO_ATTRIBUTES
+}
+
+}  // namespace jax_ep::ops

@@ -49,11 +49,11 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     if (device < 0) continue;
     Member member{};
     for (int peer = 0; peer < num_ranks; ++peer) {
-      member.params.peers[peer] = reinterpret_cast<Workspace*>(ranks[peer].workspace);
+      member.workspaces.push_back(reinterpret_cast<Workspace*>(ranks[peer].workspace));
       member.processes.push_back(ranks[peer].process);
     }
     if (auto error = AllocateErrorRecord(device, &member.params.error)) return error;
-    if (auto error = WriteRegions(device, regions, member.params.peers[rank])) return error;
+    if (auto error = WriteRegions(device, regions, member.workspaces[rank])) return error;
     member.params.rank = rank;
     member.params.num_ranks = num_ranks;
     member.params.instance = instance;
@@ -143,15 +143,18 @@ std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t
     const auto group = Groups().find(group_id);
     if (group == Groups().end()) return "there is no group of id " + std::to_string(group_id);
     for (const auto& [device, member] : *group->second) {
-      workspaces.emplace_back(device, member.params.peers[member.params.rank]);
+      workspaces.emplace_back(device, member.workspaces[member.params.rank]);
     }
   }
   for (const auto& [device, workspace] : workspaces) {
     ScopedDevice scope(device);
     JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
-    JAX_EP_RETURN_IF_CUDA_ERROR(
-        cudaMemcpy(&ops[device], &workspace->last.epoch, sizeof(uint64_t), cudaMemcpyDeviceToHost),
-        device);
+    for (const cuda::Channel& channel : workspace->channels) {
+      uint64_t epoch = 0;
+      JAX_EP_RETURN_IF_CUDA_ERROR(
+          cudaMemcpy(&epoch, &channel.last.epoch, sizeof(epoch), cudaMemcpyDeviceToHost), device);
+      ops[device] += epoch;
+    }
   }
   return std::nullopt;
 }

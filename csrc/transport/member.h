@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -17,13 +18,24 @@ struct Staging {
 
 // What one rank of a group needs to launch ops; lives until the process ends.
 struct Member {
-  cuda::GroupParams params;  // without tag and op
-  int device;                // CUDA ordinal
-  int max_blocks;            // of an op
+  cuda::GroupParams params;                  // without peers, channel, tag and op
+  std::vector<cuda::Workspace*> workspaces;  // of the ranks
+  int device;                                // CUDA ordinal
+  int max_blocks;                            // of an op
   // Of each rank's memory what peers can read, as this process has it.
   std::vector<std::vector<cuda::Region>> regions;
   Staging staging;
   std::vector<int> processes;  // of the ranks
+
+  // What an op on `channel` needs to know, but for its tag and kind.
+  cuda::GroupParams ParamsOn(int channel) const {
+    cuda::GroupParams on_channel = params;
+    for (size_t rank = 0; rank < workspaces.size(); ++rank) {
+      on_channel.peers[rank] = &workspaces[rank]->channels[channel];
+    }
+    on_channel.channel = channel;
+    return on_channel;
+  }
 
   // Whether peers can read these bytes in place.
   bool IsReachable(const void* pointer, int64_t bytes) const {

@@ -65,10 +65,12 @@ std::optional<std::string> WriteRegions(int device,
     if (regions[rank].size() > cuda::kMaxRegions) return "a rank has too many regions of memory";
     std::copy(regions[rank].begin(), regions[rank].end(), table.begin() + rank * cuda::kMaxRegions);
   }
-  JAX_EP_RETURN_IF_CUDA_ERROR(
-      cudaMemcpy(workspace->regions, table.data(), table.size() * sizeof(cuda::Region),
-                 cudaMemcpyHostToDevice),
-      device);
+  for (cuda::Channel& channel : workspace->channels) {
+    JAX_EP_RETURN_IF_CUDA_ERROR(
+        cudaMemcpy(channel.regions, table.data(), table.size() * sizeof(cuda::Region),
+                   cudaMemcpyHostToDevice),
+        device);
+  }
   return std::nullopt;
 }
 

@@ -26,6 +26,7 @@
 #include "cuda/core/ptx.cuh"
 #include "cuda/core/test_hooks.cuh"
 #include "kernels_case.cuh"
+#include "kernels_ops.cuh"
 #include "transport/error_text.h"
 
 namespace {
@@ -297,7 +298,7 @@ class Test {
     constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
     for (size_t i = 0; any && i < regions.size(); ++i) regions[i] = {i * kSize, kSize};
     CHECK_CUDA(cudaSetDevice(k.device));
-    CHECK_CUDA(cudaMemcpy(k.workspace->regions[k.group.rank], regions.data(),
+    CHECK_CUDA(cudaMemcpy(k.channel->regions[k.group.rank], regions.data(),
                           regions.size() * sizeof(regions[0]), cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaDeviceSynchronize());
   }

@@ -1,5 +1,5 @@
-// What kernels_test and failures_test run: the workload of the command line, the ranks with their
-// memory, and the ops.
+// What kernels_test, failures_test and races_test run on: the workload of the command line, and the
+// ranks with their memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,7 +24,7 @@
 #include "cuda/plan/plan.h"
 #include "cuda/rows/quantize.h"
 #include "ops/geometry.h"
-#include "plan/build_plan.h"
+#include "plan/routing.h"
 
 namespace {
 
@@ -86,7 +86,7 @@ struct Rank {
   int device;
   cudaStream_t stream;
   cudaEvent_t begin, end;
-  cuda::Workspace* workspace;
+  cuda::Channel* channel;
   cuda::ErrorRecord* error;
   Buffer<int32_t> topk_idx, topk, dest_row, recv_rows, recv_src, expert_idx, group_sizes, counts,
       demand, num_dropped, num_invalid, scratch;
@@ -103,7 +103,7 @@ struct Workload {
   std::string dtype;
   bool fp8, by_expert, weighted;
   cuda::RowType type;
-  ops::DType cpu_type;
+  ops::DType row_dtype;
   int width;  // bytes of an element of a row
 
   // C is 0 unless it is given.
@@ -125,12 +125,10 @@ struct Workload {
     dtype = options.Text("dtype", "bf16");
     fp8 = options.Int("fp8", 0) != 0;
     weighted = by_expert && options.Int("weighted", 0) != 0;
-    type = dtype == "f32"   ? cuda::RowType::kFloat32
-           : dtype == "f16" ? cuda::RowType::kFloat16
-                            : cuda::RowType::kBFloat16;
-    cpu_type = dtype == "f32"   ? ops::DType::kFloat32
-               : dtype == "f16" ? ops::DType::kFloat16
-                                : ops::DType::kBFloat16;
+    row_dtype = dtype == "f32"   ? ops::DType::kFloat32
+                : dtype == "f16" ? ops::DType::kFloat16
+                                 : ops::DType::kBFloat16;
+    type = cuda::RowTypeOf(row_dtype);
     width = cuda::ByteWidth(type);
   }
 
@@ -193,7 +191,7 @@ inline int NeededCapacity(const Workload& w, const std::vector<Rank>& ranks) {
   return *std::max_element(needed.begin(), needed.end());
 }
 
-// Memory, inputs and workspaces; the kernels are loaded.
+// Memory, inputs and channels; the kernels are loaded.
 inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>& ranks,
                     std::mt19937& generator) {
   const int R = w.R, T = w.T, K = w.K, E = w.E, H = w.H, L = w.L, M = w.M, C = w.C;
@@ -208,13 +206,13 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
       if (peer != rank.device && cudaDeviceEnablePeerAccess(peer, 0) != cudaSuccess)
         cudaGetLastError();
     }
-    CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&rank.workspace), sizeof(cuda::Workspace)));
-    CHECK_CUDA(cudaMemset(rank.workspace, 0, sizeof(cuda::Workspace)));
+    CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&rank.channel), sizeof(cuda::Channel)));
+    CHECK_CUDA(cudaMemset(rank.channel, 0, sizeof(cuda::Channel)));
     CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&rank.error), sizeof(cuda::ErrorRecord),
                              cudaHostAllocPortable | cudaHostAllocMapped));
     std::memset(rank.error, 0, sizeof(cuda::ErrorRecord));
     // What a stream's first launch sets up must not wait for kernels that wait for this rank.
-    CHECK_CUDA(cudaMemsetAsync(rank.workspace, 0, sizeof(cuda::Workspace), rank.stream));
+    CHECK_CUDA(cudaMemsetAsync(rank.channel, 0, sizeof(cuda::Channel), rank.stream));
     CHECK_CUDA(cudaEventCreate(&rank.begin));
     CHECK_CUDA(cudaEventCreate(&rank.end));
     CHECK_CUDA(cudaEventRecord(rank.begin, rank.stream));
@@ -277,7 +275,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
   for (int r = 0; r < R; ++r) {
     cuda::GroupParams& group = ranks[r].group;
     group = {};
-    for (int p = 0; p < R; ++p) group.peers[p] = ranks[p].workspace;
+    for (int p = 0; p < R; ++p) group.peers[p] = ranks[p].channel;
     group.error = ranks[r].error;
     group.rank = r;
     group.num_ranks = R;
@@ -290,106 +288,9 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
       constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
       regions[i] = {i % cuda::kMaxRegions * kSize, kSize};
     }
-    CHECK_CUDA(cudaMemcpy(ranks[r].workspace->regions, regions.data(),
+    CHECK_CUDA(cudaMemcpy(ranks[r].channel->regions, regions.data(),
                           regions.size() * sizeof(cuda::Region), cudaMemcpyHostToDevice));
   }
-}
-
-// The ops of a rank, as they are launched. The n-th launch reads the n-th set of inputs.
-
-inline cuda::GroupParams GroupOf(const Rank& k, cuda::OpKind op) {
-  cuda::GroupParams group = k.group;
-  group.op = op;
-  return group;
-}
-
-inline int BlocksOf(const Workload& w, const Rank& k) {
-  return w.blocks + k.group.rank * w.more_blocks;
-}
-
-inline cuda::PlanParams PlanParamsOf(const Workload& w, const Rank& k) {
-  return {GroupOf(k, cuda::OpKind::kPlan),
-          w.layout,
-          w.T,
-          w.K,
-          w.E,
-          w.C,
-          w.alignment,
-          std::numeric_limits<int32_t>::max(),
-          k.topk_idx.device,
-          k.topk.device,
-          k.topk.device,
-          k.dest_row.device,
-          k.recv_rows.device,
-          k.recv_src.device,
-          k.expert_idx.device,
-          k.group_sizes.device,
-          k.counts.device,
-          k.demand.device,
-          k.num_dropped.device,
-          k.num_invalid.device,
-          k.scratch.device};
-}
-
-inline cuda::DispatchParams DispatchParamsOf(const Workload& w, const Rank& k, int launch) {
-  const int row_bytes = w.fp8 ? w.H : w.H * w.width;
-  return {GroupOf(k, cuda::OpKind::kDispatch),
-          w.layout,
-          w.T,
-          w.K,
-          w.C,
-          w.M,
-          row_bytes,
-          row_bytes,
-          w.fp8 ? w.H / 128 : 0,
-          k.x.Of(launch),
-          w.fp8 ? k.scales.device : nullptr,
-          k.weights.device,
-          k.recv_rows.device,
-          k.recv_src.device,
-          k.expert_idx.device,
-          k.rows.device,
-          w.fp8 ? k.row_scales.device : nullptr,
-          k.row_weights.device,
-          BlocksOf(w, k)};
-}
-
-inline cuda::CombineParams CombineParamsOf(const Workload& w, const Rank& k, int launch) {
-  return {GroupOf(k, cuda::OpKind::kCombine),
-          w.layout,
-          w.type,
-          w.T,
-          w.K,
-          w.E,
-          w.C,
-          w.M,
-          w.H,
-          k.d_rows.Of(launch),
-          w.weighted ? k.row_weights.device : nullptr,
-          w.by_expert ? k.d_weights.device : k.row_weights.device,
-          k.topk.device,
-          k.dest_row.device,
-          k.recv_rows.device,
-          k.y.device,
-          k.home.device,
-          BlocksOf(w, k)};
-}
-
-inline cuda::CombineVjpParams CombineVjpParamsOf(const Workload& w, const Rank& k, int launch) {
-  return {GroupOf(k, cuda::OpKind::kCombineVjp),
-          w.type,
-          w.T,
-          w.M,
-          w.C,
-          w.H,
-          k.dy.Of(launch),
-          k.rows.device,
-          k.row_weights.device,
-          k.recv_rows.device,
-          k.recv_src.device,
-          k.d_rows.device,
-          k.d_weights.device,
-          BlocksOf(w, k)};
 }
 
 }  // namespace

@@ -26,8 +26,10 @@
 #include "cpu/combine.h"
 #include "cpu/combine_vjp.h"
 #include "cpu/dispatch.h"
+#include "cpu/plan.h"
 #include "cpu/quantize.h"
 #include "kernels_case.cuh"
+#include "kernels_ops.cuh"
 
 namespace {
 
@@ -100,7 +102,6 @@ int main(int argc, char** argv) {
   if (w.C == 0) w.C = NeededCapacity(w, ranks);
   const int R = w.R, T = w.T, K = w.K, E = w.E, H = w.H, C = w.C;
   const int width = w.width, repeat = options.Int("repeat", 20);
-  const Layout layout = w.layout;
   const bool fp8 = w.fp8, by_expert = w.by_expert;
   std::printf("R=%d T=%d K=%d E=%d H=%d C=%d %s %s%s blocks=%d\n", R, T, K, E, H, C,
               by_expert ? "expert" : "token", w.dtype.c_str(), fp8 ? " fp8" : "", w.blocks);
@@ -203,69 +204,24 @@ int main(int argc, char** argv) {
   if (options.Int("check", 1) == 0) return 0;
 
   // The same on the CPU.
-  plan::PlanShape shape{R, T, K, E, C, w.alignment, std::numeric_limits<int32_t>::max(), layout};
-  std::vector<plan::RankPlan> plans;
-  for (Rank& k : ranks) {
-    plans.push_back({k.topk_idx.host.data(), k.topk.host.data(), k.dest_row.host.data(),
-                     k.recv_rows.host.data(), k.recv_src.host.data(), k.expert_idx.host.data(),
-                     k.group_sizes.host.data(), k.counts.host.data(), k.demand.host.data(),
-                     k.num_dropped.host.data(), k.num_invalid.host.data()});
-  }
-  plan::BuildPlans(shape, plans);
-  const auto run_on_cpu = [](cpu::RowWork work) { return work.run(0, work.num_rows); };
-  const auto handle_of = [](Rank& k) {
-    return ops::Handle{k.topk.host.data(), k.dest_row.host.data(), k.recv_rows.host.data(),
-                       k.recv_src.host.data(), k.expert_idx.host.data()};
+  const auto run_on_cpu = [&](auto args_of, auto work_of) {
+    using Args = decltype(args_of(ranks[0]));
+    std::vector<Args> args;
+    for (const Rank& k : ranks) args.push_back(args_of(k));
+    std::vector<const Args*> pointers;
+    for (const Args& of_rank : args) pointers.push_back(&of_rank);
+    cpu::RowWork work = work_of(pointers);
+    work.run(0, work.num_rows);
   };
-  const ops::Geometry geometry{R, E, T,      K,
-                               C, H, layout, fp8 ? ops::DType::kFloat8E4M3FN : w.cpu_type};
-  std::vector<ops::DispatchArgs> dispatch_args(R);
-  std::vector<const ops::DispatchArgs*> dispatch_pointers;
-  for (int r = 0; r < R; ++r) {
-    Rank& k = ranks[r];
-    dispatch_args[r] = {geometry,
-                        ops::Quantization::kNone,
-                        false,
-                        k.x.host.data(),
-                        fp8 ? k.scales.host.data() : nullptr,
-                        k.weights.host.data(),
-                        handle_of(k),
-                        k.rows.host.data(),
-                        fp8 ? k.row_scales.host.data() : nullptr,
-                        k.row_weights.host.data()};
-    dispatch_pointers.push_back(&dispatch_args[r]);
-  }
-  run_on_cpu(cpu::DispatchWork(dispatch_pointers));
+  run_on_cpu([&](const Rank& k) { return PlanArgsOf(w, k, OnHost()); }, cpu::PlanWork);
+  run_on_cpu([&](const Rank& k) { return DispatchArgsOf(w, k, OnHost()); }, cpu::DispatchWork);
   if (has_vjp) {
-    std::vector<ops::CombineVjpArgs> args(R);
-    std::vector<const ops::CombineVjpArgs*> pointers;
-    for (int r = 0; r < R; ++r) {
-      Rank& k = ranks[r];
-      args[r] = {
-          geometry,     k.dy.host.data(),     k.rows.host.data(),     k.row_weights.host.data(),
-          handle_of(k), k.d_rows.host.data(), k.d_weights.host.data()};
-      pointers.push_back(&args[r]);
-    }
-    run_on_cpu(cpu::CombineVjpWork(pointers));
+    run_on_cpu([&](const Rank& k) { return CombineVjpArgsOf(w, k, OnHost()); },
+               cpu::CombineVjpWork);
   } else if (!fp8) {
     for (Rank& k : ranks) k.d_rows.host = k.rows.host;
   }
-  std::vector<ops::CombineArgs> combine_args(R);
-  std::vector<const ops::CombineArgs*> combine_pointers;
-  ops::Geometry combine_geometry = geometry;
-  combine_geometry.dtype = w.cpu_type;
-  for (int r = 0; r < R; ++r) {
-    Rank& k = ranks[r];
-    combine_args[r] = {combine_geometry,
-                       k.d_rows.host.data(),
-                       w.weighted ? k.row_weights.host.data() : nullptr,
-                       by_expert ? k.d_weights.host.data() : k.row_weights.host.data(),
-                       handle_of(k),
-                       k.y.host.data(),
-                       k.home.host.data()};
-    combine_pointers.push_back(&combine_args[r]);
-  }
-  run_on_cpu(cpu::CombineWork(combine_pointers));
+  run_on_cpu([&](const Rank& k) { return CombineArgsOf(w, k, OnHost()); }, cpu::CombineWork);
 
   for (int r = 0; r < R; ++r) {
     const Rank& k = ranks[r];

@@ -69,23 +69,23 @@ struct Group {
 
   explicit Group(int num_ranks, double timeout_s = 20) : params(num_ranks), streams(num_ranks) {
     sink = Allocate<int32_t>(1);
-    std::vector<cuda::Workspace*> workspaces(num_ranks);
+    std::vector<cuda::Channel*> channels(num_ranks);
     for (int r = 0; r < num_ranks; ++r) {
       CHECK_CUDA(cudaStreamCreateWithFlags(&streams[r], cudaStreamNonBlocking));
-      workspaces[r] = Allocate<cuda::Workspace>(1);
-      CHECK_CUDA(cudaMemset(workspaces[r], 0, sizeof(cuda::Workspace)));
+      channels[r] = Allocate<cuda::Channel>(1);
+      CHECK_CUDA(cudaMemset(channels[r], 0, sizeof(cuda::Channel)));
       std::vector<cuda::Region> regions(size_t(num_ranks) * cuda::kMaxRegions);
       for (size_t i = 0; i < regions.size(); ++i) {
         constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
         regions[i] = {i % cuda::kMaxRegions * kSize, kSize};
       }
-      CHECK_CUDA(cudaMemcpy(workspaces[r]->regions, regions.data(),
+      CHECK_CUDA(cudaMemcpy(channels[r]->regions, regions.data(),
                             regions.size() * sizeof(cuda::Region), cudaMemcpyHostToDevice));
     }
     for (int r = 0; r < num_ranks; ++r) {
       cuda::GroupParams& group = params[r];
       group = {};
-      std::copy(workspaces.begin(), workspaces.end(), group.peers);
+      std::copy(channels.begin(), channels.end(), group.peers);
       CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&group.error), sizeof(cuda::ErrorRecord),
                                cudaHostAllocMapped));
       *group.error = {};
@@ -96,7 +96,7 @@ struct Group {
     }
     CHECK_CUDA(cudaDeviceSynchronize());
   }
-  // Streams, workspaces and records live until the program ends.
+  // Streams, channels and records live until the program ends.
 
   void Other() {
     for (size_t r = 0; r < params.size(); ++r) {

@@ -25,6 +25,7 @@
 
 #include "cuda/core/ptx.cuh"
 #include "kernels_case.cuh"
+#include "kernels_ops.cuh"
 
 namespace {
 
@@ -57,9 +58,9 @@ void Reset(std::vector<Rank>& ranks) {
     CHECK_CUDA(cudaSetDevice(k.device));
     std::vector<cuda::Region> regions(cuda::kMaxRanks * cuda::kMaxRegions);
     const size_t size = regions.size() * sizeof(regions[0]);
-    CHECK_CUDA(cudaMemcpy(regions.data(), k.workspace->regions, size, cudaMemcpyDeviceToHost));
-    CHECK_CUDA(cudaMemset(k.workspace, 0, sizeof(cuda::Workspace)));
-    CHECK_CUDA(cudaMemcpy(k.workspace->regions, regions.data(), size, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy(regions.data(), k.channel->regions, size, cudaMemcpyDeviceToHost));
+    CHECK_CUDA(cudaMemset(k.channel, 0, sizeof(cuda::Channel)));
+    CHECK_CUDA(cudaMemcpy(k.channel->regions, regions.data(), size, cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaDeviceSynchronize());
     std::memset(k.error, 0, sizeof(*k.error));
     k.group.op_timeout_ns = kLong;
@@ -135,7 +136,7 @@ void RaceForReuse(const Workload& w, std::vector<Rank>& ranks, const int32_t* wr
 // What the op has left that ended last.
 void SetEpoch(Rank& k, uint64_t epoch) {
   CHECK_CUDA(cudaSetDevice(k.device));
-  CHECK_CUDA(cudaMemcpy(&k.workspace->last.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
+  CHECK_CUDA(cudaMemcpy(&k.channel->last.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
   CHECK_CUDA(cudaDeviceSynchronize());
 }
 

@@ -196,7 +196,7 @@ int main(int argc, char** argv) {
     k.y = Allocate<float>(T * s.hidden);
     k.rows = Allocate<float>(C * s.hidden);
     k.wrong = Allocate<int>(4);
-    k.group.peers[r] = Allocate<cuda::Workspace>(1);
+    k.group.peers[r] = Allocate<cuda::Channel>(1);
     CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&k.group.error), sizeof(cuda::ErrorRecord),
                              cudaHostAllocPortable | cudaHostAllocMapped));
     std::memset(k.group.error, 0, sizeof(cuda::ErrorRecord));

@@ -9,11 +9,13 @@ namespace jax_ep::cuda {
 
 // What every kernel of a group needs to know of it; passed by value.
 struct GroupParams {
-  Workspace* peers[kMaxRanks];  // as this device maps them; peers[rank] is its own
-  ErrorRecord* error;           // pinned host memory
+  // The op's channel of every rank's workspace, as this device maps them; peers[rank] is its own.
+  Channel* peers[kMaxRanks];
+  ErrorRecord* error;  // pinned host memory
   int rank;
   int num_ranks;
   int instance;           // which of the groups side by side
+  int channel;            // of the op
   const int32_t* coords;  // [2], rank and instance as the program counts them; null: not checked
   uint64_t arrival_timeout_ns;
   uint64_t op_timeout_ns;

@@ -32,8 +32,14 @@
 
 namespace jax_ep::cuda {
 
-__device__ __forceinline__ Workspace& Own(const GroupParams& group) {
+__device__ __forceinline__ Channel& Own(const GroupParams& group) {
   return *group.peers[group.rank];
+}
+
+// Another channel of a rank's workspace than the op's.
+__device__ __forceinline__ Channel& OnChannel(const GroupParams& group, int rank, int channel) {
+  Channel* own = group.peers[rank];
+  return kNumChannels == 1 ? *own : *(own - group.channel + channel);
 }
 
 // Records the failure unless there was one before, and tells all peers. Not inlined, like all that
@@ -56,7 +62,9 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
     ptx::StoreReleaseSystem(&error->set, 1u);
   }
   for (int r = 0; r < group.num_ranks; ++r) {
-    ptx::StoreReleaseSystem(&group.peers[r]->failed, 1u);
+    for (int channel = 0; channel < kNumChannels; ++channel) {
+      ptx::StoreReleaseSystem(&OnChannel(group, r, channel).failed, 1u);
+    }
   }
   // All are told before a block acts on the mark: the inputs that they read may be gone after that.
   ptx::FenceAcquireReleaseSystem();
@@ -140,7 +148,7 @@ __device__ __forceinline__ OpNumbers NumbersOfOp(const GroupParams& group) {
 
 // The same, in the op's first kernel. All threads of all blocks call it before EndOp.
 __device__ __forceinline__ OpNumbers BeginOp(const GroupParams& group) {
-  Workspace& own = Own(group);
+  Channel& own = Own(group);
   const OpNumbers op = NumbersOfOp(group);
   // By a thread that has nothing to do while the answer comes.
   if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && atomicExch(&own.active, 1u) != 0u) {
@@ -192,7 +200,7 @@ __device__ inline void Publish(const GroupParams& group, OpNumbers op,
   TestDelay(group.rank, epoch, 0);
   ptx::FenceAcquireReleaseSystem();
   for (int i = threadIdx.x; i < group.num_ranks * kWords; i += blockDim.x) {
-    Workspace& peer = *group.peers[i / kWords];
+    Channel& peer = *group.peers[i / kWords];
     const int word = i % kWords;
     if (word == kMaxAddresses) {
       ptx::StoreRelaxedSystem(&peer.arrival[epoch % 2][group.rank].value,
@@ -249,7 +257,7 @@ __device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
 // Waits until all ranks have arrived, after which `inputs` says where their inputs are; false in
 // all threads once the group has failed. Called by all threads of a block.
 __device__ inline bool WaitInputs(const GroupParams& group, OpNumbers op, PeerInputs& inputs) {
-  Workspace& own = Own(group);
+  Channel& own = Own(group);
   const uint64_t epoch = op.epoch, number = PackAddress(0, 0, op.publication);
   bool arrived = threadIdx.x + 1 != blockDim.x || !HasFailed(group, epoch);
   for (int i = threadIdx.x; i < group.num_ranks * kMaxAddresses; i += blockDim.x) {
@@ -294,7 +302,7 @@ __device__ inline bool WaitInputs(const GroupParams& group, OpNumbers op, PeerIn
 template <typename Finish, typename Poison>
 __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish,
                              Poison&& poison) {
-  Workspace& own = Own(group);
+  Channel& own = Own(group);
   TestDelay(group.rank, epoch, 2);
   if (TestStops(group.tag, ~0u)) return;
   bool failed;

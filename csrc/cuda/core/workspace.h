@@ -142,7 +142,10 @@ enum class ErrorKind : uint32_t {
 
 enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2, kCombineVjp = 3 };
 
-struct Workspace {
+// What the ops of a group that follow each other use: epoch, flags, inbox and ring. Ops of a group
+// that run at the same time have to be on different channels; all ranks run the ops of one channel
+// in the same order.
+struct Channel {
   // Written by peer r into entry r, for the op of that epoch. One of each is enough: no rank begins
   // the next op before all have closed this one.
   // An op that does not wait for the others' end may be followed by the next one's arrival.
@@ -157,17 +160,24 @@ struct Workspace {
   // ... and the part that this rank had put there, at home r, has been read.
   uint64_t ring_free[kMaxRanks][kMaxRingSlots * kMaxParts];
   alignas(1024) char ring[kRingBytes];
-  // Any rank: not 0 once a rank of the group has failed. Never reset.
+  // Any rank, on all channels: not 0 once a rank of the group has failed. Never reset.
   uint32_t failed;
   // This rank only:
-  Region regions[kMaxRanks][kMaxRegions];       // of every rank, as this device maps them
-  uint32_t active;                              // 1 while an op of the group runs
+  Region regions[kMaxRanks][kMaxRegions];       // of every rank, as this device maps them; the same
+                                                // on all channels
+  uint32_t active;                              // 1 while an op of the channel runs
   uint32_t blocks_arrived;                      // of the running kernel
   uint32_t blocks_done;                         // of the running kernel; and kFailedHere
   uint32_t tickets;                             // of the running kernel (Tickets); zero between ops
   OpNumbers last;                               // epoch and publication that completed last
   int32_t num_invalid;                          // plan: of the running kernel; zero between plans
   int32_t own_totals[kMaxExperts + kMaxRanks];  // plan: this rank's totals; zero between plans
+};
+
+constexpr int kNumChannels = 1;
+
+struct Workspace {
+  Channel channels[kNumChannels];
 };
 
 }  // namespace jax_ep::cuda

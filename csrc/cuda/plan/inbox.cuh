@@ -239,14 +239,14 @@ __device__ __forceinline__ int32_t NumPeerSlots(const PushShape& n, Batch batch)
 
 // The inbox: [R, kBlocks, quads] pairs of counts, then [R, T, token_words] ids (but not its own). A
 // word has its data in the upper half, the epoch in the lower one.
-__device__ __forceinline__ uint64_t* CountsOf(Workspace& workspace, const PushShape& n,
-                                              uint64_t epoch, int source, int block) {
-  return workspace.inbox[epoch % 2] + 2 * (source * kBlocks + block) * n.quads;
+__device__ __forceinline__ uint64_t* CountsOf(Channel& channel, const PushShape& n, uint64_t epoch,
+                                              int source, int block) {
+  return channel.inbox[epoch % 2] + 2 * (source * kBlocks + block) * n.quads;
 }
-__device__ __forceinline__ uint64_t* IdsOf(Workspace& workspace, const PlanParams& p,
+__device__ __forceinline__ uint64_t* IdsOf(Channel& channel, const PlanParams& p,
                                            const PushShape& n, uint64_t epoch, int source,
                                            int32_t token) {
-  return workspace.inbox[epoch % 2] + 2 * p.group.num_ranks * kBlocks * n.quads +
+  return channel.inbox[epoch % 2] + 2 * p.group.num_ranks * kBlocks * n.quads +
          (source * p.num_tokens + token) * n.token_words;
 }
 int64_t InboxWords(const PlanParams& p, const PushShape& n) {

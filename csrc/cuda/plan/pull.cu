@@ -87,7 +87,7 @@ __device__ void CountEntries(const PlanParams& p, int32_t* counts /*[columns]*/,
   __syncthreads();
   for (int32_t c = threadIdx.x; c < columns; c += kThreads) row[c] = counts[c];
   if (num_invalid != 0) atomicAdd(&Own(p.group).num_invalid, num_invalid);
-  Workspace& own = Own(p.group);
+  Channel& own = Own(p.group);
   for (int32_t c = threadIdx.x; c < columns; c += kThreads) {
     if (counts[c] != 0) atomicAdd(&own.own_totals[c], counts[c]);
   }
@@ -101,7 +101,7 @@ __device__ void CountEntries(const PlanParams& p, int32_t* counts /*[columns]*/,
 // The last block: gives this rank's totals to all ranks. Relaxed, for the words say all themselves;
 // all ranks have closed the op that read those of before.
 __device__ void SendTotals(const PlanParams& p, uint64_t epoch, int32_t num_totals) {
-  Workspace& own = Own(p.group);
+  Channel& own = Own(p.group);
   TestDelay(p.group.rank, epoch, 3);
   for (int32_t c = threadIdx.x; c < num_totals; c += kThreads) {
     const int32_t total = __ldcg(&own.own_totals[c]);

@@ -11,6 +11,12 @@ namespace jax_ep {
 
 namespace ffi = ::xla::ffi;
 
+namespace {
+
+constexpr int kChannel = 0;  // of all ops: no two of a group are in flight at once
+
+}  // namespace
+
 void CheckDeviceGroup(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer coords) {
   CheckGroup(check, attrs);
   check.Argument("coords", coords, ffi::S32, {2});
@@ -31,7 +37,7 @@ ffi::Error PrepareGroup(const GroupAttrs& attrs, ffi::AnyBuffer coords, int32_t 
     return ffi::Error(ffi::ErrorCode::kAborted, *failure);
   }
   group.member = member;
-  group.params = member->params;
+  group.params = member->ParamsOn(kChannel);
   group.params.op = op;
   group.params.coords = static_cast<const int32_t*>(coords.untyped_data());
   group.params.tag = OpTag(op, agreed, attrs.ordinal);
