@@ -19,7 +19,8 @@ import jax_ep
 from conftest import PLATFORM
 from jax_ep import _compat, tune
 from jax_ep._backends import native
-from jax_ep._groups import sms, tuning
+from jax_ep._groups import tuning
+from jax_ep._groups.group import sms_of
 from jax_ep._groups.tuning import Key
 from jax_ep.bench.cases import Case
 from spmd import make_group as make_real_group
@@ -54,7 +55,7 @@ def gpus_have_132_sms(monkeypatch):
 
 def num_sms(group, **changes):
     arguments = {"op": "dispatch", "layout": "token", "rows": "bfloat16", "hidden": 7168}
-    return sms.num_sms(group, **{**arguments, "num_tokens": 4096, **changes})
+    return sms_of(group, **{**arguments, "num_tokens": 4096, **changes})
 
 
 def test_default_leaves_32_sms():
@@ -149,7 +150,6 @@ def test_bytes_that_are_no_text(cache, caplog):
 WORKER = """
 import sys
 import jax, jax_ep
-from jax_ep._groups import sms
 from jax_ep._groups import tuning
 address, index = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(address, 2, index, coordinator_bind_address=address if index == 0 else None)

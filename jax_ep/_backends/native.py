@@ -19,8 +19,8 @@ from jax_ep import _compat
 from jax_ep._backends.primitive import native_call
 from jax_ep._core.capacity import round_up
 from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
-from jax_ep._groups import gpu_side, sms, tuning
-from jax_ep._groups.group import Group
+from jax_ep._groups import gpu_side, tuning
+from jax_ep._groups.group import Group, sms_of
 
 _LAYOUTS = {"expert": 0, "token": 1}
 _QUANTIZATIONS = {None: 0, "f32": 1, "ue8m0": 2}
@@ -244,7 +244,7 @@ def _attributes(
     hidden: int = 0,
     rows: str = "",
 ) -> dict[str, Any]:
-    num_sms = sms.num_sms(
+    num_sms = sms_of(
         group,
         op=op,
         layout=layout,

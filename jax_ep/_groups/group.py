@@ -1,4 +1,4 @@
-"""A group: the ranks that exchange rows, and the backend that moves them."""
+"""A group: the ranks that exchange rows, the backend that moves them, and how many SMs that takes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from typing import Any
 
 import jax
 
+from jax_ep import _compat
+from jax_ep._core.types import Layout
 from jax_ep._errors import from_text
 from jax_ep._groups import gpu_side
 from jax_ep._groups.topology import Topology
-from jax_ep._groups.tuning import Table
+from jax_ep._groups.tuning import (
+    Key,
+    Table,
+    TunedOp,
+    clamp_num_sms,
+    default_num_sms,
+    tokens_bucket,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -80,3 +89,40 @@ class Group:
             "jax_ep.create_group in each process, and pickle weights (pytrees of arrays, nnx.state) "
             "without the layers or functions that hold the group."
         )
+
+
+def sms_of(
+    group: Group,
+    *,
+    op: TunedOp,
+    layout: Layout,
+    rows: str,
+    hidden: int,
+    num_tokens: int,
+    requested: int | None = None,
+) -> int:
+    """The SMs that an op may occupy on the GPUs of ``group``; 0 elsewhere, where it means nothing.
+
+    Args:
+        group: The group.
+        op: The op.
+        layout: Its layout.
+        rows: What it moves, by ``rows_name``; "" for a plan.
+        hidden: H; 0 for a plan.
+        num_tokens: T.
+        requested: What ``DispatchConfig.num_sms`` says; taken as it is.
+
+    Returns:
+        ``requested``, else the tuned number, else ``default_num_sms``.
+    """
+    if group.backend != "cuda":
+        return 0
+    if requested is not None:
+        return requested
+    device = group.mesh.devices.flat[0]
+    sm_count = _compat.multiprocessor_count(device)
+    key = Key(device.device_kind, group.size, op, layout, rows, hidden, tokens_bucket(num_tokens))
+    tuned = group.tuning.get(key)
+    if tuned is None:
+        return default_num_sms(layout, sm_count)
+    return clamp_num_sms(tuned, sm_count)

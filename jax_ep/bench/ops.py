@@ -14,7 +14,8 @@ import numpy as np
 import jax_ep
 from jax_ep._backends import native
 from jax_ep._core.types import Dispatched, Handle, Quantized
-from jax_ep._groups import gpu_side, sms, tuning
+from jax_ep._groups import gpu_side, tuning
+from jax_ep._groups.group import sms_of
 from jax_ep._ops import gradients
 from jax_ep.bench import expected, memory, timing, traffic
 from jax_ep.bench.cases import Case
@@ -91,7 +92,7 @@ def _num_sms(session: Session, case: Case) -> int | None:
     op: tuning.TunedOp = "dispatch"
     if case.op in ("plan", "combine"):
         op = "plan" if case.op == "plan" else "combine"
-    wanted = sms.num_sms(
+    wanted = sms_of(
         session.group,
         op=op,
         layout=case.layout,
