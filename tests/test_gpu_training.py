@@ -55,6 +55,8 @@ def cpu_losses(text, tmp_path_factory):
     for process in processes:
         process.kill()
         process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 # With one group, it spans both GPUs; with two, NCCL alone connects them.

@@ -123,7 +123,15 @@ class Dispatched:
         tokens: ``[C, H]`` rows (or ``Quantized`` rows); padding and unused rows are zero.
         weights: The top-k weight of each row: ``[C]`` in layout "expert", ``[C, K]`` in layout
             "token"; None when none were given.
-        handle: The plan, for ``combine`` and for another ``dispatch`` along the same routes.
+        handle: The plan, for ``combine`` and for another ``dispatch`` along the same routes. All that
+            follows is the handle's.
+        expert_idx: ``[C, K]`` local expert at each source position k, or −1 (layout "token" only).
+        group_sizes: ``[L]`` int32 kept rows of each local expert with their padding: ready for a
+            grouped matmul. In layout "token": equal to ``counts``.
+        counts: ``[L]`` int32 kept rows (layout "token": kept (token, expert) pairs).
+        demand: ``[L]`` int32 rows wanted (layout "token": (token, expert) pairs).
+        num_dropped: ``[1]`` int32, ``sum(demand) - sum(counts)`` of this rank.
+        num_invalid: ``[1]`` int32 entries of this rank's ``topk_idx`` taken as −1.
     """
 
     tokens: Any  # Array | Quantized; which one, the arguments of dispatch say
@@ -132,33 +140,30 @@ class Dispatched:
 
     @property
     def expert_idx(self) -> Int32[Array, "capacity top_k"] | None:
-        """``[C, K]`` local expert at each source position k, or −1 (layout "token" only)."""
+        """Of the handle."""
         return self.handle.expert_idx
 
     @property
     def group_sizes(self) -> Int32[Array, " local_experts"]:
-        """``[L]`` int32 kept rows of each local expert with their padding.
-
-        Ready for a grouped matmul. In layout "token" equal to ``counts``.
-        """
+        """Of the handle."""
         return self.handle.group_sizes
 
     @property
     def counts(self) -> Int32[Array, " local_experts"]:
-        """``[L]`` int32 kept rows (layout "token": kept (token, expert) pairs)."""
+        """Of the handle."""
         return self.handle.counts
 
     @property
     def demand(self) -> Int32[Array, " local_experts"]:
-        """``[L]`` int32 rows wanted (layout "token": (token, expert) pairs)."""
+        """Of the handle."""
         return self.handle.demand
 
     @property
     def num_dropped(self) -> Int32[Array, "1"]:
-        """``[1]`` int32, ``sum(demand) - sum(counts)`` of this rank."""
+        """Of the handle."""
         return self.handle.num_dropped
 
     @property
     def num_invalid(self) -> Int32[Array, "1"]:
-        """``[1]`` int32 entries of this rank's ``topk_idx`` taken as −1."""
+        """Of the handle."""
         return self.handle.num_invalid
