@@ -51,9 +51,9 @@ _PYTREES = {"_core.types"}
 def _checked_modules() -> list[str]:
     """Every module of the package but its index and those whose own errors are tested."""
     spec = importlib.util.find_spec("jax_ep")
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None or spec.origin is None:
         return []
-    root = pathlib.Path(spec.submodule_search_locations[0])
+    root = pathlib.Path(spec.origin).parent  # of an editable install, the search locations lack it
     paths = [path.relative_to(root).with_suffix("") for path in root.rglob("*.py")]
     names = [".".join(path.parts) for path in paths if path.name not in ("__init__", "__main__")]
     unchecked = _CHECKED_BY_HAND | _PYTREES
