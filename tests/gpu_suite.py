@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, help="for all stages; 540 for a window")
     parser.add_argument("--window", action="store_true", help="what two GPUs show in nine minutes")
     parser.add_argument("--cache", type=pathlib.Path, help="parts of a compilation cache to use")
-    parser.add_argument("--fill-cache", type=pathlib.Path, help="write such parts; no window")
+    parser.add_argument("--fill-cache", type=pathlib.Path, help="write such parts")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("stages", nargs="*", metavar="STAGE")
     options = parser.parse_args(arguments)

@@ -20,7 +20,7 @@ from jax_ep.routing import Routing
 
 def check_group(group: Any) -> None:
     """``group`` is a Group, and the call is on global arrays."""
-    _check_is_group("moe", group)
+    op_checks.check_is_group("moe", group)
     manual = [name for name in _compat.manual_axes() if name in group.mesh.axis_names]
     if manual:
         raise arguments.value_error(
@@ -43,20 +43,9 @@ def check_group(group: Any) -> None:
 
 def check_layer(op: str, *, group: Any, num_experts: Any, top_k: Any) -> None:
     """The settings of a Flax layer fit each other, so that its weights can be made."""
-    _check_is_group(op, group)
+    op_checks.check_is_group(op, group)
     op_checks.check_num_experts(op, num_experts, group)
     check_top_k(top_k, num_experts, op=op)
-
-
-def _check_is_group(op: str, group: Any) -> None:
-    if not isinstance(group, Group):
-        raise arguments.type_error(
-            op,
-            "group",
-            "a Group",
-            type(group).__name__,
-            "make one with jax_ep.create_group(mesh, axis_name) outside jit",
-        )
 
 
 def check_top_k(top_k: Any, num_experts: int, *, op: str = "moe") -> None:

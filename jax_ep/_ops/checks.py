@@ -16,8 +16,8 @@ from jax_ep._groups.group import Group
 MAX_TOP_K = 32
 
 
-def check_group(op: str, group: Any) -> None:
-    """``group`` is a Group, and the op is traced where every axis of its mesh is manual."""
+def check_is_group(op: str, group: Any) -> None:
+    """``group`` is a Group."""
     if not isinstance(group, Group):
         raise arguments.type_error(
             op,
@@ -26,6 +26,11 @@ def check_group(op: str, group: Any) -> None:
             type(group).__name__,
             "make one with jax_ep.create_group(mesh, axis_name) outside jit",
         )
+
+
+def check_group(op: str, group: Any) -> None:
+    """``group`` is a Group, and the op is traced where every axis of its mesh is manual."""
+    check_is_group(op, group)
     manual = _compat.manual_axes()
     missing = [name for name in group.mesh.axis_names if name not in manual]
     if missing:
