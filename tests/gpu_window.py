@@ -34,8 +34,18 @@ from window_stages import GRACE, RESERVE, Stage
 ROOT = pathlib.Path(__file__).parents[1]
 _UPDATE_S = 1.0
 _QUICK_GRACE = 3.0  # seconds for stages to end where the whole window is told to
-# A library that was built from other sources may load, but lacks targets.
-_NAMES = "from jax_ep import _cpu, _cuda; print(*_cpu.targets().keys() & _cuda.targets().keys())"
+# A library that was built from other sources may load, but lacks targets; one that was built with the
+# headers of a newer jaxlib is refused when its targets are registered.
+_NAMES = """
+import sys
+from jax_ep import _cpu, _cuda
+from jax_ep._core import libraries
+if why := libraries.why_unavailable("cpu"):
+    sys.exit(why)
+if _cuda.build_info()["ffi_api_version"] != _cpu.build_info()["ffi_api_version"]:
+    sys.exit("the libraries were built with the headers of two versions of jaxlib")
+print(*_cpu.targets().keys() & _cuda.targets().keys())
+"""
 _MACHINE = {
     "gpus": "nvidia-smi -L",
     "links": "nvidia-smi topo -m",
@@ -145,7 +155,11 @@ class Window:
     def _is_built(self, stage: Stage) -> bool:
         if stage.name == "build_loads":
             return (pathlib.Path(self._names["binaries"]) / "loads").exists()
-        environment = {**os.environ, "PYTHONPATH": window_cache.python_path(ROOT)}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": window_cache.python_path(ROOT),
+            "JAX_PLATFORMS": "cpu",
+        }
         command = [sys.executable, "-c", _NAMES]
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -18,6 +18,7 @@ import oracle
 import routings
 from jax_ep import _cpu, reference
 from jax_ep._backends import native
+from jax_ep._core import libraries
 from native import EXPERTS, HIDDEN, RANKS, TOKENS, UNBOUNDED, indices, plan
 from spmd import make_group, ranks_at_most, shard, stacked_jit
 
@@ -29,6 +30,18 @@ def test_build_info():
     assert info["version"] == jax_ep.__version__
     assert info["ffi_api_version"] >= (0, 3)
     assert re.search(r"(GCC|Clang) \d+\.", info["compiler"])
+
+
+def test_a_library_for_a_newer_jaxlib_is_named(monkeypatch):
+    """XLA refuses handlers built with newer headers: that is why there is no backend, not a crash."""
+
+    def refuse(name, handlers, platform):
+        raise jax.errors.JaxRuntimeError(f"INVALID_ARGUMENT: registration for {name} failed")
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    why = libraries.why_unavailable.__wrapped__("cpu")
+    version = "{}.{}".format(*_cpu.build_info()["ffi_api_version"])
+    assert re.search(rf"jaxlib \S+ refuses .* version {version} .* jax_ep_\w+ failed.*; build", why)
 
 
 def test_targets_have_both_stages():

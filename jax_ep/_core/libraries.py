@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 import jax
+import jaxlib
 
 from jax_ep import _compat
 from jax_ep._version import __version__
@@ -29,8 +30,17 @@ def why_unavailable(backend: str = "cpu") -> str | None:
         )
     platform = _PLATFORMS[backend]
     jax.devices(backend)  # XLA's client must be up before targets with state are registered.
-    if backend == "cpu":
-        _compat.register_ffi_types(library.types(), platform=platform)
-    for name, handlers in library.targets().items():
-        jax.ffi.register_ffi_target(name, handlers, platform=platform)
+    try:
+        if backend == "cpu":
+            _compat.register_ffi_types(library.types(), platform=platform)
+        for name, handlers in library.targets().items():
+            jax.ffi.register_ffi_target(name, handlers, platform=platform)
+    except jax.errors.JaxRuntimeError as error:
+        # XLA takes handlers that were built with headers as old as its own, or older.
+        major, minor = library.build_info()["ffi_api_version"]
+        return (
+            f"jaxlib {jaxlib.__version__} refuses the native {backend} library, which was built for "
+            f"version {major}.{minor} of XLA's FFI ({error}); build jax_ep with the headers of this "
+            "jaxlib or of an older one"
+        )
     return None
