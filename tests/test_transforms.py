@@ -408,6 +408,7 @@ def test_second_derivative_with_fused_weights(native_backend):
     if native_backend == "reference":
         pytest.skip("the reference, in place of a native backend here, has all derivatives")
     group = make_group(2, native_backend)
+    need_part(group.mesh)
 
     def run(x, weights, idx):
         y = lambda x: layer(group, x, weights, idx, num_experts=4).sum()  # noqa: E731
