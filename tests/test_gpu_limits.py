@@ -17,6 +17,8 @@ from jax_ep._groups.topology import Topology
 from jax_ep._ops import gradients
 from spmd import make_mesh, shard
 
+library = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
+
 TOKENS = 4
 RING = 32 << 20
 VJP = 106240
@@ -95,7 +97,6 @@ def test_plan(trace, monkeypatch):
 
 def test_size_of_plans():
     """The native library has room for all sensible plans, and says where it has none."""
-    library = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library")
     for layout in (0, 1):
         assert library.plan_scratch_size(layout, 4096, 8, 256, 8) >= 0
         assert library.plan_scratch_size(layout, 65536, 8, 4096, 8) >= 0
@@ -160,9 +161,17 @@ def test_rows_of_the_gradient_with_weights(trace):
         trace(run(VJP + 16, grad=True))
 
 
-def test_limits_are_those_of_the_kernels():
-    """Also where there is no GPU library, and so nothing to ask, while tracing."""
-    room = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library").limits()
-    assert room["max_experts"] == limits.MAX_EXPERTS
-    assert room["ring_bytes"] == limits.max_summed_row_bytes(2) == RING
-    assert room["max_vjp_row_bytes"] == limits.MAX_VJP_ROW_BYTES == VJP
+def test_limits():
+    """Those that users were told of."""
+    assert limits.max_experts() == 4096
+    assert limits.max_summed_row_bytes(1) == limits.max_summed_row_bytes(2) == RING
+    assert limits.max_summed_row_bytes(5) == RING // 4
+    assert limits.max_vjp_row_bytes() == VJP
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_scratch_of_dispatch(quantize, dense):
+    """Rows that travel in float8 with their scales, and the scales of those that become dense again."""
+    size = library.dispatch_scratch_size(3, 256, 10, quantize, dense)
+    assert size == (quantize and (3 * 256 + 128) + dense * 10 * 2 * 4)

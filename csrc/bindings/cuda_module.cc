@@ -13,6 +13,7 @@
 #include "cuda/core/workspace.h"
 #include "cuda/node/combine_vjp.h"
 #include "cuda/plan/plan.h"
+#include "cuda/rows/quantize.h"
 #include "ffi/cuda/load_kernels.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
@@ -163,6 +164,13 @@ int64_t PlanScratchSize(int32_t layout, int32_t num_tokens, int32_t top_k, int32
   return cuda::PlanScratchSize(params);
 }
 
+int64_t DispatchScratchSize(int64_t num_tokens, int32_t hidden, int64_t capacity, bool quantize,
+                            bool dense_output) {
+  const cuda::DispatchScratch scratch =
+      cuda::DispatchScratchOf(num_tokens, hidden, capacity, quantize, dense_output);
+  return scratch.sent + scratch.received;
+}
+
 uint32_t Tag(int op, const std::vector<int64_t>& shape, int32_t ordinal) {
   return OpTag(static_cast<cuda::OpKind>(op), shape, ordinal);
 }
@@ -226,6 +234,9 @@ NB_MODULE(_cuda, m) {
   m.def("plan_scratch_size", &PlanScratchSize, nb::arg("layout"), nb::arg("num_tokens"),
         nb::arg("top_k"), nb::arg("num_experts"), nb::arg("num_ranks"),
         "Number of int32 in the scratch result of target jax_ep_plan.");
+  m.def("dispatch_scratch_size", &DispatchScratchSize, nb::arg("num_tokens"), nb::arg("hidden"),
+        nb::arg("capacity"), nb::arg("quantize"), nb::arg("dense_output"),
+        "Bytes in the scratch result of target jax_ep_dispatch.");
   m.def("op_tag", &Tag, nb::arg("op"), nb::arg("shape"), nb::arg("ordinal"),
         "For tests: what tells an op from others in its flags.");
   m.def("error_text", &RecordText, nb::arg("kind"), nb::arg("rank"), nb::arg("peer"), nb::arg("op"),

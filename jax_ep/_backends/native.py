@@ -17,7 +17,6 @@ from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat
 from jax_ep._backends.primitive import native_call
-from jax_ep._core.capacity import round_up
 from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._groups import gpu_side, tuning
 from jax_ep._groups.group import Group, sms_of
@@ -121,11 +120,10 @@ def dispatch(
         jax.ShapeDtypeStruct(weights_shape if weights is not None else (0,), jnp.float32),
     ]
     if group.backend == "cuda":
-        # The rows that are sent in float8, and the scales of those that become dense again.
-        sent = 0 if scale_format is None else _quantized_bytes(len(values), hidden)
-        dense = scale_format is not None and dense_output
-        received = rows * (hidden // 128) * 4 if dense else 0
-        results.append(_scratch(sent + received))
+        scratch = gpu_side.library().dispatch_scratch_size(
+            len(values), hidden, rows, scale_format is not None, dense_output
+        )
+        results.append(jax.ShapeDtypeStruct((scratch,), jnp.uint8))
     tokens, row_scales, row_weights = native_call(
         "jax_ep_dispatch",
         results,
@@ -261,16 +259,6 @@ def _attributes(
         "timeout_ms": np.int64(min(group.timeout * 1000, 2**62)),
         "num_sms": np.int32(num_sms),
     }
-
-
-def _quantized_bytes(rows: int, hidden: int) -> int:
-    """Bytes of float8 rows and of their scales, each aligned for bulk copies."""
-    return round_up(rows * hidden, 128) + round_up(rows * (hidden // 128) * 4, 128)
-
-
-def _scratch(num_bytes: int) -> jax.ShapeDtypeStruct:
-    """A result that only the op itself and its peers use, while it runs."""
-    return jax.ShapeDtypeStruct((num_bytes,), jnp.uint8)
 
 
 def _routes(handle: Handle) -> tuple[Any, ...]:

@@ -145,7 +145,7 @@ def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
             "give every rank the same number of experts, adding unused ones if need be",
         )
     on_gpus = group.backend == "cuda"
-    most = limits.MAX_EXPERTS if on_gpus else INT32_MAX
+    most = limits.max_experts() if on_gpus else INT32_MAX
     if num_experts > most:
         raise arguments.value_error(
             op,

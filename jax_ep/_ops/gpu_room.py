@@ -22,7 +22,7 @@ def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group:
     """GPUs can take the gradient of ``combine`` with weights of rows like these."""
     if group.backend == "cuda":
         what = "for gradients with weights on GPUs"
-        _check_row_bytes(op, argument, rows, limits.MAX_VJP_ROW_BYTES, what)
+        _check_row_bytes(op, argument, rows, limits.max_vjp_row_bytes(), what)
 
 
 def _check_row_bytes(op: str, argument: str, rows: jax.Array, most: int, what: str) -> None:

@@ -19,11 +19,9 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, const DispatchAttrs& at
   const ops::Geometry& geometry = args.geometry;
   const bool quantize = args.quantization != ops::Quantization::kNone;
   const bool dequantize = quantize && args.dense_output;
-  const int64_t sent_bytes =
-      quantize ? cuda::QuantizedRows::Bytes(geometry.num_tokens, geometry.hidden) : 0;
-  const int64_t received_bytes =
-      dequantize ? int64_t{geometry.capacity} * (geometry.hidden / ops::kScaleBlock) * 4 : 0;
-  CheckScratch(check, buffers.scratch, sent_bytes + received_bytes);
+  const cuda::DispatchScratch scratch = cuda::DispatchScratchOf(
+      geometry.num_tokens, geometry.hidden, geometry.capacity, quantize, args.dense_output);
+  CheckScratch(check, buffers.scratch, scratch.sent + scratch.received);
   if (!check.ok()) return check.error();
   DeviceGroup group;
   if (auto error = PrepareGroup(attrs.group, buffers.coords, device, cuda::OpKind::kDispatch,
@@ -45,7 +43,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, const DispatchAttrs& at
                                 int64_t{geometry.num_tokens} * geometry.top_k * sizeof(float));
 
   char* memory = static_cast<char*>(buffers.scratch.untyped_data());
-  char* sent_memory = shared.Scratch("scratch", memory, sent_bytes);
+  char* sent_memory = shared.Scratch("scratch", memory, scratch.sent);
   if (auto error = shared.error(); error.failure()) return error;
   if (quantize) {
     const cuda::QuantizedRows sent =
@@ -75,7 +73,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, const DispatchAttrs& at
   const int32_t row_bytes = static_cast<int32_t>(geometry.row_bytes());
   params.rows = static_cast<char*>(args.rows) + (row_bytes - geometry.hidden);
   params.row_stride = row_bytes;
-  params.row_scales = reinterpret_cast<float*>(memory + sent_bytes);
+  params.row_scales = reinterpret_cast<float*>(memory + scratch.sent);
   if (auto error = ToError(cuda::LaunchDispatch(params, stream), "dispatch"); error.failure()) {
     return error;
   }
