@@ -56,6 +56,8 @@ def distinct_units(
             f"num_groups: expected groups within units or units within groups, got {num_groups} groups "
             f"of {in_group} experts and {units} units of {in_unit}."
         )
+    if units == 1:
+        return 1.0
     expected = 0.0
     for counts, probability in count_distribution(top_k, num_groups, top_groups, in_group):
         if in_group % in_unit == 0:

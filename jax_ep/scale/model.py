@@ -127,9 +127,7 @@ class Prediction:
 
         What crosses the NIC is (hosts − 1) / hosts of it.
         """
-        row = (
-            self.workload.wire_row_bytes if op == "dispatch" else self.workload.dense_row_bytes
-        )
+        row = self.workload.wire_row_bytes if op == "dispatch" else self.workload.dense_row_bytes
         rows = self.workload.tokens * self.hosts_per_token
         cost: OpCost = getattr(self, op)
         return rows * row / cost.us / 1e3
@@ -140,26 +138,28 @@ def predict(
     *,
     hosts: int = 1,
     ranks_per_host: int = 8,
-    machine: Machine = H200,
+    machine: Machine | None = None,
 ) -> Prediction:
     """What dispatch and combine of a layer take on ``hosts`` hosts.
 
-    >>> import jax_ep.scale
-    >>> at_64 = jax_ep.scale.predict(jax_ep.scale.Workload(tokens=4096), hosts=8)
-    >>> at_64.dispatch.bound
-    'network'
+    With 4096 tokens a rank, EP64 is bound by the network::
+
+        found = jax_ep.scale.predict(jax_ep.scale.Workload(tokens=4096), hosts=8)
+        found.dispatch.bound  # "network"
+        found.dispatch.us     # 5805, of which 5789 are bytes over the NIC
 
     Args:
         workload: The layer; None for T = 4096, H = 7168, top-8 of 256 experts in bf16.
         hosts: Number of hosts.
         ranks_per_host: GPUs of each, each with a NIC of its own.
-        machine: Rates and fixed costs.
+        machine: Rates and fixed costs; None for ``H200``, with a NIC of 400 Gb/s for each GPU.
 
     Raises:
         ValueError: if hosts or ranks_per_host are not positive, or experts cannot be divided over
             the ranks.
     """
     workload = Workload() if workload is None else workload
+    machine = H200 if machine is None else machine
     for name, value in (("hosts", hosts), ("ranks_per_host", ranks_per_host)):
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}.")
@@ -223,12 +223,12 @@ class _Rows:
         needed = workload.tokens * workload.distinct(ranks)
         written = workload.written_rows(ranks)
         return _Rows(
-            tokens=workload.tokens,
+            tokens=float(workload.tokens),
             needed=needed,
             # The GPU that has a row for the host is that of the sender's place: any with equal chance.
             linked=needed * (ranks_per_host - 1) / ranks_per_host,
             remote=workload.tokens * workload.distinct(hosts) * (hosts - 1) / hosts,
-            pairs=workload.tokens * workload.top_k,
+            pairs=float(workload.tokens * workload.top_k),
             written=written,
             unused=max(workload.capacity_rows(ranks) - written, 0.0),
         )

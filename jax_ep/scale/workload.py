@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from jax_ep._core.capacity import lossless_capacity, round_up
 from jax_ep._core.types import Layout
@@ -47,9 +47,9 @@ class Workload:
     experts: int = 256
     num_groups: int = 1
     top_groups: int = 1
-    layout: Layout = "token"
-    dtype: Dtype = "bfloat16"
-    quantization: Quantization = "none"
+    layout: str = "token"
+    dtype: str = "bfloat16"
+    quantization: str = "none"
     alignment: int = 128
     capacity: float | None = 1.0
     num_sms: int | None = None
@@ -129,6 +129,6 @@ class Workload:
             num_tokens=self.tokens,
             top_k=self.top_k,
             num_local_experts=self.experts // ranks,
-            layout=self.layout,
+            layout=cast(Layout, self.layout),
             alignment=self.alignment,
         )
