@@ -12,6 +12,8 @@ import sys
 
 import numpy as np
 import pytest
+import typer
+import typer.testing
 
 from jax_ep.scale import H200, Machine, Workload, predict, show
 from jax_ep.scale import expectation as expected
@@ -19,7 +21,6 @@ from jax_ep.scale import expectation as expected
 pytestmark = pytest.mark.one_process("computes on the host")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-typer_testing = pytest.importorskip("typer.testing", reason="typer is not installed")
 HOSTS = (1, 2, 4, 8, 16, 32)
 
 
@@ -294,13 +295,11 @@ def test_page_is_current(page, capsys, monkeypatch, tmp_path):
 @pytest.fixture
 def command():
     """Runs the command line."""
-    import typer
-
     from jax_ep.scale.__main__ import main
 
     app = typer.Typer()
     app.command()(main)
-    return lambda *arguments: typer_testing.CliRunner().invoke(app, list(arguments))
+    return lambda *arguments: typer.testing.CliRunner().invoke(app, list(arguments))
 
 
 def test_command_prints_and_writes(command, tmp_path):
