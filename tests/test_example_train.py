@@ -5,8 +5,12 @@ from __future__ import annotations
 import train_moe_cli  # isort: skip  (first: it puts examples/ on the path)
 
 import dataclasses
+import itertools
 import json
+import pathlib
 import shutil
+import signal
+import types
 from typing import Any
 
 import jax
@@ -18,10 +22,10 @@ from flax import nnx
 
 import dense_moe
 import jax_ep
-from byte_lm import cluster, data
+from byte_lm import checkpoint, clock, cluster, data
 from byte_lm.config import ModelConfig, RunConfig, TrainConfig
 from byte_lm.run import Run
-from byte_lm.training import Trainer, learning_rates, make_optimizer
+from byte_lm.training import Trainer, learning_rate, make_optimizer
 from spmd import make_mesh, ranks_at_most
 
 pytestmark = pytest.mark.one_process("trains in one process")
@@ -61,6 +65,20 @@ def batches(corpus: data.Corpus, steps: int) -> list[np.ndarray]:
     return [corpus.batch(seed=TRAIN.seed, step=step, **sizes) for step in range(steps)]
 
 
+def learning_rates(steps: int) -> list[np.float32]:
+    return [learning_rate(TRAIN, step=step, total_steps=steps) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize(("warmup_steps", "steps"), [(10, 40), (0, 5), (10, 10), (50, 20)])
+def test_learning_rate_is_the_schedule_of_optax(warmup_steps, steps):
+    config = dataclasses.replace(TRAIN, warmup_steps=warmup_steps)
+    peak = TRAIN.learning_rate
+    warmup = min(warmup_steps, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps + 1, 0.1 * peak)
+    found = [learning_rate(config, step=n, total_steps=steps) for n in range(1, steps + 1)]
+    np.testing.assert_allclose(found, schedule(np.arange(1, steps + 1)), rtol=1e-5)
+
+
 def dense_losses(state: Any, corpus: data.Corpus, model: ModelConfig, steps: int) -> list[float]:
     """The loss curve of the dense model on one device, from the weights of ``state``."""
     params, buffers = jax.device_get(
@@ -90,9 +108,8 @@ def dense_losses(state: Any, corpus: data.Corpus, model: ModelConfig, steps: int
     else:
         biases = [None for _ in blocks]
     opt_state = optimizer.init(params)
-    rates = learning_rates(TRAIN, total_steps=steps)
     losses = []
-    for batch, rate in zip(batches(corpus, steps), rates, strict=True):
+    for batch, rate in zip(batches(corpus, steps), learning_rates(steps), strict=True):
         params, biases, opt_state, value = step(params, biases, opt_state, batch, rate)
         losses.append(float(value))
     return losses
@@ -106,8 +123,7 @@ def test_loss_curve_is_that_of_a_dense_model(corpus, balance):
     state = trainer.initial_state()
     expected = dense_losses(state, corpus, model, steps)
     losses = []
-    rates = learning_rates(TRAIN, total_steps=steps)
-    for batch, rate in zip(batches(corpus, steps), rates, strict=True):
+    for batch, rate in zip(batches(corpus, steps), learning_rates(steps), strict=True):
         state, figures = trainer.step(state, trainer.put(batch), rate)
         losses.append(float(figures.loss))
         assert figures.dropped == 0
@@ -183,28 +199,109 @@ def test_failed_group_ends_the_run(trainer, corpus, tmp_path, monkeypatch):
         run._sample()
 
 
-def test_minutes_become_steps(trainer, corpus, tmp_path):
-    with Run(trainer, corpus, RunConfig(out=tmp_path, minutes=0.02)) as run:
+class Seconds:
+    """Stands for the time: it passes only when a step ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, trainer: Trainer) -> None:
+        self.now, self.step_takes = 0.0, 1.0
+        monkeypatch.setattr(clock, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(trainer, "check", self.end_step)
+
+    def end_step(self) -> None:
+        self.now += self.step_takes
+
+
+def test_minutes_hold_under_changing_load(trainer, corpus, tmp_path, monkeypatch):
+    """Steps that take four times as long from the 30th on: fewer of them, in the same minute."""
+    seconds = Seconds(monkeypatch, trainer)
+    step, calls = trainer.step, []
+
+    def slower(state, batch, rate):
+        calls.append(rate)
+        seconds.step_takes = 1.0 if len(calls) < 30 else 4.0
+        return step(state, batch, rate)
+
+    monkeypatch.setattr(trainer, "step", slower)
+    with Run(trainer, corpus, RunConfig(out=tmp_path, minutes=1.0)) as run:
+        assert run.train() == 0
+        assert run.step == run.total_steps == len(calls)
+        assert abs(run._clock.seconds() - 60) <= 2 * seconds.step_takes
+    assert 33 <= len(calls) <= 40
+    # The schedule ends where the run does.
+    np.testing.assert_allclose(calls[-1], 0.1 * TRAIN.learning_rate, rtol=0.2)
+    # A resumed run has what is left of its minutes: here nothing, until it is given more.
+    with Run(trainer, corpus, RunConfig(out=tmp_path, resume=True)) as again:
+        again.train()
+        assert again.step == run.step
+    with Run(trainer, corpus, RunConfig(out=tmp_path, minutes=1.5, resume=True)) as longer:
+        longer.train()
+        assert abs(longer._pace.seconds() - 90) <= 2 * seconds.step_takes
+
+
+def test_checkpoints_come_every_minute(trainer, corpus, tmp_path, monkeypatch):
+    """By default, however slow the steps are: a run that is killed loses no more than that."""
+    seconds = Seconds(monkeypatch, trainer)
+    seconds.step_takes = 25.0
+    saved = []
+    save = checkpoint.Checkpoints.save
+
+    def note(self, step, *args):
+        saved.append(step)
+        save(self, step, *args)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", note)
+    with Run(trainer, corpus, RunConfig(out=tmp_path, steps=12)) as run:
         run.train()
-        assert run.total_steps == run.step >= 21
+    assert len(saved) == 4 and saved[-1] == 12
+    assert all(1 <= after - before <= 4 for before, after in itertools.pairwise(saved))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_signal_saves_and_says_so(trainer, corpus, tmp_path, monkeypatch, capsys, number):
+    step, calls = trainer.step, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "step", interrupted)
+    before = signal.getsignal(number)
+    with Run(trainer, corpus, RunConfig(out=tmp_path, steps=5)) as run:
+        assert run.train() == number
+    assert signal.getsignal(number) is before
+    assert checkpoint.newest(tmp_path / "checkpoints") == 3
+    assert len(train_moe_cli.losses(tmp_path)) == 3
+    said = capsys.readouterr().out
+    assert f"{number.name}: stopped after step 3 and saved it in {tmp_path}" in said
+    with Run(trainer, corpus, RunConfig(out=tmp_path, resume=True)) as resumed:
+        assert (resumed.step, resumed.train(), resumed.step) == (3, 0, 5)
 
 
 def test_refuses_what_would_mix_runs(trainer, corpus, tmp_path):
-    config = RunConfig(out=tmp_path, steps=1)
+    config = RunConfig(out=tmp_path / "new" / "out", steps=1)
     with pytest.raises(FileNotFoundError, match="--resume: expected a checkpoint in"):
         Run(trainer, corpus, dataclasses.replace(config, resume=True))
+    assert not list(tmp_path.iterdir())  # a resumption that fails leaves nothing behind
     with Run(trainer, corpus, config) as run:
         run.train()
+    files = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
     with pytest.raises(FileExistsError, match="which has one of step 1; pass --resume"):
         Run(trainer, corpus, config)
     other = dataclasses.replace(corpus, held_out=corpus.held_out[1:])
     with pytest.raises(ValueError, match="got others: text is another"):
         Run(trainer, other, dataclasses.replace(config, resume=True))
+    assert files == {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
 
 
 def test_errors_name_the_option(trainer, corpus, tmp_path):
     with pytest.raises(ValueError, match="--prompt: expected 1 to 31 bytes"):
         Run(trainer, corpus, RunConfig(out=tmp_path, prompt="p" * 32))
+    with pytest.raises(ValueError, match=r"--out: .* got /dev/null/x: Not a directory"):
+        Run(trainer, corpus, RunConfig(out=pathlib.Path("/dev/null/x")))
+    with pytest.raises(ValueError, match="--steps: expected either this or --minutes"):
+        RunConfig(steps=1, minutes=1.0)
     with pytest.raises(ValueError, match=f"--batch-size: .* multiple of {DEVICES}, the dev"):
         make_trainer(MODEL, dataclasses.replace(TRAIN, batch_size=DEVICES + 1))
     ranks = DEVICES // GROUPS
