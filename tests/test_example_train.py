@@ -114,7 +114,7 @@ def dense_losses(state: Any, corpus: data.Corpus, model: ModelConfig, steps: int
     return losses
 
 
-@pytest.mark.parametrize("balance", ["aux", "bias"])
+@pytest.mark.parametrize("balance", [pytest.param("aux", marks=pytest.mark.slow), "bias"])
 def test_loss_curve_is_that_of_a_dense_model(corpus, balance):
     steps = 50
     model = dataclasses.replace(MODEL, balance=balance)
@@ -143,6 +143,7 @@ def test_experts_are_split_over_the_mesh(trainer):
     )
 
 
+@pytest.mark.slow
 def test_learns_more_than_byte_frequencies(trainer, corpus, tmp_path):
     with Run(trainer, corpus, RunConfig(out=tmp_path, steps=100)) as run:
         run.train()
