@@ -177,7 +177,7 @@ class Run:
         if ended_by:
             self._console.print(
                 f"{signal.Signals(ended_by).name}: stopped after step {self.step} and saved it in "
-                f"{self._config.out}; the same command with --resume goes on from there",
+                f"{self._config.out}\nthe same command with --resume goes on from there",
                 markup=False,
                 soft_wrap=True,
             )
@@ -342,10 +342,13 @@ class Run:
         self._console.rule("sample")
         self._console.print(summary.sample, markup=False)
         self._console.rule()
+        rate = ""
+        if summary.bytes_per_second:  # a resumed run may have nothing left to train
+            rate = f"{rate_text(summary.bytes_per_second)} while training; "
         self._console.print(
             f"held-out loss {summary.held_out_loss:.3f} nats/byte after {summary.steps} steps "
             f"(byte frequencies: {summary.unigram_loss:.3f})\n"
-            f"{rate_text(summary.bytes_per_second)} while training; written to {out}:\n"
+            f"{rate}written to {out}:\n"
             "curves.png, metrics.jsonl, sample.txt, summary.json, checkpoints",
             markup=False,
             soft_wrap=True,
