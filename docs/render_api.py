@@ -9,6 +9,7 @@ import re
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 PAGE = pathlib.Path(__file__).with_name("api.md")
 HEADER = """\
@@ -140,7 +141,7 @@ def _environment() -> str:
     return head + "\n".join(rows) + "\n"
 
 
-def _entry(name: str, value: object, *, constructed: bool = False, level: int = 3) -> str:
+def _entry(name: str, value: Any, *, constructed: bool = False, level: int = 3) -> str:
     signature = ""
     if inspect.isfunction(value) or constructed:
         given = inspect.signature(value)
