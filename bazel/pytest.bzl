@@ -1,6 +1,6 @@
 """py_tests that run the files of a pytest suite."""
 
-def pytest_tests(srcs, support, data, shards, once, deps):
+def pytest_tests(srcs, support, data, shards, once, slow, deps):
     """One py_test for each test file, of all its tests that are not marked slow.
 
     Args:
@@ -9,6 +9,8 @@ def pytest_tests(srcs, support, data, shards, once, deps):
         data: Files that tests read.
         once: Files whose tests say the same with every version of Python and JAX, by name, and one test of
             each. The file's target is tagged "once", and another, NAME_sample, runs that test alone.
+        slow: Files whose tests are all marked slow, by name, and the options of pytest with which their
+            targets run all the same: those that select some of their tests or make them short.
         shards: In how many parts to run a test file, by name, where that is not one.
         deps: Libraries under test.
     """
@@ -25,7 +27,7 @@ def pytest_tests(srcs, support, data, shards, once, deps):
         )
         native.py_test(
             name = name,
-            args = [src, "-m", "'not slow'"],
+            args = [src] + slow.get(name, ["-m", "'not slow'"]),
             shard_count = shards.get(name),
             tags = ["once"] if name in once else [],
             **common

@@ -8,6 +8,8 @@ import pathlib
 import re
 import sys
 import types
+from collections.abc import Iterator
+from typing import Any
 
 PAGE = pathlib.Path(__file__).with_name("api.md")
 HEADER = """\
@@ -53,6 +55,39 @@ SECTIONS = {
     "Errors": ["CommunicationError", "errors"],
 }
 MODULES = ["routing", "reference"]
+# Classes that users make themselves; jax_ep makes the others.
+CONSTRUCTED = {
+    "DispatchConfig",
+    "MoEParams",
+    "PartitionNames",
+    "Quantized",
+    "SharedExpert",
+    "linen.MoE",
+    "nnx.MoE",
+}
+# Variables that users may set, in the shell: when it counts, and what it does.
+ENVIRONMENT = {
+    "JAX_EP_STAGING_BYTES": (
+        "run",
+        "Bytes of memory on each GPU into which operands are copied where a group spans processes and "
+        "its peers cannot read XLA's memory in place; 1 GiB by default. `python -m jax_ep.doctor` "
+        "says whether they can. Set it to the same number in all processes.",
+    ),
+    "JAX_EP_TUNING_CACHE": (
+        "run",
+        "The file that `python -m jax_ep.tune` writes and `create_group` reads; "
+        "`$XDG_CACHE_HOME/jax_ep/tuning.json` by default, or `~/.cache/jax_ep/tuning.json`.",
+    ),
+    "JAX_EP_CUDA": (
+        "build",
+        "`AUTO` (the default) builds the GPU library where there is nvcc of CUDA 12.3 or later, `OFF` "
+        "leaves it out, and `ON` makes a missing or older nvcc an error.",
+    ),
+    "JAX_EP_PYTHON": (
+        "build",
+        "The Python interpreter that Bazel builds for and runs the tests with; `python3` by default.",
+    ),
+}
 
 
 def render() -> str:
@@ -71,7 +106,9 @@ def render() -> str:
             value: object = jax_ep
             for part in name.split("."):
                 value = getattr(value, part)
-            parts.append(_entry(f"jax_ep.{name}", value))
+            parts.append(_entry(f"jax_ep.{name}", value, constructed=name in CONSTRUCTED))
+            parts.extend(_members(f"jax_ep.{name}", value))
+    parts.append(_environment())
     for name in MODULES:
         module = getattr(jax_ep, name)
         parts.append(f"## `jax_ep.{name}`\n\n{_text(module)}\n")
@@ -89,13 +126,47 @@ def _public_members(module: types.ModuleType) -> list[tuple[str, object]]:
     ]
 
 
-def _entry(name: str, value: object) -> str:
+def _members(name: str, value: object) -> Iterator[str]:
+    """An entry for each public method and property that the text of a class does not describe."""
+    if not inspect.isclass(value):
+        return
+    described = re.findall(r"^    (\w+):", inspect.getdoc(value) or "", re.MULTILINE)
+    for member, thing in vars(value).items():
+        called = member == "__call__"
+        is_method = inspect.isfunction(thing) and thing.__module__ == value.__module__
+        if (member.startswith("_") and not called) or member in ("setup", *described):
+            continue
+        if inspect.getdoc(thing) and (is_method or isinstance(thing, property)):
+            yield _entry(f"{name}.{member}", thing, level=4)
+
+
+def _environment() -> str:
+    """The table of variables."""
+    rows = [f"| `{name}` | {when} | {what} |" for name, (when, what) in ENVIRONMENT.items()]
+    head = (
+        "## Environment variables\n\n"
+        "A variable of the run is read by the process that uses jax_ep, and one of the build by pip or "
+        "Bazel.\n\n| variable | of the | meaning |\n| --- | --- | --- |\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def _entry(name: str, value: Any, *, constructed: bool = False, level: int = 3) -> str:
     signature = ""
-    if inspect.isfunction(value):
-        bare = inspect.signature(value).replace(return_annotation=inspect.Signature.empty)
+    if inspect.isfunction(value) or constructed:
+        given = inspect.signature(value)
+        if list(given.parameters) == ["args", "kwargs"]:  # a metaclass's call, which hands them on
+            given = inspect.signature(value.__init__)
+        bare = given.replace(return_annotation=inspect.Signature.empty)
         plain = [_plain(parameter) for parameter in bare.parameters.values()]
+        if level == 4 or constructed:
+            plain = [parameter for parameter in plain if parameter.name not in _HIDDEN]
         signature = str(bare.replace(parameters=plain))
-    return f"### `{name}{signature}`\n\n{_text(value)}\n"
+    return f"{'#' * level} `{name}{signature}`\n\n{_text(value)}\n"
+
+
+# Of methods; and fields that every module of Flax Linen has, for which its own page is the place.
+_HIDDEN = ("self", "parent", "name")
 
 
 class _Name:

@@ -1,6 +1,7 @@
-"""A mixture-of-experts layer over eight devices: output, load and a gradient.
+"""A mixture-of-experts layer over the devices there are: output, load and a gradient.
 
-Runs on eight CPU devices if there are no others::
+Runs on eight CPU devices if there are no others, or on N with
+``XLA_FLAGS=--xla_force_host_platform_device_count=N``::
 
     python examples/moe_layer.py
 """
@@ -17,12 +18,24 @@ import jax_ep
 
 
 def main() -> None:
-    """Run the layer once forward and once backward."""
-    mesh = jax.make_mesh((2, 4), ("data", "expert"), devices=jax.devices()[:8])
-    jax.set_mesh(mesh)
+    """Run a layer once forward and once backward on all devices."""
+    devices = jax.device_count()
+    # Two groups of ranks side by side where that leaves each of them at least two.
+    data = 2 if devices % 2 == 0 and devices >= 4 else 1
+    mesh = jax.make_mesh((data, devices // data), ("data", "expert"))
+    with jax.set_mesh(mesh):
+        run(mesh)
+
+
+def run(mesh: jax.sharding.Mesh) -> None:
+    """Make the layer on ``mesh``, run it, and print what comes out."""
     group = jax_ep.create_group(mesh, "expert")
-    layer = jax_ep.nnx.MoE(64, 128, num_experts=16, top_k=2, group=group, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (4, 32, 64), out_sharding=jax.P("data"))
+    num_experts = 4 * group.size
+    layer = jax_ep.nnx.MoE(64, 128, num_experts=num_experts, top_k=2, group=group, rngs=nnx.Rngs(0))
+    data = mesh.shape["data"]
+    x = jax.random.normal(
+        jax.random.key(0), (data, 16 * group.size, 64), out_sharding=jax.P("data")
+    )
 
     @nnx.jit
     def step(layer, x):
@@ -33,7 +46,7 @@ def main() -> None:
         return nnx.value_and_grad(loss_fn, has_aux=True)(layer)
 
     (loss, aux), grads = step(layer, x)
-    print(f"{x.shape[0] * x.shape[1]} tokens, 2 of 16 experts each, on {group}")
+    print(f"{x.shape[0] * x.shape[1]} tokens, 2 of {num_experts} experts each, on {group}")
     print(f"routes to each expert: {aux.load}, balance loss {aux.aux_loss:.3f} (1 is even)")
     print(f"loss {loss:.4f}, gradient of the gates {jax.typeof(grads['gate'][...])}")
 

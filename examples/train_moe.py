@@ -7,6 +7,8 @@ Python sources of the interpreter that runs it::
     python examples/train_moe.py --data my_texts/ --minutes 30 --balance bias --out runs/mine
     python examples/train_moe.py --resume
 
+Ctrl-C and SIGTERM save a checkpoint and say so; the same command with ``--resume`` goes on from it.
+
 In two processes of four devices each (on one machine or on two that share the folder ``--out``)::
 
     python examples/train_moe.py --devices 4 --coordinator 127.0.0.1:9911 --num-processes 2 \
@@ -24,14 +26,23 @@ training step in training.py, batches in data.py, checkpoints in checkpoint.py.
 from __future__ import annotations
 
 import pathlib
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from byte_lm import cluster, data
-from byte_lm.config import Balance, ModelConfig, Precision, RunConfig, TrainConfig
+from byte_lm.config import (
+    DEFAULT_MINUTES,
+    Balance,
+    ModelConfig,
+    Precision,
+    RunConfig,
+    TrainConfig,
+)
 
 # jax starts on the devices that the command line asks for, so it is imported only after that.
+if TYPE_CHECKING:
+    from byte_lm.run import Run
 
 
 def main(
@@ -41,76 +52,143 @@ def main(
     ] = None,
     out: Annotated[pathlib.Path, typer.Option(help="Folder of all results.")] = RunConfig.out,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
-    minutes: Annotated[float, typer.Option(min=0, help="Of training.")] = RunConfig.minutes,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of minutes.")] = None,
-    checkpoint_every: Annotated[int, typer.Option(min=1)] = RunConfig.checkpoint_every,
-    prompt: Annotated[str, typer.Option(help="Of the text sample.")] = RunConfig.prompt,
-    devices: Annotated[int | None, typer.Option(min=1, help="Of this process; 8 on CPU.")] = None,
-    data_parallel: Annotated[int | None, typer.Option(min=1, help='Size of axis "data".')] = None,
-    coordinator: Annotated[str | None, typer.Option(help="host:port of process 0.")] = None,
-    num_processes: Annotated[int, typer.Option(min=1)] = 1,
-    process_id: Annotated[int, typer.Option(min=0)] = 0,
-    num_layers: Annotated[int, typer.Option(min=1)] = ModelConfig.num_layers,
-    hidden: Annotated[int, typer.Option(min=4)] = ModelConfig.hidden,
-    num_heads: Annotated[int, typer.Option(min=1)] = ModelConfig.num_heads,
-    num_experts: Annotated[int, typer.Option(min=1)] = ModelConfig.num_experts,
-    top_k: Annotated[int, typer.Option(min=1)] = ModelConfig.top_k,
-    expert_hidden: Annotated[int, typer.Option(min=1)] = ModelConfig.expert_hidden,
-    balance: Annotated[Balance, typer.Option(help="Of the experts' load.")] = ModelConfig.balance,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of training in all, without compiling and evaluating.",
+            show_default=f"{DEFAULT_MINUTES:g}; with --resume, as before",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of training in all, instead of minutes.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between checkpoints.", show_default="one minute"),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Beginning of the text sample.")] = RunConfig.prompt,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of this process.", show_default="8 on CPU, or all GPUs"),
+    ] = None,
+    data_parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help='Size of the mesh axis "data".', show_default="2 of 4 devices or more"
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(help="host:port of process 0, where several processes train together."),
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that train together.", show_default="1"),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of this process, from 0.", show_default="0"),
+    ] = None,
+    num_layers: Annotated[
+        int, typer.Option(min=1, help="Blocks of attention and experts.")
+    ] = ModelConfig.num_layers,
+    hidden: Annotated[int, typer.Option(min=4, help="Channels of a byte.")] = ModelConfig.hidden,
+    num_heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = ModelConfig.num_heads,
+    num_experts: Annotated[
+        int, typer.Option(min=1, help="Experts of each block.")
+    ] = ModelConfig.num_experts,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts of each byte.")] = ModelConfig.top_k,
+    expert_hidden: Annotated[
+        int, typer.Option(min=1, help="Inner channels of an expert.")
+    ] = ModelConfig.expert_hidden,
+    balance: Annotated[
+        Balance,
+        typer.Option(help="What keeps the experts evenly loaded: a loss, or biases of the router."),
+    ] = ModelConfig.balance,
     capacity_factor: Annotated[
-        float, typer.Option(min=0, help="Of each expert while training; 0: no bound.")
+        float,
+        typer.Option(
+            min=0, help="Room of an expert while training, times its even share; 0: no bound."
+        ),
     ] = ModelConfig.capacity_factor or 0.0,
     dtype: Annotated[Precision, typer.Option(help="Of the computation.")] = ModelConfig.dtype,
-    seed: Annotated[int, typer.Option(min=0)] = TrainConfig.seed,
-    batch_size: Annotated[int, typer.Option(min=1)] = TrainConfig.batch_size,
-    seq_len: Annotated[int, typer.Option(min=2)] = TrainConfig.seq_len,
-    learning_rate: Annotated[float, typer.Option(min=0)] = TrainConfig.learning_rate,
-    warmup_steps: Annotated[int, typer.Option(min=0)] = TrainConfig.warmup_steps,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the weights and of the order of the data.")
+    ] = TrainConfig.seed,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Windows of text in a step, over all devices.")
+    ] = TrainConfig.batch_size,
+    seq_len: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = TrainConfig.seq_len,
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="Highest learning rate.")
+    ] = TrainConfig.learning_rate,
+    warmup_steps: Annotated[
+        int, typer.Option(min=0, help="Steps until the learning rate is at its highest.")
+    ] = TrainConfig.warmup_steps,
 ) -> None:
     """Train a byte-level mixture-of-experts language model with expert parallelism."""
-    processes = None
-    if coordinator is not None:
-        processes = cluster.Processes(coordinator, num_processes, process_id)
+    try:
+        run = _make_run(
+            RunConfig(
+                out=out,
+                steps=steps,
+                minutes=minutes,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+                prompt=prompt,
+            ),
+            ModelConfig(
+                num_layers=num_layers,
+                hidden=hidden,
+                num_heads=num_heads,
+                num_experts=num_experts,
+                top_k=top_k,
+                expert_hidden=expert_hidden,
+                balance=balance,
+                capacity_factor=capacity_factor or None,
+                dtype=dtype,
+            ),
+            TrainConfig(
+                seed=seed,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                learning_rate=learning_rate,
+                warmup_steps=warmup_steps,
+            ),
+            processes=cluster.processes(coordinator, count=num_processes, index=process_id),
+            devices=devices,
+            data_parallel=data_parallel,
+            data_path=data_path,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(f"train_moe.py: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+    with run:
+        if ended_by := run.train():
+            raise typer.Exit(128 + ended_by)  # as a shell says it
+        run.finish()
+
+
+def _make_run(
+    run_config: RunConfig,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    *,
+    processes: cluster.Processes | None,
+    devices: int | None,
+    data_parallel: int | None,
+    data_path: pathlib.Path | None,
+) -> Run:
+    """Start JAX and set everything up; nothing is trained yet."""
     cluster.start(devices=devices, processes=processes)
 
     from byte_lm.run import Run
     from byte_lm.training import Trainer
 
-    model_config = ModelConfig(
-        num_layers=num_layers,
-        hidden=hidden,
-        num_heads=num_heads,
-        num_experts=num_experts,
-        top_k=top_k,
-        expert_hidden=expert_hidden,
-        balance=balance,
-        capacity_factor=capacity_factor or None,
-        dtype=dtype,
-    )
-    train_config = TrainConfig(
-        seed=seed,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-    )
-    run_config = RunConfig(
-        out=out,
-        steps=steps,
-        minutes=minutes,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        prompt=prompt,
-    )
-    try:
-        mesh = cluster.make_mesh(devices=devices, data_parallel=data_parallel)
-        corpus = data.load(data_path, min_bytes=seq_len + 1)
-        run = Run(Trainer(mesh, model_config, train_config), corpus, run_config)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        raise typer.BadParameter(str(error)) from error
-    with run:
-        run.train()
-        run.finish()
+    mesh = cluster.make_mesh(devices=devices, data_parallel=data_parallel)
+    corpus = data.load(data_path, min_bytes=train_config.seq_len + 1)
+    return Run(Trainer(mesh, model_config, train_config), corpus, run_config)
 
 
 if __name__ == "__main__":

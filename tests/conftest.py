@@ -67,6 +67,9 @@ if "jax_ep" not in sys.modules:
 # Few examples, always the same; for a hunt: pytest --hypothesis-profile=hunt tests/test_hypothesis.py
 common = hypothesis.settings(deadline=None, database=None)
 hypothesis.settings.register_profile("suite", common, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile(
+    "few", hypothesis.settings.get_profile("suite"), max_examples=4
+)
 hypothesis.settings.register_profile("hunt", common, max_examples=300)
 hypothesis.settings.register_profile(
     "lockstep",  # all processes must try the same examples, whatever the time that each takes

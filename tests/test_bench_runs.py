@@ -58,6 +58,9 @@ def test_smoke(tmp_path):
     assert {r["op"] for r in found} >= {"dispatch", "plan", "combine", "layer", "exchange", "link"}
     assert f"{len(cases)} cases: {machine}" in done.stdout.splitlines()[0]
     assert "the time of jax_ep's" in done.stdout
+    # Noise is no failure, but a benchmark that finds nothing but noise measures nothing. Whole layers
+    # take so long that a busy machine does not hide them.
+    assert any(r["median_us"] is not None for r in measured if r["op"] == "layer"), measured
     for record in measured:
         assert record["op"] in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000

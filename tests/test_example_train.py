@@ -6,7 +6,10 @@ import train_moe_cli  # isort: skip  (first: it puts examples/ on the path)
 
 import dataclasses
 import json
+import pathlib
 import shutil
+import signal
+import types
 from typing import Any
 
 import jax
@@ -18,10 +21,10 @@ from flax import nnx
 
 import dense_moe
 import jax_ep
-from byte_lm import cluster, data
+from byte_lm import checkpoint, clock, cluster, data
 from byte_lm.config import ModelConfig, RunConfig, TrainConfig
 from byte_lm.run import Run
-from byte_lm.training import Trainer, learning_rates, make_optimizer
+from byte_lm.training import Figures, Trainer, TrainState, learning_rate, make_optimizer
 from spmd import make_mesh, ranks_at_most
 
 pytestmark = pytest.mark.one_process("trains in one process")
@@ -61,6 +64,20 @@ def batches(corpus: data.Corpus, steps: int) -> list[np.ndarray]:
     return [corpus.batch(seed=TRAIN.seed, step=step, **sizes) for step in range(steps)]
 
 
+def learning_rates(steps: int) -> list[np.float32]:
+    return [learning_rate(TRAIN, step=step, total_steps=steps) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize(("warmup_steps", "steps"), [(10, 40), (0, 5), (10, 10), (50, 20)])
+def test_learning_rate_is_the_schedule_of_optax(warmup_steps, steps):
+    config = dataclasses.replace(TRAIN, warmup_steps=warmup_steps)
+    peak = TRAIN.learning_rate
+    warmup = min(warmup_steps, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps + 1, 0.1 * peak)
+    found = [learning_rate(config, step=n, total_steps=steps) for n in range(1, steps + 1)]
+    np.testing.assert_allclose(found, schedule(np.arange(1, steps + 1)), rtol=1e-5)
+
+
 def dense_losses(state: Any, corpus: data.Corpus, model: ModelConfig, steps: int) -> list[float]:
     """The loss curve of the dense model on one device, from the weights of ``state``."""
     params, buffers = jax.device_get(
@@ -90,15 +107,14 @@ def dense_losses(state: Any, corpus: data.Corpus, model: ModelConfig, steps: int
     else:
         biases = [None for _ in blocks]
     opt_state = optimizer.init(params)
-    rates = learning_rates(TRAIN, total_steps=steps)
     losses = []
-    for batch, rate in zip(batches(corpus, steps), rates, strict=True):
+    for batch, rate in zip(batches(corpus, steps), learning_rates(steps), strict=True):
         params, biases, opt_state, value = step(params, biases, opt_state, batch, rate)
         losses.append(float(value))
     return losses
 
 
-@pytest.mark.parametrize("balance", ["aux", "bias"])
+@pytest.mark.parametrize("balance", [pytest.param("aux", marks=pytest.mark.slow), "bias"])
 def test_loss_curve_is_that_of_a_dense_model(corpus, balance):
     steps = 50
     model = dataclasses.replace(MODEL, balance=balance)
@@ -106,8 +122,7 @@ def test_loss_curve_is_that_of_a_dense_model(corpus, balance):
     state = trainer.initial_state()
     expected = dense_losses(state, corpus, model, steps)
     losses = []
-    rates = learning_rates(TRAIN, total_steps=steps)
-    for batch, rate in zip(batches(corpus, steps), rates, strict=True):
+    for batch, rate in zip(batches(corpus, steps), learning_rates(steps), strict=True):
         state, figures = trainer.step(state, trainer.put(batch), rate)
         losses.append(float(figures.loss))
         assert figures.dropped == 0
@@ -128,6 +143,7 @@ def test_experts_are_split_over_the_mesh(trainer):
     )
 
 
+@pytest.mark.slow
 def test_learns_more_than_byte_frequencies(trainer, corpus, tmp_path):
     with Run(trainer, corpus, RunConfig(out=tmp_path, steps=100)) as run:
         run.train()
@@ -183,28 +199,124 @@ def test_failed_group_ends_the_run(trainer, corpus, tmp_path, monkeypatch):
         run._sample()
 
 
-def test_minutes_become_steps(trainer, corpus, tmp_path):
-    with Run(trainer, corpus, RunConfig(out=tmp_path, minutes=0.02)) as run:
+@pytest.fixture(scope="module")
+def first_state(trainer) -> TrainState:
+    return trainer.initial_state()
+
+
+class Steps:
+    """Stands for the steps of a trainer, which then compute nothing, and for the time.
+
+    Attributes:
+        take: Seconds from one step's end to the next; time passes only there.
+        rates: The learning rates of all steps so far.
+        before: Is called before each step.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, trainer: Trainer, first_state: TrainState
+    ) -> None:
+        self.take, self.rates, self._now = 1.0, [], 0.0
+        self.before = lambda: None
+        time = types.SimpleNamespace(perf_counter=lambda: self._now)
+        monkeypatch.setattr(clock, "time", time)
+        monkeypatch.setattr(trainer, "initial_state", lambda: first_state)
+        monkeypatch.setattr(trainer, "step", self._step)
+        monkeypatch.setattr(trainer, "held_out_loss", lambda *_: 1.0)
+        monkeypatch.setattr(trainer, "check", self._end)  # is called when a step has ended
+
+    def _step(self, state: TrainState, _: Any, rate: Any) -> tuple[TrainState, Figures]:
+        self.rates.append(rate)
+        self.before()
+        return state, Figures(np.float32(1), np.ones(MODEL.num_experts, np.int32), np.float32(0))
+
+    def _end(self) -> None:
+        self._now += self.take
+
+
+@pytest.fixture
+def steps(monkeypatch, trainer, first_state) -> Steps:
+    return Steps(monkeypatch, trainer, first_state)
+
+
+def test_minutes_hold_under_changing_load(trainer, corpus, tmp_path, steps):
+    """Steps that take four times as long from the 30th on: fewer of them, in the same minute."""
+
+    def slow_down():
+        steps.take = 1.0 if len(steps.rates) < 30 else 4.0
+
+    steps.before = slow_down
+    with Run(trainer, corpus, RunConfig(out=tmp_path, minutes=1.0)) as run:
+        assert run.train() == 0
+        assert run.step == run.total_steps == len(steps.rates)
+        assert abs(run._clock.seconds() - 60) <= 2 * steps.take
+    assert 33 <= len(steps.rates) <= 40
+    assert steps.rates[-1] < 0.2 * TRAIN.learning_rate  # the schedule ends where the run does
+    # A resumed run has what is left of its minutes: here nothing, until it is given more.
+    with Run(trainer, corpus, RunConfig(out=tmp_path, resume=True)) as again:
+        again.train()
+        assert again.step == run.step
+    with Run(trainer, corpus, RunConfig(out=tmp_path, minutes=1.5, resume=True)) as longer:
+        longer.train()
+        assert longer.step > run.step
+        assert abs(longer._pace.seconds() - 90) <= 2 * steps.take
+
+
+def test_checkpoints_come_every_minute(trainer, corpus, tmp_path, monkeypatch, steps):
+    """By default, however slow the steps are: a run that is killed loses no more than that."""
+    steps.take = 25.0
+    saved = []
+    save = checkpoint.Checkpoints.save
+
+    def note(self, step, *args):
+        saved.append(step)
+        save(self, step, *args)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", note)
+    with Run(trainer, corpus, RunConfig(out=tmp_path, steps=12)) as run:
         run.train()
-        assert run.total_steps == run.step >= 21
+    # The first step is not timed, then three make a minute, and one has been under way meanwhile.
+    assert saved == [5, 9, 12]
 
 
-def test_refuses_what_would_mix_runs(trainer, corpus, tmp_path):
-    config = RunConfig(out=tmp_path, steps=1)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_signal_saves_and_says_so(trainer, corpus, tmp_path, capsys, steps, number):
+    steps.before = lambda: signal.raise_signal(number) if len(steps.rates) == 3 else None
+    handler = signal.getsignal(number)
+    with Run(trainer, corpus, RunConfig(out=tmp_path, steps=5)) as run:
+        assert run.train() == number
+    assert signal.getsignal(number) is handler
+    assert checkpoint.newest(tmp_path / "checkpoints") == 3
+    assert len(train_moe_cli.losses(tmp_path)) == 3
+    said = capsys.readouterr().out
+    assert f"{number.name}: stopped after step 3 and saved it in {tmp_path}" in said
+    with Run(trainer, corpus, RunConfig(out=tmp_path, resume=True)) as resumed:
+        assert (resumed.step, resumed.train(), resumed.step) == (3, 0, 5)
+
+
+def test_refuses_what_would_mix_runs(trainer, corpus, tmp_path, steps):
+    config = RunConfig(out=tmp_path / "new" / "out", steps=1)
     with pytest.raises(FileNotFoundError, match="--resume: expected a checkpoint in"):
         Run(trainer, corpus, dataclasses.replace(config, resume=True))
+    assert not list(tmp_path.iterdir())  # a resumption that fails leaves nothing behind
     with Run(trainer, corpus, config) as run:
         run.train()
+    files = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
     with pytest.raises(FileExistsError, match="which has one of step 1; pass --resume"):
         Run(trainer, corpus, config)
     other = dataclasses.replace(corpus, held_out=corpus.held_out[1:])
     with pytest.raises(ValueError, match="got others: text is another"):
         Run(trainer, other, dataclasses.replace(config, resume=True))
+    assert files == {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
 
 
 def test_errors_name_the_option(trainer, corpus, tmp_path):
     with pytest.raises(ValueError, match="--prompt: expected 1 to 31 bytes"):
         Run(trainer, corpus, RunConfig(out=tmp_path, prompt="p" * 32))
+    with pytest.raises(ValueError, match=r"--out: .* got /dev/null/x: Not a directory"):
+        Run(trainer, corpus, RunConfig(out=pathlib.Path("/dev/null/x")))
+    with pytest.raises(ValueError, match="--steps: expected either this or --minutes"):
+        RunConfig(steps=1, minutes=1.0)
     with pytest.raises(ValueError, match=f"--batch-size: .* multiple of {DEVICES}, the dev"):
         make_trainer(MODEL, dataclasses.replace(TRAIN, batch_size=DEVICES + 1))
     ranks = DEVICES // GROUPS

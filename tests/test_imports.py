@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 
 import pytest
 
@@ -84,12 +85,19 @@ except ImportError as error:
 
 
 def test_index_is_complete():
-    """Every public name is there, is listed, and says what it is."""
+    """Every public name is there, is listed, and says what it is; and none is missing in the list."""
     assert sorted(jax_ep.__all__, key=str.lower) == sorted(set(jax_ep.__all__), key=str.lower)
     assert set(jax_ep.__all__) <= set(dir(jax_ep))
     for name in jax_ep.__all__:
         value = getattr(jax_ep, name)
         assert name == "__version__" or (value.__doc__ or "").strip(), f"{name} has no docstring"
+    public = {name for name in vars(jax_ep) if not name.startswith("_")}
+    public -= {"annotations", "importlib", "Any", "TYPE_CHECKING"}  # what the file itself imports
+    # Modules that have no underscore are public too, but for those that are run with python -m.
+    folder = pathlib.Path(jax_ep.__file__).parent
+    modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+    public |= {name for name in modules if not name.startswith("_")}
+    assert public - set(jax_ep.__all__) == {"bench", "doctor", "tune"} & public
     with pytest.raises(AttributeError, match="module 'jax_ep' has no attribute 'dispach'"):
         jax_ep.dispach  # noqa: B018
 

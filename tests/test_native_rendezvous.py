@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 
 import jax
 import jax.numpy as jnp
@@ -52,18 +51,18 @@ def test_missing_ranks():
     everybody = np.ones((RANKS, 1), bool)
     there, absent = range(0, RANKS, 2), range(1, RANKS, 2)
     counts = run(idx, everybody)
-    start = time.monotonic()
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
         run(idx, np.arange(RANKS)[:, None] % 2 == 0)
-    assert 0.4 < time.monotonic() - start < 5
     found = re.search(
         r"jax_ep\.CommunicationError: rank (\d): op plan: phase arrival: "
-        rf"waited 0\.\d s for {name_ranks(absent)}; {name_ranks(there)} arrived "
+        rf"waited (\d+\.\d) s for {name_ranks(absent)}; {name_ranks(there)} arrived "
         r"\(group id (-?\d+), group index 0\)\. "
         r"Usually a lax\.cond .*create_group\(\.\.\., timeout=seconds\)",
         str(error.value),
     )
-    assert found and int(found[1]) in there and int(found[2]) == group.id
+    assert found and int(found[1]) in there and int(found[3]) == group.id
+    # A busy machine is late. The default deadline, 600 s, would show that the group's is ignored.
+    assert 0.5 <= float(found[2]) < 300
     assert _cpu.open_rendezvous() == 0
     assert (run(idx, everybody) == counts).all()  # the next run is not affected
 
@@ -157,28 +156,32 @@ def test_ending_while_a_rank_is_missing():
 
 
 def test_rank_that_comes_after_the_deadline():
-    """It fails at once: its peers have gone, and to wait for them would take a second deadline."""
+    """It fails with the meeting of its peers, which have gone, and does not wait at one of its own."""
     done = run_script(
         """
-        import time
+        import threading
+        peers_failed = threading.Event()
         group = jax_ep.create_group(mesh, "expert", backend="cpu", timeout=1.0)
         def body(x, idx):
             def wait(rank, idx):
-                time.sleep(2.0 if rank == 2 else 0.0)
+                if rank == 2 and not peers_failed.wait(60):
+                    print("the peers of rank 2 wait for it")
                 return idx
             kind = jax.ShapeDtypeStruct(idx.shape, idx.dtype)
             idx = jax.pure_callback(wait, kind, jax.lax.axis_index("expert"), idx)
             return jax_ep.dispatch(x, idx, group=group, num_experts=8, alignment=8).counts
-        start = time.monotonic()
-        for shard in on_ranks(body)(x, idx).addressable_shards:
+        shards = on_ranks(body)(x, idx).addressable_shards
+        for rank in (0, 1, 3, 2):
+            if rank == 2:
+                peers_failed.set()
             try:
-                jax.block_until_ready(shard.data)
+                jax.block_until_ready(shards[rank].data)
             except jax.errors.JaxRuntimeError as error:
                 print(error)
-        print("seconds", time.monotonic() - start)
         """
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 5, done.stderr
-    assert all("waited 1.0 s for rank 2; ranks 0, 1, 3 arrived" in line for line in lines[:4])
-    assert float(lines[4].split()[1]) < 2.9
+    assert len(lines) == 4, done.stdout + done.stderr
+    waited = r"waited \d+\.\d s for rank 2; ranks 0, 1, 3 arrived"
+    assert all(re.search(f"phase arrival: {waited}", line) for line in lines[:3])
+    assert re.search(f"came to a meeting that had failed: {waited}", lines[3]), lines[3]

@@ -41,8 +41,8 @@ def test_exchange(tmp_path):
         assert heard[test, 0] == heard[test, 1] == wanted
 
 
-def test_exchange_with_a_process_that_has_left(tmp_path):
-    """Who waits in a test for a process that has ended it fails at once; a silent one takes longer."""
+def test_exchange_with_a_process_that_has_left(tmp_path, monkeypatch):
+    """A wait for a process that has left the test fails at once, and for a silent one in time."""
     here, there = (lockstep.Exchange(tmp_path, index, 2, timeout=0.5) for index in range(2))
     for exchange in (here, there):
         exchange.begin("a")
@@ -50,10 +50,10 @@ def test_exchange_with_a_process_that_has_left(tmp_path):
         here.swap(1, [0, 1])
     with pytest.raises(TimeoutError, match=r"process 1 waited 0\.5 s for end\.0"):
         there.end("failed")
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"process 1 has left a without 00001\.1"):
-        here.swap(2, [0, 1])
-    assert time.monotonic() - start < 0.4
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
+        with pytest.raises(RuntimeError, match=r"process 1 has left a without 00001\.1"):
+            here.swap(2, [0, 1])
     assert here.end("failed") == {0: "failed", 1: "failed"}
 
 
@@ -161,13 +161,12 @@ def test_failure_of_one_process(failing):
 
 
 def test_death_of_one_process(failing):
-    start = time.monotonic()
     done = launch_failing(failing, "--grace", "2", TEST_OF_LAUNCHER="kill")
     lines = done.stdout.strip().splitlines()
     assert done.returncode == 137, done.stdout
     assert "process 1, exit status 137" in done.stdout
     assert lines[-1].startswith("2 processes: FAILED, exit status 137")
-    assert time.monotonic() - start < 60
+    assert "at the time limit" not in lines[-1]  # which would say that nobody noticed the death
 
 
 @pytest.mark.slow

@@ -12,11 +12,20 @@ from byte_lm.training import TrainState
 _KEPT = 2
 
 
+def newest(folder: pathlib.Path) -> int | None:
+    """Steps done in the newest checkpoint in ``folder``; None where there is none.
+
+    It only looks, so ``folder`` need not be there and is not made.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 class Checkpoints:
     """The checkpoints in one folder, by the number of steps done; the last two are kept."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        """Open ``folder``, which all processes share; it may be new."""
+        """Open ``folder``, which all processes share; it is made if it is not there."""
         # Orbax asks for an absolute path.
         self._manager = ocp.CheckpointManager(
             folder.resolve(),

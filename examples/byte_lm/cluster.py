@@ -29,6 +29,39 @@ class Processes:
     index: int
 
 
+def processes(coordinator: str | None, *, count: int | None, index: int | None) -> Processes | None:
+    """The processes of a run, from what the command line says; None for a single one.
+
+    Args:
+        coordinator: "host:port" of process 0.
+        count: Number of processes.
+        index: This one's number.
+
+    Raises:
+        ValueError: if these do not fit each other.
+    """
+    if index is not None and index >= (count or 1):
+        raise ValueError(
+            f"--process-id: expected 0 to {(count or 1) - 1}, less than --num-processes, got {index}."
+        )
+    if coordinator is None:
+        if (count or 1) > 1:
+            raise ValueError(
+                f"--coordinator: expected host:port of process 0 where --num-processes is {count}, "
+                "got none."
+            )
+        return None
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"--coordinator: expected host:port of process 0, got {coordinator!r}.")
+    if count is None or index is None:
+        raise ValueError(
+            "--coordinator: expected --num-processes and --process-id beside it, got "
+            f"{coordinator!r} without both."
+        )
+    return Processes(coordinator, count, index)
+
+
 def start(*, devices: int | None, processes: Processes | None) -> None:
     """Bring JAX up, on the devices and with the processes asked for.
 
@@ -41,6 +74,7 @@ def start(*, devices: int | None, processes: Processes | None) -> None:
 
     Raises:
         RuntimeError: if jax has been imported already and ``XLA_FLAGS`` would have to be set.
+        ConnectionError: if the processes do not meet.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _DEVICE_COUNT_FLAG not in flags:
@@ -56,13 +90,19 @@ def start(*, devices: int | None, processes: Processes | None) -> None:
     if processes is not None:
         import jax
 
-        jax.distributed.initialize(
-            processes.coordinator,
-            processes.count,
-            processes.index,
-            # Without it the service binds [::], which fails where there is no IPv6.
-            coordinator_bind_address=processes.coordinator if processes.index == 0 else None,
-        )
+        try:
+            jax.distributed.initialize(
+                processes.coordinator,
+                processes.count,
+                processes.index,
+                # Without it the service binds [::], which fails where there is no IPv6.
+                coordinator_bind_address=processes.coordinator if processes.index == 0 else None,
+            )
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"--coordinator: expected {processes.count} processes to meet at "
+                f"{processes.coordinator}, got {error}"
+            ) from error
 
 
 def make_mesh(*, devices: int | None, data_parallel: int | None) -> jax.sharding.Mesh:

@@ -9,6 +9,8 @@ from typing import Literal
 Balance = Literal["aux", "bias"]
 Precision = Literal["f32", "bf16"]
 
+DEFAULT_MINUTES = 5.0
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -70,17 +72,29 @@ class RunConfig:
 
     Attributes:
         out: Folder of everything that is written; processes share it.
-        steps: Steps of the whole run; None takes what fits in ``minutes``, by the time of the first
-            few, or on resuming the number that the run had.
-        minutes: Of training, without compiling, evaluating and saving.
-        checkpoint_every: Steps between checkpoints; there is one after the last step too.
+        steps: Steps of the whole run, over all parts of a run that is resumed.
+        minutes: Minutes of training of the whole run, without compiling, evaluating and saving. Where
+            both this and ``steps`` are None, a new run trains for ``DEFAULT_MINUTES``, and a resumed
+            one for as long as it was told to at first.
+        checkpoint_every: Steps between checkpoints; None makes one about once a minute. There is one
+            after the last step too.
         resume: Go on from the newest checkpoint in ``out``.
         prompt: Beginning of the text sample.
+
+    Raises:
+        ValueError: if both ``steps`` and ``minutes`` are given.
     """
 
     out: pathlib.Path = pathlib.Path("runs/train_moe")
     steps: int | None = None
-    minutes: float = 5.0
-    checkpoint_every: int = 200
+    minutes: float | None = None
+    checkpoint_every: int | None = None
     resume: bool = False
     prompt: str = "def "
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(
+                f"--steps: expected either this or --minutes, got {self.steps} steps and "
+                f"{self.minutes:g} minutes; leave one out."
+            )

@@ -92,7 +92,9 @@ def load(path: pathlib.Path | None, *, min_bytes: int) -> Corpus:
         ValueError: if there is too little text.
     """
     if path is not None and not path.exists():
-        raise FileNotFoundError(f"data: expected a file or folder, got {path}, which is not there.")
+        raise FileNotFoundError(
+            f"--data: expected a file or folder, got {path}, which is not there."
+        )
     root = pathlib.Path(sysconfig.get_path("stdlib")) if path is None else path
     train: list[bytes] = []
     held_out: list[bytes] = []
@@ -110,7 +112,7 @@ def load(path: pathlib.Path | None, *, min_bytes: int) -> Corpus:
         parts = text[: max(cut, 0)], text[max(cut, 0) :]
     if min(map(len, parts)) < min_bytes:
         raise ValueError(
-            f"data: expected at least {2 * min_bytes} bytes of UTF-8 text in {root}, got "
+            f"--data: expected at least {2 * min_bytes} bytes of UTF-8 text in {root}, got "
             f"{sum(map(len, parts))}; give more text or a shorter --seq-len."
         )
     arrays = [np.frombuffer(part, np.uint8) for part in parts]

@@ -6,27 +6,28 @@ import collections
 import contextlib
 import dataclasses
 import json
-from typing import Any, Self
+import os
+import pathlib
+import signal
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from byte_lm.checkpoint import Checkpoints
+from byte_lm.checkpoint import Checkpoints, newest
 from byte_lm.clock import Clock
-from byte_lm.config import RunConfig
+from byte_lm.config import DEFAULT_MINUTES, RunConfig
 from byte_lm.data import Corpus
+from byte_lm.interrupt import Interrupt
+from byte_lm.pace import Decision, Pace
+from byte_lm.progress import figures_text, make_bar, rate_text
 from byte_lm.report import Metrics, plot
-from byte_lm.training import Figures, Trainer, TrainState, learning_rates
+from byte_lm.training import Figures, Trainer, TrainState, learning_rate
 
-# Steps that are timed, after the one that compiles, to learn how many fit in the time given.
-_TIMED_STEPS = 20
-_PROVISIONAL_STEPS = 10_000  # until then
+_PROVISIONAL_STEPS = 10_000  # of a run by time, until its first steps have been timed
 _IN_FLIGHT = 2  # steps whose figures are not fetched yet, so that devices need not wait for us
-_EVALUATIONS = 10  # on the way, on a few windows
-_QUICK_BATCHES = 4
+_QUICK_BATCHES = 4  # of an evaluation on the way, one in each tenth of the run
 _FINAL_BATCHES = 32
 _TEMPERATURE = 0.8
 
@@ -50,6 +51,16 @@ class Summary:
     sample: str
 
 
+class _Start(NamedTuple):
+    """Where a run begins, afresh or from a checkpoint, and what limits it: steps or minutes."""
+
+    state: TrainState
+    step: int
+    steps: int | None
+    minutes: float | None
+    seconds: float  # of training that are over
+
+
 class Run:
     """A run in one process; where there are several, each has one and all do the same.
 
@@ -58,7 +69,8 @@ class Run:
     Attributes:
         state: The state of training.
         step: Steps done.
-        total_steps: Steps of the whole run; None until the first few have been timed.
+        total_steps: Steps of the whole run. A run by time estimates them again and again; None until
+            its first steps have been timed.
     """
 
     def __init__(self, trainer: Trainer, corpus: Corpus, config: RunConfig) -> None:
@@ -72,8 +84,8 @@ class Run:
         Raises:
             FileExistsError: if there are checkpoints and ``config.resume`` is False.
             FileNotFoundError: if there are none and it is True.
-            ValueError: if the prompt does not fit, or the checkpoint is of a run with other settings
-                or other text.
+            ValueError: if the prompt does not fit, the folder cannot be written to, or the checkpoint
+                is of a run with other settings or other text. Whatever is wrong, nothing is written.
         """
         if not 0 < len(config.prompt.encode()) < trainer.config.seq_len:
             raise ValueError(
@@ -92,12 +104,26 @@ class Run:
         }
         self._clock = Clock()
         self._pending: collections.deque[tuple[int, Figures]] = collections.deque()
-        config.out.mkdir(parents=True, exist_ok=True)
+        folder = config.out / "checkpoints"
+        found = self._newest(folder)
+        _make_folder(folder)
         with contextlib.ExitStack() as on_failure:
-            self._checkpoints = Checkpoints(config.out / "checkpoints")
+            self._checkpoints = Checkpoints(folder)
             on_failure.callback(self._checkpoints.close)
-            self.state, self.step, self.total_steps = self._start()
+            start = self._fresh() if found is None else self._resumed(found)
             on_failure.pop_all()
+        self.state, self.step, self.total_steps, minutes, seconds = start
+        if minutes is not None and seconds >= 60 * minutes and self.step > 0:
+            self.total_steps = self.step  # all of the time has been used
+        self._pace = Pace(
+            self._clock,
+            first_step=self.step,
+            steps=start.steps,
+            minutes=minutes,
+            seconds_before=seconds,
+            checkpoint_every=config.checkpoint_every,
+        )
+        self._evaluated = self._pace.tenths(self.step)  # tenths of the run at the last evaluation
         path = config.out / "metrics.jsonl" if self._is_first else None
         self._metrics = Metrics(path, first_step=self.step)
 
@@ -108,20 +134,24 @@ class Run:
         self._metrics.close()
         self._checkpoints.close()
 
-    def train(self) -> None:
-        """Train to the last step, with a checkpoint there and every so often before."""
-        bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._is_first,
-        )
+    def train(self) -> int:
+        """Train to the last step, with a checkpoint there and every so often before.
+
+        SIGINT (Ctrl-C) and SIGTERM, of any process of the run, end it after the step under way, with a
+        checkpoint and a message. A second signal ends the process at once.
+
+        Returns:
+            0, or the number of the signal that ended training.
+        """
         first_step = self.step
-        self._plan_schedule()
-        with bar:
+        self._console.print(
+            f"text: {(len(self._corpus.train) + len(self._corpus.held_out)) / 1e6:.1f} MB from "
+            f"{self._corpus.source}\nmesh: {self._mesh_text()}; losses are in nats per byte",
+            markup=False,
+            soft_wrap=True,
+        )
+        ended_by = 0
+        with Interrupt() as interrupt, make_bar(self._console) as bar:
             task = bar.add_task(
                 "", completed=self.step, total=self.total_steps, figures="compiling"
             )
@@ -130,17 +160,28 @@ class Run:
                 if self.step == first_step + 1:
                     self._fetch_figures()
                     self._clock.start()
-                if self.total_steps is None and self.step == first_step + 1 + _TIMED_STEPS:
-                    self._fetch_figures()
-                    self.total_steps = self._estimate_total_steps()
-                    self._plan_schedule()
-                self._pause_if_due()
+                decision = self._pace.decide(self.step, signal=interrupt.number)
+                if decision is not None:
+                    self.total_steps = decision.total_steps or None
+                    if decision.signal:
+                        ended_by = decision.signal
+                        break
+                    self._pause_if_due(decision)
                 line = self._figures_line()
                 bar.update(task, completed=self.step, total=self.total_steps, figures=line)
             self._fetch_figures()
             self._clock.stop()
+            ended_by = ended_by or self._pace.decide_at_the_end(interrupt.number)
             if self._checkpoints.latest() != self.step:
                 self._save()
+        if ended_by:
+            self._console.print(
+                f"{signal.Signals(ended_by).name}: stopped after step {self.step} and saved it in "
+                f"{self._config.out}\nthe same command with --resume goes on from there",
+                markup=False,
+                soft_wrap=True,
+            )
+        return ended_by
 
     def finish(self) -> Summary:
         """Evaluate, draw, sample, and write it all down."""
@@ -157,9 +198,9 @@ class Run:
             self._write(summary)
         return summary
 
-    def _start(self) -> tuple[TrainState, int, int | None]:
-        """State, steps done and steps wanted, afresh or from the newest checkpoint."""
-        config, found = self._config, self._checkpoints.latest()
+    def _newest(self, folder: pathlib.Path) -> int | None:
+        """The checkpoint to begin from, once it is clear that the user means that."""
+        config, found = self._config, newest(folder)
         if found is None and config.resume:
             raise FileNotFoundError(
                 f"--resume: expected a checkpoint in {config.out}, got none; begin without it."
@@ -169,28 +210,43 @@ class Run:
                 f"--out: expected a folder without checkpoints, got {config.out}, which has one of "
                 f"step {found}; pass --resume to go on from it, or another folder."
             )
-        if found is None:
-            return self._trainer.initial_state(), 0, config.steps
+        return found
+
+    def _fresh(self) -> _Start:
+        config = self._config
+        minutes = config.minutes
+        if config.steps is None and minutes is None:
+            minutes = DEFAULT_MINUTES
+        return _Start(self._trainer.initial_state(), 0, config.steps, minutes, 0.0)
+
+    def _resumed(self, found: int) -> _Start:
+        config = self._config
         saved = self._checkpoints.settings(found)
-        total_steps = saved.pop("total_steps")
-        if saved != self._settings:
+        progress = saved.pop("progress", None)
+        if progress is None or saved != self._settings:
+            differences = _differences(saved, self._settings) or ["it is of an older program"]
             raise ValueError(
                 f"--resume: expected the settings and the text of the run in {config.out}, got "
-                f"others: {', '.join(_differences(saved, self._settings))}."
+                f"others: {', '.join(differences)}."
             )
+        steps, minutes = config.steps, config.minutes
+        if steps is None and minutes is None:
+            steps, minutes = progress["steps"], progress["minutes"]
         state = self._checkpoints.restore(found, self._trainer.abstract_state)
-        return state, found, config.steps or total_steps
+        return _Start(state, found, steps, minutes, progress["seconds"])
 
     def _train_step(self) -> None:
         config = self._trainer.config
         batch = self._corpus.batch(
             seed=config.seed, step=self.step, batch_size=config.batch_size, seq_len=config.seq_len
         )
-        self.state, figures = self._trainer.step(
-            self.state, self._trainer.put(batch), self._learning_rates[self.step]
+        rate = learning_rate(
+            config,
+            step=self.step + 1,
+            total_steps=max(self.total_steps or _PROVISIONAL_STEPS, self.step + 1),
         )
+        self.state, figures = self._trainer.step(self.state, self._trainer.put(batch), rate)
         self.step += 1
-        self._clock.steps += 1
         self._pending.append((self.step, figures))
         self._fetch_figures(but=_IN_FLIGHT)
 
@@ -200,13 +256,13 @@ class Run:
             step, figures = self._pending.popleft()
             loss, load, dropped = jax.device_get(figures)
             self._trainer.check()
+            self._clock.count_step()
             self._metrics.add(step, loss=float(loss), dropped=float(dropped), load=load.tolist())
 
-    def _pause_if_due(self) -> None:
+    def _pause_if_due(self, decision: Decision) -> None:
         """Evaluate and save where it is time for that; neither counts as training."""
-        every = max((self.total_steps or _PROVISIONAL_STEPS) // _EVALUATIONS, 1)
-        evaluate = self.step % every == 0 and self.step != self.total_steps
-        save = self.step % self._config.checkpoint_every == 0
+        evaluate = decision.tenths > self._evaluated and self.step != self.total_steps
+        save = bool(decision.save)
         if not evaluate and not save:
             return
         self._fetch_figures()
@@ -215,28 +271,22 @@ class Run:
                 batches = self._held_out(_QUICK_BATCHES)
                 loss = self._trainer.held_out_loss(self.state, batches)
                 self._metrics.add(self.step, held_out_loss=loss)
+                self._evaluated = decision.tenths
                 self._console.print(
-                    f"step {self.step}/{self.total_steps}: {self._figures_line()}, "
-                    f"held out {loss:.3f}"
+                    f"step {self.step}/{self.total_steps}: held out {loss:.3f}, "
+                    f"{self._figures_line()}"
                 )
             if save:
                 self._save()
 
     def _save(self) -> None:
         self._metrics.flush()
-        settings = self._settings | {"total_steps": self.total_steps}
-        self._checkpoints.save(self.step, self.state, settings)
-
-    def _plan_schedule(self) -> None:
-        total_steps = max(self.total_steps or _PROVISIONAL_STEPS, self.step)
-        self._learning_rates = learning_rates(self._trainer.config, total_steps=total_steps)
-
-    def _estimate_total_steps(self) -> int:
-        """How many steps the time given allows, by the clock of the first process."""
-        seconds = self._clock.seconds()
-        left = (60 * self._config.minutes - seconds) / (seconds / self._clock.steps)
-        total = np.int32(self.step + max(left, 0))
-        return int(multihost_utils.broadcast_one_to_all(total))
+        progress = {
+            "steps": self._pace.steps,
+            "minutes": self._pace.minutes,
+            "seconds": self._pace.seconds(),
+        }
+        self._checkpoints.save(self.step, self.state, self._settings | {"progress": progress})
 
     def _held_out(self, num_batches: int) -> list[np.ndarray]:
         config = self._trainer.config
@@ -255,10 +305,12 @@ class Run:
         last = self._metrics.last("loss")
         if last is None:
             return "compiling"
-        return (
-            f"loss {last['loss']:.3f} nats/byte, {self._bytes_per_second():,.0f} bytes/s, "
-            f"{last['dropped']:.1%} dropped"
+        return figures_text(
+            loss=last["loss"], bytes_per_second=self._bytes_per_second(), dropped=last["dropped"]
         )
+
+    def _mesh_text(self) -> str:
+        return " x ".join(f"{name} {size}" for name, size in self._trainer.mesh.shape.items())
 
     def _sample(self) -> str:
         """One window, from the prompt on."""
@@ -279,25 +331,41 @@ class Run:
 
     def _write(self, summary: Summary) -> None:
         out = self._config.out
-        mesh = " x ".join(f"{name} {size}" for name, size in self._trainer.mesh.shape.items())
         plot(
             self._metrics.records,
             out / "curves.png",
             unigram_loss=summary.unigram_loss,
-            title=f"byte-level MoE model on a mesh of {mesh}",
+            title=f"byte-level MoE model on a mesh of {self._mesh_text()}",
         )
         (out / "sample.txt").write_text(summary.sample)
         (out / "summary.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2))
         self._console.rule("sample")
         self._console.print(summary.sample, markup=False)
         self._console.rule()
+        rate = ""
+        if summary.bytes_per_second:  # a resumed run may have nothing left to train
+            rate = f"{rate_text(summary.bytes_per_second)} while training; "
         self._console.print(
             f"held-out loss {summary.held_out_loss:.3f} nats/byte after {summary.steps} steps "
-            f"(byte frequencies: {summary.unigram_loss:.3f}), {summary.bytes_per_second:,.0f} "
-            f"bytes/s\nwritten to {out}: curves.png, metrics.jsonl, sample.txt, summary.json, "
-            "checkpoints",
+            f"(byte frequencies: {summary.unigram_loss:.3f})\n"
+            f"{rate}written to {out}:\n"
+            "curves.png, metrics.jsonl, sample.txt, summary.json, checkpoints",
             markup=False,
             soft_wrap=True,
+        )
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+    """Make ``folder``, and say in terms of the command line why that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out: expected a folder that can be made, got {folder.parent}: {error.strerror}."
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--out: expected a folder that can be written to, got {folder.parent}; take another."
         )
 
 

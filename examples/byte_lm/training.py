@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -54,8 +55,8 @@ class Figures(NamedTuple):
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW with clipping, at learning rate 1: the step scales its updates.
 
-    The length of a run is known only once its first steps have been timed, so the learning rate is
-    an argument of the step, not a schedule compiled into it.
+    A run by time only estimates its number of steps, so the learning rate is an argument of the step,
+    not a schedule compiled into it.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
@@ -69,16 +70,19 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def learning_rates(config: TrainConfig, *, total_steps: int) -> Float32[np.ndarray, " steps"]:
-    """The learning rate of every step: linear warm-up, then a cosine down to a tenth of the peak."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, total_steps),
-        decay_steps=total_steps + 1,
-        end_value=0.1 * config.learning_rate,
-    )
-    return np.asarray(schedule(jnp.arange(1, total_steps + 1)), np.float32)
+def learning_rate(config: TrainConfig, *, step: int, total_steps: int) -> np.float32:
+    """The learning rate of one step: linear warm-up, then a cosine down to a tenth of the peak.
+
+    Args:
+        config: With the peak and the length of the warm-up.
+        step: The number of the step, from 1 to ``total_steps``.
+        total_steps: Steps of the whole run, as far as that is known now.
+    """
+    warmup_steps = min(config.warmup_steps, total_steps)
+    if step < warmup_steps:
+        return np.float32(config.learning_rate * step / warmup_steps)
+    done = (step - warmup_steps) / (total_steps + 1 - warmup_steps)
+    return np.float32(config.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2))
 
 
 class Trainer:

@@ -53,7 +53,9 @@ def create_group(
         mesh: A mesh of devices of one platform.
         axis_name: The axis that experts are split over, or a tuple of axes (row-major).
         backend: "auto" follows the mesh's devices: the native backend of their platform where
-            there is one, else "reference", which is logged once. "cpu" and "reference" insist.
+            there is one, else "reference", which is logged once. "cuda" (Hopper GPUs of one host),
+            "cpu" (CPU devices of one process) and "reference" (pure JAX, any devices) insist: where
+            that backend cannot serve the mesh, it is an error.
         timeout: Seconds that an op waits for a peer to arrive before it fails with
             ``CommunicationError``; at least 0.001, and ``float("inf")`` waits for ever. Peers may be
             late because they compile or write checkpoints.

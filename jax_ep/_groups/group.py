@@ -56,15 +56,19 @@ class Group:
 
     @property
     def other_axes(self) -> tuple[str, ...]:
-        """The axes of the mesh that are not of the group."""
+        """The other axes of the mesh, along which groups lie side by side."""
         return tuple(name for name in self.mesh.axis_names if name not in self.axis_names)
 
     def check(self) -> None:
-        """Raise ``CommunicationError`` if an op of this group has failed on a GPU of this process.
+        """Raise an error if an op of this group has failed on a GPU of this process.
 
-        Replays of CUDA graphs run no host code that could report a failure, so ask now and then.
-        The CPU and the reference backends report a failure through the computation that it
-        happened in and leave nothing behind, so for them this always returns.
+        A replayed CUDA graph runs no host code that could report a failure, so call this where results
+        are at hand, for example before a loss is logged. It does not wait for the GPU. The CPU and the
+        reference backends report a failure through the computation that it happened in, so for them
+        this always returns.
+
+        Raises:
+            CommunicationError: if an op has failed; the text names rank, op and phase.
         """
         if self.backend == "cuda":
             failure = gpu_side.failure(self.id)

@@ -1,4 +1,9 @@
-"""Where the ranks of a group are: which share a host, which a process."""
+"""Where the ranks of a group are: which share a host, which a process.
+
+``Group.topology`` alone answers such questions, so all parts of the library agree. With logical hosts
+(``create_group(ranks_per_host=)``) the reference gives the sums of several hosts on one machine; native
+backends refuse them.
+"""
 
 from __future__ import annotations
 

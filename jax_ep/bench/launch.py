@@ -2,7 +2,8 @@
 
 Each run of a set of cases has processes of its own, one for all devices or one for each rank, that
 find each other through ``jax.distributed``. A process that dies or hangs costs the case it was at,
-which becomes a record of a failure; the remaining cases are given to new processes.
+which becomes a record of a failure; the remaining cases are given to new processes. New processes
+are needed in any case: XLA reads its flags and divides a GPU's memory once in a process.
 """
 
 from __future__ import annotations

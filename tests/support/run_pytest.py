@@ -19,6 +19,7 @@ class Shard:
     def __init__(self) -> None:
         self.index = int(os.environ.get("TEST_SHARD_INDEX", "0"))
         self.count = int(os.environ.get("TEST_TOTAL_SHARDS", "1"))
+        self.found = 0  # tests of all shards
         if status_file := os.environ.get("TEST_SHARD_STATUS_FILE"):
             pathlib.Path(status_file).touch()  # says that this runner knows about shards
 
@@ -26,13 +27,14 @@ class Shard:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
+        self.found = len(items)
         mine = items[self.index :: self.count]
         config.hook.pytest_deselected(items=[item for item in items if item not in mine])
         items[:] = mine
 
 
 def main(arguments: list[str]) -> int:
-    """Runs pytest from the root of the source tree; nothing to run is no failure."""
+    """Runs pytest from the root of the source tree; a file without a test to run is a failure."""
     os.chdir(pathlib.Path(__file__).parents[2])
     # An editable install in this interpreter would come before Bazel's build, which is on the path,
     # and add the libraries that Bazel has not built.
@@ -46,8 +48,10 @@ def main(arguments: list[str]) -> int:
         options.append(f"--junitxml={report}")
     if chosen := os.environ.get("TESTBRIDGE_TEST_ONLY"):
         options += ["-k", chosen]
-    status = pytest.main([*options, *arguments], plugins=[Shard()])
-    return 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED else int(status)
+    shard = Shard()
+    status = pytest.main([*options, *arguments], plugins=[shard])
+    # A shard may be empty where the others are not.
+    return 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED and shard.found else int(status)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""What a run shows while it trains; everything fits into the 80 columns of a small terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_BAR_WIDTH = 10  # columns
+
+
+def make_bar(console: Console) -> Progress:
+    """A bar whose tasks have a field ``figures``, the text that stands beside it."""
+    return Progress(
+        BarColumn(_BAR_WIDTH),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet,
+    )
+
+
+def figures_text(*, loss: float, bytes_per_second: float, dropped: float) -> str:
+    """The figures of a step in one line.
+
+    Args:
+        loss: Nats per byte.
+        bytes_per_second: Bytes trained on per second.
+        dropped: Share of the choices of experts that found no room.
+    """
+    return f"loss {loss:.3f}, {rate_text(bytes_per_second)}, {dropped:.1%} dropped"
+
+
+def rate_text(bytes_per_second: float) -> str:
+    """A rate with a unit that keeps it short."""
+    for unit, size in (("MB/s", 1e6), ("kB/s", 1e3)):
+        if bytes_per_second >= size:
+            return f"{bytes_per_second / size:.1f} {unit}"
+    return f"{bytes_per_second:.0f} B/s"
