@@ -1,6 +1,6 @@
 """py_tests that run the files of a pytest suite."""
 
-def pytest_tests(srcs, support, data, shards, once, deps):
+def pytest_tests(srcs, support, data, shards, once, optimized, deps):
     """One py_test for each test file, of all its tests that are not marked slow.
 
     Args:
@@ -9,6 +9,8 @@ def pytest_tests(srcs, support, data, shards, once, deps):
         data: Files that tests read.
         once: Files whose tests say the same with every version of Python and JAX, by name, and one test of
             each. The file's target is tagged "once", and another, NAME_sample, runs that test alone.
+        optimized: Files that XLA compiles at its default level, as for users, by name. tests/conftest.py sets
+            level 0 for the others.
         shards: In how many parts to run a test file, by name, where that is not one.
         deps: Libraries under test.
     """
@@ -21,6 +23,7 @@ def pytest_tests(srcs, support, data, shards, once, deps):
             data = data,
             legacy_create_init = False,
             main = "tests/run_pytest.py",
+            env = {"XLA_FLAGS": "--xla_backend_optimization_level=3"} if name in optimized else {},
             deps = deps,
         )
         native.py_test(
