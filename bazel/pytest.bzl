@@ -9,8 +9,8 @@ def pytest_tests(srcs, support, data, shards, once, optimized, deps):
         data: Files that tests read.
         once: Files whose tests say the same with every version of Python and JAX, by name, and one test of
             each. The file's target is tagged "once", and another, NAME_sample, runs that test alone.
-        optimized: Files that XLA compiles at its default level, as for users, by name. tests/conftest.py sets
-            level 0 for the others.
+        optimized: Files that XLA compiles with its defaults, as for users, by name. For the others
+            tests/conftest.py has it compile quickly.
         shards: In how many parts to run a test file, by name, where that is not one.
         deps: Libraries under test.
     """

@@ -60,8 +60,8 @@ def fit(
     return tuple(fitted)
 
 
-# Arguments of ``jax.jit`` for programs with arithmetic of a test's own whose bits are compared: without
-# LLVM's optimizations, which ``conftest`` turns off, bits depend on what XLA fuses.
+# Arguments of ``jax.jit`` for programs with arithmetic of a test's own whose bits are compared. Without
+# LLVM's optimizations, which ``conftest`` turns off, such bits depend on what XLA fuses.
 OPTIMIZED: dict[str, Any] = (
     {"compiler_options": {"xla_backend_optimization_level": 3}}
     if os.environ.get("JAX_PLATFORMS") == "cpu"
