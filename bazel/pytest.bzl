@@ -1,6 +1,6 @@
 """py_tests that run the files of a pytest suite."""
 
-def pytest_tests(srcs, support, data, shards, once, slow, deps):
+def pytest_tests(srcs, support, data, shards, once, slow, optimized, deps):
     """One py_test for each test file, of all its tests that are not marked slow.
 
     Args:
@@ -11,6 +11,8 @@ def pytest_tests(srcs, support, data, shards, once, slow, deps):
             each. The file's target is tagged "once", and another, NAME_sample, runs that test alone.
         slow: Files whose tests are all marked slow, by name, and the options of pytest with which their
             targets run all the same: those that select some of their tests or make them short.
+        optimized: Files that XLA compiles with its defaults, as for users, by name. For the others
+            tests/conftest.py has it compile quickly.
         shards: In how many parts to run a test file, by name, where that is not one.
         deps: Libraries under test.
     """
@@ -23,6 +25,7 @@ def pytest_tests(srcs, support, data, shards, once, slow, deps):
             data = data,
             legacy_create_init = False,
             main = "tests/support/run_pytest.py",
+            env = {"XLA_FLAGS": "--xla_backend_optimization_level=3"} if name in optimized else {},
             deps = deps,
         )
         native.py_test(

@@ -1,8 +1,9 @@
 """Devices, warnings and run-time type checks for the whole suite.
 
 ``JAX_EP_TEST_PLATFORM`` (default "cpu") is the value of ``JAX_PLATFORMS`` to test on. On "cpu" the
-suite forces 16 host devices and runs the reference and the native CPU backend; on another platform
-it takes the devices that are there, and tests that need more are skipped with that reason.
+suite forces 16 host devices, has XLA compile quickly rather than well (``XLA_FLAGS`` overrides both),
+and runs the reference and the native CPU backend; on another platform it takes the devices that are
+there, and tests that need more are skipped with that reason.
 
 ``run_processes.py`` runs the suite in several processes, which ``support/lockstep.py`` keeps together.
 Groups that span processes are "cuda" on GPUs and "reference", on XLA's collectives, on CPU.
@@ -21,10 +22,18 @@ os.environ["JAX_PLATFORMS"] = PLATFORM
 # XLA's CPU client runs everything on max(cores, devices) threads; with many steps in flight its own
 # collectives need more of them than there are devices.
 os.environ.setdefault("PJRT_NPROC", "256")
-if PLATFORM == "cpu" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+if PLATFORM == "cpu":
     flags = os.environ.get("XLA_FLAGS", "")
-    count = 1 if "JAX_EP_TEST_PROCESSES" in os.environ else 16
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+    if "host_platform_device_count" not in flags:
+        count = 1 if "JAX_EP_TEST_PROCESSES" in os.environ else 16
+        flags += f" --xla_force_host_platform_device_count={count}"
+    # Most of the suite's time is XLA's compiler, which takes a third to a quarter of its time without
+    # LLVM's optimizations and without emitters that go through MLIR (jaxlib 0.12 knows no others).
+    # Name a level in XLA_FLAGS to test with XLA's defaults (its level is 3).
+    if "xla_backend_optimization_level" not in flags:
+        flags += " --xla_backend_optimization_level=0"
+        flags += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402

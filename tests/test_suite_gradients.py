@@ -19,6 +19,7 @@ import routings
 import shapes
 from jax_ep import reference
 from spmd import (
+    OPTIMIZED,
     create_group,
     fetch,
     fit,
@@ -181,7 +182,7 @@ def ours(name: str, backend: str):
     layout, fused, bound = SMOOTH[name]
     group = make_group(RANKS, backend)
     run = value_and_pullback(model(*public(group, layout, bound), layout, fused))
-    return stacked_jit(run, group.mesh)
+    return stacked_jit(run, group.mesh, **OPTIMIZED)
 
 
 @functools.cache
@@ -189,7 +190,8 @@ def theirs(name: str, dtype: str) -> dict[str, tuple[np.ndarray, ...]]:
     """Value and gradients by pattern, differentiated by JAX; all ranks on one device."""
     layout, fused, bound = SMOOTH[name]
     group = make_group(RANKS, "reference")
-    run = one_device_jit(value_and_pullback(model(*plain(group, layout, bound), layout, fused)))
+    both = value_and_pullback(model(*plain(group, layout, bound), layout, fused))
+    run = one_device_jit(both, **OPTIMIZED)
     return {pattern: run(*inputs(dtype, pattern)) for pattern in ("masked", "one_rank", "invalid")}
 
 

@@ -60,6 +60,15 @@ def fit(
     return tuple(fitted)
 
 
+# Arguments of ``jax.jit`` for programs with arithmetic of a test's own whose bits are compared. Without
+# LLVM's optimizations, which ``conftest`` turns off, such bits depend on what XLA fuses.
+OPTIMIZED: dict[str, Any] = (
+    {"compiler_options": {"xla_backend_optimization_level": 3}}
+    if os.environ.get("JAX_PLATFORMS") == "cpu"
+    else {}
+)
+
+
 @functools.cache
 def make_mesh(
     sizes: tuple[int, ...] | int,
@@ -244,12 +253,14 @@ def whole_jit(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return call
 
 
-def one_device_jit(fn: Callable[..., Any], axis: str = "expert") -> Callable[..., Any]:
+def one_device_jit(
+    fn: Callable[..., Any], axis: str = "expert", **jit_kwargs: Any
+) -> Callable[..., Any]:
     """As ``stacked_jit``, but all ranks on one device, for which XLA needs no collectives.
 
     ``fn`` may use JAX's collectives and so ``jax_ep.reference``, but no native backend.
     """
-    jitted = jax.jit(jax.vmap(fn, axis_name=axis))
+    jitted = jax.jit(jax.vmap(fn, axis_name=axis), **jit_kwargs)
     return lambda *args: jax.device_get(jitted(*args))
 
 
