@@ -66,6 +66,11 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(getattr(mesh, "manual_axes", ()))
 
 
+def context_mesh() -> Any:
+    """The mesh of the current trace, whose axes have the types that they have there."""
+    return jax.sharding.get_abstract_mesh()
+
+
 def context_axis_sizes() -> dict[str, int]:
     """Sizes of the axes of the mesh of the current trace."""
     return dict(jax.sharding.get_abstract_mesh().shape)

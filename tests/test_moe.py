@@ -421,5 +421,5 @@ def test_wrong_types(arguments, error, text):
 def test_inside_shard_map_is_an_error():
     group = make_group("expert", "reference")
     layer = functools.partial(jax_ep.moe, params=make_params(), group=group, num_experts=E, top_k=K)
-    with pytest.raises(ValueError, match="argument group: expected a call outside shard_map"):
+    with pytest.raises(ValueError, match="argument group: expected a call outside shard_map over"):
         spmd.shard(lambda x: layer(x)[0], group.mesh)(make_x(8, H))
