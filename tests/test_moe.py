@@ -56,7 +56,7 @@ def dense_moe(x, params, *, router, top_k=K, mask=None):
     if params.shared is not None:
         gate, up, down = params.shared
         y += (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
-    load = (used.reshape(-1, 1) == jnp.arange(E)).sum(0)
+    load = (used.reshape(-1, 1) == jnp.arange(params.gate.shape[0])).sum(0)
     aux_loss = routing.load_balancing_loss(used, routes.scores)
     return y.reshape(x.shape), (aux_loss, load)
 

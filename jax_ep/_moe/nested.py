@@ -1,11 +1,14 @@
 """``jax.shard_map`` inside another ``jax.shard_map``, with gradients.
 
-JAX (0.10.2 to 0.12.0) can run such a nest but not differentiate it. What the forward pass keeps for
-the backward pass leaves the inner ``shard_map`` with a spec over all manual axes, those of the outer
-one too, which the lowering refuses. So the inner ``shard_map`` gets a custom gradient here: its
-forward pass returns what the backward pass needs, with specs over the inner axes alone, and its
-backward pass enters a ``shard_map`` of its own. That one is made in the same way, so second
-derivatives work as far as those of the function do.
+JAX (0.10.2 to 0.12.0) can run such a nest but cannot cut it in two, as ``grad``, ``scan`` and
+``jax.checkpoint`` do: what one half keeps for the other leaves the inner ``shard_map`` with a spec over
+all manual axes, those of the outer one too, which the lowering refuses.
+
+So here the inner ``shard_map`` gets a custom gradient. Its forward pass returns what the backward pass
+needs, with specs over the inner axes alone, and the backward pass enters a ``shard_map`` of its own.
+Both are made in the same way, so second derivatives work as far as those of the function do. And each
+stands inside a primitive, so that no transformation of JAX looks into it. To ``jax.checkpoint`` a
+nested layer is one op, whose names a policy does not see.
 """
 
 from __future__ import annotations
@@ -18,12 +21,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec
 
 from jax_ep import _compat
 
 Arrays = tuple[jax.Array, ...]
 Specs = tuple[PartitionSpec, ...]
+
+
+_whole_p = Primitive("jax_ep_nested")
+_whole_p.multiple_results = True
+
+
+@_whole_p.def_impl
+def _run_whole(*args: jax.Array, jaxpr: ClosedJaxpr) -> list[jax.Array]:
+    return jaxpr_as_fun(jaxpr)(*args)
+
+
+@_whole_p.def_abstract_eval
+def _abstract_whole(*_: Any, jaxpr: ClosedJaxpr) -> list[Any]:
+    return jaxpr.out_avals
+
+
+def _lower_whole(ctx: mlir.LoweringRuleContext, *args: Any, jaxpr: ClosedJaxpr) -> Any:
+    return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *args)
+
+
+def _batch_whole(args: Any, dims: Any, *, jaxpr: ClosedJaxpr) -> tuple[Any, Any]:
+    batched = jax.make_jaxpr(jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(dims)))(*args)
+    return _whole_p.bind(*args, jaxpr=batched), (0,) * len(batched.out_avals)
+
+
+_compat.register_lowering_of_each(_whole_p, _lower_whole)
+batching.primitive_batchers[_whole_p] = _batch_whole
 
 
 def nested_shard_map(
@@ -92,9 +124,10 @@ class _Inner:
         def run(*args: jax.Array) -> Any:
             pairs = zip(args, self.varying, strict=True)
             args = tuple(_compat.cast_varying(arg, axes) for arg, axes in pairs)
-            return jax.shard_map(
+            mapped = jax.shard_map(
                 fun, in_specs=self.in_specs, out_specs=out_specs, axis_names=set(self.axes)
-            )(*args)
+            )
+            return tuple(_whole_p.bind(*args, jaxpr=jax.make_jaxpr(mapped)(*args)))
 
         return run
 
@@ -190,8 +223,13 @@ def _with_gradient(inner: _Inner) -> Callable[..., Arrays]:
         found = _trace(inner, args)
         specs = tuple(how.spec for how in found.kept if how.travels)
         latest: list[_Pullback] = []
-        run = inner.enter(_with_pullback(inner, latest), (inner.out_specs, specs))
-        outs, travelled = run(*args)
+        with_pullback = dataclasses.replace(
+            inner, f=_with_pullback(inner, latest), out_specs=inner.out_specs + specs
+        )
+        # Also with a gradient: for second derivatives, and as jax.checkpoint looks into a plain
+        # shard_map for what to save, which would leave it with a spec over all axes again.
+        results = _with_gradient(with_pullback)(*args)
+        outs, travelled = results[: len(inner.out_specs)], results[len(inner.out_specs) :]
         [pullback] = latest
         if pullback.kept != found.kept:
             raise AssertionError("two traces of one function keep different arrays")
@@ -245,18 +283,18 @@ def _trace(inner: _Inner, args: Arrays) -> _Pullback:
     """What the forward pass will find out."""
     latest: list[_Pullback] = []
     with_pullback = _with_pullback(inner, latest)
-    run = inner.enter(lambda *args: with_pullback(*args)[0], inner.out_specs)
-    jax.eval_shape(run, *args)
+    outs_only = lambda *args: with_pullback(*args)[: len(inner.out_specs)]  # noqa: E731
+    jax.eval_shape(inner.enter(outs_only, inner.out_specs), *args)
     return latest[0]
 
 
-def _with_pullback(inner: _Inner, latest: list[_Pullback]) -> Callable[..., tuple[Arrays, Arrays]]:
-    """A function to the results, and to the arrays of the pullback that travel.
+def _with_pullback(inner: _Inner, latest: list[_Pullback]) -> Callable[..., Arrays]:
+    """A function to the results and then the arrays of the pullback that travel.
 
     While it is traced it writes the rest of the pullback to ``latest``.
     """
 
-    def run(*args: jax.Array) -> tuple[Arrays, Arrays]:
+    def run(*args: jax.Array) -> Arrays:
         smooth_in = tuple(i for i, arg in enumerate(args) if _is_smooth(arg))
 
         def of_smooth(*values: jax.Array) -> tuple[Arrays, Arrays]:
@@ -271,9 +309,8 @@ def _with_pullback(inner: _Inner, latest: list[_Pullback]) -> Callable[..., tupl
         kept = tuple(_Kept.of(leaf, args, inner.axes) for leaf in leaves)
         smooth_out = tuple(i for i, out in enumerate(outs) if _is_smooth(out))
         latest[:] = [_Pullback(tree, kept, smooth_in, smooth_out)]
-        return outs, tuple(
-            leaf[None] for leaf, how in zip(leaves, kept, strict=True) if how.travels
-        )
+        pairs = zip(leaves, kept, strict=True)
+        return *outs, *(leaf[None] for leaf, how in pairs if how.travels)
 
     return run
 

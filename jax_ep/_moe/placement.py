@@ -78,7 +78,9 @@ def split_tokens(
 
 
 def join_tokens(
-    tokens: Shaped[Array, "tokens channels"], like: Shaped[Array, "*batch channels"], mesh: Mesh | AbstractMesh
+    tokens: Shaped[Array, "tokens channels"],
+    like: Shaped[Array, "*batch channels"],
+    mesh: Mesh | AbstractMesh,
 ) -> Shaped[Array, "*batch channels"]:
     """The inverse of ``split_tokens``, for tokens that came from ``like``."""
     num_tokens = math.prod(like.shape[:-1])
@@ -88,7 +90,9 @@ def join_tokens(
     return place(y, mesh, _spec(like)) if _explicit_axes(mesh) else y
 
 
-def _reshape(x: Array, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:
+def _reshape(
+    x: Array, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, spec: PartitionSpec
+) -> Array:
     """Reshape with nothing but the first dimension, before and after, split as ``spec`` says."""
     if not _explicit_axes(mesh):
         return x.reshape(shape)
