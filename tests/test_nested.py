@@ -174,7 +174,7 @@ def test_pipeline_of_layers(native_backend):
     )
 
     def dense(weights, batches):
-        x, out = batches, []
+        x = batches
         for stage in range(stages):
             own = jax_ep.MoEParams(**{name: w[stage] for name, w in weights.items()})
             y, _ = dense_moe(x.reshape(-1, H), own, router=routing.Router())

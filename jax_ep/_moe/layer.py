@@ -14,10 +14,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._core.types import DispatchConfig, Dispatched, Quantized, ScaleFormat
 from jax_ep._grouped_dot.api import grouped_dot as default_grouped_dot
-from jax_ep import _compat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
 from jax_ep._moe.nested import nested_shard_map
@@ -98,9 +98,14 @@ def moe(
     Call it on whole (global) arrays, inside ``jit`` or not, on meshes with Auto or Explicit axes. It
     splits the tokens over ``token_axes`` (adding masked ones where they do not split evenly) and
     enters ``shard_map`` over the whole mesh of the group, where ``dispatch`` and ``combine`` move the
-    rows. Mesh axes that are not token axes see the same tokens. ``x`` may be sharded in any way over
-    the mesh of the group; where it is split over the leading token axes in their order, as a batch over
-    "data" is, every device works on a part of what it has, and only the outputs are gathered again.
+    rows. Ranks along other axes work on the same tokens. ``x`` may be sharded in any way over the mesh
+    of the group; where it is split over the leading token axes in their order, as a batch over "data"
+    is, every device works on a part of what it has, and only the outputs are gathered again.
+
+    It may stand inside a ``shard_map`` over other axes than the group's, as that of a pipeline over
+    "stage". Then tokens and statistics are those of one position along these axes. Reverse mode works
+    there; forward mode (``jax.jvp``) is a ``TypeError`` when the program is lowered, and to policies
+    of ``jax.checkpoint`` the layer is one op.
 
     On GPUs, an op that fails, as for a rank that never comes, gives NaN, which may be all that you see:
     call ``group.check()`` where you wait for results anyway, to get the ``CommunicationError``.
@@ -123,8 +128,11 @@ def moe(
         router: "softmax", "sigmoid", a ``routing.Router`` with settings, or a function of
             ``(logits [T, E], bias)`` that returns a ``routing.Routing`` and has no traced values of
             its own.
-        token_axes: Mesh axes that tokens are split over; those of the group must be among them. The
-            default stands for "data", if the mesh has an axis of that name, and the group's axes.
+        token_axes: Mesh axes that tokens are split over; those of the group must be among them. None
+            takes all axes of the mesh, those of the group last, but for axes that an enclosing
+            ``shard_map`` has entered and for those whose names stand for tensor or pipeline
+            parallelism: "tensor", "model", "tp", "mp", "stage", "stages", "pipeline", "pipe", "pp".
+            Ranks along the latter repeat the work, which a warning says once.
         mask: Boolean, the shape of ``x`` without H: False keeps a token from the router; its output is
             that of the shared expert, or zero.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
