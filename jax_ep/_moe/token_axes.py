@@ -36,7 +36,7 @@ def resolve_token_axes(token_axes: tuple[str, ...] | None, group: Group) -> tupl
     if token_axes is None:
         outside = [name for name in group.other_axes if name not in manual]
         split = [name for name in outside if name.lower() not in SHARED_TOKEN_AXES]
-        _warn_of_repeats(group, [name for name in outside if name not in split])
+        _warn_of_repeats(group, split, [name for name in outside if name not in split])
         return (*split, *group.axis_names)
     if not isinstance(token_axes, Sequence) or isinstance(token_axes, str):
         raise arguments.type_error(
@@ -72,7 +72,7 @@ def resolve_token_axes(token_axes: tuple[str, ...] | None, group: Group) -> tupl
     return token_axes
 
 
-def _warn_of_repeats(group: Group, axes: list[str]) -> None:
+def _warn_of_repeats(group: Group, split: list[str], axes: list[str]) -> None:
     """Say once for each kind of mesh that ranks along ``axes`` work on the same tokens."""
     axes = [name for name in axes if group.mesh.shape[name] > 1]
     key = (*group.mesh.shape.items(), group.axis_names)
@@ -80,11 +80,10 @@ def _warn_of_repeats(group: Group, axes: list[str]) -> None:
         return
     _warned.add(key)
     sizes = ", ".join(f"{name}={group.mesh.shape[name]}" for name in axes)
-    split = tuple(name for name in group.mesh.axis_names if name in (*axes, *group.axis_names))
     logger.warning(
-        "jax_ep.moe: ranks along the mesh axes %s work on the same tokens, as the axes' names stand for "
-        "tensor or pipeline parallelism. Name token_axes to say that this is meant, or to split "
-        "the tokens over them too, as in token_axes=%s.",
+        "jax_ep.moe: ranks along the mesh axes %s work on the same tokens, as the names of these axes "
+        "stand for tensor or pipeline parallelism. Name token_axes to say that this is meant, or to "
+        "split the tokens over them too, as in token_axes=%s.",
         sizes,
-        split,
+        (*split, *axes, *group.axis_names),
     )
