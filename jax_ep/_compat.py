@@ -102,6 +102,16 @@ def key_value_get(key: str, timeout: float) -> bytes:
     return _key_value_store().blocking_key_value_get_bytes(key, int(timeout * 1000))
 
 
+def num_started_cpu_devices() -> int | None:
+    """CPU devices that JAX has started in this process; None if it has started no devices yet."""
+    from jax._src import xla_bridge
+
+    if not xla_bridge.backends_are_initialized():
+        return None
+    cpu = xla_bridge.backends().get("cpu")
+    return 0 if cpu is None else cpu.local_device_count()
+
+
 @functools.cache
 def has_hopper_gpu() -> bool:
     """Whether the default devices are GPUs of compute capability 9.0."""
