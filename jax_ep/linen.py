@@ -23,7 +23,7 @@ class MoE(LayerSettings, nn.Module):
 
     Example::
 
-        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
         group = jax_ep.create_group(mesh, "expert")
         layer = jax_ep.linen.MoE(512, 1024, num_experts=16, top_k=2, group=group)
         variables = layer.init(key, x)

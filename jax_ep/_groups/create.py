@@ -47,7 +47,7 @@ def create_group(
 
     Example::
 
-        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
         group = jax_ep.create_group(mesh, "expert")   # 4 ranks; two groups side by side
 
     Args:

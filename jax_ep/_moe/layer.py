@@ -112,7 +112,7 @@ def moe(
 
     Example::
 
-        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
         group = jax_ep.create_group(mesh, "expert")
         params = jax_ep.init_moe_params(key, hidden=512, intermediate=1024, num_experts=16)
         y, aux = jax_ep.moe(x, params, group=group, num_experts=16, top_k=2)
