@@ -12,17 +12,20 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 
 import jax_ep
 
 
 def main() -> None:
     """Run the layer once forward and once backward."""
-    mesh = jax.make_mesh((2, 4), ("data", "expert"), devices=jax.devices()[:8])
-    jax.set_mesh(mesh)
+    mesh = jax.make_mesh(
+        (2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:8]
+    )
     group = jax_ep.create_group(mesh, "expert")
     layer = jax_ep.nnx.MoE(64, 128, num_experts=16, top_k=2, group=group, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (4, 32, 64), out_sharding=jax.P("data"))
+    x = jax.random.normal(jax.random.key(0), (4, 32, 64))
+    x = jax.device_put(x, NamedSharding(mesh, jax.P("data")))
 
     @nnx.jit
     def step(layer, x):
@@ -35,7 +38,8 @@ def main() -> None:
     (loss, aux), grads = step(layer, x)
     print(f"{x.shape[0] * x.shape[1]} tokens, 2 of 16 experts each, on {group}")
     print(f"routes to each expert: {aux.load}, balance loss {aux.aux_loss:.3f} (1 is even)")
-    print(f"loss {loss:.4f}, gradient of the gates {jax.typeof(grads['gate'][...])}")
+    gates = grads["gate"][...]
+    print(f"loss {loss:.4f}, gradient of the gates {gates.shape} split as {gates.sharding.spec}")
 
 
 if __name__ == "__main__":

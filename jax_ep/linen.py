@@ -29,6 +29,11 @@ class MoE(LayerSettings, nn.Module):
         variables = layer.init(key, x)
         y, aux = layer.apply(variables, x)
 
+    On a mesh with Auto axes, as above, the rest of a model needs no change. On Explicit axes Linen's
+    ``Embed`` raises ``ShardingTypeError``, as it cannot name the sharding of its result. Weights that
+    lie on one device, as some restored ones do, must be put on the mesh before they meet others there:
+    ``jax.device_put(weights, NamedSharding(mesh, jax.P()))``.
+
     Parameters: ``router_kernel``, ``gate``, ``up``, ``down`` and, with a shared expert,
     ``shared_gate``, ``shared_up``, ``shared_down``. With ``router_bias=True`` the collection
     "router_bias" holds ``bias`` ``[E]``, state that no gradient and no optimizer touches; move it once

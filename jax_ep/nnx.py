@@ -41,6 +41,11 @@ class MoE(LayerSettings, nnx.Module):
         optimizer.update(layer, grads)
         layer.update_router_bias(aux.load)
 
+    On a mesh with Auto axes, as above, the rest of a model needs no change. On Explicit axes call
+    ``nnx.Embed`` as ``embed(ids, out_sharding=jax.P("data"))``, under ``jax.set_mesh(mesh)``. Weights
+    of other layers that lie on one device, as some restored ones do, must be put on the mesh before
+    they meet these: ``jax.device_put(weights, NamedSharding(mesh, jax.P()))``.
+
     Modules can be split, merged, cloned and copied; the group is static. A checkpoint of
     ``nnx.state(layer)`` has weights and bias; one of ``nnx.state(layer, nnx.Param)`` would forget the
     bias.

@@ -64,7 +64,7 @@ class ModelNNX(nnx.Module):
         if self.batch_spec is None:
             x = self.embed(ids)
         else:
-            x = self.embed.embedding[...].at[ids].get(out_sharding=self.batch_spec)
+            x = self.embed(ids, out_sharding=self.batch_spec)
         x = x + self.attention(x)
         y, aux = self.moe(x)
         return self.head(x + y), aux

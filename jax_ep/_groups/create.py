@@ -52,6 +52,7 @@ def create_group(
 
     Args:
         mesh: A mesh of devices of one platform.
+            A mesh may span hosts: the GPU backend serves it if each group of it lies within one host.
         axis_name: The axis that experts are split over, or a tuple of axes (row-major).
         backend: "auto" follows the mesh's devices: the native backend of their platform where
             there is one, else "reference", which is logged once. "cpu" and "reference" insist.
