@@ -13,6 +13,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 
 import jax_ep
 
@@ -22,9 +23,8 @@ def main() -> None:
     devices = jax.device_count()
     # Two groups of ranks side by side where that leaves each of them at least two.
     data = 2 if devices % 2 == 0 and devices >= 4 else 1
-    mesh = jax.make_mesh((data, devices // data), ("data", "expert"))
-    with jax.set_mesh(mesh):
-        run(mesh)
+    axis_types = (AxisType.Auto,) * 2  # on which whole models work as they are
+    run(jax.make_mesh((data, devices // data), ("data", "expert"), axis_types=axis_types))
 
 
 def run(mesh: jax.sharding.Mesh) -> None:
@@ -33,9 +33,8 @@ def run(mesh: jax.sharding.Mesh) -> None:
     num_experts = 4 * group.size
     layer = jax_ep.nnx.MoE(64, 128, num_experts=num_experts, top_k=2, group=group, rngs=nnx.Rngs(0))
     data = mesh.shape["data"]
-    x = jax.random.normal(
-        jax.random.key(0), (data, 16 * group.size, 64), out_sharding=jax.P("data")
-    )
+    x = jax.random.normal(jax.random.key(0), (data, 16 * group.size, 64))
+    x = jax.device_put(x, NamedSharding(mesh, jax.P("data")))
 
     @nnx.jit
     def step(layer, x):
@@ -48,7 +47,8 @@ def run(mesh: jax.sharding.Mesh) -> None:
     (loss, aux), grads = step(layer, x)
     print(f"{x.shape[0] * x.shape[1]} tokens, 2 of {num_experts} experts each, on {group}")
     print(f"routes to each expert: {aux.load}, balance loss {aux.aux_loss:.3f} (1 is even)")
-    print(f"loss {loss:.4f}, gradient of the gates {jax.typeof(grads['gate'][...])}")
+    gates = grads["gate"][...]
+    print(f"loss {loss:.4f}, gradient of the gates {gates.shape} split as {gates.sharding.spec}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jax_ep import _environment as _environment  # first: it prepares XLA's CPU client
-from jax_ep import reference, routing
+from jax_ep import _compat, _environment, reference, routing
 from jax_ep._core.quantize import dequantize, quantize
 from jax_ep._core.types import DispatchConfig, Dispatched, Handle, Quantized
 from jax_ep._errors import CommunicationError, errors
@@ -30,6 +29,8 @@ from jax_ep._ops.combine import combine
 from jax_ep._ops.dispatch import dispatch
 from jax_ep._ops.overlap import Ticket, combine_done, combine_start, dispatch_done, dispatch_start
 from jax_ep._version import __version__
+
+_environment.raise_cpu_thread_count(_compat.num_started_cpu_devices())
 
 if TYPE_CHECKING:
     import jax_ep.linen as linen

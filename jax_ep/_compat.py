@@ -66,6 +66,11 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(getattr(mesh, "manual_axes", ()))
 
 
+def context_mesh() -> Any:
+    """The mesh of the current trace, whose axes have the types that they have there."""
+    return jax.sharding.get_abstract_mesh()
+
+
 def context_axis_sizes() -> dict[str, int]:
     """Sizes of the axes of the mesh of the current trace."""
     return dict(jax.sharding.get_abstract_mesh().shape)
@@ -95,6 +100,16 @@ def key_value_set(key: str, value: bytes) -> None:
 def key_value_get(key: str, timeout: float) -> bytes:
     """A value that a process published; waits for it, ``timeout`` seconds at most."""
     return _key_value_store().blocking_key_value_get_bytes(key, int(timeout * 1000))
+
+
+def num_started_cpu_devices() -> int | None:
+    """CPU devices that JAX has started in this process; None if it has started no devices yet."""
+    from jax._src import xla_bridge
+
+    if not xla_bridge.backends_are_initialized():
+        return None
+    cpu = xla_bridge.backends().get("cpu")
+    return 0 if cpu is None else cpu.local_device_count()
 
 
 @functools.cache

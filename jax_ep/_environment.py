@@ -7,14 +7,29 @@ threads cure that; they cost nothing while idle.
 
 from __future__ import annotations
 
+import logging
 import os
 
 _THREADS = "256"
 
-
-def raise_cpu_thread_count() -> None:
-    """Set ``PJRT_NPROC`` unless the user has. It has no effect once a client is up."""
-    os.environ.setdefault("PJRT_NPROC", _THREADS)
+logger = logging.getLogger("jax_ep")
 
 
-raise_cpu_thread_count()
+def raise_cpu_thread_count(num_started: int | None) -> None:
+    """Set ``PJRT_NPROC`` unless the user has, or say that it is too late for it.
+
+    Args:
+        num_started: CPU devices that JAX has started already; None if it has started nothing.
+    """
+    if "PJRT_NPROC" in os.environ:
+        return
+    if num_started is None:
+        os.environ["PJRT_NPROC"] = _THREADS
+    elif num_started > 1:
+        logger.warning(
+            "jax_ep was imported after JAX had started its %d CPU devices, so it cannot give them the "
+            "threads that many steps in flight need: such steps can deadlock. Import jax_ep before "
+            "anything that asks JAX for devices or makes an array, or set PJRT_NPROC=%s.",
+            num_started,
+            _THREADS,
+        )

@@ -30,6 +30,8 @@ _PACKAGES = (
     "nvidia-nvshmem-cu13",
 )
 _OLDEST_JAX = (0, 10, 2)
+OLDEST_NVCC = "12.3"
+CUDA_NEEDED = f"nvcc of CUDA {OLDEST_NVCC} or later to build, JAX for CUDA 13 to run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _gpus() -> Iterator[Finding]:
             "fail",
             "native GPU library",
             "not built; groups of GPUs use the pure-JAX reference over XLA's collectives",
-            "install again with nvcc of CUDA 13 on the PATH (JAX_EP_CUDA=ON insists)",
+            f"install again with nvcc on the PATH (JAX_EP_CUDA=ON insists); GPUs need {CUDA_NEEDED}",
         )
         return
     cuda = importlib.import_module("jax_ep._cuda")

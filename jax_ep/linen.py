@@ -23,11 +23,16 @@ class MoE(LayerSettings, nn.Module):
 
     Example::
 
-        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
         group = jax_ep.create_group(mesh, "expert")
         layer = jax_ep.linen.MoE(512, 1024, num_experts=16, top_k=2, group=group)
         variables = layer.init(key, x)
         y, aux = layer.apply(variables, x)
+
+    On a mesh with Auto axes, as above, the rest of a model needs no change. On Explicit axes Linen's
+    ``Embed`` raises ``ShardingTypeError``, as it cannot name the sharding of its result. Weights that
+    lie on one device, as some restored ones do, must be put on the mesh before they meet others there:
+    ``jax.device_put(weights, NamedSharding(mesh, jax.P()))``.
 
     Parameters: ``router_kernel``, ``gate``, ``up``, ``down`` and, with a shared expert,
     ``shared_gate``, ``shared_up``, ``shared_down``. With ``router_bias=True`` the collection

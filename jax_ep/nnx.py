@@ -28,7 +28,7 @@ class MoE(LayerSettings, nnx.Module):
 
     Example::
 
-        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
         group = jax_ep.create_group(mesh, "expert")
         layer = jax_ep.nnx.MoE(512, 1024, num_experts=16, top_k=2, group=group, rngs=nnx.Rngs(0))
         y, aux = layer(x)
@@ -40,6 +40,11 @@ class MoE(LayerSettings, nnx.Module):
         (loss, aux), grads = nnx.value_and_grad(loss_fn, has_aux=True)(layer, x)
         optimizer.update(layer, grads)
         layer.update_router_bias(aux.load)
+
+    On a mesh with Auto axes, as above, the rest of a model needs no change. On Explicit axes call
+    ``nnx.Embed`` as ``embed(ids, out_sharding=jax.P("data"))``, under ``jax.set_mesh(mesh)``. Weights
+    of other layers that lie on one device, as some restored ones do, must be put on the mesh before
+    they meet these: ``jax.device_put(weights, NamedSharding(mesh, jax.P()))``.
 
     Modules can be split, merged, cloned and copied; the group is static. A checkpoint of
     ``nnx.state(layer)`` has weights and bias; one of ``nnx.state(layer, nnx.Param)`` would forget the

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import pathlib
+import re
 import types
 
 import jax
@@ -235,3 +237,23 @@ def test_nvidia_smi_that_hangs(monkeypatch, nvidia_smi):
 def _duplicate(file) -> int:
     """A descriptor for others to close."""
     return doctor.os.dup(file.fileno())
+
+
+def test_one_statement_of_the_cuda_versions(nvidia_smi, monkeypatch):
+    """That of the builds, of README, of the notes for contributors, and of the doctor itself."""
+    root = pathlib.Path(__file__).parents[1]
+    assert doctor.CUDA_NEEDED in (root / "README.md").read_text()
+    oldest = re.escape(doctor.OLDEST_NVCC)
+    for page in ("README.md", "CONTRIBUTING.md"):
+        text = " ".join((root / page).read_text().split())
+        assert set(re.findall(r"nvcc of CUDA ([\d.]+\d)", text)) == {doctor.OLDEST_NVCC}, page
+    assert re.search(rf"set\(oldest_cuda {oldest}\)", (root / "csrc/CMakeLists.txt").read_text())
+    pair = doctor.OLDEST_NVCC.replace(".", ", ")
+    assert f"_OLDEST = ({pair})" in (root / "bazel/cuda_env.bzl").read_text()
+
+    nvidia_smi()
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    listing = types.SimpleNamespace(stdout="0, NVIDIA H200\n", stderr="", returncode=0)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: listing)
+    *_, missing = doctor._gpus()
+    assert missing.status == "fail" and doctor.CUDA_NEEDED in missing.mend

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -103,6 +104,32 @@ def test_agreement(tmp_path):
 
 def test_an_obstacle_of_one_is_that_of_all(tmp_path):
     assert play("obstacles", 2, tmp_path) == ["in process 1 there is no library"] * 2
+
+
+def test_groups_within_each_of_several_hosts(tmp_path):
+    """Sockets and mappings stay within a host; decisions and errors are those of all processes."""
+    for me, saw in enumerate(play("hosts", 4, tmp_path)):
+        within, across = saw["obstacles"]
+        assert within is None and across.startswith("a group of the mesh spans several hosts")
+        assert saw["largest"] == 3
+        made, failed, again = saw["results"]
+        assert made == again == "made"
+        assert failed == "the group was not made: process 3: MemoryError: no room"
+        assert saw["connections"] == [me ^ 1]
+        assert {text.split(" at ")[0] for text in saw["imported"]} == {f"process {me ^ 1}"}
+        for specs in saw["specs"]:
+            [(number, ranks)] = specs.items()
+            assert number == str(me // 2)
+            assert [rank[1] for rank in ranks] == [me // 2 * 2, me // 2 * 2 + 1]
+        assert saw["places"] == [["shared on host 0"] * 2, ["shared on host 1"] * 2]
+        assert saw["max_blocks"] == 50  # two ranks on each GPU
+
+
+def test_process_of_another_host_that_does_not_come(tmp_path):
+    first, second, third, _ = play("half_a_host", 4, tmp_path)
+    for saw in (first, second, third):
+        assert saw["seconds"] < 30
+        assert re.search(r"process(es)? \[?3\]? (did not connect|took no part)", saw["result"])
 
 
 def test_killed_process(tmp_path):
@@ -415,10 +442,10 @@ def test_watch():
 )
 def test_blocks_of_ranks_that_share_a_gpu(num_sms, ranks, blocks):
     """All of them fit the GPU at once."""
-    assert gpu_side.blocks_per_rank(["a"] * ranks + ["b"], num_sms) == blocks
+    assert gpu_side.blocks_per_rank(ranks, num_sms) == blocks
 
 
 @pytest.mark.parametrize(("num_sms", "ranks", "most"), [(132, 13, 12), (78, 6, 5)])
 def test_too_many_ranks_share_a_gpu(num_sms, ranks, most):
     with pytest.raises(CommunicationError, match=f"at most {most} ranks on a GPU .* got {ranks}"):
-        gpu_side.blocks_per_rank(["a"] * ranks, num_sms)
+        gpu_side.blocks_per_rank(ranks, num_sms)

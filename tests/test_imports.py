@@ -56,6 +56,39 @@ def test_import_prepares_the_cpu_client():
     assert run(code.format("os.environ['PJRT_NPROC'] = '7'")) == "7"  # what the user has set stays
 
 
+LATE = """
+import os
+{before}
+import jax
+jax.devices()
+import jax_ep
+print(os.environ.get("PJRT_NPROC"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "num_devices", "warns"),
+    [
+        ("os.environ.pop('PJRT_NPROC', None)", 3, True),
+        ("os.environ.pop('PJRT_NPROC', None)", 1, False),  # no other rank to wait for
+        ("os.environ['PJRT_NPROC'] = '7'", 3, False),
+    ],
+)
+def test_import_after_jax_has_started(before, num_devices, warns):
+    done = run_python(
+        "-c",
+        LATE.format(before=before),
+        timeout=120,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("Import jax_ep before" in done.stderr) == warns, done.stderr
+    if warns:
+        assert "started its 3 CPU devices" in done.stderr and "set PJRT_NPROC=256" in done.stderr
+        assert done.stdout.strip() == "None"  # where it has no effect it would only mislead
+
+
 @pytest.mark.parametrize("name", ["nnx", "linen"])
 def test_layers_are_lazy(name):
     code = f"""

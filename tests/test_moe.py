@@ -56,7 +56,7 @@ def dense_moe(x, params, *, router, top_k=K, mask=None):
     if params.shared is not None:
         gate, up, down = params.shared
         y += (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
-    load = (used.reshape(-1, 1) == jnp.arange(E)).sum(0)
+    load = (used.reshape(-1, 1) == jnp.arange(params.gate.shape[0])).sum(0)
     aux_loss = routing.load_balancing_loss(used, routes.scores)
     return y.reshape(x.shape), (aux_loss, load)
 
@@ -421,5 +421,5 @@ def test_wrong_types(arguments, error, text):
 def test_inside_shard_map_is_an_error():
     group = make_group("expert", "reference")
     layer = functools.partial(jax_ep.moe, params=make_params(), group=group, num_experts=E, top_k=K)
-    with pytest.raises(ValueError, match="argument group: expected a call outside shard_map"):
+    with pytest.raises(ValueError, match="argument group: expected a call outside shard_map over"):
         spmd.shard(lambda x: layer(x)[0], group.mesh)(make_x(8, H))

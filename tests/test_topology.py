@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import types
+import unittest.mock
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +15,9 @@ import pytest
 import jax_ep
 import oracle
 import routings
-from jax_ep._groups.topology import Topology
+from jax_ep._core import libraries
+from jax_ep._groups import create, gpu_side, meetings
+from jax_ep._groups.topology import Topology, most_on_a_gpu
 from spmd import make_group, make_mesh, need_devices, stacked_jit
 
 RANKS, TOKENS, HIDDEN, EXPERTS = 4, 16, 8, 8
@@ -19,6 +25,17 @@ RANKS, TOKENS, HIDDEN, EXPERTS = 4, 16, 8, 8
 
 def devices(*processes: int) -> np.ndarray:
     return np.array([types.SimpleNamespace(process_index=p) for p in processes])
+
+
+def fake_gpus(sizes, names, devices_per_process) -> types.SimpleNamespace:
+    """What is asked of a mesh of H200s."""
+    gpus = []
+    for i in range(math.prod(sizes)):
+        gpu = unittest.mock.Mock(spec=jax.Device, platform="gpu", compute_capability="9.0")
+        gpu.id, gpu.core_count = i, 132
+        gpu.process_index, gpu.local_hardware_id = divmod(i, devices_per_process)
+        gpus.append(gpu)
+    return types.SimpleNamespace(devices=np.array(gpus).reshape(sizes), axis_names=names)
 
 
 def test_places():
@@ -31,6 +48,50 @@ def test_places():
     assert side_by_side.all_processes == [0, 1, 2, 3]
     assert not Topology.of(np.stack([devices(0, 0), devices(1, 1)])).spans_processes
     assert Topology.of(devices(0, 0)[None], 2) == Topology.of(devices(0, 0)[None])
+
+
+def test_ranks_that_share_a_gpu():
+    topology = Topology.of(np.stack([devices(0, 1), devices(2, 3)]))
+    assert topology.gpus is None and topology.ranks_per_gpu is None
+    for gpus, most in (
+        ((("a", "b"), ("c", "d")), 1),
+        ((("a", "b"), ("a", "d")), 2),
+        ((("a", "a"), ("a", "d")), 3),
+    ):
+        assert dataclasses.replace(topology, gpus=gpus).ranks_per_gpu == most
+
+
+@pytest.mark.parametrize(
+    ("axes", "reason"),
+    [
+        ("expert", None),
+        (("data", "expert"), "a group of the mesh spans several hosts"),
+        ("data", "a group of the mesh spans several hosts"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("devices_per_process", [1, 8])
+def test_hosts_are_those_of_each_group(axes, reason, devices_per_process, monkeypatch):
+    """Four hosts of eight GPUs, data 4 x expert 8."""
+    mesh = fake_gpus((4, 8), ("data", "expert"), devices_per_process)
+    host = {device.process_index: f"host {device.id // 8}" for device in mesh.devices.flat}
+    facts = {p: {"host": h, "unavailable": "", "version": "1"} for p, h in host.items()}
+    monkeypatch.setattr(meetings, "facts_of", lambda processes, _: {p: facts[p] for p in processes})
+    monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
+    instances = create._instances(mesh, (axes,) if isinstance(axes, str) else axes)
+    found = create._why_not("cuda", mesh, Topology.of(instances))
+    assert found is None if reason is None else found.startswith(reason)
+
+
+def test_gpus_of_one_process_are_distinct(monkeypatch):
+    """Without asking the GPUs, whose UUIDs nobody exchanges then."""
+    monkeypatch.setattr(
+        gpu_side, "library", lambda: types.SimpleNamespace(create_group=lambda *_: None)
+    )
+    mesh = fake_gpus((2, 2), ("data", "expert"), 4)
+    ranks = gpu_side.ranks_of(create._instances(mesh, ("expert",)))
+    gpus = gpu_side.create(7, ranks, 1.0)
+    assert gpus == (("0", "1"), ("2", "3")) and most_on_a_gpu(gpus) == 1
 
 
 @pytest.mark.one_process("asks for backends that serve one process")

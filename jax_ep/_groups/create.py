@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -46,11 +47,12 @@ def create_group(
 
     Example::
 
-        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
         group = jax_ep.create_group(mesh, "expert")   # 4 ranks; two groups side by side
 
     Args:
         mesh: A mesh of devices of one platform.
+            A mesh may span hosts: the GPU backend serves it if each group of it lies within one host.
         axis_name: The axis that experts are split over, or a tuple of axes (row-major).
         backend: "auto" follows the mesh's devices: the native backend of their platform where
             there is one, else "reference", which is logged once. "cuda" (Hopper GPUs of one host),
@@ -121,6 +123,12 @@ def create_group(
     if group is None or generation != before:
         _generations[key] = generation
         group_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, generation)
+        table: tuning.Table = {}
+        if resolved == "cuda":
+            _groups.pop(key, None)
+            table = tuning.agreed_table(mesh, str(group_id))
+            gpus = gpu_side.create(group_id, gpu_side.ranks_of(instances), float(timeout))
+            topology = dataclasses.replace(topology, gpus=gpus)
         group = Group(
             mesh=mesh,
             axis_names=axis_names,
@@ -128,11 +136,8 @@ def create_group(
             timeout=float(timeout),
             id=group_id,
             topology=topology,
-            tuning=tuning.agreed_table(mesh, str(group_id)) if resolved == "cuda" else {},
+            tuning=table,
         )
-        if resolved == "cuda":
-            _groups.pop(key, None)
-            gpu_side.create(group.id, gpu_side.ranks_of(instances), group.timeout)
         _groups[key] = group
     return group
 
@@ -220,7 +225,7 @@ def _why_not(native: str, mesh: jax.sharding.Mesh, topology: Topology) -> str | 
             return f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
     unavailable = libraries.why_unavailable(native)
     if native == "cuda" and len(topology.all_processes) > 1:
-        return gpu_side.obstacle(topology.all_processes, unavailable)
+        return gpu_side.obstacle(topology, unavailable)
     return unavailable
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,13 +21,13 @@ import numpy as np
 
 from jax_ep import _compat
 from jax_ep._errors import CommunicationError
+from jax_ep._groups import meetings
 from jax_ep._groups import processes as other_processes
 from jax_ep._groups.memory import Offer, checked, staging_of
-from jax_ep._version import __version__
+from jax_ep._groups.topology import Gpus, Topology, most_on_a_gpu
 
 _OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
 _LONGEST_TIMEOUT_S = 1e9  # native code counts nanoseconds; stands for infinity too
-_MEETING_TIMEOUT_S = 300.0  # for all processes to come and make a group
 _FREE_SMS = 32  # for other kernels that wait, such as NCCL's
 _SMS = 132  # of an H100 or H200
 _MIN_BLOCKS = 8  # a plan is one cluster of so many
@@ -100,22 +100,23 @@ def failure(group_id: int) -> str | None:
     return library().group_failure(group_id)
 
 
-def obstacle(processes: list[int], unavailable: str | None) -> str | None:
+def obstacle(topology: Topology, unavailable: str | None) -> str | None:
     """Why the processes cannot make groups of GPUs together, the same in all of them, or None.
 
     Args:
-        processes: JAX's indices of the processes of the mesh.
+        topology: Where the ranks of the groups side by side are.
         unavailable: Why this process has no kernels.
     """
-    me = jax.process_index()
-    if me not in processes:
+    processes = topology.all_processes
+    if jax.process_index() not in processes:
         return unavailable
-    found = _endpoint(unavailable).introduce(processes, _MEETING_TIMEOUT_S)
+    found = meetings.facts_of(processes, unavailable)
     for process, facts in found.items():
         if facts["unavailable"]:
             return f"in process {process} {facts['unavailable']}"
-    if len({facts["host"] for facts in found.values()}) > 1:
-        return "the mesh spans several hosts, which the cuda backend cannot do yet"
+    for row in topology.processes:
+        if len({found[process]["host"] for process in row}) > 1:
+            return "a group of the mesh spans several hosts, which the cuda backend cannot do yet"
     versions = {facts["version"]: process for process, facts in found.items()}
     if len(versions) > 1:
         texts = [f"process {process} has {version}" for version, process in versions.items()]
@@ -131,7 +132,7 @@ def agree(processes: list[int], what: str, value: int) -> int:
     """
     if jax.process_index() not in processes:
         return value
-    received = _meet(processes, {"what": what, "value": value})
+    received = meetings.meet(processes, {"what": what, "value": value})
     for process, (message, _) in received.items():
         if message.get("what") != what:
             raise CommunicationError(
@@ -141,13 +142,17 @@ def agree(processes: list[int], what: str, value: int) -> int:
     return max([value, *(message["value"] for message, _ in received.values())])
 
 
-def create(group_id: int, instances: list[list[Rank]], timeout: float) -> None:
+def create(group_id: int, instances: list[list[Rank]], timeout: float) -> Gpus | None:
     """Make the native side of a group.
 
     Args:
         group_id: The id of the group, the same in all processes.
         instances: The ranks of each of the groups side by side.
         timeout: Seconds that an op waits for a peer to arrive.
+
+    Returns:
+        For each of the groups side by side, what tells the GPU of each rank from others. None in a
+        process that has no rank.
 
     Raises:
         CommunicationError: if the group cannot be made; then in all processes.
@@ -161,16 +166,17 @@ def create(group_id: int, instances: list[list[Rank]], timeout: float) -> None:
     }
     processes = sorted({rank.process for ranks in instances for rank in ranks})
     if me not in processes:
-        return
+        return None
     if processes == [me]:
         specs: Any = {n: [(rank.ordinal, me, 0, []) for rank in mine[n]] for n in mine}
-        devices = [str(rank.device) for ranks in instances for rank in ranks]
-        blocks = _blocks_of_groups[group_id] = blocks_per_rank(devices, _fewest_sms(instances))
+        gpus = tuple(tuple(str(rank.device) for rank in ranks) for ranks in instances)
+        blocks = blocks_per_rank(most_on_a_gpu(gpus), _fewest_sms(instances))
+        _blocks_of_groups[group_id] = blocks
         error = library().create_group(group_id, specs, timeout, _OP_TIMEOUT_S, blocks, [])
         if error is not None:
             raise CommunicationError(f"the group was not made: {error}")
-        return
-    _create_together(group_id, mine, processes, timeout, _fewest_sms(instances))
+        return gpus
+    return _create_together(group_id, instances, mine, timeout)
 
 
 def _fewest_sms(instances: list[list[Rank]]) -> int:
@@ -179,37 +185,44 @@ def _fewest_sms(instances: list[list[Rank]]) -> int:
 
 def _create_together(
     group_id: int,
-    instances: dict[int, list[Rank]],
-    processes: list[int],
+    instances: list[list[Rank]],
+    mine: dict[int, list[Rank]],
     timeout: float,
-    num_sms: int,
-) -> None:
+) -> Gpus:
+    """``create`` with other processes; ``mine`` has the instances that this one has ranks of."""
     me = jax.process_index()
-    ours = [rank for ranks in instances.values() for rank in ranks]
+    processes = sorted({rank.process for ranks in instances for rank in ranks})
+    num_sms = _fewest_sms(instances)
+    ours = [rank for ranks in mine.values() for rank in ranks]
     own = {rank.device: rank.ordinal for rank in ours if rank.ordinal is not None}
     offer = Offer()
     # Whatever goes wrong here, the others wait for this process: it tells them.
     error = _error_of(lambda: _prepare(offer, own))
     message = {"what": f"group {group_id}", "devices": offer.devices, "error": error}
     try:
-        received = _meet(processes, message, offer.descriptors)
+        received = meetings.meet(processes, message, offer.descriptors)
     finally:
         offer.close()
     try:
         _raise_first({me: error, **{p: m["error"] for p, (m, _) in received.items()}})
-        error = _error_of(
-            lambda: _map_and_create(group_id, instances, own, offer, received, timeout, num_sms)
-        )
+        offered = [offer.devices, *(m["devices"] for m, _ in received.values())]
+        uuids = {
+            int(text): device["uuid"] for devices in offered for text, device in devices.items()
+        }
+        gpus = tuple(tuple(uuids[rank.device] for rank in ranks) for ranks in instances)
+
+        def make() -> None:
+            blocks = blocks_per_rank(most_on_a_gpu(gpus), num_sms)
+            _map_and_create(group_id, mine, own, offer, received, timeout, blocks)
+
+        error = _error_of(make)
     finally:
         for _, descriptors in received.values():
             other_processes.close_all(descriptors)
-    answers = _meet(processes, {"what": f"made {group_id}", "error": error})
+    answers = meetings.meet(processes, {"what": f"made {group_id}", "error": error})
     _raise_first({me: error, **{p: m["error"] for p, (m, _) in answers.items()}})
     reasons = [
-        device["staged"]
-        for devices in [offer.devices, *(m["devices"] for m, _ in received.values())]
-        for device in devices.values()
-        if device["staged"]
+        device["staged"] for devices in offered for device in devices.values() if device["staged"]
     ]
     if reasons:
         _staged_groups[group_id] = reasons[0]
@@ -220,6 +233,7 @@ def _create_together(
                 "preallocate its memory (the default) with its default allocator to avoid this.",
                 reasons[0],
             )
+    return gpus
 
 
 def _error_of(do: Callable[[], None]) -> str | None:
@@ -247,9 +261,9 @@ def _map_and_create(
     offer: Offer,
     received: other_processes.Received,
     timeout: float,
-    num_sms: int,
+    blocks: int,
 ) -> None:
-    """Map what the peers offer and make the group.
+    """Map what the peers of this host offer and make the group.
 
     ``own`` has the CUDA ordinals of this process's devices by their ids.
     """
@@ -257,14 +271,14 @@ def _map_and_create(
     _watch_peers()
     ordinals = sorted(own.values())
     wanted = {rank.device for ranks in instances.values() for rank in ranks}
-    uuids = [device["uuid"] for device in offer.devices.values()]
     regions = {
         int(text): [(base, size) for base, size in device["memories"][1:]]
         for text, device in offer.devices.items()
     }
     workspaces = dict(offer.workspaces)
     for process, (message, descriptors) in received.items():
-        uuids += [device["uuid"] for device in message["devices"].values()]
+        if not descriptors:  # of another host
+            continue
         unused = iter(descriptors)
         for text, device in message["devices"].items():
             memories = [(*memory, next(unused)) for memory in device["memories"]]
@@ -294,21 +308,20 @@ def _map_and_create(
         for device, ordinal in own.items()
         if offer.devices[str(device)]["staged"]
     ]
-    blocks = _blocks_of_groups[group_id] = blocks_per_rank(uuids, num_sms)
+    _blocks_of_groups[group_id] = blocks
     error = native.create_group(group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging)
     if error is not None:
         raise CommunicationError(error)
 
 
-def blocks_per_rank(uuids: list[str], num_sms: int = _SMS) -> int:
-    """Blocks that an op may have, given the GPU of each rank and the SMs of one.
+def blocks_per_rank(sharing: int, num_sms: int = _SMS) -> int:
+    """Blocks that an op may have where ``sharing`` ranks at most share a GPU of ``num_sms`` SMs.
 
-    The ranks that share a GPU wait for each other, so all their blocks must fit it at once.
+    These ranks wait for each other, so all their blocks must fit the GPU at once.
 
     Raises:
         CommunicationError: if too many ranks share a GPU.
     """
-    sharing = max(uuids.count(uuid) for uuid in uuids)
     blocks = (num_sms - _FREE_SMS) // sharing
     if blocks < _MIN_BLOCKS:
         most = (num_sms - _FREE_SMS) // _MIN_BLOCKS
@@ -323,7 +336,7 @@ def _watch_peers() -> None:
     """Have the native library notice when processes that were met for the first time end."""
     _say_goodbye_at_exit()
     errors = []
-    for process, lifeline in _endpoint().take_lifelines().items():
+    for process, lifeline in meetings.endpoint().take_lifelines().items():
         with lifeline:
             errors.append(library().watch_process(process, lifeline.fileno()))
     for error in errors:
@@ -334,28 +347,6 @@ def _watch_peers() -> None:
 @functools.cache
 def _say_goodbye_at_exit() -> None:
     atexit.register(library().say_goodbye)
-
-
-@functools.cache
-def _the_endpoint(me: int, unavailable: str | None) -> other_processes.Endpoint:
-    facts = {
-        "host": other_processes.host_name(),
-        "unavailable": unavailable or "",
-        "version": __version__,
-    }
-    return other_processes.Endpoint(me, jax.process_count(), facts)
-
-
-def _endpoint(unavailable: str | None = None) -> other_processes.Endpoint:
-    return _the_endpoint(jax.process_index(), unavailable)
-
-
-def _meet(
-    processes: list[int], message: dict[str, Any], descriptors: Sequence[int] = ()
-) -> other_processes.Received:
-    """Exchange a message with the other processes."""
-    others = [process for process in processes if process != jax.process_index()]
-    return _endpoint().exchange(others, message, list(descriptors), _MEETING_TIMEOUT_S)
 
 
 def _raise_first(errors: dict[int, str | None]) -> None:

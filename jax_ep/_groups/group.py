@@ -37,7 +37,7 @@ class Group:
         backend: "cpu" or "cuda" (native, XLA FFI) or "reference" (pure JAX).
         timeout: Seconds that an op waits for a peer to arrive.
         id: The same in every process and every run with the same devices and axes.
-        topology: Which ranks share a host, and which a process.
+        topology: Which ranks share a host, which a process and, on GPUs, which a GPU.
         tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
     """
 

@@ -1,4 +1,4 @@
-"""Where the ranks of a group are: which share a host, which a process.
+"""Where the ranks of a group are: which share a host, which a process, which a GPU.
 
 ``Group.topology`` alone answers such questions, so all parts of the library agree. With logical hosts
 (``create_group(ranks_per_host=)``) the reference gives the sums of several hosts on one machine; native
@@ -7,10 +7,13 @@ backends refuse them.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 
 import numpy as np
+
+Gpus = tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +23,13 @@ class Topology:
     Attributes:
         hosts: The ranks of each host, ascending; the same in all groups side by side.
         processes: For each of the groups side by side, JAX's index of each rank's process.
+        gpus: Likewise, what tells each rank's GPU from others: within one process JAX's id of the
+            device, else the UUID. None on other platforms, and in a process that has no rank.
     """
 
     hosts: tuple[tuple[int, ...], ...]
     processes: tuple[tuple[int, ...], ...]
+    gpus: Gpus | None = None
 
     @classmethod
     def of(cls, instances: np.ndarray, ranks_per_host: int | None = None) -> Topology:
@@ -53,3 +59,13 @@ class Topology:
     def spans_processes(self) -> bool:
         """Whether ranks of one group are in several processes."""
         return any(len(set(row)) > 1 for row in self.processes)
+
+    @property
+    def ranks_per_gpu(self) -> int | None:
+        """The most ranks that share a GPU; None where that is not known."""
+        return None if self.gpus is None else most_on_a_gpu(self.gpus)
+
+
+def most_on_a_gpu(gpus: Gpus) -> int:
+    """The most ranks, of all groups side by side, that share a GPU."""
+    return max(collections.Counter(itertools.chain.from_iterable(gpus)).values())

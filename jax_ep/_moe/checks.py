@@ -19,14 +19,14 @@ from jax_ep.routing import Routing
 
 
 def check_group(group: Any) -> None:
-    """``group`` is a Group, and the call is on global arrays."""
+    """``group`` is a Group, and its axes and mesh fit those of the context of the call."""
     op_checks.check_is_group("moe", group)
-    manual = [name for name in _compat.manual_axes() if name in group.mesh.axis_names]
+    manual = [name for name in _compat.manual_axes() if name in group.axis_names]
     if manual:
         raise arguments.value_error(
             "moe",
             "group",
-            "a call outside shard_map, on global arrays",
+            f"a call outside shard_map over the axes of the group, {group.axis_names}",
             f"{tuple(manual)} as manual axes",
             "call it outside, or use jax_ep.dispatch and jax_ep.combine inside",
         )

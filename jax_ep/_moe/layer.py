@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,13 +14,16 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._core.types import DispatchConfig, Dispatched, Quantized, ScaleFormat
 from jax_ep._grouped_dot.api import grouped_dot as default_grouped_dot
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
+from jax_ep._moe.nested import nested_shard_map
 from jax_ep._moe.params import MoEParams, SharedExpert, moe_partition_specs
 from jax_ep._moe.placement import join_tokens, place, split_tokens
+from jax_ep._moe.token_axes import resolve_token_axes
 from jax_ep._ops import checks as op_checks
 from jax_ep._ops.combine import combine
 from jax_ep._ops.overlap import dispatch_done, dispatch_start
@@ -28,8 +31,6 @@ from jax_ep.routing import Router, Routing, expert_load, load_balancing_loss
 
 RouterLike = Literal["softmax", "sigmoid"] | Router | Callable[..., Routing]
 GroupedDot = Callable[[Array, Array, Array], Array]
-
-DEFAULT_TOKEN_AXES = ("data", "expert")
 
 
 class MoEAux(NamedTuple):
@@ -72,7 +73,7 @@ def moe(
     num_experts: int,
     top_k: int,
     router: RouterLike = "softmax",
-    token_axes: tuple[str, ...] = DEFAULT_TOKEN_AXES,
+    token_axes: tuple[str, ...] | None = None,
     mask: Bool[Array, "*batch"] | None = None,
     grouped_dot: GroupedDot | None = None,
     overlap: Literal["shared_expert"] | None = None,
@@ -97,16 +98,21 @@ def moe(
     Call it on whole (global) arrays, inside ``jit`` or not, on meshes with Auto or Explicit axes. It
     splits the tokens over ``token_axes`` (adding masked ones where they do not split evenly) and
     enters ``shard_map`` over the whole mesh of the group, where ``dispatch`` and ``combine`` move the
-    rows. Mesh axes that are not token axes see the same tokens. ``x`` may be sharded in any way over
-    the mesh of the group; where it is split over the leading token axes in their order, as a batch over
-    "data" is, every device works on a part of what it has, and only the outputs are gathered again.
+    rows. Ranks along other axes work on the same tokens. ``x`` may be sharded in any way over the mesh
+    of the group; where it is split over the leading token axes in their order, as a batch over "data"
+    is, every device works on a part of what it has, and only the outputs are gathered again.
+
+    It may stand inside a ``shard_map`` over other axes than the group's, as that of a pipeline over
+    "stage". Then tokens and statistics are those of one position along these axes. Reverse mode works
+    there; forward mode (``jax.jvp``) is a ``TypeError`` when the program is lowered, and to policies
+    of ``jax.checkpoint`` the layer is one op.
 
     On GPUs, an op that fails, as for a rank that never comes, gives NaN, which may be all that you see:
     call ``group.check()`` where you wait for results anyway, to get the ``CommunicationError``.
 
     Example::
 
-        mesh = jax.make_mesh((2, 4), ("data", "expert"))
+        mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
         group = jax_ep.create_group(mesh, "expert")
         params = jax_ep.init_moe_params(key, hidden=512, intermediate=1024, num_experts=16)
         y, aux = jax_ep.moe(x, params, group=group, num_experts=16, top_k=2)
@@ -122,8 +128,11 @@ def moe(
         router: "softmax", "sigmoid", a ``routing.Router`` with settings, or a function of
             ``(logits [T, E], bias)`` that returns a ``routing.Routing`` and has no traced values of
             its own.
-        token_axes: Mesh axes that tokens are split over; those of the group must be among them. The
-            default stands for "data", if the mesh has an axis of that name, and the group's axes.
+        token_axes: Mesh axes that tokens are split over; those of the group must be among them. None
+            takes all axes of the mesh, those of the group last, but for axes that an enclosing
+            ``shard_map`` has entered and for those whose names stand for tensor or pipeline
+            parallelism: "tensor", "model", "tp", "mp", "stage", "stages", "pipeline", "pipe", "pp".
+            Ranks along the latter repeat the work, which a warning says once.
         mask: Boolean, the shape of ``x`` without H: False keeps a token from the router; its output is
             that of the shared expert, or zero.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
@@ -176,7 +185,7 @@ def moe(
         num_experts=num_experts,
         top_k=top_k,
         router=_resolve_router(router),
-        token_axes=_resolve_token_axes(token_axes, group),
+        token_axes=resolve_token_axes(token_axes, group),
         grouped_dot=grouped_dot,
         overlap=overlap is not None,
         activation=activation,
@@ -193,7 +202,8 @@ def _over_mesh(
     mask: Bool[Array, "*batch"] | None,
 ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
     """Splits tokens and weights over the mesh and runs the layer on every device."""
-    mesh, axes = settings.group.mesh, settings.token_axes
+    manual, axes = _compat.manual_axes(), settings.token_axes
+    mesh = _compat.context_mesh() if manual else settings.group.mesh
     if x.size == 0:
         none = jnp.int32(0)
         load = jnp.zeros((settings.num_experts,), jnp.int32)
@@ -206,12 +216,17 @@ def _over_mesh(
         mask = split_tokens(mask[..., None], mesh, axes)
     param_specs = moe_partition_specs(params, group=settings.group)
     params = jax.tree.map(lambda p, spec: place(p, mesh, spec), params, param_specs)
-    y, aux = jax.shard_map(
-        functools.partial(_on_one_rank, settings),
-        mesh=mesh,
-        in_specs=(PartitionSpec(axes), param_specs, PartitionSpec(axes)),
-        out_specs=(PartitionSpec(axes), PartitionSpec()),
-    )(tokens, params, mask)
+    of_tokens: Any = PartitionSpec(axes)
+    everywhere: Any = PartitionSpec()
+    in_specs = (of_tokens, param_specs, None if mask is None else of_tokens)
+    out_specs = (of_tokens, MoEAux(everywhere, everywhere, everywhere, everywhere))
+    on_one_rank = functools.partial(_on_one_rank, settings)
+    if manual:
+        rest = [name for name in mesh.axis_names if name not in manual]
+        run = nested_shard_map(on_one_rank, axes=rest, in_specs=in_specs, out_specs=out_specs)
+    else:
+        run = jax.shard_map(on_one_rank, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    y, aux = run(tokens, params, mask)
     return join_tokens(y, x, mesh), aux
 
 
@@ -314,33 +329,3 @@ def _resolve_router(router: RouterLike) -> Router | Callable[..., Routing]:
         )
     checks.check_function("router", router)
     return router
-
-
-def _resolve_token_axes(token_axes: tuple[str, ...], group: Group) -> tuple[str, ...]:
-    names = group.mesh.axis_names
-    if not isinstance(token_axes, Sequence) or isinstance(token_axes, str):
-        raise arguments.type_error(
-            "moe", "token_axes", f"a tuple of axes of the mesh {names}", repr(token_axes), "wrap it"
-        )
-    token_axes = tuple(token_axes)
-    if token_axes == DEFAULT_TOKEN_AXES:
-        outside = ("data",) if "data" in names and "data" not in group.axis_names else ()
-        return outside + group.axis_names
-    absent = [name for name in token_axes if name not in names]
-    if absent or len(set(token_axes)) != len(token_axes):
-        raise arguments.value_error(
-            "moe",
-            "token_axes",
-            f"axes of the mesh {names}, each once",
-            token_axes,
-            "name the axes that tokens are to be split over",
-        )
-    if not set(group.axis_names) <= set(token_axes):
-        raise arguments.value_error(
-            "moe",
-            "token_axes",
-            f"the axes of the group, {group.axis_names}, among them",
-            token_axes,
-            "add them: else every rank of the group would send the same tokens",
-        )
-    return token_axes

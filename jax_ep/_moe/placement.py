@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 
@@ -57,7 +57,7 @@ def _ids(devices: Iterable[jax.Device]) -> str:
     return ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
 
 
-def place(x: Array, mesh: Mesh, spec: PartitionSpec) -> Array:
+def place(x: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:
     """``x`` laid out as ``spec`` says, as far as the axes of ``mesh`` are Explicit."""
     explicit = _explicit_axes(mesh)
     if not explicit:
@@ -66,7 +66,7 @@ def place(x: Array, mesh: Mesh, spec: PartitionSpec) -> Array:
 
 
 def split_tokens(
-    x: Shaped[Array, "*batch channels"], mesh: Mesh, axes: tuple[str, ...]
+    x: Shaped[Array, "*batch channels"], mesh: Mesh | AbstractMesh, axes: tuple[str, ...]
 ) -> Shaped[Array, "tokens channels"]:
     """Flatten to tokens, add zeros until they split evenly over ``axes``, and lay them out so."""
     num_tokens = math.prod(x.shape[:-1])
@@ -78,7 +78,9 @@ def split_tokens(
 
 
 def join_tokens(
-    tokens: Shaped[Array, "tokens channels"], like: Shaped[Array, "*batch channels"], mesh: Mesh
+    tokens: Shaped[Array, "tokens channels"],
+    like: Shaped[Array, "*batch channels"],
+    mesh: Mesh | AbstractMesh,
 ) -> Shaped[Array, "*batch channels"]:
     """The inverse of ``split_tokens``, for tokens that came from ``like``."""
     num_tokens = math.prod(like.shape[:-1])
@@ -88,7 +90,9 @@ def join_tokens(
     return place(y, mesh, _spec(like)) if _explicit_axes(mesh) else y
 
 
-def _reshape(x: Array, shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec) -> Array:
+def _reshape(
+    x: Array, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, spec: PartitionSpec
+) -> Array:
     """Reshape with nothing but the first dimension, before and after, split as ``spec`` says."""
     if not _explicit_axes(mesh):
         return x.reshape(shape)
@@ -96,7 +100,7 @@ def _reshape(x: Array, shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec) 
     return lax.reshape(x, shape, out_sharding=NamedSharding(mesh, spec))
 
 
-def _leading_spec(x: Array, mesh: Mesh) -> PartitionSpec:
+def _leading_spec(x: Array, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How the first dimension of ``x`` is split over Explicit axes, if it is one of tokens."""
     explicit = _explicit_axes(mesh)
     if not explicit or x.ndim < 2:
@@ -108,7 +112,7 @@ def _spec(x: Array) -> PartitionSpec:
     return jax.typeof(x).sharding.spec
 
 
-def _explicit_axes(mesh: Mesh) -> tuple[str, ...]:
+def _explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in pairs if kind == AxisType.Explicit)
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from jax_ep._core.types import DispatchConfig, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
-from jax_ep._moe.layer import DEFAULT_TOKEN_AXES, GroupedDot, MoEAux, RouterLike, moe
+from jax_ep._moe.layer import GroupedDot, MoEAux, RouterLike, moe
 from jax_ep._moe.params import (
     DEFAULT_NAMES,
     Initializer,
@@ -48,7 +48,7 @@ class LayerSettings:
         kernel_init: ``(key, shape, dtype)`` to the weights of the experts.
         router_init: Likewise, of the router.
         partition_names: Mesh axes, or logical names, of the weights' dimensions.
-        token_axes: Mesh axes that tokens are split over.
+        token_axes: Mesh axes that tokens are split over; None for all but tensor and pipeline axes.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
         overlap: "shared_expert" runs the shared expert while rows are under way.
         activation: Of the gate.
@@ -74,7 +74,7 @@ class LayerSettings:
     kernel_init: Initializer = default_init
     router_init: Initializer = default_init
     partition_names: PartitionNames = DEFAULT_NAMES
-    token_axes: tuple[str, ...] = DEFAULT_TOKEN_AXES
+    token_axes: tuple[str, ...] | None = None
     grouped_dot: GroupedDot | None = None
     overlap: Literal["shared_expert"] | None = None
     activation: Callable[[Array], Array] = jax.nn.silu

@@ -20,9 +20,10 @@ import jax
 
 from jax_ep import _compat
 from jax_ep._errors import CommunicationError
-from jax_ep._groups import gpu_side
+from jax_ep._groups import gpu_side, meetings
 from jax_ep._groups import memory as group_memory
 from jax_ep._groups.gpu_side import Rank
+from jax_ep._groups.topology import Topology
 
 SCENE, FOLDER, ME, PROCESSES = sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:])
 EVERYBODY = list(range(PROCESSES))
@@ -59,7 +60,7 @@ class Memory:
         self.fails = ""
 
     def device_uuid(self, ordinal: int) -> tuple[str, None]:
-        return "shared", None
+        return f"shared on {meetings.host_name()}", None
 
     def workspace_bytes(self) -> int:
         return 4096
@@ -102,11 +103,14 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) - len(memory.allocations)
 
 
+places: list[Any] = []  # of the ranks of the groups that were made
+
+
 def create(group_id: int, instances: list[list[int]]) -> str:
     """Make a group of one rank for each process; "made", or the error."""
     ranks = [[Rank(p, 10 + p, 0 if p == ME else None) for p in procs] for procs in instances]
     try:
-        gpu_side.create(group_id, ranks, 60.0)
+        places.append(gpu_side.create(group_id, ranks, 60.0))
     except CommunicationError as error:
         return str(error)
     return "made"
@@ -155,7 +159,45 @@ def agreements() -> Any:
 
 def obstacles() -> Any:
     """What keeps one process from it keeps all."""
-    return gpu_side.obstacle(EVERYBODY, "there is no library" if ME == 1 else None)
+    topology = Topology(hosts=((0, 1),), processes=((0, 1),))
+    return gpu_side.obstacle(topology, "there is no library" if ME == 1 else None)
+
+
+def hosts() -> Any:
+    """Two processes on each of two hosts, and groups that lie within these or do not."""
+    meetings.host_name = lambda: f"host {ME // 2}"
+    within, across = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
+    obstacles = [
+        gpu_side.obstacle(Topology(hosts=((0, 1),), processes=tuple(map(tuple, rows))), None)
+        for rows in (within, across)
+    ]
+    largest = gpu_side.agree(EVERYBODY, "group", ME)
+    results = [create(1, within)]
+    memory.fails = "allocate" if ME == 3 else ""
+    results.append(create(2, within))
+    memory.fails = ""
+    results.append(create(3, within))
+    return {
+        "obstacles": obstacles,
+        "largest": largest,
+        "results": results,
+        "connections": sorted(meetings.endpoint()._connections),
+        "specs": memory.specs,
+        "imported": memory.imported,
+        "max_blocks": memory.max_blocks,
+        "places": places[0],
+    }
+
+
+def half_a_host() -> Any:
+    """A process of another host that does not come: nobody waits for longer than for a host."""
+    meetings.host_name = lambda: f"host {ME // 2}"
+    meetings.TIMEOUT_S = 2.0
+    meetings.facts_of(EVERYBODY)  # all are there at first
+    if ME == PROCESSES - 1:
+        return "absent"
+    begin = time.monotonic()
+    return {"result": create(1, [[0, 1], [2, 3]]), "seconds": time.monotonic() - begin}
 
 
 def killed() -> Any:
@@ -196,7 +238,7 @@ def forked() -> Any:
 
 def absent() -> Any:
     """A process that does not come."""
-    gpu_side._MEETING_TIMEOUT_S = 2.0
+    meetings.TIMEOUT_S = 2.0
     if ME == PROCESSES - 1:
         return "absent"
     return create(1, [EVERYBODY])
@@ -208,5 +250,5 @@ if __name__ == "__main__":
     gpu_side.library = lambda: memory
     group_memory._address_of_an_array = lambda _: memory.allocate_exportable(0, [0], 4096)[0]
     group_memory.why_not_in_place = lambda native, ordinal: ""
-    gpu_side._MEETING_TIMEOUT_S = 60.0
+    meetings.TIMEOUT_S = 60.0
     print("SAW " + json.dumps(globals()[SCENE]()), flush=True)
