@@ -257,7 +257,10 @@ def combine_vjp(
     products = keep(gradient * rows.astype(jnp.float32), _zero(handle))
     missing = -products.shape[1] % _LANES
     blocks = jnp.pad(products, ((0, 0), (0, missing))).reshape(len(products), -1, _LANES)
-    lanes = jnp.zeros_like(products, shape=(len(products), _LANES))
+    # Zeros that are computed from the products: under vmap with spmd_axis_name JAX fails on a scan that
+    # begins with a constant (0.10.2 to 0.12.0).
+    never = (products[0, 0] != products[0, 0]) & False
+    lanes = lax.broadcast(never.astype(jnp.float32), (len(products), _LANES))
     lanes, _ = lax.scan(lambda acc, block: (acc + block, None), lanes, blocks.swapaxes(0, 1))
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
