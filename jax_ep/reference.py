@@ -67,7 +67,7 @@ def plan(
     routes = lax.all_gather(topk_idx, group.axis_names).reshape(-1, top_k)  # [R·T, K]
     owner = jnp.where(routes >= 0, routes // num_local, -1)
     experts = jnp.arange(num_experts, dtype=jnp.int32)
-    wanted = (routes[:, :, None] == experts).any(axis=1)  # [R·T, E]
+    wanted = (routes[:, :, None] == experts[None, None]).any(axis=1)  # [R·T, E]
     demand = wanted.sum(axis=0, dtype=jnp.int32).reshape(group.size, num_local)
     if layout == "expert":
         counts, group_sizes, starts = _expert_groups(demand, capacity, alignment, expert_capacity)
@@ -77,11 +77,11 @@ def plan(
         num_rows = min(top_k, num_local)
     else:
         ranks = jnp.arange(group.size, dtype=jnp.int32)
-        present = (owner[:, :, None] == ranks).any(axis=1)  # [R·T, R]
+        present = (owner[:, :, None] == ranks[None, None]).any(axis=1)  # [R·T, R]
         position = jnp.take_along_axis(_exclusive_cumsum(present), jnp.maximum(owner, 0), axis=1)
         kept = (routes >= 0) & (position < capacity)
         dest_row = jnp.where(kept, position, -1)
-        kept_pairs = kept[:, :, None] & (routes[:, :, None] == experts)
+        kept_pairs = kept[:, :, None] & (routes[:, :, None] == experts[None, None])
         counts = kept_pairs.any(axis=1).sum(axis=0, dtype=jnp.int32).reshape(demand.shape)
         group_sizes = counts
         num_rows = 1
@@ -289,7 +289,7 @@ def _sanitise(
     top_k = topk_idx.shape[1]
     earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)  # [k, j]: j < k
     same = topk_idx[:, :, None] == topk_idx[:, None, :]
-    repeated = in_range & (same & earlier).any(axis=2)
+    repeated = in_range & (same & earlier[None]).any(axis=2)
     invalid = repeated | ((topk_idx != -1) & ~in_range)
     clean = jnp.where(in_range & ~repeated, topk_idx, -1)
     return clean, invalid.sum(dtype=jnp.int32)[None]

@@ -228,8 +228,8 @@ def _for_each_tile(
 ) -> Array:
     """``carry = tile(index, carry)`` for each tile of a group of ``size`` rows."""
     height = min(_TILE, rows)
-    # Computed, since vmap with spmd_axis_name fails on a constant where the bound is batched: JAX has no
-    # mesh for a constant, and so cannot make it vary over the axis (0.10.2 to 0.12.0).
+    # Computed, since vmap with spmd_axis_name fails on a constant where the bound is batched: a
+    # constant has no mesh, so JAX cannot make it vary over the axis (0.10.2 to 0.12.0).
     first = size - size
     return lax.fori_loop(first, (size + height - 1) // height, tile, carry)
 
