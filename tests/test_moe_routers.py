@@ -121,8 +121,8 @@ def test_a_router_closes_over_traced_values(native_backend):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_layers_pass_the_inputs_on():
-    group = spmd.make_group(2, "reference")
+def test_layers_pass_the_inputs_on(native_backend):
+    group = spmd.make_group(2, native_backend)
     x = make_x(4)
     inputs = {"id": jnp.arange(4), "factors": jnp.ones((4, 1, 1))}
     settings = {"num_experts": E, "top_k": K, "router": by_table, "group": group}

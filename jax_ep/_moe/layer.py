@@ -149,9 +149,9 @@ def moe(
 
     A router function runs on each rank. It gets the logits ``[T, E]`` float32 of this rank's tokens,
     the bias ``[E]`` or None (both of the experts that exist) and, if there are ``router_inputs``,
-    those of these tokens as a third argument, each ``[T, ...]``. Masked tokens, and those that were added to
-    split the tokens evenly, are zeros there. It gives ids of any integer dtype, −1 for no expert,
-    weights in float32, bfloat16 or float16, and scores of the shape of the logits::
+    those of these tokens as a third argument, each ``[T, ...]``. Masked tokens, and those that were
+    added to split the tokens evenly, are zeros there. It gives ids of any integer dtype, −1 for no
+    expert, weights in float32, bfloat16 or float16, and scores of the shape of the logits::
 
         def by_hash(logits, bias, token_ids):
             idx = (token_ids[:, None] + jnp.arange(2)) % logits.shape[1]
