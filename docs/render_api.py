@@ -117,6 +117,8 @@ def render() -> str:
 
 
 def _public_members(module: types.ModuleType) -> list[tuple[str, object]]:
+    if hasattr(module, "__all__"):
+        return [(name, getattr(module, name)) for name in module.__all__]
     return [
         (name, value)
         for name, value in vars(module).items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
@@ -38,6 +38,36 @@ def cast_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     if not missing:
         return x
     return lax.pcast(x, missing, to="varying")
+
+
+def backward(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward rule for ``jax.custom_vjp`` that ``vmap(..., spmd_axis_name=)`` can batch.
+
+    Inside such a ``vmap``, JAX makes what is not batched vary over the mesh axis where it meets what
+    is. It forgets the axis while it traces backward rules, and then refuses to mix the two (JAX
+    0.10.2 to 0.12.0).
+    """
+
+    @functools.wraps(rule)
+    def with_axes(*args: Any) -> Any:
+        names = frozenset[str]().union(*map(_spmd_axes, jax.tree.leaves(args)))
+        if not names:
+            return rule(*args)
+        from jax._src import core
+
+        with core.add_spmd_axis_names(names):
+            return rule(*args)
+
+    return with_axes
+
+
+def _spmd_axes(x: Any) -> frozenset[str]:
+    """The mesh axes that the ``vmap``s which batch ``x`` are spread over."""
+    names = frozenset[str]()
+    while isinstance(x, jax.core.Tracer) and hasattr(x, "batch_dim"):
+        names |= frozenset(x._trace.axis_data.spmd_name or ())
+        x = x.val
+    return names
 
 
 def aval_like(aval: Any, shape: Sequence[int], dtype: Any) -> Any:

@@ -89,19 +89,24 @@ class MoE(LayerSettings, nn.Module):
             )
 
     def __call__(
-        self, x: Float[Array, "*batch hidden"], *, mask: Bool[Array, "*batch"] | None = None
+        self,
+        x: Float[Array, "*batch hidden"],
+        *,
+        mask: Bool[Array, "*batch"] | None = None,
+        router_inputs: Any = None,
     ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
         """Run the layer; see ``jax_ep.moe``.
 
         Args:
             x: ``[..., H]``.
-            mask: Boolean, the shape of ``x`` without H: False keeps a token from the router.
+            mask: Boolean, the shape of ``x`` without H: False keeps a token from the experts.
+            router_inputs: Arrays of the tokens for a router function, as in ``jax_ep.moe``.
 
         Returns:
             ``[..., H]`` in the layer's dtype, and the statistics.
         """
         bias = self.bias.value if self.router_bias else None
-        return self._run(x, self.params._replace(router_bias=bias), mask)
+        return self._run(x, self.params._replace(router_bias=bias), mask, router_inputs)
 
     def update_router_bias(self, load: Shaped[Array, " experts"], rate: float = 1e-3) -> None:
         """Move the router's bias towards even load (``routing.update_bias``).
@@ -121,4 +126,6 @@ class MoE(LayerSettings, nn.Module):
                 "one without",
                 "make it with router_bias=True",
             )
-        self.bias.value = update_bias(self.bias.value, load, rate)
+        self.bias.value = update_bias(
+            self.bias.value, load, rate, num_used_experts=self.num_used_experts
+        )

@@ -98,18 +98,23 @@ class MoE(LayerSettings, nnx.Module):
             self.shared_down = param(self.kernel_init, shapes.shared.down, specs.shared.down)
 
     def __call__(
-        self, x: Float[Array, "*batch hidden"], *, mask: Bool[Array, "*batch"] | None = None
+        self,
+        x: Float[Array, "*batch hidden"],
+        *,
+        mask: Bool[Array, "*batch"] | None = None,
+        router_inputs: Any = None,
     ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
         """Run the layer; see ``jax_ep.moe``.
 
         Args:
             x: ``[..., H]``.
-            mask: Boolean, the shape of ``x`` without H: False keeps a token from the router.
+            mask: Boolean, the shape of ``x`` without H: False keeps a token from the experts.
+            router_inputs: Arrays of the tokens for a router function, as in ``jax_ep.moe``.
 
         Returns:
             ``[..., H]`` in the layer's dtype, and the statistics.
         """
-        return self._run(x, self.params(), mask)
+        return self._run(x, self.params(), mask, router_inputs)
 
     def params(self) -> MoEParams:
         """The weights as ``jax_ep.moe`` takes them."""
@@ -143,4 +148,6 @@ class MoE(LayerSettings, nnx.Module):
                 "one without",
                 "make it with router_bias=True",
             )
-        self.router_bias[...] = update_bias(self.router_bias[...], load, rate)
+        self.router_bias[...] = update_bias(
+            self.router_bias[...], load, rate, num_used_experts=self.num_used_experts
+        )

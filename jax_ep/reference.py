@@ -67,7 +67,7 @@ def plan(
     routes = lax.all_gather(topk_idx, group.axis_names).reshape(-1, top_k)  # [R·T, K]
     owner = jnp.where(routes >= 0, routes // num_local, -1)
     experts = jnp.arange(num_experts, dtype=jnp.int32)
-    wanted = (routes[:, :, None] == experts).any(axis=1)  # [R·T, E]
+    wanted = (routes[:, :, None] == experts[None, None]).any(axis=1)  # [R·T, E]
     demand = wanted.sum(axis=0, dtype=jnp.int32).reshape(group.size, num_local)
     if layout == "expert":
         counts, group_sizes, starts = _expert_groups(demand, capacity, alignment, expert_capacity)
@@ -77,11 +77,11 @@ def plan(
         num_rows = min(top_k, num_local)
     else:
         ranks = jnp.arange(group.size, dtype=jnp.int32)
-        present = (owner[:, :, None] == ranks).any(axis=1)  # [R·T, R]
+        present = (owner[:, :, None] == ranks[None, None]).any(axis=1)  # [R·T, R]
         position = jnp.take_along_axis(_exclusive_cumsum(present), jnp.maximum(owner, 0), axis=1)
         kept = (routes >= 0) & (position < capacity)
         dest_row = jnp.where(kept, position, -1)
-        kept_pairs = kept[:, :, None] & (routes[:, :, None] == experts)
+        kept_pairs = kept[:, :, None] & (routes[:, :, None] == experts[None, None])
         counts = kept_pairs.any(axis=1).sum(axis=0, dtype=jnp.int32).reshape(demand.shape)
         group_sizes = counts
         num_rows = 1
@@ -257,7 +257,10 @@ def combine_vjp(
     products = keep(gradient * rows.astype(jnp.float32), _zero(handle))
     missing = -products.shape[1] % _LANES
     blocks = jnp.pad(products, ((0, 0), (0, missing))).reshape(len(products), -1, _LANES)
-    lanes = jnp.zeros_like(products, shape=(len(products), _LANES))
+    # Zeros that are computed from the products: under vmap with spmd_axis_name JAX fails on a scan that
+    # begins with a constant (0.10.2 to 0.12.0).
+    never = (products[0, 0] != products[0, 0]) & False
+    lanes = lax.broadcast(never.astype(jnp.float32), (len(products), _LANES))
     lanes, _ = lax.scan(lambda acc, block: (acc + block, None), lanes, blocks.swapaxes(0, 1))
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
@@ -286,7 +289,7 @@ def _sanitise(
     top_k = topk_idx.shape[1]
     earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)  # [k, j]: j < k
     same = topk_idx[:, :, None] == topk_idx[:, None, :]
-    repeated = in_range & (same & earlier).any(axis=2)
+    repeated = in_range & (same & earlier[None]).any(axis=2)
     invalid = repeated | ((topk_idx != -1) & ~in_range)
     clean = jnp.where(in_range & ~repeated, topk_idx, -1)
     return clean, invalid.sum(dtype=jnp.int32)[None]

@@ -9,16 +9,27 @@ Symbols: T tokens, E experts, K top-k.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ep._core import arguments
+from jax_ep._core.balancing import check_num_used, expert_load, load_balancing_loss, update_bias
+
+__all__ = [
+    "Router",
+    "Routing",
+    "expert_load",
+    "group_limited_top_k",
+    "load_balancing_loss",
+    "sigmoid_top_k",
+    "softmax_top_k",
+    "update_bias",
+]
 
 Kind = Literal["softmax", "sigmoid", "group_limited"]
 Scoring = Literal["sigmoid", "softmax"]
@@ -48,6 +59,7 @@ def softmax_top_k(
     bias: Float32[Array, " experts"] | None = None,
     renormalize: bool = True,
     scale: float = 1.0,
+    num_used_experts: int | None = None,
 ) -> Routing:
     """The k experts of the largest softmax probability.
 
@@ -61,19 +73,24 @@ def softmax_top_k(
         renormalize: Divide the weights by their sum over the k experts. With ``k=1`` all weights are
             then 1 and the router learns nothing from them.
         scale: Factor of the weights.
+        num_used_experts: Only the first so many experts exist; the others are never chosen and have
+            score 0. None: all exist.
 
     Returns:
         The routes.
 
     Raises:
-        TypeError: if ``logits`` is no array or ``k`` no int.
-        ValueError: if ``logits`` is not ``[T, E]``, or ``k`` not from 1 to E.
+        TypeError: if ``logits`` is no array, or ``k`` or ``num_used_experts`` no int.
+        ValueError: if ``logits`` is not ``[T, E]``, ``num_used_experts`` not from 1 to E, or ``k`` not
+            from 1 to the number of experts that exist.
     """
     op = "routing.softmax_top_k"
     _check_logits(op, logits)
+    experts = logits.shape[1]
+    logits, bias = _used(op, logits, bias, num_used_experts)
     _check_k(op, k, logits.shape[1])
     scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    return _choose(scores, _selection(scores, bias), k, renormalize, scale)
+    return _choose(scores, _selection(scores, bias), k, renormalize, scale, experts)
 
 
 def sigmoid_top_k(
@@ -83,6 +100,7 @@ def sigmoid_top_k(
     bias: Float32[Array, " experts"] | None = None,
     renormalize: bool = True,
     scale: float = 1.0,
+    num_used_experts: int | None = None,
 ) -> Routing:
     """The k experts of the largest sigmoid score.
 
@@ -92,19 +110,24 @@ def sigmoid_top_k(
         bias: ``[E]`` added to the scores for the choice only; it has no gradient.
         renormalize: Divide the weights by their sum over the k experts.
         scale: Factor of the weights.
+        num_used_experts: Only the first so many experts exist; the others are never chosen and have
+            score 0. None: all exist.
 
     Returns:
         The routes.
 
     Raises:
-        TypeError: if ``logits`` is no array or ``k`` no int.
-        ValueError: if ``logits`` is not ``[T, E]``, or ``k`` not from 1 to E.
+        TypeError: if ``logits`` is no array, or ``k`` or ``num_used_experts`` no int.
+        ValueError: if ``logits`` is not ``[T, E]``, ``num_used_experts`` not from 1 to E, or ``k`` not
+            from 1 to the number of experts that exist.
     """
     op = "routing.sigmoid_top_k"
     _check_logits(op, logits)
+    experts = logits.shape[1]
+    logits, bias = _used(op, logits, bias, num_used_experts)
     _check_k(op, k, logits.shape[1])
     scores = jax.nn.sigmoid(logits.astype(jnp.float32))
-    return _choose(scores, _selection(scores, bias), k, renormalize, scale)
+    return _choose(scores, _selection(scores, bias), k, renormalize, scale, experts)
 
 
 def group_limited_top_k(
@@ -117,6 +140,7 @@ def group_limited_top_k(
     renormalize: bool = True,
     scale: float = 1.0,
     scoring: Scoring = "sigmoid",
+    num_used_experts: int | None = None,
 ) -> Routing:
     """The k best experts of the best groups: bounds the hosts that a token goes to.
 
@@ -133,23 +157,27 @@ def group_limited_top_k(
     Args:
         logits: ``[T, E]`` of any float dtype.
         k: Experts per token.
-        num_groups: Groups that the experts are split into; divides E.
+        num_groups: Groups that the experts are split into; divides the number of experts that exist.
         top_groups: Groups that a token may use; they must have k experts.
         bias: ``[E]`` added to the scores for the choice only; it has no gradient.
         renormalize: Divide the weights by their sum over the k experts.
         scale: Factor of the weights (DeepSeek-V3: 2.5).
         scoring: "sigmoid", or "softmax" for the router of DeepSeek-V2 (arXiv:2405.04434, section
             2.2.2): softmax scores, and the score of a group is its largest selection score.
+        num_used_experts: Only the first so many experts exist and form the groups; the others are
+            never chosen and have score 0. None: all exist.
 
     Returns:
         The routes.
 
     Raises:
-        TypeError: if ``logits`` is no array or ``k`` no int.
+        TypeError: if ``logits`` is no array, or ``k`` or ``num_used_experts`` no int.
         ValueError: if the sizes do not fit each other; the text says what would.
     """
     op = "routing.group_limited_top_k"
     _check_logits(op, logits)
+    all_experts = logits.shape[1]
+    logits, bias = _used(op, logits, bias, num_used_experts)
     _check_k(op, k, logits.shape[1])
     tokens, experts = logits.shape
     arguments.check_one_of(op, "scoring", scoring, ("sigmoid", "softmax"))
@@ -177,9 +205,11 @@ def group_limited_top_k(
     counted = min(2, size) if scoring == "sigmoid" else 1
     group_scores = lax.top_k(grouped, counted)[0].sum(axis=-1)  # [T, num_groups]
     best = lax.top_k(group_scores, top_groups)[1]
-    allowed = (best[:, :, None] == jnp.arange(num_groups)).any(axis=1)  # [T, num_groups]
+    allowed = (best[:, :, None] == jnp.arange(num_groups)[None, None]).any(
+        axis=1
+    )  # [T, num_groups]
     selection = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
-    return _choose(scores, selection, k, renormalize, scale)
+    return _choose(scores, selection, k, renormalize, scale, all_experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +251,10 @@ class Router:
         logits: Float[Array, "tokens experts"],
         k: int,
         bias: Float32[Array, " experts"] | None = None,
+        *,
+        num_used_experts: int | None = None,
     ) -> Routing:
-        """Route tokens to their ``k`` experts."""
+        """Route tokens to their ``k`` experts, of the first ``num_used_experts``."""
         if self.kind == "group_limited":
             assert self.num_groups is not None and self.top_groups is not None  # __post_init__
             return group_limited_top_k(
@@ -234,89 +266,34 @@ class Router:
                 renormalize=self.renormalize,
                 scale=self.scale,
                 scoring=self.scoring,
+                num_used_experts=num_used_experts,
             )
         top_k = softmax_top_k if self.kind == "softmax" else sigmoid_top_k
-        return top_k(logits, k, bias=bias, renormalize=self.renormalize, scale=self.scale)
+        return top_k(
+            logits,
+            k,
+            bias=bias,
+            renormalize=self.renormalize,
+            scale=self.scale,
+            num_used_experts=num_used_experts,
+        )
 
 
-def load_balancing_loss(
-    topk_idx: Int32[Array, "tokens top_k"],
-    scores: Float32[Array, "tokens experts"],
-    *,
-    axis_names: Sequence[str] = (),
-) -> Float32[Array, ""]:
-    """The auxiliary loss that is least, 1, where all experts are used alike.
-
-    ``E * sum(f[e] * P[e])``, with f the share of the routes that go to expert e and P the mean over
-    the tokens of e's share of the token's scores (Switch Transformer, arXiv:2101.03961, section 2.2).
-    Scores that do not sum to one, such as sigmoids, are divided by their sum first. Tokens without
-    an expert (all entries −1) are left out of both.
-
-    Args:
-        topk_idx: ``[T, K]`` chosen experts, −1 for none.
-        scores: ``[T, E]`` scores; the gradient flows through these.
-        axis_names: Mesh axes that the tokens are split over: counts and score sums are summed over
-            them before the product, so the loss is that of all tokens, the same on every rank.
-
-    Returns:
-        The loss, a scalar; 0 where there is no token at all.
-    """
-    experts = scores.shape[1]
-    present = (topk_idx >= 0).any(axis=1)
-    shares = scores / (scores.sum(axis=1, keepdims=True) + _EPSILON)
-    score_sums = jnp.where(present[:, None], shares, 0.0).sum(axis=0)
-    counts = expert_load(topk_idx, experts)
-    num_tokens = present.sum(dtype=jnp.int32)
-    if axis_names:
-        names = tuple(axis_names)
-        score_sums, counts, num_tokens = lax.psum((score_sums, counts, num_tokens), names)
-    counts, num_tokens = counts.astype(jnp.float32), num_tokens.astype(jnp.float32)
-    fraction = counts / jnp.maximum(counts.sum(), 1)
-    mean_share = score_sums / jnp.maximum(num_tokens, 1)
-    return experts * jnp.sum(fraction * mean_share)
-
-
-def expert_load(
-    topk_idx: Int32[Array, "tokens top_k"], num_experts: int
-) -> Int32[Array, " experts"]:
-    """How many routes go to each expert.
-
-    Args:
-        topk_idx: ``[T, K]`` chosen experts; entries outside ``[0, E)`` are not counted.
-        num_experts: E.
-
-    Returns:
-        ``[E]`` int32.
-    """
-    bins = jnp.where(topk_idx >= 0, topk_idx, num_experts).reshape(-1)
-    return jnp.zeros((num_experts,), jnp.int32).at[bins].add(1, mode="drop")
-
-
-def update_bias(
-    bias: Float32[Array, " experts"], load: Shaped[Array, " experts"], rate: float = 1e-3
-) -> Float32[Array, " experts"]:
-    """Raise the bias of experts with less than the mean load, lower that of experts with more.
-
-    Balancing without an auxiliary loss (arXiv:2408.15664): once a step, with the load of the whole
-    batch, ``bias + rate * sign(mean(load) - load)``.
-
-    Args:
-        bias: ``[E]`` selection bias of the router.
-        load: ``[E]`` routes to each expert, such as ``MoEAux.load``.
-        rate: Size of the step (DeepSeek-V3: 1e-3).
-
-    Returns:
-        ``[E]`` the new bias.
-    """
-    load = load.astype(jnp.float32)
-    return bias + rate * jnp.sign(load.mean() - load)
+def _used(
+    op: str, logits: Array, bias: Array | None, num_used_experts: int | None
+) -> tuple[Array, Array | None]:
+    """Logits and bias of the experts that exist."""
+    if num_used_experts is None:
+        return logits, bias
+    check_num_used(op, num_used_experts, logits.shape[1])
+    return logits[:, :num_used_experts], None if bias is None else bias[:num_used_experts]
 
 
 def _selection(
     scores: Float32[Array, "tokens experts"], bias: Float32[Array, " experts"] | None
 ) -> Float32[Array, "tokens experts"]:
     """What the choice is made by; no gradient flows through a choice."""
-    return lax.stop_gradient(scores if bias is None else scores + bias)
+    return lax.stop_gradient(scores if bias is None else scores + bias[None])
 
 
 def _check_logits(op: str, logits: Any) -> None:
@@ -355,12 +332,19 @@ def _choose(
     k: int,
     renormalize: bool,
     scale: float,
+    num_experts: int,
 ) -> Routing:
-    """The k experts with the largest selection score, weighted by their score."""
+    """The k experts with the largest selection score, weighted by their score.
+
+    Those past the last of the ``num_experts`` that has a score do not exist; their score is 0.
+    """
     topk_idx = lax.top_k(selection, k)[1]  # of equal scores the one at the lowest index
     weights = jnp.take_along_axis(scores, topk_idx, axis=1)
     if renormalize:
         weights = weights / (weights.sum(axis=1, keepdims=True) + _EPSILON)
     if scale != 1.0:
         weights = weights * scale
-    return Routing(topk_idx, weights, scores)
+    missing = num_experts - scores.shape[1]
+    return Routing(
+        topk_idx, weights, jnp.pad(scores, ((0, 0), (0, missing))) if missing else scores
+    )

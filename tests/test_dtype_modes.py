@@ -1,4 +1,4 @@
-"""JAX's settings of dtypes: strict promotion, and 64-bit types; dtypes stay as the docstrings say."""
+"""JAX's settings of promotion and 64-bit types, and operands of other dtypes than the usual ones."""
 
 from __future__ import annotations
 
@@ -77,3 +77,98 @@ def test_router_bias(mode, native_backend):
         update = {"method": "update_router_bias", "mutable": ["router_bias"]}
         _, moved = linen.apply(variables, jnp.arange(E), **update)
         assert moved["router_bias"]["bias"].dtype == jnp.float32
+
+
+def test_layers_without_rank_promotion(backend):
+    """No array meets one of another rank: layers with all routers, and gradients, can be traced."""
+    group = make_group(backend)
+    sizes = {"hidden": H, "intermediate": F, "num_experts": E, "shared_intermediate": 8}
+    params = jax_ep.init_moe_params(jax.random.key(0), **sizes, router_bias=True)
+    x, mask = jnp.ones((5, H)), jnp.arange(5) < 4
+
+    def layers(x, params):
+        common = {"group": group, "num_experts": E, "top_k": K, "mask": mask}
+        for router in ("softmax", "sigmoid", OPTIONS["groups"]["router"]):
+            y, aux = jax_ep.moe(x, params, router=router, **common)
+            bias = routing.update_bias(params.router_bias, aux.load)
+            params = params._replace(router_bias=bias)
+            x = x + y * aux.aux_loss
+        return jax_ep.moe(x, params, quantization="fp8", num_used_experts=3, **common)[0].sum()
+
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(jax.grad(layers, argnums=(0, 1)), x, params)
+
+
+@pytest.mark.parametrize("layout", ["expert", "token"])
+def test_ops_without_rank_promotion(layout, backend):
+    """Likewise the ops."""
+    group = make_group(backend)
+
+    def ops(x, idx, weights):
+        out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=E, layout=layout)
+        given = out.weights if layout == "expert" else None
+        y = jax_ep.combine(out.tokens, out.handle, group=group, weights=given)
+        fp8 = jax_ep.dispatch(x, group=group, handle=out.handle, quantization="fp8").tokens
+        return (y.sum() + out.weights.sum() + fp8.sum())[None]
+
+    x, idx, weights = jnp.ones((4, H)), jnp.arange(8).reshape(4, 2) % E, jnp.ones((4, 2))
+    with jax.numpy_rank_promotion("raise"):
+        total = lambda *args: spmd.shard(ops, group.mesh)(*args).sum()  # noqa: E731
+        jax.eval_shape(jax.grad(total, argnums=(0, 2)), x, idx, weights)
+
+
+WEIGHTS = ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int64", "uint64"])
+def test_ids_and_weights_of_other_dtypes(dtype, native_backend):
+    """Rows are those of int32 ids; what int32 cannot hold is invalid, not another expert."""
+    group = make_group(native_backend)
+    kind = np.dtype(dtype)
+    idx = np.array([[0, 2], [1, 3], [3, 0], [2, 1]] * 2)
+    none = 9 if kind.kind == "u" else -1
+    idx[3, 1] = none
+    given = idx.astype(kind)
+    beyond = max(2**32, 100) if kind.itemsize == 8 else 2**31 if dtype == "uint32" else 100
+    given[5, 0], idx[5, 0] = beyond, 100
+    x = np.arange(8 * 4, dtype=np.float32).reshape(8, 4)
+
+    def run(x, idx):
+        out = jax_ep.dispatch(x, idx, group=group, num_experts=E)
+        return out.tokens, out.num_invalid
+
+    call = spmd.mesh_jit(run, group.mesh)
+    want = call(x, idx.astype(np.int32))
+    with jax.enable_x64(kind.itemsize == 8):
+        found = call(x, given)
+    for got, wanted in zip(found, want, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert want[1].sum() == 1 + (none == 9)
+
+
+def test_weights_of_narrow_dtypes(native_backend):
+    """They travel as float32, and each gradient has the dtype that was given."""
+    group = make_group(native_backend)
+    x = np.arange(8 * 4, dtype=np.float32).reshape(8, 4) / 8
+    idx = np.array([[0, 2], [1, 3], [3, 0], [2, 1]] * 2, np.int32)
+
+    def run(weights, x):
+        out = jax_ep.dispatch(x, idx_of(x), weights, group=group, num_experts=E)
+        rows = jnp.sin(out.tokens)
+        y = jax_ep.combine(rows, out.handle, group=group, weights=out.weights.astype(weights.dtype))
+        assert out.weights.dtype == jnp.float32
+        return jnp.sum(y * y)[None]
+
+    def idx_of(x):
+        return jax.lax.dynamic_slice_in_dim(jnp.array(idx), 4 * jax.lax.axis_index("expert"), 4)
+
+    total = lambda *args: spmd.shard(run, group.mesh)(*args).sum()  # noqa: E731
+    step = jax.jit(jax.value_and_grad(total))
+    weights = np.linspace(0.25, 2, 16).reshape(8, 2)
+    for dtype in WEIGHTS:
+        narrow = jnp.asarray(weights, dtype)
+        value, gradient = step(narrow, x)
+        want, want_gradient = step(narrow.astype(jnp.float32), x)
+        assert gradient.dtype == narrow.dtype
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        np.testing.assert_array_equal(gradient, want_gradient.astype(dtype))

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+from jax_ep._core import types
 from spmd import fit, make_group, make_mesh, ranks_at_most, shard
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, CAPACITY = 4, 2, 4, 32, 32  # of one of two ranks
@@ -124,18 +125,14 @@ BAD_DISPATCH: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
         {"x": quantized((TOKENS, 128), (TOKENS, 1), (E4M3, BF16))},
         V, "x.scales", "float32 / bfloat16 / jax_ep.quantize",
     ),
-    "idx none": ({"topk_idx": None}, T, "topk_idx", "int32…handle= / NoneType / handle"),
+    "idx none": ({"topk_idx": None}, T, "topk_idx", "integer…handle= / NoneType / handle"),
     "idx float": (
         {"topk_idx": array((TOKENS, TOP_K))},
-        T, "topk_idx", "int32 / float32 / astype(jnp.int32)",
+        T, "topk_idx", "integer dtype / float32 / astype(jnp.int32)",
     ),
-    "idx int16": (
-        {"topk_idx": array((TOKENS, TOP_K), jnp.int16)},
-        T, "topk_idx", "int32 / int16 / astype(jnp.int32)",
-    ),
-    "idx uint32": (
-        {"topk_idx": array((TOKENS, TOP_K), jnp.uint32)},
-        T, "topk_idx", "int32 / uint32 / astype(jnp.int32)",
+    "idx bool": (
+        {"topk_idx": array((TOKENS, TOP_K), jnp.bool_)},
+        T, "topk_idx", "integer dtype / bool / astype(jnp.int32)",
     ),
     "idx 1d": (
         {"topk_idx": array((TOKENS,), I32)},
@@ -152,9 +149,9 @@ BAD_DISPATCH: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "K over E": (
         {"topk_idx": array((TOKENS, 5), I32)}, V, "topk_idx", "num_experts = 4 / top_k 5 / once",
     ),
-    "weights bf16": (
-        {"topk_weights": array((TOKENS, TOP_K), BF16)},
-        T, "topk_weights", "float32 / bfloat16 / astype(jnp.float32)",
+    "weights int": (
+        {"topk_weights": array((TOKENS, TOP_K), I32)},
+        T, "topk_weights", "float32 / int32 / astype(jnp.float32)",
     ),
     "weights list": ({"topk_weights": [1.0]}, T, "topk_weights", "float32 / list / cast"),
     "weights shape": (
@@ -178,9 +175,14 @@ BAD_DISPATCH: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
         {"layout": "token", "alignment": 2**40},
         V, "alignment", "at most 2147483647 / 1099511627776 / 128",
     ),
-    "capacity 0": ({"capacity": 0}, V, "capacity", "positive multiple…128 / 0 / round it up"),
-    "capacity -8": ({"capacity": -128}, V, "capacity", "positive multiple…128 / -128 / round it up"),
-    "capacity small": ({"capacity": 64}, V, "capacity", "positive multiple…128 / 64 / round it up"),
+    "capacity 0": (
+        {"capacity": 0, "alignment": 8}, V, "capacity", "positive multiple…8 / 0 / round it up",
+    ),
+    "capacity -8": ({"capacity": -8}, V, "capacity", "positive multiple…1 / -8 / round it up"),
+    "capacity small": (
+        {"capacity": 64, "alignment": 128},
+        V, "capacity", "positive multiple…128 / 64 / round it up",
+    ),
     "capacity odd": ({"capacity": 12, "alignment": 8}, V, "capacity", "multiple…8 / 12 / round it up"),
     "capacity float": ({"capacity": 128.0}, V, "capacity", "positive multiple / 128.0 / leave it out"),
     "capacity token": (
@@ -249,7 +251,7 @@ BAD_AGAIN: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
         {"alignment": 7}, V, "alignment", "8, as the handle says / 7 / leave",
     ),
     "handle and the default alignment": (
-        {"alignment": 128}, V, "alignment", "8, as the handle says / 128 / leave",
+        {"alignment": 1}, V, "alignment", "8, as the handle says / 1 / leave",
     ),
     "handle and factor": (
         {"capacity_factor": 1.0},
@@ -285,9 +287,9 @@ BAD_COMBINE: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
         {"handle": TOKEN_HANDLE, "weights": array((CAPACITY,))},
         V, "weights", "None in layout 'token' / shape (32,) / multiply",
     ),
-    "weights bf16": (
-        {"weights": array((CAPACITY,), BF16)},
-        T, "weights", "float32 / bfloat16 / astype",
+    "weights int": (
+        {"weights": array((CAPACITY,), I32)},
+        T, "weights", "float32 / int32 / astype",
     ),
     "weights shape": ({"weights": array((24,))}, V, "weights", "(32,) / (24,) / one factor"),
     "weights 2d": ({"weights": array((CAPACITY, 1))}, V, "weights", "(32,) / (32, 1) / one factor"),
@@ -335,15 +337,18 @@ def test_the_good_calls_are_good(op, call):
         refused(op, call, Exception, "", " /  / ")
 
 
-def test_int64_indices():
+def test_float64_weights():
+    """Which float32 cannot hold."""
     group = make_group(2, "reference")
-    x = np.zeros((8, HIDDEN), np.float32)
-    run = lambda x, idx: jax_ep.dispatch(x, idx, group=group, num_experts=4).tokens  # noqa: E731
+    x, idx = np.zeros((8, HIDDEN), np.float32), np.zeros((8, 2), np.int32)
+    run = lambda *args: jax_ep.dispatch(*args, group=group, num_experts=4).tokens  # noqa: E731
     with (
         jax.enable_x64(True),
-        pytest.raises(TypeError, match="expected dtype int32, got dtype int64"),
+        pytest.raises(
+            TypeError, match=r"topk_weights: expected an array of float32, .*float64; cast"
+        ),
     ):
-        jax.eval_shape(shard(run, group.mesh), x, np.zeros((8, 2), np.int64))
+        jax.eval_shape(shard(run, group.mesh), x, idx, np.zeros((8, 2)))
 
 
 OPS = {
@@ -444,3 +449,12 @@ def test_dequantize(call, error, text):
     q = jax_ep.Quantized(jnp.zeros(values, E4M3), jnp.zeros(scales, F32))
     with pytest.raises(error, match="jax_ep.dequantize: .*" + text):
         jax_ep.dequantize(q, dtype)
+
+
+def test_latency_mode_has_no_effect_yet(caplog):
+    """Which a warning says once."""
+    types._warn_of_latency_mode.cache_clear()
+    for mode in ("auto", "throughput", "latency", "latency"):
+        jax_ep.DispatchConfig(mode=mode)
+    (record,) = caplog.records
+    assert "mode='latency') has no effect yet" in record.getMessage()

@@ -55,7 +55,8 @@ def dense_moe(x, params, *, router, top_k=K, mask=None):
         y += weight[:, None] * (up @ params.down[expert])
     if params.shared is not None:
         gate, up, down = params.shared
-        y += (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
+        shared = (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
+        y += shared if mask is None else jnp.where(mask.reshape(-1, 1), shared, 0)
     load = (used.reshape(-1, 1) == jnp.arange(params.gate.shape[0])).sum(0)
     aux_loss = routing.load_balancing_loss(used, routes.scores)
     return y.reshape(x.shape), (aux_loss, load)
@@ -214,7 +215,10 @@ def test_checkpoint_saves_the_routes(native_backend):
 
 
 def test_bfloat16_compute(native_backend):
-    """Weights stay float32, the router sees float32, outputs and d(x) are bfloat16."""
+    """Weights stay float32, the router sees float32, outputs and d(x) are bfloat16.
+
+    Values and gradients are those of a layer in float32, as far as bfloat16 goes.
+    """
     group = make_group("data-expert", native_backend)
     params, x = make_params(shared=True), make_x(24, H).astype(jnp.bfloat16)
     router = routing.Router()
@@ -228,14 +232,25 @@ def test_bfloat16_compute(native_backend):
 
     (_, (y, aux)), (d_x, d_params) = spmd.whole_jit(step, group.mesh)(x, params)
     assert y.dtype == d_x.dtype == jnp.bfloat16 and d_params.gate.dtype == jnp.float32
-    want, (aux_loss, load) = dense_moe(x.astype(jnp.float32), params, router=router)
+
+    def dense_loss(x, params):
+        y, aux = dense_moe(x, params, router=router)
+        return jnp.sum(y**2), (y, aux)
+
+    dense = jax.jit(jax.grad(dense_loss, argnums=(0, 1), has_aux=True))
+    want_gradients, (want, (aux_loss, load)) = dense(x.astype(jnp.float32), params)
     np.testing.assert_array_equal(aux.load, load)
     np.testing.assert_allclose(aux.aux_loss, aux_loss, rtol=1e-5)
     np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=0.05, atol=0.02)
+    pairs = zip(*map(jax.tree.leaves, ((d_x, d_params), want_gradients)), strict=True)
+    for got, want in pairs:
+        scale = np.abs(want).max()
+        assert scale > 0
+        np.testing.assert_allclose(np.float32(got), want, rtol=0.05, atol=0.02 * scale)
 
 
 def test_mask(native_backend):
-    """A masked token has the shared expert only, and no part in the statistics."""
+    """A masked token gives zero, also from the shared expert, and has no part in the statistics."""
     group = make_group("data-expert", native_backend)
     params, x = make_params(shared=True), make_x(3, 5, H)
     mask = jnp.arange(15).reshape(3, 5) % 4 != 1

@@ -1,4 +1,4 @@
-"""Roundings that XLA cannot take out again."""
+"""Conversions: roundings that XLA cannot take out again, and casts that lose nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Integer
+
+_INT32 = jnp.iinfo(jnp.int32)
 
 
 def round_to(x: Float32[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -18,6 +20,18 @@ def round_to(x: Float32[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
     if jnp.dtype(dtype) == jnp.bfloat16:
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(dtype)
     return lax.optimization_barrier(x.astype(dtype))
+
+
+def expert_ids(idx: Integer[Array, "..."]) -> Int32[Array, "..."]:
+    """Expert ids of any integer dtype as int32; an id beyond int32 stays one that is out of range."""
+    if idx.dtype == jnp.int32:
+        return idx
+    wide = jnp.iinfo(idx.dtype)
+    if wide.min < _INT32.min:
+        idx = jnp.maximum(idx, jnp.array(_INT32.min, idx.dtype))
+    if wide.max > _INT32.max:
+        idx = jnp.minimum(idx, jnp.array(_INT32.max, idx.dtype))
+    return idx.astype(jnp.int32)
 
 
 @jax.custom_jvp

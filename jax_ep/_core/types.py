@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,6 +13,8 @@ from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 Layout = Literal["expert", "token"]
 ScaleFormat = Literal["f32", "ue8m0"]
 Mode = Literal["auto", "throughput", "latency"]
+
+logger = logging.getLogger("jax_ep")
 
 _MAX_NUM_SMS = 2**31 - 1  # an int32 attribute of the ops; GPUs have far fewer
 
@@ -40,8 +44,9 @@ class DispatchConfig:
             ``python -m jax_ep.tune`` found for this GPU, group size and shape, else 64 in layout
             "expert" and 24 in layout "token" (less where 32 SMs would not stay free). Has no meaning
             on CPU.
-        mode: "throughput" (prefill and training), "latency" (decode) or "auto" (by size). So far
-            every mode runs the throughput kernels.
+        mode: "throughput" (prefill and training), "latency" (decode) or "auto" (by size). There are
+            no kernels for "latency" yet: it runs those of "throughput", as "auto" does, and logs
+            a warning once.
     """
 
     num_sms: int | None = None
@@ -65,6 +70,16 @@ class DispatchConfig:
                 f"{what} mode: expected 'auto', 'throughput' or 'latency', got {self.mode!r}; "
                 f"choose one of these."
             )
+        if self.mode == "latency":
+            _warn_of_latency_mode()
+
+
+@functools.cache
+def _warn_of_latency_mode() -> None:
+    logger.warning(
+        "DispatchConfig(mode='latency') has no effect yet: there are no kernels for it, and ops run "
+        "those of mode 'throughput'"
+    )
 
 
 @jax.tree_util.register_dataclass

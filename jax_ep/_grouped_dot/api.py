@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -92,6 +93,7 @@ def _grouped_dot_fwd(lhs: Array, rhs: Array, group_sizes: Array) -> tuple[Array,
     return _grouped_dot(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
+@_compat.backward
 def _grouped_dot_bwd(residuals: Any, d_out: Array) -> tuple[Array, Array, None]:
     lhs, rhs, group_sizes = residuals
     d_lhs = _rows_by_matrices(d_out, rhs, group_sizes, contract=1)
@@ -180,7 +182,7 @@ def _loop_rows_by_matrices(
             after = jnp.where(mine[:, None], product.astype(out.dtype), before)
             return lax.dynamic_update_slice_in_dim(out, after, first, axis=0)
 
-        return lax.fori_loop(0, _num_tiles(size, rows), tile, out), None
+        return _for_each_tile(size, rows, tile, out), None
 
     return lax.scan(group, out, (rhs, *_bounds(group_sizes)))[0]
 
@@ -211,7 +213,7 @@ def _loop_rows_by_rows(
             )
 
         total = _zeros((inner, outer), jnp.float32, like=lhs)
-        return None, lax.fori_loop(0, _num_tiles(size, rows), tile, total).astype(lhs.dtype)
+        return None, _for_each_tile(size, rows, tile, total).astype(lhs.dtype)
 
     return lax.scan(group, None, _bounds(group_sizes))[1]
 
@@ -221,9 +223,15 @@ def _bounds(group_sizes: Int32[Array, " groups"]) -> tuple[Array, Array]:
     return jnp.cumsum(group_sizes) - group_sizes, group_sizes
 
 
-def _num_tiles(size: Int32[Array, ""], rows: int) -> Int32[Array, ""]:
+def _for_each_tile(
+    size: Int32[Array, ""], rows: int, tile: Callable[[Array, Array], Array], carry: Array
+) -> Array:
+    """``carry = tile(index, carry)`` for each tile of a group of ``size`` rows."""
     height = min(_TILE, rows)
-    return (size + height - 1) // height
+    # Computed, since vmap with spmd_axis_name fails on a constant where the bound is batched: a
+    # constant has no mesh, so JAX cannot make it vary over the axis (0.10.2 to 0.12.0).
+    first = size - size
+    return lax.fori_loop(first, (size + height - 1) // height, tile, carry)
 
 
 def _tile(

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from jax_ep import _compat
 from jax_ep._core import arguments
+from jax_ep._core.numerics import expert_ids
 from jax_ep._core.types import DispatchConfig, Dispatched, Quantized, ScaleFormat
 from jax_ep._grouped_dot.api import grouped_dot as default_grouped_dot
 from jax_ep._groups.group import Group
@@ -57,6 +58,7 @@ class _Settings:
     group: Group
     num_experts: int
     top_k: int
+    num_used_experts: int
     router: Router | Callable[..., Routing]
     token_axes: tuple[str, ...]
     grouped_dot: GroupedDot
@@ -75,6 +77,8 @@ def moe(
     router: RouterLike = "softmax",
     token_axes: tuple[str, ...] | None = None,
     mask: Bool[Array, "*batch"] | None = None,
+    router_inputs: Any = None,
+    num_used_experts: int | None = None,
     grouped_dot: GroupedDot | None = None,
     overlap: Literal["shared_expert"] | None = None,
     activation: Callable[[Array], Array] = jax.nn.silu,
@@ -125,16 +129,22 @@ def moe(
         group: The group, from ``create_group``.
         num_experts: E over the whole group; a multiple of its size.
         top_k: Experts of each token.
-        router: "softmax", "sigmoid", a ``routing.Router`` with settings, or a function of
-            ``(logits [T, E], bias)`` that returns a ``routing.Routing`` and has no traced values of
-            its own.
+        router: "softmax", "sigmoid", a ``routing.Router`` with settings, or a function of your own,
+            ``(logits, bias)`` to ``routing.Routing``; see below.
         token_axes: Mesh axes that tokens are split over; those of the group must be among them. None
             takes all axes of the mesh, those of the group last, but for axes that an enclosing
             ``shard_map`` has entered and for those whose names stand for tensor or pipeline
             parallelism: "tensor", "model", "tp", "mp", "stage", "stages", "pipeline", "pipe", "pp".
             Ranks along the latter repeat the work, which a warning says once.
-        mask: Boolean, the shape of ``x`` without H: False keeps a token from the router; its output is
-            that of the shared expert, or zero.
+        mask: Boolean, the shape of ``x`` without H: False makes a token zero before anything reads it
+            and keeps it from the experts. It is in no statistics and no gradient, whatever stands in
+            it, and its output is that of the shared expert for zeros, which is zero.
+        router_inputs: What a router function needs to know of each token besides its logits, such as
+            its id: a pytree of arrays whose shapes begin with that of ``x`` without H.
+        num_used_experts: Only the first so many experts exist. The others, there to make
+            ``num_experts`` a multiple of the group's size, are never chosen and are left out of
+            ``aux_loss``; their weights have gradient zero. ``capacity_factor`` still counts
+            ``num_experts``. None: all exist.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
         overlap: "shared_expert" runs the shared expert while rows are under way.
         activation: Of the gate.
@@ -145,6 +155,25 @@ def moe(
             ``x``); gradients are straight-through. H is a multiple of 128.
         scale_format: As in ``dispatch``.
         config: As in ``dispatch``.
+
+    A router function runs on each rank. It gets the logits ``[T, E]`` float32 of this rank's tokens,
+    the bias ``[E]`` or None (both of the experts that exist) and, if there are ``router_inputs``,
+    those of these tokens as a third argument, each ``[T, ...]``. Masked tokens, and those that were
+    added to split the tokens evenly, are zeros there. It gives ids of any integer dtype, −1 for no
+    expert, weights in float32, bfloat16 or float16, and scores of the shape of the logits::
+
+        def by_hash(logits, bias, token_ids):
+            idx = (token_ids[:, None] + jnp.arange(2)) % logits.shape[1]
+            return routing.Routing(idx, jnp.full(idx.shape, 0.5), jax.nn.softmax(logits))
+
+        y, aux = jax_ep.moe(..., top_k=2, router=by_hash, router_inputs=token_ids)
+
+    It may close over Python values and over arrays that are the same for all tokens, such as a
+    temperature or a table ``[E]``, also traced ones, which get their gradient. It must not close over
+    arrays of tokens, which would not be split: pass those as ``router_inputs``. JAX keeps a program for
+    each router, told apart by hash and equality, and reads what the router closes over only when it
+    makes that program. So do not change a router between calls: the old program would run. Make a new
+    one, but not in every call, since each is traced again.
 
     Returns:
         ``[..., H]`` in the dtype of ``x``, and the statistics.
@@ -158,7 +187,8 @@ def moe(
     op = "moe"
     checks.check_group(group)
     op_checks.check_num_experts(op, num_experts, group)
-    checks.check_top_k(top_k, num_experts)
+    checks.check_num_used(op, num_used_experts, num_experts)
+    checks.check_top_k(top_k, num_used_experts or num_experts)
     checks.check_x(x)
     checks.check_params(params, x.shape[-1], num_experts)
     arguments.check_one_of(op, "overlap", overlap, (None, "shared_expert"))
@@ -167,7 +197,9 @@ def moe(
             op, "overlap", "None without a shared expert", repr(overlap), "leave it out"
         )
     checks.check_mask(mask, x.shape[:-1])
-    checks.check_placement(group, x, params, mask)
+    resolved = _resolve_router(router)
+    checks.check_router_inputs(router_inputs, resolved, x.shape[:-1])
+    checks.check_placement(group, x, params, mask, router_inputs)
     grouped_dot = default_grouped_dot if grouped_dot is None else grouped_dot
     checks.check_function("grouped_dot", grouped_dot)
     checks.check_function("activation", activation)
@@ -184,14 +216,15 @@ def moe(
         group=group,
         num_experts=num_experts,
         top_k=top_k,
-        router=_resolve_router(router),
+        num_used_experts=num_used_experts or num_experts,
+        router=resolved,
         token_axes=resolve_token_axes(token_axes, group),
         grouped_dot=grouped_dot,
         overlap=overlap is not None,
         activation=activation,
         dispatch=tuple(options.items()),
     )
-    return _over_mesh(settings, x, params, mask)
+    return _over_mesh(settings, x, params, mask, router_inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # op by op, a call outside jit would take seconds
@@ -200,6 +233,7 @@ def _over_mesh(
     x: Float[Array, "*batch hidden"],
     params: MoEParams,
     mask: Bool[Array, "*batch"] | None,
+    router_inputs: Any,
 ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
     """Splits tokens and weights over the mesh and runs the layer on every device."""
     manual, axes = _compat.manual_axes(), settings.token_axes
@@ -214,11 +248,14 @@ def _over_mesh(
         mask = jnp.ones(x.shape[:-1], bool)
     if mask is not None:
         mask = split_tokens(mask[..., None], mesh, axes)
+    split = functools.partial(split_tokens, mesh=mesh, axes=axes, num_batch=x.ndim - 1)
+    router_inputs = jax.tree.map(split, router_inputs)
     param_specs = moe_partition_specs(params, group=settings.group)
     params = jax.tree.map(lambda p, spec: place(p, mesh, spec), params, param_specs)
     of_tokens: Any = PartitionSpec(axes)
     everywhere: Any = PartitionSpec()
-    in_specs = (of_tokens, param_specs, None if mask is None else of_tokens)
+    of_inputs = jax.tree.map(lambda _: of_tokens, router_inputs)
+    in_specs = (of_tokens, param_specs, None if mask is None else of_tokens, of_inputs)
     out_specs = (of_tokens, MoEAux(everywhere, everywhere, everywhere, everywhere))
     on_one_rank = functools.partial(_on_one_rank, settings)
     if manual:
@@ -226,7 +263,7 @@ def _over_mesh(
         run = nested_shard_map(on_one_rank, axes=rest, in_specs=in_specs, out_specs=out_specs)
     else:
         run = jax.shard_map(on_one_rank, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    y, aux = run(tokens, params, mask)
+    y, aux = run(tokens, params, mask, router_inputs)
     return join_tokens(y, x, mesh), aux
 
 
@@ -235,10 +272,13 @@ def _on_one_rank(
     x: Float[Array, "tokens hidden"],
     params: MoEParams,
     mask: Bool[Array, "tokens 1"] | None,
+    router_inputs: Any,
 ) -> tuple[Float[Array, "tokens hidden"], MoEAux]:
     """The layer for this rank's tokens and this rank's experts."""
-    # What stands in a masked token, be it NaN, must not reach the gradient of the router.
-    routing = _route(settings, x if mask is None else jnp.where(mask, x, 0), params)
+    if mask is not None:
+        # What stands in a masked token, be it NaN, must not reach the gradient of any weight.
+        x, router_inputs = jax.tree.map(functools.partial(_zero_masked, mask), (x, router_inputs))
+    routing = _route(settings, x, params, router_inputs)
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
     ticket = dispatch_start(
         x,
@@ -264,11 +304,23 @@ def _on_one_rank(
         ),
         axes,
     )
-    aux_loss = load_balancing_loss(used, routing.scores, axis_names=axes)
+    aux_loss = load_balancing_loss(
+        used, routing.scores, axis_names=axes, num_used_experts=settings.num_used_experts
+    )
     return y, MoEAux(aux_loss, load, num_dropped, num_invalid)
 
 
-def _route(settings: _Settings, x: Float[Array, "tokens hidden"], params: MoEParams) -> Routing:
+def _zero_masked(
+    mask: Bool[Array, "tokens 1"], x: Shaped[Array, "tokens ..."]
+) -> Shaped[Array, "tokens ..."]:
+    """``x`` with zeros in the place of masked tokens."""
+    return jnp.where(lax.expand_dims(mask[:, 0], range(1, x.ndim)), x, jnp.zeros((), x.dtype))
+
+
+def _route(
+    settings: _Settings, x: Float[Array, "tokens hidden"], params: MoEParams, inputs: Any
+) -> Routing:
+    """The routes of the tokens, with int32 ids; those of experts that do not exist are invalid."""
     logits = jnp.dot(
         x.astype(jnp.float32),
         params.router_kernel.astype(jnp.float32),
@@ -276,13 +328,14 @@ def _route(settings: _Settings, x: Float[Array, "tokens hidden"], params: MoEPar
     )
     bias = params.router_bias
     bias = None if bias is None else lax.stop_gradient(bias)
-    router = settings.router
+    router, used = settings.router, settings.num_used_experts
     if isinstance(router, Router):
-        routing = router(logits, settings.top_k, bias)
-    else:
-        routing = router(logits, bias)
-    checks.check_routing(routing, x.shape[0], settings.top_k)
-    return routing
+        return router(logits, settings.top_k, bias, num_used_experts=used)
+    logits, bias = logits[:, :used], None if bias is None else bias[:used]
+    routing = router(logits, bias) if inputs is None else router(logits, bias, inputs)
+    checks.check_routing(routing, settings.top_k, logits.shape)
+    topk_idx = expert_ids(routing.topk_idx)
+    return routing._replace(topk_idx=jnp.where(topk_idx < used, topk_idx, settings.num_experts))
 
 
 def _experts(

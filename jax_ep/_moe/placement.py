@@ -66,14 +66,23 @@ def place(x: Array, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Array:
 
 
 def split_tokens(
-    x: Shaped[Array, "*batch channels"], mesh: Mesh | AbstractMesh, axes: tuple[str, ...]
-) -> Shaped[Array, "tokens channels"]:
-    """Flatten to tokens, add zeros until they split evenly over ``axes``, and lay them out so."""
-    num_tokens = math.prod(x.shape[:-1])
+    x: Shaped[Array, "..."],
+    mesh: Mesh | AbstractMesh,
+    axes: tuple[str, ...],
+    num_batch: int | None = None,
+) -> Shaped[Array, "tokens ..."]:
+    """Flatten to tokens, add zeros until they split evenly over ``axes``, and lay them out so.
+
+    The first ``num_batch`` dimensions are those of the tokens; None stands for all but the last.
+    """
+    num_batch = x.ndim - 1 if num_batch is None else num_batch
+    num_tokens = math.prod(x.shape[:num_batch])
     missing = -num_tokens % math.prod(mesh.shape[name] for name in axes)
-    flat = _reshape(x, (num_tokens, x.shape[-1]), mesh, _leading_spec(x, mesh))
+    spec = _leading_spec(x, mesh, num_batch)
+    flat = _reshape(x, (num_tokens, *x.shape[num_batch:]), mesh, spec)
     if missing:
-        flat = jnp.pad(place(flat, mesh, PartitionSpec()), ((0, missing), (0, 0)))
+        flat = place(flat, mesh, PartitionSpec())
+        flat = jnp.pad(flat, ((0, missing), *[(0, 0)] * (flat.ndim - 1)))
     return place(flat, mesh, PartitionSpec(axes))
 
 
@@ -86,7 +95,7 @@ def join_tokens(
     num_tokens = math.prod(like.shape[:-1])
     if num_tokens != tokens.shape[0]:
         tokens = place(tokens, mesh, PartitionSpec())[:num_tokens]
-    y = _reshape(tokens, like.shape, mesh, _leading_spec(like, mesh))
+    y = _reshape(tokens, like.shape, mesh, _leading_spec(like, mesh, like.ndim - 1))
     return place(y, mesh, _spec(like)) if _explicit_axes(mesh) else y
 
 
@@ -100,10 +109,10 @@ def _reshape(
     return lax.reshape(x, shape, out_sharding=NamedSharding(mesh, spec))
 
 
-def _leading_spec(x: Array, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def _leading_spec(x: Array, mesh: Mesh | AbstractMesh, num_batch: int) -> PartitionSpec:
     """How the first dimension of ``x`` is split over Explicit axes, if it is one of tokens."""
     explicit = _explicit_axes(mesh)
-    if not explicit or x.ndim < 2:
+    if not explicit or num_batch == 0:
         return PartitionSpec()
     return PartitionSpec(*_only(_spec(x), explicit)[:1])
 

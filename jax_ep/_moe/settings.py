@@ -41,6 +41,7 @@ class LayerSettings:
         top_k: Experts of each token.
         group: The group, from ``create_group``.
         router: As in ``jax_ep.moe``, as are all settings from ``token_axes`` on.
+        num_used_experts: Only the first so many experts exist; None: all.
         router_bias: Whether the router has a selection bias.
         shared_intermediate: S of the shared expert, or None for none.
         dtype: Of the computation; None takes that of the input.
@@ -67,6 +68,7 @@ class LayerSettings:
     group: Group
     _: dataclasses.KW_ONLY
     router: RouterLike = "softmax"
+    num_used_experts: int | None = None
     router_bias: Any = False
     shared_intermediate: int | None = None
     dtype: DTypeLike | None = None
@@ -87,7 +89,13 @@ class LayerSettings:
 
     def _weights(self, op: str) -> tuple[MoEParams, MoEParams]:
         """Shapes and partitioning of the weights, once the settings are known to fit each other."""
-        checks.check_layer(op, group=self.group, num_experts=self.num_experts, top_k=self.top_k)
+        checks.check_layer(
+            op,
+            group=self.group,
+            num_experts=self.num_experts,
+            num_used_experts=self.num_used_experts,
+            top_k=self.top_k,
+        )
         shapes = moe_param_shapes(
             hidden=self.hidden,
             intermediate=self.intermediate,
@@ -102,10 +110,12 @@ class LayerSettings:
         x: Float[Array, "*batch hidden"],
         params: MoEParams,
         mask: Bool[Array, "*batch"] | None,
+        router_inputs: Any,
     ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
         """``jax_ep.moe`` with these settings."""
         x = x if self.dtype is None else x.astype(self.dtype)
-        return moe(x, params, mask=mask, **{name: getattr(self, name) for name in _OF_MOE})
+        settings = {name: getattr(self, name) for name in _OF_MOE}
+        return moe(x, params, mask=mask, router_inputs=router_inputs, **settings)
 
 
 _OF_MOE = [

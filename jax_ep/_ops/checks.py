@@ -55,20 +55,20 @@ def check_group(op: str, group: Any) -> None:
 
 
 def check_topk_idx(op: str, topk_idx: Any, num_tokens: int) -> None:
-    """``topk_idx`` is int32 ``[T, K]`` with 1 ≤ K ≤ 32."""
+    """``topk_idx`` is ``[T, K]`` integers with 1 ≤ K ≤ 32."""
     if not isinstance(topk_idx, jax.Array):
         raise arguments.type_error(
             op,
             "topk_idx",
-            "an int32 array [tokens, top_k] (or handle=)",
+            "an integer array [tokens, top_k] (or handle=)",
             type(topk_idx).__name__,
             "pass the expert ids that the router chose, or the handle of an earlier dispatch",
         )
-    if topk_idx.dtype != jnp.int32:
+    if not jnp.issubdtype(topk_idx.dtype, jnp.integer):
         raise arguments.type_error(
             op,
             "topk_idx",
-            "dtype int32",
+            "an integer dtype such as int32",
             f"dtype {topk_idx.dtype}",
             "cast it with astype(jnp.int32)",
         )
@@ -91,18 +91,10 @@ def check_topk_idx(op: str, topk_idx: Any, num_tokens: int) -> None:
 
 
 def check_topk_weights(op: str, topk_weights: Any, shape: tuple[int, ...]) -> None:
-    """``topk_weights`` is None or float32 of the shape of ``topk_idx``."""
+    """``topk_weights`` is None, or float32 or narrower, of the shape of ``topk_idx``."""
     if topk_weights is None:
         return
-    if not isinstance(topk_weights, jax.Array) or topk_weights.dtype != jnp.float32:
-        got = getattr(topk_weights, "dtype", type(topk_weights).__name__)
-        raise arguments.type_error(
-            op,
-            "topk_weights",
-            "a float32 array or None",
-            got,
-            "cast it with astype(jnp.float32)",
-        )
+    check_float_weights(op, "topk_weights", topk_weights)
     if topk_weights.shape != shape:
         raise arguments.value_error(
             op,
@@ -110,6 +102,18 @@ def check_topk_weights(op: str, topk_weights: Any, shape: tuple[int, ...]) -> No
             f"the shape of topk_idx, {shape}",
             f"shape {topk_weights.shape}",
             "give one weight for each expert id",
+        )
+
+
+def check_float_weights(op: str, argument: str, weights: Any) -> None:
+    """``weights`` are floats that a cast to float32 does not change."""
+    if not isinstance(weights, jax.Array) or weights.dtype not in arguments.ROW_DTYPES:
+        raise arguments.type_error(
+            op,
+            argument,
+            "an array of float32, bfloat16 or float16, or None",
+            getattr(weights, "dtype", type(weights).__name__),
+            "cast it with astype(jnp.float32)",
         )
 
 
@@ -142,7 +146,8 @@ def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
             "num_experts",
             f"a positive multiple of the group's {group.size} ranks",
             num_experts,
-            "give every rank the same number of experts, adding unused ones if need be",
+            "give every rank the same number of experts: add unused ones, and keep them out of "
+            "router and loss with num_used_experts= of jax_ep.moe, its layers and jax_ep.routing",
         )
     on_gpus = group.backend == "cuda"
     most = limits.max_experts() if on_gpus else INT32_MAX

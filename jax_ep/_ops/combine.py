@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from jax_ep._core import arguments
 from jax_ep._core.types import DispatchConfig, Handle, Quantized
@@ -18,7 +17,7 @@ def combine(
     handle: Handle,
     *,
     group: Group,
-    weights: Float32[Array, " capacity"] | None = None,
+    weights: Float[Array, " capacity"] | None = None,
     config: DispatchConfig | None = None,
 ) -> Float[Array, "tokens hidden"]:
     """Bring the expert outputs of each token home and sum them.
@@ -47,9 +46,9 @@ def combine(
             layout "expert", and at most 106240 bytes for gradients with ``weights``.
         handle: The handle of the dispatch.
         group: The group of the handle.
-        weights: ``[C]`` float32 factors of the rows (layout "expert"), such as the ``weights`` that
-            dispatch returned. None sums plainly: multiply before the down projection instead,
-            where it is cheaper.
+        weights: ``[C]`` factors of the rows (layout "expert"), such as the ``weights`` that dispatch
+            returned; float32, or bfloat16 or float16, which is cast to it. None sums plainly:
+            multiply before the down projection instead, where it is cheaper.
         config: How to use the machine; None takes the defaults.
 
     Returns:
@@ -78,6 +77,7 @@ def combine(
         )
     gpu_room.check_sums_fit(op, "rows", rows, handle.layout, group)
     _check_weights(op, weights, handle)
+    weights = None if weights is None else weights.astype(jnp.float32)
     rows, weights, handle = gradients.vary_together(group, rows, weights, handle)
     options = gradients.CombineOptions(group, config)
     if weights is None:
@@ -90,11 +90,7 @@ def combine(
 def _check_weights(op: str, weights: Array | None, handle: Handle) -> None:
     if weights is None:
         return
-    if not isinstance(weights, jax.Array) or weights.dtype != jnp.float32:
-        got = getattr(weights, "dtype", type(weights).__name__)
-        raise arguments.type_error(
-            op, "weights", "a float32 array or None", got, "cast it with astype(jnp.float32)"
-        )
+    checks.check_float_weights(op, "weights", weights)
     if handle.layout != "expert":
         raise arguments.value_error(
             op,

@@ -6,11 +6,13 @@ import dataclasses
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Integer
 
 from jax_ep._core import arguments
 from jax_ep._core.capacity import lossless_capacity, round_up, rows_per_expert
+from jax_ep._core.numerics import expert_ids
 from jax_ep._core.quantize import check_scale_format
 from jax_ep._core.types import (
     DispatchConfig,
@@ -27,13 +29,13 @@ Output = Literal["dense", "quantized"]
 
 # None stands for these in the signature: beside a handle, what was not given is the handle's.
 _DEFAULT_LAYOUT: Layout = "expert"
-_DEFAULT_ALIGNMENT = 128
+_DEFAULT_ALIGNMENT = 1
 
 
 def dispatch(
     x: Array | Quantized,
-    topk_idx: Int32[Array, "tokens top_k"] | None = None,
-    topk_weights: Float32[Array, "tokens top_k"] | None = None,
+    topk_idx: Integer[Array, "tokens top_k"] | None = None,
+    topk_weights: Float[Array, "tokens top_k"] | None = None,
     *,
     group: Group,
     num_experts: int | None = None,
@@ -81,15 +83,18 @@ def dispatch(
         x: ``[T, H]`` bf16, f16 or f32 with rows of a multiple of 16 bytes, or ``Quantized`` rows with
             H a multiple of 128. For gradients on GPUs in layout "expert" a row has at most
             32 MiB / (R − 1).
-        topk_idx: ``[T, K]`` int32 expert ids, −1 for none; K ≤ 32. An id out of range or repeated
-            within a token counts as −1 and in ``num_invalid``.
-        topk_weights: ``[T, K]`` float32 that travel with the rows, or None.
+        topk_idx: ``[T, K]`` expert ids, −1 for none; K ≤ 32. Any integer dtype; ids are cast to int32.
+            An id out of range or repeated within a token counts as −1 and in ``num_invalid``.
+        topk_weights: ``[T, K]`` float32 that travel with the rows, or None. Also bfloat16 or float16,
+            which travels as float32; its gradient has the dtype that was given.
         group: The group, from ``create_group``.
         num_experts: E over the whole group; a multiple of R, on GPUs at most 4096.
         layout: "expert" (the default): one row per (token, local expert), grouped by expert. "token":
             one row per (token, rank), ordered by (source rank, token).
-        alignment: Layout "expert": each expert's rows are padded with zeros to a multiple of it, by
-            default of 128.
+        alignment: Layout "expert": each expert's rows are padded with zeros to a multiple of it. The
+            default, 1, pads nothing: ``grouped_dot`` and ``jax.lax.ragged_dot`` take groups of any
+            size. Give the height of a tile, say 128, to a matmul of your own that works on whole
+            tiles of one expert; the default capacity then grows by up to L·(alignment − 1) rows.
         capacity: Rows C of the result. None: room that always suffices, N = R·T·min(K, L) and
             C = roundup(N + min(L, N)·(alignment − 1), alignment), or R·T in layout "token". Less
             keeps the rows that come first, which starves the last local experts first.
@@ -120,6 +125,7 @@ def dispatch(
     if handle is None:
         checks.check_topk_idx(op, topk_idx, values.shape[0])
         assert topk_idx is not None  # for the type checker: check_topk_idx has seen to it
+        topk_idx = expert_ids(topk_idx)
         checks.check_experts(op, num_experts, topk_idx.shape[1], group)
         assert num_experts is not None
         layout = _DEFAULT_LAYOUT if layout is None else layout
@@ -151,6 +157,7 @@ def dispatch(
                 "leave the handle out to make a new plan",
             )
     checks.check_topk_weights(op, topk_weights, handle.topk_idx.shape)
+    topk_weights = None if topk_weights is None else topk_weights.astype(jnp.float32)
     options = gradients.DispatchOptions(
         group=group,
         row_dtype=values.dtype,

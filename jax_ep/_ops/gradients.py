@@ -125,6 +125,7 @@ def _dispatch_fwd(options, x, weights, handle):
     return _dispatch(options, x, weights, handle), handle
 
 
+@_compat.backward
 def _dispatch_bwd(options, handle, cotangents):
     d_rows, d_row_weights = cotangents
     if not isinstance(d_rows, Quantized):
@@ -176,6 +177,7 @@ def _combine_fwd(options, rows, values, handle):
     return _combine(options, rows, values, handle), handle
 
 
+@_compat.backward
 def _combine_bwd(options, handle, cotangents):
     dy, d_home = cotangents
     transpose = DispatchOptions(options.group, dy.dtype, config=options.config)
@@ -207,6 +209,7 @@ def _combine_weighted_fwd(options, rows, row_weights, handle):
     return _combine_weighted(options, rows, row_weights, handle), (rows, row_weights, handle)
 
 
+@_compat.backward
 def _combine_weighted_bwd(options, residuals, dy):
     rows, row_weights, handle = residuals
     group, config = options.group, options.config

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from jax_ep._core import arguments
 from jax_ep._core.types import DispatchConfig, Dispatched, Handle, Quantized
@@ -85,7 +85,7 @@ def combine_start(
     handle: Handle,
     *,
     group: Group,
-    weights: Float32[Array, " capacity"] | None = None,
+    weights: Float[Array, " capacity"] | None = None,
     after: Ticket | None = None,
     config: DispatchConfig | None = None,
 ) -> Ticket:
