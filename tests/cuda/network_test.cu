@@ -1,0 +1,263 @@
+// The kernels of groups that span hosts, on the emulator's network, bit by bit against the CPU
+// backend, with other routes in every step.
+//
+//   network_test [hosts=2] [ranks=4] [layout=expert|token] [tokens=40] [hidden=264] [topk=4]
+//                [experts=24] [blocks=2] [steps=3] [chunk_kib=4] [capacity=0 (what is received)]
+//                [dtype=bf16|f32|f16] [fp8=0|1] [alignment=8] [masked=0|1|2] [timeout=60]
+//
+// masked=1: one rank has no tokens that go anywhere; masked=2: all but one.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/plan.h"
+#include "cuda/network/dispatch.h"
+#include "kernels_case.cuh"
+#include "kernels_ops.cuh"
+#include "network.h"
+
+namespace {
+
+int num_wrong = 0;
+
+template <typename T>
+void Compare(const char* what, int step, int rank, const Buffer<T>& buffer) {
+  const std::vector<T> got = buffer.FromDevice();
+  size_t wrong = 0, first = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (std::memcmp(&got[i], &buffer.host[i], sizeof(T)) != 0 && wrong++ == 0) first = i;
+  }
+  if (wrong == 0) return;
+  std::printf("WRONG %s of rank %d in step %d: %zu of %zu, first at %zu\n", what, rank, step, wrong,
+              got.size(), first);
+  ++num_wrong;
+}
+
+// A rank's network memory and routes.
+struct NetworkRank {
+  char* memory;
+  Buffer<int32_t> counterpart_pe, send_tokens, send_start, list_size, recv_start, recv_place,
+      recv_row;
+};
+
+// Processing elements need not be in the order of ranks.
+int PeOf(int rank, int num_ranks) { return num_ranks - 1 - rank; }
+
+// The routes that follow from the handles of a plan for one host, and how many rows cross the
+// network.
+size_t RoutesOf(const Workload& w, int hosts, std::vector<Rank>& ranks,
+                std::vector<NetworkRank>& network) {
+  const int n = w.R / hosts;
+  size_t crossings = 0;
+  for (int r = 0; r < w.R; ++r) {
+    NetworkRank& self = network[r];
+    const int own = r / n;
+    int sent = 0;
+    for (int h = 0; h < hosts; ++h) {
+      self.send_start.host[h] = sent;
+      for (int t = 0; t < w.T && h != own; ++t) {
+        const int32_t* topk = &ranks[r].topk.host[size_t(t) * w.K];
+        const bool goes =
+            std::any_of(topk, topk + w.K, [&](int32_t e) { return e >= 0 && e / w.L / n == h; });
+        if (goes) self.send_tokens.host[sent++] = t;
+      }
+      const int size = sent - self.send_start.host[h];
+      for (int j = 0; j < n; ++j) network[h * n + j].list_size.host[r] = size;
+    }
+    self.send_start.host[hosts] = sent;
+    crossings += sent;
+  }
+  for (int r = 0; r < w.R; ++r) {
+    NetworkRank& self = network[r];
+    const int own = r / n;
+    int entries = 0;
+    for (int s = 0; s < w.R; ++s) {
+      self.recv_start.host[s] = entries;
+      const int32_t* tokens = &network[s].send_tokens.host[network[s].send_start.host[own]];
+      const int size = s / n == own ? w.T : self.list_size.host[s];
+      for (int place = 0; place < size; ++place) {
+        const int t = s / n == own ? place : tokens[place];
+        for (int m = 0; m < w.M; ++m) {
+          const int32_t row = ranks[r].recv_rows.host[(size_t(s) * w.T + t) * w.M + m];
+          if (row < 0) continue;
+          self.recv_place.host[entries] = place;
+          self.recv_row.host[entries++] = row;
+        }
+      }
+    }
+    self.recv_start.host[w.R] = entries;
+  }
+  for (NetworkRank& rank : network) {
+    for (Buffer<int32_t>* buffer : {&rank.send_tokens, &rank.send_start, &rank.list_size,
+                                    &rank.recv_start, &rank.recv_place, &rank.recv_row}) {
+      buffer->ToDevice();
+    }
+  }
+  return crossings;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options(argc, argv);
+  const auto otherwise = [&](const char* name, const char* value) {
+    options.given.emplace(name, value);
+  };
+  for (const auto& [name, value] : {std::pair{"ranks", "4"},
+                                    {"tokens", "40"},
+                                    {"hidden", "264"},
+                                    {"topk", "4"},
+                                    {"experts", "24"},
+                                    {"blocks", "2"},
+                                    {"alignment", "8"},
+                                    {"timeout", "60"}}) {
+    otherwise(name, value);
+  }
+  Workload w(options);
+  const int hosts = options.Int("hosts", 2), n = w.R / hosts, steps = options.Int("steps", 3);
+  const int masked = options.Int("masked", 0);
+  std::mt19937 generator(options.Int("seed", 1));
+  // Enough for the routes of any step.
+  if (w.C == 0) {
+    w.C = plan::RoundUp(w.R * w.T * (w.by_expert ? std::min(w.K, w.L) : 1) + w.L * w.alignment,
+                        w.alignment);
+  }
+  std::vector<Rank> ranks = MakeRanks(w, generator);
+  Prepare(w, options, ranks, generator);
+  CHECK_CUDA(cuda::LoadNetworkDispatch());
+  const cuda::NetworkShape shape{hosts, n, w.blocks + 1, options.Int("chunk_kib", 4) << 10};
+  std::vector<NetworkRank> network(w.R);
+  for (int r = 0; r < w.R; ++r) {
+    NetworkRank& self = network[r];
+    CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&self.memory), shape.bytes()));
+    CHECK_CUDA(cudaMemset(self.memory, 0xAB, shape.bytes()));
+    CHECK_CUDA(cudaMemset(self.memory, 0, shape.word_bytes()));
+    emulator::AddHeap(PeOf(r, w.R), self.memory, shape.bytes());
+    self.counterpart_pe.Resize(hosts);
+    for (int h = 0; h < hosts; ++h) self.counterpart_pe.host[h] = PeOf(h * n + r % n, w.R);
+    self.counterpart_pe.ToDevice();
+    self.send_tokens.Resize(size_t(w.T) * std::min(hosts, w.K));
+    self.send_start.Resize(hosts + 1);
+    self.list_size.Resize(w.R);
+    self.recv_start.Resize(w.R + 1);
+    self.recv_place.Resize(w.C);
+    self.recv_row.Resize(w.C);
+  }
+  std::printf(
+      "hosts=%d R=%d T=%d K=%d E=%d H=%d C=%d %s %s%s blocks=%d, %lld KiB of network memory\n",
+      hosts, w.R, w.T, w.K, w.E, w.H, w.C, w.by_expert ? "expert" : "token", w.dtype.c_str(),
+      w.fp8 ? " fp8" : "", w.blocks, static_cast<long long>(shape.bytes() >> 10));
+
+  size_t expected_bytes = 0;
+  for (int step = 0; step < steps && num_wrong == 0; ++step) {
+    for (int r = 0; r < w.R; ++r) {
+      for (int32_t& expert : ranks[r].topk_idx.host) {
+        const uint32_t x = generator();
+        // The later the step, the fewer ranks are wanted.
+        expert = static_cast<int32_t>(x / 8 % (w.E - step * 5 % (w.E / 2)));
+        if (x % 8 == 0 || (masked == 1 && r == step % w.R) || (masked == 2 && r != step % w.R)) {
+          expert = -1;
+        }
+      }
+    }
+    const auto run_on_cpu = [&](auto arguments_of, auto work_of) {
+      using Args = decltype(arguments_of(ranks[0]));
+      std::vector<Args> arguments;
+      for (const Rank& k : ranks) arguments.push_back(arguments_of(k));
+      std::vector<const Args*> pointers;
+      for (const Args& of_rank : arguments) pointers.push_back(&of_rank);
+      cpu::RowWork work = work_of(pointers);
+      work.run(0, work.num_rows);
+    };
+    run_on_cpu([&](const Rank& k) { return PlanArgsOf(w, k, OnHost()); }, cpu::PlanWork);
+    run_on_cpu([&](const Rank& k) { return DispatchArgsOf(w, k, OnHost()); }, cpu::DispatchWork);
+    const size_t crossings = RoutesOf(w, hosts, ranks, network);
+    const int row_bytes = w.H * (w.fp8 ? 1 : w.width);
+    const int travels =
+        row_bytes + plan::RoundUp(w.fp8 ? w.H / 128 * 4 : 0, 16) + plan::RoundUp(w.K * 4, 16);
+    expected_bytes += crossings * travels;
+    for (int r = 0; r < w.R; ++r) {
+      Rank& rank = ranks[r];
+      rank.recv_src.ToDevice();
+      rank.expert_idx.ToDevice();
+      for (Buffer<char>* rows : {&rank.rows}) {
+        CHECK_CUDA(cudaMemset(rows->device, 0xAB, rows->host.size()));
+      }
+      for (Buffer<float>* side : {&rank.row_scales, &rank.row_weights}) {
+        CHECK_CUDA(cudaMemset(side->device, 0xAB, side->host.size() * sizeof(float)));
+      }
+    }
+    for (int r = 0; r < w.R; ++r) {
+      Rank& rank = ranks[r];
+      const ops::DispatchArgs args = DispatchArgsOf(w, rank, OnDevice());
+      cuda::NetworkDispatchParams p{};
+      cuda::GroupParams& node = p.network.node;
+      node = rank.group;
+      node.op = cuda::OpKind::kDispatch;
+      node.rank = r % n;
+      node.num_ranks = n;
+      for (int j = 0; j < n; ++j) {
+        node.peers[j] = ranks[r / n * n + j].channel;
+        p.network.memory[j] = network[r / n * n + j].memory;
+      }
+      p.network.shape = shape;
+      p.network.host = r / n;
+      p.network.counterpart_pe = network[r].counterpart_pe.device;
+      p.routes = {network[r].send_tokens.device, network[r].send_start.device,
+                  network[r].list_size.device,   network[r].recv_start.device,
+                  network[r].recv_place.device,  network[r].recv_row.device};
+      const cuda::DispatchParams same = cuda::ParamsOf(args);
+      p.layout = same.layout;
+      p.num_tokens = same.num_tokens;
+      p.top_k = same.top_k;
+      p.capacity = same.capacity;
+      p.row_bytes = same.row_bytes;
+      p.row_stride = same.row_stride;
+      p.scales_per_row = same.scales_per_row;
+      p.x = same.x;
+      p.scales = same.scales;
+      p.weights = same.weights;
+      p.recv_src = same.recv_src;
+      p.expert_idx = same.expert_idx;
+      p.rows = same.rows;
+      p.row_scales = same.row_scales;
+      p.row_weights = same.row_weights;
+      p.num_blocks = w.blocks;
+      if (!cuda::FitsNetworkDispatch(p)) {
+        std::printf("a chunk has no room for a row\n");
+        return 2;
+      }
+      CHECK_CUDA(cuda::LaunchNetworkDispatch(p, rank.stream));
+    }
+    for (int r = 0; r < w.R; ++r) {
+      CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
+      if (ranks[r].error->set != 0) {
+        std::printf(
+            "FAILED rank %d in step %d: kind %u, word %u, peer %u, expected %llx, saw %llx\n", r,
+            step, ranks[r].error->kind, ranks[r].error->word, ranks[r].error->peer,
+            static_cast<unsigned long long>(ranks[r].error->expected),
+            static_cast<unsigned long long>(ranks[r].error->seen));
+        ++num_wrong;
+      }
+      Compare("rows", step, r, ranks[r].rows);
+      if (w.fp8) Compare("row_scales", step, r, ranks[r].row_scales);
+      Compare("row_weights", step, r, ranks[r].row_weights);
+    }
+  }
+  if (num_wrong == 0 && emulator::BytesCarried() != expected_bytes) {
+    std::printf("WRONG: the network carried %llu bytes, not %zu\n",
+                static_cast<unsigned long long>(emulator::BytesCarried()), expected_bytes);
+    ++num_wrong;
+  }
+  std::printf("%d steps, %zu bytes over the network: %s\n", steps, expected_bytes,
+              num_wrong == 0 ? "all right" : "WRONG");
+  return num_wrong == 0 ? 0 : 1;
+}
