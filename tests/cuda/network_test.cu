@@ -3,7 +3,8 @@
 //
 //   network_test [hosts=2] [ranks=4] [layout=expert|token] [tokens=40] [hidden=264] [topk=4]
 //                [experts=24] [blocks=2] [steps=3] [chunk_kib=4] [capacity=0 (what is received)]
-//                [dtype=bf16|f32|f16] [fp8=0|1] [alignment=8] [masked=0|1|2] [timeout=60]
+//                [lanes=BLOCKS] [dtype=bf16|f32|f16] [fp8=0|1] [alignment=8] [masked=0|1|2]
+//                [timeout=60]
 //
 // masked=1: one rank has no tokens that go anywhere; masked=2: all but one.
 
@@ -44,61 +45,45 @@ void Compare(const char* what, int step, int rank, const Buffer<T>& buffer) {
 // A rank's network memory and routes.
 struct NetworkRank {
   char* memory;
-  Buffer<int32_t> counterpart_pe, send_tokens, send_start, list_size, recv_start, recv_place,
-      recv_row;
+  Buffer<int32_t> counterpart_pe, recv_start, recv_token, recv_row;
 };
 
 // Processing elements need not be in the order of ranks.
 int PeOf(int rank, int num_ranks) { return num_ranks - 1 - rank; }
 
-// The routes that follow from the handles of a plan for one host, and how many rows cross the
-// network.
-size_t RoutesOf(const Workload& w, int hosts, std::vector<Rank>& ranks,
-                std::vector<NetworkRank>& network) {
-  const int n = w.R / hosts;
-  size_t crossings = 0;
+// The routes that follow from the handles of a plan for one host.
+void RoutesOf(const Workload& w, std::vector<Rank>& ranks, std::vector<NetworkRank>& network) {
   for (int r = 0; r < w.R; ++r) {
     NetworkRank& self = network[r];
-    const int own = r / n;
-    int sent = 0;
-    for (int h = 0; h < hosts; ++h) {
-      self.send_start.host[h] = sent;
-      for (int t = 0; t < w.T && h != own; ++t) {
-        const int32_t* topk = &ranks[r].topk.host[size_t(t) * w.K];
-        const bool goes =
-            std::any_of(topk, topk + w.K, [&](int32_t e) { return e >= 0 && e / w.L / n == h; });
-        if (goes) self.send_tokens.host[sent++] = t;
-      }
-      const int size = sent - self.send_start.host[h];
-      for (int j = 0; j < n; ++j) network[h * n + j].list_size.host[r] = size;
-    }
-    self.send_start.host[hosts] = sent;
-    crossings += sent;
-  }
-  for (int r = 0; r < w.R; ++r) {
-    NetworkRank& self = network[r];
-    const int own = r / n;
     int entries = 0;
     for (int s = 0; s < w.R; ++s) {
       self.recv_start.host[s] = entries;
-      const int32_t* tokens = &network[s].send_tokens.host[network[s].send_start.host[own]];
-      const int size = s / n == own ? w.T : self.list_size.host[s];
-      for (int place = 0; place < size; ++place) {
-        const int t = s / n == own ? place : tokens[place];
+      for (int t = 0; t < w.T; ++t) {
         for (int m = 0; m < w.M; ++m) {
           const int32_t row = ranks[r].recv_rows.host[(size_t(s) * w.T + t) * w.M + m];
           if (row < 0) continue;
-          self.recv_place.host[entries] = place;
+          self.recv_token.host[entries] = t;
           self.recv_row.host[entries++] = row;
         }
       }
     }
     self.recv_start.host[w.R] = entries;
-  }
-  for (NetworkRank& rank : network) {
-    for (Buffer<int32_t>* buffer : {&rank.send_tokens, &rank.send_start, &rank.list_size,
-                                    &rank.recv_start, &rank.recv_place, &rank.recv_row}) {
+    for (Buffer<int32_t>* buffer : {&self.recv_start, &self.recv_token, &self.recv_row}) {
       buffer->ToDevice();
+    }
+  }
+}
+
+// How often a token's row must cross the network: once for each other host that it goes to.
+size_t Crossings(const Workload& w, int hosts, const std::vector<Rank>& ranks) {
+  size_t crossings = 0;
+  for (int r = 0; r < w.R; ++r) {
+    for (int i = 0; i < w.T * hosts; ++i) {
+      const int32_t* topk = &ranks[r].topk.host[size_t(i / hosts) * w.K];
+      const int host = i % hosts;
+      crossings += host != r / (w.R / hosts) && std::any_of(topk, topk + w.K, [&](int32_t expert) {
+                     return expert >= 0 && expert / (w.E / hosts) == host;
+                   });
     }
   }
   return crossings;
@@ -133,7 +118,8 @@ int main(int argc, char** argv) {
   std::vector<Rank> ranks = MakeRanks(w, generator);
   Prepare(w, options, ranks, generator);
   CHECK_CUDA(cuda::LoadNetworkDispatch());
-  const cuda::NetworkShape shape{hosts, n, w.blocks + 1, options.Int("chunk_kib", 4) << 10};
+  const cuda::NetworkShape shape{hosts, n, options.Int("lanes", w.blocks),
+                                 options.Int("chunk_kib", 4) << 10};
   std::vector<NetworkRank> network(w.R);
   for (int r = 0; r < w.R; ++r) {
     NetworkRank& self = network[r];
@@ -144,11 +130,8 @@ int main(int argc, char** argv) {
     self.counterpart_pe.Resize(hosts);
     for (int h = 0; h < hosts; ++h) self.counterpart_pe.host[h] = PeOf(h * n + r % n, w.R);
     self.counterpart_pe.ToDevice();
-    self.send_tokens.Resize(size_t(w.T) * std::min(hosts, w.K));
-    self.send_start.Resize(hosts + 1);
-    self.list_size.Resize(w.R);
     self.recv_start.Resize(w.R + 1);
-    self.recv_place.Resize(w.C);
+    self.recv_token.Resize(w.C);
     self.recv_row.Resize(w.C);
   }
   std::printf(
@@ -179,13 +162,16 @@ int main(int argc, char** argv) {
     };
     run_on_cpu([&](const Rank& k) { return PlanArgsOf(w, k, OnHost()); }, cpu::PlanWork);
     run_on_cpu([&](const Rank& k) { return DispatchArgsOf(w, k, OnHost()); }, cpu::DispatchWork);
-    const size_t crossings = RoutesOf(w, hosts, ranks, network);
+    RoutesOf(w, ranks, network);
     const int row_bytes = w.H * (w.fp8 ? 1 : w.width);
     const int travels =
         row_bytes + plan::RoundUp(w.fp8 ? w.H / 128 * 4 : 0, 16) + plan::RoundUp(w.K * 4, 16);
-    expected_bytes += crossings * travels;
+    const int window = std::min((shape.chunk_bytes - 16) / travels, cuda::kMaxWindow);
+    const int chunks = (w.T + window - 1) / window * w.R * (hosts - 1);
+    expected_bytes += Crossings(w, hosts, ranks) * travels + chunks * sizeof(cuda::ChunkHeader);
     for (int r = 0; r < w.R; ++r) {
       Rank& rank = ranks[r];
+      rank.topk.ToDevice();
       rank.recv_src.ToDevice();
       rank.expert_idx.ToDevice();
       for (Buffer<char>* rows : {&rank.rows}) {
@@ -211,9 +197,9 @@ int main(int argc, char** argv) {
       p.network.shape = shape;
       p.network.host = r / n;
       p.network.counterpart_pe = network[r].counterpart_pe.device;
-      p.routes = {network[r].send_tokens.device, network[r].send_start.device,
-                  network[r].list_size.device,   network[r].recv_start.device,
-                  network[r].recv_place.device,  network[r].recv_row.device};
+      p.routes = {rank.topk.device, network[r].recv_start.device, network[r].recv_token.device,
+                  network[r].recv_row.device};
+      p.experts_per_host = w.E / hosts;
       const cuda::DispatchParams same = cuda::ParamsOf(args);
       p.layout = same.layout;
       p.num_tokens = same.num_tokens;

@@ -1,8 +1,8 @@
 // The way of chunks between hosts: what senders, forwarders and readers wait for and tell.
 //
-// All of them go through chunks in the same order: those of a lane one after the other, and of each
-// the hosts or ranks in turn. Who waits for a slot waits for chunks before its own, so no circle of
-// waits can close. A forwarder holds nothing while it waits: it looks at all hosts by turns.
+// All of them go through chunks in the same order: window by window, and in each the hosts or ranks
+// in turn. Who waits for a slot waits for windows before its own, so no circle of waits can close.
+// A forwarder holds nothing while it waits: it looks at all its ways by turns.
 #pragma once
 
 #include <cstdint>
@@ -58,34 +58,48 @@ __device__ inline bool WaitWord(const NetworkParams& network, const uint64_t* wo
   }
 }
 
-// Sends a lane's chunks to other hosts.
+// One end of a way: a lane to a host.
+struct Way {
+  int32_t host;
+  int32_t lane;
+
+  // The `number`-th of `ways`. Hosts come in turn, beginning after `own_host`, so that not all
+  // ranks send to the same one.
+  __device__ Way(const Ways& ways, const NetworkParams& network, int32_t number)
+      : host((network.host + 1 + number / ways.num_lanes) % network.shape.num_hosts),
+        lane(number % ways.num_lanes) {}
+
+  __device__ SlotIndex Slot(int32_t n) const { return {host, lane, n % kChunkSlots}; }
+};
+
+// Sends the chunks of a way.
 class ChunkSender {
  public:
-  __device__ ChunkSender(const NetworkParams& network, uint64_t epoch)
-      : network_(network), epoch_(epoch) {}
+  __device__ ChunkSender(const NetworkParams& network, Way way, uint64_t epoch)
+      : network_(network), way_(way), epoch_(epoch) {}
 
-  // Waits until the slot of the lane's `n`-th chunk for `host` is free. All lanes of a warp; the
-  // same in all of them.
-  __device__ bool WaitSlot(int32_t host, int32_t n) const {
+  // Waits until the slot of the way's `n`-th chunk is free. All lanes of a warp; the same in all of
+  // them.
+  __device__ bool WaitSlot(int32_t n) const {
     bool ok = true;
     if (threadIdx.x % 32 == 0 && kMutation != kWithoutCredit) {
-      const SlotIndex at = At(host, n);
+      const SlotIndex at = way_.Slot(n);
       const NetworkMemory own = network_.Own();
-      const int32_t peer = host * network_.shape.host_ranks + network_.node.rank;
+      const int32_t peer = way_.host * network_.shape.host_ranks + network_.node.rank;
       ok = WaitWord(network_, own.credit(at), *own.sent(at), WordKind::kCredit, peer);
     }
     return __shfl_sync(~0u, ok, 0);
   }
 
-  __device__ char* Memory(int32_t host, int32_t n) const { return network_.Own().out(At(host, n)); }
+  __device__ char* Memory(int32_t n) const { return network_.Own().out(way_.Slot(n)); }
 
-  // Sends the lane's `n`-th chunk, chunk `chunk` of the list, of which `bytes` are packed. All
-  // lanes of a warp, after their bulk stores are complete.
-  __device__ void Send(int32_t host, int32_t n, int32_t chunk, int32_t bytes) const {
-    const SlotIndex at = At(host, n), there{network_.host, at.lane, at.slot};
+  // Sends the `n`-th chunk, that of `window`, of which `bytes` are packed. All lanes of a warp,
+  // after their bulk stores are complete.
+  __device__ void Send(int32_t n, int32_t window, int32_t bytes) const {
+    const SlotIndex at = way_.Slot(n), there{network_.host, at.lane, at.slot};
     const NetworkMemory own = network_.Own();
-    const uint64_t word = ChunkWord(epoch_, network_.node.tag, chunk);
-    const int32_t pe = network_.counterpart_pe[host];
+    const uint64_t word = ChunkWord(epoch_, network_.node.tag, window);
+    const int32_t pe = network_.counterpart_pe[way_.host];
     if (threadIdx.x % 32 == 0) *own.sent(at) = word;
     ptx::FenceProxyAsyncGlobal();
     ptx::FenceAcquireReleaseSystem();
@@ -99,106 +113,91 @@ class ChunkSender {
   }
 
  private:
-  __device__ SlotIndex At(int32_t host, int32_t n) const {
-    return {host, static_cast<int32_t>(blockIdx.x), n % kChunkSlots};
-  }
-
   const NetworkParams& network_;
+  Way way_;
   uint64_t epoch_;
 };
 
-// Forwards a lane's chunks from all hosts, by one warp: `rows(host)` says how many rows the
-// counterpart there sends, `rows_per_chunk` of them in each. False once the group has failed.
-template <typename Rows>
-__device__ inline bool ForwardChunks(const NetworkParams& network, uint64_t epoch,
-                                     int32_t rows_per_chunk, Rows&& rows) {
-  constexpr int kHostsPerLane = kMaxHosts / 32;
+// Forwards the chunks of a block's ways, by one warp, each lane of which looks at some of them by
+// turns. False once the group has failed.
+__device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& ways, uint64_t epoch,
+                                     int32_t num_tokens, int32_t tokens_per_window) {
   const NetworkShape& shape = network.shape;
   const NetworkMemory own = network.Own();
-  const int32_t lane = static_cast<int32_t>(blockIdx.x), index = network.node.rank;
-  int32_t first[kHostsPerLane], count[kHostsPerLane], told[kHostsPerLane], read[kHostsPerLane];
-  bool more = false;
-#pragma unroll
-  for (int i = 0; i < kHostsPerLane; ++i) {
-    const int32_t host = threadIdx.x % 32 + 32 * i;
-    const bool is_other = host < shape.num_hosts && host != network.host;
-    const ChunkShare share(is_other ? rows(host) : 0, rows_per_chunk, lane, gridDim.x);
-    first[i] = share.first;
-    count[i] = share.count;
-    told[i] = read[i] = 0;
-    more = more || count[i] > 0;
-  }
+  const int32_t index = network.node.rank, stride = gridDim.x;
   bool ok = true;
-  Deadline deadline;
-  while (more && ok) {
-    more = false;
-    uint64_t expected = 0, seen = 0;
-    WordKind kind = WordKind::kChunkArrived;
-    int32_t peer = 0;
-#pragma unroll
-    for (int i = 0; i < kHostsPerLane; ++i) {
-      const int32_t host = threadIdx.x % 32 + 32 * i;
-      const int32_t counterpart = host * shape.host_ranks + index;
-      if (told[i] < count[i] && told[i] < read[i] + kChunkSlots) {
-        const SlotIndex at{host, lane, told[i] % kChunkSlots};
-        const uint64_t word = ChunkWord(epoch, network.node.tag, first[i] + told[i]);
+  for (int32_t first = blockIdx.x; first < ways.count; first += 32 * stride) {
+    const int32_t number = first + static_cast<int32_t>(threadIdx.x % 32) * stride;
+    const Way way(ways, network, number);
+    const Windows windows(num_tokens, tokens_per_window, way.lane, ways.num_lanes);
+    const int32_t count = number < ways.count ? windows.count : 0;
+    const int32_t counterpart = way.host * shape.host_ranks + index;
+    int32_t told = 0, read = 0;
+    Deadline deadline;
+    while (read < count && ok) {
+      WordKind kind = WordKind::kNone;
+      int32_t peer = 0;
+      uint64_t expected = 0, seen = 0;
+      if (told < count && told < read + kChunkSlots) {
+        const SlotIndex at = way.Slot(told);
+        const uint64_t word = ChunkWord(epoch, network.node.tag, windows.first + told);
         uint64_t value;
         const Seen what = LookAt(own.arrived(at), word, value);
+        if (what == Seen::kOther) {
+          Fail(network.node, ErrorKind::kMismatch, WordKind::kChunkArrived, counterpart, word,
+               value, 0);
+          ok = false;
+          break;
+        }
         if (what == Seen::kHere) {
           net::Accept(own.arrived(at), word);
           for (int32_t d = 0; d < shape.host_ranks; ++d) {
             ptx::StoreReleaseSystem(network.Of(d).ready(index, at), word);
           }
-          ++told[i];
+          ++told;
           deadline = Deadline();
-        } else if (what == Seen::kOther) {
-          Fail(network.node, ErrorKind::kMismatch, kind, counterpart, word, value, 0);
-          ok = false;
-        } else {
-          kind = WordKind::kChunkArrived, peer = counterpart, expected = word, seen = value;
+          continue;
         }
+        kind = WordKind::kChunkArrived, peer = counterpart, expected = word, seen = value;
       }
-      if (read[i] < told[i]) {
-        const SlotIndex at{host, lane, read[i] % kChunkSlots};
-        const uint64_t word = ChunkWord(epoch, network.node.tag, first[i] + read[i]);
-        bool all = true;
-        for (int32_t d = 0; d < shape.host_ranks && all; ++d) {
+      if (read < told) {
+        const SlotIndex at = way.Slot(read);
+        const uint64_t word = ChunkWord(epoch, network.node.tag, windows.first + read);
+        int32_t d = 0;
+        for (; d < shape.host_ranks && kMutation != kWithoutDone; ++d) {
           uint64_t value;
-          all = kMutation == kWithoutDone || LookAt(own.done(d, at), word, value) == Seen::kHere;
-          if (!all) {
-            kind = WordKind::kChunkDone, expected = word, seen = value;
-            peer = network.host * shape.host_ranks + d;
-          }
+          if (LookAt(own.done(d, at), word, value) == Seen::kHere) continue;
+          kind = WordKind::kChunkDone, peer = network.host * shape.host_ranks + d;
+          expected = word, seen = value;
+          break;
         }
-        if (all) {
-          const SlotIndex there{network.host, lane, at.slot};
-          net::Signal(own.credit(there), word, network.counterpart_pe[host]);
-          ++read[i];
+        if (d == shape.host_ranks || kMutation == kWithoutDone) {
+          const SlotIndex there{network.host, at.lane, at.slot};
+          net::Signal(own.credit(there), word, network.counterpart_pe[way.host]);
+          ++read;
           deadline = Deadline();
+          continue;
         }
       }
-      more = more || read[i] < count[i];
-    }
-    if (more && ok && expected != 0) {
       ok = Continue(network, deadline, kind, peer, expected, seen);
     }
+    ok = __all_sync(~0u, ok);
   }
-  return __all_sync(~0u, ok);
+  return ok;
 }
 
-// Reads chunks in the memory of forwarders.
+// Reads the chunks of a way in the memory of the forwarder with `index`.
 class ChunkReader {
  public:
-  __device__ ChunkReader(const NetworkParams& network, uint64_t epoch)
-      : network_(network), epoch_(epoch) {}
+  __device__ ChunkReader(const NetworkParams& network, Way way, int32_t index, uint64_t epoch)
+      : network_(network), way_(way), index_(index), epoch_(epoch) {}
 
-  // Waits for the lane's `n`-th chunk from the rank with `index` on `host`, chunk `chunk` of its
-  // list. All lanes of a warp; the same in all of them.
-  __device__ bool Wait(int32_t host, int32_t index, int32_t n, int32_t chunk) const {
+  // Waits for the `n`-th chunk, that of `window`. All lanes of a warp; the same in all of them.
+  __device__ bool Wait(int32_t n, int32_t window) const {
     bool ok = true;
     if (threadIdx.x % 32 == 0 && kMutation != kWithoutChunk) {
-      const int32_t forwarder = network_.host * network_.shape.host_ranks + index;
-      ok = WaitWord(network_, network_.Own().ready(index, At(host, n)), Word(chunk),
+      const int32_t forwarder = network_.host * network_.shape.host_ranks + index_;
+      ok = WaitWord(network_, network_.Own().ready(index_, way_.Slot(n)), Word(window),
                     WordKind::kChunkReady, forwarder);
     }
     ok = __shfl_sync(~0u, ok, 0);
@@ -207,26 +206,24 @@ class ChunkReader {
     return ok;
   }
 
-  __device__ const char* Memory(int32_t host, int32_t index, int32_t n) const {
-    return network_.Of(index).in(At(host, n));
-  }
+  __device__ const char* Memory(int32_t n) const { return network_.Of(index_).in(way_.Slot(n)); }
 
   // All loads of the chunk by this warp are complete.
-  __device__ void Done(int32_t host, int32_t index, int32_t n, int32_t chunk) const {
+  __device__ void Done(int32_t n, int32_t window) const {
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
-    ptx::StoreReleaseSystem(network_.Of(index).done(network_.node.rank, At(host, n)), Word(chunk));
+    ptx::StoreReleaseSystem(network_.Of(index_).done(network_.node.rank, way_.Slot(n)),
+                            Word(window));
   }
 
  private:
-  __device__ SlotIndex At(int32_t host, int32_t n) const {
-    return {host, static_cast<int32_t>(blockIdx.x), n % kChunkSlots};
-  }
-  __device__ uint64_t Word(int32_t chunk) const {
-    return ChunkWord(epoch_, network_.node.tag, chunk);
+  __device__ uint64_t Word(int32_t window) const {
+    return ChunkWord(epoch_, network_.node.tag, window);
   }
 
   const NetworkParams& network_;
+  Way way_;
+  int32_t index_;
   uint64_t epoch_;
 };
 

@@ -21,9 +21,6 @@ constexpr int kPipes = kSenders + kReaders;  // pipe of warp w; the forwarder is
 constexpr int kThreads = (kPipes + 1) * 32;
 constexpr int kStagesBytes = 200 << 10;
 constexpr int kStageBytes = kStagesBytes / (kPipes * Pipe::kStages) / 128 * 128;
-// Rows of a chunk at most: one for each lane of a warp.
-constexpr int kMaxChunkRows = 32;
-
 // Shared memory of a block.
 constexpr int kBarriersAt = kZeroBytes;
 constexpr int kInputsAt = kBarriersAt + kPipes * Pipe::kStages * static_cast<int>(sizeof(uint64_t));
@@ -56,9 +53,11 @@ struct ChunkRow {
   }
 };
 
-__host__ __device__ int32_t RowsPerChunk(const NetworkDispatchParams& p) {
+// Tokens of a window: a chunk has room for the rows of all of them.
+__host__ __device__ int32_t WindowTokens(const NetworkDispatchParams& p) {
+  const int32_t room = p.network.shape.chunk_bytes - static_cast<int32_t>(sizeof(ChunkHeader));
   const int32_t bytes = ChunkRow(p).bytes;
-  return bytes == 0 ? kMaxChunkRows : plan::Min(p.network.shape.chunk_bytes / bytes, kMaxChunkRows);
+  return bytes == 0 ? kMaxWindow : plan::Min(room / bytes, kMaxWindow);
 }
 
 // The n-th of the others among `count`, beginning after `self`, so that not all ask the same one.
@@ -66,35 +65,52 @@ __device__ int32_t NthOther(int32_t self, int32_t n, int32_t count) {
   return (self + 1 + n) % count;
 }
 
-// A sender: the lane's chunks for every kSenders-th of the other hosts.
-__device__ bool SendChunks(const NetworkDispatchParams& p, uint64_t epoch, int32_t warp,
-                           Pipe& pipe) {
+// Whether a token has an expert on a host.
+__device__ bool GoesTo(const NetworkDispatchParams& p, int64_t token, int32_t host) {
+  for (int32_t k = 0; k < p.top_k; ++k) {
+    const int32_t expert = p.routes.topk[token * p.top_k + k];
+    if (expert >= 0 && expert / p.experts_per_host == host) return true;
+  }
+  return false;
+}
+
+// A sender: packs and sends the chunks of every kSenders-th of the block's ways.
+__device__ bool SendChunks(const NetworkDispatchParams& p, const Ways& ways, uint64_t epoch,
+                           int32_t warp, Pipe& pipe) {
   const NetworkParams& network = p.network;
-  const ChunkSender sender(network, epoch);
   const ChunkRow format(p);
   const Pieces pieces(p.row_bytes);
-  const int32_t lane = threadIdx.x % 32, rows_per_chunk = RowsPerChunk(p);
+  const int32_t lane = threadIdx.x % 32, window_tokens = WindowTokens(p);
   bool more = true;
   for (int32_t n = 0; more; ++n) {
     more = false;
-    for (int32_t i = warp; i < network.shape.num_hosts - 1; i += kSenders) {
-      const int32_t host = NthOther(network.host, i, network.shape.num_hosts);
-      const int32_t* tokens = p.routes.send_tokens + p.routes.send_start[host];
-      const int32_t count = p.routes.send_start[host + 1] - p.routes.send_start[host];
-      const ChunkShare share(count, rows_per_chunk, blockIdx.x, gridDim.x);
-      if (n >= share.count) continue;
+    for (int32_t number = blockIdx.x + warp * gridDim.x; number < ways.count;
+         number += kSenders * gridDim.x) {
+      const Way way(ways, network, number);
+      const Windows windows(p.num_tokens, window_tokens, way.lane, ways.num_lanes);
+      if (n >= windows.count) continue;
       more = true;
-      if (!sender.WaitSlot(host, n)) return false;
+      const ChunkSender sender(network, way, epoch);
+      if (!sender.WaitSlot(n)) return false;
       TestDelay(network.node.rank, epoch, 3);
-      const int32_t chunk = share.first + n, begin = chunk * rows_per_chunk;
-      const int32_t size = plan::Min(rows_per_chunk, count - begin);
-      char* const out = sender.Memory(host, n);
-      const int32_t token_of_lane = lane < size ? tokens[begin + lane] : 0;
+      const int32_t window = windows.first + n, first = window * window_tokens;
+      const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
+      const uint32_t tokens = __ballot_sync(~0u, lane < count && GoesTo(p, first + lane, way.host));
+      const int32_t size = __popc(tokens);
+      // Lane i knows the i-th of them.
+      int32_t token = first;
+      uint32_t left = tokens;
+      for (int32_t i = 0; i < size; ++i, left &= left - 1) {
+        if (lane == i) token += __ffs(static_cast<int>(left)) - 1;
+      }
+      char* const chunk = sender.Memory(n);
+      char* const out = chunk + sizeof(ChunkHeader);
+      if (lane == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
       pipe.Run(
           size * pieces.count, [&](int32_t item) { return pieces.Bytes(item % pieces.count); },
           [&](int32_t item) {
-            const int64_t token = __shfl_sync(~0u, token_of_lane, item / pieces.count);
-            return static_cast<const char*>(p.x) + token * p.row_bytes +
+            const int64_t of_item = __shfl_sync(~0u, token, item / pieces.count);
+            return static_cast<const char*>(p.x) + of_item * p.row_bytes +
                    pieces.Offset(item % pieces.count);
           },
           [&](int32_t item, const char* stage) {
@@ -103,69 +119,68 @@ __device__ bool SendChunks(const NetworkDispatchParams& p, uint64_t epoch, int32
             ptx::BulkStore(out + item / pieces.count * format.bytes + pieces.Offset(piece), stage,
                            pieces.Bytes(piece));
           });
-      for (int32_t j = lane; j < size * p.scales_per_row; j += 32) {
-        const int32_t row = j / p.scales_per_row, column = j % p.scales_per_row;
-        const int64_t token = tokens[begin + row];
-        reinterpret_cast<float*>(out + row * format.bytes + format.scales_at)[column] =
-            p.scales[token * p.scales_per_row + column];
-      }
-      for (int32_t j = lane; p.weights != nullptr && j < size * p.top_k; j += 32) {
-        const int32_t row = j / p.top_k, k = j % p.top_k;
-        const int64_t token = tokens[begin + row];
-        reinterpret_cast<float*>(out + row * format.bytes + format.weights_at)[k] =
-            p.weights[token * p.top_k + k];
+      for (int32_t i = 0; i < size; ++i) {
+        const int64_t of_row = __shfl_sync(~0u, token, i);
+        float* const scales = reinterpret_cast<float*>(out + i * format.bytes + format.scales_at);
+        for (int32_t j = lane; j < p.scales_per_row; j += 32) {
+          scales[j] = p.scales[of_row * p.scales_per_row + j];
+        }
+        float* const weights = reinterpret_cast<float*>(out + i * format.bytes + format.weights_at);
+        for (int32_t k = lane; p.weights != nullptr && k < p.top_k; k += 32) {
+          weights[k] = p.weights[of_row * p.top_k + k];
+        }
       }
       pipe.Finish();
-      sender.Send(host, n, chunk, size * format.bytes);
+      sender.Send(n, window, static_cast<int32_t>(sizeof(ChunkHeader)) + size * format.bytes);
     }
   }
   return true;
 }
 
-// Where the row of a place, its scales and its weights are.
-struct PlacedRow {
+// Where the row of a token, its scales and its weights are.
+struct SourceRow {
   const char* row;
   const float* scales;
   const float* weights;
 };
 
-// Brings the entries from `begin` to `end`, of one source rank, whose rows are at `where(place)`.
+// Brings the entries from `begin` to `end`, of one source rank, whose rows are at `where(token)`.
 // When it returns, all reads of them are complete. By one warp.
 template <typename Where>
 __device__ void BringEntries(const NetworkDispatchParams& p, const Pieces& pieces, Pipe& pipe,
                              int32_t begin, int32_t end, Where&& where) {
   const int32_t lane = threadIdx.x % 32;
-  const int32_t* const places = p.routes.recv_place;
+  const int32_t* const tokens = p.routes.recv_token;
   while (begin < end) {
     int32_t count = plan::Min(32, end - begin);
-    int32_t place = plan::kNone, row = 0;
+    int32_t token = plan::kNone, row = 0;
     if (lane < count) {
-      place = places[begin + lane];
+      token = tokens[begin + lane];
       row = p.routes.recv_row[begin + lane];
     }
-    // Entries with the same place lie together, and are read once. The last of them may be cut off,
+    // Entries of the same token lie together, and are read once. The last of them may be cut off,
     // unless it is the only one: no token has more than 32 rows on a rank.
-    const int32_t before = __shfl_up_sync(~0u, place, 1);
-    uint32_t heads = __ballot_sync(~0u, lane < count && (lane == 0 || place != before));
-    const int32_t last_place = __shfl_sync(~0u, place, count - 1);
-    if (begin + count < end && __popc(heads) > 1 && places[begin + count] == last_place) {
+    const int32_t before = __shfl_up_sync(~0u, token, 1);
+    uint32_t heads = __ballot_sync(~0u, lane < count && (lane == 0 || token != before));
+    const int32_t last_token = __shfl_sync(~0u, token, count - 1);
+    if (begin + count < end && __popc(heads) > 1 && tokens[begin + count] == last_token) {
       count = 31 - __clz(static_cast<int>(heads));
       heads &= (1u << count) - 1;
     }
-    const int32_t num_places = __popc(heads);
+    const int32_t num_tokens = __popc(heads);
     const uint32_t up_to_lane = lane == 31 ? ~0u : (2u << lane) - 1;
     const int32_t number = lane < count ? __popc(heads & up_to_lane) - 1 : plan::kNone;
-    // Lane i knows the i-th place.
-    int32_t nth_place = 0;
+    // Lane i knows the i-th token.
+    int32_t nth_token = 0;
     uint32_t left = heads;
-    for (int32_t i = 0; i < num_places; ++i, left &= left - 1) {
-      const int32_t found = __shfl_sync(~0u, place, __ffs(static_cast<int>(left)) - 1);
-      if (lane == i) nth_place = found;
+    for (int32_t i = 0; i < num_tokens; ++i, left &= left - 1) {
+      const int32_t found = __shfl_sync(~0u, token, __ffs(static_cast<int>(left)) - 1);
+      if (lane == i) nth_token = found;
     }
     pipe.Run(
-        num_places * pieces.count, [&](int32_t item) { return pieces.Bytes(item % pieces.count); },
+        num_tokens * pieces.count, [&](int32_t item) { return pieces.Bytes(item % pieces.count); },
         [&](int32_t item) {
-          const int32_t of_item = __shfl_sync(~0u, nth_place, item / pieces.count);
+          const int32_t of_item = __shfl_sync(~0u, nth_token, item / pieces.count);
           return where(of_item).row + pieces.Offset(item % pieces.count);
         },
         [&](int32_t item, const char* stage) {
@@ -175,17 +190,17 @@ __device__ void BringEntries(const NetworkDispatchParams& p, const Pieces& piece
           ptx::BulkStore(target, stage, pieces.Bytes(piece));
         });
     for (int32_t e = 0; p.scales_per_row != 0 && e < count; ++e) {
-      const float* from = where(__shfl_sync(~0u, place, e)).scales;
+      const float* from = where(__shfl_sync(~0u, token, e)).scales;
       float* to = p.row_scales + int64_t{__shfl_sync(~0u, row, e)} * p.scales_per_row;
       for (int32_t j = lane; j < p.scales_per_row; j += 32) to[j] = __ldcg(&from[j]);
     }
     if (p.weights != nullptr && p.layout == Layout::kExpert && lane < count) {
       const plan::Source source =
           plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k);
-      p.row_weights[row] = __ldcg(&where(place).weights[source.k]);
+      p.row_weights[row] = __ldcg(&where(token).weights[source.k]);
     }
     for (int32_t e = 0; p.weights != nullptr && p.layout == Layout::kToken && e < count; ++e) {
-      const float* from = where(__shfl_sync(~0u, place, e)).weights;
+      const float* from = where(__shfl_sync(~0u, token, e)).weights;
       const int64_t at = int64_t{__shfl_sync(~0u, row, e)} * p.top_k;
       for (int32_t k = lane; k < p.top_k; k += 32) {
         p.row_weights[at + k] = p.expert_idx[at + k] >= 0 ? __ldcg(&from[k]) : 0.0f;
@@ -195,14 +210,14 @@ __device__ void BringEntries(const NetworkDispatchParams& p, const Pieces& piece
   }
 }
 
-// The first entry from `begin` to `end` whose place is `place` or more. By one warp, which looks at
-// 32 of them at a time.
-__device__ int32_t FirstEntry(const int32_t* places, int32_t begin, int32_t end, int32_t place) {
+// The first entry from `begin` to `end` whose token is `token` or a later one. By one warp, which
+// looks at 32 of them at a time.
+__device__ int32_t FirstEntry(const int32_t* tokens, int32_t begin, int32_t end, int32_t token) {
   const int32_t lane = threadIdx.x % 32;
   while (begin < end) {
     const int32_t step = (end - begin + 31) / 32;
     const int32_t at = begin + lane * step;
-    const uint32_t below = __ballot_sync(~0u, at < end && places[at] < place);
+    const uint32_t below = __ballot_sync(~0u, at < end && tokens[at] < token);
     if (below == 0) return begin;
     const int32_t last = 31 - __clz(static_cast<int>(below));
     begin += last * step + 1;
@@ -216,7 +231,7 @@ __device__ void ReadHost(const NetworkDispatchParams& p, const PeerInputs& input
                          Pipe& pipe) {
   const NetworkParams& network = p.network;
   const Pieces pieces(p.row_bytes);
-  const int32_t* const places = p.routes.recv_place;
+  const int32_t* const tokens = p.routes.recv_token;
   const int32_t num_readers = kReaders * gridDim.x;
   const int32_t share_of = reader * gridDim.x + blockIdx.x;
   for (int32_t i = 0; i < network.shape.host_ranks; ++i) {
@@ -226,52 +241,56 @@ __device__ void ReadHost(const NetworkDispatchParams& p, const PeerInputs& input
     const int32_t share = (last - first + num_readers - 1) / num_readers;
     int32_t begin = plan::Min(first + share * share_of, last);
     int32_t end = plan::Min(begin + share, last);
-    // Not between entries of the same place.
-    while (begin > first && begin < last && places[begin] == places[begin - 1]) ++begin;
-    while (end > first && end < last && places[end] == places[end - 1]) ++end;
+    // Not between entries of the same token.
+    while (begin > first && begin < last && tokens[begin] == tokens[begin - 1]) ++begin;
+    while (end > first && end < last && tokens[end] == tokens[end - 1]) ++end;
     BringEntries(p, pieces, pipe, begin, end, [&](int64_t token) {
-      return PlacedRow{inputs.Of<char>(index, 0) + token * p.row_bytes,
+      return SourceRow{inputs.Of<char>(index, 0) + token * p.row_bytes,
                        inputs.Of<float>(index, 1) + token * p.scales_per_row,
                        inputs.Of<float>(index, 2) + token * p.top_k};
     });
   }
 }
 
-// A reader: the lane's chunks of every kReaders-th of the ranks on other hosts.
-__device__ bool ReadChunks(const NetworkDispatchParams& p, uint64_t epoch, int32_t reader,
-                           Pipe& pipe) {
+// A reader: the rows of this rank in the chunks of every kReaders-th of the ranks that the block's
+// ways lead to.
+__device__ bool ReadChunks(const NetworkDispatchParams& p, const Ways& ways, uint64_t epoch,
+                           int32_t reader, Pipe& pipe) {
   const NetworkParams& network = p.network;
   const NetworkShape& shape = network.shape;
-  const ChunkReader chunks(network, epoch);
   const ChunkRow format(p);
   const Pieces pieces(p.row_bytes);
-  const int32_t rows_per_chunk = RowsPerChunk(p);
-  const int32_t num_sources = (shape.num_hosts - 1) * shape.host_ranks;
+  const int32_t window_tokens = WindowTokens(p), lane = threadIdx.x % 32;
   bool more = true;
   for (int32_t n = 0; more; ++n) {
     more = false;
-    for (int32_t i = reader; i < num_sources; i += kReaders) {
-      const int32_t host = NthOther(network.host, i / shape.host_ranks, shape.num_hosts);
-      const int32_t index = (network.node.rank + i) % shape.host_ranks;
-      const int32_t rank = host * shape.host_ranks + index;
-      const ChunkShare share(p.routes.list_size[rank], rows_per_chunk, blockIdx.x, gridDim.x);
-      if (n >= share.count) continue;
+    for (int32_t i = reader;; i += kReaders) {
+      const int32_t number = blockIdx.x + i / shape.host_ranks * gridDim.x;
+      if (number >= ways.count) break;
+      const Way way(ways, network, number);
+      const Windows windows(p.num_tokens, window_tokens, way.lane, ways.num_lanes);
+      if (n >= windows.count) continue;
       more = true;
-      const int32_t chunk = share.first + n, first_place = chunk * rows_per_chunk;
+      const int32_t index = (network.node.rank + i) % shape.host_ranks;
+      const int32_t rank = way.host * shape.host_ranks + index;
+      const int32_t window = windows.first + n, first = window * window_tokens;
       const int32_t last = p.routes.recv_start[rank + 1];
-      const int32_t begin =
-          FirstEntry(p.routes.recv_place, p.routes.recv_start[rank], last, first_place);
-      const int32_t end =
-          FirstEntry(p.routes.recv_place, begin, last, first_place + rows_per_chunk);
-      if (!chunks.Wait(host, index, n, chunk)) return false;
+      const int32_t begin = FirstEntry(p.routes.recv_token, p.routes.recv_start[rank], last, first);
+      const int32_t end = FirstEntry(p.routes.recv_token, begin, last, first + window_tokens);
+      const ChunkReader chunks(network, way, index, epoch);
+      if (!chunks.Wait(n, window)) return false;
       TestDelay(network.node.rank, epoch, 4);
-      const char* memory = chunks.Memory(host, index, n);
-      BringEntries(p, pieces, pipe, begin, end, [&](int32_t place) {
-        const char* row = memory + (place - first_place) * format.bytes;
-        return PlacedRow{row, reinterpret_cast<const float*>(row + format.scales_at),
+      const char* const chunk = chunks.Memory(n);
+      uint32_t sent = 0;
+      if (lane == 0) sent = __ldcg(reinterpret_cast<const uint32_t*>(chunk));
+      sent = __shfl_sync(~0u, sent, 0);
+      BringEntries(p, pieces, pipe, begin, end, [&](int32_t token) {
+        const int32_t before = __popc(sent & ((1u << (token - first)) - 1));
+        const char* row = chunk + sizeof(ChunkHeader) + before * format.bytes;
+        return SourceRow{row, reinterpret_cast<const float*>(row + format.scales_at),
                          reinterpret_cast<const float*>(row + format.weights_at)};
       });
-      chunks.Done(host, index, n, chunk);
+      chunks.Done(n, window);
     }
   }
   return true;
@@ -322,13 +341,14 @@ __global__ void __launch_bounds__(kThreads)
   }
   ptx::FenceProxyAsyncShared();
   const bool ok = WaitInputs(node, op, inputs);  // and the zeros are there
+  const Ways ways(p.network.shape, gridDim.x);
   const int32_t warp = threadIdx.x / 32;
   if (ok && warp < kPipes) {
     Pipe pipe(memory + kStagesAt + warp * Pipe::kStages * kStageBytes,
               barriers + warp * Pipe::kStages, kStageBytes);
     ptx::FenceProxyAsyncGlobal();
     if (warp < kSenders) {
-      SendChunks(p, op.epoch, warp, pipe);
+      SendChunks(p, ways, op.epoch, warp, pipe);
     } else {
       const int32_t reader = warp - kSenders;
       const int32_t number = reader * gridDim.x + blockIdx.x, num_readers = kReaders * gridDim.x;
@@ -337,13 +357,11 @@ __global__ void __launch_bounds__(kThreads)
       RowClearer<NetworkDispatchParams> clearer(p, memory, number, num_readers);
       clearer.Advance(1, 1);
       ptx::CommitBulkGroup();
-      ReadChunks(p, op.epoch, reader, pipe);
+      ReadChunks(p, ways, op.epoch, reader, pipe);
     }
     pipe.Finish();
   } else if (ok) {
-    ForwardChunks(p.network, op.epoch, RowsPerChunk(p), [&](int32_t host) {
-      return p.routes.list_size[host * p.network.shape.host_ranks + node.rank];
-    });
+    ForwardChunks(p.network, ways, op.epoch, p.num_tokens, WindowTokens(p));
   }
   EndOp(node, op.epoch, [&] {
     if (threadIdx.x == 0) TellHosts(p.network);
@@ -358,7 +376,7 @@ cudaError_t LoadNetworkDispatch() {
                               kSharedBytes);
 }
 
-bool FitsNetworkDispatch(const NetworkDispatchParams& params) { return RowsPerChunk(params) > 0; }
+bool FitsNetworkDispatch(const NetworkDispatchParams& params) { return WindowTokens(params) > 0; }
 
 cudaError_t LaunchNetworkDispatch(const NetworkDispatchParams& params, cudaStream_t stream) {
   NetworkDispatchKernel<<<params.num_blocks, kThreads, kSharedBytes, stream>>>(params);

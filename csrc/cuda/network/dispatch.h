@@ -18,6 +18,7 @@ struct NetworkDispatchParams {
   plan::Layout layout;
   int32_t num_tokens;         // T
   int32_t top_k;              // K
+  int32_t experts_per_host;   // E / P
   int32_t capacity;           // C
   int32_t row_bytes;          // of a row as it travels; a multiple of 16
   int64_t row_stride;         // bytes from one row of `rows` to the next; row_bytes or more
@@ -30,7 +31,7 @@ struct NetworkDispatchParams {
   void* rows;                 // [C, row_stride], row_bytes of each are written
   float* row_scales;          // [C, scales_per_row], or null
   float* row_weights;         // [C] or [C, K], or null
-  int32_t num_blocks;         // the same on all ranks, at most shape.num_lanes
+  int32_t num_blocks;         // the same on all ranks
 };
 
 // Moves rows as they are. On failure every byte of the results is 0xff, which is NaN in every

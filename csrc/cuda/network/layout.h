@@ -7,8 +7,11 @@
 // once, to the counterpart there, which is its *forwarder*: the ranks of that host read it from the
 // forwarder's memory.
 //
-// Rows travel in chunks. A block of the kernel is a *lane*: it has slots of its own for every other
-// host, so that no block waits for another. A chunk's way, and the words that tell of it:
+// Rows travel in chunks: one for each *window* of a few neighbouring tokens and each other host,
+// with the rows of those tokens that go there, and a mask that tells which they are. So both ends
+// know how many chunks there are and which of them has a token, and all go through them in the same
+// order. The windows are split between *lanes*, which have slots of their own. A chunk's way, and
+// the words that tell of it:
 //
 //   sender     packs it into `out`, puts it into the counterpart's `in`     -> arrived, there
 //   forwarder  tells the ranks of its host                                  -> ready, at each of
@@ -34,7 +37,7 @@ constexpr int kChunkSlots = 2;
 struct NetworkShape {
   int32_t num_hosts;    // P
   int32_t host_ranks;   // n, ranks on each host
-  int32_t num_lanes;    // blocks of a kernel, at most
+  int32_t num_lanes;    // between two ranks, at most
   int32_t chunk_bytes;  // a multiple of 1024
 
   JAX_EP_HOST_DEVICE int64_t num_slots() const {
@@ -109,18 +112,39 @@ JAX_EP_HOST_DEVICE uint64_t ChunkWord(uint64_t epoch, uint32_t tag, int32_t chun
          static_cast<uint32_t>(chunk + 1);
 }
 
-// The chunks that a list of `count` rows is cut into, `rows` in each, and a lane's share of them:
-// neighbours, so that who reads a list goes through it once.
-struct ChunkShare {
-  int32_t first;
+// What a chunk begins with.
+struct alignas(16) ChunkHeader {
+  uint32_t tokens;  // of the window, one bit each: those whose rows follow, in their order
+};
+constexpr int kMaxWindow = 32;
+
+// The windows of a lane: neighbours, so that who goes through sorted entries does so once.
+struct Windows {
+  int32_t tokens;  // of each, but for the last one
+  int32_t first;   // of the lane
   int32_t count;
 
-  JAX_EP_HOST_DEVICE ChunkShare(int32_t count_of_rows, int32_t rows, int32_t lane,
-                                int32_t num_lanes) {
-    const int32_t chunks = (count_of_rows + rows - 1) / rows;
-    const int32_t share = (chunks + num_lanes - 1) / num_lanes;
-    first = share * lane < chunks ? share * lane : chunks;
-    count = first + share < chunks ? share : chunks - first;
+  JAX_EP_HOST_DEVICE Windows(int32_t num_tokens, int32_t tokens, int32_t lane, int32_t num_lanes)
+      : tokens(tokens) {
+    const int32_t total = (num_tokens + tokens - 1) / tokens;
+    const int32_t share = (total + num_lanes - 1) / num_lanes;
+    first = share * lane < total ? share * lane : total;
+    count = first + share < total ? share : total - first;
+  }
+};
+
+// What the blocks of a kernel do between hosts: each serves some of the *ways*, a lane to another
+// host each. All ranks run as many blocks.
+struct Ways {
+  int32_t num_lanes;  // to each host, that are used
+  int32_t count;
+
+  JAX_EP_HOST_DEVICE Ways(const NetworkShape& shape, int32_t num_blocks) {
+    const int32_t others = shape.num_hosts - 1;
+    num_lanes = others > 0 ? num_blocks / others : 0;
+    if (num_lanes > shape.num_lanes) num_lanes = shape.num_lanes;
+    if (num_lanes < 1) num_lanes = 1;
+    count = others * num_lanes;
   }
 };
 
