@@ -5,7 +5,7 @@ def pytest_tests(srcs, support, data, shards, once, deps):
 
     Args:
         srcs: The test files.
-        support: Modules that tests import, and the entry point tests/run_pytest.py.
+        support: Modules that tests import, and the entry point tests/support/run_pytest.py.
         data: Files that tests read.
         once: Files whose tests say the same with every version of Python and JAX, by name, and one test of
             each. The file's target is tagged "once", and another, NAME_sample, runs that test alone.
@@ -20,7 +20,7 @@ def pytest_tests(srcs, support, data, shards, once, deps):
             srcs = [src] + support,
             data = data,
             legacy_create_init = False,
-            main = "tests/run_pytest.py",
+            main = "tests/support/run_pytest.py",
             deps = deps,
         )
         native.py_test(

@@ -4,8 +4,8 @@
 suite forces 16 host devices and runs the reference and the native CPU backend; on another platform
 it takes the devices that are there, and tests that need more are skipped with that reason.
 
-``run_processes.py`` runs the suite in several processes, which ``lockstep.py`` keeps together. Groups
-that span processes are "cuda" on GPUs and "reference", on XLA's collectives, on CPU.
+``run_processes.py`` runs the suite in several processes, which ``support/lockstep.py`` keeps together.
+Groups that span processes are "cuda" on GPUs and "reference", on XLA's collectives, on CPU.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ collectives too then runs only with NCCL 2.30 and ``NCCL_MULTI_RANK_GPU_ENABLE=1
 The package and what its tests import must be there; ``pip install -e '.[test]'`` sees to both.
 
 With ``--window`` or ``--fill-cache`` it runs other stages: the most valuable ones, in nine minutes
-(see ``gpu_window.py``).
+(see ``support/gpu_window.py``).
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ import time
 from collections.abc import Iterable
 from typing import IO
 
+sys.path.insert(0, str(pathlib.Path(__file__).with_name("support")))
+
 import gpu_window
+import machine
 import mps
-import run_processes
 import window_stages
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -121,7 +123,7 @@ class Stage:
 
 def stages(gpus: int) -> dict[str, Stage]:
     """All stages by name, for a machine of so many GPUs."""
-    for_nccl = 1 if run_processes.NCCL_SHARES_GPUS else 2  # GPUs that two ranks of it need
+    for_nccl = 1 if machine.NCCL_SHARES_GPUS else 2  # GPUs that two ranks of it need
     shared = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".05"}  # tests that start processes
     found = {
         "kernels": Stage(  # bit by bit against the CPU backend, and times
@@ -224,7 +226,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("stages", nargs="*", metavar="STAGE")
     options = parser.parse_args(arguments)
-    gpus = run_processes.count_gpus()
+    gpus = machine.count_gpus()
     window = options.window or options.fill_cache is not None
     known: Iterable[str] = stages(gpus)
     if window:
@@ -278,7 +280,8 @@ def run(
 ) -> str:
     """How a stage went."""
     begin = time.monotonic()
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    folders = (ROOT, ROOT / "tests", ROOT / "tests" / "support")
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "JAX_EP_TEST_PLATFORM": "cuda",
@@ -286,7 +289,7 @@ def run(
         **stage.environment,
     }
     shares = stage.ranks > gpus
-    if shares and run_processes.NCCL_SHARES_GPUS:
+    if shares and machine.NCCL_SHARES_GPUS:
         environment.setdefault("NCCL_MAX_NCHANNELS", "8")  # see test_gpu_collectives.py
     with (
         mps.multi_process_service() if shares else contextlib.nullcontext({}) as variables,

@@ -18,15 +18,16 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
-# NCCL from 2.30 on lets ranks share a GPU where this is asked for; older ones refuse.
-NCCL_SHARES_GPUS = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+sys.path.insert(0, str(pathlib.Path(__file__).with_name("support")))
+
+from machine import count_gpus, free_port
+
 _DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
 _VERDICT = re.compile(r"\b(passed|failed|skipped|error|errors|deselected)\b.* in \d")
 _REPORT_S = 2.5  # seconds for the reports of processes that are interrupted
@@ -99,21 +100,6 @@ def _start(
                 )
             )
     return processes
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def count_gpus() -> int:
-    """GPUs that processes started from here see."""
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return len(visible.split(","))
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    return len(re.findall(r"^GPU \d+:", listed.stdout, re.MULTILINE))
 
 
 def _wait(

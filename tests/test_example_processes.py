@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-import run_processes
+import machine
 from byte_lm import cluster, data
 from byte_lm.config import RunConfig
 from byte_lm.run import Run
@@ -44,7 +44,7 @@ def test_two_processes_train_as_one(text, tmp_path, data_parallel):
     each = ranks_at_most(4) // 2
     make_mesh(2 * each)  # or the test is skipped
     alone, together = tmp_path / "alone", tmp_path / "together"
-    address = f"127.0.0.1:{run_processes.free_port()}"
+    address = f"127.0.0.1:{machine.free_port()}"
     arguments = (
         f"{train_moe_cli.TINY} --steps {STEPS} --checkpoint-every 5 --data-parallel {data_parallel} "
         f"--devices {each} --coordinator {address} --num-processes 2"

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import gpu_suite
-import run_processes
+import machine
 
 pytestmark = pytest.mark.one_process("starts programs of its own")
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.one_process("starts programs of its own")
 @pytest.fixture
 def suite(monkeypatch, tmp_path, capsys):
     """Runs stages made of Python programs, on a machine of one GPU; gives the status and the table."""
-    monkeypatch.setattr(run_processes, "count_gpus", lambda: 1)
+    monkeypatch.setattr(machine, "count_gpus", lambda: 1)
 
     def run(stages, *arguments):
         monkeypatch.setattr(gpu_suite, "stages", lambda gpus: stages)

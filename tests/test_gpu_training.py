@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gpu_processes
-import run_processes
+import machine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,13 +64,13 @@ def cpu_losses(text, tmp_path_factory):
 @pytest.mark.parametrize("count", [1, 2], ids=["one process", "two processes"])
 def test_loss_curve_is_that_of_the_cpu(text, cpu_losses, tmp_path, count, data_parallel):
     gpu_processes.need_two_ranks(count)
-    gpus = run_processes.count_gpus()
+    gpus = machine.count_gpus()
     out = tmp_path / "out"
     arguments = f"{OPTIONS} --data-parallel {data_parallel}"
     if count == 1:
         processes = [train_moe_cli.start(f"{arguments} --devices 2", data=text, out=out, **ON_GPU)]
     else:
-        address = f"127.0.0.1:{run_processes.free_port()}"
+        address = f"127.0.0.1:{machine.free_port()}"
         together = f"{arguments} --devices 1 --coordinator {address} --num-processes 2"
         processes = [
             train_moe_cli.start(

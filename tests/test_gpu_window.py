@@ -15,7 +15,7 @@ import pytest
 
 import gpu_suite
 import gpu_window
-import run_processes
+import machine
 import window_files
 import window_progress
 import window_stages
@@ -41,7 +41,7 @@ def runnable(gpus):
 @pytest.mark.parametrize("nccl_shares", [False, True])
 def test_budgets(monkeypatch, nccl_shares):
     """On two GPUs they add up to all the time; on one, none of it is planned for what cannot run."""
-    monkeypatch.setattr(run_processes, "NCCL_SHARES_GPUS", nccl_shares)
+    monkeypatch.setattr(machine, "NCCL_SHARES_GPUS", nccl_shares)
     total = window_stages.SECONDS - window_stages.RESERVE
     assert total < 540 and all(stage.seconds <= stage.most for stage in runnable(2))
     assert sum(map(window_stages.planned, window_stages.groups(runnable(2)))) == total
@@ -60,13 +60,13 @@ def test_order():
 
 
 def test_left_out_on_one_gpu(monkeypatch):
-    monkeypatch.setattr(run_processes, "NCCL_SHARES_GPUS", False)
+    monkeypatch.setattr(machine, "NCCL_SHARES_GPUS", False)
     out = {s.name: window_stages.why_not(s, 1) for s in window_stages.stages(1)}
     assert out["one_process"] == "needs 2 GPUs, there is 1"
     assert out["bench_1_process"] and out["bench_loads"]
     assert out["training"] and out["collectives"]
     assert out["bench_2_processes"] is None and out["processes_4"] is None
-    monkeypatch.setattr(run_processes, "NCCL_SHARES_GPUS", True)
+    monkeypatch.setattr(machine, "NCCL_SHARES_GPUS", True)
     out = {s.name: window_stages.why_not(s, 1) for s in window_stages.stages(1)}
     assert not out["training"] and not out["collectives"]
 
@@ -321,7 +321,7 @@ def test_a_build_that_failed_ends_the_window(window, tmp_path, monkeypatch):
 
 def test_from_the_command_line(monkeypatch, tmp_path, capsys):
     """SIGTERM ends the window with all files in order."""
-    monkeypatch.setattr(run_processes, "count_gpus", lambda: 1)
+    monkeypatch.setattr(machine, "count_gpus", lambda: 1)
     sleeps = stage("sleeps", "import os, time; os.kill(os.getppid(), 15); time.sleep(99)")
     monkeypatch.setattr(window_stages, "stages", lambda gpus: [sleeps])
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -353,7 +353,7 @@ def test_failures_show_at_once(tmp_path, workers):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "--rootdir", tmp_path, tmp_path],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(gpu_suite.ROOT / "tests")},
+        env={**os.environ, "PYTHONPATH": str(gpu_suite.ROOT / "tests" / "support")},
         capture_output=True,
         text=True,
         timeout=120,

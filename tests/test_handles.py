@@ -21,7 +21,7 @@ from jax_ep import _compat
 from jax_ep._errors import CommunicationError
 from jax_ep._groups import gpu_side, processes
 
-SCRIPT = pathlib.Path(__file__).with_name("handle_processes.py")
+SCRIPT = pathlib.Path(__file__).with_name("support") / "handle_processes.py"
 
 
 def play(scene: str, processes: int, folder: pathlib.Path, **env: str) -> list[object]:

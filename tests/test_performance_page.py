@@ -2,298 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import importlib.util
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from jax_ep.bench import records
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "docs" / "render_performance.py"
-
-
-@pytest.fixture(scope="module")
-def page():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))  # as where it is run: it imports its neighbours
-        return importlib.import_module("render_performance")
-
-
-@pytest.fixture(scope="module")
-def data(page):
-    return sys.modules["performance_data"]
-
-
-@pytest.fixture(scope="module")
-def targets(page):
-    return page.load_targets(page.TARGETS)
-
-
-@pytest.fixture
-def with_peers(targets, data):
-    """Targets with other figures of others."""
-
-    def make(*figures, op="dispatch_bf16_token", tokens=4096):
-        workload = (2, tokens, 7168, 8, 256)
-        peers = [
-            data.Peer(name, op, workload, sms, us, us - 1, us + 1) for name, sms, us in figures
-        ]
-        return {**targets, "peers": {**targets["peers"], "figures": peers}}
-
-    return make
-
-
-def record(**changes):
-    fields = {
-        "op": "dispatch",
-        "layout": "token",
-        "dtype": "bfloat16",
-        "quantization": "none",
-        "mode": "auto",
-        "routing": "uniform",
-        "ranks": 2,
-        "gpus": 2,
-        "processes": 1,
-        "tokens": 4096,
-        "hidden": 7168,
-        "top_k": 8,
-        "experts": 256,
-        "num_sms": 24,
-        "median_us": 195.0,
-        "p10_us": 194.0,
-        "p90_us": 197.0,
-        "wire_bytes": 58_700_000,
-        "wire_gbs": 301.0,
-        "logical_gbs": 602.0,
-        "ceiling_gbs": 391.0,
-        "workspace_bytes": 2**20,
-        "scratch_bytes": 2**21,
-        "staged": False,
-        "correct": True,
-        "device": "NVIDIA H200",
-        "versions": {"jax_ep": "0"},
-        "command": "",
-    }
-    made = {**fields, **changes}
-    records.check(made)
-    return made
-
-
-def loads(**changes):
-    """As benchmarks/loads.cu writes it."""
-    fields = {
-        "op": "loads",
-        "mover": "ld.global",
-        "in_flight": 4,
-        "use": "copy",
-        "memory": "local",
-        "row_bytes": 14336,
-        "blocks": 24,
-        "rows": 36864,
-        "us": 528.5,
-        "p10_us": 528.0,
-        "p90_us": 529.0,
-        "gbs": 1000.0,
-        "ceiling_gbs": 2000.0,
-        "correct": True,
-        "device": "NVIDIA H200",
-        "versions": {"cuda": 13000, "driver": 13000},
-        "command": "",
-    }
-    return {**fields, **changes}
-
-
-def kernel(**changes):
-    """As benchmarks/kernels.py writes it."""
-    fields = {
-        "op": "kernel",
-        "kernel": "dispatch",
-        "layout": "expert",
-        "dtype": "bfloat16",
-        "quantization": None,
-        "ranks": 2,
-        "gpus": 1,
-        "tokens": 2048,
-        "hidden": 7168,
-        "top_k": 8,
-        "experts": 128,
-        "alignment": 128,
-        "blocks": 64,
-        "us": 190.04,
-        "correct": True,
-        "device": "NVIDIA H200",
-        "versions": {"driver": "580"},
-        "command": "",
-    }
-    return {**fields, **changes}
-
-
-def rows(page, targets, results, name="targets"):
-    return page.TABLES[name](targets, results).splitlines()
-
-
-@pytest.mark.parametrize(
-    ("changes", "verdict"),
-    [
-        ({}, "met"),  # within three percent
-        ({"median_us": 203.5}, "missed: 1.10 x the target"),
-        ({"num_sms": 25}, "over the budget of 24 SMs"),
-        ({"correct": False}, "wrong or failed"),
-        ({"error": "faster than the link"}, "wrong or failed"),
-        ({"median_us": None}, "wrong or failed"),
-    ],
+from performance_page import (
+    ROOT,
+    SCRIPT,
+    headline,
+    loads,
+    page,
+    record,
+    rows,
+    targets,
+    with_peers,
 )
-def test_verdicts(page, targets, changes, verdict):
-    row = rows(page, targets, [record(**{"median_us": 190.0, **changes})])[2]
-    assert row.startswith("| dispatch bf16, token, T = 4096 |")
-    assert row.endswith(f"| {verdict} |")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"ranks": 4}, {"routing": "zipf"}, {"tokens": 2048}, {"name": "reference"}),
-        *({"gpus": 0}, {"gpus": 1}),
-    ],
-)
-def test_other_figures_are_not_taken_for_a_target(page, targets, changes):
-    text = page.TABLES["targets"](targets, [record(**changes)])
-    assert (
-        "No results are committed yet" in text
-        and "195" not in text.split("| dispatch bf16")[1][:60]
-    )
-
-
-def test_every_target_can_be_measured(data, targets):
-    """By a case of the suites, on the ranks that it is for."""
-    from jax_ep.bench import suites
-    from jax_ep.bench.machine import Machine
-
-    machine = Machine(ranks=2, processes=2, gpus=2)
-    cases = suites.suite("baselines", machine) + suites.suite("decode", machine)
-    without = set()
-    for figure in targets["figures"]:
-        match = {k: v for k, v in figure["match"].items() if k not in ("ranks", "dtype")}
-        hits = [
-            case
-            for case in cases
-            if all(getattr(case, f, data.DEFAULTS.get(f)) == value for f, value in match.items())
-            and case.row_dtype == figure["match"]["dtype"]
-        ]
-        if not hits:
-            without.add((figure["figure"], match["layout"], match["tokens"]))
-        best = min([peer.us for peer in data.peers_of(targets, figure["match"])], default=1e9)
-        assert max(figure["floor_us"]) <= figure["target_us"] < best
-        assert figure["max_num_sms"] == {"token": 24, "expert": 64}[match["layout"]]
-    assert not without
-
-
-def test_other_tables(page, data, targets):
-    layer = {"op": "layer", "layout": "expert", "intermediate": 256, "num_sms": None}
-    results = [
-        record(op="ceiling", name="device_put", logical_gbs=391.0),
-        record(op="plan", wire_gbs=0.0),
-        record(routing="zipf"),
-        record(op="exchange", name="jax.lax.all_to_all"),
-        record(op="exchange", name="broken", median_us=None, correct=False, error="it | broke"),
-        record(**layer, name="jax_ep", median_us=1000.0),
-        record(**layer, name="plain", median_us=2500.0),
-        {
-            **dict.fromkeys(data.GROUPED_DOT_FIELDS, 1.0),
-            "op": "grouped_dot",
-            "pass": "forward",
-            "dtype": "bfloat16",
-            "device": "H200",
-            "distribution": "equal",
-            "correct": True,
-        },
-        loads(),
-        kernel(),
-    ]
-    text = page.render(page.TEMPLATE.read_text(), targets, results)
-    assert "<!-- table" not in text and text.count("No results are committed yet") == 1  # targets
-    assert "device_put | 391.0 |" in text
-    assert "| plain | 2500.0 | 2.50 |" in text
-    assert "it / broke" in text
-    assert "| 1.0 | 2.0 | 3.0 |" in text  # memory
-    assert "| H200 | forward |" in text
-    assert "| local | copy | 14336 | ld.global | 1000 | 2000 |" in text
-    for line in text.splitlines():
-        assert not line.startswith("|") or line.endswith("|")
-
-
-def test_loads(page, targets):
-    assert "No results are committed yet" in page.TABLES["loads"](targets, [record()])
-    results = [
-        loads(),
-        loads(in_flight=8, gbs=1500.0),  # the better one counts
-        loads(blocks=8, gbs=400.0),
-        loads(row_bytes=7392, gbs=900.0),
-        loads(mover="bulk", in_flight=0, gbs=1200.0),
-        loads(mover="bulk", in_flight=0, blocks=8, gbs=300.0, correct=False),
-    ]
-    assert rows(page, targets, results, "loads") == [
-        "| device | memory | use | row bytes | mover | 8 blocks | 24 blocks | cudaMemcpyAsync |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| NVIDIA H200 | local | copy | 14336 | ld.global | 400 | 1500 | 2000 |",
-        "| NVIDIA H200 | local | copy | 7392 | ld.global |  | 900 | 2000 |",
-        "| NVIDIA H200 | local | copy | 14336 | bulk | WRONG | 1200 | 2000 |",
-    ]
-
-
-def test_kernels(page, targets):
-    assert "No results are committed yet" in page.TABLES["kernels"](targets, [record()])
-    results = [
-        kernel(),
-        kernel(blocks=24, us=400.0),
-        kernel(quantization="fp8", us=100.0),
-        kernel(kernel="combine", correct=False),
-    ]
-    assert rows(page, targets, results, "kernels") == [
-        "| device | kernel | layout | rows | ranks | T | 24 SMs | 64 SMs |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| NVIDIA H200 | dispatch | expert | bfloat16 | 2 | 2048 | 400.0 | 190.0 |",
-        "| NVIDIA H200 | dispatch | expert | fp8 | 2 | 2048 |  | 100.0 |",
-        "| NVIDIA H200 | combine | expert | bfloat16 | 2 | 2048 |  | WRONG |",
-    ]
-
-
-def test_records_of_kernels():
-    """What kernels_test prints becomes records; other output does not."""
-    spec = importlib.util.spec_from_file_location("kernels", ROOT / "benchmarks" / "kernels.py")
-    kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels)
-    output = """\
-R=2 T=2048 K=8 E=128 H=7168 C=20480 expert bf16 blocks=32
-  plan             11.2 us
-  dispatch        190.0 us   146.4 GB/s
-  combine_vjp     410.1 us    71.6 GB/s
-  combine         200.5 us   136.9 GB/s
-  all right
-"""
-    made = kernels.records_of(output, "expert", None, 64)
-    assert [(r["kernel"], r["us"]) for r in made] == [
-        ("plan", 11.2),
-        ("dispatch", 190.0),
-        ("combine_vjp", 410.1),
-        ("combine", 200.5),
-    ]
-    assert all(r["correct"] and r["blocks"] == 64 and r["quantization"] is None for r in made)
-    (only,) = kernels.records_of(output.replace("all right", "3 WRONG"), "expert", "fp8", 64)
-    assert (only["kernel"], only["quantization"], only["correct"]) == ("dispatch", "fp8", False)
-    with pytest.raises(ValueError, match="expected times of kernels"):
-        kernels.records_of("no CUDA-capable device is detected", "expert", None, 64)
-
-
-def test_unknown_tables_and_records_say_so(page, targets, tmp_path):
+def test_unknown_tables_and_records_say_so(tmp_path):
     with pytest.raises(ValueError, match="no table 'speed'"):
         page.render("<!-- table: speed -->", targets, [])
     (tmp_path / "a.json").write_text(json.dumps([{"op": "grouped_dot"}]))
@@ -309,147 +39,7 @@ def test_unknown_tables_and_records_say_so(page, targets, tmp_path):
     assert page.load_results(tmp_path) == [record(), loads()]
 
 
-def test_headline_takes_figures_from_records_and_from_others(page, with_peers):
-    targets = with_peers(("DeepEP V2", 24, 300.0), ("DeepEP V2", 64, 250.0), ("NCCL EP", 0, 400.0))
-
-    def first(*results):
-        return rows(page, targets, list(results), "headline")[2]
-
-    theirs = "DeepEP V2 250.0 @64"
-    start = "| 4096 | dispatch bf16 | token |"
-    found = record(processes=2)
-    assert first(found) == f"{start} 195.0 @24 | {theirs} | 0.78 | 185 | 168 to 175 |"
-    slower = record(processes=2, median_us=275.0, num_sms=16)
-    assert first(slower) == f"{start} 275.0 @16 | {theirs} | 1.10 | 185 | 168 to 175 |"
-    assert first() == f"{start} not measured | {theirs} | – | 185 | 168 to 175 |"
-    assert "| wrong or failed |" in first(record(processes=2, correct=False))
-    assert "| wrong or failed |" in first({**found, "error": "faster than the link"})
-    assert "| 275.0 @16 |" in first(found, slower)  # the newest file's
-    lines = rows(page, targets, [found], "headline")
-    assert all("not measured | – | – |" in line for line in lines[3:])
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"processes": 1},  # the others' conditions differ
-        {"device": "NVIDIA H100"},
-        {"gpus": 1},
-        {"capacity": "default"},
-    ],
-)
-def test_headline_compares_like_with_like(page, targets, changes):
-    row = rows(page, targets, [{**record(processes=2), **changes}], "headline")[2]
-    assert "| not measured |" in row
-
-
-def test_headline_takes_records_that_say_their_capacity(page, targets):
-    row = rows(page, targets, [{**record(processes=2), "capacity": "exact"}], "headline")[2]
-    assert "| 195.0 @24 |" in row
-
-
-def test_best_of_each_library(page, data, targets):
-    """Of the committed figures: the fastest first, each library once, none along a handle."""
-    match = targets["figures"][0]["match"]
-    best = data.peers_of(targets, match)
-    assert [peer.name for peer in best] == ["DeepEP V2", "DeepEP V1", "NCCL EP"]
-    assert [peer.num_sms for peer in best] == [64, 24, 0]
-    assert all(peer.op == "dispatch_bf16_token" for peer in best)
-    cast = data.peers_of(
-        targets, {**match, "tokens": 128, "layout": "expert", "quantization": "fp8"}
-    )
-    assert [peer.name for peer in cast] == ["DeepEP V1 low latency"]
-    assert data.peers_of(targets, {**match, "quantization": "fp8"}) == []
-    assert data.peers_of(targets, {**match, "hidden": 2048}) == []
-
-
-def test_summary_names_where_jax_ep_is_slower(page, with_peers):
-    targets = with_peers(("DeepEP V2", 64, 100.0))
-
-    def summary(*results):
-        return page.TABLES["summary"](targets, list(results)).replace("\n", " ")
-
-    assert "were not measured on the same op yet" in summary()
-    assert summary(record(processes=2, median_us=80.0)).startswith(
-        "Of 1 rows with figures of both, jax_ep is faster in 1 (0.80 of the best other time). Half"
-    )
-    assert summary(record(processes=2, median_us=140.0)).startswith(
-        "Of 1 rows with figures of both, jax_ep is faster in 0 and slower in 1 (1.40 of it): "
-        "with T = 4096 dispatch bf16 (token). Half"
-    )
-    both = {**targets["peers"], "figures": targets["peers"]["figures"] * 2}
-    both["figures"][1] = dataclasses.replace(both["figures"][0], op="combine_bf16_token")
-    text = page.TABLES["summary"]({**targets, "peers": both}, [record(processes=2)])
-    assert "1 more have figures of others only." in text.replace("\n", " ")
-    text = summary(record(processes=2, median_us=100.0, p10_us=90.0, p90_us=120.0))
-    assert "15.0% to 15.0% for jax_ep (in the middle 15.0%) and 1.0% to 1.0% for the others" in text
-
-
-def test_layer_ratio(page, targets):
-    layer = {"op": "layer", "layout": "expert", "intermediate": 256, "processes": 2}
-    mine = record(**layer, name="jax_ep", median_us=5000.0)
-    other = record(**layer, name="all_to_all", median_us=20000.0)
-
-    def ratio(*results):
-        return page.TABLES["layer_ratio"](targets, list(results)).replace("\n", " ")
-
-    assert "takes 5.00 ms; the same layer" in ratio(mine, other)
-    assert "takes 20.00 ms, 4.0 times as long." in ratio(mine, other)
-    for results in ((mine,), (other,), (mine, {**other, "correct": False}), ()):
-        assert ratio(*results).endswith("`jax.lax.all_to_all`: not measured.")
-    assert "not measured" in ratio({**mine, "tokens": 128}, other)
-    # Room for any routing is a time of its own, whatever order the records have.
-    roomy = {**mine, "capacity": "default", "median_us": 6000.0}
-    for results in ((roomy, mine, other), (mine, other, roomy)):
-        assert "takes 5.00 ms; the same layer" in ratio(*results)
-        assert ratio(*results).endswith("room for any routing, jax_ep takes 6.00 ms.")
-        table = rows(page, targets, list(results), "layer")
-        assert any("jax_ep, default capacity" in row and "1.20" in row for row in table)
-
-
-def test_rates_above_the_ceiling(page, targets):
-    ceiling = record(op="ceiling", name="ppermute", wire_gbs=300.0, ceiling_gbs=300.0)
-    slow, fast = (record(wire_gbs=rate, ceiling_gbs=300.0) for rate in (290.0, 330.0))
-
-    def beyond(*results):
-        return page.TABLES["beyond"](targets, list(results)).replace("\n", " ")
-
-    assert beyond(ceiling, slow) == "No rate on this page is above the ceiling of its run."
-    text = beyond(ceiling, slow, fast, loads(), record(wire_gbs=None))
-    assert "it is what `ppermute` reached, and other movers" in text
-    assert text.startswith("1 records have a rate above the ceiling of their run, by up to 10.0%:")
-    # Copies in memory that ranks share are no ceiling of a link, nor are rates there over one.
-    memory = {"memory_gbs": 400.0, "ranks": 2, "gpus": 1}
-    copies = record(op="ceiling", name="bulk copies", ceiling_gbs=4000.0, **memory)
-    shared = record(wire_gbs=9000.0, ceiling_gbs=4000.0, **memory)
-    assert beyond(ceiling, slow, fast, loads(), record(wire_gbs=None), copies, shared) == text
-    for mover in targets["movers"]["figures"]:
-        assert f"{mover['name']} {mover['gbs']} GB/s" in text
-
-
-def test_figures_of_others(page, targets):
-    """All that are in the file stand on the page; a file that says something else is refused."""
-    lines = (page.TARGETS.parent / targets["peers"]["file"]).read_text().splitlines()
-    assert len(rows(page, targets, [], "peers")) == 2 + len(lines)
-    fastest = min((json.loads(line) for line in lines), key=lambda fields: fields["us"])
-    assert f"| {fastest['us']:.1f} |" in page.TABLES["peers"](targets, [])
-
-
-def test_files_of_others_are_checked(data, targets, tmp_path):
-    names, path = targets["peers"]["names"], tmp_path / "peers.jsonl"
-    line = {**dict.fromkeys(data.PEER_FIELDS, 1), "tag": "v2p", "op": "dispatch_bf16_token"}
-    path.write_text(json.dumps(line) + "\n")
-    assert data.load_peers(path, names)[0].name == "DeepEP V2"
-    path.write_text(json.dumps({**line, "tag": "v9"}))
-    with pytest.raises(ValueError, match=r"peers\.jsonl: line 1: expected a tag of .*'v9'"):
-        data.load_peers(path, names)
-    path.write_text(json.dumps({"op": "dispatch"}))
-    with pytest.raises(ValueError, match=r"peers\.jsonl: line 1: fields .*'us'"):
-        data.load_peers(path, names)
-
-
-def test_readme_has_the_rows_that_are_marked(page, targets):
-    headline = sys.modules["performance_headline"]
+def test_readme_has_the_rows_that_are_marked():
     text = f"before\n{headline.START}\nold\n{headline.END}\nafter\n"
     made = headline.readme(text, targets, [record(processes=2)])
     assert made.startswith(f"before\n{headline.START}\n")
@@ -457,15 +47,15 @@ def test_readme_has_the_rows_that_are_marked(page, targets):
     assert "old" not in made and "| 195.0 @24 |" in made
     table = [line for line in made.splitlines() if line.startswith("| ")][2:]
     assert len(table) == sum(figure.get("headline", False) for figure in targets["figures"]) == 6
-    assert set(table) <= set(rows(page, targets, [record(processes=2)], "headline"))
+    assert set(table) <= set(rows(targets, [record(processes=2)], "headline"))
     assert headline.readme(made, targets, [record(processes=2)]) == made
     for broken in ("", headline.START, f"{headline.END}{headline.START}", text + headline.END):
         with pytest.raises(ValueError, match=r"README\.md: expected '<!-- headline -->'"):
             headline.readme(broken, targets, [])
 
 
-def test_picture_knows_what_it_shows(page, with_peers, tmp_path):
-    headline, plot = sys.modules["performance_headline"], page.plot
+def test_picture_knows_what_it_shows(tmp_path):
+    plot = page.plot
     targets = with_peers(("DeepEP V2", 64, 250.0), ("NCCL EP", 0, 4000.0))  # one is cut
     shown = headline.rows(targets, [record(processes=2)])
     picture = tmp_path / "picture.png"
@@ -490,7 +80,7 @@ def test_picture_knows_what_it_shows(page, with_peers, tmp_path):
 
 
 @pytest.fixture
-def copies(page, tmp_path, monkeypatch):
+def copies(tmp_path, monkeypatch):
     """The script at work on copies of what it writes."""
     for name in ("PAGE", "README", "PICTURE"):
         copy = tmp_path / getattr(page, name).name
@@ -505,7 +95,7 @@ def copies(page, tmp_path, monkeypatch):
     return run
 
 
-def test_check_finds_what_is_out_of_date(page, copies, capsys, monkeypatch):
+def test_check_finds_what_is_out_of_date(copies, capsys, monkeypatch):
     assert copies("--check") == 0
     results = page.load_results(page.RESULTS)
     changed = [
@@ -524,7 +114,7 @@ def test_check_finds_what_is_out_of_date(page, copies, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("performance.png is out of date")
 
 
-def test_without_matplotlib(page, copies, capsys, monkeypatch):
+def test_without_matplotlib(copies, capsys, monkeypatch):
     """It is needed to draw, and only then."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert copies("--check") == 0

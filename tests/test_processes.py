@@ -136,13 +136,11 @@ def test_ends():
 
 @pytest.fixture
 def failing(tmp_path) -> str:
-    """A test file that fails, in a folder with the suite's own modules on the path."""
+    """A test file that fails, in a folder of its own; CONFIG puts the suite's modules on the path."""
     path = tmp_path / "test_failing.py"
     path.write_text(FAILING)
-    tests = pathlib.Path(__file__).parent
-    (tmp_path / "conftest.py").write_text((tests / "conftest.py").read_text())
-    for name in ("lockstep", "run_processes", "spmd"):
-        (tmp_path / f"{name}.py").write_text((tests / f"{name}.py").read_text())
+    conftest = pathlib.Path(__file__).with_name("conftest.py")
+    (tmp_path / "conftest.py").write_text(conftest.read_text())
     return str(path)
 
 

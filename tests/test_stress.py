@@ -19,7 +19,7 @@ pytestmark = [
     ),
     pytest.mark.one_process("its programs have processes of their own"),
 ]
-PROGRAMS = pathlib.Path(__file__).with_name("stress_programs.py")
+PROGRAMS = pathlib.Path(__file__).with_name("support") / "stress_programs.py"
 
 
 def run(*arguments: str, timeout: float = 60) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax_ep
 
-_EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+_EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(_EXAMPLES))
 
 from byte_lm.config import ModelConfig, TrainConfig  # noqa: E402

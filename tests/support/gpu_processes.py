@@ -1,6 +1,6 @@
 """Programs of several processes that share one or more GPUs, a rank each.
 
-    python tests/gpu_processes.py PROGRAM PROCESSES
+    python tests/support/gpu_processes.py PROGRAM PROCESSES
 
 starts the processes, which run the function of that name below. XLA's own collectives rarely run
 with two processes on one GPU, so results are compared with NumPy, each rank its own.
@@ -12,7 +12,6 @@ import contextlib
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-import run_processes
+import machine
 from jax_ep import _compat
 from jax_ep._groups import gpu_side
 
@@ -41,15 +40,13 @@ def need_two_ranks(processes: int) -> None:
     if jax.local_device_count() < 2:
         if processes == 1:
             pytest.skip("needs two GPUs: a process has one rank on each")
-        if not run_processes.NCCL_SHARES_GPUS:
+        if not machine.NCCL_SHARES_GPUS:
             pytest.skip("needs two GPUs, or NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL 2.30")
 
 
 def start(program: str, processes: int, num_gpus: int, **env: str) -> list[subprocess.Popen[str]]:
     """Start ``program`` in so many processes, rank i on GPU i modulo ``num_gpus``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = machine.free_port()
     fraction = 0.7 / -(-processes // num_gpus)
     root = pathlib.Path(jax_ep.__file__).parent.parent
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -24,14 +24,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import machine
 import mps
-import run_processes
 import window_cache
 import window_stages
 from window_files import Files, Row, line
 from window_stages import GRACE, RESERVE, Stage
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 _UPDATE_S = 1.0
 _QUICK_GRACE = 3.0  # seconds for stages to end where the whole window is told to
 # A library that was built from other sources may load, but lacks targets; one that was built with the
@@ -76,7 +76,7 @@ def main(
         rehearses: Only the cache matters: stages may take what time is left, and leave no results.
     """
     with tempfile.TemporaryDirectory(prefix="jax_ep_window_", ignore_cleanup_errors=True) as work:
-        gpus = run_processes.count_gpus()
+        gpus = machine.count_gpus()
         stages = [s for s in window_stages.stages(gpus) if not names or s.name in names]
         window = Window(stages, gpus, out, pathlib.Path(work), binaries, seconds, fill, rehearses)
         if cache is not None:
@@ -211,7 +211,7 @@ class Window:
         """Run the commands of a stage; "ok", "ended" or "FAILED: …"."""
         environment = self._environment(stage)
         shares = stage.ranks > self.gpus
-        if shares and run_processes.NCCL_SHARES_GPUS:
+        if shares and machine.NCCL_SHARES_GPUS:
             environment.setdefault("NCCL_MAX_NCHANNELS", "8")  # see test_gpu_collectives.py
         service = mps.multi_process_service() if shares else contextlib.nullcontext({})
         with service as variables, self.files.log_of(stage).open("ab") as log:

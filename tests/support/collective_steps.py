@@ -1,6 +1,6 @@
 """Steps in which all-reduces go on beside dispatch and combine; each checks itself on the device.
 
-    python tests/collective_steps.py PROCESSES
+    python tests/support/collective_steps.py PROCESSES
 
 runs them on two devices, in one process or in two of one device each, and prints what they took.
 
@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 import gpu_processes
 import jax_ep
-import run_processes
+import machine
 
 RANKS, TOP_K = 2, 4
 EXPERTS = 8 * RANKS
@@ -277,7 +277,7 @@ def start(platform: str, processes: int, **env: str) -> list[subprocess.Popen[st
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1",  # the tests' own process holds most of the memory
     }
     env["XLA_FLAGS"] = f"{flags} {env.get('XLA_FLAGS', '')}".strip()
-    port = run_processes.free_port()
+    port = machine.free_port()
     return [
         subprocess.Popen(
             [sys.executable, "-W", "error", __file__, str(processes), str(index), str(port)],
@@ -353,7 +353,7 @@ def main(arguments: Sequence[str]) -> int:
             address,
             processes,
             index,
-            local_device_ids=[index % run_processes.count_gpus()] if on_gpus else None,
+            local_device_ids=[index % machine.count_gpus()] if on_gpus else None,
             # Without it the service binds [::], which fails where there is no IPv6.
             coordinator_bind_address=address if index == 0 else None,
         )

@@ -16,7 +16,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Literal
 
-import run_processes
+import machine
 
 SECONDS = 540.0  # for all
 RESERVE = 12.0  # of them, for processes that end slowly, and for the last look at what they left
@@ -86,7 +86,7 @@ def stages(gpus: int) -> list[Stage]:
     Budgets are those of two GPUs, on which they add up to ``SECONDS`` less ``RESERVE``. What a stage
     leaves, or one that cannot run here, goes to those after it.
     """
-    for_nccl = 1 if run_processes.NCCL_SHARES_GPUS else 2
+    for_nccl = 1 if machine.NCCL_SHARES_GPUS else 2
     return [
         Stage("build", [f"bash -c '{_BUILD}'"], "build", 24, 150, "build"),
         Stage("build_loads", [f"bash -c '{_LOADS}'"], "build", 24, 150, "build"),
@@ -161,7 +161,7 @@ def _bench(processes: int, gpus: int, seconds: float, most: float) -> Stage:
     """All suites in processes that are started once, which takes them ten seconds."""
     name = f"bench_{processes}_process{'es' if processes > 1 else ''}"
     shares = processes > gpus
-    program = "tests/window_bench.py" if shares else "-m jax_ep.bench"
+    program = "tests/support/window_bench.py" if shares else "-m jax_ep.bench"
     return Stage(
         name,
         [

@@ -1,6 +1,6 @@
 """``jax_ep.bench`` with the workloads of ranks that have a GPU each, where they share one.
 
-    python tests/window_bench.py --suite baselines --ranks 2 --processes 2
+    python tests/support/window_bench.py --suite baselines --ranks 2 --processes 2
 
 The benchmarks take smaller workloads where ranks share GPUs. A rehearsal of the window on one GPU wants
 those of two, so that its programs are the same and one GPU fills the compilation cache.

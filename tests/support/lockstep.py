@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-import run_processes
+import machine
 
 COUNT = int(os.environ.get("JAX_EP_TEST_PROCESSES", "1"))
 INDEX = int(os.environ.get("JAX_EP_TEST_PROCESS", "0"))
@@ -58,7 +58,7 @@ def why_not(item: pytest.Item, platform: str) -> str | None:
         return None
     if marker := item.get_closest_marker("one_process"):
         return f"for one process: {marker.args[0]}"
-    refused = platform == "cuda" and SHARED_GPUS and not run_processes.NCCL_SHARES_GPUS
+    refused = platform == "cuda" and SHARED_GPUS and not machine.NCCL_SHARES_GPUS
     if refused and item.get_closest_marker("needs_collectives"):
         return (
             f"needs XLA's collectives, which NCCL refuses to {COUNT} processes on {_GPUS} GPUs "

@@ -1,7 +1,7 @@
 """Makes keys of JAX's persistent compilation cache that one GPU can fill for two.
 
 JAX imports what it finds in the namespace package ``jax_plugins`` when it starts, so ``PYTHONPATH``
-brings this into all processes of a run (see ``tests/window_cache.py``). It changes three things:
+brings this into all processes of a run (see ``window_cache.py``). It changes three things:
 
 * The key of a program on GPUs holds the kinds of its devices and not the fingerprint of their topology,
   which tells hosts by their CPUs. How devices are spread over processes is left in it only for programs

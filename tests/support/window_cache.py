@@ -97,7 +97,8 @@ def unpack(parts: pathlib.Path, folder: pathlib.Path) -> int:
 
 def python_path(root: pathlib.Path) -> str:
     """``PYTHONPATH`` of processes that use the cache."""
-    paths = [str(root), str(root / "tests"), str(PLUGIN), os.environ.get("PYTHONPATH", "")]
+    folders = (root, root / "tests", root / "tests" / "support", PLUGIN)
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     return os.pathsep.join(filter(None, paths))
 
 

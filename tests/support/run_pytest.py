@@ -33,7 +33,7 @@ class Shard:
 
 def main(arguments: list[str]) -> int:
     """Runs pytest from the root of the source tree; nothing to run is no failure."""
-    os.chdir(pathlib.Path(__file__).parents[1])
+    os.chdir(pathlib.Path(__file__).parents[2])
     # An editable install in this interpreter would come before Bazel's build, which is on the path,
     # and add the libraries that Bazel has not built.
     sys.meta_path[:] = [

@@ -1,6 +1,6 @@
 """Several real processes that make groups of GPUs together, without GPUs.
 
-    python tests/handle_processes.py SCENE FOLDER RANK PROCESSES
+    python tests/support/handle_processes.py SCENE FOLDER RANK PROCESSES
 
 The native library is replaced by one whose device memory is files in memory, and JAX's key-value
 store by files in FOLDER. A process prints what it saw as one line of JSON.

@@ -1,0 +1,124 @@
+"""The script that renders docs/performance.md, and records for it as benchmarks write them.
+
+Importing this module puts docs/ on the path, as where the script runs: it imports its neighbours there.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Any
+
+from jax_ep.bench import records
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "docs" / "render_performance.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import performance_data as data  # noqa: E402
+import performance_headline as headline  # noqa: E402, F401 (for tests)
+import render_performance as page  # noqa: E402
+
+targets = page.load_targets(page.TARGETS)
+
+
+def with_peers(
+    *figures: tuple[str, int, float], op: str = "dispatch_bf16_token", tokens: int = 4096
+) -> dict[str, Any]:
+    """The targets with other figures of others, each a library, its SMs and its microseconds."""
+    workload = (2, tokens, 7168, 8, 256)
+    peers = [data.Peer(name, op, workload, sms, us, us - 1, us + 1) for name, sms, us in figures]
+    return {**targets, "peers": {**targets["peers"], "figures": peers}}
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """As ``python -m jax_ep.bench`` writes it."""
+    fields = {
+        "op": "dispatch",
+        "layout": "token",
+        "dtype": "bfloat16",
+        "quantization": "none",
+        "mode": "auto",
+        "routing": "uniform",
+        "ranks": 2,
+        "gpus": 2,
+        "processes": 1,
+        "tokens": 4096,
+        "hidden": 7168,
+        "top_k": 8,
+        "experts": 256,
+        "num_sms": 24,
+        "median_us": 195.0,
+        "p10_us": 194.0,
+        "p90_us": 197.0,
+        "wire_bytes": 58_700_000,
+        "wire_gbs": 301.0,
+        "logical_gbs": 602.0,
+        "ceiling_gbs": 391.0,
+        "workspace_bytes": 2**20,
+        "scratch_bytes": 2**21,
+        "staged": False,
+        "correct": True,
+        "device": "NVIDIA H200",
+        "versions": {"jax_ep": "0"},
+        "command": "",
+    }
+    made = {**fields, **changes}
+    records.check(made)
+    return made
+
+
+def loads(**changes: Any) -> dict[str, Any]:
+    """As benchmarks/loads.cu writes it."""
+    fields = {
+        "op": "loads",
+        "mover": "ld.global",
+        "in_flight": 4,
+        "use": "copy",
+        "memory": "local",
+        "row_bytes": 14336,
+        "blocks": 24,
+        "rows": 36864,
+        "us": 528.5,
+        "p10_us": 528.0,
+        "p90_us": 529.0,
+        "gbs": 1000.0,
+        "ceiling_gbs": 2000.0,
+        "correct": True,
+        "device": "NVIDIA H200",
+        "versions": {"cuda": 13000, "driver": 13000},
+        "command": "",
+    }
+    return {**fields, **changes}
+
+
+def kernel(**changes: Any) -> dict[str, Any]:
+    """As benchmarks/kernels.py writes it."""
+    fields = {
+        "op": "kernel",
+        "kernel": "dispatch",
+        "layout": "expert",
+        "dtype": "bfloat16",
+        "quantization": None,
+        "ranks": 2,
+        "gpus": 1,
+        "tokens": 2048,
+        "hidden": 7168,
+        "top_k": 8,
+        "experts": 128,
+        "alignment": 128,
+        "blocks": 64,
+        "us": 190.04,
+        "correct": True,
+        "device": "NVIDIA H200",
+        "versions": {"driver": "580"},
+        "command": "",
+    }
+    return {**fields, **changes}
+
+
+def rows(
+    targets: dict[str, Any], results: list[dict[str, Any]], name: str = "targets"
+) -> list[str]:
+    """The lines of a table: two of its head, then one a row."""
+    return page.TABLES[name](targets, results).splitlines()

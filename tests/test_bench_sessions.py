@@ -1,0 +1,244 @@
+"""``python -m jax_ep.bench`` on devices: figures that are wrong, noise or impossible are found."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jax_ep
+from conftest import PLATFORM
+from jax_ep.bench import ceilings, clock, layer, layer_ops, peers, records, table, timing, traffic
+from jax_ep.bench.layer import Experts
+from jax_ep.bench.session import Session
+from jax_ep.bench.timing import Chain, Spread, Step
+from spmd import need_devices
+from test_bench import TINY
+
+pytestmark = pytest.mark.skipif(PLATFORM != "cpu", reason="sets up CPU devices of its own")
+
+
+def emulated_ragged_all_to_all(operand, output, starts, sizes, lands_at, received, *, axis_name):
+    """``lax.ragged_all_to_all`` of what XLA has on CPU, by its documentation."""
+    operands, starts, sizes, lands_at = (
+        lax.all_gather(x, axis_name) for x in (operand, starts, sizes, lands_at)
+    )
+    mine = lax.axis_index(axis_name)
+    row = jnp.arange(output.shape[0])
+    for source in range(operands.shape[0]):
+        within = row - lands_at[source, mine]
+        rows = jnp.take(operands[source], starts[source, mine] + within, axis=0, mode="clip")
+        here = (within >= 0) & (within < sizes[source, mine])
+        output = jnp.where(here[:, None], rows, output)
+    return output
+
+
+def test_arms_of_the_layer_are_one_layer(monkeypatch):
+    """All arms against the layer in NumPy; ragged rows, tokens without experts."""
+    need_devices(2)
+    monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+    case = dataclasses.replace(
+        TINY, op="layer", intermediate=16, dtype="float32", alignment=1, ragged=True
+    )
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    problem = session.problem(case)
+    sizes = layer_ops.sizes_of(session, case, problem)
+    experts = layer_ops.make_experts(session, case)
+    inputs = (
+        session.put(lambda rank: problem.rows(0, rank)[0]),
+        session.put(lambda rank: problem.topk_idx[0][rank]),
+        session.put(lambda rank: problem.weights(0, rank)),
+    )
+    want = layer_in_numpy(case, problem, Experts(*map(np.asarray, experts)))
+    for name in ("jax_ep", "ragged_all_to_all", "all_to_all", "plain"):
+        arm = layer.BY_NAME[name]
+        program = session.on_all_ranks(lambda given, a=arm: a.layer(*given, sizes))
+        got = np.asarray(program((inputs, experts)))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=name)
+    for name in ("jax_ep", "ragged_all_to_all", "plain"):
+        record = layer_ops.measure(session, dataclasses.replace(case, name=name))
+        assert record["correct"], record  # the gradients too
+
+
+def layer_in_numpy(case, problem, experts):
+    x = np.concatenate([problem.rows(0, rank)[0] for rank in range(2)])
+    weights = np.concatenate([problem.weights(0, rank) for rank in range(2)])
+    ids = problem.topk_idx[0].reshape(weights.shape)
+    y = np.zeros_like(x)
+    for token, k in np.argwhere(ids >= 0):
+        gate, up, down = (w[ids[token, k]] for w in experts)
+        gated = x[token] @ gate
+        gated = gated / (1 + np.exp(-gated)) * (x[token] @ up)
+        y[token] += weights[token, k] * (gated @ down)
+    return y
+
+
+def test_wrong_results_are_found(monkeypatch):
+    """A dispatch that moves one row wrongly, and a combine that loses one, are not correct."""
+    need_devices(2)
+    from jax_ep.bench import ops
+
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    dispatch, combine = jax_ep.dispatch, jax_ep.combine
+
+    def moves_wrongly(*args, **kwargs):
+        out = dispatch(*args, **kwargs)
+        return dataclasses.replace(out, tokens=out.tokens.at[1, 3].set(100))
+
+    def loses(*args, **kwargs):
+        return combine(*args, **kwargs).at[2].set(0)
+
+    monkeypatch.setattr(jax_ep, "dispatch", moves_wrongly)
+    record = ops.measure(session, TINY)
+    assert not record["correct"] and "rows differ" in record["error"]
+    monkeypatch.setattr(jax_ep, "dispatch", dispatch)
+    assert ops.measure(session, TINY)["correct"]
+    monkeypatch.setattr(jax_ep, "combine", loses)
+    record = ops.measure(session, dataclasses.replace(TINY, op="combine"))
+    assert not record["correct"] and "sums are off" in record["error"]
+
+
+def test_noise_is_no_figure_and_no_failure():
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    record = session.record(TINY, Spread(3.0, 1.0, 4.5), traffic.Traffic(9, 9, 9), correct=True)
+    records.check(record)
+    assert record["median_us"] is None and record["correct"]
+    assert record["error"] == "too noisy: 1.0 to 4.5 us around 3.0"
+    assert table.row(record)[-1] == "too noisy" and "too noisy: 1.0" in table.line(record)
+
+
+@pytest.mark.parametrize("links", [False, True])
+def test_impossible_rates_are_wrong(monkeypatch, links):
+    """629 GB/s over a link of 391, and more than the memory has; 5 % above are within the error."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    session.has_links = links
+    kind = "link" if links else "memory"
+    monkeypatch.setattr(session, "ways", lambda: [ceilings.Ceiling("copies", 391.0, kind)])
+
+    def record(num_bytes):
+        moved = traffic.Traffic(num_bytes, num_bytes, num_bytes)
+        return session.record(TINY, Spread(93.0, 92.0, 94.0), moved, correct=True)
+
+    wrong = record(58_491_000)
+    assert not wrong["correct"]
+    assert wrong["error"].startswith(f"impossible: 629 GB/s, where the {kind} has 391")
+    assert "NO" in table.row(wrong)[-1] and "impossible" in table.line(wrong)
+    assert record(36_363_000 + 1_700_000)["correct"]
+    assert not record(36_363_000 + 2_000_000)["correct"]
+
+
+def chained(session, step, **chain):
+    x = session.put(lambda rank: np.full((4, 8), rank, np.int32))
+    return timing.measure(step, [x, x + 10], session.mesh, Chain(**chain))
+
+
+@pytest.mark.parametrize("length", [0, 6])
+def test_ops_that_were_not_run_are_noticed(length):
+    """The group is asked how many ops it has completed."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    step = Step(run=lambda x: x + 1, link=lambda x, y, now: now(timing.after(x, y)))
+    done = iter([[5, 5], [6, 5]])
+    with pytest.raises(RuntimeError, match=r"were to bring the group from \[5, 5\]"):
+        chained(
+            session,
+            step,
+            length=length,
+            repeat=2,
+            grows=length == 0,
+            completed=lambda: next(done),
+        )
+
+
+def test_calls_that_were_merged_are_noticed(monkeypatch):
+    """Two equal calls that XLA sees as one."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    step = Step(run=lambda x: clock.read(x)[0], link=lambda x, y, now: now(timing.after(x, y)))
+    calls = ("jax_ep_clock", "jax_ep_clock")
+    with pytest.raises(RuntimeError, match="a chain of 8 ops was compiled to 10 of jax_ep_clock"):
+        chained(session, step, length=6, repeat=1, calls=calls)
+
+
+@pytest.mark.parametrize("form", ["unrolled", "loop", "growing"])
+def test_chains_time_what_an_op_takes(form):
+    """An op that waits for three milliseconds, in each form of chain."""
+    need_devices(2)
+    import time
+
+    import jax
+
+    def sleep(x):
+        time.sleep(0.003)
+        return x
+
+    def run(x):
+        return jax.pure_callback(sleep, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    session = Session(ranks=1, gpus=0, repeat=1, command="")
+    step = Step(run=run, link=lambda x, y, now: now(timing.after(x, y)))
+    measured = chained(
+        session, step, length=6 if form == "unrolled" else 0, repeat=6, grows=form == "growing"
+    )
+    assert 3_000 <= measured.spread.p10 <= measured.spread.median < 30_000
+    # The last op was given the second set, where sets go in turn.
+    assert np.asarray(measured.result)[0, 0] == (10 if form == "unrolled" else 0)
+    assert measured.last_set == (1 if form == "unrolled" else 0)
+
+
+@pytest.mark.parametrize("op", ["exchange", "round_trip"])
+@pytest.mark.parametrize("name", [peers.ALL_TO_ALL, peers.RAGGED])
+@pytest.mark.parametrize("length", [0, 4])
+def test_rows_of_exchanges_come_back(monkeypatch, name, op, length):
+    """Each exchange sends what the one before received; one that loses a row is found out."""
+    need_devices(2)
+    monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    chain = dataclasses.replace(session.chain_of(length), grows=length == 0)
+    monkeypatch.setattr(session, "chain", lambda *_: chain)
+    monkeypatch.setattr(session, "chain_of", lambda *_: chain)
+    case = dataclasses.replace(TINY, op=op, name=name, routing="zipf", layout="token")
+    record = peers.measure(session, case)
+    assert record["correct"] and record["name"] == name, record
+
+    def loses(exchange):
+        def wrong(*args, **kwargs):
+            return exchange(*args, **kwargs).at[1].set(0)
+
+        return wrong
+
+    for function in ("ragged_all_to_all", "all_to_all"):
+        monkeypatch.setattr(lax, function, loses(getattr(lax, function)))
+    record = peers.measure(session, case)
+    assert not record["correct"] and "rows did not come back" in record["error"]
+
+
+def test_round_trips_are_checked(monkeypatch):
+    need_devices(2)
+    from jax_ep.bench import ops
+
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    for name in (None, ops.REFERENCE):
+        record = ops.measure(session, dataclasses.replace(TINY, op="round_trip", name=name))
+        assert record["correct"] and record.get("name") == name
+    combine = jax_ep.combine
+    monkeypatch.setattr(jax_ep, "combine", lambda *a, **k: combine(*a, **k).at[2].set(0))
+    record = ops.measure(session, dataclasses.replace(TINY, op="round_trip"))
+    assert not record["correct"] and "sums are off" in record["error"]
+
+
+@pytest.mark.parametrize("op", ["dispatch_cached", "combine"])
+def test_the_reference_along_a_handle_is_not_moved_out_of_the_loop(op):
+    """It reads no ``topk_idx``, through which ops are chained: then a turn takes no time at all."""
+    need_devices(2)
+    from jax_ep.bench import ops
+
+    session = Session(ranks=2, gpus=0, repeat=5, command="")
+    case = dataclasses.replace(TINY, op=op, name=ops.REFERENCE, tokens=512, hidden=1024)
+    record = ops.measure(session, case)
+    assert record["correct"] and record["median_us"] > 100, record
