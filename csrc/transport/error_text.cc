@@ -71,6 +71,10 @@ std::string WordText(const ErrorRecord& error) {
       return text("receipt of its host for the chunk", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kCredit:
       return text("credit for the chunk", epoch_and_chunk, ~uint64_t{0});
+    case cuda::WordKind::kPart:
+      return text("part of the chunk", epoch_and_chunk, ~uint64_t{0});
+    case cuda::WordKind::kPartDone:
+      return text("receipt for the part of the chunk", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kNone:
       break;
   }

@@ -3,8 +3,8 @@
 //
 //   network_test [hosts=2] [ranks=4] [layout=expert|token] [tokens=40] [hidden=264] [topk=4]
 //                [experts=24] [blocks=2] [steps=3] [chunk_kib=4] [capacity=0 (what is received)]
-//                [lanes=BLOCKS] [dtype=bf16|f32|f16] [fp8=0|1] [alignment=8] [masked=0|1|2]
-//                [timeout=60]
+//                [lanes=BLOCKS] [dtype=bf16|f32|f16] [fp8=0|1] [weighted=0|1] [alignment=8]
+//                [masked=0|1|2] [timeout=60]
 //
 // masked=1: one rank has no tokens that go anywhere; masked=2: all but one.
 
@@ -18,8 +18,10 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/combine.h"
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
+#include "cuda/network/combine.h"
 #include "cuda/network/dispatch.h"
 #include "kernels_case.cuh"
 #include "kernels_ops.cuh"
@@ -89,6 +91,159 @@ size_t Crossings(const Workload& w, int hosts, const std::vector<Rank>& ranks) {
   return crossings;
 }
 
+// The same for every op: the group as rank `r` of it knows it.
+cuda::NetworkParams NetworkOf(const std::vector<Rank>& ranks,
+                              const std::vector<NetworkRank>& network,
+                              const cuda::NetworkShape& shape, int r, cuda::OpKind op) {
+  const int n = shape.host_ranks;
+  cuda::NetworkParams params{};
+  params.node = GroupOf(ranks[r], op);
+  params.node.rank = r % n;
+  params.node.num_ranks = n;
+  for (int j = 0; j < n; ++j) {
+    params.node.peers[j] = ranks[r / n * n + j].channel;
+    params.memory[j] = network[r / n * n + j].memory;
+  }
+  params.shape = shape;
+  params.host = r / n;
+  params.counterpart_pe = network[r].counterpart_pe.device;
+  return params;
+}
+
+cuda::NetworkRoutes RoutesOnDevice(const Rank& rank, const NetworkRank& self) {
+  return {rank.topk.device, self.recv_start.device, self.recv_token.device, self.recv_row.device};
+}
+
+cuda::NetworkDispatchParams NetworkDispatchParamsOf(const Workload& w, const Rank& rank,
+                                                    const NetworkRank& self,
+                                                    const cuda::NetworkParams& network) {
+  const cuda::DispatchParams same = cuda::ParamsOf(DispatchArgsOf(w, rank, OnDevice()));
+  cuda::NetworkDispatchParams p{};
+  p.network = network;
+  p.routes = RoutesOnDevice(rank, self);
+  p.layout = same.layout;
+  p.num_tokens = same.num_tokens;
+  p.top_k = same.top_k;
+  p.experts_per_host = w.E / network.shape.num_hosts;
+  p.capacity = same.capacity;
+  p.row_bytes = same.row_bytes;
+  p.row_stride = same.row_stride;
+  p.scales_per_row = same.scales_per_row;
+  p.x = same.x;
+  p.scales = same.scales;
+  p.weights = same.weights;
+  p.recv_src = same.recv_src;
+  p.expert_idx = same.expert_idx;
+  p.rows = same.rows;
+  p.row_scales = same.row_scales;
+  p.row_weights = same.row_weights;
+  p.num_blocks = w.blocks;
+  return p;
+}
+
+cuda::NetworkCombineParams NetworkCombineParamsOf(const Workload& w, const Rank& rank,
+                                                  const NetworkRank& self,
+                                                  const cuda::NetworkParams& network) {
+  const cuda::CombineParams same = cuda::ParamsOf(CombineArgsOf(w, rank, OnDevice()));
+  cuda::NetworkCombineParams p{};
+  p.network = network;
+  p.routes = RoutesOnDevice(rank, self);
+  p.layout = same.layout;
+  p.type = same.type;
+  p.num_tokens = same.num_tokens;
+  p.top_k = same.top_k;
+  p.row_bytes = w.H * w.width;
+  p.rows = same.rows;
+  p.row_weights = same.row_weights;
+  p.values = same.values;
+  p.recv_src = rank.recv_src.device;
+  p.expert_idx = rank.expert_idx.device;
+  p.y = same.y;
+  p.home = same.home;
+  p.num_blocks = w.blocks;
+  return p;
+}
+
+// What combine gives on this topology: added in float32 and rounded once a rank, once a host and
+// once at home. Into the host's side of `y`.
+template <typename T>
+void SumsOf(const Workload& w, int hosts, std::vector<Rank>& ranks) {
+  const int n = w.R / hosts;
+  const auto rows_of = [&](Buffer<char>& buffer) {
+    return reinterpret_cast<T*>(buffer.host.data());
+  };
+  for (int s = 0; s < w.R; ++s) {
+    for (int t = 0; t < w.T; ++t) {
+      for (int i = 0; i < w.H; ++i) {
+        float at_home = 0;
+        for (int host = 0; host < hosts; ++host) {
+          float on_host = 0;
+          for (int r = host * n; r < (host + 1) * n; ++r) {
+            float on_rank = 0;
+            for (int m = 0; m < w.M; ++m) {
+              const int32_t row = ranks[r].recv_rows.host[(size_t(s) * w.T + t) * w.M + m];
+              if (row < 0) continue;
+              float value = cpu::ToFloat(rows_of(ranks[r].d_rows)[size_t(row) * w.H + i]);
+              if (w.weighted) value *= ranks[r].row_weights.host[row];
+              on_rank += value;
+            }
+            on_host += cpu::ToFloat(cpu::FromFloat<T>(on_rank));
+          }
+          at_home += cpu::ToFloat(cpu::FromFloat<T>(on_host));
+        }
+        rows_of(ranks[s].y)[size_t(t) * w.H + i] = cpu::FromFloat<T>(at_home);
+      }
+    }
+  }
+}
+
+void SumsOf(const Workload& w, int hosts, std::vector<Rank>& ranks) {
+  if (w.dtype == "f32") return SumsOf<float>(w, hosts, ranks);
+  if (w.dtype == "f16") return SumsOf<cpu::Float16>(w, hosts, ranks);
+  SumsOf<cpu::BFloat16>(w, hosts, ranks);
+}
+
+// Expert outputs, and values that go home, some of them negative zeros.
+void FillRows(const Workload& w, Rank& rank, std::mt19937& generator) {
+  for (size_t i = 0; i < rank.d_rows.host.size() / w.width; ++i) {
+    const float value = i % 29 == 5 ? -0.0f : float(generator()) / 4e9f - 0.5f;
+    if (w.width == 4) {
+      reinterpret_cast<float*>(rank.d_rows.host.data())[i] = value;
+    } else if (w.dtype == "f16") {
+      reinterpret_cast<cpu::Float16*>(rank.d_rows.host.data())[i] =
+          cpu::FromFloat<cpu::Float16>(value);
+    } else {
+      reinterpret_cast<cpu::BFloat16*>(rank.d_rows.host.data())[i] =
+          cpu::FromFloat<cpu::BFloat16>(value);
+    }
+  }
+  rank.d_rows.ToDevice();
+  for (float& value : rank.d_weights.host) {
+    value = generator() % 9 == 0 ? -0.0f : float(generator()) / 4e9f - 0.5f;
+  }
+  rank.d_weights.ToDevice();
+}
+
+template <typename T>
+void Poison(Buffer<T>& buffer) {
+  CHECK_CUDA(cudaMemset(buffer.device, 0xAB, buffer.host.size() * sizeof(T)));
+}
+
+// Waits for the op on all ranks; reports those that failed.
+void Finish(const char* op, int step, const std::vector<Rank>& ranks) {
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
+    const cuda::ErrorRecord& error = *ranks[r].error;
+    if (error.set == 0) continue;
+    std::printf(
+        "FAILED %s of rank %zu in step %d: kind %u, word %u, peer %u, expected %llx, saw %llx\n",
+        op, r, step, error.kind, error.word, error.peer,
+        static_cast<unsigned long long>(error.expected),
+        static_cast<unsigned long long>(error.seen));
+    ++num_wrong;
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -118,6 +273,7 @@ int main(int argc, char** argv) {
   std::vector<Rank> ranks = MakeRanks(w, generator);
   Prepare(w, options, ranks, generator);
   CHECK_CUDA(cuda::LoadNetworkDispatch());
+  CHECK_CUDA(cuda::LoadNetworkCombine());
   const cuda::NetworkShape shape{hosts, n, options.Int("lanes", w.blocks),
                                  options.Int("chunk_kib", 4) << 10};
   std::vector<NetworkRank> network(w.R);
@@ -163,79 +319,68 @@ int main(int argc, char** argv) {
     run_on_cpu([&](const Rank& k) { return PlanArgsOf(w, k, OnHost()); }, cpu::PlanWork);
     run_on_cpu([&](const Rank& k) { return DispatchArgsOf(w, k, OnHost()); }, cpu::DispatchWork);
     RoutesOf(w, ranks, network);
-    const int row_bytes = w.H * (w.fp8 ? 1 : w.width);
-    const int travels =
-        row_bytes + plan::RoundUp(w.fp8 ? w.H / 128 * 4 : 0, 16) + plan::RoundUp(w.K * 4, 16);
-    const int window = std::min((shape.chunk_bytes - 16) / travels, cuda::kMaxWindow);
-    const int chunks = (w.T + window - 1) / window * w.R * (hosts - 1);
-    expected_bytes += Crossings(w, hosts, ranks) * travels + chunks * sizeof(cuda::ChunkHeader);
-    for (int r = 0; r < w.R; ++r) {
-      Rank& rank = ranks[r];
+    const size_t crossings = Crossings(w, hosts, ranks);
+    const auto expect = [&](int row_bytes) {
+      const int window = std::min((shape.chunk_bytes - 16) / row_bytes, cuda::kMaxWindow);
+      const int chunks = (w.T + window - 1) / window * w.R * (hosts - 1);
+      expected_bytes += crossings * row_bytes + chunks * sizeof(cuda::ChunkHeader);
+    };
+    for (Rank& rank : ranks) {
       rank.topk.ToDevice();
       rank.recv_src.ToDevice();
       rank.expert_idx.ToDevice();
-      for (Buffer<char>* rows : {&rank.rows}) {
-        CHECK_CUDA(cudaMemset(rows->device, 0xAB, rows->host.size()));
-      }
-      for (Buffer<float>* side : {&rank.row_scales, &rank.row_weights}) {
-        CHECK_CUDA(cudaMemset(side->device, 0xAB, side->host.size() * sizeof(float)));
-      }
+      Poison(rank.rows);
+      Poison(rank.y);
+      for (Buffer<float>* side : {&rank.row_scales, &rank.row_weights, &rank.home}) Poison(*side);
     }
+    const int values_bytes = plan::RoundUp(w.K * 4, 16);
+    expect(w.H * (w.fp8 ? 1 : w.width) + plan::RoundUp(w.fp8 ? w.H / 128 * 4 : 0, 16) +
+           values_bytes);
     for (int r = 0; r < w.R; ++r) {
-      Rank& rank = ranks[r];
-      const ops::DispatchArgs args = DispatchArgsOf(w, rank, OnDevice());
-      cuda::NetworkDispatchParams p{};
-      cuda::GroupParams& node = p.network.node;
-      node = rank.group;
-      node.op = cuda::OpKind::kDispatch;
-      node.rank = r % n;
-      node.num_ranks = n;
-      for (int j = 0; j < n; ++j) {
-        node.peers[j] = ranks[r / n * n + j].channel;
-        p.network.memory[j] = network[r / n * n + j].memory;
-      }
-      p.network.shape = shape;
-      p.network.host = r / n;
-      p.network.counterpart_pe = network[r].counterpart_pe.device;
-      p.routes = {rank.topk.device, network[r].recv_start.device, network[r].recv_token.device,
-                  network[r].recv_row.device};
-      p.experts_per_host = w.E / hosts;
-      const cuda::DispatchParams same = cuda::ParamsOf(args);
-      p.layout = same.layout;
-      p.num_tokens = same.num_tokens;
-      p.top_k = same.top_k;
-      p.capacity = same.capacity;
-      p.row_bytes = same.row_bytes;
-      p.row_stride = same.row_stride;
-      p.scales_per_row = same.scales_per_row;
-      p.x = same.x;
-      p.scales = same.scales;
-      p.weights = same.weights;
-      p.recv_src = same.recv_src;
-      p.expert_idx = same.expert_idx;
-      p.rows = same.rows;
-      p.row_scales = same.row_scales;
-      p.row_weights = same.row_weights;
-      p.num_blocks = w.blocks;
+      const cuda::NetworkDispatchParams p = NetworkDispatchParamsOf(
+          w, ranks[r], network[r], NetworkOf(ranks, network, shape, r, cuda::OpKind::kDispatch));
       if (!cuda::FitsNetworkDispatch(p)) {
         std::printf("a chunk has no room for a row\n");
         return 2;
       }
-      CHECK_CUDA(cuda::LaunchNetworkDispatch(p, rank.stream));
+      CHECK_CUDA(cuda::LaunchNetworkDispatch(p, ranks[r].stream));
     }
+    Finish("dispatch", step, ranks);
     for (int r = 0; r < w.R; ++r) {
-      CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
-      if (ranks[r].error->set != 0) {
-        std::printf(
-            "FAILED rank %d in step %d: kind %u, word %u, peer %u, expected %llx, saw %llx\n", r,
-            step, ranks[r].error->kind, ranks[r].error->word, ranks[r].error->peer,
-            static_cast<unsigned long long>(ranks[r].error->expected),
-            static_cast<unsigned long long>(ranks[r].error->seen));
-        ++num_wrong;
-      }
       Compare("rows", step, r, ranks[r].rows);
       if (w.fp8) Compare("row_scales", step, r, ranks[r].row_scales);
       Compare("row_weights", step, r, ranks[r].row_weights);
+    }
+    if (w.fp8 || num_wrong != 0) continue;
+
+    for (Rank& rank : ranks) FillRows(w, rank, generator);
+    run_on_cpu([&](const Rank& k) { return CombineArgsOf(w, k, OnHost()); }, cpu::CombineWork);
+    SumsOf(w, hosts, ranks);
+    expect(w.H * w.width + values_bytes);
+    // A host that has dropped all rows of a token sends none.
+    for (int r = 0; r < w.R; ++r) {
+      for (int i = 0; i < w.T * hosts; ++i) {
+        const int host = i % hosts, token = i / hosts;
+        bool goes = false, comes = false;
+        for (int k = 0; k < w.K; ++k) {
+          const int32_t expert = ranks[r].topk.host[size_t(token) * w.K + k];
+          if (expert < 0 || expert / (w.E / hosts) != host || host == r / n) continue;
+          goes = true;
+          comes = comes || ranks[r].dest_row.host[size_t(token) * w.K + k] >= 0;
+        }
+        if (goes && !comes) expected_bytes -= w.H * w.width + values_bytes;
+      }
+    }
+    for (int r = 0; r < w.R; ++r) {
+      const cuda::NetworkCombineParams p = NetworkCombineParamsOf(
+          w, ranks[r], network[r], NetworkOf(ranks, network, shape, r, cuda::OpKind::kCombine));
+      CHECK_CUDA(cuda::LaunchNetworkCombine(p, ranks[r].stream));
+    }
+    Finish("combine", step, ranks);
+    for (int r = 0; r < w.R; ++r) {
+      if (w.T == 0) continue;
+      Compare("y", step, r, ranks[r].y);
+      Compare("home", step, r, ranks[r].home);
     }
   }
   if (num_wrong == 0 && emulator::BytesCarried() != expected_bytes) {

@@ -103,6 +103,8 @@ enum class WordKind : uint32_t {
   kChunkReady = 9,    // a chunk at its forwarder
   kChunkDone = 10,    // a rank of this host has read a chunk
   kCredit = 11,       // another host has read the chunk before in this slot
+  kPart = 12,         // a rank's sums of a chunk's rows
+  kPartDone = 13,     // the forwarder has read this rank's part
 };
 
 JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
@@ -113,6 +115,8 @@ JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
     case WordKind::kSum:
     case WordKind::kSumRead:
     case WordKind::kChunkDone:
+    case WordKind::kPart:
+    case WordKind::kPartDone:
       return Phase::kRows;
     default:
       return Phase::kArrival;

@@ -72,21 +72,30 @@ struct Way {
   __device__ SlotIndex Slot(int32_t n) const { return {host, lane, n % kChunkSlots}; }
 };
 
+// The word of what was in the slot before the `n`-th chunk, that of `window`: of this op, or else
+// the one that an earlier op has left in `last`, which is not written before this chunk is.
+__device__ __forceinline__ uint64_t WordBefore(const NetworkParams& network, uint64_t epoch,
+                                               int32_t n, int32_t window, const uint64_t* last) {
+  return n < kChunkSlots ? ptx::LoadRelaxedSystem(last)
+                         : ChunkWord(epoch, network.node.tag, window - kChunkSlots);
+}
+
 // Sends the chunks of a way.
 class ChunkSender {
  public:
   __device__ ChunkSender(const NetworkParams& network, Way way, uint64_t epoch)
       : network_(network), way_(way), epoch_(epoch) {}
 
-  // Waits until the slot of the way's `n`-th chunk is free. All lanes of a warp; the same in all of
-  // them.
-  __device__ bool WaitSlot(int32_t n) const {
+  // Waits until the slot of the way's `n`-th chunk, that of `window`, is free. All lanes of a warp;
+  // the same in all of them. Any warps of a block.
+  __device__ bool WaitSlot(int32_t n, int32_t window) const {
     bool ok = true;
     if (threadIdx.x % 32 == 0 && kMutation != kWithoutCredit) {
       const SlotIndex at = way_.Slot(n);
       const NetworkMemory own = network_.Own();
       const int32_t peer = way_.host * network_.shape.host_ranks + network_.node.rank;
-      ok = WaitWord(network_, own.credit(at), *own.sent(at), WordKind::kCredit, peer);
+      const uint64_t before = WordBefore(network_, epoch_, n, window, own.sent(at));
+      ok = WaitWord(network_, own.credit(at), before, WordKind::kCredit, peer);
     }
     return __shfl_sync(~0u, ok, 0);
   }

@@ -7,6 +7,7 @@
 #include "cuda/core/sync.cuh"
 #include "cuda/network/chunks.cuh"
 #include "cuda/network/dispatch.h"
+#include "cuda/network/entries.cuh"
 #include "cuda/rows/clear.cuh"
 #include "cuda/rows/pipe.cuh"
 
@@ -91,9 +92,9 @@ __device__ bool SendChunks(const NetworkDispatchParams& p, const Ways& ways, uin
       if (n >= windows.count) continue;
       more = true;
       const ChunkSender sender(network, way, epoch);
-      if (!sender.WaitSlot(n)) return false;
-      TestDelay(network.node.rank, epoch, 3);
       const int32_t window = windows.first + n, first = window * window_tokens;
+      if (!sender.WaitSlot(n, window)) return false;
+      TestDelay(network.node.rank, epoch, 3);
       const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
       const uint32_t tokens = __ballot_sync(~0u, lane < count && GoesTo(p, first + lane, way.host));
       const int32_t size = __popc(tokens);
@@ -208,22 +209,6 @@ __device__ void BringEntries(const NetworkDispatchParams& p, const Pieces& piece
     }
     begin += count;
   }
-}
-
-// The first entry from `begin` to `end` whose token is `token` or a later one. By one warp, which
-// looks at 32 of them at a time.
-__device__ int32_t FirstEntry(const int32_t* tokens, int32_t begin, int32_t end, int32_t token) {
-  const int32_t lane = threadIdx.x % 32;
-  while (begin < end) {
-    const int32_t step = (end - begin + 31) / 32;
-    const int32_t at = begin + lane * step;
-    const uint32_t below = __ballot_sync(~0u, at < end && tokens[at] < token);
-    if (below == 0) return begin;
-    const int32_t last = 31 - __clz(static_cast<int>(below));
-    begin += last * step + 1;
-    if (last < 31) end = plan::Min(end, begin + step - 1);
-  }
-  return begin;
 }
 
 // A reader's share of the entries from ranks of its host.
@@ -341,7 +326,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   ptx::FenceProxyAsyncShared();
   const bool ok = WaitInputs(node, op, inputs);  // and the zeros are there
-  const Ways ways(p.network.shape, gridDim.x);
+  const Ways ways(p.network.shape, p.network.shape.num_hosts - 1, gridDim.x);
   const int32_t warp = threadIdx.x / 32;
   if (ok && warp < kPipes) {
     Pipe pipe(memory + kStagesAt + warp * Pipe::kStages * kStageBytes,

@@ -10,14 +10,21 @@
 // Rows travel in chunks: one for each *window* of a few neighbouring tokens and each other host,
 // with the rows of those tokens that go there, and a mask that tells which they are. So both ends
 // know how many chunks there are and which of them has a token, and all go through them in the same
-// order. The windows are split between *lanes*, which have slots of their own. A chunk's way, and
-// the words that tell of it:
+// order. The windows are split between *lanes*, which have slots of their own. A chunk's way out,
+// and the words that tell of it:
 //
-//   sender     packs it into `out`, puts it into the counterpart's `in`     -> arrived, there
-//   forwarder  tells the ranks of its host                                  -> ready, at each of
-//   them ranks      read the rows that are theirs                                -> done, at the
-//   forwarder forwarder  tells the sender that both slots are free again              -> credit,
-//   there
+//   sender     packs it into `out`, puts it into the counterpart's `in`    arrived, there
+//   forwarder  tells the ranks of its host                                 ready, at each of them
+//   ranks      read the rows that are theirs                               done, at the forwarder
+//   forwarder  tells the sender that both slots are free again             credit, there
+//
+// On the way home every rank of a host puts its sums of a chunk's rows into a *part*:
+//
+//   ranks      add their rows of each token into `part`                    part_ready, at the
+//                                                                          forwarder
+//   forwarder  adds the parts, puts the chunk into the counterpart's `in`  arrived, there
+//              has read the parts                                          part_done, at each rank
+//   home       has added what came of all hosts                            credit, at the forwarder
 //
 // Each word has one writer, and the next value of it is written only after the last one was seen.
 #pragma once
@@ -43,13 +50,15 @@ struct NetworkShape {
   JAX_EP_HOST_DEVICE int64_t num_slots() const {
     return int64_t{num_hosts} * num_lanes * kChunkSlots;
   }
-  // Bytes of words: arrived, credit, sent, and ready and done of every rank of the host; and one
-  // that tells of failures.
+  // Bytes of words: arrived, credit, sent, and five of every rank of the host; then one that tells
+  // of failures, and one for signals that nobody looks at.
   JAX_EP_HOST_DEVICE int64_t word_bytes() const {
-    return (((3 + 2 * host_ranks) * num_slots() + 1) * 8 + 1023) / 1024 * 1024;
+    return (((3 + 5 * host_ranks) * num_slots() + 2) * 8 + 1023) / 1024 * 1024;
   }
-  // Of a rank's whole network memory.
-  JAX_EP_HOST_DEVICE int64_t bytes() const { return word_bytes() + 2 * num_slots() * chunk_bytes; }
+  // Of a rank's whole network memory: words, `in`, `out`, and a part for each rank of the host.
+  JAX_EP_HOST_DEVICE int64_t bytes() const {
+    return word_bytes() + (2 + host_ranks) * num_slots() * chunk_bytes;
+  }
 };
 
 // A chunk on its way from or to a host, in a lane.
@@ -73,18 +82,32 @@ class NetworkMemory {
   JAX_EP_HOST_DEVICE uint64_t* sent(SlotIndex at) const { return Words(2, at); }
   // By rank `index` of this host: the chunk is in its slot of that rank's memory ...
   JAX_EP_HOST_DEVICE uint64_t* ready(int32_t index, SlotIndex at) const {
-    return Words(3 + index, at);
+    return OfRank(0, index, at);
   }
   // ... and that rank has read all that it needs of the chunk in this rank's memory.
   JAX_EP_HOST_DEVICE uint64_t* done(int32_t index, SlotIndex at) const {
-    return Words(3 + shape_.host_ranks + index, at);
+    return OfRank(1, index, at);
+  }
+  // By rank `index` of this host: its part for this rank is there, in that rank's memory ...
+  JAX_EP_HOST_DEVICE uint64_t* part_ready(int32_t index, SlotIndex at) const {
+    return OfRank(2, index, at);
+  }
+  // ... and that rank has read the part that this rank has for it.
+  JAX_EP_HOST_DEVICE uint64_t* part_done(int32_t index, SlotIndex at) const {
+    return OfRank(3, index, at);
+  }
+  // By this rank only: the last part that it had for rank `index`.
+  JAX_EP_HOST_DEVICE uint64_t* part_sent(int32_t index, SlotIndex at) const {
+    return OfRank(4, index, at);
   }
   // By any counterpart: not 0 once the group has failed on a host. Never reset.
   JAX_EP_HOST_DEVICE uint64_t* failed() const {
-    return Words(3 + 2 * shape_.host_ranks, {0, 0, 0});
+    return Words(3 + 5 * shape_.host_ranks, {0, 0, 0});
   }
   JAX_EP_HOST_DEVICE char* in(SlotIndex at) const { return Chunk(0, at); }
   JAX_EP_HOST_DEVICE char* out(SlotIndex at) const { return Chunk(1, at); }
+  // For rank `index` of this host.
+  JAX_EP_HOST_DEVICE char* part(int32_t index, SlotIndex at) const { return Chunk(2 + index, at); }
 
  private:
   JAX_EP_HOST_DEVICE int64_t Number(SlotIndex at) const {
@@ -92,6 +115,9 @@ class NetworkMemory {
   }
   JAX_EP_HOST_DEVICE uint64_t* Words(int64_t part, SlotIndex at) const {
     return reinterpret_cast<uint64_t*>(base_) + part * shape_.num_slots() + Number(at);
+  }
+  JAX_EP_HOST_DEVICE uint64_t* OfRank(int64_t what, int32_t index, SlotIndex at) const {
+    return Words(3 + what * shape_.host_ranks + index, at);
   }
   JAX_EP_HOST_DEVICE char* Chunk(int64_t part, SlotIndex at) const {
     return base_ + shape_.word_bytes() +
@@ -133,18 +159,18 @@ struct Windows {
   }
 };
 
-// What the blocks of a kernel do between hosts: each serves some of the *ways*, a lane to another
-// host each. All ranks run as many blocks.
+// What the blocks of a kernel do between hosts: each serves some of the *ways*, a lane to a host
+// each. All ranks run as many blocks.
 struct Ways {
   int32_t num_lanes;  // to each host, that are used
   int32_t count;
 
-  JAX_EP_HOST_DEVICE Ways(const NetworkShape& shape, int32_t num_blocks) {
-    const int32_t others = shape.num_hosts - 1;
-    num_lanes = others > 0 ? num_blocks / others : 0;
+  // To `num_hosts` hosts.
+  JAX_EP_HOST_DEVICE Ways(const NetworkShape& shape, int32_t num_hosts, int32_t num_blocks) {
+    num_lanes = num_hosts > 0 ? num_blocks / num_hosts : 0;
     if (num_lanes > shape.num_lanes) num_lanes = shape.num_lanes;
     if (num_lanes < 1) num_lanes = 1;
-    count = others * num_lanes;
+    count = num_hosts * num_lanes;
   }
 };
 
