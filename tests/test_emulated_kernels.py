@@ -167,7 +167,7 @@ _RACES = [
 ]
 _NUMBER_BY_EPOCH = 7  # test_hooks.cuh
 
-# Groups that span hosts: shapes, routes with ranks that send nothing, lanes, rows that a chunk just holds.
+# Groups that span hosts: shapes, ranks that send nothing, lanes, rows that a chunk just holds.
 _NETWORK = [
     "layout=token",
     "layout=expert weighted=1",
