@@ -41,6 +41,15 @@ SECTIONS = {
         "nnx.RouterBias",
         "linen.MoE",
     ],
+    "Scale": [
+        "scale.predict",
+        "scale.Workload",
+        "scale.Machine",
+        "scale.Prediction",
+        "scale.OpCost",
+        "scale.LayerTimes",
+        "scale.MemoryUse",
+    ],
     "Errors": ["CommunicationError", "errors"],
 }
 MODULES = ["routing", "reference"]
@@ -49,6 +58,7 @@ MODULES = ["routing", "reference"]
 def render() -> str:
     """The whole page."""
     import jax_ep
+    import jax_ep.scale  # not part of the index: loaded on request
 
     listed = {name for names in SECTIONS.values() for name in names} | set(MODULES)
     missing = set(jax_ep.__all__) - listed - {"__version__", "linen", "nnx"}

@@ -20,7 +20,7 @@ ROWS = (
     ("_ops",),
     ("_moe",),
     ("nnx", "linen", "__init__"),
-    ("doctor", "bench"),
+    ("doctor", "bench", "scale"),
     ("tune",),
 )
 MOST_LEVELS = 12

@@ -34,6 +34,13 @@ def test_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(window_cache, "MOST_PARTS", 1)
     assert "left out" in window_cache.pack(folder, parts, part_bytes=40000)
     assert len(list(parts.iterdir())) == 1
+    # What a window looked for stays, even if it would be the last one.
+    wanted = f"jit_f-{19:064x}-cache"
+    (tmp_path / "process.1").write_text(f"missed {wanted.removesuffix('-cache')}\n")
+    for first, stays in (((), False), (window_cache.used([tmp_path]), True)):
+        window_cache.pack(folder, parts, part_bytes=40000, first=first)
+        window_cache.unpack(parts, tmp_path / f"with {first}")
+        assert (tmp_path / f"with {first}" / wanted).exists() == stays
     assert window_cache.unpack(tmp_path / "nothing", tmp_path / "empty") == 0
 
 

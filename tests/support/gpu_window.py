@@ -128,7 +128,10 @@ class Window:
                 continue
             self._run_group(group, time.monotonic() + seconds)
             if self.fill is not None:
-                self.files.say(window_cache.pack(self.cache, self.fill))
+                looked_up = window_cache.used(
+                    self.files.lookups_of(stage) for stage in self._stages
+                )
+                self.files.say(window_cache.pack(self.cache, self.fill, first=looked_up))
             first = self.files.rows[group[0].name]
             if first.stage.name == "build" and first.state != "ok":
                 self._leave_out([s for g in groups[number + 1 :] for s in g], "the build failed")

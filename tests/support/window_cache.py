@@ -11,6 +11,7 @@ import collections
 import os
 import pathlib
 import tarfile
+from collections.abc import Container, Iterable
 
 PLUGIN = pathlib.Path(__file__).with_name("cache_plugin")
 PART_BYTES = 14 << 20
@@ -46,10 +47,26 @@ def found_and_missed(lookups: pathlib.Path) -> tuple[int, int, list[str]]:
     return found, missed.total(), [name for name, _ in missed.most_common()]
 
 
-def pack(folder: pathlib.Path, parts: pathlib.Path, part_bytes: int = PART_BYTES) -> str:
+def used(lookups: Iterable[pathlib.Path]) -> set[str]:
+    """Keys of all programs that processes looked for, found or not."""
+    return {
+        line.partition(" ")[2]
+        for folder in lookups
+        for path in folder.glob("process.*")
+        for line in path.read_text().splitlines()
+    }
+
+
+def pack(
+    folder: pathlib.Path,
+    parts: pathlib.Path,
+    part_bytes: int = PART_BYTES,
+    first: Container[str] = (),
+) -> str:
     """Write the entries into tar files ``cache-N.tgz`` of at most so many bytes; says how many.
 
-    The largest entries are left out where ``MOST_PARTS`` do not suffice for all.
+    Those with keys in ``first`` come first, and small ones before large ones. Where ``MOST_PARTS`` do
+    not suffice for all, the last ones are left out.
     """
     parts.mkdir(parents=True, exist_ok=True)
     paths = [
@@ -60,7 +77,11 @@ def pack(folder: pathlib.Path, parts: pathlib.Path, part_bytes: int = PART_BYTES
     sizes = {path: _tar_bytes(path.stat().st_size) for path in paths}
     groups: list[list[pathlib.Path]] = [[]]
     used = left_out = 0
-    for path in sorted(paths, key=lambda path: (sizes[path], path.name)):
+
+    def order(path: pathlib.Path) -> tuple[bool, int, str]:
+        return path.name.removesuffix("-cache") not in first, sizes[path], path.name
+
+    for path in sorted(paths, key=order):
         if used + sizes[path] > part_bytes - tarfile.RECORDSIZE and groups[-1]:
             groups.append([])
             used = 0
