@@ -89,10 +89,16 @@ def plan(
     by_expert = jnp.sort(jnp.where(here, dest_row, _INT32_MAX), axis=1)[:, :num_rows]
     recv_rows = jnp.where(by_expert == _INT32_MAX, -1, by_expert)
     recv_src, expert_idx = _sources(routes, dest_row, here, layout, capacity, num_local)
+    spans_hosts = len(group.topology.hosts) > 1
+    start, token, row = _entries(recv_rows, group.size, capacity) if spans_hosts else (None,) * 3
+    own = lax.dynamic_slice_in_dim(dest_row, rank * num_tokens, num_tokens)
     return Handle(
         topk_idx=topk_idx,
-        dest_row=lax.dynamic_slice_in_dim(dest_row, rank * num_tokens, num_tokens),
-        recv_rows=recv_rows,
+        dest_row=None if spans_hosts else own,
+        recv_rows=None if spans_hosts else recv_rows,
+        recv_start=start,
+        recv_token=token,
+        recv_row=row,
         recv_src=recv_src,
         expert_idx=expert_idx,
         group_sizes=group_sizes[rank],
@@ -190,11 +196,14 @@ def combine(
     rows, row_weights = lax.optimization_barrier((rows, row_weights))
     zero = _zero(handle)
     num_tokens, top_k = handle.topk_idx.shape
-    sources, num_rows = handle.recv_rows.shape
+    recv_rows = handle.recv_rows
+    if recv_rows is None:
+        recv_rows = _rows_of_sources(handle, group.size)
+    sources, num_rows = recv_rows.shape
     # Behind a barrier, or XLA takes 0 + x for x, whose zero may be negative.
     total = lax.optimization_barrier(jnp.zeros((sources, rows.shape[1]), jnp.float32))
     for m in range(num_rows):
-        index = handle.recv_rows[:, m]
+        index = recv_rows[:, m]
         term = keep(jnp.take(rows, index, axis=0, mode="clip").astype(jnp.float32), zero)
         if row_weights is not None:
             factor = jnp.take(row_weights, index, mode="clip")
@@ -217,8 +226,7 @@ def combine(
     arrived = _all_to_all(sent.reshape(group.size, num_tokens, top_k), group)
     owner = jnp.maximum(handle.topk_idx, 0) // (handle.num_experts // group.size)
     home = jnp.take_along_axis(arrived, owner[None], axis=0)[0]
-    home = jnp.where(handle.dest_row >= 0, home, 0.0)
-    return y, home
+    return y, jnp.where(handle.topk_idx >= 0, home, 0.0)  # and of a dropped row came zeros
 
 
 def combine_vjp(
@@ -342,6 +350,40 @@ def _sources(
     local = jnp.where(here, routes % num_local, -1)
     expert_idx = jnp.take(local, jnp.maximum(recv_src, 0), axis=0, mode="clip")
     return recv_src, jnp.where((recv_src >= 0)[:, None], expert_idx, -1)
+
+
+def _entries(
+    recv_rows: Int32[Array, "sources rows_per_source"], num_ranks: int, capacity: int
+) -> tuple[Int32[Array, " ranks_and_1"], Int32[Array, " capacity"], Int32[Array, " capacity"]]:
+    """``recv_start``, ``recv_token`` and ``recv_row`` of a handle, from its rows by source."""
+    sources, num_rows = recv_rows.shape
+    used = recv_rows.reshape(-1) >= 0
+    before = jnp.cumsum(used, dtype=jnp.int32)
+    target = jnp.where(used, before - 1, capacity)  # C: dropped by the scatter
+    token = jnp.repeat(jnp.arange(sources, dtype=jnp.int32) % (sources // num_ranks), num_rows)
+    empty = jnp.full((capacity,), -1, jnp.int32)
+    ends = before.reshape(num_ranks, -1)[:, -1]
+    return (
+        jnp.concatenate([jnp.zeros_like(ends[:1]), ends]),
+        empty.at[target].set(token, mode="drop"),
+        empty.at[target].set(recv_rows.reshape(-1), mode="drop"),
+    )
+
+
+def _rows_of_sources(handle: Handle, num_ranks: int) -> Int32[Array, "sources rows_per_source"]:
+    """``recv_rows`` of a handle that has entries."""
+    assert handle.recv_start is not None
+    assert handle.recv_token is not None and handle.recv_row is not None
+    num_tokens, top_k = handle.topk_idx.shape
+    width = min(top_k, handle.num_experts // num_ranks) if handle.layout == "expert" else 1
+    entry = jnp.arange(len(handle.recv_row), dtype=jnp.int32)
+    rank = jnp.searchsorted(handle.recv_start, entry, side="right").astype(jnp.int32) - 1
+    used = handle.recv_row >= 0
+    source = jnp.where(used, rank * num_tokens + handle.recv_token, num_ranks * num_tokens)
+    is_first = jnp.concatenate([jnp.ones_like(used[:1]), source[1:] != source[:-1]])
+    place = entry - lax.cummax(jnp.where(is_first, entry, 0))
+    rows = jnp.full((num_ranks * num_tokens, width), -1, jnp.int32)
+    return rows.at[source, place].set(handle.recv_row, mode="drop")
 
 
 def _all_gather(x: Array, group: Group) -> Array:

@@ -167,6 +167,34 @@ _RACES = [
 ]
 _NUMBER_BY_EPOCH = 7  # test_hooks.cuh
 
+# Groups that span hosts: shapes, ranks that send nothing, lanes, rows that a chunk just holds.
+_NETWORK = [
+    "layout=token",
+    "layout=expert weighted=1",
+    "layout=expert dtype=f32 hidden=2052 chunk_kib=16",
+    "layout=token fp8=1 hidden=384 hosts=3 ranks=3 blocks=5",
+    "layout=expert fp8=1 hidden=128 hosts=4 ranks=4 masked=1 blocks=3",
+    "layout=expert weighted=1 hosts=2 ranks=8 masked=2 experts=32 tokens=37",
+    "layout=expert dtype=f16 hosts=4 ranks=8 experts=32 tokens=21 hidden=1032 chunk_kib=8",
+    "layout=token hosts=8 ranks=8 tokens=9 experts=16 blocks=1",
+    "layout=token hosts=3 ranks=6 blocks=4 lanes=1 tokens=101 hidden=16",
+    "layout=expert hosts=3 ranks=6 capacity=64 tokens=60 blocks=3",
+    "layout=expert hosts=2 ranks=2 tokens=0",
+    "layout=expert hosts=2 ranks=4 tokens=1 blocks=3 capacity=8",
+]
+_NETWORK_PLANS = [
+    "layout=expert",
+    "layout=token",
+    "layout=expert hosts=3 ranks=6 capacity=64 tokens=101",
+    "layout=token hosts=2 ranks=2 capacity=30 blocks=1",
+    "layout=expert hosts=4 ranks=8 experts=32 topk=8 tokens=33 masked=1 expert_capacity=7",
+    "layout=token masked=2 tokens=1",
+    "layout=expert tokens=0",
+]
+# Credits, chunks, receipts, parts, and what comes home (test_hooks.cuh); a network that sets signals
+# before the bytes are there (emulator/network.h).
+_NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 104)
+
 
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
@@ -178,7 +206,8 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         pytest.skip(f"the emulator of kernels needs {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("emulator")
     script = _ROOT / "cuda" / "emulator" / "build.sh"
-    names = ("kernels_test", "stress_test", "plan_test", "failures_test", "races_test")
+    names = ["kernels_test", "stress_test", "plan_test", "failures_test", "races_test"]
+    names += ["network_test", "network_plan_test"]
     done = subprocess.run(
         ["bash", script, folder, *names],
         env=os.environ | {"PYTHON": sys.executable},
@@ -294,6 +323,29 @@ def test_a_missing_wait_is_noticed(binaries: pathlib.Path, mutation: int) -> Non
     for seed in range(1, _SEEDS + 1):
         arguments = f"{_STRESS} {_MUTATIONS[mutation]}"
         done = _run(binaries / "stress_test", arguments, seed=seed, mutation=mutation)
+        if done.returncode != 0:
+            assert "WRONG" in done.stdout or "EMULATOR" in done.stderr, done.stdout + done.stderr
+            return
+    pytest.fail(f"none of {_SEEDS} schedules showed it")
+
+
+@pytest.mark.parametrize("seed", range(1, 3))
+@pytest.mark.parametrize("arguments", _NETWORK)
+def test_hosts_on_a_late_network(binaries: pathlib.Path, arguments: str, seed: int) -> None:
+    """Right to the bit; and the network carries each row once for each host that needs it."""
+    _run_well(binaries / "network_test", f"{arguments} seed={seed}", seed=seed)
+
+
+@pytest.mark.parametrize("arguments", _NETWORK_PLANS)
+def test_plans_between_hosts(binaries: pathlib.Path, arguments: str) -> None:
+    _run_well(binaries / "network_plan_test", arguments)
+
+
+@pytest.mark.parametrize("mutation", _NETWORK_MUTATIONS)
+def test_a_missing_wait_between_hosts_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
+    given = "layout=expert tokens=60 blocks=1 steps=4 timeout=1"
+    for seed in range(1, _SEEDS + 1):
+        done = _run(binaries / "network_test", given, seed=seed, mutation=mutation)
         if done.returncode != 0:
             assert "WRONG" in done.stdout or "EMULATOR" in done.stderr, done.stdout + done.stderr
             return

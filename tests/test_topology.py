@@ -166,3 +166,58 @@ def test_sums_once_a_rank_once_a_host_and_once_at_home(layout):
     assert (found[2] != found[None]).any()
     # A host of each rank rounds what is rounded already.
     oracle.assert_same(found[1], found[None], "hosts of one rank")
+
+
+@pytest.mark.needs_collectives
+@pytest.mark.parametrize("capacity", [None, 24])
+@pytest.mark.parametrize("layout", ["token", "expert"])
+def test_handles_across_hosts(layout, capacity):
+    """Rows as on one host, listed by entries; nothing is as long as all ranks' tokens."""
+    need_devices(RANKS)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((RANKS, TOKENS, HIDDEN)).astype(np.float32)
+    weights = rng.standard_normal((RANKS, TOKENS, 2)).astype(np.float32)
+    idx = routings.make("uniform", ranks=RANKS, tokens=TOKENS, top_k=2, experts=EXPERTS)
+    idx[1, :, 0] = -1
+    found = {}
+    for ranks_per_host in (2, None):
+        group = make_group(RANKS, "reference", ranks_per_host=ranks_per_host)
+
+        def run(x, weights, idx, group=group):
+            def loss(weights):
+                out = jax_ep.dispatch(
+                    x,
+                    idx,
+                    weights,
+                    group=group,
+                    num_experts=EXPERTS,
+                    layout=layout,
+                    alignment=1,
+                    capacity=capacity,
+                )
+                used = out.weights if layout == "expert" else out.weights.sum(axis=1)
+                return (out.tokens[:, 0] * used).sum(), out
+
+            gradient, out = jax.grad(loss, has_aux=True)(weights)
+            return gradient, out.tokens, out.weights, out.handle
+
+        found[ranks_per_host] = stacked_jit(run, group.mesh)(x, weights, idx)
+    (*values, handle), (*want, flat) = found[2], found[None]
+    for value, expected in zip(values, want, strict=True):
+        oracle.assert_same(value, expected, "gradient, rows, weights")
+    assert handle.dest_row is None and handle.recv_rows is None
+    assert flat.recv_start is None and flat.recv_token is None and flat.recv_row is None
+    most = max(handle.recv_src.shape[1], TOKENS * 2 * (1 if layout == "expert" else 99))
+    assert all(leaf[0].size <= most for leaf in jax.tree.leaves(handle))
+    for rank in range(RANKS):
+        starts = handle.recv_start[rank]
+        for source in range(RANKS):
+            own = slice(*starts[source : source + 2])
+            of_source = flat.recv_rows[rank].reshape(RANKS, TOKENS, -1)[source]
+            np.testing.assert_array_equal(handle.recv_row[rank, own], of_source[of_source >= 0])
+            np.testing.assert_array_equal(
+                handle.recv_token[rank, own], np.argwhere(of_source >= 0)[:, 0]
+            )
+        assert (handle.recv_row[rank, starts[-1] :] == -1).all()
+        assert (handle.recv_token[rank, starts[-1] :] == -1).all()
+    oracle.assert_same(handle.recv_src, flat.recv_src, "recv_src")

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "cuda/network/layout.h"
+
 namespace jax_ep::transport {
 namespace {
 
@@ -43,6 +45,10 @@ std::string WordText(const ErrorRecord& error) {
   const auto epoch_and_token = [](uint64_t word) {
     return "epoch " + std::to_string(word >> 32) + ", token " + std::to_string(word & 0xffffffff);
   };
+  const auto epoch_and_chunk = [](uint64_t word) {
+    return "epoch " + std::to_string(word >> 32) + ", chunk " +
+           std::to_string(word & ((1u << cuda::kChunkBits) - 1));
+  };
   switch (static_cast<cuda::WordKind>(error.word)) {
     case cuda::WordKind::kArrivalFlag:
     case cuda::WordKind::kCloseFlag:
@@ -57,6 +63,18 @@ std::string WordText(const ErrorRecord& error) {
       return text("sum", epoch_and_token, ~uint64_t{0});
     case cuda::WordKind::kSumRead:
       return text("receipt for the sum", epoch_and_token, ~uint64_t{0});
+    case cuda::WordKind::kChunkArrived:
+      return text("chunk", epoch_and_chunk, ~uint64_t{0});
+    case cuda::WordKind::kChunkReady:
+      return text("word that a chunk is there", epoch_and_chunk, ~uint64_t{0});
+    case cuda::WordKind::kChunkDone:
+      return text("receipt of its host for the chunk", epoch_and_chunk, ~uint64_t{0});
+    case cuda::WordKind::kCredit:
+      return text("credit for the chunk", epoch_and_chunk, ~uint64_t{0});
+    case cuda::WordKind::kPart:
+      return text("part of the chunk", epoch_and_chunk, ~uint64_t{0});
+    case cuda::WordKind::kPartDone:
+      return text("receipt for the part of the chunk", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kNone:
       break;
   }

@@ -91,11 +91,20 @@ class Handle:
     M = min(K, L) in layout "expert" and 1 in layout "token"); carry it through ``jit``, ``scan``
     and checkpoints like any other array.
 
+    Rows of a group on one host are listed by source, in ``recv_rows``, whose size grows with R·T. A
+    group that spans hosts has *entries* instead: one for each of this rank's rows, in the order of
+    (source rank, token, local expert), in ``recv_start``, ``recv_token`` and ``recv_row``.
+
     Attributes:
         topk_idx: ``[T, K]`` global expert ids; invalid and repeated ones became −1.
-        dest_row: ``[T, K]`` row at the destination rank ``topk_idx // L``, or −1 (none, dropped).
+        dest_row: ``[T, K]`` row at the destination rank ``topk_idx // L``, or −1 (none, dropped). None
+            where the group spans hosts: the destination knows.
         recv_rows: ``[R·T, M]`` this rank's rows of source (rank, token), by ascending local
-            expert, packed to the left, then −1.
+            expert, packed to the left, then −1. None where the group spans hosts.
+        recv_start: ``[R + 1]`` where the entries of each source rank begin. None on one host, like
+            the next two.
+        recv_token: ``[C]`` source token of each entry, then −1.
+        recv_row: ``[C]`` row of each entry, then −1.
         recv_src: ``[C]`` source of each row, or −1 for an unused one: ``(rank·T + token)·K + k`` in
             layout "expert", ``rank·T + token`` in layout "token".
         expert_idx: ``[C, K]`` in layout "token": local expert at each source position k, or −1.
@@ -113,8 +122,11 @@ class Handle:
     """
 
     topk_idx: Int32[Array, "tokens top_k"]
-    dest_row: Int32[Array, "tokens top_k"]
-    recv_rows: Int32[Array, "sources rows_per_source"]
+    dest_row: Int32[Array, "tokens top_k"] | None
+    recv_rows: Int32[Array, "sources rows_per_source"] | None
+    recv_start: Int32[Array, " ranks_and_1"] | None
+    recv_token: Int32[Array, " capacity"] | None
+    recv_row: Int32[Array, " capacity"] | None
     recv_src: Int32[Array, " capacity"]
     expert_idx: Int32[Array, "capacity top_k"] | None
     group_sizes: Int32[Array, " local_experts"]

@@ -269,10 +269,15 @@ def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Hand
     num_local = options.num_experts // options.group.size
     none = functools.partial(jnp.full, fill_value=-1, dtype=jnp.int32)
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
+    width = min(top_k, num_local) if layout == "expert" else 1
+    spans_hosts = len(options.group.topology.hosts) > 1
     return Handle(
         topk_idx=topk_idx,
-        dest_row=none((0, top_k)),
-        recv_rows=none((0, min(top_k, num_local) if layout == "expert" else 1)),
+        dest_row=None if spans_hosts else none((0, top_k)),
+        recv_rows=None if spans_hosts else none((0, width)),
+        recv_start=zeros((options.group.size + 1,)) if spans_hosts else None,
+        recv_token=none((capacity,)) if spans_hosts else None,
+        recv_row=none((capacity,)) if spans_hosts else None,
         recv_src=none((capacity,)),
         expert_idx=none((capacity, top_k)) if layout == "token" else None,
         group_sizes=zeros((num_local,)),

@@ -16,7 +16,7 @@ done
 compile() {
   nvcc -std=c++17 -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Icsrc -c "$1" -o "$2" "${@:3}"
 }
-for source in csrc/cuda/*/*.cu; do
+for source in csrc/cuda/{measure,node,plan,rows}/*.cu; do
   for variant in "${variants[@]}"; do
     defines=()
     [ "$variant" = stopping ] && defines=(-DJAX_EP_TEST_STOPS)

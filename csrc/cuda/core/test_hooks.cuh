@@ -23,6 +23,14 @@ constexpr int kWithoutRingReady = 3;   // for sums of peers
 constexpr int kWithoutRingFree = 4;    // until home has read a slot
 constexpr int kWithoutPlanWords = 5;   // for the messages of the plan that pushes
 constexpr int kWithoutPlanTotals = 6;  // for the totals of the plan that pulls
+constexpr int kWithoutCredit = 8;      // until a host has read the chunk before
+constexpr int kWithoutChunk = 9;       // for a chunk at its forwarder
+constexpr int kWithoutDone = 10;       // until the ranks of the host have read a chunk
+constexpr int kWithoutPart = 12;       // for the ranks' sums of a chunk
+constexpr int kWithoutPartDone = 13;   // until the forwarder has read them
+constexpr int kWithoutHome = 14;       // for the chunks that come home
+// Not a wait: a chunk and its signal are sent by two calls, which nothing orders.
+constexpr int kWithSeparateSignal = 11;
 // Not a wait: addresses are told from those of before by their epoch.
 constexpr int kNumberByEpoch = 7;
 

@@ -98,6 +98,13 @@ enum class WordKind : uint32_t {
   kMessage = 5,      // PackCount, of the plan that sends; expected is the epoch alone
   kSum = 6,          // RingWord: a sum is in its slot of the ring
   kSumRead = 7,      // RingWord: home has read the sum
+  // ChunkWord (network/layout.h):
+  kChunkArrived = 8,  // a chunk of a counterpart on another host
+  kChunkReady = 9,    // a chunk at its forwarder
+  kChunkDone = 10,    // a rank of this host has read a chunk
+  kCredit = 11,       // another host has read the chunk before in this slot
+  kPart = 12,         // a rank's sums of a chunk's rows
+  kPartDone = 13,     // the forwarder has read this rank's part
 };
 
 JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
@@ -107,6 +114,9 @@ JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
     case WordKind::kTotal:
     case WordKind::kSum:
     case WordKind::kSumRead:
+    case WordKind::kChunkDone:
+    case WordKind::kPart:
+    case WordKind::kPartDone:
       return Phase::kRows;
     default:
       return Phase::kArrival;

@@ -10,6 +10,7 @@
 
 #include "cuda/core/sync.cuh"
 #include "cuda/node/dispatch.h"
+#include "cuda/rows/clear.cuh"
 #include "cuda/rows/sources.cuh"
 #include "cuda/rows/vectors.cuh"
 
@@ -30,7 +31,6 @@ constexpr int kMaxMovers = 8;
 constexpr int kHelpers = 4;              // warps
 constexpr int kStagesBytes = 200 << 10;  // of shared memory, for the stages of all movers
 constexpr int kMaxChunkBytes = 16 << 10;
-constexpr int kZeroBytes = 8 << 10;
 
 // How a row is cut for the stages.
 struct Chunks {
@@ -81,50 +81,6 @@ size_t SharedBytes(const DispatchParams& p) {
   return kStagesAt + static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
 }
 
-// Clears the rows without a source, those of one of `num_warps` warps, bit by bit. Neighbouring
-// rows belong to different warps: unused rows lie together.
-class RowClearer {
- public:
-  __device__ RowClearer(const DispatchParams& p, const char* zeros, int32_t warp, int32_t num_warps)
-      : p_(p), zeros_(zeros), warp_(warp), num_warps_(num_warps) {
-    const int32_t share = warp < p.capacity ? (p.capacity - warp - 1) / num_warps + 1 : 0;
-    num_steps_ = (share + 31) / 32;
-    next_is_unused_ = IsUnused(0);
-  }
-
-  // Goes on until `done` of `total` parts of the work are done. The stores are in each lane's
-  // current bulk group.
-  __device__ void Advance(int64_t done, int64_t total) {
-    while (step_ < num_steps_ && step_ * total < done * num_steps_) {
-      const int32_t row = RowAt(step_);
-      const bool is_unused = next_is_unused_;
-      next_is_unused_ = IsUnused(++step_);  // there when it is needed
-      if (!is_unused) continue;
-      char* target = static_cast<char*>(p_.rows) + row * p_.row_stride;
-      for (int32_t offset = 0; offset < p_.row_bytes; offset += kZeroBytes) {
-        ptx::BulkStore(target + offset, zeros_, plan::Min(kZeroBytes, p_.row_bytes - offset));
-      }
-    }
-  }
-
- private:
-  __device__ int64_t RowAt(int32_t step) const {
-    return (int64_t{step} * 32 + threadIdx.x % 32) * num_warps_ + warp_;
-  }
-  __device__ bool IsUnused(int32_t step) const {
-    const int64_t row = RowAt(step);
-    return row < p_.capacity && p_.recv_src[row] < 0;
-  }
-
-  const DispatchParams& p_;
-  const char* zeros_;
-  int32_t warp_;
-  int32_t num_warps_;
-  int32_t num_steps_;
-  int32_t step_ = 0;
-  bool next_is_unused_;
-};
-
 // One mover. The load of an item runs up to kAhead items ahead of its stores; the other stages hold
 // items whose stores still read them.
 template <int kAhead>
@@ -142,7 +98,7 @@ __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int3
   }
   __syncwarp();
 
-  RowClearer clearer(p, zeros, warp, num_warps);
+  RowClearer<DispatchParams> clearer(p, zeros, warp, num_warps);
   SourceQueue<DispatchParams> sources(p, warp, num_warps);
   typename SourceQueue<DispatchParams>::Entry source{};
   int32_t load_chunk = chunks.count;

@@ -23,6 +23,7 @@ for room in "$root"/csrc/cuda/*/; do
 done
 ${PYTHON:-python3} "$here/rewrite.py" "$root/tests/cuda" "$out/source/tests"
 cp "$here/ptx.cuh" "$out/source/cuda/core/ptx.cuh"
+cp "$here/net.cuh" "$out/source/cuda/network/net.cuh"
 # As nvcc does, kernels include the runtime's header.
 compile() {
   local kernels=

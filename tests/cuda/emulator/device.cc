@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "network.h"
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -286,6 +288,7 @@ uint64_t Nanoseconds() { return num_turns * 10000; }
 
 bool RunTurn() {
   ++num_turns;
+  AdvanceNetwork();
   if (grids.empty()) return false;
   Grid& grid = *grids[Random() % grids.size()];
   const bool fits = num_blocks < kMaxBlocks && grid.blocks.size() < MostBlocks();

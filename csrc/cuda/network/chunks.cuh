@@ -1,0 +1,239 @@
+// The way of chunks between hosts: what senders, forwarders and readers wait for and tell.
+//
+// All of them go through chunks in the same order: window by window, and in each the hosts or ranks
+// in turn. Who waits for a slot waits for windows before its own, so no circle of waits can close.
+// A forwarder holds nothing while it waits: it looks at all its ways by turns.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/sync.cuh"
+#include "cuda/network/net.cuh"
+#include "cuda/network/params.h"
+
+namespace jax_ep::cuda {
+
+// Tells all ranks of the group that it has failed: Fail has told those of this host.
+__device__ __noinline__ inline void TellHosts(const NetworkParams& network) {
+  for (int32_t h = 0; h < network.shape.num_hosts; ++h) {
+    if (h != network.host) net::Signal(network.Own().failed(), 1, network.counterpart_pe[h]);
+  }
+}
+
+// Deadline::Continue that also ends when another host has failed.
+__device__ __forceinline__ bool Continue(const NetworkParams& network, Deadline& deadline,
+                                         WordKind kind, int32_t peer, uint64_t expected,
+                                         uint64_t seen) {
+  if (ptx::LoadAcquireSystem(network.Own().failed()) != 0) {
+    Fail(network.node, ErrorKind::kAborted, kind, peer, expected, seen, 0);
+    return false;
+  }
+  return deadline.Continue(network.node, kind, peer, expected, seen);
+}
+
+// What has come of a word that `peer` writes.
+enum class Seen { kNot, kHere, kOther };
+
+__device__ __forceinline__ Seen LookAt(const uint64_t* word, uint64_t expected, uint64_t& seen) {
+  seen = ptx::LoadAcquireSystem(word);
+  if (seen == expected) return Seen::kHere;
+  // Another op of this number, or a later one.
+  const uint64_t op_of_seen = seen >> kChunkBits, op = expected >> kChunkBits;
+  const bool is_other = seen >> 32 >= expected >> 32 && op_of_seen != op;
+  return is_other ? Seen::kOther : Seen::kNot;
+}
+
+// Waits for a word; false once the group has failed. By one thread.
+__device__ inline bool WaitWord(const NetworkParams& network, const uint64_t* word,
+                                uint64_t expected, WordKind kind, int32_t peer) {
+  for (Deadline deadline;;) {
+    uint64_t seen;
+    const Seen what = LookAt(word, expected, seen);
+    if (what == Seen::kHere) return true;
+    if (what == Seen::kOther && kind != WordKind::kCredit) {
+      Fail(network.node, ErrorKind::kMismatch, kind, peer, expected, seen, 0);
+      return false;
+    }
+    if (!Continue(network, deadline, kind, peer, expected, seen)) return false;
+  }
+}
+
+// One end of a way: a lane to a host.
+struct Way {
+  int32_t host;
+  int32_t lane;
+
+  // The `number`-th of `ways`. Hosts come in turn, beginning after `own_host`, so that not all
+  // ranks send to the same one.
+  __device__ Way(const Ways& ways, const NetworkParams& network, int32_t number)
+      : host((network.host + 1 + number / ways.num_lanes) % network.shape.num_hosts),
+        lane(number % ways.num_lanes) {}
+
+  __device__ SlotIndex Slot(int32_t n) const { return {host, lane, n % kChunkSlots}; }
+};
+
+// The word of what was in the slot before the `n`-th chunk, that of `window`: of this op, or else
+// the one that an earlier op has left in `last`, which is not written before this chunk is.
+__device__ __forceinline__ uint64_t WordBefore(const NetworkParams& network, uint64_t epoch,
+                                               int32_t n, int32_t window, const uint64_t* last) {
+  return n < kChunkSlots ? ptx::LoadRelaxedSystem(last)
+                         : ChunkWord(epoch, network.node.tag, window - kChunkSlots);
+}
+
+// Sends the chunks of a way.
+class ChunkSender {
+ public:
+  __device__ ChunkSender(const NetworkParams& network, Way way, uint64_t epoch)
+      : network_(network), way_(way), epoch_(epoch) {}
+
+  // Waits until the slot of the way's `n`-th chunk, that of `window`, is free. All lanes of a warp;
+  // the same in all of them. Any warps of a block.
+  __device__ bool WaitSlot(int32_t n, int32_t window) const {
+    bool ok = true;
+    if (threadIdx.x % 32 == 0 && kMutation != kWithoutCredit) {
+      const SlotIndex at = way_.Slot(n);
+      const NetworkMemory own = network_.Own();
+      const int32_t peer = way_.host * network_.shape.host_ranks + network_.node.rank;
+      const uint64_t before = WordBefore(network_, epoch_, n, window, own.sent(at));
+      ok = WaitWord(network_, own.credit(at), before, WordKind::kCredit, peer);
+    }
+    return __shfl_sync(~0u, ok, 0);
+  }
+
+  __device__ char* Memory(int32_t n) const { return network_.Own().out(way_.Slot(n)); }
+
+  // Sends the `n`-th chunk, that of `window`, of which `bytes` are packed. All lanes of a warp,
+  // after their bulk stores are complete.
+  __device__ void Send(int32_t n, int32_t window, int32_t bytes) const {
+    const SlotIndex at = way_.Slot(n), there{network_.host, at.lane, at.slot};
+    const NetworkMemory own = network_.Own();
+    const uint64_t word = ChunkWord(epoch_, network_.node.tag, window);
+    const int32_t pe = network_.counterpart_pe[way_.host];
+    if (threadIdx.x % 32 == 0) *own.sent(at) = word;
+    ptx::FenceProxyAsyncGlobal();
+    ptx::FenceAcquireReleaseSystem();
+    __syncwarp();
+    if (kMutation == kWithSeparateSignal) {
+      net::PutAndSignal(own.in(there), own.out(at), bytes, own.failed() + 1, word, pe);
+      if (threadIdx.x % 32 == 0) net::Signal(own.arrived(there), word, pe);
+      return;
+    }
+    net::PutAndSignal(own.in(there), own.out(at), bytes, own.arrived(there), word, pe);
+  }
+
+ private:
+  const NetworkParams& network_;
+  Way way_;
+  uint64_t epoch_;
+};
+
+// Forwards the chunks of a block's ways, by one warp, each lane of which looks at some of them by
+// turns. False once the group has failed.
+__device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& ways, uint64_t epoch,
+                                     int32_t num_tokens, int32_t tokens_per_window) {
+  const NetworkShape& shape = network.shape;
+  const NetworkMemory own = network.Own();
+  const int32_t index = network.node.rank, stride = gridDim.x;
+  bool ok = true;
+  for (int32_t first = blockIdx.x; first < ways.count; first += 32 * stride) {
+    const int32_t number = first + static_cast<int32_t>(threadIdx.x % 32) * stride;
+    const Way way(ways, network, number);
+    const Windows windows(num_tokens, tokens_per_window, way.lane, ways.num_lanes);
+    const int32_t count = number < ways.count ? windows.count : 0;
+    const int32_t counterpart = way.host * shape.host_ranks + index;
+    int32_t told = 0, read = 0;
+    Deadline deadline;
+    while (read < count && ok) {
+      WordKind kind = WordKind::kNone;
+      int32_t peer = 0;
+      uint64_t expected = 0, seen = 0;
+      if (told < count && told < read + kChunkSlots) {
+        const SlotIndex at = way.Slot(told);
+        const uint64_t word = ChunkWord(epoch, network.node.tag, windows.first + told);
+        uint64_t value;
+        const Seen what = LookAt(own.arrived(at), word, value);
+        if (what == Seen::kOther) {
+          Fail(network.node, ErrorKind::kMismatch, WordKind::kChunkArrived, counterpart, word,
+               value, 0);
+          ok = false;
+          break;
+        }
+        if (what == Seen::kHere) {
+          net::Accept(own.arrived(at), word);
+          for (int32_t d = 0; d < shape.host_ranks; ++d) {
+            ptx::StoreReleaseSystem(network.Of(d).ready(index, at), word);
+          }
+          ++told;
+          deadline = Deadline();
+          continue;
+        }
+        kind = WordKind::kChunkArrived, peer = counterpart, expected = word, seen = value;
+      }
+      if (read < told) {
+        const SlotIndex at = way.Slot(read);
+        const uint64_t word = ChunkWord(epoch, network.node.tag, windows.first + read);
+        int32_t d = 0;
+        for (; d < shape.host_ranks && kMutation != kWithoutDone; ++d) {
+          uint64_t value;
+          if (LookAt(own.done(d, at), word, value) == Seen::kHere) continue;
+          kind = WordKind::kChunkDone, peer = network.host * shape.host_ranks + d;
+          expected = word, seen = value;
+          break;
+        }
+        if (d == shape.host_ranks || kMutation == kWithoutDone) {
+          const SlotIndex there{network.host, at.lane, at.slot};
+          net::Signal(own.credit(there), word, network.counterpart_pe[way.host]);
+          ++read;
+          deadline = Deadline();
+          continue;
+        }
+      }
+      ok = Continue(network, deadline, kind, peer, expected, seen);
+    }
+    ok = __all_sync(~0u, ok);
+  }
+  return ok;
+}
+
+// Reads the chunks of a way in the memory of the forwarder with `index`.
+class ChunkReader {
+ public:
+  __device__ ChunkReader(const NetworkParams& network, Way way, int32_t index, uint64_t epoch)
+      : network_(network), way_(way), index_(index), epoch_(epoch) {}
+
+  // Waits for the `n`-th chunk, that of `window`. All lanes of a warp; the same in all of them.
+  __device__ bool Wait(int32_t n, int32_t window) const {
+    bool ok = true;
+    if (threadIdx.x % 32 == 0 && kMutation != kWithoutChunk) {
+      const int32_t forwarder = network_.host * network_.shape.host_ranks + index_;
+      ok = WaitWord(network_, network_.Own().ready(index_, way_.Slot(n)), Word(window),
+                    WordKind::kChunkReady, forwarder);
+    }
+    ok = __shfl_sync(~0u, ok, 0);
+    ptx::FenceProxyAsyncGlobal();  // bulk loads come next
+    __syncwarp();
+    return ok;
+  }
+
+  __device__ const char* Memory(int32_t n) const { return network_.Of(index_).in(way_.Slot(n)); }
+
+  // All loads of the chunk by this warp are complete.
+  __device__ void Done(int32_t n, int32_t window) const {
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    ptx::StoreReleaseSystem(network_.Of(index_).done(network_.node.rank, way_.Slot(n)),
+                            Word(window));
+  }
+
+ private:
+  __device__ uint64_t Word(int32_t window) const {
+    return ChunkWord(epoch_, network_.node.tag, window);
+  }
+
+  const NetworkParams& network_;
+  Way way_;
+  int32_t index_;
+  uint64_t epoch_;
+};
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,46 @@
+// The dispatch op of a group that spans hosts.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/network/params.h"
+#include "cuda/network/routes.h"
+#include "plan/routing.h"
+
+namespace jax_ep::cuda {
+
+// Symbols as in plan/routing.h; H is the hidden size.
+struct NetworkDispatchParams {
+  NetworkParams network;
+  NetworkRoutes routes;
+  plan::Layout layout;
+  int32_t num_tokens;         // T
+  int32_t top_k;              // K
+  int32_t experts_per_host;   // E / P
+  int32_t capacity;           // C
+  int32_t row_bytes;          // of a row as it travels; a multiple of 16
+  int64_t row_stride;         // bytes from one row of `rows` to the next; row_bytes or more
+  int32_t scales_per_row;     // float32 that travel with each row; 0 without scales
+  const void* x;              // [T, H], this rank's
+  const float* scales;        // [T, scales_per_row], or null
+  const float* weights;       // [T, K], or null
+  const int32_t* recv_src;    // [C]
+  const int32_t* expert_idx;  // [C, K] in layout "token"
+  void* rows;                 // [C, row_stride], row_bytes of each are written
+  float* row_scales;          // [C, scales_per_row], or null
+  float* row_weights;         // [C] or [C, K], or null
+  int32_t num_blocks;         // the same on all ranks
+};
+
+// Moves rows as they are. On failure every byte of the results is 0xff, which is NaN in every
+// dtype.
+cudaError_t LaunchNetworkDispatch(const NetworkDispatchParams& params, cudaStream_t stream);
+
+cudaError_t LoadNetworkDispatch();
+
+// Whether a chunk has room for a row as long as these, with what goes with it.
+bool FitsNetworkDispatch(const NetworkDispatchParams& params);
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,177 @@
+// The memory that hosts reach over the network: chunks of rows on their way, and the words that go
+// with them.
+//
+// Every rank has one such piece of memory, at the same offset of the symmetric heap. The network
+// joins it with those of the ranks that have the same index on the other hosts, its *counterparts*;
+// NVLink joins it with those of the ranks of its own host. A row for any rank of a host travels
+// once, to the counterpart there, which is its *forwarder*: the ranks of that host read it from the
+// forwarder's memory.
+//
+// Rows travel in chunks: one for each *window* of a few neighbouring tokens and each other host,
+// with the rows of those tokens that go there, and a mask that tells which they are. So both ends
+// know how many chunks there are and which of them has a token, and all go through them in the same
+// order. The windows are split between *lanes*, which have slots of their own. A chunk's way out,
+// and the words that tell of it:
+//
+//   sender     packs it into `out`, puts it into the counterpart's `in`    arrived, there
+//   forwarder  tells the ranks of its host                                 ready, at each of them
+//   ranks      read the rows that are theirs                               done, at the forwarder
+//   forwarder  tells the sender that both slots are free again             credit, there
+//
+// On the way home every rank of a host puts its sums of a chunk's rows into a *part*:
+//
+//   ranks      add their rows of each token into `part`                    part_ready, at the
+//                                                                          forwarder
+//   forwarder  adds the parts, puts the chunk into the counterpart's `in`  arrived, there
+//              has read the parts                                          part_done, at each rank
+//   home       has added what came of all hosts                            credit, at the forwarder
+//
+// Each word has one writer, and the next value of it is written only after the last one was seen.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "plan/host_device.h"
+
+namespace jax_ep::cuda {
+
+constexpr int kMaxHosts = 64;
+// Chunks under way from a rank to one host in one lane.
+constexpr int kChunkSlots = 2;
+
+// What all ranks of a group agree on.
+struct NetworkShape {
+  int32_t num_hosts;    // P
+  int32_t host_ranks;   // n, ranks on each host
+  int32_t num_lanes;    // between two ranks, at most
+  int32_t chunk_bytes;  // a multiple of 1024
+
+  JAX_EP_HOST_DEVICE int64_t num_slots() const {
+    return int64_t{num_hosts} * num_lanes * kChunkSlots;
+  }
+  // Bytes of words: arrived, credit, sent, and five of every rank of the host; then one that tells
+  // of failures, and one for signals that nobody looks at.
+  JAX_EP_HOST_DEVICE int64_t word_bytes() const {
+    return (((3 + 5 * host_ranks) * num_slots() + 2) * 8 + 1023) / 1024 * 1024;
+  }
+  // Of a rank's whole network memory: words, `in`, `out`, and a part for each rank of the host.
+  JAX_EP_HOST_DEVICE int64_t bytes() const {
+    return word_bytes() + (2 + host_ranks) * num_slots() * chunk_bytes;
+  }
+};
+
+// A chunk on its way from or to a host, in a lane.
+struct SlotIndex {
+  int32_t host;
+  int32_t lane;
+  int32_t slot;
+};
+
+// The parts of one rank's network memory.
+class NetworkMemory {
+ public:
+  JAX_EP_HOST_DEVICE NetworkMemory(char* base, const NetworkShape& shape)
+      : base_(base), shape_(shape) {}
+
+  // Written over the network, by the counterpart on that host: a chunk of it is in its slot ...
+  JAX_EP_HOST_DEVICE uint64_t* arrived(SlotIndex at) const { return Words(0, at); }
+  // ... and the chunk that this rank has sent there has been read by all who need it.
+  JAX_EP_HOST_DEVICE uint64_t* credit(SlotIndex at) const { return Words(1, at); }
+  // By this rank only: the last chunk that it has sent from the slot.
+  JAX_EP_HOST_DEVICE uint64_t* sent(SlotIndex at) const { return Words(2, at); }
+  // By rank `index` of this host: the chunk is in its slot of that rank's memory ...
+  JAX_EP_HOST_DEVICE uint64_t* ready(int32_t index, SlotIndex at) const {
+    return OfRank(0, index, at);
+  }
+  // ... and that rank has read all that it needs of the chunk in this rank's memory.
+  JAX_EP_HOST_DEVICE uint64_t* done(int32_t index, SlotIndex at) const {
+    return OfRank(1, index, at);
+  }
+  // By rank `index` of this host: its part for this rank is there, in that rank's memory ...
+  JAX_EP_HOST_DEVICE uint64_t* part_ready(int32_t index, SlotIndex at) const {
+    return OfRank(2, index, at);
+  }
+  // ... and that rank has read the part that this rank has for it.
+  JAX_EP_HOST_DEVICE uint64_t* part_done(int32_t index, SlotIndex at) const {
+    return OfRank(3, index, at);
+  }
+  // By this rank only: the last part that it had for rank `index`.
+  JAX_EP_HOST_DEVICE uint64_t* part_sent(int32_t index, SlotIndex at) const {
+    return OfRank(4, index, at);
+  }
+  // By any counterpart: not 0 once the group has failed on a host. Never reset.
+  JAX_EP_HOST_DEVICE uint64_t* failed() const {
+    return Words(3 + 5 * shape_.host_ranks, {0, 0, 0});
+  }
+  JAX_EP_HOST_DEVICE char* in(SlotIndex at) const { return Chunk(0, at); }
+  JAX_EP_HOST_DEVICE char* out(SlotIndex at) const { return Chunk(1, at); }
+  // For rank `index` of this host.
+  JAX_EP_HOST_DEVICE char* part(int32_t index, SlotIndex at) const { return Chunk(2 + index, at); }
+
+ private:
+  JAX_EP_HOST_DEVICE int64_t Number(SlotIndex at) const {
+    return (int64_t{at.host} * shape_.num_lanes + at.lane) * kChunkSlots + at.slot;
+  }
+  JAX_EP_HOST_DEVICE uint64_t* Words(int64_t part, SlotIndex at) const {
+    return reinterpret_cast<uint64_t*>(base_) + part * shape_.num_slots() + Number(at);
+  }
+  JAX_EP_HOST_DEVICE uint64_t* OfRank(int64_t what, int32_t index, SlotIndex at) const {
+    return Words(3 + what * shape_.host_ranks + index, at);
+  }
+  JAX_EP_HOST_DEVICE char* Chunk(int64_t part, SlotIndex at) const {
+    return base_ + shape_.word_bytes() +
+           (part * shape_.num_slots() + Number(at)) * shape_.chunk_bytes;
+  }
+
+  char* base_;
+  NetworkShape shape_;
+};
+
+// What a word says: the number of the op, what tells it from others, and a chunk of it.
+constexpr int kChunkBits = 20;
+constexpr int kChunkTagBits = 12;
+constexpr int32_t kMaxChunks = (1 << kChunkBits) - 1;
+
+JAX_EP_HOST_DEVICE uint64_t ChunkWord(uint64_t epoch, uint32_t tag, int32_t chunk) {
+  return epoch << 32 | static_cast<uint64_t>(tag & ((1u << kChunkTagBits) - 1)) << kChunkBits |
+         static_cast<uint32_t>(chunk + 1);
+}
+
+// What a chunk begins with.
+struct alignas(16) ChunkHeader {
+  uint32_t tokens;  // of the window, one bit each: those whose rows follow, in their order
+};
+constexpr int kMaxWindow = 32;
+
+// The windows of a lane: neighbours, so that who goes through sorted entries does so once.
+struct Windows {
+  int32_t tokens;  // of each, but for the last one
+  int32_t first;   // of the lane
+  int32_t count;
+
+  JAX_EP_HOST_DEVICE Windows(int32_t num_tokens, int32_t tokens, int32_t lane, int32_t num_lanes)
+      : tokens(tokens) {
+    const int32_t total = (num_tokens + tokens - 1) / tokens;
+    const int32_t share = (total + num_lanes - 1) / num_lanes;
+    first = share * lane < total ? share * lane : total;
+    count = first + share < total ? share : total - first;
+  }
+};
+
+// What the blocks of a kernel do between hosts: each serves some of the *ways*, a lane to a host
+// each. All ranks run as many blocks.
+struct Ways {
+  int32_t num_lanes;  // to each host, that are used
+  int32_t count;
+
+  // To `num_hosts` hosts.
+  JAX_EP_HOST_DEVICE Ways(const NetworkShape& shape, int32_t num_hosts, int32_t num_blocks) {
+    num_lanes = num_hosts > 0 ? num_blocks / num_hosts : 0;
+    if (num_lanes > shape.num_lanes) num_lanes = shape.num_lanes;
+    if (num_lanes < 1) num_lanes = 1;
+    count = num_hosts * num_lanes;
+  }
+};
+
+}  // namespace jax_ep::cuda
