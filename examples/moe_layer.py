@@ -23,8 +23,9 @@ def main() -> None:
     devices = jax.device_count()
     # Two groups of ranks side by side where that leaves each of them at least two.
     data = 2 if devices % 2 == 0 and devices >= 4 else 1
-    axis_types = (AxisType.Auto,) * 2  # on which whole models work as they are
-    run(jax.make_mesh((data, devices // data), ("data", "expert"), axis_types=axis_types))
+    sizes = (data, devices // data)
+    # Whole models work on Auto axes as they are.
+    run(jax.make_mesh(sizes, ("data", "expert"), axis_types=(AxisType.Auto,) * 2))
 
 
 def run(mesh: jax.sharding.Mesh) -> None:

@@ -20,7 +20,7 @@ logger = logging.getLogger("jax_ep")
 _warned: set[tuple[Any, ...]] = set()
 
 
-def resolve_token_axes(token_axes: Sequence[str] | None, group: Group) -> tuple[str, ...]:
+def resolve_token_axes(token_axes: Any, group: Group) -> tuple[str, ...]:
     """The axes that ``moe`` splits tokens over, those of the group last by default.
 
     Args:
