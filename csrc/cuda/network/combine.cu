@@ -11,6 +11,7 @@
 #include "cuda/network/chunks.cuh"
 #include "cuda/network/combine.h"
 #include "cuda/network/entries.cuh"
+#include "cuda/network/team.cuh"
 #include "cuda/rows/adder.cuh"
 
 namespace jax_ep::cuda {
@@ -35,11 +36,8 @@ struct SumRow {
   }
 };
 
-// Tokens of a window: a chunk has room for the rows of all of them.
 __host__ __device__ int32_t WindowTokens(const NetworkCombineParams& p) {
-  const int32_t room = p.network.shape.chunk_bytes - static_cast<int32_t>(sizeof(ChunkHeader));
-  const int32_t bytes = SumRow(p).bytes;
-  return bytes == 0 ? kMaxWindow : plan::Min(room / bytes, kMaxWindow);
+  return WindowTokens(p.network.shape, SumRow(p).bytes);
 }
 
 // Shared memory of a block.
@@ -51,37 +49,10 @@ struct CombineMemory {
 };
 
 // One warp of a team.
-struct Member {
-  int32_t warp;    // of the team
-  uint32_t* done;  // [kTeamWarps], chunks that each warp of the team has done
-  uint32_t num_done;
-  Term* terms;  // [kMaxTerms]
-  Term* hosts;  // [kMaxHosts], of a home
-
-  // This warp's share of a row.
-  int32_t begin, end;
-
-  // Called by all lanes of each warp of a team after each of its chunks, which all warps take in
-  // the same order. True in the first warp, once all have come as far: it may tell of what they
-  // wrote. In the others false at once, and in the first one if the group has failed, with `ok`
-  // false.
-  __device__ bool IsTeller(const GroupParams& group, bool& ok) {
-    ++num_done;
-    __syncwarp();
-    const int32_t lane = threadIdx.x % 32;
-    ptx::FenceAcquireReleaseSystem();
-    if (warp != 0) {
-      if (lane == 0) atomicExch(&done[warp], num_done);
-      return false;
-    }
-    while (ok && lane > 0 && lane < kTeamWarps && atomicAdd(&done[lane], 0u) < num_done) {
-      ok = ptx::LoadAcquireSystem(&Own(group).failed) == 0u;
-      __nanosleep(20);
-    }
-    ok = __all_sync(~0u, ok);
-    ptx::FenceAcquireReleaseSystem();
-    return ok;
-  }
+struct Member : TeamMember {
+  Term* terms;         // [kMaxTerms]
+  Term* hosts;         // [kMaxHosts], of a home
+  int32_t begin, end;  // this warp's share of a row
 };
 
 // Makers: this rank's sums for the ranks that the block's ways lead to.
@@ -378,9 +349,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x < kTeams * kTeamWarps) (&shared.done[0][0])[threadIdx.x] = 0;
   const bool ok = WaitInputs(node, op, shared.inputs);  // and the numbers of chunks are zero
   const int32_t warp = threadIdx.x / 32, team = warp / kTeamWarps;
-  Member self{};
-  self.warp = warp % kTeamWarps;
-  self.done = shared.done[team];
+  Member self{TeamMember(warp % kTeamWarps, kTeamWarps, shared.done[team])};
   self.terms = shared.terms[warp];
   self.hosts = shared.hosts[self.warp];
   const int32_t share = plan::RoundUp((p.row_bytes + kTeamWarps - 1) / kTeamWarps, 16);
