@@ -47,7 +47,8 @@ struct TeamMember {
       if (lane == 0) atomicExch(&done[warp], num_done);
       return false;
     }
-    while (ok && lane > 0 && lane < num_warps && atomicAdd(&done[lane], 0u) < num_done) {
+    const bool waits = lane > 0 && lane < num_warps && kMutation != kWithoutTeam;
+    while (waits && ok && atomicAdd(&done[lane], 0u) < num_done) {
       ok = ptx::LoadAcquireSystem(&Own(group).failed) == 0u;
       __nanosleep(20);
     }
