@@ -1,5 +1,5 @@
-// What network_test runs on: ranks of several hosts (kernels_case.cuh) with network memory and
-// routes, and the ops of a group that spans hosts.
+// What network_test and network_failures_test run on: ranks of several hosts (kernels_case.cuh)
+// with network memory and routes, and the ops of a group that spans hosts.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -62,6 +62,7 @@ inline cuda::NetworkParams NetworkOf(const std::vector<Rank>& ranks,
   params.node = GroupOf(ranks[r], op);
   params.node.rank = r % n;
   params.node.num_ranks = n;
+  params.node.first_rank = r / n * n;
   for (int j = 0; j < n; ++j) {
     params.node.peers[j] = ranks[r / n * n + j].channel;
     params.memory[j] = network[r / n * n + j].memory;

@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(128) char stages[];
   __shared__ Shared shared;
   const GroupParams& node = p.network.node;
-  const OpNumbers op = BeginOp(node);
+  const OpNumbers op = BeginNetworkOp(p.network);
   const int32_t row_bytes = RowBytes(p);
   if (blockIdx.x == 0) Publish(node, op, {row_bytes > 0 ? p.dy : nullptr, nullptr, nullptr});
   if (threadIdx.x < kPipes) shared.done[threadIdx.x] = 0;

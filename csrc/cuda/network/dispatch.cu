@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t* const done = reinterpret_cast<uint32_t*>(memory + kDoneAt);
   PeerInputs& inputs = *reinterpret_cast<PeerInputs*>(memory + kInputsAt);
   const GroupParams& node = p.network.node;
-  const OpNumbers op = BeginOp(node);
+  const OpNumbers op = BeginNetworkOp(p.network);
   if (blockIdx.x == 0) {
     Publish(node, op, {p.row_bytes > 0 ? p.x : nullptr, p.scales, p.weights});
   }

@@ -55,6 +55,7 @@ __device__ bool ReadChunks(const NetworkParams& network, const NetworkRoutes& ro
       const Way way(ways, network, number);
       const Windows windows(num_tokens, window_tokens, way.lane, ways.num_lanes);
       if (n >= windows.count) continue;
+      if (TestStops(network.node.tag, n)) return false;
       more = true;
       const int32_t index = (network.node.rank + i) % shape.host_ranks;
       const int32_t source = way.host * shape.host_ranks + index;

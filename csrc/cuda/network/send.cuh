@@ -63,6 +63,7 @@ __device__ bool SendRows(const NetworkParams& network, const SentRows& sent, con
       const Way way(ways, network, number);
       const Windows windows(sent.num_tokens, window_tokens, way.lane, ways.num_lanes);
       if (n >= windows.count) continue;
+      if (TestStops(network.node.tag, n)) return false;
       more = true;
       const ChunkSender sender(network, way, epoch);
       const int32_t window = windows.first + n, first = window * window_tokens;
