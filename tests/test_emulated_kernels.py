@@ -191,6 +191,18 @@ _NETWORK_PLANS = [
     "layout=token masked=2 tokens=1",
     "layout=expert tokens=0",
 ]
+# A rank that never comes or stops, in a group of three hosts; a host at another op.
+_NETWORK_FAILURES = [
+    "op=dispatch failure=absent layout=expert",
+    "op=combine failure=absent layout=token failing=0",
+    "op=combine_vjp failure=absent layout=expert",
+    "op=dispatch failure=stops layout=token items=1",
+    "op=combine failure=stops layout=expert items=1",
+    "op=combine_vjp failure=stops layout=expert items=1",
+    "op=dispatch failure=mismatch layout=expert other=combine",
+    "op=combine failure=mismatch layout=token other=dispatch",
+    "op=combine_vjp failure=mismatch layout=expert other=combine",
+]
 # Credits, chunks, receipts, parts, and what comes home (test_hooks.cuh); a network that sets signals
 # before the bytes are there (emulator/network.h).
 _NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 104)
@@ -207,7 +219,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("emulator")
     script = _ROOT / "cuda" / "emulator" / "build.sh"
     names = ["kernels_test", "stress_test", "plan_test", "failures_test", "races_test"]
-    names += ["network_test", "network_plan_test"]
+    names += ["network_test", "network_plan_test", "network_failures_test"]
     done = subprocess.run(
         ["bash", script, folder, *names],
         env=os.environ | {"PYTHON": sys.executable},
@@ -339,6 +351,12 @@ def test_hosts_on_a_late_network(binaries: pathlib.Path, arguments: str, seed: i
 @pytest.mark.parametrize("arguments", _NETWORK_PLANS)
 def test_plans_between_hosts(binaries: pathlib.Path, arguments: str) -> None:
     _run_well(binaries / "network_plan_test", arguments)
+
+
+@pytest.mark.parametrize("arguments", _NETWORK_FAILURES)
+def test_failures_between_hosts(binaries: pathlib.Path, arguments: str) -> None:
+    """All ranks of all hosts end in time, with a record and poison; later ops end at once."""
+    _run_well(binaries / "network_failures_test", f"hosts=3 ranks=6 {arguments}")
 
 
 @pytest.mark.parametrize("mutation", _NETWORK_MUTATIONS)

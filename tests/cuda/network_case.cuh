@@ -1,58 +1,24 @@
-// What tests of groups that span hosts run on: ranks on the emulator's network.
+// What network_test and network_failures_test run on: ranks of several hosts (kernels_case.cuh)
+// with network memory and routes, and the ops of a group that spans hosts.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <cstring>
 #include <random>
-#include <string>
 #include <utility>
 #include <vector>
 
-#include "cuda/network/params.h"
-#include "cuda/network/plan.h"
-#include "cuda/network/routes.h"
+#include "cpu/dispatch.h"
+#include "cpu/plan.h"
+#include "cuda/network/combine.h"
+#include "cuda/network/combine_vjp.h"
+#include "cuda/network/dispatch.h"
 #include "kernels_case.cuh"
 #include "kernels_ops.cuh"
 #include "network.h"
 
 namespace {
-
-int num_wrong = 0;
-
-template <typename T>
-void Compare(const char* what, int step, int rank, const Buffer<T>& buffer) {
-  const std::vector<T> got = buffer.FromDevice();
-  size_t wrong = 0, first = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (std::memcmp(&got[i], &buffer.host[i], sizeof(T)) != 0 && wrong++ == 0) first = i;
-  }
-  if (wrong == 0) return;
-  std::printf("WRONG %s of rank %d in step %d: %zu of %zu, first at %zu\n", what, rank, step, wrong,
-              got.size(), first);
-  ++num_wrong;
-}
-
-template <typename T>
-void Poison(Buffer<T>& buffer) {
-  CHECK_CUDA(cudaMemset(buffer.device, 0xAB, buffer.host.size() * sizeof(T)));
-}
-
-// Waits for the op on all ranks; reports those that failed.
-inline void Finish(const char* op, int step, const std::vector<Rank>& ranks) {
-  for (size_t r = 0; r < ranks.size(); ++r) {
-    CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
-    const cuda::ErrorRecord& error = *ranks[r].error;
-    if (error.set == 0) continue;
-    std::printf("FAILED %s of rank %zu in step %d: kind %u, word %u, peer %u, expected %llx, ", op,
-                r, step, error.kind, error.word, error.peer,
-                static_cast<unsigned long long>(error.expected));
-    std::printf("saw %llx\n", static_cast<unsigned long long>(error.seen));
-    ++num_wrong;
-  }
-}
 
 // A rank's network memory and routes.
 struct NetworkRank {
@@ -63,7 +29,156 @@ struct NetworkRank {
 // Processing elements need not be in the order of ranks.
 inline int PeOf(int rank, int num_ranks) { return num_ranks - 1 - rank; }
 
-inline Options WithDefaults(Options options) {
+// The routes that follow from the handles of a plan for one host.
+inline void RoutesOf(const Workload& w, std::vector<Rank>& ranks,
+                     std::vector<NetworkRank>& network) {
+  for (int r = 0; r < w.R; ++r) {
+    NetworkRank& self = network[r];
+    for (Buffer<int32_t>* entries : {&self.recv_token, &self.recv_row}) {
+      std::fill(entries->host.begin(), entries->host.end(), plan::kNone);
+    }
+    int entries = 0;
+    for (int s = 0; s < w.R; ++s) {
+      self.recv_start.host[s] = entries;
+      for (int t = 0; t < w.T; ++t) {
+        for (int m = 0; m < w.M; ++m) {
+          const int32_t row = ranks[r].recv_rows.host[(size_t(s) * w.T + t) * w.M + m];
+          if (row < 0) continue;
+          self.recv_token.host[entries] = t;
+          self.recv_row.host[entries++] = row;
+        }
+      }
+    }
+    self.recv_start.host[w.R] = entries;
+    for (Buffer<int32_t>* buffer : {&self.recv_start, &self.recv_token, &self.recv_row}) {
+      buffer->ToDevice();
+    }
+  }
+}
+
+// The same for every op: the group as rank `r` of it knows it.
+inline cuda::NetworkParams NetworkOf(const std::vector<Rank>& ranks,
+                                     const std::vector<NetworkRank>& network,
+                                     const cuda::NetworkShape& shape, int r, cuda::OpKind op) {
+  const int n = shape.host_ranks;
+  cuda::NetworkParams params{};
+  params.node = GroupOf(ranks[r], op);
+  params.node.rank = r % n;
+  params.node.num_ranks = n;
+  params.node.first_rank = r / n * n;
+  for (int j = 0; j < n; ++j) {
+    params.node.peers[j] = ranks[r / n * n + j].channel;
+    params.memory[j] = network[r / n * n + j].memory;
+  }
+  params.shape = shape;
+  params.host = r / n;
+  params.counterpart_pe = network[r].counterpart_pe.device;
+  return params;
+}
+
+inline cuda::NetworkRoutes RoutesOnDevice(const Rank& rank, const NetworkRank& self) {
+  return {rank.topk.device, self.recv_start.device, self.recv_token.device, self.recv_row.device};
+}
+
+inline cuda::NetworkDispatchParams NetworkDispatchParamsOf(const Workload& w, const Rank& rank,
+                                                           const NetworkRank& self,
+                                                           const cuda::NetworkParams& network) {
+  const cuda::DispatchParams same = cuda::ParamsOf(DispatchArgsOf(w, rank, OnDevice()));
+  cuda::NetworkDispatchParams p{};
+  p.network = network;
+  p.routes = RoutesOnDevice(rank, self);
+  p.layout = same.layout;
+  p.num_tokens = same.num_tokens;
+  p.top_k = same.top_k;
+  p.experts_per_host = w.E / network.shape.num_hosts;
+  p.capacity = same.capacity;
+  p.row_bytes = same.row_bytes;
+  p.row_stride = same.row_stride;
+  p.scales_per_row = same.scales_per_row;
+  p.x = same.x;
+  p.scales = same.scales;
+  p.weights = same.weights;
+  p.recv_src = same.recv_src;
+  p.expert_idx = same.expert_idx;
+  p.rows = same.rows;
+  p.row_scales = same.row_scales;
+  p.row_weights = same.row_weights;
+  p.num_blocks = w.blocks;
+  return p;
+}
+
+inline cuda::NetworkCombineParams NetworkCombineParamsOf(const Workload& w, const Rank& rank,
+                                                         const NetworkRank& self,
+                                                         const cuda::NetworkParams& network) {
+  const cuda::CombineParams same = cuda::ParamsOf(CombineArgsOf(w, rank, OnDevice()));
+  cuda::NetworkCombineParams p{};
+  p.network = network;
+  p.routes = RoutesOnDevice(rank, self);
+  p.layout = same.layout;
+  p.type = same.type;
+  p.num_tokens = same.num_tokens;
+  p.top_k = same.top_k;
+  p.row_bytes = w.H * w.width;
+  p.rows = same.rows;
+  p.row_weights = same.row_weights;
+  p.values = same.values;
+  p.recv_src = rank.recv_src.device;
+  p.expert_idx = rank.expert_idx.device;
+  p.y = same.y;
+  p.home = same.home;
+  p.num_blocks = w.blocks;
+  return p;
+}
+
+inline cuda::NetworkCombineVjpParams NetworkCombineVjpParamsOf(const Workload& w, const Rank& rank,
+                                                               const NetworkRank& self,
+                                                               const cuda::NetworkParams& network) {
+  const cuda::CombineVjpParams same = cuda::ParamsOf(CombineVjpArgsOf(w, rank, OnDevice()));
+  cuda::NetworkCombineVjpParams p{};
+  p.network = network;
+  p.routes = RoutesOnDevice(rank, self);
+  p.type = same.type;
+  p.num_tokens = same.num_tokens;
+  p.top_k = w.K;
+  p.experts_per_host = w.E / network.shape.num_hosts;
+  p.capacity = same.capacity;
+  p.hidden = same.hidden;
+  p.dy = same.dy;
+  p.rows = same.rows;
+  p.row_weights = same.row_weights;
+  p.recv_src = same.recv_src;
+  p.d_rows = same.d_rows;
+  p.d_weights = same.d_weights;
+  p.num_blocks = w.blocks;
+  return p;
+}
+
+// Expert outputs, and values that go home, some of them negative zeros.
+inline void FillRows(const Workload& w, Rank& rank, std::mt19937& generator) {
+  for (size_t i = 0; i < rank.d_rows.host.size() / w.width; ++i) {
+    const float value = i % 29 == 5 ? -0.0f : float(generator()) / 4e9f - 0.5f;
+    if (w.width == 4) {
+      reinterpret_cast<float*>(rank.d_rows.host.data())[i] = value;
+    } else if (w.dtype == "f16") {
+      reinterpret_cast<cpu::Float16*>(rank.d_rows.host.data())[i] =
+          cpu::FromFloat<cpu::Float16>(value);
+    } else {
+      reinterpret_cast<cpu::BFloat16*>(rank.d_rows.host.data())[i] =
+          cpu::FromFloat<cpu::BFloat16>(value);
+    }
+  }
+  rank.d_rows.ToDevice();
+  for (float& value : rank.d_weights.host) {
+    value = generator() % 9 == 0 ? -0.0f : float(generator()) / 4e9f - 0.5f;
+  }
+  rank.d_weights.ToDevice();
+}
+
+// Small workloads, for the emulator.
+inline void SetDefaults(Options& options) {
+  const auto otherwise = [&](const char* name, const char* value) {
+    options.given.emplace(name, value);
+  };
   for (const auto& [name, value] : {std::pair{"ranks", "4"},
                                     {"tokens", "40"},
                                     {"hidden", "264"},
@@ -72,110 +187,71 @@ inline Options WithDefaults(Options options) {
                                     {"blocks", "2"},
                                     {"alignment", "8"},
                                     {"timeout", "60"}}) {
-    options.given.emplace(name, value);
+    otherwise(name, value);
   }
-  return options;
 }
 
-// The ranks of `hosts` hosts, and a network between them.
-struct NetworkCase {
-  Options options;
-  Workload w;
-  std::mt19937 generator;
-  int hosts, host_ranks;
-  int64_t message_bytes;
-  std::vector<Rank> ranks;
-  cuda::NetworkShape shape;
-  std::vector<NetworkRank> network;
+// Enough rows for the routes of any step.
+inline int EnoughCapacity(const Workload& w) {
+  return plan::RoundUp(w.R * w.T * (w.by_expert ? std::min(w.K, w.L) : 1) + w.L * w.alignment,
+                       w.alignment);
+}
 
-  explicit NetworkCase(const Options& given)
-      : options(WithDefaults(given)), w(options), generator(options.Int("seed", 1)) {
-    hosts = options.Int("hosts", 2);
-    host_ranks = w.R / hosts;
-    message_bytes = (w.T * w.K * 2 + 127) / 128 * 128;
-    if (w.C == 0) {  // enough for any choices
-      w.C = plan::RoundUp(w.R * w.T * (w.by_expert ? std::min(w.K, w.L) : 1) + w.L * w.alignment,
-                          w.alignment);
-    }
-    ranks = MakeRanks(w, generator);
-    Prepare(w, options, ranks, generator);
-    shape = {hosts, host_ranks, options.Int("lanes", w.blocks), options.Int("chunk_kib", 4) << 10};
-    network = std::vector<NetworkRank>(w.R);
-    for (int r = 0; r < w.R; ++r) {
-      NetworkRank& self = network[r];
-      const int64_t bytes = shape.bytes() + cuda::PlanMemory(nullptr, shape, message_bytes).bytes();
-      CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&self.memory), bytes));
-      CHECK_CUDA(cudaMemset(self.memory, 0, bytes));
-      emulator::AddHeap(PeOf(r, w.R), self.memory, bytes);
-      self.counterpart_pe.Resize(hosts);
-      for (int h = 0; h < hosts; ++h) {
-        self.counterpart_pe.host[h] = PeOf(h * host_ranks + r % host_ranks, w.R);
-      }
-      self.counterpart_pe.ToDevice();
-      self.recv_start.Resize(w.R + 1);
-      self.recv_token.Resize(w.C);
-      self.recv_row.Resize(w.C);
-    }
-    std::printf("hosts=%d R=%d T=%d K=%d E=%d H=%d C=%d %s %s%s blocks=%d, %lld KiB a rank\n",
-                hosts, w.R, w.T, w.K, w.E, w.H, w.C, w.by_expert ? "expert" : "token",
-                w.dtype.c_str(), w.fp8 ? " fp8" : "", w.blocks,
-                static_cast<long long>(shape.bytes() >> 10));
-  }
+inline cuda::NetworkShape ShapeOf(const Workload& w, const Options& options) {
+  const int hosts = options.Int("hosts", 2);
+  return {hosts, w.R / hosts, options.Int("lanes", w.blocks), options.Int("chunk_kib", 4) << 10};
+}
 
-  // Every rank's choices in a step, some of them invalid. The later the step, the fewer ranks are
-  // wanted.
-  void Choose(int step) {
-    const int masked = options.Int("masked", 0);
-    for (int r = 0; r < w.R; ++r) {
-      for (int32_t& expert : ranks[r].topk_idx.host) {
-        const uint32_t x = generator();
-        expert = static_cast<int32_t>(x / 8 % (w.E - step * 5 % (w.E / 2)));
-        if (x % 8 == 0 || (masked == 1 && r == step % w.R) || (masked == 2 && r != step % w.R)) {
-          expert = -1;
-        } else if (x % 97 == 1) {
-          expert = w.E + 1;
-        }
-      }
-    }
+// Each rank with network memory, and `more_bytes` behind it.
+inline std::vector<NetworkRank> MakeNetwork(const Workload& w, const cuda::NetworkShape& shape,
+                                            int64_t more_bytes = 0) {
+  const int hosts = shape.num_hosts, n = shape.host_ranks;
+  CHECK_CUDA(cuda::LoadNetworkDispatch());
+  CHECK_CUDA(cuda::LoadNetworkCombine());
+  CHECK_CUDA(cuda::LoadNetworkCombineVjp());
+  std::vector<NetworkRank> network(w.R);
+  for (int r = 0; r < w.R; ++r) {
+    NetworkRank& self = network[r];
+    const int64_t bytes = shape.bytes() + more_bytes;
+    CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&self.memory), bytes));
+    CHECK_CUDA(cudaMemset(self.memory, 0xAB, shape.bytes()));
+    CHECK_CUDA(cudaMemset(self.memory, 0, shape.word_bytes()));
+    CHECK_CUDA(cudaMemset(self.memory + shape.bytes(), 0, more_bytes));
+    emulator::AddHeap(PeOf(r, w.R), self.memory, bytes);
+    self.counterpart_pe.Resize(hosts);
+    for (int h = 0; h < hosts; ++h) self.counterpart_pe.host[h] = PeOf(h * n + r % n, w.R);
+    self.counterpart_pe.ToDevice();
+    self.recv_start.Resize(w.R + 1);
+    self.recv_token.Resize(w.C);
+    self.recv_row.Resize(w.C);
   }
+  return network;
+}
 
-  // On the host, the routes that follow from the handles of a plan for one host.
-  void MakeRoutes() {
-    for (int r = 0; r < w.R; ++r) {
-      NetworkRank& self = network[r];
-      std::fill(self.recv_token.host.begin(), self.recv_token.host.end(), -1);
-      std::fill(self.recv_row.host.begin(), self.recv_row.host.end(), -1);
-      int entries = 0;
-      for (int s = 0; s < w.R; ++s) {
-        self.recv_start.host[s] = entries;
-        for (int t = 0; t < w.T; ++t) {
-          for (int m = 0; m < w.M; ++m) {
-            const int32_t row = ranks[r].recv_rows.host[(size_t(s) * w.T + t) * w.M + m];
-            if (row < 0) continue;
-            self.recv_token.host[entries] = t;
-            self.recv_row.host[entries++] = row;
-          }
-        }
-      }
-      self.recv_start.host[w.R] = entries;
-    }
-  }
+// Runs an op of the CPU backend for all ranks: arguments_of(rank), work_of(arguments).
+template <typename ArgumentsOf, typename WorkOf>
+inline void RunOnCpu(const std::vector<Rank>& ranks, ArgumentsOf&& arguments_of, WorkOf&& work_of) {
+  using Args = decltype(arguments_of(ranks[0]));
+  std::vector<Args> arguments;
+  for (const Rank& k : ranks) arguments.push_back(arguments_of(k));
+  std::vector<const Args*> pointers;
+  for (const Args& of_rank : arguments) pointers.push_back(&of_rank);
+  cpu::RowWork work = work_of(pointers);
+  work.run(0, work.num_rows);
+}
 
-  // The group as rank `r` of it knows it.
-  cuda::NetworkParams NetworkOf(int r, cuda::OpKind op) const {
-    cuda::NetworkParams params{};
-    params.node = GroupOf(ranks[r], op);
-    params.node.rank = r % host_ranks;
-    params.node.num_ranks = host_ranks;
-    for (int j = 0; j < host_ranks; ++j) {
-      params.node.peers[j] = ranks[r / host_ranks * host_ranks + j].channel;
-      params.memory[j] = network[r / host_ranks * host_ranks + j].memory;
-    }
-    params.shape = shape;
-    params.host = r / host_ranks;
-    params.counterpart_pe = network[r].counterpart_pe.device;
-    return params;
+// Plans and dispatches on the CPU: the results are on the host, the handle and routes on the device
+// too.
+inline void PlanOnCpu(const Workload& w, std::vector<Rank>& ranks,
+                      std::vector<NetworkRank>& network) {
+  RunOnCpu(ranks, [&](const Rank& k) { return PlanArgsOf(w, k, OnHost()); }, cpu::PlanWork);
+  RunOnCpu(ranks, [&](const Rank& k) { return DispatchArgsOf(w, k, OnHost()); }, cpu::DispatchWork);
+  RoutesOf(w, ranks, network);
+  for (Rank& rank : ranks) {
+    rank.topk.ToDevice();
+    rank.recv_src.ToDevice();
+    rank.expert_idx.ToDevice();
   }
-};
+}
 
 }  // namespace

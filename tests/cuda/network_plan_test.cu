@@ -9,7 +9,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <limits>
 #include <random>
@@ -17,15 +16,46 @@
 #include <vector>
 
 #include "cuda/network/plan.h"
-#include "network.h"
+#include "kernels_case.cuh"
+#include "kernels_ops.cuh"
 #include "network_case.cuh"
+#include "network_compare.cuh"
 #include "plan/build_plan.h"
+
+namespace {
+
+// Every rank's choices in a step, some of them invalid. The later the step, the fewer ranks are
+// wanted.
+void Choose(const Workload& w, int step, int masked, std::vector<Rank>& ranks,
+            std::mt19937& generator) {
+  for (int r = 0; r < w.R; ++r) {
+    for (int32_t& expert : ranks[r].topk_idx.host) {
+      const uint32_t x = generator();
+      expert = static_cast<int32_t>(x / 8 % (w.E - step * 5 % (w.E / 2)));
+      if (x % 8 == 0 || (masked == 1 && r == step % w.R) || (masked == 2 && r != step % w.R)) {
+        expert = -1;
+      } else if (x % 97 == 1) {
+        expert = w.E + 1;
+      }
+    }
+  }
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   Options options(argc, argv);
   options.given.emplace("tokens", "70");
-  NetworkCase test(options);
-  Workload& w = test.w;
+  SetDefaults(options);
+  Workload w(options);
+  std::mt19937 generator(options.Int("seed", 1));
+  if (w.C == 0) w.C = EnoughCapacity(w);
+  std::vector<Rank> ranks = MakeRanks(w, generator);
+  Prepare(w, options, ranks, generator);
+  const cuda::NetworkShape shape = ShapeOf(w, options);
+  const int64_t message_bytes = (w.T * w.K * 2 + 127) / 128 * 128;
+  std::vector<NetworkRank> network =
+      MakeNetwork(w, shape, cuda::PlanMemory(nullptr, shape, message_bytes).bytes());
   const int steps = options.Int("steps", 4), given = options.Int("expert_capacity", 0);
   const int32_t expert_capacity = given > 0 ? given : std::numeric_limits<int32_t>::max();
   CHECK_CUDA(cuda::LoadNetworkPlan());
@@ -33,25 +63,24 @@ int main(int argc, char** argv) {
   for (Buffer<int32_t>& buffer : scratch) buffer.Resize(size_t(w.R) * (w.L + 1));
 
   for (int step = 0; step < steps && num_wrong == 0; ++step) {
-    test.Choose(step);
+    Choose(w, step, options.Int("masked", 0), ranks, generator);
     std::vector<plan::RankPlan> plans;
-    for (Rank& k : test.ranks) {
+    for (Rank& k : ranks) {
       plans.push_back(PlanArgsOf(w, k, OnHost()).buffers);
       k.topk_idx.ToDevice();
     }
-    const plan::PlanShape shape{w.R, w.T, w.K, w.E, w.C, w.alignment, expert_capacity, w.layout};
-    plan::BuildPlans(shape, plans);
-    test.MakeRoutes();
+    plan::BuildPlans({w.R, w.T, w.K, w.E, w.C, w.alignment, expert_capacity, w.layout}, plans);
+    RoutesOf(w, ranks, network);
     for (int r = 0; r < w.R; ++r) {
-      Rank& k = test.ranks[r];
-      NetworkRank& self = test.network[r];
+      Rank& k = ranks[r];
+      NetworkRank& self = network[r];
       for (Buffer<int32_t>* buffer :
            {&k.topk, &k.recv_src, &k.expert_idx, &k.group_sizes, &k.counts, &k.demand,
             &k.num_dropped, &k.num_invalid, &self.recv_start, &self.recv_token, &self.recv_row}) {
         Poison(*buffer);
       }
       cuda::NetworkPlanParams p{};
-      p.network = test.NetworkOf(r, cuda::OpKind::kPlan);
+      p.network = NetworkOf(ranks, network, shape, r, cuda::OpKind::kPlan);
       p.layout = w.layout;
       p.num_tokens = w.T;
       p.top_k = w.K;
@@ -59,7 +88,7 @@ int main(int argc, char** argv) {
       p.capacity = w.C;
       p.alignment = w.alignment;
       p.expert_capacity = expert_capacity;
-      p.message_bytes = test.message_bytes;
+      p.message_bytes = message_bytes;
       p.topk_idx = k.topk_idx.device;
       p.topk = k.topk.device;
       p.recv_start = self.recv_start.device;
@@ -80,10 +109,10 @@ int main(int argc, char** argv) {
       }
       CHECK_CUDA(cuda::LaunchNetworkPlan(p, k.stream));
     }
-    Finish("plan", step, test.ranks);
+    Finish("plan", step, ranks);
     for (int r = 0; r < w.R; ++r) {
-      const Rank& k = test.ranks[r];
-      const NetworkRank& self = test.network[r];
+      const Rank& k = ranks[r];
+      const NetworkRank& self = network[r];
       if (w.T > 0) Compare("topk", step, r, k.topk);
       Compare("recv_start", step, r, self.recv_start);
       Compare("recv_token", step, r, self.recv_token);

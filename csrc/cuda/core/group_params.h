@@ -11,9 +11,10 @@ namespace jax_ep::cuda {
 struct GroupParams {
   // The op's channel of every rank's workspace, as this device maps them; peers[rank] is its own.
   Channel* peers[kMaxRanks];
-  ErrorRecord* error;  // pinned host memory
-  int rank;
-  int num_ranks;
+  ErrorRecord* error;     // pinned host memory
+  int rank;               // of those here; where a group spans hosts, on this host
+  int num_ranks;          // that `peers` has
+  int first_rank;         // what the first of them is in the group: records name ranks of the group
   int instance;           // which of the groups side by side
   int channel;            // of the op
   const int32_t* coords;  // [2], rank and instance as the program counts them; null: not checked

@@ -42,8 +42,10 @@ __device__ __forceinline__ Channel& OnChannel(const GroupParams& group, int rank
   return kNumChannels == 1 ? *own : *(own - group.channel + channel);
 }
 
-// Records the failure unless there was one before, and tells all peers. Not inlined, like all that
-// runs only when a wait takes long: the waits are many, and their code should stay short.
+// Records the failure unless there was one before, and tells all peers of this host. `peer` counts
+// from the first rank of this host, so that it is negative for ranks of the hosts before. Not
+// inlined, like all that runs only when a wait takes long: the waits are many, and their code
+// should stay short.
 __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, WordKind word,
                                          int peer, uint64_t expected, uint64_t seen,
                                          uint64_t waited_ns) {
@@ -52,8 +54,8 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
   ErrorRecord* error = group.error;
   if (atomicCAS_system(&error->set, 0u, 2u) == 0u) {
     error->kind = static_cast<uint32_t>(kind);
-    error->rank = group.rank;
-    error->peer = peer;
+    error->rank = group.first_rank + group.rank;
+    error->peer = group.first_rank + peer;
     error->op = static_cast<uint32_t>(group.op);
     error->word = static_cast<uint32_t>(word);
     error->expected = expected;
@@ -105,7 +107,8 @@ class Deadline {
     if (spins_ % 1024 == 0) {  // across PCIe, so less often
       const uint32_t lost = ptx::LoadAcquireSystem(&group.error->lost_peer);
       if (lost != 0u && lost_) {
-        Fail(group, ErrorKind::kPeerLost, word, static_cast<int>(lost) - 1, expected, seen, waited);
+        const int peer_lost = static_cast<int>(lost) - 1 - group.first_rank;
+        Fail(group, ErrorKind::kPeerLost, word, peer_lost, expected, seen, waited);
         return false;
       }
       lost_ = lost != 0u;  // what it sent before it went may still be found by another look
@@ -241,7 +244,7 @@ struct PeerInputs {
 __device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
   int rank = group.rank, instance = group.instance;
   if (group.coords != nullptr) {
-    rank = group.coords[0];
+    rank = group.coords[0] - group.first_rank;
     instance = group.coords[1];
   }
   const bool failed = ptx::LoadAcquireSystem(&Own(group).failed) != 0u;  // on its way meanwhile

@@ -29,6 +29,7 @@ constexpr int kWithoutDone = 10;       // until the ranks of the host have read 
 constexpr int kWithoutPart = 12;       // for the ranks' sums of a chunk
 constexpr int kWithoutPartDone = 13;   // until the forwarder has read them
 constexpr int kWithoutHome = 14;       // for the chunks that come home
+constexpr int kWithoutTeam = 15;       // until all warps of a team have done a chunk
 // Not a wait: a chunk and its signal are sent by two calls, which nothing orders.
 constexpr int kWithSeparateSignal = 11;
 // Not a wait: addresses are told from those of before by their epoch.

@@ -128,8 +128,8 @@ JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
 struct ErrorRecord {
   uint32_t set;
   uint32_t kind;  // ErrorKind
-  uint32_t rank;
-  uint32_t peer;
+  uint32_t rank;  // of the group
+  uint32_t peer;  // of the group
   uint32_t op;    // OpKind
   uint32_t word;  // WordKind
   uint64_t expected;

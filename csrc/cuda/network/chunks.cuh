@@ -20,6 +20,16 @@ __device__ __noinline__ inline void TellHosts(const NetworkParams& network) {
   }
 }
 
+// BeginOp that also looks whether the group had failed on another host before.
+__device__ __forceinline__ OpNumbers BeginNetworkOp(const NetworkParams& network) {
+  const OpNumbers op = BeginOp(network.node);
+  if (blockIdx.x == 0 && threadIdx.x == 0 && ptx::LoadAcquireSystem(network.Own().failed()) != 0) {
+    Fail(network.node, ErrorKind::kAborted, WordKind::kNone, network.node.rank, op.epoch, op.epoch,
+         0);
+  }
+  return op;
+}
+
 // Deadline::Continue that also ends when another host has failed.
 __device__ __forceinline__ bool Continue(const NetworkParams& network, Deadline& deadline,
                                          WordKind kind, int32_t peer, uint64_t expected,
@@ -93,7 +103,7 @@ class ChunkSender {
     if (threadIdx.x % 32 == 0 && kMutation != kWithoutCredit) {
       const SlotIndex at = way_.Slot(n);
       const NetworkMemory own = network_.Own();
-      const int32_t peer = way_.host * network_.shape.host_ranks + network_.node.rank;
+      const int32_t peer = network_.Peer(way_.host, network_.node.rank);
       const uint64_t before = WordBefore(network_, epoch_, n, window, own.sent(at));
       ok = WaitWord(network_, own.credit(at), before, WordKind::kCredit, peer);
     }
@@ -140,10 +150,14 @@ __device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& w
     const Way way(ways, network, number);
     const Windows windows(num_tokens, tokens_per_window, way.lane, ways.num_lanes);
     const int32_t count = number < ways.count ? windows.count : 0;
-    const int32_t counterpart = way.host * shape.host_ranks + index;
+    const int32_t counterpart = network.Peer(way.host, index);
     int32_t told = 0, read = 0;
     Deadline deadline;
     while (read < count && ok) {
+      if (TestStops(network.node.tag, told)) {
+        ok = false;
+        break;
+      }
       WordKind kind = WordKind::kNone;
       int32_t peer = 0;
       uint64_t expected = 0, seen = 0;
@@ -176,7 +190,7 @@ __device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& w
         for (; d < shape.host_ranks && kMutation != kWithoutDone; ++d) {
           uint64_t value;
           if (LookAt(own.done(d, at), word, value) == Seen::kHere) continue;
-          kind = WordKind::kChunkDone, peer = network.host * shape.host_ranks + d;
+          kind = WordKind::kChunkDone, peer = d;
           expected = word, seen = value;
           break;
         }
@@ -205,9 +219,8 @@ class ChunkReader {
   __device__ bool Wait(int32_t n, int32_t window) const {
     bool ok = true;
     if (threadIdx.x % 32 == 0 && kMutation != kWithoutChunk) {
-      const int32_t forwarder = network_.host * network_.shape.host_ranks + index_;
       ok = WaitWord(network_, network_.Own().ready(index_, way_.Slot(n)), Word(window),
-                    WordKind::kChunkReady, forwarder);
+                    WordKind::kChunkReady, index_);
     }
     ok = __shfl_sync(~0u, ok, 0);
     ptx::FenceProxyAsyncGlobal();  // bulk loads come next

@@ -11,6 +11,7 @@
 #include "cuda/network/chunks.cuh"
 #include "cuda/network/combine.h"
 #include "cuda/network/entries.cuh"
+#include "cuda/network/team.cuh"
 #include "cuda/rows/adder.cuh"
 
 namespace jax_ep::cuda {
@@ -35,13 +36,6 @@ struct SumRow {
   }
 };
 
-// Tokens of a window: a chunk has room for the rows of all of them.
-__host__ __device__ int32_t WindowTokens(const NetworkCombineParams& p) {
-  const int32_t room = p.network.shape.chunk_bytes - static_cast<int32_t>(sizeof(ChunkHeader));
-  const int32_t bytes = SumRow(p).bytes;
-  return bytes == 0 ? kMaxWindow : plan::Min(room / bytes, kMaxWindow);
-}
-
 // Shared memory of a block.
 struct CombineMemory {
   PeerInputs inputs;  // for WaitInputs, which gives nothing here
@@ -51,37 +45,10 @@ struct CombineMemory {
 };
 
 // One warp of a team.
-struct Member {
-  int32_t warp;    // of the team
-  uint32_t* done;  // [kTeamWarps], chunks that each warp of the team has done
-  uint32_t num_done;
-  Term* terms;  // [kMaxTerms]
-  Term* hosts;  // [kMaxHosts], of a home
-
-  // This warp's share of a row.
-  int32_t begin, end;
-
-  // Called by all lanes of each warp of a team after each of its chunks, which all warps take in
-  // the same order. True in the first warp, once all have come as far: it may tell of what they
-  // wrote. In the others false at once, and in the first one if the group has failed, with `ok`
-  // false.
-  __device__ bool IsTeller(const GroupParams& group, bool& ok) {
-    ++num_done;
-    __syncwarp();
-    const int32_t lane = threadIdx.x % 32;
-    ptx::FenceAcquireReleaseSystem();
-    if (warp != 0) {
-      if (lane == 0) atomicExch(&done[warp], num_done);
-      return false;
-    }
-    while (ok && lane > 0 && lane < kTeamWarps && atomicAdd(&done[lane], 0u) < num_done) {
-      ok = ptx::LoadAcquireSystem(&Own(group).failed) == 0u;
-      __nanosleep(20);
-    }
-    ok = __all_sync(~0u, ok);
-    ptx::FenceAcquireReleaseSystem();
-    return ok;
-  }
+struct Member : TeamMember {
+  Term* terms;         // [kMaxTerms]
+  Term* hosts;         // [kMaxHosts], of a home
+  int32_t begin, end;  // this warp's share of a row
 };
 
 // Makers: this rank's sums for the ranks that the block's ways lead to.
@@ -92,7 +59,7 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
   const NetworkShape& shape = network.shape;
   const NetworkMemory own = network.Own();
   const SumRow format(p);
-  const int32_t window_tokens = WindowTokens(p), lane = threadIdx.x % 32;
+  const int32_t window_tokens = WindowTokens(network.shape, format.bytes), lane = threadIdx.x % 32;
   const int32_t* const tokens = p.routes.recv_token;
   bool more = true;
   for (int32_t n = 0; more; ++n) {
@@ -103,6 +70,7 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
       const Way way(ways, network, number);
       const Windows windows(p.num_tokens, window_tokens, way.lane, ways.num_lanes);
       if (n >= windows.count) continue;
+      if (TestStops(network.node.tag, n)) return false;
       more = true;
       const int32_t index = (network.node.rank + i) % shape.host_ranks;
       const int32_t rank = way.host * shape.host_ranks + index;
@@ -111,8 +79,7 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
       bool ok = true;
       if (lane == 0 && kMutation != kWithoutPartDone) {
         const uint64_t before = WordBefore(network, epoch, n, window, own.part_sent(index, at));
-        ok = WaitWord(network, own.part_done(index, at), before, WordKind::kPartDone,
-                      network.host * shape.host_ranks + index);
+        ok = WaitWord(network, own.part_done(index, at), before, WordKind::kPartDone, index);
       }
       if (!__shfl_sync(~0u, ok, 0)) return false;
       TestDelay(network.node.rank, epoch, 3);
@@ -175,8 +142,7 @@ __device__ bool WaitParts(const NetworkParams& network, SlotIndex at, uint64_t w
   tokens = 0;
   if (lane < network.shape.host_ranks) {
     if (kMutation != kWithoutPart) {
-      ok = WaitWord(network, network.Own().part_ready(lane, at), word, WordKind::kPart,
-                    network.host * network.shape.host_ranks + lane);
+      ok = WaitWord(network, network.Own().part_ready(lane, at), word, WordKind::kPart, lane);
     }
     if (ok) {
       const char* part = network.Of(lane).part(network.node.rank, at);
@@ -224,7 +190,7 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
                          Member& self) {
   const NetworkParams& network = p.network;
   const SumRow format(p);
-  const int32_t window_tokens = WindowTokens(p), lane = threadIdx.x % 32;
+  const int32_t window_tokens = WindowTokens(network.shape, format.bytes), lane = threadIdx.x % 32;
   bool more = true;
   for (int32_t n = 0; more; ++n) {
     more = false;
@@ -232,6 +198,7 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
       const Way way(ways, network, number);
       const Windows windows(p.num_tokens, window_tokens, way.lane, ways.num_lanes);
       if (n >= windows.count) continue;
+      if (TestStops(network.node.tag, n)) return false;
       more = true;
       if (way.host == network.host) continue;  // homes read those parts
       const int32_t window = windows.first + n;
@@ -272,7 +239,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
   const NetworkShape& shape = network.shape;
   const NetworkMemory own = network.Own();
   const SumRow format(p);
-  const int32_t window_tokens = WindowTokens(p), lane = threadIdx.x % 32;
+  const int32_t window_tokens = WindowTokens(network.shape, format.bytes), lane = threadIdx.x % 32;
   bool more = true;
   for (int32_t n = 0; more; ++n) {
     more = false;
@@ -280,6 +247,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
       const Way way(ways, network, number);
       const Windows windows(p.num_tokens, window_tokens, way.lane, ways.num_lanes);
       if (n >= windows.count) continue;
+      if (TestStops(network.node.tag, n)) return false;
       more = true;
       if (n % shape.num_hosts != number / ways.num_lanes) continue;  // another block's
       const int32_t window = windows.first + n, first = window * window_tokens;
@@ -294,7 +262,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
         if (at.host >= shape.num_hosts || at.host == network.host) continue;
         if (kMutation != kWithoutHome) {
           ok = ok && WaitWord(network, own.arrived(at), word, WordKind::kChunkArrived,
-                              at.host * shape.host_ranks + network.node.rank);
+                              network.Peer(at.host, network.node.rank));
           if (ok) net::Accept(own.arrived(at), word);
         }
         if (ok) sent[i] = __ldcg(reinterpret_cast<const uint32_t*>(own.in(at)));
@@ -373,14 +341,12 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(128) char memory[];
   CombineMemory& shared = *reinterpret_cast<CombineMemory*>(memory);
   const GroupParams& node = p.network.node;
-  const OpNumbers op = BeginOp(node);
+  const OpNumbers op = BeginNetworkOp(p.network);
   if (blockIdx.x == 0) Publish(node, op, {nullptr, nullptr, nullptr});
   if (threadIdx.x < kTeams * kTeamWarps) (&shared.done[0][0])[threadIdx.x] = 0;
   const bool ok = WaitInputs(node, op, shared.inputs);  // and the numbers of chunks are zero
   const int32_t warp = threadIdx.x / 32, team = warp / kTeamWarps;
-  Member self{};
-  self.warp = warp % kTeamWarps;
-  self.done = shared.done[team];
+  Member self{TeamMember(warp % kTeamWarps, kTeamWarps, shared.done[team])};
   self.terms = shared.terms[warp];
   self.hosts = shared.hosts[self.warp];
   const int32_t share = plan::RoundUp((p.row_bytes + kTeamWarps - 1) / kTeamWarps, 16);
@@ -420,7 +386,9 @@ cudaError_t LoadNetworkCombine() {
   return cudaSuccess;
 }
 
-bool FitsNetworkCombine(const NetworkCombineParams& params) { return WindowTokens(params) > 0; }
+bool FitsNetworkCombine(const NetworkCombineParams& params) {
+  return WindowTokens(params.network.shape, SumRow(params).bytes) > 0;
+}
 
 cudaError_t LaunchNetworkCombine(const NetworkCombineParams& params, cudaStream_t stream) {
   return VisitKernel(params.type, params.row_weights != nullptr, [&](auto* kernel) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/network/routes.h"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
@@ -22,6 +23,74 @@ __device__ inline int32_t FirstEntry(const int32_t* tokens, int32_t begin, int32
     if (last < 31) end = plan::Min(end, begin + step - 1);
   }
   return begin;
+}
+
+// Neighbouring entries of one source rank.
+struct EntryRange {
+  int32_t begin, end;
+};
+
+// The `number`-th of `count` shares of the entries from a source rank. All entries of a token are
+// in the same share.
+__device__ inline EntryRange ShareOfEntries(const NetworkRoutes& routes, int32_t source,
+                                            int32_t number, int32_t count) {
+  const int32_t* const tokens = routes.recv_token;
+  const int32_t first = routes.recv_start[source], last = routes.recv_start[source + 1];
+  const int32_t share = (last - first + count - 1) / count;
+  EntryRange range;
+  range.begin = plan::Min(first + share * number, last);
+  range.end = plan::Min(range.begin + share, last);
+  const auto is_cut = [&](int32_t at) {
+    return at > first && at < last && tokens[at] == tokens[at - 1];
+  };
+  while (is_cut(range.begin)) ++range.begin;
+  while (is_cut(range.end)) ++range.end;
+  return range;
+}
+
+// The first entries of a range, at most 32, with all entries of each of their tokens: no token has
+// more than 32 rows on a rank. Each lane has one of them. By one warp.
+struct EntryBatch {
+  int32_t count;
+  int32_t token, row;  // of the lane's entry; no token past `count`
+  uint32_t heads;      // entries, one bit each, that are the first ones of their tokens
+
+  __device__ EntryBatch(const NetworkRoutes& routes, EntryRange range) {
+    const int32_t lane = threadIdx.x % 32;
+    const int32_t* const tokens = routes.recv_token;
+    count = plan::Min(32, range.end - range.begin);
+    token = plan::kNone, row = 0;
+    if (lane < count) {
+      token = tokens[range.begin + lane];
+      row = routes.recv_row[range.begin + lane];
+    }
+    const int32_t before = __shfl_up_sync(~0u, token, 1);
+    heads = __ballot_sync(~0u, lane < count && (lane == 0 || token != before));
+    const int32_t last_token = __shfl_sync(~0u, token, count - 1);
+    const int32_t end = range.begin + count;
+    if (end < range.end && __popc(heads) > 1 && tokens[end] == last_token) {
+      count = 31 - __clz(static_cast<int>(heads));  // the last token is cut off
+      heads &= (1u << count) - 1;
+      if (lane >= count) token = plan::kNone;
+    }
+  }
+
+  // Which of the bits of `heads` the lane's entry belongs to; -1 past `count`.
+  __device__ int32_t NumberIn(uint32_t of_heads) const {
+    const int32_t lane = threadIdx.x % 32;
+    const uint32_t up_to_lane = lane == 31 ? ~0u : (2u << lane) - 1;
+    return lane < count ? __popc(of_heads & up_to_lane) - 1 : plan::kNone;
+  }
+};
+
+// Lane i gets the place of the i-th bit of `mask`, or 0. By one warp.
+__device__ inline int32_t PlaceOfNthBit(uint32_t mask) {
+  const int32_t lane = threadIdx.x % 32;
+  int32_t place = 0;
+  for (int32_t i = 0; mask != 0; ++i, mask &= mask - 1) {
+    if (lane == i) place = __ffs(static_cast<int>(mask)) - 1;
+  }
+  return place;
 }
 
 }  // namespace jax_ep::cuda

@@ -144,6 +144,14 @@ struct alignas(16) ChunkHeader {
 };
 constexpr int kMaxWindow = 32;
 
+// Tokens of a window whose rows take `row_bytes` each, with what goes with them: a chunk has room
+// for the rows of all of them. 0 if it has none for a single one.
+JAX_EP_HOST_DEVICE int32_t WindowTokens(const NetworkShape& shape, int32_t row_bytes) {
+  const int32_t room = shape.chunk_bytes - static_cast<int32_t>(sizeof(ChunkHeader));
+  const int32_t tokens = row_bytes == 0 ? kMaxWindow : room / row_bytes;
+  return tokens < kMaxWindow ? tokens : kMaxWindow;
+}
+
 // The windows of a lane: neighbours, so that who goes through sorted entries does so once.
 struct Windows {
   int32_t tokens;  // of each, but for the last one

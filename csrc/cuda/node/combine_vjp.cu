@@ -1,11 +1,6 @@
 // Gradients of combine with fused weights: every rank reads the cotangents of the tokens whose rows
-// it has, each once over the link, and makes of each row's cotangent and the row itself
-//
-//   d_row = round(weight * dy)   and   d_weight = <row, dy>.
-//
-// The dot product has the fixed order of jax_ep.reference.combine_vjp: lane j of 256 adds the
-// products of channels j, j + 256, ... and the lanes are added in a tree by halves. Thread t of a
-// warp holds lanes 8 t to 8 t + 7.
+// it has, each once over the link, and makes the gradients of each row and its weight
+// (rows/gradients.cuh).
 //
 // A team of warps goes through sources, whose rows they take in turn; its first warp asks for the
 // next source and tells the others. It has two buffers for cotangents in shared memory, and each
@@ -16,6 +11,7 @@
 
 #include "cuda/core/sync.cuh"
 #include "cuda/node/combine_vjp.h"
+#include "cuda/rows/gradients.cuh"
 #include "cuda/rows/sources.cuh"
 #include "cuda/rows/vectors.cuh"
 #include "plan/routing.h"
@@ -62,28 +58,6 @@ __host__ __device__ int32_t TeamWarps(const CombineVjpParams& p) {
 int NumTeams(const CombineVjpParams& p) {
   const int32_t num_warps = TeamWarps(p);
   return std::min(kSharedBytes / TeamBytes(p, num_warps), kMaxWarps / num_warps);
-}
-
-__device__ __forceinline__ void Multiply(float (&x)[kVector], const float (&y)[kVector]) {
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) x[i] = __fmul_rn(x[i], y[i]);
-}
-
-// The sum of 256 lanes, eight a thread, by halves; valid in thread 0 of the warp.
-__device__ float AddLanes(float (&lanes)[kVector]) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      lanes[i] = __fadd_rn(lanes[i], __shfl_down_sync(~0u, lanes[i], offset));
-    }
-  }
-#pragma unroll
-  for (int half = kVector / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) lanes[i] = __fadd_rn(lanes[i], lanes[i + half]);
-  }
-  return lanes[0];
 }
 
 // Barriers before their first use; then the block has to meet.
@@ -257,21 +231,9 @@ class Differentiator {
     for (int i = 0; i < kPerLane; ++i) {
       const int32_t at = (Lane() + 32 * i) * kVectorBytes;
       if (at >= bytes) break;
-      float cotangent[kVector], products[kVector], scaled[kVector];
-      Unpack(*reinterpret_cast<const RawVector<T>*>(gradient + at), cotangent);
-      Unpack(*reinterpret_cast<const RawVector<T>*>(given + at), products);
-      // What lies past the end of a row, after half a vector, is no part of it.
-      if (at + kVectorBytes > bytes) {
-#pragma unroll
-        for (int j = kVector / 2; j < kVector; ++j) cotangent[j] = products[j] = 0.0f;
-      }
-      Multiply(products, cotangent);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        lanes[j] = __fadd_rn(lanes[j], products[j]);
-        scaled[j] = __fmul_rn(cotangent[j], weight);
-      }
-      StorePart(reinterpret_cast<T*>(d_row + at), Pack<T>(scaled), bytes - at);
+      DifferentiateVector(*reinterpret_cast<const RawVector<T>*>(gradient + at),
+                          *reinterpret_cast<const RawVector<T>*>(given + at), bytes - at, weight,
+                          reinterpret_cast<T*>(d_row + at), lanes);
     }
   }
 
@@ -295,17 +257,6 @@ class Differentiator {
   uint32_t num_done_ = 0;
 };
 
-// Gives row c and its weight one value in all bits. By one warp.
-template <typename T>
-__device__ void FillRow(const CombineVjpParams& p, int32_t c, uint32_t bits) {
-  uint4* words = reinterpret_cast<uint4*>(static_cast<T*>(p.d_rows) + int64_t{c} * p.hidden);
-  const int32_t words_per_row = p.hidden * sizeof(T) / 16;
-  for (int32_t i = threadIdx.x % 32; i < words_per_row; i += 32) {
-    words[i] = make_uint4(bits, bits, bits, bits);
-  }
-  if (threadIdx.x % 32 == 0) p.d_weights[c] = __uint_as_float(bits);
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     CombineVjpKernel(const __grid_constant__ CombineVjpParams p) {
@@ -327,10 +278,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
   }
   const int32_t first = blockIdx.x * num_warps + warp;
   for (int32_t c = first; c < p.capacity; c += gridDim.x * num_warps) {
-    if (p.recv_src[c] < 0) FillRow<T>(p, c, 0u);  // it has no source
+    if (p.recv_src[c] < 0) FillGradients<T>(p, c, 0u);  // it has no source
   }
   EndOp(p.group, op.epoch, [&] {
-    for (int32_t c = warp; c < p.capacity; c += num_warps) FillRow<T>(p, c, ~0u);
+    for (int32_t c = warp; c < p.capacity; c += num_warps) FillGradients<T>(p, c, ~0u);
   });
 }
 

@@ -50,6 +50,8 @@ class Pipe {
     num_loaded_ += num_items;
   }
 
+  __device__ int32_t stage_bytes() const { return stage_bytes_; }
+
   // Waits until all stores are complete, their writes included.
   __device__ void Finish() { ptx::WaitBulkGroups(); }
 

@@ -1,0 +1,42 @@
+// The gradients of combine with fused weights, of a group that spans hosts (layout "expert").
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/network/params.h"
+#include "cuda/network/routes.h"
+#include "cuda/rows/row_type.h"
+
+namespace jax_ep::cuda {
+
+// Symbols as in plan/routing.h; H is the hidden size.
+struct NetworkCombineVjpParams {
+  NetworkParams network;
+  NetworkRoutes routes;
+  RowType type;
+  int32_t num_tokens;        // T
+  int32_t top_k;             // K
+  int32_t experts_per_host;  // E / P
+  int32_t capacity;          // C
+  int32_t hidden;            // H; a row is a multiple of 16 bytes
+  const void* dy;            // [T, H], this rank's
+  const void* rows;          // [C, H]
+  const float* row_weights;  // [C]
+  const int32_t* recv_src;   // [C]
+  void* d_rows;              // [C, H]
+  float* d_weights;          // [C]
+  int32_t num_blocks;        // the same on all ranks
+};
+
+// The gradients of each row and its weight are those of rows/gradients.cuh, zeros where a row has
+// no source. On failure every byte of d_rows and d_weights is 0xff, which is NaN in every dtype.
+cudaError_t LaunchNetworkCombineVjp(const NetworkCombineVjpParams& params, cudaStream_t stream);
+
+cudaError_t LoadNetworkCombineVjp();
+
+// Whether a chunk has room for a row as long as these.
+bool FitsNetworkCombineVjp(const NetworkCombineVjpParams& params);
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,69 @@
+// The gradients of a weighted row, by one warp: of the cotangent dy of its token and the row
+// itself,
+//
+//   d_row = round(weight * dy)   and   d_weight = <row, dy>.
+//
+// The dot product has the fixed order of jax_ep.reference.combine_vjp: lane j of 256 adds the
+// products of channels j, j + 256, ... and the lanes are added in a tree by halves. Thread t of a
+// warp holds lanes 8 t to 8 t + 7.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/rows/vectors.cuh"
+
+namespace jax_ep::cuda {
+
+// A thread's channels of 256: it adds their products to its lanes, and stores those of d_row. Of
+// the vectors there are `bytes` or more; a row may end after half a vector, and what lies past that
+// is no part of it.
+template <typename T>
+__device__ __forceinline__ void DifferentiateVector(const RawVector<T>& gradient,
+                                                    const RawVector<T>& given, int32_t bytes,
+                                                    float weight, T* d_row,
+                                                    float (&lanes)[kVector]) {
+  float cotangent[kVector], products[kVector], scaled[kVector];
+  Unpack(gradient, cotangent);
+  Unpack(given, products);
+  if (bytes < static_cast<int32_t>(sizeof(RawVector<T>))) {
+#pragma unroll
+    for (int j = kVector / 2; j < kVector; ++j) cotangent[j] = products[j] = 0.0f;
+  }
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    lanes[j] = __fadd_rn(lanes[j], __fmul_rn(products[j], cotangent[j]));
+    scaled[j] = __fmul_rn(cotangent[j], weight);
+  }
+  StorePart(d_row, Pack<T>(scaled), bytes);
+}
+
+// The sum of 256 lanes, eight a thread, by halves; valid in thread 0 of the warp.
+__device__ inline float AddLanes(float (&lanes)[kVector]) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      lanes[i] = __fadd_rn(lanes[i], __shfl_down_sync(~0u, lanes[i], offset));
+    }
+  }
+#pragma unroll
+  for (int half = kVector / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) lanes[i] = __fadd_rn(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
+}
+
+// Gives row c of d_rows and d_weights one value in all bits. Params has them as
+// node/combine_vjp.h does. By one warp.
+template <typename T, typename Params>
+__device__ void FillGradients(const Params& p, int32_t c, uint32_t bits) {
+  uint4* words = reinterpret_cast<uint4*>(static_cast<T*>(p.d_rows) + int64_t{c} * p.hidden);
+  const int32_t words_per_row = p.hidden * sizeof(T) / 16;
+  for (int32_t i = threadIdx.x % 32; i < words_per_row; i += 32) {
+    words[i] = make_uint4(bits, bits, bits, bits);
+  }
+  if (threadIdx.x % 32 == 0) p.d_weights[c] = __uint_as_float(bits);
+}
+
+}  // namespace jax_ep::cuda
