@@ -78,8 +78,21 @@ struct Unit {
     for (int i = 0; i < kPerLane; ++i) {
       const int32_t at = lane_at + 32 * i * kVectorBytes;
       if (at >= bytes) break;
-      DifferentiateVector(*reinterpret_cast<const RawVector<T>*>(gradient + at), raw[i], bytes - at,
-                          weights[r], reinterpret_cast<T*>(d_row + at), lanes[r]);
+      float cotangent[kVector], products[kVector], scaled[kVector];
+      Unpack(*reinterpret_cast<const RawVector<T>*>(gradient + at), cotangent);
+      Unpack(raw[i], products);
+      // What lies past the end of a row, after half a vector, is no part of it.
+      if (at + kVectorBytes > bytes) {
+#pragma unroll
+        for (int j = kVector / 2; j < kVector; ++j) cotangent[j] = products[j] = 0.0f;
+      }
+      Multiply(products, cotangent);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        lanes[r][j] = __fadd_rn(lanes[r][j], products[j]);
+        scaled[j] = __fmul_rn(cotangent[j], weights[r]);
+      }
+      StorePart(reinterpret_cast<T*>(d_row + at), Pack<T>(scaled), bytes - at);
     }
   }
 };

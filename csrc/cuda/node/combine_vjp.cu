@@ -231,9 +231,21 @@ class Differentiator {
     for (int i = 0; i < kPerLane; ++i) {
       const int32_t at = (Lane() + 32 * i) * kVectorBytes;
       if (at >= bytes) break;
-      DifferentiateVector(*reinterpret_cast<const RawVector<T>*>(gradient + at),
-                          *reinterpret_cast<const RawVector<T>*>(given + at), bytes - at, weight,
-                          reinterpret_cast<T*>(d_row + at), lanes);
+      float cotangent[kVector], products[kVector], scaled[kVector];
+      Unpack(*reinterpret_cast<const RawVector<T>*>(gradient + at), cotangent);
+      Unpack(*reinterpret_cast<const RawVector<T>*>(given + at), products);
+      // What lies past the end of a row, after half a vector, is no part of it.
+      if (at + kVectorBytes > bytes) {
+#pragma unroll
+        for (int j = kVector / 2; j < kVector; ++j) cotangent[j] = products[j] = 0.0f;
+      }
+      Multiply(products, cotangent);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        lanes[j] = __fadd_rn(lanes[j], products[j]);
+        scaled[j] = __fmul_rn(cotangent[j], weight);
+      }
+      StorePart(reinterpret_cast<T*>(d_row + at), Pack<T>(scaled), bytes - at);
     }
   }
 

@@ -14,27 +14,9 @@
 
 namespace jax_ep::cuda {
 
-// A thread's channels of 256: it adds their products to its lanes, and stores those of d_row. Of
-// the vectors there are `bytes` or more; a row may end after half a vector, and what lies past that
-// is no part of it.
-template <typename T>
-__device__ __forceinline__ void DifferentiateVector(const RawVector<T>& gradient,
-                                                    const RawVector<T>& given, int32_t bytes,
-                                                    float weight, T* d_row,
-                                                    float (&lanes)[kVector]) {
-  float cotangent[kVector], products[kVector], scaled[kVector];
-  Unpack(gradient, cotangent);
-  Unpack(given, products);
-  if (bytes < static_cast<int32_t>(sizeof(RawVector<T>))) {
+__device__ __forceinline__ void Multiply(float (&x)[kVector], const float (&y)[kVector]) {
 #pragma unroll
-    for (int j = kVector / 2; j < kVector; ++j) cotangent[j] = products[j] = 0.0f;
-  }
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) {
-    lanes[j] = __fadd_rn(lanes[j], __fmul_rn(products[j], cotangent[j]));
-    scaled[j] = __fmul_rn(cotangent[j], weight);
-  }
-  StorePart(d_row, Pack<T>(scaled), bytes);
+  for (int i = 0; i < kVector; ++i) x[i] = __fmul_rn(x[i], y[i]);
 }
 
 // The sum of 256 lanes, eight a thread, by halves; valid in thread 0 of the warp.
