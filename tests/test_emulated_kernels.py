@@ -205,7 +205,7 @@ _NETWORK_FAILURES = [
 ]
 # Credits, chunks, receipts, parts, and what comes home (test_hooks.cuh); a network that sets signals
 # before the bytes are there (emulator/network.h).
-_NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 104)
+_NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 15, 104)
 
 
 @pytest.fixture(scope="module")
