@@ -130,7 +130,7 @@ def test_index_is_complete():
     folder = pathlib.Path(jax_ep.__file__).parent
     modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
     public |= {name for name in modules if not name.startswith("_")}
-    assert public - set(jax_ep.__all__) == {"bench", "doctor", "tune"} & public
+    assert public - set(jax_ep.__all__) == {"bench", "doctor", "scale", "tune"} & public
     with pytest.raises(AttributeError, match="module 'jax_ep' has no attribute 'dispach'"):
         jax_ep.dispach  # noqa: B018
 
