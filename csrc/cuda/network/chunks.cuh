@@ -82,6 +82,31 @@ struct Way {
   __device__ SlotIndex Slot(int32_t n) const { return {host, lane, n % kChunkSlots}; }
 };
 
+// Calls `do_window(way, turn, n, window)` for the block's ways, `turns` times for each: for the
+// first window of all of them, then for the second one, and so on; it is the n-th of its way. This
+// is the order that everybody keeps. `turn` counts over all ways of the block. False as soon as a
+// call is.
+template <typename DoWindow>
+__device__ __forceinline__ bool ForEachWindow(const NetworkParams& network, const Ways& ways,
+                                              int32_t num_tokens, int32_t window_tokens,
+                                              int32_t turns, DoWindow&& do_window) {
+  bool more = true;
+  for (int32_t n = 0; more; ++n) {
+    more = false;
+    for (int32_t turn = 0;; ++turn) {
+      const int32_t number = blockIdx.x + turn / turns * gridDim.x;
+      if (number >= ways.count) break;
+      const Way way(ways, network, number);
+      const Windows windows(num_tokens, window_tokens, way.lane, ways.num_lanes);
+      if (n >= windows.count) continue;
+      if (TestStops(network.node.tag, n)) return false;
+      more = true;
+      if (!do_window(way, turn, n, windows.first + n)) return false;
+    }
+  }
+  return true;
+}
+
 // The word of what was in the slot before the `n`-th chunk, that of `window`: of this op, or else
 // the one that an earlier op has left in `last`, which is not written before this chunk is.
 __device__ __forceinline__ uint64_t WordBefore(const NetworkParams& network, uint64_t epoch,

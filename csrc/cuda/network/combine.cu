@@ -61,76 +61,65 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
   const SumRow format(p);
   const int32_t window_tokens = WindowTokens(network.shape, format.bytes), lane = threadIdx.x % 32;
   const int32_t* const tokens = p.routes.recv_token;
-  bool more = true;
-  for (int32_t n = 0; more; ++n) {
-    more = false;
-    for (int32_t i = 0;; ++i) {
-      const int32_t number = blockIdx.x + i / shape.host_ranks * gridDim.x;
-      if (number >= ways.count) break;
-      const Way way(ways, network, number);
-      const Windows windows(p.num_tokens, window_tokens, way.lane, ways.num_lanes);
-      if (n >= windows.count) continue;
-      if (TestStops(network.node.tag, n)) return false;
-      more = true;
-      const int32_t index = (network.node.rank + i) % shape.host_ranks;
-      const int32_t rank = way.host * shape.host_ranks + index;
-      const int32_t window = windows.first + n, first = window * window_tokens;
-      const SlotIndex at = way.Slot(n);
-      bool ok = true;
-      if (lane == 0 && kMutation != kWithoutPartDone) {
-        const uint64_t before = WordBefore(network, epoch, n, window, own.part_sent(index, at));
-        ok = WaitWord(network, own.part_done(index, at), before, WordKind::kPartDone, index);
+  const auto make = [&](const Way& way, int32_t turn, int32_t n, int32_t window) {
+    const int32_t index = (network.node.rank + turn) % shape.host_ranks;
+    const int32_t rank = way.host * shape.host_ranks + index;
+    const int32_t first = window * window_tokens;
+    const SlotIndex at = way.Slot(n);
+    bool ok = true;
+    if (lane == 0 && kMutation != kWithoutPartDone) {
+      const uint64_t before = WordBefore(network, epoch, n, window, own.part_sent(index, at));
+      ok = WaitWord(network, own.part_done(index, at), before, WordKind::kPartDone, index);
+    }
+    if (!__shfl_sync(~0u, ok, 0)) return false;
+    TestDelay(network.node.rank, epoch, 3);
+    char* const part = own.part(index, at);
+    const int32_t last = p.routes.recv_start[rank + 1];
+    int32_t entry = FirstEntry(tokens, p.routes.recv_start[rank], last, first);
+    uint32_t made = 0;
+    while (entry < last && tokens[entry] < first + window_tokens) {
+      // The rows of one token, at most 32.
+      const int32_t token = tokens[entry];
+      const bool is_same = entry + lane < last && tokens[entry + lane] == token;
+      const int32_t count = __popc(__ballot_sync(~0u, is_same));
+      const int32_t row = is_same ? p.routes.recv_row[entry + lane] : 0;
+      char* const sum = format.Of(part, ~0u, __popc(made));
+      made |= 1u << (token - first);
+      if (is_same) {
+        const char* from = static_cast<const char*>(p.rows) + int64_t{row} * p.row_bytes;
+        self.terms[lane] = {from, kWeighted ? p.row_weights[row] : 1.0f};
       }
-      if (!__shfl_sync(~0u, ok, 0)) return false;
-      TestDelay(network.node.rank, epoch, 3);
-      char* const part = own.part(index, at);
-      const int32_t last = p.routes.recv_start[rank + 1];
-      int32_t entry = FirstEntry(tokens, p.routes.recv_start[rank], last, first);
-      uint32_t made = 0;
-      while (entry < last && tokens[entry] < first + window_tokens) {
-        // The rows of one token, at most 32.
-        const int32_t token = tokens[entry];
-        const bool is_same = entry + lane < last && tokens[entry + lane] == token;
-        const int32_t count = __popc(__ballot_sync(~0u, is_same));
-        const int32_t row = is_same ? p.routes.recv_row[entry + lane] : 0;
-        char* const sum = format.Of(part, ~0u, __popc(made));
-        made |= 1u << (token - first);
-        if (is_same) {
-          const char* from = static_cast<const char*>(p.rows) + int64_t{row} * p.row_bytes;
-          self.terms[lane] = {from, kWeighted ? p.row_weights[row] : 1.0f};
-        }
-        __syncwarp();
-        AddTerms<T, kWeighted>(self.terms, count, self.begin, self.end, sum);
-        if (p.values != nullptr && self.warp == 0) {
-          float* const values = reinterpret_cast<float*>(sum + format.values_at);
-          if (p.layout == Layout::kExpert) {
-            for (int32_t k = lane; k < p.top_k; k += 32) values[k] = 0.0f;
-            __syncwarp();
-            if (is_same) {
-              const plan::Source source =
-                  plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k);
-              values[source.k] = p.values[row];
-            }
-          } else {
-            const int64_t of_row = int64_t{__shfl_sync(~0u, row, 0)} * p.top_k;
-            for (int32_t k = lane; k < p.top_k; k += 32) {
-              values[k] = p.expert_idx[of_row + k] >= 0 ? p.values[of_row + k] : 0.0f;
-            }
+      __syncwarp();
+      AddTerms<T, kWeighted>(self.terms, count, self.begin, self.end, sum);
+      if (p.values != nullptr && self.warp == 0) {
+        float* const values = reinterpret_cast<float*>(sum + format.values_at);
+        if (p.layout == Layout::kExpert) {
+          for (int32_t k = lane; k < p.top_k; k += 32) values[k] = 0.0f;
+          __syncwarp();
+          if (is_same) {
+            const plan::Source source =
+                plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k);
+            values[source.k] = p.values[row];
+          }
+        } else {
+          const int64_t of_row = int64_t{__shfl_sync(~0u, row, 0)} * p.top_k;
+          for (int32_t k = lane; k < p.top_k; k += 32) {
+            values[k] = p.expert_idx[of_row + k] >= 0 ? p.values[of_row + k] : 0.0f;
           }
         }
-        __syncwarp();
-        entry += count;
       }
-      if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(part) = {made};
-      if (self.IsTeller(network.node, ok) && lane == 0) {
-        const uint64_t word = ChunkWord(epoch, network.node.tag, window);
-        ptx::StoreRelaxedSystem(own.part_sent(index, at), word);
-        ptx::StoreReleaseSystem(network.Of(index).part_ready(network.node.rank, at), word);
-      }
-      if (!ok) return false;
+      __syncwarp();
+      entry += count;
     }
-  }
-  return true;
+    if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(part) = {made};
+    if (self.IsTeller(network.node, ok) && lane == 0) {
+      const uint64_t word = ChunkWord(epoch, network.node.tag, window);
+      ptx::StoreRelaxedSystem(own.part_sent(index, at), word);
+      ptx::StoreReleaseSystem(network.Of(index).part_ready(network.node.rank, at), word);
+    }
+    return ok;
+  };
+  return ForEachWindow(network, ways, p.num_tokens, window_tokens, shape.host_ranks, make);
 }
 
 // The parts of all ranks of this host for this rank, once they are there. Lane d has the tokens of
@@ -191,44 +180,33 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
   const NetworkParams& network = p.network;
   const SumRow format(p);
   const int32_t window_tokens = WindowTokens(network.shape, format.bytes), lane = threadIdx.x % 32;
-  bool more = true;
-  for (int32_t n = 0; more; ++n) {
-    more = false;
-    for (int32_t number = blockIdx.x; number < ways.count; number += gridDim.x) {
-      const Way way(ways, network, number);
-      const Windows windows(p.num_tokens, window_tokens, way.lane, ways.num_lanes);
-      if (n >= windows.count) continue;
-      if (TestStops(network.node.tag, n)) return false;
-      more = true;
-      if (way.host == network.host) continue;  // homes read those parts
-      const int32_t window = windows.first + n;
-      const uint64_t word = ChunkWord(epoch, network.node.tag, window);
-      const SlotIndex at = way.Slot(n);
-      const ChunkSender sender(network, way, epoch);
-      uint32_t tokens_of_lane;
-      if (!WaitParts(network, at, word, tokens_of_lane) || !sender.WaitSlot(n, window))
-        return false;
-      TestDelay(network.node.rank, epoch, 4);
-      const uint32_t tokens = __reduce_or_sync(~0u, tokens_of_lane);
-      char* const chunk = sender.Memory(n);
-      for (uint32_t left = tokens; left != 0; left &= left - 1) {
-        const int32_t bit = __ffs(static_cast<int>(left)) - 1;
-        char* const sum = format.Of(chunk, tokens, bit);
-        uint32_t* values = reinterpret_cast<uint32_t*>(sum + format.values_at);
-        if (p.values == nullptr || self.warp != 0) values = nullptr;
-        AddParts<T>(p, format, self, at, tokens_of_lane, bit, sum, values);
-      }
-      if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
-      bool ok = true;
-      if (self.IsTeller(network.node, ok)) {
-        sender.Send(n, window,
-                    static_cast<int32_t>(sizeof(ChunkHeader)) + __popc(tokens) * format.bytes);
-        TellPartsDone(network, at, word);
-      }
-      if (!ok) return false;
+  const auto send = [&](const Way& way, int32_t, int32_t n, int32_t window) {
+    if (way.host == network.host) return true;  // homes read those parts
+    const uint64_t word = ChunkWord(epoch, network.node.tag, window);
+    const SlotIndex at = way.Slot(n);
+    const ChunkSender sender(network, way, epoch);
+    uint32_t tokens_of_lane;
+    if (!WaitParts(network, at, word, tokens_of_lane) || !sender.WaitSlot(n, window)) return false;
+    TestDelay(network.node.rank, epoch, 4);
+    const uint32_t tokens = __reduce_or_sync(~0u, tokens_of_lane);
+    char* const chunk = sender.Memory(n);
+    for (uint32_t left = tokens; left != 0; left &= left - 1) {
+      const int32_t bit = __ffs(static_cast<int>(left)) - 1;
+      char* const sum = format.Of(chunk, tokens, bit);
+      uint32_t* values = reinterpret_cast<uint32_t*>(sum + format.values_at);
+      if (p.values == nullptr || self.warp != 0) values = nullptr;
+      AddParts<T>(p, format, self, at, tokens_of_lane, bit, sum, values);
     }
-  }
-  return true;
+    if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
+    bool ok = true;
+    if (self.IsTeller(network.node, ok)) {
+      sender.Send(n, window,
+                  static_cast<int32_t>(sizeof(ChunkHeader)) + __popc(tokens) * format.bytes);
+      TellPartsDone(network, at, word);
+    }
+    return ok;
+  };
+  return ForEachWindow(network, ways, p.num_tokens, window_tokens, 1, send);
 }
 
 // Homes: this rank's tokens. The windows of a lane are shared by the blocks that serve it.
@@ -240,88 +218,78 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
   const NetworkMemory own = network.Own();
   const SumRow format(p);
   const int32_t window_tokens = WindowTokens(network.shape, format.bytes), lane = threadIdx.x % 32;
-  bool more = true;
-  for (int32_t n = 0; more; ++n) {
-    more = false;
-    for (int32_t number = blockIdx.x; number < ways.count; number += gridDim.x) {
-      const Way way(ways, network, number);
-      const Windows windows(p.num_tokens, window_tokens, way.lane, ways.num_lanes);
-      if (n >= windows.count) continue;
-      if (TestStops(network.node.tag, n)) return false;
-      more = true;
-      if (n % shape.num_hosts != number / ways.num_lanes) continue;  // another block's
-      const int32_t window = windows.first + n, first = window * window_tokens;
-      const uint64_t word = ChunkWord(epoch, network.node.tag, window);
-      const SlotIndex here{network.host, way.lane, n % kChunkSlots};
-      // Of the others, each lane waits for some.
-      uint32_t sent[kMaxHosts / 32] = {};
-      bool ok = true;
+  const auto add = [&](const Way& way, int32_t turn, int32_t n, int32_t window) {
+    const int32_t number = blockIdx.x + turn * gridDim.x;
+    if (n % shape.num_hosts != number / ways.num_lanes) return true;  // another block's
+    const int32_t first = window * window_tokens;
+    const uint64_t word = ChunkWord(epoch, network.node.tag, window);
+    const SlotIndex here{network.host, way.lane, n % kChunkSlots};
+    // Of the others, each lane waits for some.
+    uint32_t sent[kMaxHosts / 32] = {};
+    bool ok = true;
 #pragma unroll
-      for (int32_t i = 0; i < kMaxHosts / 32; ++i) {
-        const SlotIndex at{lane + 32 * i, way.lane, here.slot};
-        if (at.host >= shape.num_hosts || at.host == network.host) continue;
-        if (kMutation != kWithoutHome) {
-          ok = ok && WaitWord(network, own.arrived(at), word, WordKind::kChunkArrived,
-                              network.Peer(at.host, network.node.rank));
-          if (ok) net::Accept(own.arrived(at), word);
-        }
-        if (ok) sent[i] = __ldcg(reinterpret_cast<const uint32_t*>(own.in(at)));
+    for (int32_t i = 0; i < kMaxHosts / 32; ++i) {
+      const SlotIndex at{lane + 32 * i, way.lane, here.slot};
+      if (at.host >= shape.num_hosts || at.host == network.host) continue;
+      if (kMutation != kWithoutHome) {
+        ok = ok && WaitWord(network, own.arrived(at), word, WordKind::kChunkArrived,
+                            network.Peer(at.host, network.node.rank));
+        if (ok) net::Accept(own.arrived(at), word);
       }
-      uint32_t tokens_of_lane;
-      if (!__all_sync(~0u, ok) || !WaitParts(network, here, word, tokens_of_lane)) return false;
-      TestDelay(network.node.rank, epoch, 5);
-      const uint32_t tokens_here = __reduce_or_sync(~0u, tokens_of_lane);
-      const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
-      for (int32_t bit = 0; bit < count; ++bit) {
-        const int64_t token = first + bit;
-        char* const y = static_cast<char*>(p.y) + token * p.row_bytes;
-        uint32_t* values = nullptr;
-        if (p.values != nullptr && self.warp == 0) {
-          values = reinterpret_cast<uint32_t*>(p.home) + token * p.top_k;
-        }
-        // The sum of this host comes first, into y, from where it is added again in its turn.
-        AddParts<T>(p, format, self, here, tokens_of_lane, bit, y, values);
-        int32_t num_hosts = 0;
-        for (int32_t i = 0; i < (shape.num_hosts + 31) / 32; ++i) {
-          const int32_t host = lane + 32 * i;
-          const bool is_here = host == network.host;
-          const uint32_t of_host = is_here ? tokens_here : sent[i];
-          const bool has = host < shape.num_hosts && (of_host >> bit & 1) != 0;
-          const uint32_t have = __ballot_sync(~0u, has);
-          if (has) {
-            const SlotIndex at{host, way.lane, here.slot};
-            char* const row = is_here ? y : format.Of(own.in(at), of_host, bit);
-            self.hosts[num_hosts + __popc(have & ((1u << lane) - 1))] = {row, 1.0f};
-          }
-          num_hosts += __popc(have);
-        }
-        __syncwarp();
-        AddTerms<T, false>(self.hosts, num_hosts, self.begin, self.end, y);
-        for (int32_t k = lane; values != nullptr && k < p.top_k; k += 32) {
-          uint32_t bits = values[k];
-          for (int32_t h = 0; h < num_hosts; ++h) {
-            if (self.hosts[h].row == y) continue;
-            bits |=
-                __ldcg(reinterpret_cast<const uint32_t*>(self.hosts[h].row + format.values_at) + k);
-          }
-          values[k] = bits;
-        }
-        __syncwarp();
+      if (ok) sent[i] = __ldcg(reinterpret_cast<const uint32_t*>(own.in(at)));
+    }
+    uint32_t tokens_of_lane;
+    if (!__all_sync(~0u, ok) || !WaitParts(network, here, word, tokens_of_lane)) return false;
+    TestDelay(network.node.rank, epoch, 5);
+    const uint32_t tokens_here = __reduce_or_sync(~0u, tokens_of_lane);
+    const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
+    for (int32_t bit = 0; bit < count; ++bit) {
+      const int64_t token = first + bit;
+      char* const y = static_cast<char*>(p.y) + token * p.row_bytes;
+      uint32_t* values = nullptr;
+      if (p.values != nullptr && self.warp == 0) {
+        values = reinterpret_cast<uint32_t*>(p.home) + token * p.top_k;
       }
-      if (!self.IsTeller(network.node, ok)) {
-        if (!ok) return false;
-        continue;
+      // The sum of this host comes first, into y, from where it is added again in its turn.
+      AddParts<T>(p, format, self, here, tokens_of_lane, bit, y, values);
+      int32_t num_hosts = 0;
+      for (int32_t i = 0; i < (shape.num_hosts + 31) / 32; ++i) {
+        const int32_t host = lane + 32 * i;
+        const bool is_here = host == network.host;
+        const uint32_t of_host = is_here ? tokens_here : sent[i];
+        const bool has = host < shape.num_hosts && (of_host >> bit & 1) != 0;
+        const uint32_t have = __ballot_sync(~0u, has);
+        if (has) {
+          const SlotIndex at{host, way.lane, here.slot};
+          char* const row = is_here ? y : format.Of(own.in(at), of_host, bit);
+          self.hosts[num_hosts + __popc(have & ((1u << lane) - 1))] = {row, 1.0f};
+        }
+        num_hosts += __popc(have);
       }
-      TellPartsDone(network, here, word);
-      for (int32_t host = lane; host < shape.num_hosts; host += 32) {
-        if (host == network.host) continue;
-        const SlotIndex there{network.host, way.lane, here.slot};
-        net::Signal(own.credit(there), word, network.counterpart_pe[host]);
+      __syncwarp();
+      AddTerms<T, false>(self.hosts, num_hosts, self.begin, self.end, y);
+      for (int32_t k = lane; values != nullptr && k < p.top_k; k += 32) {
+        uint32_t bits = values[k];
+        for (int32_t h = 0; h < num_hosts; ++h) {
+          if (self.hosts[h].row == y) continue;
+          bits |=
+              __ldcg(reinterpret_cast<const uint32_t*>(self.hosts[h].row + format.values_at) + k);
+        }
+        values[k] = bits;
       }
       __syncwarp();
     }
-  }
-  return true;
+    if (!self.IsTeller(network.node, ok)) return ok;
+    TellPartsDone(network, here, word);
+    for (int32_t host = lane; host < shape.num_hosts; host += 32) {
+      if (host == network.host) continue;
+      const SlotIndex there{network.host, way.lane, here.slot};
+      net::Signal(own.credit(there), word, network.counterpart_pe[host]);
+    }
+    __syncwarp();
+    return true;
+  };
+  return ForEachWindow(network, ways, p.num_tokens, window_tokens, 1, add);
 }
 
 // What a failed combine gives: NaN in every row.

@@ -46,38 +46,27 @@ __device__ bool ReadChunks(const NetworkParams& network, const NetworkRoutes& ro
                            uint64_t epoch, TeamMember& self, Bring&& bring) {
   const NetworkShape& shape = network.shape;
   const int32_t window_tokens = WindowTokens(shape, chunk_row_bytes);
-  bool more = true;
-  for (int32_t n = 0; more; ++n) {
-    more = false;
-    for (int32_t i = 0;; ++i) {
-      const int32_t number = blockIdx.x + i / shape.host_ranks * gridDim.x;
-      if (number >= ways.count) break;
-      const Way way(ways, network, number);
-      const Windows windows(num_tokens, window_tokens, way.lane, ways.num_lanes);
-      if (n >= windows.count) continue;
-      if (TestStops(network.node.tag, n)) return false;
-      more = true;
-      const int32_t index = (network.node.rank + i) % shape.host_ranks;
-      const int32_t source = way.host * shape.host_ranks + index;
-      const int32_t window = windows.first + n, first = window * window_tokens;
-      const int32_t last = routes.recv_start[source + 1];
-      EntryRange entries;
-      entries.begin = FirstEntry(routes.recv_token, routes.recv_start[source], last, first);
-      entries.end = FirstEntry(routes.recv_token, entries.begin, last, first + window_tokens);
-      const ChunkReader chunks(network, way, index, epoch);
-      if (!chunks.Wait(n, window)) return false;
-      TestDelay(network.node.rank, epoch, 4);
-      const char* const chunk = chunks.Memory(n);
-      uint32_t tokens = 0;
-      if (threadIdx.x % 32 == 0) tokens = __ldcg(reinterpret_cast<const uint32_t*>(chunk));
-      tokens = __shfl_sync(~0u, tokens, 0);
-      bring(entries, ChunkRows{chunk + sizeof(ChunkHeader), chunk_row_bytes, first, tokens});
-      bool ok = true;
-      if (self.IsTeller(network.node, ok)) chunks.Done(n, window);
-      if (!ok) return false;
-    }
-  }
-  return true;
+  const auto read = [&](const Way& way, int32_t turn, int32_t n, int32_t window) {
+    const int32_t index = (network.node.rank + turn) % shape.host_ranks;
+    const int32_t source = way.host * shape.host_ranks + index;
+    const int32_t first = window * window_tokens;
+    const int32_t last = routes.recv_start[source + 1];
+    EntryRange entries;
+    entries.begin = FirstEntry(routes.recv_token, routes.recv_start[source], last, first);
+    entries.end = FirstEntry(routes.recv_token, entries.begin, last, first + window_tokens);
+    const ChunkReader chunks(network, way, index, epoch);
+    if (!chunks.Wait(n, window)) return false;
+    TestDelay(network.node.rank, epoch, 4);
+    const char* const chunk = chunks.Memory(n);
+    uint32_t tokens = 0;
+    if (threadIdx.x % 32 == 0) tokens = __ldcg(reinterpret_cast<const uint32_t*>(chunk));
+    tokens = __shfl_sync(~0u, tokens, 0);
+    bring(entries, ChunkRows{chunk + sizeof(ChunkHeader), chunk_row_bytes, first, tokens});
+    bool ok = true;
+    if (self.IsTeller(network.node, ok)) chunks.Done(n, window);
+    return ok;
+  };
+  return ForEachWindow(network, ways, num_tokens, window_tokens, shape.host_ranks, read);
 }
 
 }  // namespace jax_ep::cuda

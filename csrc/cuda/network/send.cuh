@@ -56,57 +56,46 @@ __device__ bool SendRows(const NetworkParams& network, const SentRows& sent, con
   const Pieces pieces(sent.row_bytes, pipe.stage_bytes());
   const int32_t window_tokens = WindowTokens(network.shape, sent.chunk_row_bytes);
   const int32_t lane = threadIdx.x % 32;
-  bool more = true;
-  for (int32_t n = 0; more; ++n) {
-    more = false;
-    for (int32_t number = blockIdx.x; number < ways.count; number += gridDim.x) {
-      const Way way(ways, network, number);
-      const Windows windows(sent.num_tokens, window_tokens, way.lane, ways.num_lanes);
-      if (n >= windows.count) continue;
-      if (TestStops(network.node.tag, n)) return false;
-      more = true;
-      const ChunkSender sender(network, way, epoch);
-      const int32_t window = windows.first + n, first = window * window_tokens;
-      if (!sender.WaitSlot(n, window)) return false;
-      TestDelay(network.node.rank, epoch, 3);
-      const int32_t count = plan::Min(window_tokens, sent.num_tokens - first);
-      const uint32_t tokens =
-          __ballot_sync(~0u, lane < count && sent.GoesTo(first + lane, way.host));
-      const int32_t size = __popc(tokens);
-      const int32_t nth_token = first + PlaceOfNthBit(tokens);
-      char* const chunk = sender.Memory(n);
-      char* const out = chunk + sizeof(ChunkHeader);
-      if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
-      const int32_t num_items = size * pieces.count, first_item = self.TakeShare(num_items);
-      const auto item = [&](int32_t i) { return first_item + i * self.num_warps; };
-      pipe.Run(
-          self.ShareOf(num_items, first_item),
-          [&](int32_t i) { return pieces.Bytes(item(i) % pieces.count); },
-          [&](int32_t i) {
-            const int64_t token = __shfl_sync(~0u, nth_token, item(i) / pieces.count);
-            return static_cast<const char*>(sent.rows) + token * sent.row_bytes +
-                   pieces.Offset(item(i) % pieces.count);
-          },
-          [&](int32_t i, const char* stage) {
-            if (lane != 0) return;
-            const int32_t piece = item(i) % pieces.count;
-            ptx::BulkStore(
-                out + item(i) / pieces.count * sent.chunk_row_bytes + pieces.Offset(piece), stage,
-                pieces.Bytes(piece));
-          });
-      for (int32_t i = self.warp; i < size; i += self.num_warps) {
-        add(__shfl_sync(~0u, nth_token, i), out + i * sent.chunk_row_bytes);
-      }
-      pipe.Finish();
-      bool ok = true;
-      if (self.IsTeller(network.node, ok)) {
-        sender.Send(n, window,
-                    static_cast<int32_t>(sizeof(ChunkHeader)) + size * sent.chunk_row_bytes);
-      }
-      if (!ok) return false;
+  const auto send = [&](const Way& way, int32_t, int32_t n, int32_t window) {
+    const ChunkSender sender(network, way, epoch);
+    const int32_t first = window * window_tokens;
+    if (!sender.WaitSlot(n, window)) return false;
+    TestDelay(network.node.rank, epoch, 3);
+    const int32_t count = plan::Min(window_tokens, sent.num_tokens - first);
+    const uint32_t tokens = __ballot_sync(~0u, lane < count && sent.GoesTo(first + lane, way.host));
+    const int32_t size = __popc(tokens);
+    const int32_t nth_token = first + PlaceOfNthBit(tokens);
+    char* const chunk = sender.Memory(n);
+    char* const out = chunk + sizeof(ChunkHeader);
+    if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
+    const int32_t num_items = size * pieces.count, first_item = self.TakeShare(num_items);
+    const auto item = [&](int32_t i) { return first_item + i * self.num_warps; };
+    pipe.Run(
+        self.ShareOf(num_items, first_item),
+        [&](int32_t i) { return pieces.Bytes(item(i) % pieces.count); },
+        [&](int32_t i) {
+          const int64_t token = __shfl_sync(~0u, nth_token, item(i) / pieces.count);
+          return static_cast<const char*>(sent.rows) + token * sent.row_bytes +
+                 pieces.Offset(item(i) % pieces.count);
+        },
+        [&](int32_t i, const char* stage) {
+          if (lane != 0) return;
+          const int32_t piece = item(i) % pieces.count;
+          ptx::BulkStore(out + item(i) / pieces.count * sent.chunk_row_bytes + pieces.Offset(piece),
+                         stage, pieces.Bytes(piece));
+        });
+    for (int32_t i = self.warp; i < size; i += self.num_warps) {
+      add(__shfl_sync(~0u, nth_token, i), out + i * sent.chunk_row_bytes);
     }
-  }
-  return true;
+    pipe.Finish();
+    bool ok = true;
+    if (self.IsTeller(network.node, ok)) {
+      sender.Send(n, window,
+                  static_cast<int32_t>(sizeof(ChunkHeader)) + size * sent.chunk_row_bytes);
+    }
+    return ok;
+  };
+  return ForEachWindow(network, ways, sent.num_tokens, window_tokens, 1, send);
 }
 
 }  // namespace jax_ep::cuda
