@@ -132,6 +132,15 @@ def key_value_get(key: str, timeout: float) -> bytes:
     return _key_value_store().blocking_key_value_get_bytes(key, int(timeout * 1000))
 
 
+def wait_for_all(key: str, timeout: float) -> None:
+    """Wait until all processes of the program have called this, ``timeout`` seconds at most.
+
+    Raises:
+        Exception: that of JAX's key-value store where not all came.
+    """
+    _key_value_store().wait_at_barrier(key, int(timeout * 1000))
+
+
 def num_started_cpu_devices() -> int | None:
     """CPU devices that JAX has started in this process; None if it has started no devices yet."""
     from jax._src import xla_bridge

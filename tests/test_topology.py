@@ -16,7 +16,7 @@ import jax_ep
 import oracle
 import routings
 from jax_ep._core import libraries
-from jax_ep._groups import create, gpu_side, meetings
+from jax_ep._groups import create, gpu_side, meetings, network
 from jax_ep._groups.topology import Topology, most_on_a_gpu
 from spmd import make_group, make_mesh, need_devices, stacked_jit
 
@@ -62,25 +62,56 @@ def test_ranks_that_share_a_gpu():
 
 
 @pytest.mark.parametrize(
-    ("axes", "reason"),
+    ("axes", "num_hosts"),
     [
-        ("expert", None),
-        (("data", "expert"), "a group of the mesh spans several hosts"),
-        ("data", "a group of the mesh spans several hosts"),
+        ("expert", 1),
+        (("data", "expert"), 4),
+        ("data", 4),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("devices_per_process", [1, 8])
-def test_hosts_are_those_of_each_group(axes, reason, devices_per_process, monkeypatch):
+def test_hosts_are_those_of_each_group(axes, num_hosts, devices_per_process, monkeypatch):
     """Four hosts of eight GPUs, data 4 x expert 8."""
     mesh = fake_gpus((4, 8), ("data", "expert"), devices_per_process)
     host = {device.process_index: f"host {device.id // 8}" for device in mesh.devices.flat}
     facts = {p: {"host": h, "unavailable": "", "version": "1"} for p, h in host.items()}
-    monkeypatch.setattr(meetings, "facts_of", lambda processes, _: {p: facts[p] for p in processes})
+    monkeypatch.setattr(
+        meetings, "facts_of", lambda processes, *_: {p: facts[p] for p in processes}
+    )
     monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
+    monkeypatch.setattr(network, "obstacle", lambda *_: None)
     instances = create._instances(mesh, (axes,) if isinstance(axes, str) else axes)
-    found = create._why_not("cuda", mesh, Topology.of(instances))
-    assert found is None if reason is None else found.startswith(reason)
+    topology, reason = create._place_gpus(mesh, instances, None, "auto")
+    assert len(topology.hosts) == num_hosts
+    if num_hosts > 1 and devices_per_process > 1:
+        assert reason is not None and "one process for each GPU" in reason
+    else:
+        assert reason is None
+    _, reason = create._place_gpus(mesh, instances, None, "peer" if num_hosts > 1 else "nvshmem")
+    assert (
+        reason is not None and ("spans 4 hosts" if num_hosts > 1 else "within one host") in reason
+    )
+
+
+@pytest.mark.parametrize("hosts", ["aabb bbaa", "abab abab", "aaab aabb", "aaaa bbbc"], ids=str)
+def test_uneven_hosts_are_refused(hosts, monkeypatch):
+    """Each host has as many ranks of a group, one after the other, or there is a reason."""
+    mesh = fake_gpus((2, 4), ("data", "expert"), 1)
+    facts = {p: {"host": h, "unavailable": ""} for p, h in enumerate(hosts.replace(" ", ""))}
+    monkeypatch.setattr(
+        meetings,
+        "facts_of",
+        lambda processes, *_: {p: {**facts[p], "version": "1"} for p in processes},
+    )
+    monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
+    monkeypatch.setattr(network, "obstacle", lambda *_: None)
+    instances = create._instances(mesh, ("expert",))
+    topology, reason = create._place_gpus(mesh, instances, None, "auto")
+    if hosts == "aabb bbaa":
+        assert topology.ranks_per_host == 2 and reason is None
+    else:
+        assert reason is not None and "different numbers of ranks" in reason
 
 
 def test_gpus_of_one_process_are_distinct(monkeypatch):
@@ -90,7 +121,7 @@ def test_gpus_of_one_process_are_distinct(monkeypatch):
     )
     mesh = fake_gpus((2, 2), ("data", "expert"), 4)
     ranks = gpu_side.ranks_of(create._instances(mesh, ("expert",)))
-    gpus = gpu_side.create(7, ranks, 1.0)
+    gpus = gpu_side.create(7, ranks, Topology.of(create._instances(mesh, ("expert",))), 1.0)
     assert gpus == (("0", "1"), ("2", "3")) and most_on_a_gpu(gpus) == 1
 
 
@@ -106,7 +137,7 @@ def test_groups_of_logical_hosts(native_backend):
     assert flat.id != group.id and "ranks_per_host" not in repr(flat)
     assert flat is jax_ep.create_group(mesh, ranks_per_host=RANKS, backend="reference")
     # Native backends serve one host: asked for they refuse, and otherwise are passed over.
-    with pytest.raises(ValueError, match=r"argument backend: .* spans 2 hosts, which no native"):
+    with pytest.raises(ValueError, match=r"argument backend: .* spans 2 hosts, which the cpu"):
         jax_ep.create_group(mesh, ranks_per_host=2, backend=native_backend)
     assert jax_ep.create_group(mesh, ranks_per_host=2) is group
     assert jax_ep.create_group(mesh, ranks_per_host=RANKS).backend == native_backend

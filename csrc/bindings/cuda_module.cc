@@ -22,6 +22,7 @@
 #include "transport/failures.h"
 #include "transport/groups.h"
 #include "transport/liveness.h"
+#include "transport/registry.h"
 #include "transport/shared_memory.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -75,7 +76,7 @@ using StagingTuple = std::tuple<int, uint64_t, uint64_t>;
 
 Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& instances,
                  double arrival_timeout_s, double op_timeout_s, int max_blocks,
-                 const std::vector<StagingTuple>& staging) {
+                 const std::vector<StagingTuple>& staging, int first_rank) {
   transport::GroupSpec spec;
   std::set<int> devices;
   spec.id = group_id;
@@ -93,6 +94,7 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
   spec.arrival_timeout_s = arrival_timeout_s;
   spec.op_timeout_s = op_timeout_s;
   spec.max_blocks = max_blocks;
+  spec.first_rank = first_rank;
   for (const auto& [device, base, size] : staging) spec.staging.push_back({device, {base, size}});
   if (Text error = LoadKernels(devices)) return error;
   return transport::CreateGroup(spec);
@@ -178,6 +180,7 @@ uint32_t Tag(int op, const std::vector<int64_t>& shape, int32_t ordinal) {
 }  // namespace
 
 NB_MODULE(_cuda, m) {
+  transport::UseRegistry(transport::OwnRegistry());
   m.doc() = "FFI targets of jax_ep's GPU backend, and the life of its groups.";
   m.def("targets", &Targets, "FFI targets: name -> capsule, for register_ffi_target.");
   m.def("build_info", &BuildInfo,
@@ -187,12 +190,20 @@ NB_MODULE(_cuda, m) {
         "ring_bytes of the sums of rows under way, max_vjp_row_bytes of a row in combine_vjp.");
   m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
         nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
-        nb::arg("staging"), nb::call_guard<nb::gil_scoped_release>(),
+        nb::arg("staging"), nb::arg("first_rank") = 0, nb::call_guard<nb::gil_scoped_release>(),
         "Makes a group. Each of the groups side by side, by number, is a list of ranks: (CUDA "
         "ordinal or "
         "-1, "
         "process, address of the workspace or 0, regions as (base, size)). Staging memory is (CUDA "
-        "ordinal, base, size). Returns an error text or None.");
+        "ordinal, base, size). Where a group spans hosts, these are the ranks of this host, and "
+        "first_rank "
+        "is what the first of them is in the group. Returns an error text or None.");
+  m.def(
+      "registry",
+      [] {
+        return nb::capsule(static_cast<const void*>(transport::OwnRegistry()), "jax_ep.registry");
+      },
+      "The groups of this process, for use_registry of another native library.");
   m.def("allocate_exportable", &AllocateExportable, nb::arg("device"), nb::arg("devices"),
         nb::arg("size"),
         "Allocates zeros that other processes can map: (address, None) or (0, "

@@ -2,6 +2,7 @@
 
 #include <limits>
 #include <string>
+#include <type_traits>
 
 #include "plan/routing.h"
 
@@ -56,6 +57,53 @@ void CheckExtents(Checker& check, const GroupAttrs& attrs, int64_t num_tokens, i
   }
 }
 
+// Sets the pointers of `args` that have the names of the buffers in LIST.
+#define JAX_EP_SET_POINTER(name) args.name = Ints(buffers.name);
+#define JAX_EP_SET_POINTERS(LIST) LIST(JAX_EP_SET_POINTER)
+
+// Checks what tells of a rank's routes, in a group on one host: operands of ops that move rows, or
+// results of the plan, as `what` says.
+template <typename Buffers>
+void CheckRoutes(Checker& check, const char* what, const Buffers& buffers,
+                 const ops::Geometry& geometry) {
+  check.Buffer(what + std::string("dest_row"), buffers.dest_row, ffi::S32,
+               {geometry.num_tokens, geometry.top_k});
+  check.Buffer(what + std::string("recv_rows"), buffers.recv_rows, ffi::S32,
+               {int64_t{geometry.num_ranks} * geometry.num_tokens, geometry.rows_per_source()});
+}
+
+// The same in a group that spans hosts.
+template <typename Buffers>
+void CheckEntries(Checker& check, const char* what, const Buffers& buffers,
+                  const ops::Geometry& geometry) {
+  check.Buffer(what + std::string("recv_start"), buffers.recv_start, ffi::S32,
+               {geometry.num_ranks + 1});
+  check.Buffer(what + std::string("recv_token"), buffers.recv_token, ffi::S32, {geometry.capacity});
+  check.Buffer(what + std::string("recv_row"), buffers.recv_row, ffi::S32, {geometry.capacity});
+}
+
+template <typename Buffers, typename = void>
+struct SpansHosts : std::false_type {};
+template <typename Buffers>
+struct SpansHosts<Buffers, std::void_t<decltype(Buffers::recv_start)>> : std::true_type {};
+
+// Checks a handle, as operands or results.
+template <typename Buffers>
+void CheckHandleBuffers(Checker& check, const char* what, const Buffers& buffers,
+                        const ops::Geometry& geometry) {
+  const bool by_token = geometry.layout == plan::Layout::kToken;
+  check.Buffer(what + std::string("topk"), buffers.topk, ffi::S32,
+               {geometry.num_tokens, geometry.top_k});
+  check.Buffer(what + std::string("recv_src"), buffers.recv_src, ffi::S32, {geometry.capacity});
+  check.Buffer(what + std::string("expert_idx"), buffers.expert_idx, ffi::S32,
+               {by_token ? geometry.capacity : 0, geometry.top_k});
+  if constexpr (SpansHosts<Buffers>::value) {
+    CheckEntries(check, what, buffers, geometry);
+  } else {
+    CheckRoutes(check, what, buffers, geometry);
+  }
+}
+
 // Checks the operands that carry a handle, which all ops that move rows have, and fills `geometry`
 // (all but hidden and dtype) from the attributes and their shapes.
 template <typename Buffers>
@@ -71,16 +119,14 @@ ops::Handle CheckHandle(Checker& check, const GroupAttrs& attrs, const Buffers& 
   geometry.top_k = static_cast<int32_t>(top_k);
   geometry.capacity = static_cast<int32_t>(capacity);
   geometry.layout = static_cast<plan::Layout>(attrs.layout);
-  const bool by_token = geometry.layout == plan::Layout::kToken;
-  check.Argument("topk", buffers.topk, ffi::S32, {num_tokens, top_k});
-  check.Argument("dest_row", buffers.dest_row, ffi::S32, {num_tokens, top_k});
-  check.Argument("recv_rows", buffers.recv_rows, ffi::S32,
-                 {attrs.num_ranks * num_tokens, geometry.rows_per_source()});
-  check.Argument("recv_src", buffers.recv_src, ffi::S32, {capacity});
-  check.Argument("expert_idx", buffers.expert_idx, ffi::S32, {by_token ? capacity : 0, top_k});
-#define JAX_EP_HANDLE_DATA(name) Ints(buffers.name),
-  return {JAX_EP_HANDLE_OPERANDS(JAX_EP_HANDLE_DATA)};
-#undef JAX_EP_HANDLE_DATA
+  CheckHandleBuffers(check, "argument ", buffers, geometry);
+  ops::Handle args{};
+  if constexpr (SpansHosts<Buffers>::value) {
+    JAX_EP_SET_POINTERS(JAX_EP_NETWORK_HANDLE_OPERANDS)
+  } else {
+    JAX_EP_SET_POINTERS(JAX_EP_HANDLE_OPERANDS)
+  }
+  return args;
 }
 
 // Checks that `x` is [num_rows, H] of a dtype that rows may have; sets geometry.hidden and
@@ -132,8 +178,11 @@ void CheckRowValues(Checker& check, const char* what, ffi::AnyBuffer values,
 
 }  // namespace
 
-void Decode(Checker& check, const PlanAttrs& attrs, const PlanBuffers& buffers,
-            ops::PlanArgs& args) {
+namespace {
+
+// Checks a plan, and gives its shape.
+template <typename Buffers>
+plan::PlanShape CheckPlan(Checker& check, const PlanAttrs& attrs, const Buffers& buffers) {
   const auto [num_tokens, top_k] = check.MatrixArgument("topk_idx", buffers.topk_idx);
   const int64_t capacity = static_cast<int64_t>(buffers.recv_src.element_count());
   CheckExtents(check, attrs.group, num_tokens, top_k, capacity);
@@ -141,31 +190,48 @@ void Decode(Checker& check, const PlanAttrs& attrs, const PlanBuffers& buffers,
   check.Attribute("expert_capacity", attrs.expert_capacity >= 0, "a number of rows",
                   attrs.expert_capacity);
   check.Attribute("alignment", attrs.alignment > 0, "a positive number", attrs.alignment);
-  if (!check.ok()) return;
+  if (!check.ok()) return {};
   check.Attribute("alignment", by_token || capacity % attrs.alignment == 0,
                   "a divisor of the capacity", attrs.alignment);
 
-  plan::PlanShape& shape = args.shape;
-  shape = {attrs.group.num_ranks,          static_cast<int32_t>(num_tokens),
-           static_cast<int32_t>(top_k),    attrs.group.num_experts,
-           static_cast<int32_t>(capacity), attrs.alignment,
-           attrs.expert_capacity,          static_cast<plan::Layout>(attrs.group.layout)};
+  const plan::PlanShape shape = {
+      attrs.group.num_ranks,          static_cast<int32_t>(num_tokens),
+      static_cast<int32_t>(top_k),    attrs.group.num_experts,
+      static_cast<int32_t>(capacity), attrs.alignment,
+      attrs.expert_capacity,          static_cast<plan::Layout>(attrs.group.layout)};
+  ops::Geometry geometry{};
+  geometry.num_ranks = shape.num_ranks;
+  geometry.num_experts = shape.num_experts;
+  geometry.num_tokens = shape.num_tokens;
+  geometry.top_k = shape.top_k;
+  geometry.capacity = shape.capacity;
+  geometry.layout = shape.layout;
   const int64_t num_local_experts = shape.num_local_experts();
   check.Argument("topk_idx", buffers.topk_idx, ffi::S32, {num_tokens, top_k});
-  check.Result("topk", buffers.topk, ffi::S32, {num_tokens, top_k});
-  check.Result("dest_row", buffers.dest_row, ffi::S32, {num_tokens, top_k});
-  check.Result("recv_rows", buffers.recv_rows, ffi::S32,
-               {shape.num_ranks * num_tokens, shape.rows_per_source()});
-  check.Result("recv_src", buffers.recv_src, ffi::S32, {capacity});
-  check.Result("expert_idx", buffers.expert_idx, ffi::S32, {by_token ? capacity : 0, top_k});
+  CheckHandleBuffers(check, "result ", buffers, geometry);
   check.Result("group_sizes", buffers.group_sizes, ffi::S32, {num_local_experts});
   check.Result("counts", buffers.counts, ffi::S32, {num_local_experts});
   check.Result("demand", buffers.demand, ffi::S32, {num_local_experts});
   check.Result("num_dropped", buffers.num_dropped, ffi::S32, {1});
   check.Result("num_invalid", buffers.num_invalid, ffi::S32, {1});
-#define JAX_EP_PLAN_DATA(name) Ints(buffers.name),
-  args.buffers = {Ints(buffers.topk_idx), JAX_EP_PLAN_RESULTS(JAX_EP_PLAN_DATA)};
-#undef JAX_EP_PLAN_DATA
+  return shape;
+}
+
+}  // namespace
+
+void Decode(Checker& check, const PlanAttrs& attrs, const PlanBuffers& buffers,
+            ops::PlanArgs& plan_args) {
+  plan_args.shape = CheckPlan(check, attrs, buffers);
+  plan::RankPlan& args = plan_args.buffers;
+  args.topk_idx = Ints(buffers.topk_idx);
+  JAX_EP_SET_POINTERS(JAX_EP_PLAN_RESULTS)
+}
+
+void Decode(Checker& check, const PlanAttrs& attrs, const NetworkPlanBuffers& buffers,
+            ops::NetworkPlanArgs& args) {
+  args.shape = CheckPlan(check, attrs, buffers);
+  args.topk_idx = Ints(buffers.topk_idx);
+  JAX_EP_SET_POINTERS(JAX_EP_NETWORK_PLAN_RESULTS)
 }
 
 namespace {
@@ -209,10 +275,9 @@ void CheckPayload(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x,
   args.row_scales = quantized_output ? static_cast<float*>(row_scales.untyped_data()) : nullptr;
 }
 
-}  // namespace
-
-void Decode(Checker& check, const DispatchAttrs& attrs, const DispatchBuffers& buffers,
-            ops::DispatchArgs& args) {
+template <typename Buffers>
+void DecodeDispatch(Checker& check, const DispatchAttrs& attrs, const Buffers& buffers,
+                    ops::DispatchArgs& args) {
   args.handle = CheckHandle(check, attrs.group, buffers, args.geometry);
   if (!check.ok()) return;
   CheckPayload(check, attrs, buffers.x, buffers.scales, buffers.rows, buffers.row_scales, args);
@@ -228,8 +293,9 @@ void Decode(Checker& check, const DispatchAttrs& attrs, const DispatchBuffers& b
   args.row_weights = static_cast<float*>(buffers.row_weights.untyped_data());
 }
 
-void Decode(Checker& check, const CombineAttrs& attrs, const CombineBuffers& buffers,
-            ops::CombineArgs& args) {
+template <typename Buffers>
+void DecodeCombine(Checker& check, const CombineAttrs& attrs, const Buffers& buffers,
+                   ops::CombineArgs& args) {
   ops::Geometry& geometry = args.geometry;
   args.handle = CheckHandle(check, attrs.group, buffers, geometry);
   if (!check.ok()) return;
@@ -254,8 +320,9 @@ void Decode(Checker& check, const CombineAttrs& attrs, const CombineBuffers& buf
   }
 }
 
-void Decode(Checker& check, const CombineVjpAttrs& attrs, const CombineVjpBuffers& buffers,
-            ops::CombineVjpArgs& args) {
+template <typename Buffers>
+void DecodeCombineVjp(Checker& check, const CombineVjpAttrs& attrs, const Buffers& buffers,
+                      ops::CombineVjpArgs& args) {
   ops::Geometry& geometry = args.geometry;
   check.Attribute("layout", attrs.group.layout == 0, "0 (expert)", attrs.group.layout);
   args.handle = CheckHandle(check, attrs.group, buffers, geometry);
@@ -273,5 +340,20 @@ void Decode(Checker& check, const CombineVjpAttrs& attrs, const CombineVjpBuffer
   args.d_rows = buffers.d_rows.untyped_data();
   args.d_weights = static_cast<float*>(buffers.d_weights.untyped_data());
 }
+
+}  // namespace
+
+#define JAX_EP_DECODE(Op, Buffers)                                            \
+  void Decode(Checker& check, const Op##Attrs& attrs, const Buffers& buffers, \
+              ops::Op##Args& args) {                                          \
+    Decode##Op(check, attrs, buffers, args);                                  \
+  }
+JAX_EP_DECODE(Dispatch, DispatchBuffers)
+JAX_EP_DECODE(Dispatch, NetworkDispatchBuffers)
+JAX_EP_DECODE(Combine, CombineBuffers)
+JAX_EP_DECODE(Combine, NetworkCombineBuffers)
+JAX_EP_DECODE(CombineVjp, CombineVjpBuffers)
+JAX_EP_DECODE(CombineVjp, NetworkCombineVjpBuffers)
+#undef JAX_EP_DECODE
 
 }  // namespace jax_ep

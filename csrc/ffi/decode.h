@@ -34,4 +34,14 @@ void Decode(Checker& check, const CombineAttrs& attrs, const CombineBuffers& buf
 void Decode(Checker& check, const CombineVjpAttrs& attrs, const CombineVjpBuffers& buffers,
             ops::CombineVjpArgs& args);
 
+// The same of a group that spans hosts.
+void Decode(Checker& check, const PlanAttrs& attrs, const NetworkPlanBuffers& buffers,
+            ops::NetworkPlanArgs& args);
+void Decode(Checker& check, const DispatchAttrs& attrs, const NetworkDispatchBuffers& buffers,
+            ops::DispatchArgs& args);
+void Decode(Checker& check, const CombineAttrs& attrs, const NetworkCombineBuffers& buffers,
+            ops::CombineArgs& args);
+void Decode(Checker& check, const CombineVjpAttrs& attrs, const NetworkCombineVjpBuffers& buffers,
+            ops::CombineVjpArgs& args);
+
 }  // namespace jax_ep

@@ -29,6 +29,11 @@ JAX_EP_DEFINE_GROUP_ATTRS(Combine, COMBINE)
 JAX_EP_DEFINE_GROUP_ATTRS(CombineVjp, COMBINE_VJP)
 #undef JAX_EP_DEFINE_GROUP_ATTRS
 
+using NetworkPlanAttrs = PlanAttrs;
+using NetworkDispatchAttrs = DispatchAttrs;
+using NetworkCombineAttrs = CombineAttrs;
+using NetworkCombineVjpAttrs = CombineVjpAttrs;
+
 struct ClockAttrs {
   JAX_EP_CLOCK_ATTRIBUTES(JAX_EP_ATTRIBUTE_FIELD)
 };
@@ -46,6 +51,10 @@ JAX_EP_DEFINE_BUFFERS(Dispatch, DISPATCH)
 JAX_EP_DEFINE_BUFFERS(Combine, COMBINE)
 JAX_EP_DEFINE_BUFFERS(CombineVjp, COMBINE_VJP)
 JAX_EP_DEFINE_BUFFERS(Clock, CLOCK)
+JAX_EP_DEFINE_BUFFERS(NetworkPlan, NETWORK_PLAN)
+JAX_EP_DEFINE_BUFFERS(NetworkDispatch, NETWORK_DISPATCH)
+JAX_EP_DEFINE_BUFFERS(NetworkCombine, NETWORK_COMBINE)
+JAX_EP_DEFINE_BUFFERS(NetworkCombineVjp, NETWORK_COMBINE_VJP)
 #undef JAX_EP_DEFINE_BUFFERS
 
 // Continues a binding with the operands and results of a list, and with its scratch memory.

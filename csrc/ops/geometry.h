@@ -51,13 +51,18 @@ AgreedNumbers AgreedOn(const Geometry& geometry, More... more) {
           static_cast<int64_t>(more)...};
 }
 
-// One rank's handle, as made by the plan op. M is rows_per_source().
+// One rank's handle, as made by the plan op. M is rows_per_source(). A group on one host has
+// dest_row and recv_rows, one that spans hosts has entries (cuda/network/routes.h); the others are
+// null.
 struct Handle {
   const int32_t* topk;        // [T, K]
   const int32_t* dest_row;    // [T, K]
   const int32_t* recv_rows;   // [R * T, M]
   const int32_t* recv_src;    // [C]
   const int32_t* expert_idx;  // [C, K] in layout "token", else empty
+  const int32_t* recv_start;  // [R + 1]
+  const int32_t* recv_token;  // [C]
+  const int32_t* recv_row;    // [C]
 };
 
 }  // namespace jax_ep::ops

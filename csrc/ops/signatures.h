@@ -22,17 +22,19 @@
   X(int32_t, num_ranks) X(int32_t, num_experts) X(int32_t, layout) X(int64_t, group_id) \
   X(int64_t, timeout_ms) X(int32_t, num_sms) X(int32_t, ordinal)
 
-// A handle, as operands (ops::Handle).
+// A handle, as operands (ops::Handle): of a group on one host, and of one that spans hosts.
 #define JAX_EP_HANDLE_OPERANDS(X) X(topk) X(dest_row) X(recv_rows) X(recv_src) X(expert_idx)
+#define JAX_EP_NETWORK_HANDLE_OPERANDS(X) \
+  X(topk) X(recv_start) X(recv_token) X(recv_row) X(recv_src) X(expert_idx)
 
 // Every op of a group ends its operands with coords: s32[2], the rank within its group, and which
 // of the groups that lie side by side in the mesh it is in.
 
 #define JAX_EP_PLAN_ATTRIBUTES(X) X(int32_t, alignment) X(int32_t, expert_capacity)
 #define JAX_EP_PLAN_OPERANDS(X) X(topk_idx) X(coords)
-#define JAX_EP_PLAN_RESULTS(X) \
-  X(topk) X(dest_row) X(recv_rows) X(recv_src) X(expert_idx) \
+#define JAX_EP_PLAN_NUMBERS(X) \
   X(group_sizes) X(counts) X(demand) X(num_dropped) X(num_invalid)
+#define JAX_EP_PLAN_RESULTS(X) JAX_EP_HANDLE_OPERANDS(X) JAX_EP_PLAN_NUMBERS(X)
 #define JAX_EP_PLAN_SCRATCH(X) X(scratch)
 
 // quantization is an ops::Quantization, dense_output 0 or 1.
@@ -54,6 +56,30 @@
 #define JAX_EP_COMBINE_VJP_RESULTS(X) X(d_rows) X(d_weights)
 #define JAX_EP_COMBINE_VJP_SCRATCH(X)
 
+// The same ops of a group that spans hosts.
+#define JAX_EP_NETWORK_PLAN_ATTRIBUTES(X) JAX_EP_PLAN_ATTRIBUTES(X)
+#define JAX_EP_NETWORK_PLAN_OPERANDS(X) JAX_EP_PLAN_OPERANDS(X)
+#define JAX_EP_NETWORK_PLAN_RESULTS(X) JAX_EP_NETWORK_HANDLE_OPERANDS(X) JAX_EP_PLAN_NUMBERS(X)
+#define JAX_EP_NETWORK_PLAN_SCRATCH(X) JAX_EP_PLAN_SCRATCH(X)
+
+#define JAX_EP_NETWORK_DISPATCH_ATTRIBUTES(X) JAX_EP_DISPATCH_ATTRIBUTES(X)
+#define JAX_EP_NETWORK_DISPATCH_OPERANDS(X) \
+  X(x) X(scales) X(weights) JAX_EP_NETWORK_HANDLE_OPERANDS(X) X(coords)
+#define JAX_EP_NETWORK_DISPATCH_RESULTS(X) JAX_EP_DISPATCH_RESULTS(X)
+#define JAX_EP_NETWORK_DISPATCH_SCRATCH(X) JAX_EP_DISPATCH_SCRATCH(X)
+
+#define JAX_EP_NETWORK_COMBINE_ATTRIBUTES(X)
+#define JAX_EP_NETWORK_COMBINE_OPERANDS(X) \
+  X(rows) X(row_weights) X(values) JAX_EP_NETWORK_HANDLE_OPERANDS(X) X(coords)
+#define JAX_EP_NETWORK_COMBINE_RESULTS(X) JAX_EP_COMBINE_RESULTS(X)
+#define JAX_EP_NETWORK_COMBINE_SCRATCH(X)
+
+#define JAX_EP_NETWORK_COMBINE_VJP_ATTRIBUTES(X)
+#define JAX_EP_NETWORK_COMBINE_VJP_OPERANDS(X) \
+  X(dy) X(rows) X(row_weights) JAX_EP_NETWORK_HANDLE_OPERANDS(X) X(coords)
+#define JAX_EP_NETWORK_COMBINE_VJP_RESULTS(X) JAX_EP_COMBINE_VJP_RESULTS(X)
+#define JAX_EP_NETWORK_COMBINE_VJP_SCRATCH(X)
+
 // No op of a group: `same` is x in place, `time` u32[2], nanoseconds, low word first.
 #define JAX_EP_CLOCK_ATTRIBUTES(X) X(int32_t, ordinal)
 #define JAX_EP_CLOCK_OPERANDS(X) X(x)
@@ -70,7 +96,6 @@ struct Signature {
   std::vector<const char*> attributes, operands, results, scratch;
 };
 
-inline std::vector<Signature> Signatures() {
 #define JAX_EP_NO_ATTRIBUTES(X)
 #define JAX_EP_ATTRIBUTE_NAME(type, name) #name,
 #define JAX_EP_BUFFER_NAME(name) #name,
@@ -84,6 +109,7 @@ inline std::vector<Signature> Signatures() {
       JAX_EP_##LIST##_SCRATCH(JAX_EP_BUFFER_NAME)                \
     }                                                            \
   }
+inline std::vector<Signature> Signatures() {
   return {
       JAX_EP_SIGNATURE(jax_ep_plan, JAX_EP_GROUP_ATTRIBUTES, PLAN),
       JAX_EP_SIGNATURE(jax_ep_dispatch, JAX_EP_GROUP_ATTRIBUTES, DISPATCH),
@@ -91,10 +117,20 @@ inline std::vector<Signature> Signatures() {
       JAX_EP_SIGNATURE(jax_ep_combine_vjp, JAX_EP_GROUP_ATTRIBUTES, COMBINE_VJP),
       JAX_EP_SIGNATURE(jax_ep_clock, JAX_EP_NO_ATTRIBUTES, CLOCK),
   };
+}
+
+// Those of groups that span hosts.
+inline std::vector<Signature> NetworkSignatures() {
+  return {
+      JAX_EP_SIGNATURE(jax_ep_network_plan, JAX_EP_GROUP_ATTRIBUTES, NETWORK_PLAN),
+      JAX_EP_SIGNATURE(jax_ep_network_dispatch, JAX_EP_GROUP_ATTRIBUTES, NETWORK_DISPATCH),
+      JAX_EP_SIGNATURE(jax_ep_network_combine, JAX_EP_GROUP_ATTRIBUTES, NETWORK_COMBINE),
+      JAX_EP_SIGNATURE(jax_ep_network_combine_vjp, JAX_EP_GROUP_ATTRIBUTES, NETWORK_COMBINE_VJP),
+  };
+}
 #undef JAX_EP_SIGNATURE
 #undef JAX_EP_BUFFER_NAME
 #undef JAX_EP_ATTRIBUTE_NAME
 #undef JAX_EP_NO_ATTRIBUTES
-}
 
 }  // namespace jax_ep::ops

@@ -34,10 +34,11 @@ std::optional<std::string> LostPeer(const Member& member, bool orderly_is_failur
   const uint32_t lost = __atomic_load_n(&member.params.error->lost_peer, __ATOMIC_ACQUIRE);
   if (lost == 0) return std::nullopt;
   std::lock_guard<std::mutex> lock(Mutex());
-  const bool orderly = Gone()[member.processes[lost - 1]];
+  const int first_rank = member.params.first_rank, lost_rank = static_cast<int>(lost) - 1;
+  const bool orderly = Gone()[member.processes[lost_rank - first_rank]];
   if (orderly && !orderly_is_failure) return std::nullopt;
-  return "jax_ep.CommunicationError: rank " + std::to_string(member.params.rank) +
-         ": the process of rank " + std::to_string(lost - 1) +
+  return "jax_ep.CommunicationError: rank " + std::to_string(first_rank + member.params.rank) +
+         ": the process of rank " + std::to_string(lost_rank) +
          (orderly ? " has ended" : " is gone") +
          ". The group takes no more ops; start the job again.";
 }
@@ -56,11 +57,12 @@ void NoteGone(int process, bool orderly) {
 
 void TellGone(const Member& member) {
   std::lock_guard<std::mutex> lock(Mutex());
+  const int first_rank = member.params.first_rank;
   uint32_t lost = 0;  // rather one that did not say goodbye
   for (size_t rank = 0; rank < member.processes.size(); ++rank) {
     const auto gone = Gone().find(member.processes[rank]);
     if (gone == Gone().end()) continue;
-    if (lost == 0 || !gone->second) lost = static_cast<uint32_t>(rank) + 1;
+    if (lost == 0 || !gone->second) lost = static_cast<uint32_t>(first_rank + rank) + 1;
     if (!gone->second) break;
   }
   if (lost != 0) __atomic_store_n(&member.params.error->lost_peer, lost, __ATOMIC_RELEASE);

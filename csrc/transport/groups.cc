@@ -56,6 +56,7 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     if (auto error = WriteRegions(device, regions, member.workspaces[rank])) return error;
     member.params.rank = rank;
     member.params.num_ranks = num_ranks;
+    member.params.first_rank = spec.first_rank;
     member.params.instance = instance;
     member.params.arrival_timeout_ns = Nanoseconds(spec.arrival_timeout_s);
     member.params.op_timeout_ns = Nanoseconds(spec.op_timeout_s);
@@ -102,6 +103,12 @@ const Member* FindMember(int64_t group_id, int device) {
   if (group == Groups().end()) return nullptr;
   const auto member = group->second->find(device);
   return member == group->second->end() ? nullptr : &member->second;
+}
+
+const Registry* OwnRegistry() {
+  static const Registry registry = {sizeof(Member), FindMember,
+                                    [](const Member& member) { return Failure(member); }};
+  return &registry;
 }
 
 std::optional<std::string> GroupFailure(int64_t group_id) {

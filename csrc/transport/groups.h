@@ -9,6 +9,7 @@
 
 #include "cuda/core/workspace.h"
 #include "transport/member.h"
+#include "transport/registry.h"
 
 namespace jax_ep::transport {
 
@@ -27,6 +28,9 @@ struct GroupSpec {
   // The groups that lie side by side in the mesh, by number: ranks in order. Only those with ranks
   // here.
   std::map<int, std::vector<RankSpec>> instances;
+  // Where a group spans hosts, `instances` have the ranks of this host only, and this is what the
+  // first of them is in the group.
+  int first_rank = 0;
   double arrival_timeout_s = 0;
   double op_timeout_s = 0;
   int max_blocks = 0;                            // of an op on one GPU
@@ -40,6 +44,9 @@ std::optional<std::string> CreateGroup(const GroupSpec& spec);
 
 // The member of group `group_id` on `device`, or null.
 const Member* FindMember(int64_t group_id, int device);
+
+// Of these groups.
+const Registry* OwnRegistry();
 
 // The first failure of any member of the group in this process, or nothing. Not one: a peer whose
 // process has ended orderly.

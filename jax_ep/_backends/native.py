@@ -18,16 +18,25 @@ from jaxtyping import Array, Float32, Int32
 from jax_ep import _compat
 from jax_ep._backends.primitive import native_call
 from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
-from jax_ep._groups import gpu_side, tuning
+from jax_ep._groups import gpu_side, network, tuning
 from jax_ep._groups.group import Group, sms_of
 
 _LAYOUTS = {"expert": 0, "token": 1}
+# Leaves of a handle that tell of routes: of a group on one host, and of one that spans hosts.
+_ROUTES = ("dest_row", "recv_rows")
+_ENTRIES = ("recv_start", "recv_token", "recv_row")
 _QUANTIZATIONS = {None: 0, "f32": 1, "ue8m0": 2}
 
 
 def workspace_bytes(group: Group) -> int:
     """Device memory that ``group`` takes on each of its GPUs beyond XLA's; 0 on other platforms."""
-    return gpu_side.library().workspace_bytes() if group.backend == "cuda" else 0
+    if group.backend != "cuda":
+        return 0
+    used = gpu_side.library().workspace_bytes()
+    if _spans_hosts(group):
+        hosts, settings = group.topology.hosts, network.settings_of(group.id)
+        used += network.memory_bytes(settings, len(hosts), len(hosts[0]))
+    return used
 
 
 def plan(
@@ -45,19 +54,28 @@ def plan(
     num_tokens, top_k = topk_idx.shape
     num_local = num_experts // group.size
     num_rows = min(top_k, num_local) if layout == "expert" else 1
-    shapes = [
-        (num_tokens, top_k),
-        (num_tokens, top_k),
-        (group.size * num_tokens, num_rows),
-        (capacity,),
-        (capacity if layout == "token" else 0, top_k),
-        (num_local,),
-        (num_local,),
-        (num_local,),
-        (1,),
-        (1,),
-    ]
-    if group.backend == "cuda":
+    shapes = {
+        "topk_idx": (num_tokens, top_k),
+        "dest_row": (num_tokens, top_k),
+        "recv_rows": (group.size * num_tokens, num_rows),
+        "recv_start": (group.size + 1,),
+        "recv_token": (capacity,),
+        "recv_row": (capacity,),
+        "recv_src": (capacity,),
+        "expert_idx": (capacity if layout == "token" else 0, top_k),
+        "group_sizes": (num_local,),
+        "counts": (num_local,),
+        "demand": (num_local,),
+        "num_dropped": (1,),
+        "num_invalid": (1,),
+    }
+    absent = dict.fromkeys(_ROUTES if _spans_hosts(group) else _ENTRIES)
+    for name in absent:
+        del shapes[name]
+    names = list(shapes)
+    if _spans_hosts(group):
+        shapes["scratch"] = (network.library().plan_scratch_size(group.size, num_local),)
+    elif group.backend == "cuda":
         scratch = gpu_side.library().plan_scratch_size(
             _LAYOUTS[layout], num_tokens, top_k, num_experts, group.size
         )
@@ -67,32 +85,21 @@ def plan(
                 f"has room for, got {num_experts} experts, {top_k} a token, on {group.size} ranks; "
                 "use fewer of them, or make the group with backend='reference'."
             )
-        shapes.append((scratch,))
-    leaves = native_call(
-        "jax_ep_plan",
-        [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
+        shapes["scratch"] = (scratch,)
+    results = native_call(
+        _target(group, "plan"),
+        [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes.values()],
         topk_idx,
         _coords(group),
         **_attributes(group, num_experts, layout, config, op="plan", num_tokens=num_tokens),
         alignment=np.int32(alignment),
         expert_capacity=np.int32(expert_capacity),
     )
-    topk, dest_row, recv_rows, recv_src, expert_idx, group_sizes, counts, demand = leaves[:8]
-    num_dropped, num_invalid = leaves[8:10]
+    leaves: dict[str, Any] = dict(zip(names, results[: len(names)], strict=True)) | absent
+    if layout == "expert":
+        leaves["expert_idx"] = None
     return Handle(
-        topk_idx=topk,
-        dest_row=dest_row,
-        recv_rows=recv_rows,
-        recv_start=None,
-        recv_token=None,
-        recv_row=None,
-        recv_src=recv_src,
-        expert_idx=expert_idx if layout == "token" else None,
-        group_sizes=group_sizes,
-        counts=counts,
-        demand=demand,
-        num_dropped=num_dropped,
-        num_invalid=num_invalid,
+        **leaves,
         group_id=group.id,
         num_experts=num_experts,
         layout=layout,
@@ -128,12 +135,12 @@ def dispatch(
         )
         results.append(jax.ShapeDtypeStruct((scratch,), jnp.uint8))
     tokens, row_scales, row_weights = native_call(
-        "jax_ep_dispatch",
+        _target(group, "dispatch"),
         results,
         values,
         _optional(scales),
         _optional(weights),
-        *_routes(handle),
+        *_routes(handle, group),
         _coords(group),
         **_attributes(
             group,
@@ -168,12 +175,12 @@ def combine(
         jax.ShapeDtypeStruct((num_tokens, top_k) if values is not None else (0,), jnp.float32),
     ]
     y, home = native_call(
-        "jax_ep_combine",
+        _target(group, "combine"),
         results,
         rows,
         _optional(row_weights),
         _optional(values),
-        *_routes(handle),
+        *_routes(handle, group),
         _coords(group),
         **_attributes(
             group,
@@ -200,7 +207,7 @@ def combine_vjp(
 ) -> tuple[Array, Float32[Array, " capacity"]]:
     """See ``jax_ep.reference.combine_vjp``."""
     d_rows, d_weights = native_call(
-        "jax_ep_combine_vjp",
+        _target(group, "combine_vjp"),
         [
             jax.ShapeDtypeStruct(rows.shape, rows.dtype),
             jax.ShapeDtypeStruct(row_weights.shape, jnp.float32),
@@ -208,7 +215,7 @@ def combine_vjp(
         dy,
         rows,
         row_weights,
-        *_routes(handle),
+        *_routes(handle, group),
         _coords(group),
         # Moves what a dispatch moves, and is tuned as one.
         **_attributes(
@@ -264,12 +271,20 @@ def _attributes(
     }
 
 
-def _routes(handle: Handle) -> tuple[Any, ...]:
+def _spans_hosts(group: Group) -> bool:
+    return group.transport == "nvshmem"
+
+
+def _target(group: Group, op: str) -> str:
+    return f"jax_ep_network_{op}" if _spans_hosts(group) else f"jax_ep_{op}"
+
+
+def _routes(handle: Handle, group: Group) -> tuple[Any, ...]:
     no_expert_idx = jax.ShapeDtypeStruct((0, handle.topk_idx.shape[1]), jnp.int32)
+    names = _ENTRIES if _spans_hosts(group) else _ROUTES
     return (
         handle.topk_idx,
-        handle.dest_row,
-        handle.recv_rows,
+        *(getattr(handle, name) for name in names),
         handle.recv_src,
         no_expert_idx if handle.expert_idx is None else handle.expert_idx,
     )

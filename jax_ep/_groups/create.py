@@ -14,11 +14,12 @@ import numpy as np
 
 from jax_ep import _compat
 from jax_ep._core import libraries
-from jax_ep._groups import gpu_side, tuning
+from jax_ep._groups import gpu_side, network, tuning
 from jax_ep._groups.group import Group
 from jax_ep._groups.topology import Topology
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
+Transport = Literal["auto", "peer", "nvshmem"]
 
 _DEFAULT_TIMEOUT_S = 600.0
 _SHORTEST_TIMEOUT_S = 1e-3  # native ops count milliseconds
@@ -37,6 +38,7 @@ def create_group(
     backend: Backend = "auto",
     timeout: float = _DEFAULT_TIMEOUT_S,
     ranks_per_host: int | None = None,
+    transport: Transport = "auto",
 ) -> Group:
     """Make the group of ranks along ``axis_name`` of ``mesh``.
 
@@ -51,28 +53,33 @@ def create_group(
         group = jax_ep.create_group(mesh, "expert")   # 4 ranks; two groups side by side
 
     Args:
-        mesh: A mesh of devices of one platform.
-            A mesh may span hosts: the GPU backend serves it if each group of it lies within one host.
+        mesh: A mesh of devices of one platform. It may span hosts.
         axis_name: The axis that experts are split over, or a tuple of axes (row-major).
         backend: "auto" follows the mesh's devices: the native backend of their platform where
-            there is one, else "reference", which is logged once. "cuda" (Hopper GPUs of one host),
-            "cpu" (CPU devices of one process) and "reference" (pure JAX, any devices) insist: where
-            that backend cannot serve the mesh, it is an error.
+            there is one, else "reference", which is logged once. "cuda" (Hopper GPUs), "cpu" (CPU
+            devices of one process) and "reference" (pure JAX, any devices) insist: where that backend
+            cannot serve the mesh, it is an error.
         timeout: Seconds that an op waits for a peer to arrive before it fails with
             ``CommunicationError``; at least 0.001, and ``float("inf")`` waits for ever. Peers may be
             late because they compile or write checkpoints.
         ranks_per_host: Ranks that count as those of one host, one after the other; a divisor of R.
-            None counts all as one host's. Where there are several hosts, ``combine`` sums a token's
-            rows once on each rank, once for each host, over its ranks, and once at home, over the
-            hosts. The native backends serve one host, so this is for the reference until they do.
+            None takes the hosts that the processes of GPUs run on, and elsewhere one host for all.
+            A number splits one machine into logical hosts, for tests. Where there are several hosts,
+            ``combine`` sums a token's rows once on each rank, once for each host, over its ranks, and
+            once at home, over the hosts.
+        transport: How GPUs exchange rows. "peer" reads the memory of other GPUs of one host.
+            "nvshmem" also crosses hosts, by NVSHMEM: each row once for each host, from where the
+            ranks of that host read it. It takes one process for each GPU, all processes of the job in
+            the mesh, and as many ranks on each host, neighbours in the group. "auto" takes what the
+            hosts of the group ask for. The others insist.
 
     Returns:
         The group.
 
     Raises:
         TypeError: for a mesh, axis, timeout or number of another type.
-        ValueError: for an unknown axis, backend or timeout, a ``ranks_per_host`` that does not divide
-            R, or a backend that cannot serve the mesh.
+        ValueError: for an unknown axis, backend, transport or timeout, a ``ranks_per_host`` that does
+            not divide R, or a backend or transport that cannot serve the mesh.
         CommunicationError: if GPUs of several processes form the group and a process did not come,
             came with another group, or could not do its part; then in all of them.
     """
@@ -93,6 +100,11 @@ def create_group(
             f"jax_ep.create_group: argument backend: expected one of {get_args(Backend)}, got "
             f"{backend!r}."
         )
+    if transport not in get_args(Transport):
+        raise ValueError(
+            f"jax_ep.create_group: argument transport: expected one of {get_args(Transport)}, got "
+            f"{transport!r}."
+        )
     if not isinstance(timeout, int | float):
         raise TypeError(
             f"jax_ep.create_group: argument timeout: expected seconds as a number, got "
@@ -106,8 +118,7 @@ def create_group(
         )
     instances = _instances(mesh, axis_names)
     _check_ranks_per_host(ranks_per_host, instances.shape[1])
-    topology = Topology.of(instances, ranks_per_host)
-    resolved = _resolve_backend(mesh, topology, backend)
+    resolved, topology = _resolve(mesh, instances, ranks_per_host, backend, transport)
     key = (mesh, axis_names, resolved, float(timeout), topology)
     group = _groups.get(key)
     # A group that failed is not used again; programs that were made for it keep failing.
@@ -127,7 +138,7 @@ def create_group(
         if resolved == "cuda":
             _groups.pop(key, None)
             table = tuning.agreed_table(mesh, str(group_id))
-            gpus = gpu_side.create(group_id, gpu_side.ranks_of(instances), float(timeout))
+            gpus = gpu_side.create(group_id, gpu_side.ranks_of(instances), topology, float(timeout))
             topology = dataclasses.replace(topology, gpus=gpus)
         group = Group(
             mesh=mesh,
@@ -189,44 +200,101 @@ def _check_ranks_per_host(ranks_per_host: Any, size: int) -> None:
         )
 
 
-def _resolve_backend(mesh: jax.sharding.Mesh, topology: Topology, backend: Backend) -> str:
-    if backend == "reference":
-        return "reference"
+def _resolve(
+    mesh: jax.sharding.Mesh,
+    instances: np.ndarray,
+    ranks_per_host: int | None,
+    backend: Backend,
+    transport: Transport,
+) -> tuple[str, Topology]:
+    """The backend, and where the ranks are."""
+    topology = Topology.of(instances, ranks_per_host)
     platforms = sorted({device.platform for device in mesh.devices.flat})
     native = {"cpu": "cpu", "gpu": "cuda"}.get(platforms[0]) if len(platforms) == 1 else None
-    if native is None:
-        reason: str | None = f"there are no kernels for devices of {', '.join(platforms)}"
+    reason: str | None
+    if backend == "reference":
+        reason = "backend='reference' moves rows by XLA's collectives"
+    elif native is None:
+        reason = f"there are no kernels for devices of {', '.join(platforms)}"
     elif backend not in ("auto", native):
         reason = f"its devices are of platform {platforms[0]!r}"
+    elif native == "cpu":
+        reason = _why_not_cpu(topology, transport)
     else:
-        reason = _why_not(native, mesh, topology)
-        if reason is None:
-            return native
-    if backend != "auto":
-        raise ValueError(
-            f"jax_ep.create_group: argument backend: expected a backend that serves this mesh, got "
-            f"{backend!r}, but {reason}; use backend='reference'."
-        )
-    if reason not in _warned:
-        _warned.add(str(reason))
+        topology, reason = _place_gpus(mesh, instances, ranks_per_host, transport)
+    if reason is None:
+        assert native is not None
+        return native, topology
+    for argument, wanted in ("backend", backend), ("transport", transport):
+        if wanted not in ("auto", "reference"):
+            raise ValueError(
+                f"jax_ep.create_group: argument {argument}: expected a {argument} that serves this "
+                f"mesh, got {wanted!r}, but {reason}; use backend='reference'."
+            )
+    if backend == "auto" and reason not in _warned:
+        _warned.add(reason)
         logger.warning("using the pure-JAX reference backend: %s", reason)
-    return "reference"
+    return "reference", Topology.of(instances, ranks_per_host)
 
 
-def _why_not(native: str, mesh: jax.sharding.Mesh, topology: Topology) -> str | None:
-    """Why the backend ``native`` cannot serve ``mesh``, or None if it can."""
+def _why_not_cpu(topology: Topology, transport: Transport) -> str | None:
+    """Why the backend "cpu" cannot serve a group, or None."""
+    if transport != "auto":
+        return "its devices are CPUs, which need no transport"
     if len(topology.hosts) > 1:
-        return f"the group spans {len(topology.hosts)} hosts, which no native backend can do yet"
-    if topology.spans_processes and native == "cpu":
+        return f"the group spans {len(topology.hosts)} hosts, which the cpu backend cannot do"
+    if topology.spans_processes:
         return "the group spans several processes, which the cpu backend cannot do yet"
-    if native == "cuda":
-        kinds = {_compat.compute_capability(device) for device in mesh.devices.flat}
-        if kinds != {"9.0"}:
-            return f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
-    unavailable = libraries.why_unavailable(native)
-    if native == "cuda" and len(topology.all_processes) > 1:
-        return gpu_side.obstacle(topology, unavailable)
-    return unavailable
+    return libraries.why_unavailable("cpu")
+
+
+def _place_gpus(
+    mesh: jax.sharding.Mesh,
+    instances: np.ndarray,
+    ranks_per_host: int | None,
+    transport: Transport,
+) -> tuple[Topology, str | None]:
+    """Where the ranks of GPUs are, and why the backend "cuda" cannot serve them, or None."""
+    topology = Topology.of(instances, ranks_per_host)
+    kinds = {_compat.compute_capability(device) for device in mesh.devices.flat}
+    if kinds != {"9.0"}:
+        return topology, (
+            f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
+        )
+    unavailable = libraries.why_unavailable("cuda")
+    if len(topology.all_processes) > 1:
+        unavailable = gpu_side.obstacle(topology, unavailable)
+    if unavailable is None and ranks_per_host is None:
+        found = gpu_side.ranks_per_host(topology)
+        if found is None:
+            return topology, (
+                "the hosts of its groups have different numbers of ranks, or ranks of a host are not "
+                "neighbours; order the mesh so that each host has as many ranks of a group, one after "
+                "the other"
+            )
+        topology = Topology.of(instances, found)
+    return topology, unavailable or _why_no_transport(topology, transport)
+
+
+def _why_no_transport(topology: Topology, transport: Transport) -> str | None:
+    """Why ranks of these hosts cannot reach each other as they should, or None."""
+    num_hosts = len(topology.hosts)
+    if num_hosts == 1:
+        if transport != "nvshmem":
+            return None
+        return (
+            "each of its groups lies within one host, whose ranks reach each other's memory; give "
+            "ranks_per_host to split it into logical hosts"
+        )
+    if transport == "peer":
+        return f"the group spans {num_hosts} hosts"
+    if topology.ranks_per_process > 1:
+        return (
+            f"the group spans {num_hosts} hosts, which takes one process for each GPU, and a process "
+            "has several"
+        )
+    obstacle = network.obstacle(tuple(topology.all_processes), num_hosts)
+    return obstacle and f"the group spans {num_hosts} hosts, and {obstacle}"
 
 
 def _instances(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> np.ndarray:

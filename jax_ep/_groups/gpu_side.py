@@ -12,6 +12,7 @@ import atexit
 import dataclasses
 import functools
 import importlib
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 
 from jax_ep import _compat
 from jax_ep._errors import CommunicationError
-from jax_ep._groups import meetings
+from jax_ep._groups import meetings, network
 from jax_ep._groups import processes as other_processes
 from jax_ep._groups.memory import Offer, checked, staging_of
 from jax_ep._groups.topology import Gpus, Topology, most_on_a_gpu
@@ -114,9 +115,6 @@ def obstacle(topology: Topology, unavailable: str | None) -> str | None:
     for process, facts in found.items():
         if facts["unavailable"]:
             return f"in process {process} {facts['unavailable']}"
-    for row in topology.processes:
-        if len({found[process]["host"] for process in row}) > 1:
-            return "a group of the mesh spans several hosts, which the cuda backend cannot do yet"
     versions = {facts["version"]: process for process, facts in found.items()}
     if len(versions) > 1:
         texts = [f"process {process} has {version}" for version, process in versions.items()]
@@ -142,16 +140,37 @@ def agree(processes: list[int], what: str, value: int) -> int:
     return max([value, *(message["value"] for message, _ in received.values())])
 
 
-def create(group_id: int, instances: list[list[Rank]], timeout: float) -> Gpus | None:
+def ranks_per_host(topology: Topology) -> int | None:
+    """Ranks of each group that share a host, neighbours in the group; None if hosts differ in that.
+
+    Call it where ``obstacle`` has found none.
+    """
+    if not topology.spans_processes or jax.process_index() not in topology.all_processes:
+        return topology.ranks_per_host
+    found = meetings.facts_of(topology.all_processes)
+    sizes = set()
+    for row in topology.processes:
+        hosts = [found[process]["host"] for process in row]
+        runs = [len(list(ranks)) for _, ranks in itertools.groupby(hosts)]
+        if len(runs) > len(set(hosts)):
+            return None
+        sizes.update(runs)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def create(
+    group_id: int, instances: list[list[Rank]], topology: Topology, timeout: float
+) -> Gpus | None:
     """Make the native side of a group.
 
     Args:
         group_id: The id of the group, the same in all processes.
         instances: The ranks of each of the groups side by side.
+        topology: Their places. Ranks of one host reach each other's memory.
         timeout: Seconds that an op waits for a peer to arrive.
 
     Returns:
-        For each of the groups side by side, what tells the GPU of each rank from others. None in a
+        What tells each rank's GPU from others (``Topology.gpus``), the same in all processes; None in a
         process that has no rank.
 
     Raises:
@@ -159,14 +178,10 @@ def create(group_id: int, instances: list[list[Rank]], timeout: float) -> Gpus |
     """
     timeout = min(timeout, _LONGEST_TIMEOUT_S)
     me = jax.process_index()
-    mine = {
-        number: ranks
-        for number, ranks in enumerate(instances)
-        if any(rank.process == me for rank in ranks)
-    }
-    processes = sorted({rank.process for ranks in instances for rank in ranks})
+    processes = topology.all_processes
     if me not in processes:
         return None
+    mine, first_rank = _on_this_host(instances, topology)
     if processes == [me]:
         specs: Any = {n: [(rank.ordinal, me, 0, []) for rank in mine[n]] for n in mine}
         gpus = tuple(tuple(str(rank.device) for rank in ranks) for ranks in instances)
@@ -176,7 +191,32 @@ def create(group_id: int, instances: list[list[Rank]], timeout: float) -> Gpus |
         if error is not None:
             raise CommunicationError(f"the group was not made: {error}")
         return gpus
-    return _create_together(group_id, instances, mine, timeout)
+    gpus = _create_together(group_id, instances, mine, first_rank, timeout)
+    if len(topology.hosts) > 1:
+        (number,) = mine
+        row = topology.processes[number]
+        (ordinal,) = (rank.ordinal for rank in mine[number] if rank.process == me)
+        assert ordinal is not None
+        network.add(group_id, ordinal, [[row[rank] for rank in host] for host in topology.hosts])
+    return gpus
+
+
+def _on_this_host(
+    instances: list[list[Rank]], topology: Topology
+) -> tuple[dict[int, list[Rank]], int]:
+    """The ranks that share a host with one of this process, by instance; and their first one.
+
+    Where groups span hosts, a process has one rank, so there is one first rank.
+    """
+    me = jax.process_index()
+    mine = {}
+    first_rank = 0
+    for number, ranks in enumerate(instances):
+        for host in topology.hosts:
+            if any(ranks[rank].process == me for rank in host):
+                mine[number] = [ranks[rank] for rank in host]
+                first_rank = host[0]
+    return mine, first_rank
 
 
 def _fewest_sms(instances: list[list[Rank]]) -> int:
@@ -187,9 +227,10 @@ def _create_together(
     group_id: int,
     instances: list[list[Rank]],
     mine: dict[int, list[Rank]],
+    first_rank: int,
     timeout: float,
 ) -> Gpus:
-    """``create`` with other processes; ``mine`` has the instances that this one has ranks of."""
+    """``create`` with other processes; ``mine`` and ``first_rank`` are those of ``_on_this_host``."""
     me = jax.process_index()
     processes = sorted({rank.process for ranks in instances for rank in ranks})
     num_sms = _fewest_sms(instances)
@@ -213,7 +254,7 @@ def _create_together(
 
         def make() -> None:
             blocks = blocks_per_rank(most_on_a_gpu(gpus), num_sms)
-            _map_and_create(group_id, mine, own, offer, received, timeout, blocks)
+            _map_and_create(group_id, mine, first_rank, own, offer, received, timeout, blocks)
 
         error = _error_of(make)
     finally:
@@ -257,6 +298,7 @@ def _prepare(offer: Offer, own: dict[int, int]) -> None:
 def _map_and_create(
     group_id: int,
     instances: dict[int, list[Rank]],
+    first_rank: int,
     own: dict[int, int],
     offer: Offer,
     received: other_processes.Received,
@@ -309,7 +351,9 @@ def _map_and_create(
         if offer.devices[str(device)]["staged"]
     ]
     _blocks_of_groups[group_id] = blocks
-    error = native.create_group(group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging)
+    error = native.create_group(
+        group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging, first_rank
+    )
     if error is not None:
         raise CommunicationError(error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -21,6 +21,8 @@ from jax_ep._groups.tuning import (
     default_num_sms,
     tokens_bucket,
 )
+
+Transport = Literal["peer", "nvshmem"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -55,6 +57,13 @@ class Group:
         return math.prod(self.mesh.shape[name] for name in self.axis_names)
 
     @property
+    def transport(self) -> Transport | None:
+        """How GPUs of the group exchange rows: "peer" (memory of one host) or "nvshmem"; else None."""
+        if self.backend != "cuda":
+            return None
+        return "nvshmem" if len(self.topology.hosts) > 1 else "peer"
+
+    @property
     def other_axes(self) -> tuple[str, ...]:
         """The other axes of the mesh, along which groups lie side by side."""
         return tuple(name for name in self.mesh.axis_names if name not in self.axis_names)
@@ -79,7 +88,8 @@ class Group:
         axes = ", ".join(f"{name}={self.mesh.shape[name]}" for name in self.axis_names)
         if len(self.topology.hosts) > 1:
             axes += f", ranks_per_host={self.topology.ranks_per_host}"
-        return f"Group({axes}, backend={self.backend!r})"
+        transport = "" if self.transport is None else f", transport={self.transport!r}"
+        return f"Group({axes}, backend={self.backend!r}{transport})"
 
     def __copy__(self) -> Group:
         return self

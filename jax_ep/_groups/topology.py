@@ -1,8 +1,7 @@
 """Where the ranks of a group are: which share a host, which a process, which a GPU.
 
-``Group.topology`` alone answers such questions, so all parts of the library agree. With logical hosts
-(``create_group(ranks_per_host=)``) the reference gives the sums of several hosts on one machine; native
-backends refuse them.
+``Group.topology`` alone answers such questions, so all parts of the library agree.
+``create_group(ranks_per_host=)`` makes logical hosts of one machine.
 """
 
 from __future__ import annotations
@@ -59,6 +58,11 @@ class Topology:
     def spans_processes(self) -> bool:
         """Whether ranks of one group are in several processes."""
         return any(len(set(row)) > 1 for row in self.processes)
+
+    @property
+    def ranks_per_process(self) -> int:
+        """The most ranks, of all groups side by side, that share a process."""
+        return max(collections.Counter(itertools.chain.from_iterable(self.processes)).values())
 
     @property
     def ranks_per_gpu(self) -> int | None:

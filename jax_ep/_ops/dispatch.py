@@ -23,7 +23,7 @@ from jax_ep._core.types import (
     ScaleFormat,
 )
 from jax_ep._groups.group import Group
-from jax_ep._ops import checks, gradients
+from jax_ep._ops import checks, gpu_room, gradients
 
 Output = Literal["dense", "quantized"]
 
@@ -131,6 +131,7 @@ def dispatch(
         layout = _DEFAULT_LAYOUT if layout is None else layout
         alignment = _DEFAULT_ALIGNMENT if alignment is None else alignment
         checks.check_layout(op, layout, alignment)
+        gpu_room.check_choices_fit(op, topk_idx, group)
         if capacity_factor is not None:
             checks.check_capacity_factor(op, capacity_factor, layout, capacity)
         elif capacity is not None:
@@ -156,6 +157,7 @@ def dispatch(
                 f"{values.shape[0]} tokens",
                 "leave the handle out to make a new plan",
             )
+    gpu_room.check_chunk_fits(op, "x", values, group)
     checks.check_topk_weights(op, topk_weights, handle.topk_idx.shape)
     topk_weights = None if topk_weights is None else topk_weights.astype(jnp.float32)
     options = gradients.DispatchOptions(

@@ -6,6 +6,7 @@ import jax
 
 from jax_ep._core import arguments, limits
 from jax_ep._core.types import Layout
+from jax_ep._groups import network
 from jax_ep._groups.group import Group
 
 
@@ -13,16 +14,42 @@ def check_sums_fit(
     op: str, argument: str, rows: jax.Array, layout: Layout, group: Group, what: str = "on GPUs"
 ) -> None:
     """GPUs can sum rows like these: in layout "expert" one of each peer must fit their ring."""
-    if group.backend != "cuda" or layout != "expert":
+    check_chunk_fits(op, argument, rows, group)
+    if group.transport != "peer" or layout != "expert":
         return
     _check_row_bytes(op, argument, rows, limits.max_summed_row_bytes(group.size), what)
 
 
 def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:
     """GPUs can take the gradient of ``combine`` with weights of rows like these."""
-    if group.backend == "cuda":
+    check_chunk_fits(op, argument, rows, group)
+    if group.transport == "peer":
         what = "for gradients with weights on GPUs"
         _check_row_bytes(op, argument, rows, limits.max_vjp_row_bytes(), what)
+
+
+def check_chunk_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:
+    """Where the group spans hosts, a chunk of the network has room for a row."""
+    if group.transport == "nvshmem":
+        most = network.settings_of(group.id).max_row_bytes
+        what = "between hosts (JAX_EP_NETWORK_CHUNK_BYTES)"
+        _check_row_bytes(op, argument, rows, most, what)
+
+
+def check_choices_fit(op: str, topk_idx: jax.Array, group: Group) -> None:
+    """Where the group spans hosts, a message of the plan has room for all choices of a rank."""
+    if group.transport != "nvshmem":
+        return
+    most = network.settings_of(group.id).max_choices
+    if topk_idx.size > most:
+        raise arguments.value_error(
+            op,
+            "topk_idx",
+            f"at most {most} entries between hosts (JAX_EP_NETWORK_CHOICES)",
+            f"{topk_idx.shape[0]} tokens of {topk_idx.shape[1]}",
+            "split the tokens over several calls, or set the variable to more before the first group "
+            "that spans hosts is made",
+        )
 
 
 def _check_row_bytes(op: str, argument: str, rows: jax.Array, most: int, what: str) -> None:

@@ -23,7 +23,8 @@ namespace {
 // A rank's network memory and routes.
 struct NetworkRank {
   char* memory;
-  Buffer<int32_t> counterpart_pe, recv_start, recv_token, recv_row;
+  Buffer<cuda::Counterpart> counterparts;
+  Buffer<int32_t> recv_start, recv_token, recv_row;
 };
 
 // Processing elements need not be in the order of ranks.
@@ -72,7 +73,7 @@ inline cuda::NetworkParams NetworkOf(const std::vector<Rank>& ranks,
   }
   params.shape = shape;
   params.host = r / n;
-  params.counterpart_pe = network[r].counterpart_pe.device;
+  params.counterparts = network[r].counterparts.device;
   return params;
 }
 
@@ -202,8 +203,16 @@ inline cuda::NetworkShape ShapeOf(const Workload& w, const Options& options) {
   return {hosts, w.R / hosts, options.Int("lanes", w.blocks), options.Int("chunk_kib", 4) << 10};
 }
 
+// Which hosts reach each other's memory: option direct=0 none (the default), 1 all, 2 those whose
+// numbers differ by an odd number.
+inline bool IsDirect(const Options& options, int host, int other) {
+  const int direct = options.Int("direct", 0);
+  return direct == 1 || (direct == 2 && (host + other) % 2 == 1);
+}
+
 // Each rank with network memory, and `more_bytes` behind it.
-inline std::vector<NetworkRank> MakeNetwork(const Workload& w, const cuda::NetworkShape& shape,
+inline std::vector<NetworkRank> MakeNetwork(const Workload& w, const Options& options,
+                                            const cuda::NetworkShape& shape,
                                             int64_t more_bytes = 0) {
   const int hosts = shape.num_hosts, n = shape.host_ranks;
   CHECK_CUDA(cuda::LoadNetworkDispatch());
@@ -218,12 +227,19 @@ inline std::vector<NetworkRank> MakeNetwork(const Workload& w, const cuda::Netwo
     CHECK_CUDA(cudaMemset(self.memory, 0, shape.word_bytes()));
     CHECK_CUDA(cudaMemset(self.memory + shape.bytes(), 0, more_bytes));
     emulator::AddHeap(PeOf(r, w.R), self.memory, bytes);
-    self.counterpart_pe.Resize(hosts);
-    for (int h = 0; h < hosts; ++h) self.counterpart_pe.host[h] = PeOf(h * n + r % n, w.R);
-    self.counterpart_pe.ToDevice();
     self.recv_start.Resize(w.R + 1);
     self.recv_token.Resize(w.C);
     self.recv_row.Resize(w.C);
+  }
+  for (int r = 0; r < w.R; ++r) {
+    NetworkRank& self = network[r];
+    self.counterparts.Resize(hosts);
+    for (int h = 0; h < hosts; ++h) {
+      const int other = h * n + r % n;
+      char* const memory = IsDirect(options, r / n, h) ? network[other].memory : nullptr;
+      self.counterparts.host[h] = {PeOf(other, w.R), memory};
+    }
+    self.counterparts.ToDevice();
   }
   return network;
 }

@@ -42,13 +42,13 @@ __global__ void ReadTime(uint64_t* time) { *time = cuda::ptx::GlobalTimer(); }
 
 class Test {
  public:
-  Test(const Workload& w, const cuda::NetworkShape& shape, uint64_t timeout_ns,
-       std::vector<Rank>& ranks)
+  Test(const Workload& w, const Options& options, const cuda::NetworkShape& shape,
+       uint64_t timeout_ns, std::vector<Rank>& ranks)
       : w_(w),
         shape_(shape),
         timeout_ns_(timeout_ns),
         ranks_(ranks),
-        network_(MakeNetwork(w, shape)),
+        network_(MakeNetwork(w, options, shape)),
         times_(ranks.size()) {
     PlanOnCpu(w, ranks, network_);
     for (Buffer<uint64_t>& times : times_) times.Resize(2);
@@ -210,7 +210,7 @@ int main(int argc, char** argv) {
   Prepare(w, options, ranks, generator);
   const int hosts = options.Int("hosts", 2), failing = options.Int("failing", w.R - 1);
   const cuda::NetworkShape shape = ShapeOf(w, options);
-  Test test(w, shape, options.Int("timeout_ms", 1000) * uint64_t{1'000'000}, ranks);
+  Test test(w, options, shape, options.Int("timeout_ms", 1000) * uint64_t{1'000'000}, ranks);
   test.Succeed();
   const std::string op = options.Text("op", "dispatch"), how = options.Text("failure", "absent");
   if (how == "mismatch") {

@@ -27,16 +27,24 @@
 
 namespace {
 
+// Whether rows of rank `r` for a host go by the network.
+bool Crosses(const Workload& w, const Options& options, int hosts, int r, int host) {
+  const int own = r / (w.R / hosts);
+  return host != own && !IsDirect(options, own, host);
+}
+
 // How often a token's row must cross the network: once for each other host that it goes to.
-size_t Crossings(const Workload& w, int hosts, const std::vector<Rank>& ranks) {
+size_t Crossings(const Workload& w, const Options& options, int hosts,
+                 const std::vector<Rank>& ranks) {
   size_t crossings = 0;
   for (int r = 0; r < w.R; ++r) {
     for (int i = 0; i < w.T * hosts; ++i) {
       const int32_t* topk = &ranks[r].topk.host[size_t(i / hosts) * w.K];
       const int host = i % hosts;
-      crossings += host != r / (w.R / hosts) && std::any_of(topk, topk + w.K, [&](int32_t expert) {
-                     return expert >= 0 && expert / (w.E / hosts) == host;
-                   });
+      crossings +=
+          Crosses(w, options, hosts, r, host) && std::any_of(topk, topk + w.K, [&](int32_t expert) {
+            return expert >= 0 && expert / (w.E / hosts) == host;
+          });
     }
   }
   return crossings;
@@ -84,12 +92,17 @@ void SumsOf(const Workload& w, int hosts, std::vector<Rank>& ranks) {
 // The ops of one step after the other, each against the CPU backend.
 class Test {
  public:
-  Test(const Workload& w, const cuda::NetworkShape& shape, std::vector<Rank>& ranks)
-      : w_(w), shape_(shape), ranks_(ranks), network_(MakeNetwork(w, shape)) {}
+  Test(const Workload& w, const Options& options, const cuda::NetworkShape& shape,
+       std::vector<Rank>& ranks)
+      : w_(w),
+        options_(options),
+        shape_(shape),
+        ranks_(ranks),
+        network_(MakeNetwork(w, options, shape)) {}
 
   void Plan() {
     PlanOnCpu(w_, ranks_, network_);
-    crossings_ = Crossings(w_, shape_.num_hosts, ranks_);
+    crossings_ = Crossings(w_, options_, shape_.num_hosts, ranks_);
     for (Rank& rank : ranks_) {  // what dispatch gives, in case it does not run
       rank.rows.ToDevice();
       rank.row_weights.ToDevice();
@@ -181,7 +194,13 @@ class Test {
   // An op whose rows are `row_bytes` long in a chunk crosses the network.
   void Carry(int row_bytes) {
     const int window = std::min((shape_.chunk_bytes - 16) / row_bytes, cuda::kMaxWindow);
-    const int chunks = (w_.T + window - 1) / window * w_.R * (shape_.num_hosts - 1);
+    int ways = 0;
+    for (int r = 0; r < w_.R; ++r) {
+      for (int h = 0; h < shape_.num_hosts; ++h) {
+        ways += Crosses(w_, options_, shape_.num_hosts, r, h);
+      }
+    }
+    const int chunks = (w_.T + window - 1) / window * ways;
     expected_bytes_ += crossings_ * row_bytes + chunks * sizeof(cuda::ChunkHeader);
   }
 
@@ -195,8 +214,8 @@ class Test {
         bool goes = false, comes = false;
         for (int k = 0; k < w_.K; ++k) {
           const int32_t expert = ranks_[r].topk.host[size_t(token) * w_.K + k];
-          if (expert < 0 || expert / (w_.E / hosts) != host || host == r / shape_.host_ranks)
-            continue;
+          if (expert < 0 || expert / (w_.E / hosts) != host) continue;
+          if (!Crosses(w_, options_, hosts, r, host)) continue;
           goes = true;
           comes = comes || ranks_[r].dest_row.host[size_t(token) * w_.K + k] >= 0;
         }
@@ -207,6 +226,7 @@ class Test {
   }
 
   const Workload& w_;
+  const Options& options_;
   cuda::NetworkShape shape_;
   std::vector<Rank>& ranks_;
   std::vector<NetworkRank> network_;
@@ -227,7 +247,7 @@ int main(int argc, char** argv) {
   std::vector<Rank> ranks = MakeRanks(w, generator);
   Prepare(w, options, ranks, generator);
   const cuda::NetworkShape shape = ShapeOf(w, options);
-  Test test(w, shape, ranks);
+  Test test(w, options, shape, ranks);
   std::printf(
       "hosts=%d R=%d T=%d K=%d E=%d H=%d C=%d %s %s%s blocks=%d, %lld KiB of network memory\n",
       hosts, w.R, w.T, w.K, w.E, w.H, w.C, w.by_expert ? "expert" : "token", w.dtype.c_str(),

@@ -16,7 +16,7 @@ namespace jax_ep::cuda {
 // Tells all ranks of the group that it has failed: Fail has told those of this host.
 __device__ __noinline__ inline void TellHosts(const NetworkParams& network) {
   for (int32_t h = 0; h < network.shape.num_hosts; ++h) {
-    if (h != network.host) net::Signal(network.Own().failed(), 1, network.counterpart_pe[h]);
+    if (h != network.host) net::Signal(network.Own().failed(), 1, network.counterparts[h].pe);
   }
 }
 
@@ -115,11 +115,12 @@ __device__ __forceinline__ uint64_t WordBefore(const NetworkParams& network, uin
                          : ChunkWord(epoch, network.node.tag, window - kChunkSlots);
 }
 
-// Sends the chunks of a way.
+// Sends the chunks of a way. A counterpart whose memory this device reaches needs no network:
+// chunks are packed where they have to be.
 class ChunkSender {
  public:
   __device__ ChunkSender(const NetworkParams& network, Way way, uint64_t epoch)
-      : network_(network), way_(way), epoch_(epoch) {}
+      : network_(network), way_(way), epoch_(epoch), to_(network.counterparts[way.host]) {}
 
   // Waits until the slot of the way's `n`-th chunk, that of `window`, is free. All lanes of a warp;
   // the same in all of them. Any warps of a block.
@@ -135,19 +136,25 @@ class ChunkSender {
     return __shfl_sync(~0u, ok, 0);
   }
 
-  __device__ char* Memory(int32_t n) const { return network_.Own().out(way_.Slot(n)); }
+  __device__ char* Memory(int32_t n) const {
+    return to_.memory != nullptr ? There().in(SlotThere(n)) : network_.Own().out(way_.Slot(n));
+  }
 
   // Sends the `n`-th chunk, that of `window`, of which `bytes` are packed. All lanes of a warp,
   // after their bulk stores are complete.
   __device__ void Send(int32_t n, int32_t window, int32_t bytes) const {
-    const SlotIndex at = way_.Slot(n), there{network_.host, at.lane, at.slot};
+    const SlotIndex at = way_.Slot(n), there = SlotThere(n);
     const NetworkMemory own = network_.Own();
     const uint64_t word = ChunkWord(epoch_, network_.node.tag, window);
-    const int32_t pe = network_.counterpart_pe[way_.host];
+    const int32_t pe = to_.pe;
     if (threadIdx.x % 32 == 0) *own.sent(at) = word;
     ptx::FenceProxyAsyncGlobal();
     ptx::FenceAcquireReleaseSystem();
     __syncwarp();
+    if (to_.memory != nullptr) {
+      if (threadIdx.x % 32 == 0) ptx::StoreReleaseSystem(There().arrived(there), word);
+      return;
+    }
     if (kMutation == kWithSeparateSignal) {
       net::PutAndSignal(own.in(there), own.out(at), bytes, own.failed() + 1, word, pe);
       if (threadIdx.x % 32 == 0) net::Signal(own.arrived(there), word, pe);
@@ -157,9 +164,17 @@ class ChunkSender {
   }
 
  private:
+  // The slot as the counterpart counts: there, this host is the one at the other end.
+  __device__ SlotIndex SlotThere(int32_t n) const {
+    const SlotIndex at = way_.Slot(n);
+    return {network_.host, at.lane, at.slot};
+  }
+  __device__ NetworkMemory There() const { return NetworkMemory(to_.memory, network_.shape); }
+
   const NetworkParams& network_;
   Way way_;
   uint64_t epoch_;
+  Counterpart to_;
 };
 
 // Forwards the chunks of a block's ways, by one warp, each lane of which looks at some of them by
@@ -221,7 +236,7 @@ __device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& w
         }
         if (d == shape.host_ranks || kMutation == kWithoutDone) {
           const SlotIndex there{network.host, at.lane, at.slot};
-          net::Signal(own.credit(there), word, network.counterpart_pe[way.host]);
+          net::Signal(own.credit(there), word, network.counterparts[way.host].pe);
           ++read;
           deadline = Deadline();
           continue;

@@ -3,9 +3,8 @@
 //
 // In a block, *makers* add this rank's rows of each token into parts, one for each way and each
 // forwarder; *adders* add, as the forwarder, the parts of all ranks of the host, and send the sums
-// home; *homes* add what came of all hosts, their own too, whose parts they read themselves. All
-// warps of such a team do the same tokens, each some of their channels; the last one to finish
-// tells.
+// home; *homes* add what came of all hosts, their own too, whose parts they read themselves. The
+// warps of such a team take the tokens of a chunk in turn; the last one to finish tells.
 
 #include "cuda/core/sync.cuh"
 #include "cuda/network/chunks.cuh"
@@ -19,7 +18,7 @@ namespace {
 
 using plan::Layout;
 
-constexpr int kTeamWarps = 4;
+constexpr int kTeamWarps = 5;  // more would leave AddTerms too few registers
 constexpr int kTeams = 3;
 constexpr int kThreads = kTeams * kTeamWarps * 32;
 
@@ -46,10 +45,41 @@ struct CombineMemory {
 
 // One warp of a team.
 struct Member : TeamMember {
-  Term* terms;         // [kMaxTerms]
-  Term* hosts;         // [kMaxHosts], of a home
-  int32_t begin, end;  // this warp's share of a row
+  Term* terms;  // [kMaxTerms]
+  Term* hosts;  // [kMaxHosts], of a home
 };
+
+// The sum of `count` rows of a token, of which each lane has one, and their values.
+template <typename T, bool kWeighted>
+__device__ void MakeSum(const NetworkCombineParams& p, const SumRow& format, const Member& self,
+                        int32_t row, int32_t count, char* sum) {
+  const int32_t lane = threadIdx.x % 32;
+  const bool has_row = lane < count;
+  if (has_row) {
+    const char* from = static_cast<const char*>(p.rows) + int64_t{row} * p.row_bytes;
+    self.terms[lane] = {from, kWeighted ? p.row_weights[row] : 1.0f};
+  }
+  __syncwarp();
+  AddTerms<T, kWeighted>(self.terms, count, 0, p.row_bytes, sum);
+  if (p.values != nullptr) {
+    float* const values = reinterpret_cast<float*>(sum + format.values_at);
+    if (p.layout == Layout::kExpert) {
+      for (int32_t k = lane; k < p.top_k; k += 32) values[k] = 0.0f;
+      __syncwarp();
+      if (has_row) {
+        const plan::Source source =
+            plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k);
+        values[source.k] = p.values[row];
+      }
+    } else {
+      const int64_t of_row = int64_t{__shfl_sync(~0u, row, 0)} * p.top_k;
+      for (int32_t k = lane; k < p.top_k; k += 32) {
+        values[k] = p.expert_idx[of_row + k] >= 0 ? p.values[of_row + k] : 0.0f;
+      }
+    }
+  }
+  __syncwarp();
+}
 
 // Makers: this rank's sums for the ranks that the block's ways lead to.
 template <typename T, bool kWeighted>
@@ -74,42 +104,25 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
     if (!__shfl_sync(~0u, ok, 0)) return false;
     TestDelay(network.node.rank, epoch, 3);
     char* const part = own.part(index, at);
-    const int32_t last = p.routes.recv_start[rank + 1];
-    int32_t entry = FirstEntry(tokens, p.routes.recv_start[rank], last, first);
+    EntryRange entries;
+    entries.end = p.routes.recv_start[rank + 1];
+    entries.begin = FirstEntry(tokens, p.routes.recv_start[rank], entries.end, first);
+    entries.end = FirstEntry(tokens, entries.begin, entries.end, first + window_tokens);
     uint32_t made = 0;
-    while (entry < last && tokens[entry] < first + window_tokens) {
-      // The rows of one token, at most 32.
-      const int32_t token = tokens[entry];
-      const bool is_same = entry + lane < last && tokens[entry + lane] == token;
-      const int32_t count = __popc(__ballot_sync(~0u, is_same));
-      const int32_t row = is_same ? p.routes.recv_row[entry + lane] : 0;
-      char* const sum = format.Of(part, ~0u, __popc(made));
-      made |= 1u << (token - first);
-      if (is_same) {
-        const char* from = static_cast<const char*>(p.rows) + int64_t{row} * p.row_bytes;
-        self.terms[lane] = {from, kWeighted ? p.row_weights[row] : 1.0f};
+    while (entries.begin < entries.end) {
+      const EntryBatch batch(p.routes, entries);
+      const int32_t num_tokens = __popc(batch.heads), head_of_nth = PlaceOfNthBit(batch.heads);
+      for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_warps) {
+        const int32_t head = __shfl_sync(~0u, head_of_nth, i);
+        const int32_t next = __shfl_sync(~0u, head_of_nth, plan::Min(i + 1, 31));
+        const int32_t count = (i + 1 < num_tokens ? next : batch.count) - head;
+        const int32_t row = __shfl_sync(~0u, batch.row, plan::Min(head + lane, 31));
+        char* const sum = format.Of(part, ~0u, __popc(made) + i);
+        MakeSum<T, kWeighted>(p, format, self, row, count, sum);
       }
-      __syncwarp();
-      AddTerms<T, kWeighted>(self.terms, count, self.begin, self.end, sum);
-      if (p.values != nullptr && self.warp == 0) {
-        float* const values = reinterpret_cast<float*>(sum + format.values_at);
-        if (p.layout == Layout::kExpert) {
-          for (int32_t k = lane; k < p.top_k; k += 32) values[k] = 0.0f;
-          __syncwarp();
-          if (is_same) {
-            const plan::Source source =
-                plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k);
-            values[source.k] = p.values[row];
-          }
-        } else {
-          const int64_t of_row = int64_t{__shfl_sync(~0u, row, 0)} * p.top_k;
-          for (int32_t k = lane; k < p.top_k; k += 32) {
-            values[k] = p.expert_idx[of_row + k] >= 0 ? p.values[of_row + k] : 0.0f;
-          }
-        }
-      }
-      __syncwarp();
-      entry += count;
+      const bool is_head = (batch.heads >> lane & 1) != 0;
+      made |= __reduce_or_sync(~0u, is_head ? 1u << (batch.token - first) : 0u);
+      entries.begin += batch.count;
     }
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(part) = {made};
     if (self.IsTeller(network.node, ok) && lane == 0) {
@@ -162,7 +175,7 @@ __device__ void AddParts(const NetworkCombineParams& p, const SumRow& format, co
     self.terms[__popc(have & ((1u << lane) - 1))] = {format.Of(part, tokens_of_lane, bit), 1.0f};
   }
   __syncwarp();
-  AddTerms<T, false>(self.terms, __popc(have), self.begin, self.end, sum);
+  AddTerms<T, false>(self.terms, __popc(have), 0, p.row_bytes, sum);
   for (int32_t k = lane; values != nullptr && k < p.top_k; k += 32) {
     uint32_t bits = 0;
     for (int32_t d = 0; d < __popc(have); ++d) {
@@ -190,11 +203,12 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
     TestDelay(network.node.rank, epoch, 4);
     const uint32_t tokens = __reduce_or_sync(~0u, tokens_of_lane);
     char* const chunk = sender.Memory(n);
-    for (uint32_t left = tokens; left != 0; left &= left - 1) {
-      const int32_t bit = __ffs(static_cast<int>(left)) - 1;
+    const int32_t num_tokens = __popc(tokens), nth_bit = PlaceOfNthBit(tokens);
+    for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_warps) {
+      const int32_t bit = __shfl_sync(~0u, nth_bit, i);
       char* const sum = format.Of(chunk, tokens, bit);
       uint32_t* values = reinterpret_cast<uint32_t*>(sum + format.values_at);
-      if (p.values == nullptr || self.warp != 0) values = nullptr;
+      if (p.values == nullptr) values = nullptr;
       AddParts<T>(p, format, self, at, tokens_of_lane, bit, sum, values);
     }
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
@@ -243,15 +257,24 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     TestDelay(network.node.rank, epoch, 5);
     const uint32_t tokens_here = __reduce_or_sync(~0u, tokens_of_lane);
     const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
-    for (int32_t bit = 0; bit < count; ++bit) {
+    for (int32_t bit = self.TakeShare(count); bit < count; bit += self.num_warps) {
       const int64_t token = first + bit;
       char* const y = static_cast<char*>(p.y) + token * p.row_bytes;
       uint32_t* values = nullptr;
-      if (p.values != nullptr && self.warp == 0) {
+      if (p.values != nullptr) {
         values = reinterpret_cast<uint32_t*>(p.home) + token * p.top_k;
       }
-      // The sum of this host comes first, into y, from where it is added again in its turn.
-      AddParts<T>(p, format, self, here, tokens_of_lane, bit, y, values);
+      // The sum of this host comes first, into y, from where it is added again in its turn; but
+      // where one rank has a part alone, that is the sum.
+      const uint32_t parts = __ballot_sync(~0u, tokens_of_lane >> bit & 1);
+      char* sum_here = y;
+      if (__popc(parts) == 1) {
+        const int32_t d = __ffs(static_cast<int>(parts)) - 1;
+        const uint32_t tokens_of_part = __shfl_sync(~0u, tokens_of_lane, d);
+        sum_here = format.Of(network.Of(d).part(network.node.rank, here), tokens_of_part, bit);
+      } else {
+        AddParts<T>(p, format, self, here, tokens_of_lane, bit, y, values);
+      }
       int32_t num_hosts = 0;
       for (int32_t i = 0; i < (shape.num_hosts + 31) / 32; ++i) {
         const int32_t host = lane + 32 * i;
@@ -261,15 +284,15 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
         const uint32_t have = __ballot_sync(~0u, has);
         if (has) {
           const SlotIndex at{host, way.lane, here.slot};
-          char* const row = is_here ? y : format.Of(own.in(at), of_host, bit);
+          char* const row = is_here ? sum_here : format.Of(own.in(at), of_host, bit);
           self.hosts[num_hosts + __popc(have & ((1u << lane) - 1))] = {row, 1.0f};
         }
         num_hosts += __popc(have);
       }
       __syncwarp();
-      AddTerms<T, false>(self.hosts, num_hosts, self.begin, self.end, y);
+      AddTerms<T, false>(self.hosts, num_hosts, 0, p.row_bytes, y);
       for (int32_t k = lane; values != nullptr && k < p.top_k; k += 32) {
-        uint32_t bits = values[k];
+        uint32_t bits = sum_here == y ? values[k] : 0;
         for (int32_t h = 0; h < num_hosts; ++h) {
           if (self.hosts[h].row == y) continue;
           bits |=
@@ -284,7 +307,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     for (int32_t host = lane; host < shape.num_hosts; host += 32) {
       if (host == network.host) continue;
       const SlotIndex there{network.host, way.lane, here.slot};
-      net::Signal(own.credit(there), word, network.counterpart_pe[host]);
+      net::Signal(own.credit(there), word, network.counterparts[host].pe);
     }
     __syncwarp();
     return true;
@@ -317,9 +340,6 @@ __global__ void __launch_bounds__(kThreads)
   Member self{TeamMember(warp % kTeamWarps, kTeamWarps, shared.done[team])};
   self.terms = shared.terms[warp];
   self.hosts = shared.hosts[self.warp];
-  const int32_t share = plan::RoundUp((p.row_bytes + kTeamWarps - 1) / kTeamWarps, 16);
-  self.begin = plan::Min(share * self.warp, p.row_bytes);
-  self.end = plan::Min(self.begin + share, p.row_bytes);
   const Ways ways(p.network.shape, p.network.shape.num_hosts, gridDim.x);
   if (ok && team == 0) MakeParts<T, kWeighted>(p, ways, op.epoch, self);
   if (ok && team == 1) SendSums<T>(p, ways, op.epoch, self);

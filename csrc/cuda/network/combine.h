@@ -8,6 +8,7 @@
 #include "cuda/network/params.h"
 #include "cuda/network/routes.h"
 #include "cuda/rows/row_type.h"
+#include "ops/combine.h"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
@@ -30,6 +31,26 @@ struct NetworkCombineParams {
   float* home;                // [T, K], or null
   int32_t num_blocks;         // the same on all ranks
 };
+
+// What the arguments of the op say; the network and the number of blocks are left.
+inline NetworkCombineParams NetworkParamsOf(const ops::CombineArgs& args) {
+  const ops::Geometry& geometry = args.geometry;
+  NetworkCombineParams params{};
+  params.routes = NetworkRoutes::Of(args.handle);
+  params.layout = geometry.layout;
+  params.type = RowTypeOf(geometry.dtype);
+  params.num_tokens = geometry.num_tokens;
+  params.top_k = geometry.top_k;
+  params.row_bytes = static_cast<int32_t>(geometry.row_bytes());
+  params.rows = args.rows;
+  params.row_weights = args.row_weights;
+  params.values = args.values;
+  params.recv_src = args.handle.recv_src;
+  params.expert_idx = args.handle.expert_idx;
+  params.y = args.y;
+  params.home = args.home;
+  return params;
+}
 
 // Rows of a token are added in float32 and rounded to the type of rows: on each rank, in the order
 // of its entries; of each host, in the order of its ranks; at home, in the order of the hosts. On

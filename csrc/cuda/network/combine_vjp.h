@@ -8,6 +8,7 @@
 #include "cuda/network/params.h"
 #include "cuda/network/routes.h"
 #include "cuda/rows/row_type.h"
+#include "ops/combine_vjp.h"
 
 namespace jax_ep::cuda {
 
@@ -29,6 +30,26 @@ struct NetworkCombineVjpParams {
   float* d_weights;          // [C]
   int32_t num_blocks;        // the same on all ranks
 };
+
+// What the arguments of the op say; the network, experts_per_host and the number of blocks are
+// left. `dy` is where this rank has it: the ranks of its host may read it elsewhere.
+inline NetworkCombineVjpParams NetworkParamsOf(const ops::CombineVjpArgs& args) {
+  const ops::Geometry& geometry = args.geometry;
+  NetworkCombineVjpParams params{};
+  params.routes = NetworkRoutes::Of(args.handle);
+  params.type = RowTypeOf(geometry.dtype);
+  params.num_tokens = geometry.num_tokens;
+  params.top_k = geometry.top_k;
+  params.capacity = geometry.capacity;
+  params.hidden = geometry.hidden;
+  params.dy = args.dy;
+  params.rows = args.rows;
+  params.row_weights = args.row_weights;
+  params.recv_src = args.handle.recv_src;
+  params.d_rows = args.d_rows;
+  params.d_weights = args.d_weights;
+  return params;
+}
 
 // The gradients of each row and its weight are those of rows/gradients.cuh, zeros where a row has
 // no source. On failure every byte of d_rows and d_weights is 0xff, which is NaN in every dtype.

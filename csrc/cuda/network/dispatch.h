@@ -7,6 +7,7 @@
 
 #include "cuda/network/params.h"
 #include "cuda/network/routes.h"
+#include "ops/dispatch.h"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
@@ -33,6 +34,31 @@ struct NetworkDispatchParams {
   float* row_weights;         // [C] or [C, K], or null
   int32_t num_blocks;         // the same on all ranks
 };
+
+// What the arguments of the op say, if rows travel as they are; the network, experts_per_host and
+// the number of blocks are left. `x`, `scales` and `weights` are where this rank has them: the
+// ranks of its host may read them elsewhere.
+inline NetworkDispatchParams NetworkParamsOf(const ops::DispatchArgs& args) {
+  const ops::Geometry& geometry = args.geometry;
+  NetworkDispatchParams params{};
+  params.routes = NetworkRoutes::Of(args.handle);
+  params.layout = geometry.layout;
+  params.num_tokens = geometry.num_tokens;
+  params.top_k = geometry.top_k;
+  params.capacity = geometry.capacity;
+  params.row_bytes = static_cast<int32_t>(geometry.row_bytes());
+  params.row_stride = geometry.row_bytes();
+  params.scales_per_row = args.scales != nullptr ? geometry.hidden / ops::kScaleBlock : 0;
+  params.x = args.x;
+  params.scales = args.scales;
+  params.weights = args.weights;
+  params.recv_src = args.handle.recv_src;
+  params.expert_idx = args.handle.expert_idx;
+  params.rows = args.rows;
+  params.row_scales = args.row_scales;
+  params.row_weights = args.row_weights;
+  return params;
+}
 
 // Moves rows as they are. On failure every byte of the results is 0xff, which is NaN in every
 // dtype.

@@ -57,18 +57,38 @@ __global__ void __launch_bounds__(kThreads)
 
 // Count ------------------------------------------------------------------------------------------
 
-// Sends this rank's choices to other hosts: one message each, by the warps of one block.
+// Copies this rank's choices for a counterpart into memory that this device reaches. By one block.
+__device__ void CopyChoices(const int16_t* from, int16_t* to, int64_t count) {
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(int16_t));
+  for (int64_t at = int64_t{threadIdx.x} * 16; at < bytes; at += int64_t{kThreads} * 16) {
+    const char* const source = reinterpret_cast<const char*>(from) + at;
+    *reinterpret_cast<uint4*>(reinterpret_cast<char*>(to) + at) =
+        *reinterpret_cast<const uint4*>(source);
+  }
+}
+
+// Sends this rank's choices to other hosts: one message each, by one block.
 __device__ void SendChoices(const NetworkPlanParams& p, int32_t turn, uint64_t word) {
   const NetworkParams& network = p.network;
   const PlanMemory own = MemoryOf(p, network.node.rank);
+  const int64_t count = int64_t{p.num_tokens} * p.top_k;
   ptx::FenceAcquireReleaseSystem();
   __syncwarp();
-  for (int32_t i = threadIdx.x / 32; i < network.shape.num_hosts - 1; i += kWarps) {
+  for (int32_t i = 0; i < network.shape.num_hosts - 1; ++i) {
     const int32_t host = (network.host + 1 + i) % network.shape.num_hosts;
+    const Counterpart& to = network.counterparts[host];
     TestDelay(network.node.rank, word, 3);
-    net::PutAndSignal(own.in(turn, network.host), own.out(turn, host),
-                      int64_t{p.num_tokens} * p.top_k * sizeof(int16_t),
-                      own.arrived(turn, network.host), word, network.counterpart_pe[host]);
+    if (to.memory == nullptr) {
+      if (threadIdx.x / 32 != static_cast<uint32_t>(i) % kWarps) continue;
+      net::PutAndSignal(own.in(turn, network.host), own.out(turn, host), count * sizeof(int16_t),
+                        own.arrived(turn, network.host), word, to.pe);
+      continue;
+    }
+    const PlanMemory there(to.memory, network.shape, p.message_bytes);
+    CopyChoices(own.out(turn, host), there.in(turn, network.host), count);
+    ptx::FenceAcquireReleaseSystem();
+    __syncthreads();
+    if (threadIdx.x == 0) ptx::StoreReleaseSystem(there.arrived(turn, network.host), word);
   }
 }
 
@@ -81,7 +101,7 @@ __device__ bool ForwardChoices(const NetworkPlanParams& p, int32_t turn, uint64_
     if (host == network.host) continue;
     uint64_t* const arrived = own.arrived(turn, host);
     ok = WaitWord(network, arrived, word, WordKind::kChunkArrived,
-                  host * network.shape.host_ranks + network.node.rank);
+                  network.Peer(host, network.node.rank));
     if (!ok) break;
     net::Accept(arrived, word);
     for (int32_t d = 0; d < network.shape.host_ranks; ++d) {

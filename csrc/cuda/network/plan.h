@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/network/params.h"
+#include "ops/plan.h"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
@@ -88,6 +89,37 @@ struct NetworkPlanParams {
   int32_t* scratch;         // [R, L + 1]; only this rank uses it
   int32_t num_blocks;
 };
+
+// What the arguments of the op say; the network with its messages, scratch memory and the number of
+// blocks are left.
+inline NetworkPlanParams NetworkParamsOf(const ops::NetworkPlanArgs& args) {
+  NetworkPlanParams params{};
+  params.layout = args.shape.layout;
+  params.num_tokens = args.shape.num_tokens;
+  params.top_k = args.shape.top_k;
+  params.num_experts = args.shape.num_experts;
+  params.capacity = args.shape.capacity;
+  params.alignment = args.shape.alignment;
+  params.expert_capacity = args.shape.expert_capacity;
+  params.topk_idx = args.topk_idx;
+  params.topk = args.topk;
+  params.recv_start = args.recv_start;
+  params.recv_token = args.recv_token;
+  params.recv_row = args.recv_row;
+  params.recv_src = args.recv_src;
+  params.expert_idx = args.expert_idx;
+  params.group_sizes = args.group_sizes;
+  params.counts = args.counts;
+  params.demand = args.demand;
+  params.num_dropped = args.num_dropped;
+  params.num_invalid = args.num_invalid;
+  return params;
+}
+
+// Number of int32 in NetworkPlanParams::scratch.
+inline int64_t NetworkPlanScratchSize(int64_t num_ranks, int64_t num_local_experts) {
+  return num_ranks * (num_local_experts + 1);
+}
 
 // Three kernels, of which the first waits for nobody. On failure counts are -1, and there are no
 // rows.

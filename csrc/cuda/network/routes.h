@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ops/geometry.h"
+
 namespace jax_ep::cuda {
 
 // Symbols as in plan/routing.h. Nothing here grows with R * T.
@@ -12,6 +14,10 @@ struct NetworkRoutes {
   const int32_t* recv_start;  // [R + 1], where the entries of each source rank begin
   const int32_t* recv_token;  // [C]
   const int32_t* recv_row;    // [C]
+
+  static NetworkRoutes Of(const ops::Handle& handle) {
+    return {handle.topk, handle.recv_start, handle.recv_token, handle.recv_row};
+  }
 };
 
 }  // namespace jax_ep::cuda

@@ -4,8 +4,7 @@
 #include <string>
 
 #include "ffi/cuda/op_tag.h"
-#include "transport/failures.h"
-#include "transport/groups.h"
+#include "transport/registry.h"
 
 namespace jax_ep {
 
@@ -26,14 +25,14 @@ void CheckDeviceGroup(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer co
 
 ffi::Error PrepareGroup(const GroupAttrs& attrs, ffi::AnyBuffer coords, int32_t device,
                         cuda::OpKind op, const ops::AgreedNumbers& agreed, DeviceGroup& group) {
-  const transport::Member* member = transport::FindMember(attrs.group_id, device);
+  const transport::Member* member = transport::TheRegistry().find(attrs.group_id, device);
   if (member == nullptr) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
                       "jax_ep: GPU " + std::to_string(device) + " is in no group of id " +
                           std::to_string(attrs.group_id) +
                           "; make the group with jax_ep.create_group in this process first");
   }
-  if (auto failure = transport::Failure(*member)) {
+  if (auto failure = transport::TheRegistry().failure(*member)) {
     return ffi::Error(ffi::ErrorCode::kAborted, *failure);
   }
   group.member = member;
