@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import logical_hosts
 import oracle
 import routings
 from shapes import Case
@@ -81,7 +82,8 @@ def _values(case: Case, inputs: dict[str, np.ndarray], plan: oracle.Plan) -> dic
     if case.weighted:
         expected["weights"] = oracle.move_weights(inputs["topk_weights"], plan)
     weights = inputs["row_weights"] if case.fused else None
-    expected["y"] = oracle.combine(inputs["rows"], plan, weights)
+    per_host = logical_hosts.of_first(case.ranks)
+    expected["y"] = oracle.combine(inputs["rows"], plan, weights, per_host)
     return expected
 
 
