@@ -108,13 +108,11 @@ def expected(d: Draw, a: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     x = a["x"]
     if d.quantization:
         x = oracle.dequantize(*oracle.quantize(x, d.quantization), x.dtype)
-    found = {name: getattr(plan, name) for name in oracle.ARRAY_FIELDS}
-    if d.layout == "expert":
-        del found["expert_idx"]
+    per_host = logical_hosts.of_first(d.ranks)
+    found = plan.arrays(per_host)
     rows, row_weights = oracle.move(x, plan), oracle.move_weights(a["weights"], plan)
     found |= {"rows": rows, "row_weights": row_weights}
     fused = row_weights if d.layout == "expert" else None
-    per_host = logical_hosts.of_first(d.ranks)
     found["y"] = oracle.combine(rows, plan, fused, per_host)
     if fused is None:
         d_rows, d_row_weights = oracle.move(a["dy"], plan), np.zeros_like(row_weights)

@@ -38,7 +38,7 @@ def of_group(mesh: jax.sharding.Mesh, axes: str | Sequence[str] = "expert") -> i
     where = [mesh.axis_names.index(name) for name in names]
     size = int(np.prod([mesh.devices.shape[axis] for axis in where]))
     groups = np.moveaxis(processes, where, range(-len(where), 0)).reshape(-1, size)
-    found = {_ranks_per_host(tuple(group // PROCESSES)) for group in groups}
+    found = {_ranks_per_host(tuple((group // PROCESSES).tolist())) for group in groups}
     if len(found) > 1:
         pytest.skip(f"groups side by side have {sorted(found)} ranks a host, which may not differ")
     (per_host,) = found

@@ -1,8 +1,9 @@
 // Stands in for libcuda.so.1: memory of the GPU is memory of the process.
 //
-// It is as lazy as CUDA may be: a copy reads and writes only when its stream is waited for. And it
-// refuses what CUDA would refuse, or do somewhere else: copies outside of the context of their
-// stream, and host memory that was not registered.
+// A copy reads and writes only when its stream is waited for, and of the copies that wait the last
+// one comes first, so that whoever needs an order has to wait. It refuses what CUDA would refuse,
+// or do somewhere else: copies outside of the context of their stream, and host memory that was not
+// registered.
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -101,13 +102,13 @@ int cuStreamCreate(void** stream, unsigned) {
 int cuStreamSynchronize(void* handle) {
   Stream& stream = *static_cast<Stream*>(handle);
   if (contexts.back() != stream.context) return kInvalidContext;
-  for (const Copy& copy : stream.copies) {
+  for (; !stream.copies.empty(); stream.copies.pop_back()) {
+    const Copy copy = stream.copies.back();
     std::memcpy(copy.to, copy.from, copy.bytes);
     if (copy.to_device && fake_driver_written != nullptr) {
       fake_driver_written(reinterpret_cast<uint64_t>(copy.to), copy.bytes);
     }
   }
-  stream.copies.clear();
   return 0;
 }
 
