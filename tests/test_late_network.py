@@ -103,10 +103,21 @@ def test_without_fence_signals_overtake_data(built):
     assert found["1.overtakes"] > 0
 
 
-@pytest.mark.parametrize("delay_us", [0, 100])
+@pytest.mark.parametrize("delay_us", [0, 100_000])
 def test_sources_are_read_late(built, delay_us):
-    """A source that is written before quiet is seen as it is then, and never as it is after quiet."""
-    assert facts(built, "sources", JAX_EP_LATE_DELAY_US=str(delay_us))["1.late"] > 0
+    """A source that is written before quiet is seen as it is then, and never as it is after quiet.
+
+    Quiet starts all at once, but waits for each delivery.
+    """
+    found = facts(built, "sources", JAX_EP_LATE_DELAY_US=str(delay_us))
+    assert found["1.late"] > 0
+    assert found["0.quiet_ms"] >= 0.8 * delay_us / 1000  # the longest of 64 delays
+
+
+def test_operations_start_late(built):
+    """If nobody waits for them, when they are due: here none before some seconds have passed."""
+    assert facts(built, "starts")["0.started"] == 16
+    assert facts(built, "starts", JAX_EP_LATE_DELAY_US="60000000")["0.started"] == 0
 
 
 @pytest.mark.parametrize("faulty", [None, 0])

@@ -1,17 +1,19 @@
 // Stands in for libcuda.so.1: memory of the GPU is memory of the process.
 //
-// A copy reads and writes only when its stream is waited for, and of the copies that wait the last
-// one comes first, so that whoever needs an order has to wait. It refuses what CUDA would refuse,
-// or do somewhere else: copies outside of the context of their stream, and host memory that was not
+// A copy reads and writes only when its stream is waited for. Of the copies that wait, the last one
+// comes first, so whoever needs an order has to wait. It refuses what CUDA would refuse or do
+// somewhere else: copies outside the context of their stream, and memory of the host that was not
 // registered.
 #include <cstdint>
 #include <cstring>
 #include <map>
 #include <vector>
 
-// Called after each copy to the GPU, if set.
 extern "C" {
+// Called after each copy to the GPU, if set.
 void (*fake_driver_written)(uint64_t device, size_t bytes) = nullptr;
+// Copies from the GPU so far.
+int fake_driver_reads = 0;
 }
 
 namespace {
@@ -105,6 +107,7 @@ int cuStreamSynchronize(void* handle) {
   for (; !stream.copies.empty(); stream.copies.pop_back()) {
     const Copy copy = stream.copies.back();
     std::memcpy(copy.to, copy.from, copy.bytes);
+    fake_driver_reads += !copy.to_device;
     if (copy.to_device && fake_driver_written != nullptr) {
       fake_driver_written(reinterpret_cast<uint64_t>(copy.to), copy.bytes);
     }

@@ -106,6 +106,8 @@ void Pe::WatchWrites(void (*watcher)(uint64_t, size_t)) {
   *static_cast<decltype(watcher)*>(Find(driver_, "fake_driver_written")) = watcher;
 }
 
+int Pe::num_reads() const { return *static_cast<int*>(Find(driver_, "fake_driver_reads")); }
+
 void* Pe::Find(void* library, const char* name) {
   void* const symbol = dlsym(library, name);
   if (symbol == nullptr) std::fprintf(stderr, "no %s\n", name);

@@ -42,6 +42,9 @@ class Pe {
   // Calls `watcher` after each write into this PE's heap.
   void WatchWrites(void (*watcher)(uint64_t address, size_t bytes));
 
+  // How many sources of puts of this PE, and of gets of its peer, were read so far.
+  int num_reads() const;
+
   // A function that the plug-in exports for tests.
   template <typename Function>
   Function Exported(const char* name) const {

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../chance.h"
 #include "../counts.h"
 #include "pes.h"
 
@@ -102,6 +103,7 @@ void Bytes(Pe& pe) {
   pe.Atomic(abi::kCompareSwap, kHalfWord, kWide, (uint64_t{3} << 32) | 12, 4, kResults - 2, kFlag);
   Check(pe.Quiet() == 0, "quiet", 0);
   NeedPattern(pe, kGot, total, "a byte of a get is wrong");
+  pe.Barrier();  // before the sources of the peer's gets change
   pe.Put(kTo + total + 16, 0, 8, false);
   std::memset(pe.heap(), 0, 8);  // a put that returns has read its source
   Check(pe.PutUnregistered() != 0, "memory that is not registered was sent", 0);
@@ -208,7 +210,9 @@ void Sources(Pe& pe) {
     std::fill_n(words, kBlocks, 1);
     for (int i = 0; i < kBlocks; ++i) pe.Put(8 * i, 8 * i, 8);
     std::fill_n(words, kBlocks, 2);
+    const uint64_t begin = Now();
     Check(pe.Quiet() == 0, "quiet", 0);
+    Say(pe, "quiet_ms", (Now() - begin) / 1'000'000);
     std::fill_n(words, kBlocks, 3);
   }
   pe.Barrier();
@@ -217,6 +221,14 @@ void Sources(Pe& pe) {
     Say(pe, "late", std::count(words, words + kBlocks, 2));
   }
   pe.Finalize();
+}
+
+// How many of 16 operations start at once where nobody waits for them.
+void Starts(Pe& pe) {
+  if (pe.index() == 1) return;
+  for (int i = 0; i < 16; ++i) pe.Put(8 * i, 8 * i, 8);
+  pe.Progress();
+  Say(pe, "started", pe.num_reads());
 }
 
 // Faults and counts that a test asks for while it runs.
@@ -268,8 +280,8 @@ int main(int count, char** arguments) {
     void (*work)(Pe&);
   };
   constexpr Scenario kScenarios[] = {
-      {"bytes", Bytes},     {"fenced", Fenced}, {"unfenced", Unfenced},
-      {"sources", Sources}, {"calls", Calls},   {"killed", Killed},
+      {"bytes", Bytes}, {"fenced", Fenced}, {"unfenced", Unfenced}, {"sources", Sources},
+      {"calls", Calls}, {"killed", Killed}, {"starts", Starts},
   };
   for (const Scenario& scenario : kScenarios) {
     if (count == 3 && std::strcmp(arguments[2], scenario.name) == 0) {
