@@ -197,24 +197,30 @@ def test_other_version_of_nvshmem_is_refused(built, capfd):
 
 _HOST = """
 import os, socket, subprocess
-print(socket.gethostname(), "LD_PRELOAD" in os.environ)
-print(subprocess.check_output(["/bin/sh", "-c", "echo $LD_PRELOAD none"], text=True))
+print(socket.gethostname(), os.environ.get("LD_PRELOAD"))
+print(subprocess.check_output(["/bin/sh", "-c", "echo $LD_PRELOAD"], text=True))
 """
 
 
 @pytest.mark.parametrize("host", ["host7", None])
-def test_name_of_the_host(built, host):
-    """Preloaded, it gives NVSHMEM the name that it is told, and programs that it starts lack it."""
+@pytest.mark.parametrize("other", [None, "fake_driver.so"])
+def test_name_of_the_host(built, host, other):
+    """Preloaded, it gives NVSHMEM the name that it is told.
+
+    Programs that the process starts lack it, and get what else was preloaded.
+    """
+    others = [] if other is None else [str(built / other)]
     settings = {} if host is None else {"JAX_EP_LATE_HOST": host}
     done = subprocess.run(
         [sys.executable, "-c", _HOST],
-        env={**os.environ, "LD_PRELOAD": str(built / _NAME), **settings},
+        env={**os.environ, "LD_PRELOAD": " ".join([str(built / _NAME), *others]), **settings},
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
     )
-    assert done.stdout.split() == [host or os.uname().nodename, "False", "none"]
+    name = host or os.uname().nodename
+    assert done.stdout.split() == [name, *(others or ["None"]), *others]
 
 
 # It fails while another one runs.

@@ -17,10 +17,11 @@ struct Settings {
   uint64_t delay_ns = 0;  // the longest: of each half of the way
   uint64_t seed = 1;
   bool trace = false;
-  std::string counts;                       // a folder; empty: no file
-  std::optional<int> faulty_pe;             // faults are for all PEs, or for this one
-  std::optional<SignalToDrop> drop_signal;  //
-  std::optional<uint64_t> stop_after;       // operations that are carried at all
+  std::string counts;  // a folder; empty: no file
+  // Faults, of each PE or of one.
+  std::optional<int> faulty_pe;
+  std::optional<SignalToDrop> drop_signal;
+  std::optional<uint64_t> stop_after;  // operations that are carried
   std::string driver = "libcuda.so.1";
 };
 

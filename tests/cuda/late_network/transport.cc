@@ -4,6 +4,7 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -37,8 +38,23 @@ extern "C" int gethostname(char* name, size_t size) noexcept {
 namespace jax_ep::late {
 namespace {
 
-// Programs that this process starts have no part in the network.
-__attribute__((constructor)) void KeepFromChildren() { unsetenv("LD_PRELOAD"); }
+// Programs that this process starts have no part in the network, but get what else was preloaded.
+__attribute__((constructor)) void KeepFromChildren() {
+  const char* preloaded = std::getenv("LD_PRELOAD");
+  if (preloaded == nullptr) return;
+  const std::string all = preloaded, mine = "nvshmem_transport_ibrc.so.3";
+  std::string others;
+  for (size_t at = 0, end = 0; at < all.size(); at = end + 1) {
+    end = std::min(all.find_first_of(" :", at), all.size());
+    const std::string one = all.substr(at, end - at);
+    if (one.find(mine) == one.npos && !one.empty()) others += (others.empty() ? "" : " ") + one;
+  }
+  if (others.empty()) {
+    unsetenv("LD_PRELOAD");
+  } else {
+    setenv("LD_PRELOAD", others.c_str(), 1);
+  }
+}
 
 // Of the process, while NVSHMEM has one.
 std::mutex current_mutex;
