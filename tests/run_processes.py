@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).with_name("support")))
@@ -47,6 +48,37 @@ def main(arguments: list[str]) -> int:
         parser.error(
             f"argument N: expected two processes or more, got {options.count}; use pytest."
         )
+    return run(
+        options.count,
+        options.pytest,
+        timeout=options.timeout,
+        grace=options.grace,
+        follow=options.follow,
+        environment=dict(os.environ),
+    )
+
+
+def run(
+    count: int,
+    arguments: list[str],
+    *,
+    timeout: float,
+    grace: float,
+    follow: bool,
+    environment: dict[str, str],
+    variables: Callable[[int], dict[str, str]] = lambda index: {},
+) -> int:
+    """Run pytest in ``count`` processes and say how they ended; the worst exit status.
+
+    Args:
+        count: Number of processes.
+        arguments: Those of pytest.
+        timeout: Seconds for the whole run.
+        grace: Seconds for the others to end when one has failed.
+        follow: Whether to show what process 0 writes, at once.
+        environment: Variables of all processes, to which those are added that make them a group.
+        variables: More of them, for each process.
+    """
     start = time.monotonic()
     told_to_end: list[int] = []
 
@@ -55,35 +87,40 @@ def main(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, remember)
     with tempfile.TemporaryDirectory(prefix="jax_ep-") as folder:
-        logs = [pathlib.Path(folder) / f"{index}.log" for index in range(options.count)]
-        processes = _start(options.count, options.pytest, pathlib.Path(folder), logs)
+        logs = [pathlib.Path(folder) / f"{index}.log" for index in range(count)]
+        processes = _start(arguments, pathlib.Path(folder), logs, environment, variables)
         try:
-            followed = logs[0] if options.follow else None
-            why = _wait(processes, start + options.timeout, options.grace, followed, told_to_end)
+            followed = logs[0] if follow else None
+            why = _wait(processes, start + timeout, grace, followed, told_to_end)
         finally:
             _end(processes)
         status = [_exit_status(process) for process in processes]
-        _report(logs, status, why, followed=options.follow)
+        _report(logs, status, why, followed=follow)
     worst = max(status)
     verdict = "all passed" if worst == 0 else f"FAILED, exit status {worst}"
     if why is not None:
         verdict += f" ({why})"
-    print(f"{options.count} processes: {verdict}, in {time.monotonic() - start:.0f} s")
+    print(f"{count} processes: {verdict}, in {time.monotonic() - start:.0f} s")
     return worst
 
 
 def _start(
-    count: int, arguments: list[str], folder: pathlib.Path, logs: list[pathlib.Path]
+    arguments: list[str],
+    folder: pathlib.Path,
+    logs: list[pathlib.Path],
+    environment: dict[str, str],
+    variables: Callable[[int], dict[str, str]],
 ) -> list[subprocess.Popen[bytes]]:
+    count = len(logs)
     exchange = folder / "exchange"
     exchange.mkdir()
-    environment = dict(os.environ) | {
+    environment = environment | {
         "JAX_EP_TEST_PROCESSES": str(count),
         "JAX_EP_TEST_COORDINATOR": f"127.0.0.1:{free_port()}",
         "JAX_EP_TEST_FOLDER": str(exchange),
-        "XLA_FLAGS": _DEVICE_COUNT.sub("", os.environ.get("XLA_FLAGS", "")),
+        "XLA_FLAGS": _DEVICE_COUNT.sub("", environment.get("XLA_FLAGS", "")),
     }
-    if os.environ.get("JAX_EP_TEST_PLATFORM", "cpu") == "cuda":
+    if environment.get("JAX_EP_TEST_PLATFORM", "cpu") == "cuda":
         gpus = count_gpus()
         environment["JAX_EP_TEST_GPUS"] = str(gpus)
         share = 0.8 * min(1.0, gpus / count)
@@ -94,7 +131,7 @@ def _start(
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
-                    env=environment | {"JAX_EP_TEST_PROCESS": str(index)},
+                    env=environment | {"JAX_EP_TEST_PROCESS": str(index)} | variables(index),
                     stdout=file,
                     stderr=subprocess.STDOUT,
                 )

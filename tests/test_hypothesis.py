@@ -12,6 +12,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 import jax_ep
+import logical_hosts
 import oracle
 from conftest import BACKENDS
 from shapes import DTYPES
@@ -107,18 +108,17 @@ def expected(d: Draw, a: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     x = a["x"]
     if d.quantization:
         x = oracle.dequantize(*oracle.quantize(x, d.quantization), x.dtype)
-    found = {name: getattr(plan, name) for name in oracle.ARRAY_FIELDS}
-    if d.layout == "expert":
-        del found["expert_idx"]
+    per_host = logical_hosts.of_first(d.ranks)
+    found = plan.arrays(per_host)
     rows, row_weights = oracle.move(x, plan), oracle.move_weights(a["weights"], plan)
     found |= {"rows": rows, "row_weights": row_weights}
     fused = row_weights if d.layout == "expert" else None
-    found["y"] = oracle.combine(rows, plan, fused)
+    found["y"] = oracle.combine(rows, plan, fused, per_host)
     if fused is None:
         d_rows, d_row_weights = oracle.move(a["dy"], plan), np.zeros_like(row_weights)
     else:
         d_rows, d_row_weights = oracle.combine_vjp(a["dy"], rows, fused, plan)
-    found["dx"] = oracle.combine(d_rows, plan)
+    found["dx"] = oracle.combine(d_rows, plan, ranks_per_host=per_host)
     found["dw"] = oracle.send_home(d_row_weights, plan)
     return found
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+import logical_hosts
 import oracle
 import routings
 from spmd import (
@@ -102,8 +103,8 @@ def data(devices: int, experts: int) -> tuple[np.ndarray, ...]:
     return x, weights, idx, scale, dy
 
 
-def expected(x, weights, idx, scale, dy) -> tuple[np.ndarray, ...]:
-    """What one group must hold."""
+def expected(x, weights, idx, scale, dy, per_host) -> tuple[np.ndarray, ...]:
+    """What one group must hold, with ``per_host`` ranks on each host."""
     experts = LOCAL_EXPERTS * len(x)
     sizes = {"num_ranks": len(x), "num_tokens": TOKENS, "top_k": TOP_K, "num_experts": experts}
     bounds = oracle.limits(**sizes, layout="expert", alignment=ALIGNMENT)
@@ -114,9 +115,9 @@ def expected(x, weights, idx, scale, dy) -> tuple[np.ndarray, ...]:
     rows = tokens * scale[..., None]
     d_rows, d_row_weights = oracle.combine_vjp(dy, rows, row_weights, plan)
     return (
-        oracle.combine(rows, plan, row_weights),
+        oracle.combine(rows, plan, row_weights, per_host),
         tokens,
-        oracle.combine(d_rows * scale[..., None], plan),
+        oracle.combine(d_rows * scale[..., None], plan, ranks_per_host=per_host),
         oracle.send_home(d_row_weights, plan),
     )
 
@@ -126,8 +127,9 @@ def check(mesh, run, sizes, names, axes) -> None:
     arrays = data(mesh.size, LOCAL_EXPERTS * len(groups[0]))
     found = run(*(put(a.reshape(-1, *a.shape[2:]), mesh) for a in arrays))
     found = [stacked(leaf, mesh.size) for leaf in fetch(found, mesh)]
+    per_host = logical_hosts.of_group(mesh, axes)
     for devices in groups:
-        wanted = expected(*(a[devices] for a in arrays))
+        wanted = expected(*(a[devices] for a in arrays), per_host)
         for what, got, want in zip(("y", "tokens", "dx", "dw"), found, wanted, strict=True):
             oracle.assert_same(got[devices], want, f"{what} of the group of devices {devices}")
 
@@ -172,8 +174,9 @@ def test_two_groups_of_one_mesh(backend):
         # Ids past the smaller group's experts are invalid there, and only there.
         arrays = data(mesh.size, LOCAL_EXPERTS * ranks)
         found = run(*(a.reshape(-1, *a.shape[2:]) for a in arrays))[index]
+        per_host = logical_hosts.of_group(mesh, axis)
         for devices in groups_of(sizes, names, axis):
-            wanted = expected(*(a[devices] for a in arrays))
+            wanted = expected(*(a[devices] for a in arrays), per_host)
             for got, want in zip(found, wanted, strict=True):
                 oracle.assert_same(stacked(got, mesh.size)[devices], want, f"{axis} of {devices}")
 
@@ -233,7 +236,8 @@ def test_operands_replicated_over_data(varying, check_vma, backend):
         )
         tokens, row_weights = oracle.move(a, plan), oracle.move_weights(b, plan)
         oracle.assert_same(found[1][devices], tokens, f"tokens, {devices}")
-        y = oracle.combine(tokens * row_weights[..., None], plan)
+        per_host = logical_hosts.of_group(mesh)
+        y = oracle.combine(tokens * row_weights[..., None], plan, ranks_per_host=per_host)
         oracle.assert_same(found[0][devices], y, f"y, {devices}")
 
 

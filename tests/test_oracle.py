@@ -66,6 +66,23 @@ def test_expert_layout():
     assert plan.source(0, 5) == (1, 2, 1) and plan.source(0, 3) is None
 
 
+def test_entries_across_hosts():
+    """Rows by source rank and token, where one host has them by source."""
+    plan = make_plan("expert", alignment=2)
+    one, several = plan.arrays(), plan.arrays(ranks_per_host=1)
+    assert plan.arrays(ranks_per_host=2).keys() == one.keys()
+    assert one.keys() - several.keys() == {"dest_row", "recv_rows"}
+    assert "expert_idx" not in several and "expert_idx" in make_plan("token").arrays(1)
+    entries = {
+        "recv_start": [[0, 3, 5], [0, 2, 4]],
+        "recv_token": [filled([0, 1, 1, 1, 2], 14), filled([0, 2, 0, 0], 14)],
+        "recv_row": [filled([0, 1, 4, 2, 5], 14), filled([0, 2, 1, 3], 14)],
+    }
+    assert several.keys() - one.keys() == entries.keys()
+    for name, value in entries.items():
+        np.testing.assert_array_equal(several[name], np.array(value), err_msg=name)
+
+
 def test_token_layout():
     plan = make_plan("token", alignment=128)  # the alignment means nothing here
     assert plan.capacity == 6

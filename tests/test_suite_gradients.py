@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+import logical_hosts
 import oracle
 import problems
 import routings
@@ -61,7 +62,8 @@ def pullbacks(case: shapes.Case, group: jax_ep.Group):
 
 def expected_pullbacks(case: shapes.Case, problem: problems.Problem) -> dict[str, np.ndarray]:
     a, plan = problem.inputs, problem.plan
-    expected = {"dx": oracle.combine(a["d_rows"], plan)}
+    per_host = logical_hosts.of_first(case.ranks)
+    expected = {"dx": oracle.combine(a["d_rows"], plan, ranks_per_host=per_host)}
     if case.weighted:
         expected["d_topk_weights"] = oracle.send_home(a["d_row_weights"], plan)
     if case.fused:

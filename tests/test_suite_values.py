@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jax_ep
+import logical_hosts
 import oracle
 import problems
 import routings
@@ -212,12 +213,13 @@ def test_surroundings_do_not_change_bits(dtype, backend):
     outputs = c * c[:, ::-1, ::-1]
     factors = c[..., 0].astype(np.float32) * c[..., 1].astype(np.float32)
     d_rows, d_weights = oracle.combine_vjp(dy, outputs, factors, plan)
+    per_host = logical_hosts.of_first(ranks)
     expected = {
         "rows": oracle.move(x, plan),
         "fp8": oracle.move(oracle.dequantize(*oracle.quantize(x), dtype), plan),
-        "sum": oracle.combine(outputs, plan),
+        "sum": oracle.combine(outputs, plan, ranks_per_host=per_host),
         "d_rows": oracle.move(dy, plan),
-        "fused": oracle.combine(outputs, plan, factors),
+        "fused": oracle.combine(outputs, plan, factors, per_host),
         "d_rows fused": d_rows,
         "d_weights": d_weights,
     }

@@ -88,8 +88,30 @@ class Plan:
             return code // num_tokens, code % num_tokens, 0
         return code // top_k // num_tokens, code // top_k % num_tokens, code % top_k
 
+    def arrays(self, ranks_per_host: int | None = None) -> dict[str, np.ndarray]:
+        """What handles hold, by name. Those of groups that span hosts list their rows by entries."""
+        names = [field.name for field in dataclasses.fields(self)][:10]
+        if self.layout == "expert":
+            names.remove("expert_idx")
+        found = {name: getattr(self, name) for name in names}
+        if (ranks_per_host or len(self.topk_idx)) < len(self.topk_idx):
+            del found["dest_row"], found["recv_rows"]
+            found |= self._entries()
+        return found
 
-ARRAY_FIELDS = tuple(f.name for f in dataclasses.fields(Plan))[:10]
+    def _entries(self) -> dict[str, np.ndarray]:
+        """Start of each source rank's entries ``[R, R + 1]``; token and row of each ``[R, C]``."""
+        num_ranks, num_tokens, _ = self.topk_idx.shape
+        start = np.zeros((num_ranks, num_ranks + 1), np.int32)
+        token, row = np.full((2, num_ranks, self.capacity), -1, np.int32)
+        for rank in range(num_ranks):
+            count = 0
+            for source, rows in enumerate(self.recv_rows[rank]):
+                for kept in rows[rows >= 0]:
+                    token[rank, count], row[rank, count] = source % num_tokens, kept
+                    count += 1
+                start[rank, source // num_tokens + 1] = count
+        return {"recv_start": start, "recv_token": token, "recv_row": row}
 
 
 def sanitise(topk_idx: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import logical_hosts
 import oracle
 import routings
 from shapes import Case
@@ -73,15 +74,14 @@ def make(case: Case, pattern: str) -> Problem:
 
 
 def _values(case: Case, inputs: dict[str, np.ndarray], plan: oracle.Plan) -> dict[str, Any]:
-    expected = {name: getattr(plan, name) for name in oracle.ARRAY_FIELDS}
-    if case.layout == "expert":
-        del expected["expert_idx"]
+    per_host = logical_hosts.of_first(case.ranks)
+    expected = plan.arrays(per_host)
     for name in ("x", "x_again"):
         expected |= _moved(case, inputs, name, plan)
     if case.weighted:
         expected["weights"] = oracle.move_weights(inputs["topk_weights"], plan)
     weights = inputs["row_weights"] if case.fused else None
-    expected["y"] = oracle.combine(inputs["rows"], plan, weights)
+    expected["y"] = oracle.combine(inputs["rows"], plan, weights, per_host)
     return expected
 
 

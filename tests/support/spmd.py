@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 import lockstep
+import logical_hosts
 
 # Several processes lay arrays out over the mesh before they call a program, and let its groups give up
 # earlier. Where one process does so too, both make the same programs, which a compilation cache keeps.
@@ -86,10 +87,16 @@ def make_mesh(
 def create_group(
     mesh: Mesh, axes: str | tuple[str, ...] = "expert", *, backend: str, **kwargs: Any
 ) -> jax_ep.Group:
-    """``jax_ep.create_group``; in a process that has no device of ``mesh``, a group that is not run."""
+    """``jax_ep.create_group``; in a process that has no device of ``mesh``, a group that is not run.
+
+    A group that spans logical hosts (``logical_hosts.py``) is told so, unless the test does it.
+    """
     if AS_SEVERAL:  # ops must give up before the processes stop waiting for each other
         kwargs.setdefault("timeout", lockstep.TIMEOUT_S / 2)
-    return jax_ep.create_group(mesh, axes, backend=backend if here(mesh) else "reference", **kwargs)
+    backend = backend if here(mesh) else "reference"
+    if "ranks_per_host" not in kwargs:
+        kwargs |= logical_hosts.arguments(mesh, axes, backend)
+    return jax_ep.create_group(mesh, axes, backend=backend, **kwargs)
 
 
 def make_group(ranks: int, backend: str, **kwargs: Any) -> jax_ep.Group:
