@@ -41,6 +41,9 @@ NVSHMEM = {
     "NCCL_NVLS_ENABLE": "0",
     "NVSHMEM_DISABLE_NCCL": "1",
     "NVSHMEM_IGNORE_CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "1",
+    # Memory of many groups has to fit, and small chunks go round their slots more often.
+    "JAX_EP_NETWORK_CHUNK_BYTES": str(64 << 10),
+    "JAX_EP_NETWORK_LANES": "3",
 }
 
 

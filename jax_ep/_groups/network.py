@@ -29,11 +29,11 @@ from jax_ep._groups import meetings
 _KIB, _MIB = 1 << 10, 1 << 20
 _DEFAULTS = {
     "JAX_EP_NETWORK_BYTES": 512 * _MIB,  # of memory in each process, for all groups
-    "JAX_EP_NETWORK_CHUNK_BYTES": 256 * _KIB,  # of what travels at a time
+    "JAX_EP_NETWORK_CHUNK_BYTES": 128 * _KIB,  # of what travels at a time
     "JAX_EP_NETWORK_LANES": 0,  # between two ranks; 0 is for enough
     "JAX_EP_NETWORK_CHOICES": 128 * _KIB,  # tokens times top_k, at most
 }
-_LANES_OF_ALL_HOSTS = 32  # lanes of a rank, where JAX_EP_NETWORK_LANES does not say
+_LANES_OF_ALL_HOSTS = 64  # lanes of a rank, where JAX_EP_NETWORK_LANES does not say
 _CHUNK_UNIT = 1024  # bytes
 _ROW_ROOM = 1024  # bytes of a chunk that its header and what goes with a row take at most
 _END_TIMEOUT_S = 20.0  # for all processes to end
@@ -102,7 +102,7 @@ def settings_for(num_hosts: int) -> Settings:
             f"JAX_EP_NETWORK_CHUNK_BYTES: expected a multiple of {_CHUNK_UNIT} of at least "
             f"{8 * _CHUNK_UNIT}, got {chunk_bytes}"
         )
-    lanes = setting("JAX_EP_NETWORK_LANES") or min(16, max(1, _LANES_OF_ALL_HOSTS // num_hosts))
+    lanes = setting("JAX_EP_NETWORK_LANES") or max(1, _LANES_OF_ALL_HOSTS // num_hosts)
     message_bytes = -(-2 * setting("JAX_EP_NETWORK_CHOICES") // 128) * 128
     return Settings(lanes, chunk_bytes, message_bytes)
 

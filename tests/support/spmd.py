@@ -93,9 +93,11 @@ def create_group(
     """
     if AS_SEVERAL:  # ops must give up before the processes stop waiting for each other
         kwargs.setdefault("timeout", lockstep.TIMEOUT_S / 2)
-    backend = backend if here(mesh) else "reference"
-    if "ranks_per_host" not in kwargs:
+    if "ranks_per_host" not in kwargs:  # before processes differ, so that all skip or none
         kwargs |= logical_hosts.arguments(mesh, axes, backend)
+    if not here(mesh):
+        backend = "reference"
+        kwargs.pop("transport", None)
     return jax_ep.create_group(mesh, axes, backend=backend, **kwargs)
 
 

@@ -255,7 +255,18 @@ class ChunkReader {
   __device__ ChunkReader(const NetworkParams& network, Way way, int32_t index, uint64_t epoch)
       : network_(network), way_(way), index_(index), epoch_(epoch) {}
 
-  // Waits for the `n`-th chunk, that of `window`. All lanes of a warp; the same in all of them.
+  // Whether the `n`-th chunk, that of `window`, is there, or something else that Wait has to see.
+  // All lanes of a warp; the same in all of them.
+  __device__ bool IsHere(int32_t n, int32_t window) const {
+    bool here = false;
+    if (threadIdx.x % 32 == 0) {
+      uint64_t seen;
+      here = LookAt(network_.Own().ready(index_, way_.Slot(n)), Word(window), seen) != Seen::kNot;
+    }
+    return __shfl_sync(~0u, here, 0);
+  }
+
+  // Waits for it. All lanes of a warp; the same in all of them.
   __device__ bool Wait(int32_t n, int32_t window) const {
     bool ok = true;
     if (threadIdx.x % 32 == 0 && kMutation != kWithoutChunk) {

@@ -155,18 +155,23 @@ __device__ void ReadAll(const NetworkCombineVjpParams& p, const PeerInputs& inpu
   const int32_t row_bytes = RowBytes(p);
   const int32_t number = self.warp * gridDim.x + blockIdx.x, num_readers = kReaders * gridDim.x;
   TeamMember alone = TeamMember::Alone();
-  ReadHost(p.network, p.routes, number, num_readers, [&](int32_t index, EntryRange entries) {
-    Differentiate<T>(p, alone, pipe, entries,
-                     [&](int64_t token) { return inputs.Of<char>(index, 0) + token * row_bytes; });
-  });
+  HostEntries host(p.network, p.routes, number, num_readers);
+  const auto from_host = [&] {
+    return host.Step([&](int32_t index, EntryRange entries) {
+      Differentiate<T>(p, alone, pipe, entries, [&](int64_t token) {
+        return inputs.Of<char>(index, 0) + token * row_bytes;
+      });
+    });
+  };
   for (int32_t c = number; c < p.capacity; c += num_readers) {
     if (p.recv_src[c] < 0 || row_bytes == 0) FillGradients<T>(p, c, 0u);
   }
-  ReadChunks(p.network, p.routes, p.num_tokens, row_bytes, ways, epoch, self,
-             [&](EntryRange entries, const ChunkRows& rows) {
-               Differentiate<T>(p, self, pipe, entries,
-                                [&](int32_t token) { return rows.Of(token); });
-             });
+  const auto from_chunk = [&](EntryRange entries, const ChunkRows& rows) {
+    Differentiate<T>(p, self, pipe, entries, [&](int32_t token) { return rows.Of(token); });
+  };
+  bool ok = ReadChunks(p.network, p.routes, p.num_tokens, row_bytes, ways, epoch, self, from_chunk,
+                       from_host);
+  while (ok) ok = from_host();
 }
 
 template <typename T>

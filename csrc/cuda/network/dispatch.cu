@@ -122,31 +122,32 @@ __device__ void BringEntries(const NetworkDispatchParams& p, TeamMember& self, P
   }
 }
 
-// Brings the rows from ranks of this host, each reader a share of them.
-__device__ void BringFromHost(const NetworkDispatchParams& p, const PeerInputs& inputs,
-                              int32_t number, int32_t num_readers, Pipe& pipe) {
+// A reader: brings its share of every chunk from other hosts and, while it waits for them, its
+// share of the rows from ranks of this host.
+__device__ void BringRows(const NetworkDispatchParams& p, const PeerInputs& inputs,
+                          const Ways& ways, uint64_t epoch, TeamMember& self, HostEntries& host,
+                          Pipe& pipe) {
   TeamMember alone = TeamMember::Alone();
-  ReadHost(p.network, p.routes, number, num_readers, [&](int32_t index, EntryRange entries) {
-    BringEntries(p, alone, pipe, entries, [&](int64_t token) {
-      return SourceRow{inputs.Of<char>(index, 0) + token * p.row_bytes,
-                       inputs.Of<float>(index, 1) + token * p.scales_per_row,
-                       inputs.Of<float>(index, 2) + token * p.top_k};
+  const auto from_host = [&] {
+    return host.Step([&](int32_t index, EntryRange entries) {
+      BringEntries(p, alone, pipe, entries, [&](int64_t token) {
+        return SourceRow{inputs.Of<char>(index, 0) + token * p.row_bytes,
+                         inputs.Of<float>(index, 1) + token * p.scales_per_row,
+                         inputs.Of<float>(index, 2) + token * p.top_k};
+      });
     });
-  });
-}
-
-// Brings the rows from other hosts, each reader its share of every chunk.
-__device__ void BringFromChunks(const NetworkDispatchParams& p, const Ways& ways, uint64_t epoch,
-                                TeamMember& self, Pipe& pipe) {
+  };
   const ChunkRow format(p);
-  ReadChunks(p.network, p.routes, p.num_tokens, format.bytes, ways, epoch, self,
-             [&](EntryRange entries, const ChunkRows& rows) {
-               BringEntries(p, self, pipe, entries, [&](int32_t token) {
-                 const char* row = rows.Of(token);
-                 return SourceRow{row, reinterpret_cast<const float*>(row + format.scales_at),
-                                  reinterpret_cast<const float*>(row + format.weights_at)};
-               });
-             });
+  const auto from_chunk = [&](EntryRange entries, const ChunkRows& rows) {
+    BringEntries(p, self, pipe, entries, [&](int32_t token) {
+      const char* row = rows.Of(token);
+      return SourceRow{row, reinterpret_cast<const float*>(row + format.scales_at),
+                       reinterpret_cast<const float*>(row + format.weights_at)};
+    });
+  };
+  bool ok = ReadChunks(p.network, p.routes, p.num_tokens, format.bytes, ways, epoch, self,
+                       from_chunk, from_host);
+  while (ok) ok = from_host();
 }
 
 // Zeros for the scales and weights of rows that have no source. By all readers.
@@ -208,12 +209,12 @@ __global__ void __launch_bounds__(kThreads)
     } else {
       TeamMember self(warp - kSenders, kReaders, done + kSenders);
       const int32_t number = self.warp * gridDim.x + blockIdx.x, num_readers = kReaders * gridDim.x;
-      BringFromHost(p, inputs, number, num_readers, pipe);
+      HostEntries host(p.network, p.routes, number, num_readers);
       ClearUnused(p, number, num_readers);
       RowClearer<NetworkDispatchParams> clearer(p, memory, number, num_readers);
       clearer.Advance(1, 1);
       ptx::CommitBulkGroup();
-      BringFromChunks(p, ways, op.epoch, self, pipe);
+      BringRows(p, inputs, ways, op.epoch, self, host, pipe);
     }
     pipe.Finish();
   } else if (ok) {

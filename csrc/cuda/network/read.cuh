@@ -10,19 +10,43 @@
 
 namespace jax_ep::cuda {
 
-// Calls `bring(index, entries)` for the `number`-th of `num_readers` shares of the entries from
-// each rank `index` of this host. By one warp.
-template <typename Bring>
-__device__ void ReadHost(const NetworkParams& network, const NetworkRoutes& routes, int32_t number,
-                         int32_t num_readers, Bring&& bring) {
-  const int32_t host_ranks = network.shape.host_ranks;
-  for (int32_t i = 0; i < host_ranks; ++i) {
-    // Beginning after this rank, so that not all read from the same one.
-    const int32_t index = (network.node.rank + 1 + i) % host_ranks;
-    const int32_t source = network.host * host_ranks + index;
-    bring(index, ShareOfEntries(routes, source, number, num_readers));
+// A warp's share of the entries from the ranks of this host, in small steps: what it does while it
+// has to wait for chunks.
+class HostEntries {
+ public:
+  // The `number`-th of `num_readers` shares.
+  __device__ HostEntries(const NetworkParams& network, const NetworkRoutes& routes, int32_t number,
+                         int32_t num_readers)
+      : network_(network), routes_(routes), number_(number), num_readers_(num_readers) {}
+
+  // Calls `bring(index, entries)` for the next few entries, all from rank `index` of this host.
+  // False once there are none left. By one warp.
+  template <typename Bring>
+  __device__ bool Step(Bring&& bring) {
+    const int32_t host_ranks = network_.shape.host_ranks;
+    while (left_.begin >= left_.end) {
+      if (num_begun_ == host_ranks) return false;
+      // Beginning after this rank, so that not all read from the same one.
+      index_ = (network_.node.rank + 1 + num_begun_++) % host_ranks;
+      left_ = ShareOfEntries(routes_, network_.host * host_ranks + index_, number_, num_readers_);
+    }
+    EntryRange now{left_.begin, plan::Min(left_.begin + kStep, left_.end)};
+    const int32_t* const tokens = routes_.recv_token;
+    while (now.end < left_.end && tokens[now.end] == tokens[now.end - 1]) ++now.end;
+    left_.begin = now.end;
+    bring(index_, now);
+    return true;
   }
-}
+
+ private:
+  static constexpr int kStep = 4;  // entries, or a few more, so that no token is cut
+
+  const NetworkParams& network_;
+  const NetworkRoutes& routes_;
+  int32_t number_, num_readers_;
+  int32_t num_begun_ = 0, index_ = 0;  // ranks
+  EntryRange left_{0, 0};              // of rank `index_`
+};
 
 // The rows of a window's tokens in a chunk.
 struct ChunkRows {
@@ -38,12 +62,13 @@ struct ChunkRows {
 
 // Calls `bring(entries, rows)` for this rank's entries in each chunk, from any rank of another
 // host, that comes by the block's ways. By a team: each warp calls it for all chunks, and does a
-// share. When it returns, all of the warp's reads of the chunk have to be complete. False once the
-// group has failed.
-template <typename Bring>
+// share. When it returns, all of the warp's reads of the chunk have to be complete. While a chunk
+// is not there, calls `meanwhile()`, which does something else, or returns false if there is
+// nothing to do. False once the group has failed.
+template <typename Bring, typename Meanwhile>
 __device__ bool ReadChunks(const NetworkParams& network, const NetworkRoutes& routes,
                            int32_t num_tokens, int32_t chunk_row_bytes, const Ways& ways,
-                           uint64_t epoch, TeamMember& self, Bring&& bring) {
+                           uint64_t epoch, TeamMember& self, Bring&& bring, Meanwhile&& meanwhile) {
   const NetworkShape& shape = network.shape;
   const int32_t window_tokens = WindowTokens(shape, chunk_row_bytes);
   const auto read = [&](const Way& way, int32_t turn, int32_t n, int32_t window) {
@@ -55,6 +80,8 @@ __device__ bool ReadChunks(const NetworkParams& network, const NetworkRoutes& ro
     entries.begin = FirstEntry(routes.recv_token, routes.recv_start[source], last, first);
     entries.end = FirstEntry(routes.recv_token, entries.begin, last, first + window_tokens);
     const ChunkReader chunks(network, way, index, epoch);
+    while (!chunks.IsHere(n, window) && meanwhile()) {
+    }
     if (!chunks.Wait(n, window)) return false;
     TestDelay(network.node.rank, epoch, 4);
     const char* const chunk = chunks.Memory(n);
