@@ -44,8 +44,9 @@ import window_stages
 ROOT = pathlib.Path(__file__).parents[1]
 SUITE = (
     "tests/test_suite_values.py tests/test_suite_gradients.py tests/test_transforms.py"
-    " tests/test_overlap.py tests/test_meshes.py tests/test_hypothesis.py tests/test_steps.py"
-    " tests/test_moe.py tests/test_ordinals.py tests/test_large_plans.py"
+    " tests/test_checkpoint_policies.py tests/test_overlap.py tests/test_meshes.py"
+    " tests/test_hypothesis.py tests/test_steps.py tests/test_moe.py tests/test_ordinals.py"
+    " tests/test_large_plans.py"
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
 # Compiling takes the most of these tests. Of the plugin pytest-benchmark, xdist would be warned.

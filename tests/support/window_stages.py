@@ -74,8 +74,8 @@ _VALUES = (
     " tests/test_large_plans.py"
 )
 _PROGRAMS = (
-    "tests/test_moe.py tests/test_overlap.py tests/test_transforms.py tests/test_meshes.py"
-    " tests/test_hypothesis.py"
+    "tests/test_moe.py tests/test_overlap.py tests/test_transforms.py"
+    " tests/test_checkpoint_policies.py tests/test_meshes.py tests/test_hypothesis.py"
 )
 _STEPS = "tests/test_steps.py"
 
