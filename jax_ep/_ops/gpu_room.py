@@ -1,4 +1,4 @@
-"""Checks of rows that GPU kernels may have no room for, while tracing."""
+"""Checks, while tracing, that GPU kernels have room for rows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jax_ep._groups.group import Group
 def check_sums_fit(
     op: str, argument: str, rows: jax.Array, layout: Layout, group: Group, what: str = "on GPUs"
 ) -> None:
-    """GPUs can sum rows like these: in layout "expert" one of each peer must fit their ring."""
+    """GPUs can sum such rows: in layout "expert", one row of each peer must fit their ring."""
     if group.backend != "cuda" or layout != "expert":
         return
     _check_row_bytes(op, argument, rows, limits.max_summed_row_bytes(group.size), what)
 
 
 def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:
-    """GPUs can take the gradient of ``combine`` with weights of rows like these."""
+    """GPUs can take the gradient of ``combine`` with weights for such rows."""
     if group.backend == "cuda":
         what = "for gradients with weights on GPUs"
         _check_row_bytes(op, argument, rows, limits.max_vjp_row_bytes(), what)
