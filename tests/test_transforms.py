@@ -31,7 +31,7 @@ from spmd import (
 
 
 def test_scan_of_whole_layers(backend):
-    """Dispatch and combine inside scan, differentiated, against the loop unrolled."""
+    """Dispatch and combine inside scan, differentiated, against the unrolled loop."""
     group = make_group(RANKS, backend)
 
     def looped(x, weights, idx):
@@ -55,7 +55,7 @@ def test_scan_of_whole_layers(backend):
 
 
 def test_scan_over_routings(backend):
-    """A new plan in every step, routings as scanned input; steps must not mix."""
+    """A new plan in every step, with routings as scanned input; steps must not mix."""
     group = make_group(RANKS, backend)
 
     def run(x, weights, idx):
@@ -159,7 +159,7 @@ def test_vmap_of_rows_only(backend):
 
 
 def test_donation(backend):
-    """x is given away and overwritten by the result; the ops must have read it by then."""
+    """x is donated and overwritten by the result; the ops must have read it by then."""
     group = make_group(RANKS, backend)
     need_part(group.mesh)
     keep = jax.jit(shard(functools.partial(layer, group), group.mesh))
@@ -212,7 +212,7 @@ def test_several_configurations_in_one_program(backend):
 
 
 def test_interleaved_groups(backend):
-    """Two groups of one mesh, their ops in turn and independent of each other."""
+    """The ops of two groups of one mesh alternate and are independent of each other."""
     names = ("row", "column")
     mesh = make_mesh(fit((2, 2), names, "column"), names)
     groups = [create_group(mesh, axis, backend=backend) for axis in names]
@@ -239,7 +239,7 @@ def test_interleaved_groups(backend):
 
 
 def test_second_derivative(backend):
-    """Without fused weights both ops are linear, and each one's gradient is the other one."""
+    """Without fused weights both ops are linear, and the gradient of each is the other one."""
     group = make_group(2, backend)
 
     def run(x, idx):

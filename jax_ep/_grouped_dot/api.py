@@ -47,8 +47,8 @@ def grouped_dot(
     summed in float32 too. Rows past the last group are not read, give zeros and have no gradient.
 
     On Hopper GPUs, fast kernels run where the inner and outer channels are multiples of 128.
-    Elsewhere a loop runs, and a warning says so once. The kernels make float32 products of three
-    products of bfloat16 halves, exact to about 2⁻¹⁶ of the operands.
+    With other channels a loop runs, and a warning says so once. The kernels make float32 products
+    of three products of bfloat16 halves, exact to about 2⁻¹⁶ of the operands.
 
     This is the default of ``jax_ep.moe``, which also takes another function with these arguments
     and this result, such as ``jax.lax.ragged_dot``.

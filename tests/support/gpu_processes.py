@@ -1,4 +1,4 @@
-"""Starts processes that share one or more GPUs, a rank each; ``gpu_programs.py`` has what they run."""
+"""Starts processes of one rank each that share GPUs; ``gpu_programs.py`` has what they run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROGRAMS = pathlib.Path(__file__).with_name("gpu_programs.py")
 
 
 def need_two_ranks(processes: int) -> None:
-    """Skip a test of two ranks in so many processes, with XLA's collectives, that cannot run here."""
+    """Skip a test if two ranks in that many processes cannot use XLA's collectives here."""
     if jax.default_backend() != "gpu":
         pytest.skip("needs GPUs")
     if jax.local_device_count() < 2:
@@ -29,7 +29,7 @@ def need_two_ranks(processes: int) -> None:
 
 
 def start(program: str, processes: int, num_gpus: int, **env: str) -> list[subprocess.Popen[str]]:
-    """Start ``program`` in so many processes, rank i on GPU i modulo ``num_gpus``."""
+    """Start ``program`` in that many processes, with rank i on GPU i modulo ``num_gpus``."""
     port = machine.free_port()
     fraction = 0.7 / -(-processes // num_gpus)
     root = pathlib.Path(jax_ep.__file__).parent.parent
@@ -48,7 +48,7 @@ def start(program: str, processes: int, num_gpus: int, **env: str) -> list[subpr
 
 
 def finish(running: list[subprocess.Popen[str]], timeout: float) -> list[tuple[int, str]]:
-    """Status and output of each; processes that do not end in time are killed."""
+    """Give the status and output of each process; those that do not end in time are killed."""
     deadline = time.monotonic() + timeout
     results = []
     for process in running:

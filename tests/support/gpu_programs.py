@@ -1,9 +1,9 @@
-"""Programs of several processes that share one or more GPUs, a rank each.
+"""Programs of several processes with one rank each that share one or more GPUs.
 
     python tests/support/gpu_programs.py PROGRAM PROCESSES
 
 starts the processes, which run the function of that name below. XLA's own collectives rarely run
-with two processes on one GPU, so results are compared with NumPy, each rank its own.
+with two processes on one GPU, so each rank compares its own results with NumPy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def routes(ranks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spread(mesh: jax.sharding.Mesh, x: np.ndarray) -> jax.Array:
-    """``[R, n, ...]`` as a global array of ``[R * n, ...]``, a slice a rank."""
+    """``[R, n, ...]`` as a global array of ``[R * n, ...]``, one slice for each rank."""
     flat = x.reshape(-1, *x.shape[2:])
     sharding = NamedSharding(mesh, P("expert"))
     return jax.make_array_from_callback(flat.shape, sharding, lambda index: flat[index])
@@ -143,7 +143,7 @@ def values(ranks: int) -> None:
 
 
 def endless(ranks: int) -> None:
-    """Steps until a peer is gone; prints how the error came."""
+    """Run steps until a peer is gone, and print the error."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
     group = jax_ep.create_group(mesh, backend="cuda", timeout=60)
     idx, weights = routes(ranks, seed=0)
@@ -163,7 +163,7 @@ def endless(ranks: int) -> None:
 
 
 def again(ranks: int) -> None:
-    """A rank that stays away for one op; then a new group works."""
+    """One rank stays away for one op; then a new group works."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
     group = jax_ep.create_group(mesh, backend="cuda", timeout=2)
     idx, weights = routes(ranks, seed=0)
@@ -191,7 +191,7 @@ def again(ranks: int) -> None:
 
 
 def ending(ranks: int) -> None:
-    """A rank that ends orderly: the others' check says nothing, their next op raises."""
+    """One rank ends in order: the others' check raises nothing, but their next op does."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
     group = jax_ep.create_group(mesh, backend="cuda", timeout=60)
     idx, weights = routes(ranks, seed=0)
@@ -220,7 +220,7 @@ def ending(ranks: int) -> None:
 
 
 def side_by_side(ranks: int) -> None:
-    """Groups of two side by side, of which one fails: all make new ones, and they work."""
+    """One of two groups side by side fails: all ranks make new groups, and these work."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(-1, 2), ("data", "expert"))
     group = jax_ep.create_group(mesh, backend="cuda", timeout=5)
     me = jax.process_index()
@@ -283,9 +283,9 @@ def error_of(run: Callable[[], jax.Array], group: jax_ep.Group) -> str:
 
 
 def out_of_step(ranks: int) -> None:
-    """One rank goes through two equal layers, the others twice through one: the same ops in turn.
+    """One rank runs a program of two equal layers, the others run a program of one layer twice.
 
-    Kinds, shapes and numbers of the ops agree, and only their places in the programs do not.
+    Kinds, shapes and numbers of the ops agree. Only their places in the programs differ.
     """
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
     group = jax_ep.create_group(mesh, backend="cuda", timeout=20)
@@ -303,7 +303,7 @@ def out_of_step(ranks: int) -> None:
         mapped = jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
         return jax.jit(mapped).lower(*operands).compile()
 
-    one, two = program(1), program(2)  # compiled by all, who may wait for each other at that
+    one, two = program(1), program(2)  # all compile both, because compiling may wait for the others
     for step in (one, two):
         jax.block_until_ready(step(*operands))
     group.check()
@@ -320,7 +320,7 @@ def out_of_step(ranks: int) -> None:
 
 
 def misplaced(ranks: int) -> None:
-    """A program on a mesh whose devices are in another order than the group's: an error, no rows."""
+    """A program on a mesh with its devices in another order than the group's raises an error."""
     devices = np.array(jax.devices())
     group = jax_ep.create_group(
         jax.sharding.Mesh(devices[::-1], ("expert",)), backend="cuda", timeout=20
@@ -335,13 +335,13 @@ def misplaced(ranks: int) -> None:
 
     mapped = jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
     text = error_of(lambda: jax.jit(mapped)(*operands), group)
-    # None leaves before all have failed: that it left would be what the others say.
+    # No rank may leave before all have failed, or the others would report that it left.
     for what in _compat.all_gather_text("misplaced", text):
         assert "make the group with the mesh that shard_map runs on" in what, what
 
 
 def main() -> None:
-    """One of the processes, or all of them."""
+    """Run one of the processes, or all of them."""
     program, processes = sys.argv[1], int(sys.argv[2])
     if len(sys.argv) == 3:
         running = gpu_processes.start(program, processes, 1)

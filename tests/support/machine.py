@@ -1,4 +1,4 @@
-"""What a machine has for processes that the tests start: ports, GPUs, and what NCCL allows."""
+"""What processes that the tests start find on a machine: ports, GPUs, and what NCCL allows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NCCL_SHARES_GPUS = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

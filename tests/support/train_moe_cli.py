@@ -43,7 +43,7 @@ def start(
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], *, timeout: float) -> list[str]:
-    """What the processes print; all have to succeed within ``timeout`` seconds, and none is left."""
+    """What the processes print. All must succeed within ``timeout`` seconds; none stays behind."""
     deadline = time.monotonic() + timeout
     try:
         outputs = [
