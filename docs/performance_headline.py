@@ -36,12 +36,12 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Of a rank."""
+        """Tokens of a rank."""
         return self.figure["match"]["tokens"]
 
     @property
     def us(self) -> float | None:
-        """jax_ep's time, if there is one that counts."""
+        """jax_ep's time, if there is a valid one."""
         return self.record["median_us"] if self.record and good(self.record) else None
 
     @property
@@ -60,7 +60,7 @@ class Row:
 
 
 def rows(targets: dict[str, Any], results: list[Record]) -> list[Row]:
-    """A row for each target. Of several records the last one counts, so the newest file's."""
+    """A row for each target. The last of several records counts, from the newest file."""
     found = []
     for figure in targets["figures"]:
         match = {**figure["match"], **targets["peers"]["conditions"]}
@@ -88,7 +88,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def at_sms(count: int | None) -> str:
-    """What follows a time: the SMs that were given; 0 is the library's own choice."""
+    """The text after a time: the SMs that were given; 0 is the library's own choice."""
     return "" if count is None else f" @{count or 'auto'}"
 
 
@@ -98,7 +98,7 @@ def floor(figure: dict[str, Any]) -> str:
 
 
 def summary(found: list[Row]) -> str:
-    """In how many rows jax_ep is the faster one, and where it is not."""
+    """In how many rows jax_ep is faster, and in which it is not."""
     compared = [(row, row.ratio) for row in found if row.ratio]
     if not compared:
         return "jax_ep and the others were not measured on the same op yet."

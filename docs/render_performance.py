@@ -3,8 +3,7 @@
 Usage: ``python docs/render_performance.py [--check]``. Prose is in ``performance.in.md``; a marker
 ``<!-- table: NAME -->`` there becomes the table of that name below. Targets are in
 ``benchmarks/targets.json``, the figures of others in ``benchmarks/peers/``, records in
-``benchmarks/results/*.json``. ``performance.png`` is drawn again if what it shows
-changed.
+``benchmarks/results/*.json``. ``performance.png`` is drawn again if its data changed.
 """
 
 from __future__ import annotations
@@ -404,7 +403,7 @@ def main() -> int:
 
 
 def _machine(targets: dict[str, Any]) -> str:
-    """As in "2 × NVIDIA H200, 2 processes"."""
+    """The machine in words, such as "2 × NVIDIA H200, 2 processes"."""
     where = targets["peers"]["conditions"]
     return f"{targets['workload']['ranks']} × {where['device']}, {where['processes']} processes"
 

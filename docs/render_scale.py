@@ -1,8 +1,8 @@
 """Write docs/scale.md from the model of scale, committed records and published figures.
 
 Usage: ``python docs/render_scale.py [--check]``. Prose is in ``scale.in.md``; a marker
-``<!-- table: NAME -->`` there becomes the table of that name below. What the model is held to is in
-``scale_data.py``.
+``<!-- table: NAME -->`` there becomes the table of that name below. ``scale_data.py`` has the
+figures that the model is compared with.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _deviation(check: data.Check, slack: float) -> str:
 
 
 def _reasons(checks: Iterable[data.Check]) -> str:
-    """The reasons of named deviations of these checks, each with the kinds that it is for."""
+    """The reasons of named deviations of these checks, each with its kinds."""
     kinds = {check.kind for check in checks}
     names: dict[str, list[str]] = {}
     for kind, reason in data.DEVIATIONS.items():
