@@ -1,10 +1,10 @@
 // The operands, results and attributes of each FFI target, in the order in which they are passed.
 //
-// Stated here once, as lists that macros go through: X(name) for a buffer, X(type, name) for an
-// attribute. The buffer structs of all handlers, their bindings on every platform and what the
-// modules tell Python (signatures()) are made of these lists. Shapes are in the argument structs
-// (dispatch.h, ...). Optional operands are arrays of shape (0,) when absent. On GPUs some targets
-// have one result more, scratch memory, after those listed.
+// They are stated here once, as lists for macros: X(name) for a buffer, X(type, name) for an
+// attribute. The buffer structs of all handlers, their bindings on every platform and the lists for
+// Python (signatures()) are made of these lists. Shapes are in the argument structs (dispatch.h,
+// ...). Absent optional operands are arrays of shape (0,). On GPUs some targets have one more
+// result after those listed, scratch memory.
 #pragma once
 
 #include <vector>
@@ -25,8 +25,8 @@
 // A handle, as operands (ops::Handle).
 #define JAX_EP_HANDLE_OPERANDS(X) X(topk) X(dest_row) X(recv_rows) X(recv_src) X(expert_idx)
 
-// Every op of a group ends its operands with coords: s32[2], the rank within its group, and which
-// of the groups that lie side by side in the mesh it is in.
+// The last operand of every op of a group is coords: s32[2], the rank within its group, and the
+// number of its group among those that lie side by side in the mesh.
 
 #define JAX_EP_PLAN_ATTRIBUTES(X) X(int32_t, alignment) X(int32_t, expert_capacity)
 #define JAX_EP_PLAN_OPERANDS(X) X(topk_idx) X(coords)
@@ -54,7 +54,7 @@
 #define JAX_EP_COMBINE_VJP_RESULTS(X) X(d_rows) X(d_weights)
 #define JAX_EP_COMBINE_VJP_SCRATCH(X)
 
-// No op of a group: `same` is x in place, `time` u32[2], nanoseconds, low word first.
+// This is no op of a group. `same` is x in place, `time` is u32[2], nanoseconds, low word first.
 #define JAX_EP_CLOCK_ATTRIBUTES(X) X(int32_t, ordinal)
 #define JAX_EP_CLOCK_OPERANDS(X) X(x)
 #define JAX_EP_CLOCK_RESULTS(X) X(same) X(time)

@@ -92,7 +92,7 @@ cudaError_t LaunchCopy(const CopyParams& params, Mover mover, cudaStream_t strea
       LoadsKernel<<<params.blocks, kLoadThreads, 0, stream>>>(params);
       return cudaGetLastError();
     case Mover::kEngine:
-      break;  // no kernel of ours
+      break;  // not a kernel
   }
   return cudaErrorInvalidValue;
 }

@@ -18,7 +18,7 @@ struct NetworkParams {
 
   __device__ NetworkMemory Of(int32_t index) const { return NetworkMemory(memory[index], shape); }
   __device__ NetworkMemory Own() const { return Of(node.rank); }
-  // The rank with this index on a host, as Fail and waits name it: counted from this host's first.
+  // The rank with this index on a host, as Fail and waits count it: from this host's first rank.
   __device__ int32_t Peer(int32_t of_host, int32_t index) const {
     return (of_host - host) * shape.host_ranks + index;
   }

@@ -14,9 +14,9 @@ namespace jax_ep::cuda {
 // on each host which experts there its tokens want: *choices*, which the ranks of the host read at
 // the counterpart, so nothing is as large as all ranks' choices.
 //
-// There is room for two plans. A rank sends choices to a host only when it has got those of the
-// plan before from there, which that host sends when all its ranks have read those of the one
-// before that.
+// There is room for two plans, because a rank sends choices for plan n to a host only after it has
+// received that host's choices for plan n - 1. The host has sent those after all its ranks had read
+// the choices for plan n - 2.
 class PlanMemory {
  public:
   // `message_bytes`, a multiple of 128: of the choices for one host.
@@ -89,8 +89,7 @@ struct NetworkPlanParams {
   int32_t num_blocks;
 };
 
-// Three kernels, of which the first waits for nobody. On failure counts are -1, and there are no
-// rows.
+// Three kernels; the first waits for nobody. On failure counts are -1, and there are no rows.
 cudaError_t LaunchNetworkPlan(const NetworkPlanParams& params, cudaStream_t stream);
 
 cudaError_t LoadNetworkPlan();

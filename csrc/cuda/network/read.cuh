@@ -1,4 +1,4 @@
-// The way in of rows: readers go through this rank's entries, those of its host's ranks and those
+// Receiving rows: readers go through this rank's entries, those from ranks of its host and those
 // that came in chunks from other hosts.
 #pragma once
 
@@ -17,7 +17,7 @@ __device__ void ReadHost(const NetworkParams& network, const NetworkRoutes& rout
                          int32_t num_readers, Bring&& bring) {
   const int32_t host_ranks = network.shape.host_ranks;
   for (int32_t i = 0; i < host_ranks; ++i) {
-    // Beginning after this rank, so that not all read from the same one.
+    // Begins after this rank, so that not all ranks read from the same one at once.
     const int32_t index = (network.node.rank + 1 + i) % host_ranks;
     const int32_t source = network.host * host_ranks + index;
     bring(index, ShareOfEntries(routes, source, number, num_readers));
@@ -36,10 +36,10 @@ struct ChunkRows {
   }
 };
 
-// Calls `bring(entries, rows)` for this rank's entries in each chunk, from any rank of another
-// host, that comes by the block's ways. By a team: each warp calls it for all chunks, and does a
-// share. When it returns, all of the warp's reads of the chunk have to be complete. False once the
-// group has failed.
+// Calls `bring(entries, rows)` for this rank's entries in each chunk that comes by the block's
+// ways, from any rank of another host. Called by a team: each warp calls `bring` for all chunks and
+// does a share. When `bring` returns, the warp's reads of the chunk must be complete. False once
+// the group has failed.
 template <typename Bring>
 __device__ bool ReadChunks(const NetworkParams& network, const NetworkRoutes& routes,
                            int32_t num_tokens, int32_t chunk_row_bytes, const Ways& ways,
