@@ -138,7 +138,7 @@ def best_entries(records: list[dict[str, Any]], tried: int = 1) -> list[dict[str
     """An entry of the cache for each key, from the right records of jax_ep's kernels alone.
 
     Args:
-        records: Of the benchmarks.
+        records: Records of the benchmarks.
         tried: Records that a key must have, right or wrong, to get an entry.
     """
     by_key: dict[tuning.Key, list[dict[str, Any]]] = {}

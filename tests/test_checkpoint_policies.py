@@ -57,7 +57,7 @@ def traced_calls(jaxpr) -> collections.Counter[str]:
 
 
 def dense_gradient(steps: int):
-    """Of the loss of ``steps`` layers, without ranks, flattened."""
+    """The gradients of the loss of ``steps`` layers, without ranks, flattened."""
 
     def loss(x, weights):
         for _ in range(steps):

@@ -78,7 +78,7 @@ def one_step(groups: tuple[jax_ep.Group, jax_ep.Group], i):
     rows = out.tokens * out.weights.sum(axis=1, keepdims=True)
     again = jax_ep.combine(rows, out.handle, group=groups[1])
     want_dw = jnp.where(used, (x * dy).sum(axis=1, keepdims=True), 0)
-    # What all ranks sent here, found without asking them.
+    # What all ranks send here, computed without communication.
     everyone = jnp.stack([routes(i, r) for r in range(RANKS)])
     local = EXPERTS // RANKS
     want_kept = ((everyone >= 0) & (everyone // local == rank)).sum()

@@ -90,8 +90,8 @@ class Trainer:
 
     Attributes:
         mesh: A mesh with axes "data" and "expert".
-        model_config: Of the model.
-        config: Of the training.
+        model_config: Configuration of the model.
+        config: Configuration of the training.
         abstract_state: Shapes, dtypes and shardings of a ``TrainState``.
         step: ``(state, batch, learning_rate)`` to ``(state, Figures)``; takes the state's memory.
         loss: ``(state, batch)`` to nats per byte, nothing dropped.
@@ -104,8 +104,8 @@ class Trainer:
 
         Args:
             mesh: With axes "data" and "expert"; batches are split over both.
-            model_config: Of the model.
-            config: Of the training.
+            model_config: Configuration of the model.
+            config: Configuration of the training.
 
         Raises:
             ValueError: if the batch or the experts do not split over the mesh, or the channels over

@@ -147,7 +147,7 @@ def moe(
             out of ``aux_loss``, and their weights have gradient zero. ``capacity_factor`` still
             counts ``num_experts``. None: all exist.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
-        overlap: "shared_expert" runs the shared expert while rows are under way.
+        overlap: "shared_expert" runs the shared expert while rows are in flight.
         activation: Activation function of the gate.
         alignment: Rows of each expert are padded to a multiple of it, if ``grouped_dot`` needs that.
         capacity: As in ``dispatch``, rows of each rank.

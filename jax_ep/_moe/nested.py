@@ -107,8 +107,8 @@ class _Inner:
     Attributes:
         f: A function of arrays to a tuple of arrays.
         axes: The axes that it enters.
-        in_specs: Of each argument.
-        out_specs: Of each result.
+        in_specs: The spec of each argument.
+        out_specs: The spec of each result.
         varying: For each argument, the outer axes that it is cast to vary over.
     """
 

@@ -93,7 +93,7 @@ def moe_param_shapes(
         num_experts: E over the whole group.
         shared_intermediate: S, or None for no shared expert.
         router_bias: Whether the router has a selection bias.
-        dtype: Of all weights but the router bias, which is float32.
+        dtype: Dtype of all weights except the router bias, which is float32.
 
     Returns:
         The shapes.
@@ -150,7 +150,7 @@ def init_moe_params(
         num_experts: E over the whole group.
         shared_intermediate: S, or None for no shared expert.
         router_bias: Whether the router has a selection bias; it starts at zero.
-        dtype: Of all weights but the router bias, which is float32.
+        dtype: Dtype of all weights except the router bias, which is float32.
         kernel_init: Function ``(key, shape, dtype)`` that gives the weights of the experts.
         router_init: Likewise for the router.
 

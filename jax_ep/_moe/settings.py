@@ -51,7 +51,7 @@ class LayerSettings:
         partition_names: Mesh axes, or logical names, of the weights' dimensions.
         token_axes: Mesh axes that tokens are split over; None for all but tensor and pipeline axes.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
-        overlap: "shared_expert" runs the shared expert while rows are under way.
+        overlap: "shared_expert" runs the shared expert while rows are in flight.
         activation: Activation function of the gate.
         alignment: Rows of each expert are padded to a multiple of it.
         capacity: Rows of each rank.

@@ -26,7 +26,7 @@ class Case:
             "round_trip" (dispatch and combine), "exchange" (XLA's own exchange of rows, one way) or
             "layer" (forward and backward).
         layout: "expert" or "token".
-        dtype: Of the tokens, before any quantization.
+        dtype: Dtype of the tokens, before any quantization.
         quantization: "none"; "quantized": the rows given and received are ``Quantized``; "fp8":
             rows of ``dtype`` are cast on their way and received ``Quantized``; "fp8-dense": rows of
             ``dtype`` are cast on their way and received in ``dtype``.

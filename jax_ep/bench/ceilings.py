@@ -142,7 +142,7 @@ def _ppermute(session: Ranks, x: jax.Array) -> float:
 
 
 def _on_cpu(session: Ranks) -> list[Ceiling]:
-    """What one core copies within its cache, times the cores: more than all of them reach together."""
+    """The rate of one core's copies within its cache, times the cores, which all cannot reach."""
     source, target = np.zeros(_CPU_BYTES // 4, np.int32), np.ones(_CPU_BYTES // 4, np.int32)
     one = np.int32(1)
     best, begin = 0.0, time.perf_counter()

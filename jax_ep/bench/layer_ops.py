@@ -121,7 +121,7 @@ def make_experts(session: Session, case: Case) -> Experts:
 
 
 def _judgement(session: Session, case: Case, sizes: Sizes, inputs: Any) -> Any:
-    """What the layer must give: outputs and gradients of the arm that is the judge."""
+    """The right results of the layer: outputs and gradients of the arm ``JUDGE``."""
     key = ("judgement", dataclasses.replace(case.workload, capacity="exact"))
     if key not in session.kept:
         run = session.on_all_ranks(_step(layer.BY_NAME[JUDGE], sizes).run)

@@ -45,7 +45,7 @@ class Machine:
         return None
 
     def __str__(self) -> str:
-        """In words."""
+        """The machine in words."""
         where = f"{min(self.gpus, self.ranks)} GPU(s)" if self.gpus else "CPU"
         return f"{self.ranks} rank(s) on {where}, {self.processes} process(es)"
 
@@ -64,7 +64,7 @@ def count_gpus() -> int:
 
 
 def check_processes(ranks: int, processes: int, gpus: int) -> None:
-    """Raise ``ValueError`` unless the ranks can be laid over so many processes and GPUs."""
+    """Raise ``ValueError`` unless the ranks can be spread over these processes and GPUs."""
     if ranks < 1 or processes < 1:
         raise ValueError(f"--ranks, --processes: expected 1 or more, got {ranks} and {processes}.")
     if processes not in (1, ranks) and (gpus or ranks % processes):

@@ -61,9 +61,9 @@ class Exchange(NamedTuple):
 
     Attributes:
         step: One of them.
-        inputs: What the first is given.
+        inputs: Inputs of the first exchange.
         rows: The rows among a step's inputs, or its result: an array ``[R * N, H]``.
-        home: What a rank has at first, and after an even number of exchanges.
+        home: The rows that a rank has at first, and after an even number of exchanges.
     """
 
     step: Step

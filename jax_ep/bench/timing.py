@@ -70,7 +70,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, samples: Sequence[float] | np.ndarray) -> Spread:
-        """Of samples in microseconds."""
+        """The spread of samples in microseconds."""
         return cls(*(float(np.percentile(samples, p)) for p in (50, 10, 90)))
 
     def less(self, microseconds: float) -> Spread:
@@ -88,7 +88,8 @@ class Measured:
     """What a chain gave.
 
     Attributes:
-        spread: Of an op with its link; of several ranks here, the slowest in each sample.
+        spread: The spread of an op with its link; with several ranks here, the slowest of each
+            sample.
         result: What the last op gave, in the last sample.
         last_set: Number of the set that this op was given.
         text: The compiled program.

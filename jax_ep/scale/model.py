@@ -75,8 +75,8 @@ class MemoryUse:
     Attributes:
         rows: Dispatched rows, as many as there is room for.
         lossless_rows: The same with room for any routing.
-        workspace: Of the group.
-        scratch: Of the op while it runs: the rows that a fused cast makes.
+        workspace: The workspace of the group.
+        scratch: Scratch of the op while it runs: the rows that a fused cast makes.
         ring: The network's staging ring, both directions; 0 on one host.
     """
 

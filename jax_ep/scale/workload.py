@@ -28,9 +28,9 @@ class Workload:
         top_groups: Groups that a token's experts may be in.
         layout: "token": a rank gets one row for each token it needs; "expert": one for each of the
             token's experts there, padded to ``alignment``.
-        dtype: Of the tokens: "bfloat16", "float16" or "float32".
-        quantization: Of dispatch; combine and gradients move rows of ``dtype``. "none";
-            "quantized": rows are float8 with their scales before and after; "fp8": rows of
+        dtype: Dtype of the tokens: "bfloat16", "float16" or "float32".
+        quantization: Quantization of dispatch; combine and gradients move rows of ``dtype``.
+            "none"; "quantized": rows are float8 with their scales before and after; "fp8": rows of
             ``dtype`` are cast on their way and received as float8; "fp8-dense": rows of ``dtype``
             are cast on their way and received in ``dtype``.
         alignment: Rows of an expert are padded to a multiple of it (layout "expert").

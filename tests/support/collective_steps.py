@@ -122,7 +122,7 @@ def layers(group: jax_ep.Group, sizes: Sizes, i):
         off = y - (wanted_x + n) * factor
         x = wanted_x + off
         wrong_y += (off != 0).sum(dtype=jnp.int32)
-        # What all ranks sent here, found without asking them.
+        # What all ranks send here, computed without communication.
         everyone = jnp.stack([routes(i + n, r, sizes) for r in range(RANKS)])
         here = (everyone >= 0) & (everyone // (EXPERTS // RANKS) == rank)
         wrong_rows += (out.counts.sum() != here.sum()).astype(jnp.int32) + out.num_dropped.sum()

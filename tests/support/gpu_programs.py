@@ -68,7 +68,7 @@ def identity_layer(group: jax_ep.Group, **options: Any) -> Callable[..., jax.Arr
 
 
 def expected(x: np.ndarray, idx: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """What ``identity_layer`` gives one rank."""
+    """The right result of ``identity_layer`` on one rank."""
     return x.astype(np.float64) * np.where(idx >= 0, weights, 0).sum(-1, keepdims=True)
 
 

@@ -1,4 +1,4 @@
-// What a kernel needs to know of its group.
+// What a kernel must know about its group.
 #pragma once
 
 #include <cstdint>
