@@ -283,12 +283,10 @@ def run(
 ) -> str:
     """Run a stage and say how it went."""
     begin = time.monotonic()
-    folders = (ROOT, ROOT / "tests", ROOT / "tests" / "support")
-    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "JAX_EP_TEST_PLATFORM": "cuda",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": machine.python_path(ROOT, ROOT / "tests", ROOT / "tests" / "support"),
         **stage.environment,
     }
     shares = stage.ranks > gpus

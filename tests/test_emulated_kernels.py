@@ -266,6 +266,16 @@ def _run_well(
     return done
 
 
+def _expect_noticed(program: pathlib.Path, arguments: str, mutation: int) -> None:
+    """Fail unless the program finds an error under one of the schedules."""
+    for seed in range(1, _SEEDS + 1):
+        done = _run(program, arguments, seed=seed, mutation=mutation)
+        if done.returncode != 0:
+            assert "WRONG" in done.stdout or "EMULATOR" in done.stderr, done.stdout + done.stderr
+            return
+    pytest.fail(f"none of {_SEEDS} schedules showed it")
+
+
 @pytest.mark.parametrize("arguments", _KERNELS)
 def test_kernels_give_what_the_cpu_backend_gives(binaries: pathlib.Path, arguments: str) -> None:
     _run_well(binaries / "kernels_test", f"{_SMALL} {arguments}")
@@ -333,13 +343,7 @@ def test_an_epoch_cannot_number_addresses(binaries: pathlib.Path, arguments: str
 
 @pytest.mark.parametrize("mutation", _MUTATIONS)
 def test_a_missing_wait_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
-    for seed in range(1, _SEEDS + 1):
-        arguments = f"{_STRESS} {_MUTATIONS[mutation]}"
-        done = _run(binaries / "stress_test", arguments, seed=seed, mutation=mutation)
-        if done.returncode != 0:
-            assert "WRONG" in done.stdout or "EMULATOR" in done.stderr, done.stdout + done.stderr
-            return
-    pytest.fail(f"none of {_SEEDS} schedules showed it")
+    _expect_noticed(binaries / "stress_test", f"{_STRESS} {_MUTATIONS[mutation]}", mutation)
 
 
 @pytest.mark.parametrize("seed", range(1, 3))
@@ -362,10 +366,5 @@ def test_failures_between_hosts(binaries: pathlib.Path, arguments: str) -> None:
 
 @pytest.mark.parametrize("mutation", _NETWORK_MUTATIONS)
 def test_a_missing_wait_between_hosts_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
-    given = "layout=expert tokens=60 blocks=1 steps=4 timeout=1"
-    for seed in range(1, _SEEDS + 1):
-        done = _run(binaries / "network_test", given, seed=seed, mutation=mutation)
-        if done.returncode != 0:
-            assert "WRONG" in done.stdout or "EMULATOR" in done.stderr, done.stdout + done.stderr
-            return
-    pytest.fail(f"none of {_SEEDS} schedules showed it")
+    arguments = "layout=expert tokens=60 blocks=1 steps=4 timeout=1"
+    _expect_noticed(binaries / "network_test", arguments, mutation)

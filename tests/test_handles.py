@@ -15,6 +15,7 @@ import sys
 import pytest
 
 import jax_ep
+import machine
 from jax_ep._errors import CommunicationError
 from jax_ep._groups import gpu_side
 
@@ -25,8 +26,7 @@ def play(scene: str, processes: int, folder: pathlib.Path, **env: str) -> list[o
     """What each process of a scene saw; None for one that was killed."""
     temporary = folder / "tmp"
     temporary.mkdir()
-    root = pathlib.Path(jax_ep.__file__).parent.parent
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     base = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TMPDIR": str(temporary)}
     running = [
         subprocess.Popen(
@@ -215,8 +215,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 )
 def test_watch():
     """Deaths and goodbyes are told apart and noticed within 50 ms; forks disturb neither."""
-    root = pathlib.Path(jax_ep.__file__).parent.parent
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     ours, theirs = socket.socketpair()
     with theirs:
         done = subprocess.run(

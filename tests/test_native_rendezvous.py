@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jax_ep
+import machine
 import oracle
 from jax_ep import _cpu
 from jax_ep._backends import native
@@ -110,8 +111,7 @@ def run_script(body: str, timeout: float = 120) -> subprocess.CompletedProcess[s
         idx = np.tile(np.arange(8, dtype=np.int32), 4).reshape(16, 2)
         x = np.ones((16, 8), np.float32)
     """
-    root = pathlib.Path(jax_ep.__file__).parents[1]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(body)],
         env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},

@@ -266,13 +266,12 @@ def beside(text: str) -> dict[str, list[str]]:
 
 def start(platform: str, processes: int, **env: str) -> list[subprocess.Popen[str]]:
     """Start the program below on two devices of a platform; ``gpu_processes.finish`` must follow."""
-    root = pathlib.Path(jax_ep.__file__).parents[1]
     flags = {"cuda": "--xla_gpu_enable_latency_hiding_scheduler=true"}.get(
         platform, f"--xla_force_host_platform_device_count={RANKS // processes}"
     )
     base = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": machine.python_path(pathlib.Path(jax_ep.__file__).parents[1]),
         "JAX_PLATFORMS": platform,
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1",  # the tests' own process holds most of the memory
     }

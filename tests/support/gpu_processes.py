@@ -32,8 +32,7 @@ def start(program: str, processes: int, num_gpus: int, **env: str) -> list[subpr
     """Start ``program`` in that many processes, with rank i on GPU i modulo ``num_gpus``."""
     port = machine.free_port()
     fraction = 0.7 / -(-processes // num_gpus)
-    root = pathlib.Path(jax_ep.__file__).parent.parent
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     base = {**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}"}
     return [
         subprocess.Popen(

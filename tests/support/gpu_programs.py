@@ -40,6 +40,12 @@ def routes(ranks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return idx, rng.random(idx.shape).astype(np.float32)
 
 
+def inputs(ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x ``[R, T, H]``, experts and weights ``[R, T, K]``; the same in all processes."""
+    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
+    return x, *routes(ranks, seed=0)
+
+
 def spread(mesh: jax.sharding.Mesh, x: np.ndarray) -> jax.Array:
     """``[R, n, ...]`` as a global array of ``[R * n, ...]``, one slice for each rank."""
     flat = x.reshape(-1, *x.shape[2:])
@@ -70,6 +76,25 @@ def identity_layer(group: jax_ep.Group, **options: Any) -> Callable[..., jax.Arr
 def expected(x: np.ndarray, idx: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The right result of ``identity_layer`` on one rank."""
     return x.astype(np.float64) * np.where(idx >= 0, weights, 0).sum(-1, keepdims=True)
+
+
+def check_layer(y: jax.Array, x: np.ndarray, idx: np.ndarray, weights: np.ndarray) -> None:
+    """Compare this rank's part of the result of ``identity_layer`` with the right one."""
+    me = jax.process_index()
+    np.testing.assert_allclose(mine(y), expected(x[me], idx[me], weights[me]), rtol=1e-4, atol=1e-5)
+
+
+def error_of(run: Callable[[], jax.Array], group: jax_ep.Group) -> str:
+    """The text of the error of ``run``, or "no error"; prints it."""
+    text = "no error"
+    try:
+        with jax_ep.errors():
+            jax.block_until_ready(run())
+        group.check()
+    except jax_ep.CommunicationError as error:
+        text = str(error)
+    print(f"raised: {text}")
+    return text
 
 
 def values(ranks: int) -> None:
@@ -146,10 +171,8 @@ def endless(ranks: int) -> None:
     """Run steps until a peer is gone, and print the error."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
     group = jax_ep.create_group(mesh, backend="cuda", timeout=60)
-    idx, weights = routes(ranks, seed=0)
-    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
     layer = jax.jit(identity_layer(group))
-    operands = [spread(mesh, a) for a in (x, idx, weights)]
+    operands = [spread(mesh, a) for a in inputs(ranks)]
     try:
         with jax_ep.errors():
             for step in range(10**9):
@@ -166,27 +189,19 @@ def again(ranks: int) -> None:
     """One rank stays away for one op; then a new group works."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
     group = jax_ep.create_group(mesh, backend="cuda", timeout=2)
-    idx, weights = routes(ranks, seed=0)
-    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
-    operands = [spread(mesh, a) for a in (x, idx, weights)]
+    given = inputs(ranks)
+    operands = [spread(mesh, a) for a in given]
     layer = jax.jit(identity_layer(group))
     jax.block_until_ready(layer(*operands))
     if jax.process_index() != 0:
-        try:
-            with jax_ep.errors():
-                jax.block_until_ready(layer(*operands))
-            group.check()
-            text = "no error"
-        except jax_ep.CommunicationError as error:
-            text = str(error)
+        text = error_of(lambda: layer(*operands), group)
         assert "phase arrival: waited 2" in text or "another rank" in text, text
     else:
         time.sleep(4)
     new = jax_ep.create_group(mesh, backend="cuda", timeout=2)
     assert new is not group
     y = jax.jit(identity_layer(new))(*operands)
-    me = jax.process_index()
-    np.testing.assert_allclose(mine(y), expected(x[me], idx[me], weights[me]), rtol=1e-4, atol=1e-5)
+    check_layer(y, *given)
     new.check()
 
 
@@ -194,16 +209,14 @@ def ending(ranks: int) -> None:
     """One rank ends in order: the others' check raises nothing, but their next op does."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
     group = jax_ep.create_group(mesh, backend="cuda", timeout=60)
-    idx, weights = routes(ranks, seed=0)
-    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
-    operands = [spread(mesh, a) for a in (x, idx, weights)]
+    given = inputs(ranks)
+    operands = [spread(mesh, a) for a in given]
     layer = jax.jit(identity_layer(group))
     y = layer(*operands)  # not waited for by the rank that ends
     if jax.process_index() == 1:
         gpu_side.library().say_goodbye()
         return
-    me = jax.process_index()
-    np.testing.assert_allclose(mine(y), expected(x[me], idx[me], weights[me]), rtol=1e-4, atol=1e-5)
+    check_layer(y, *given)
     deadline = time.monotonic() + 30
     while 1 not in gpu_side.library().gone_processes():
         assert time.monotonic() < deadline
@@ -269,19 +282,6 @@ def side_by_side(ranks: int) -> None:
         made.check()
 
 
-def error_of(run: Callable[[], jax.Array], group: jax_ep.Group) -> str:
-    """The text of the error of ``run``, or "no error"; prints it."""
-    text = "no error"
-    try:
-        with jax_ep.errors():
-            jax.block_until_ready(run())
-        group.check()
-    except jax_ep.CommunicationError as error:
-        text = str(error)
-    print(f"raised: {text}")
-    return text
-
-
 def out_of_step(ranks: int) -> None:
     """One rank runs a program of two equal layers, the others run a program of one layer twice.
 
@@ -289,9 +289,7 @@ def out_of_step(ranks: int) -> None:
     """
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
     group = jax_ep.create_group(mesh, backend="cuda", timeout=20)
-    idx, weights = routes(ranks, seed=0)
-    x = np.random.default_rng(1).standard_normal((ranks, TOKENS, HIDDEN)).astype(np.float32)
-    operands = [spread(mesh, a) for a in (x, idx, weights)]
+    operands = [spread(mesh, a) for a in inputs(ranks)]
 
     def program(count: int) -> Callable[..., jax.Array]:
         def run(x, idx, weights):

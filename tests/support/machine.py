@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -16,6 +17,11 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def python_path(*folders: pathlib.Path) -> str:
+    """``PYTHONPATH`` with these folders before those that it has now."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
 
 
 def count_gpus() -> int:

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 import lockstep
+import machine
 
 # Several processes place arrays on the mesh before they call a program, and their groups give up
 # earlier. With this variable one process does so too, so both make the same programs and can share
@@ -272,8 +273,7 @@ def count_calls(compiled_text: str, targets: Sequence[str]) -> dict[str, int]:
 
 def run_python(*arguments: str, timeout: float, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a fresh interpreter that finds the same jax_ep; the test fails if it hangs."""
-    root = pathlib.Path(jax_ep.__file__).parent.parent
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     return subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **env},

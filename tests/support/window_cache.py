@@ -9,10 +9,11 @@ kind of GPU.
 from __future__ import annotations
 
 import collections
-import os
 import pathlib
 import tarfile
 from collections.abc import Container, Iterable
+
+import machine
 
 PLUGIN = pathlib.Path(__file__).with_name("cache_plugin")
 PART_BYTES = 14 << 20
@@ -20,8 +21,7 @@ MOST_PARTS = 4
 
 
 def environment(folder: pathlib.Path, lookups: pathlib.Path) -> dict[str, str]:
-    """Environment of processes that use the cache in ``folder``; ``PYTHONPATH`` must name
-    ``PLUGIN``.
+    """Environment of processes that use the cache in ``folder``, besides ``python_path``.
 
     Args:
         folder: The folder of the entries; it need not exist.
@@ -120,9 +120,7 @@ def unpack(parts: pathlib.Path, folder: pathlib.Path) -> int:
 
 def python_path(root: pathlib.Path) -> str:
     """``PYTHONPATH`` of processes that use the cache."""
-    folders = (root, root / "tests", root / "tests" / "support", PLUGIN)
-    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
-    return os.pathsep.join(filter(None, paths))
+    return machine.python_path(root, root / "tests", root / "tests" / "support", PLUGIN)
 
 
 def _tar_bytes(size: int) -> int:
