@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import textwrap
 from statistics import median
 from typing import Any
 
+import page_text
+from page_text import wrapped
 from performance_data import Peer, Record, good, matches, ours, peers_of
 
 START, END = "<!-- headline -->", "<!-- end of headline -->"
@@ -72,9 +73,7 @@ def rows(targets: dict[str, Any], results: list[Record]) -> list[Row]:
 
 def table(found: list[Row]) -> str:
     """The rows as Markdown."""
-    names = _HEAD.split(", ")
-    lines = [names, ["---"] * len(names), *map(_cells, found)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return page_text.table(_HEAD.split(", "), map(_cells, found))
 
 
 def _cells(row: Row) -> list[str]:
@@ -179,11 +178,6 @@ def readme(page: str, targets: dict[str, Any], results: list[Record]) -> str:
     text = f"{table(chosen)}\n\n{wrapped(summary(found))}\n\n{wrapped(layer(targets, results))}"
     body = f"\n\n{text}\n\n"
     return "".join([*parts[:2], body, *parts[3:]])
-
-
-def wrapped(text: str) -> str:
-    """A paragraph in lines no longer than those around it."""
-    return textwrap.fill(text, width=104, break_on_hyphens=False, break_long_words=False)
 
 
 def _range(ratios: list[float]) -> str:

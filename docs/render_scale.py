@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 
+import page_text
 import scale_data as data
 
 from jax_ep.scale import H200, Workload, predict, show
@@ -58,12 +59,12 @@ def _predictions(workload: Workload) -> str:
         found = predict(workload, hosts=hosts)
         cells = show.row(found)
         rows.append([f"**{cell}**" for cell in cells] if found.ranks == _HIGHLIGHTED else cells)
-    return _markdown(show.COLUMNS, rows)
+    return page_text.table(show.COLUMNS, rows)
 
 
 def _constants() -> str:
     fitted = data.fit(_records())
-    return _markdown(
+    return page_text.table(
         ("constant", "value", "fitted"),
         [
             [f"`{name}`", _NUMBER.format(getattr(H200, name)), _NUMBER.format(value)]
@@ -80,7 +81,7 @@ def _measured() -> str:
         ]
         for check in _checks()
     ]
-    return _markdown(("record", "us", "predicted us", "deviation", "fit"), rows)
+    return page_text.table(("record", "us", "predicted us", "deviation", "fit"), rows)
 
 
 def _summary() -> str:
@@ -101,7 +102,7 @@ def _published() -> str:
         ]
         for check in data.published()
     ]
-    return _markdown(("figure", "GB/s", "predicted GB/s", "deviation"), rows)
+    return page_text.table(("figure", "GB/s", "predicted GB/s", "deviation"), rows)
 
 
 def _deviation(check: data.Check, slack: float) -> str:
@@ -125,12 +126,14 @@ def _skipped() -> str:
     reasons = collections.Counter(
         reason for _, record in _records() if (reason := data.skipped(record)) is not None
     )
-    return _markdown(("records", "why"), [[str(n), why] for why, n in sorted(reasons.items())])
+    return page_text.table(
+        ("records", "why"), [[str(n), why] for why, n in sorted(reasons.items())]
+    )
 
 
 def _machines() -> str:
     machines = json.loads(data.PUBLISHED.read_text())["machines"]
-    return _markdown(
+    return page_text.table(
         ("machine", "dispatch GB/s", "combine GB/s", "why"),
         [
             [name, *(f"{m['nvlink_gbs'][op]:g}" for op in ("dispatch", "combine")), m["why"]]
@@ -142,12 +145,6 @@ def _machines() -> str:
 def _sources() -> str:
     sources = json.loads(data.PUBLISHED.read_text())["sources"]
     return "\n".join(f"* {library}: {source}." for library, source in sources.items())
-
-
-def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
