@@ -122,6 +122,10 @@ struct Workload {
     const int unit = blocks * 192 * DenseRows::kPayloadBytes / payload_bytes;
     return kPayloadBytes / payload_bytes / unit * unit;
   }
+  void AddLoads(const char* name, void (*four)(Params), void (*eight)(Params)) {
+    movers.push_back({name, 4, four, kLoadWarps * 32, 0});
+    movers.push_back({name, 8, eight, kLoadWarps * 32, 0});
+  }
 };
 
 using LoadIndices = std::make_index_sequence<std::size(kLoadNames)>;
@@ -130,13 +134,9 @@ template <typename Format, size_t... kLoad>
 Workload Copies(std::index_sequence<kLoad...>) {
   using Ring = BulkCopy<Format>;
   Workload workload{"copy", Format::kPayloadBytes, Format::kScaleBytes, 1, {}};
-  std::vector<Mover>& movers = workload.movers;
-  movers.push_back({"bulk", 0, CopyByBulk<Format>, Ring::kThreads, Ring::kBytes});
-  const auto add = [&](const char* name, int in_flight, void (*kernel)(Params)) {
-    movers.push_back({name, in_flight, kernel, kLoadWarps * 32, 0});
-  };
-  ((add(kLoadNames[kLoad], 4, CopyByLoads<Load{kLoad}, 4, Format>),
-    add(kLoadNames[kLoad], 8, CopyByLoads<Load{kLoad}, 8, Format>)),
+  workload.movers.push_back({"bulk", 0, CopyByBulk<Format>, Ring::kThreads, Ring::kBytes});
+  (workload.AddLoads(kLoadNames[kLoad], CopyByLoads<Load{kLoad}, 4, Format>,
+                     CopyByLoads<Load{kLoad}, 8, Format>),
    ...);
   return workload;
 }
@@ -144,14 +144,9 @@ Workload Copies(std::index_sequence<kLoad...>) {
 template <size_t... kLoad>
 Workload Sums(std::index_sequence<kLoad...>) {
   Workload workload{"sum", DenseRows::kPayloadBytes, DenseRows::kScaleBytes, kTerms, {}};
-  std::vector<Mover>& movers = workload.movers;
-  movers.push_back({"combine", kAdderLoads, SumByAdder, kAdderWarps * 32,
-                    kAdderWarps * kTerms * int{sizeof(Term)}});
-  const auto add = [&](const char* name, int in_flight, void (*kernel)(Params)) {
-    movers.push_back({name, in_flight, kernel, kLoadWarps * 32, 0});
-  };
-  ((add(kLoadNames[kLoad], 4, SumByLoads<Load{kLoad}, 4>),
-    add(kLoadNames[kLoad], 8, SumByLoads<Load{kLoad}, 8>)),
+  workload.movers.push_back({"combine", kAdderLoads, SumByAdder, kAdderWarps * 32,
+                             kAdderWarps * kTerms * int{sizeof(Term)}});
+  (workload.AddLoads(kLoadNames[kLoad], SumByLoads<Load{kLoad}, 4>, SumByLoads<Load{kLoad}, 8>),
    ...);
   return workload;
 }
@@ -320,7 +315,6 @@ Result Run(const std::vector<Device>& devices, const Workload& workload, const M
   return {times, 1e-3 * num_rows * workload.RowBytes() / times.us, correct};
 }
 
-// Writes the figures as JSON.
 std::string Quoted(const std::string& text) {
   std::string quoted = "\"";
   for (const char c : text) {

@@ -246,11 +246,7 @@ _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/
 def _op_row(record: Record) -> list[str]:
     return [
         *(_where(record), _name(record), _us(record), _spread(record), _sms(record)),
-        *(
-            number(record["wire_gbs"]),
-            _share(record),
-            number(record["logical_gbs"]),
-        ),
+        *(number(record["wire_gbs"]), _share(record), number(record["logical_gbs"])),
         "yes" if record["correct"] and not record.get("error") else "NO",
     ]
 
