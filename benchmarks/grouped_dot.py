@@ -2,8 +2,8 @@
 
     python benchmarks/grouped_dot.py --output benchmarks/results/grouped_dot_h200.json
 
-A time is the slope between N and 2N calls one after the other in one jitted program. The operands are
-many times the L2 cache, so that each call finds it without them.
+A time is the slope between N and 2N calls, one after the other in one jitted program. The operands
+are many times larger than the L2 cache, so no call finds its own there.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ def sizes_of(rows: int, groups: int, distribution: str) -> np.ndarray:
 
 
 def microseconds(call: Callable[..., Any], operands: list[Any], repeat: int) -> list[float]:
-    """Samples of the time of one call; each takes the result of the one before along."""
+    """Samples of the time of one call; each call depends on the result of the one before."""
 
     def chain(count: int) -> Callable[..., Any]:
         @jax.jit
         def run(*operands):
             def step(carry, _):
-                # The barrier makes each call wait for the one before, and be none that XLA could merge.
+                # The barrier makes each call wait for the one before, so that XLA cannot merge
+                # calls.
                 tied, carry = jax.lax.optimization_barrier((operands, carry))
                 return carry + call(*tied).reshape(-1)[0].astype(jnp.float32), None
 

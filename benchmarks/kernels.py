@@ -3,10 +3,11 @@
     tests/cuda/build_kernels_test.sh build/cuda
     python benchmarks/kernels.py --output benchmarks/results/kernels_h200.json
 
-Two ranks of 2048 tokens on one GPU move the rows through its memory that one rank of 4096 tokens
-does on each of two GPUs, with as many SMs in all; only the link is not there. So these times say what
-SMs and local memory allow. Each is the mean over launches one after the other, whose inputs lie in
-two places in turn, of the slower rank; all results are compared bit by bit with the CPU backend.
+Two ranks of 2048 tokens on one GPU move as many rows through its memory, with as many SMs in all,
+as one rank of 4096 tokens does on each of two GPUs. Only the link is missing. So these times say
+what SMs and local memory allow. Each is the mean of the slower rank over consecutive launches,
+which read two copies of the inputs in turn. All results are compared bit by bit with the CPU
+backend.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def machine() -> dict[str, Any]:
 def records_of(
     output: str, layout: str, quantization: str | None, blocks: int
 ) -> list[dict[str, Any]]:
-    """What one run of kernels_test printed, as records without the fields of ``machine``.
+    """The output of one run of kernels_test, as records without the fields of ``machine``.
 
     Raises:
         ValueError: if it is not what kernels_test prints.
@@ -52,7 +53,7 @@ def records_of(
             "op": "kernel",
             "kernel": name,
             "layout": layout,
-            # Combine brings dense rows home, whatever dispatch moved.
+            # Combine brings dense rows home, whichever rows dispatch moved.
             "dtype": "bfloat16",
             "quantization": quantization if name == "dispatch" else None,
             "ranks": SHAPE["ranks"],
@@ -67,7 +68,7 @@ def records_of(
             "correct": "all right" in output,
         }
         for name, us in times
-        # What does not depend on the format of the rows is in the other run.
+        # The other run has the ops that do not depend on the format of the rows.
         if quantization is None or name == "dispatch"
     ]
 

@@ -1,16 +1,16 @@
-// Is the "aggressive" load, ld.global.nc.L1::no_allocate.L2::256B, worth having? Times what may
-// bring rows from this GPU's memory or a peer's to registers or to other rows.
+// Is the "aggressive" load, ld.global.nc.L1::no_allocate.L2::256B, worth having? This program times
+// ways to bring rows from this GPU's memory or a peer's to registers or to other rows.
 //
 //   nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/loads.cu -o build/cuda/loads
 //   build/cuda/loads [--json benchmarks/results/loads.json]
 //
 // Movers: bulk copies as in csrc/cuda/node/dispatch.cu, with the same stages; the adder of combine;
-// and loads of 16 bytes, 4 or 8 of them under way in each of 1024 threads of a block. Uses: "copy"
+// and loads of 16 bytes, 4 or 8 of them in flight in each of 1024 threads of a block. Uses: "copy"
 // writes every row to a row here, as dispatch does; "sum" adds rows by fours in float32, as combine
 // does, which has no float8 rows. Rows are gathered in random order out of two sources in turn,
 // each some ten times the L2 cache. "peer": two GPUs read each other's memory at the same time. A
-// figure is the median over launches one after the other, on the slower GPU; GB/s count what is
-// read, once. Every word of the results is checked.
+// figure is the median over consecutive launches on the slower GPU. GB/s count the bytes read,
+// once. Every word of the results is checked.
 
 #include <cuda_runtime.h>
 
@@ -59,7 +59,7 @@ __global__ void FillWords(uint32_t* words, int64_t count, int words_per_row, int
   }
 }
 
-// Compares `count` words of results, of `terms` rows each, with what was filled in.
+// Compares `count` words of results, each a sum of `terms` rows, with the inputs.
 __global__ void CountWrong(const uint32_t* words, int64_t count, int words_per_row, int first_word,
                            uint32_t source, const int32_t* order, int terms,
                            unsigned long long* num_wrong) {
@@ -107,7 +107,7 @@ struct Mover {
   int in_flight;  // loads of a thread; 0 for bulk copies
   void (*kernel)(Params);
   int threads;
-  int shared_bytes;  // besides the list of rows
+  int shared_bytes;  // in addition to the list of rows
 };
 
 // A kind of rows with a use.
@@ -117,10 +117,14 @@ struct Workload {
   int terms;
   std::vector<Mover> movers;
   int RowBytes() const { return payload_bytes + scale_bytes; }
-  // So many rows that no warp of any mover gets more than another one.
+  // A number of rows that all movers can divide evenly among their warps.
   int NumRows(int blocks) const {
     const int unit = blocks * 192 * DenseRows::kPayloadBytes / payload_bytes;
     return kPayloadBytes / payload_bytes / unit * unit;
+  }
+  void AddLoads(const char* name, void (*four)(Params), void (*eight)(Params)) {
+    movers.push_back({name, 4, four, kLoadWarps * 32, 0});
+    movers.push_back({name, 8, eight, kLoadWarps * 32, 0});
   }
 };
 
@@ -130,13 +134,9 @@ template <typename Format, size_t... kLoad>
 Workload Copies(std::index_sequence<kLoad...>) {
   using Ring = BulkCopy<Format>;
   Workload workload{"copy", Format::kPayloadBytes, Format::kScaleBytes, 1, {}};
-  std::vector<Mover>& movers = workload.movers;
-  movers.push_back({"bulk", 0, CopyByBulk<Format>, Ring::kThreads, Ring::kBytes});
-  const auto add = [&](const char* name, int in_flight, void (*kernel)(Params)) {
-    movers.push_back({name, in_flight, kernel, kLoadWarps * 32, 0});
-  };
-  ((add(kLoadNames[kLoad], 4, CopyByLoads<Load{kLoad}, 4, Format>),
-    add(kLoadNames[kLoad], 8, CopyByLoads<Load{kLoad}, 8, Format>)),
+  workload.movers.push_back({"bulk", 0, CopyByBulk<Format>, Ring::kThreads, Ring::kBytes});
+  (workload.AddLoads(kLoadNames[kLoad], CopyByLoads<Load{kLoad}, 4, Format>,
+                     CopyByLoads<Load{kLoad}, 8, Format>),
    ...);
   return workload;
 }
@@ -144,14 +144,9 @@ Workload Copies(std::index_sequence<kLoad...>) {
 template <size_t... kLoad>
 Workload Sums(std::index_sequence<kLoad...>) {
   Workload workload{"sum", DenseRows::kPayloadBytes, DenseRows::kScaleBytes, kTerms, {}};
-  std::vector<Mover>& movers = workload.movers;
-  movers.push_back({"combine", kAdderLoads, SumByAdder, kAdderWarps * 32,
-                    kAdderWarps * kTerms * int{sizeof(Term)}});
-  const auto add = [&](const char* name, int in_flight, void (*kernel)(Params)) {
-    movers.push_back({name, in_flight, kernel, kLoadWarps * 32, 0});
-  };
-  ((add(kLoadNames[kLoad], 4, SumByLoads<Load{kLoad}, 4>),
-    add(kLoadNames[kLoad], 8, SumByLoads<Load{kLoad}, 8>)),
+  workload.movers.push_back({"combine", kAdderLoads, SumByAdder, kAdderWarps * 32,
+                             kAdderWarps * kTerms * int{sizeof(Term)}});
+  (workload.AddLoads(kLoadNames[kLoad], SumByLoads<Load{kLoad}, 4>, SumByLoads<Load{kLoad}, 8>),
    ...);
   return workload;
 }
@@ -229,7 +224,7 @@ struct Times {
   double us = 0, p10_us = 0, p90_us = 0;
 };
 
-// The time of `launch(device, buffer)`, which all devices do over and over; of the slower one.
+// The time of `launch(device, buffer)`, which all devices repeat; that of the slower one.
 template <typename Launch>
 Times Measure(const std::vector<Device>& devices, Launch&& launch) {
   for (int i = -1; i < kWarmups + kLaunches; ++i) {
@@ -320,7 +315,6 @@ Result Run(const std::vector<Device>& devices, const Workload& workload, const M
   return {times, 1e-3 * num_rows * workload.RowBytes() / times.us, correct};
 }
 
-// As JSON.
 std::string Quoted(const std::string& text) {
   std::string quoted = "\"";
   for (const char c : text) {

@@ -20,7 +20,7 @@ constexpr int RoundUp(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Rows of `kPayload` bytes with `kScales` bytes of scales, which lie in an array of their own.
+// Rows of `kPayload` bytes with `kScales` bytes of scales, which are in a separate array.
 template <int kPayload, int kScales>
 struct RowFormat {
   static constexpr int kPayloadBytes = kPayload;
@@ -36,7 +36,7 @@ constexpr int kMaxRows = kPayloadBytes / Float8Rows::kPayloadBytes;
 static_assert(kPayloadBytes < uint32_t{1} << 31, "offsets have 32 bits");
 
 struct Params {
-  const char* payload;   // [kMaxRows at most, payload bytes], what is read
+  const char* payload;   // [kMaxRows at most, payload bytes], the source rows
   const char* scales;    // [same, scale bytes]
   const int32_t* order;  // [num_rows], the source row of each row or term
   int32_t num_rows;      // that are read
@@ -44,7 +44,7 @@ struct Params {
   char* out_scales;      // [num_rows, scale bytes]
 };
 
-// Which result is this block's k-th one.
+// The number of this block's k-th result.
 __device__ int OutRow(int k) { return blockIdx.x + k * gridDim.x; }
 
 // Lists the source rows of this block's results, `kGroup` of each, and returns the number of its
@@ -59,7 +59,7 @@ __device__ int ListRows(const Params& p, int32_t* list) {
   return count / kGroup;
 }
 
-// MoveRows of dispatch.cu for rows of one place each: its stages, its warps, its loads ahead.
+// MoveRows of dispatch.cu for rows with one place each: the same stages, warps and loads ahead.
 template <typename Format>
 struct BulkCopy {
   static constexpr int kStages = 4;
@@ -152,7 +152,7 @@ enum class Load : size_t {
   kWeak,
   kCacheGlobal,  // of adder.cuh and quantize.cu
   kRelaxedSystem,
-  kWeakHints,  // the hints of the aggressive one, and defined
+  kWeakHints,  // the hints of the aggressive load, with defined behaviour
   kNonCoherent,
   kAggressive,
 };
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kLoadWarps * 32, 1)
   extern __shared__ __align__(128) int32_t list[];
   const int count = ListRows<1>(p, list);
   const auto at = [](auto* payload, auto* scales, uint32_t row, int strip) {
-    // Lanes past the end of a row do as the last one does.
+    // Lanes past the end of a row do the same as the last lane.
     const int offset = min(strip * 32 + int(threadIdx.x % 32), Format::kVectors - 1) * 16;
     const bool is_scale = Format::kScaleBytes != 0 && offset >= Format::kPayloadBytes;
     const uint32_t row_bytes = is_scale ? Format::kScaleBytes : Format::kPayloadBytes;

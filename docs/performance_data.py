@@ -1,4 +1,4 @@
-"""What docs/performance.md is rendered from: records, targets and the figures of other libraries."""
+"""The sources of docs/performance.md: records, targets and the figures of other libraries."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ KERNEL_FIELDS = {
     *("op", "kernel", "layout", "dtype", "quantization", "ranks", "gpus", "tokens", "hidden"),
     *("top_k", "experts", "alignment", "blocks", "us", "correct", "device", "versions", "command"),
 }
-# Of records that jax_ep.bench does not write, by op.
+# Fields of records that jax_ep.bench does not write, by op.
 OTHER_FIELDS = {
     "grouped_dot": GROUPED_DOT_FIELDS,
     "loads": LOADS_FIELDS,
     "kernel": KERNEL_FIELDS,
 }
 PEER_FIELDS = {"lib", "op", "ranks", "T", "H", "K", "E", "sms", "us", "p10", "p90", "tag"}
-# What a record means that leaves an optional field out.
+# The values of optional fields that a record leaves out.
 DEFAULTS = {"capacity": "exact"}
 _ROWS = {"none": "bf16", "quantized": "fp8", "fp8": "fp8cast"}  # in the ops of the peers' files
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """What another library took for an op.
+    """The time of another library for an op.
 
     Attributes:
         name: The library.
         op: Op, rows and layout, as in "dispatch_bf16_token".
         workload: Ranks, tokens of a rank, hidden size, top-k and experts.
         num_sms: SMs that it was given; 0 where it chooses.
-        us: Median, and `p10` and `p90` its percentiles.
+        us: Median; `p10` and `p90` are percentiles.
     """
 
     name: str
@@ -130,7 +130,7 @@ def peers_of(targets: dict[str, Any], match: dict[str, Any]) -> list[Peer]:
 
 
 def matches(record: Record, match: dict[str, Any]) -> bool:
-    """Whether a record has the fields of ``match``; one that it leaves out counts as its default."""
+    """Whether a record has the fields of ``match``; a missing field counts as its default."""
     return all(record.get(field, DEFAULTS.get(field)) == value for field, value in match.items())
 
 
@@ -142,5 +142,5 @@ def ours(results: list[Record]) -> list[Record]:
 
 
 def good(record: Record) -> bool:
-    """Whether a record's figure counts: there is one, of a correct result, that nothing contradicts."""
+    """Whether a record's figure counts: it exists, its result is correct, and it is possible."""
     return bool(record["median_us"] and record["correct"] and not record.get("error"))

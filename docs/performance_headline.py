@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import textwrap
 from statistics import median
 from typing import Any
 
+import page_text
+from page_text import wrapped
 from performance_data import Peer, Record, good, matches, ours, peers_of
 
 START, END = "<!-- headline -->", "<!-- end of headline -->"
@@ -36,12 +37,12 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Of a rank."""
+        """Tokens of a rank."""
         return self.figure["match"]["tokens"]
 
     @property
     def us(self) -> float | None:
-        """jax_ep's time, if there is one that counts."""
+        """jax_ep's time, if there is a valid one."""
         return self.record["median_us"] if self.record and good(self.record) else None
 
     @property
@@ -60,7 +61,7 @@ class Row:
 
 
 def rows(targets: dict[str, Any], results: list[Record]) -> list[Row]:
-    """A row for each target. Of several records the last one counts, so the newest file's."""
+    """A row for each target. The last of several records counts, from the newest file."""
     found = []
     for figure in targets["figures"]:
         match = {**figure["match"], **targets["peers"]["conditions"]}
@@ -72,9 +73,7 @@ def rows(targets: dict[str, Any], results: list[Record]) -> list[Row]:
 
 def table(found: list[Row]) -> str:
     """The rows as Markdown."""
-    names = _HEAD.split(", ")
-    lines = [names, ["---"] * len(names), *map(_cells, found)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return page_text.table(_HEAD.split(", "), map(_cells, found))
 
 
 def _cells(row: Row) -> list[str]:
@@ -88,7 +87,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def at_sms(count: int | None) -> str:
-    """What follows a time: the SMs that were given; 0 is the library's own choice."""
+    """The text after a time: the SMs that were given; 0 is the library's own choice."""
     return "" if count is None else f" @{count or 'auto'}"
 
 
@@ -98,7 +97,7 @@ def floor(figure: dict[str, Any]) -> str:
 
 
 def summary(found: list[Row]) -> str:
-    """In how many rows jax_ep is the faster one, and where it is not."""
+    """In how many rows jax_ep is faster, and in which it is not."""
     compared = [(row, row.ratio) for row in found if row.ratio]
     if not compared:
         return "jax_ep and the others were not measured on the same op yet."
@@ -179,11 +178,6 @@ def readme(page: str, targets: dict[str, Any], results: list[Record]) -> str:
     text = f"{table(chosen)}\n\n{wrapped(summary(found))}\n\n{wrapped(layer(targets, results))}"
     body = f"\n\n{text}\n\n"
     return "".join([*parts[:2], body, *parts[3:]])
-
-
-def wrapped(text: str) -> str:
-    """A paragraph in lines no longer than those around it."""
-    return textwrap.fill(text, width=104, break_on_hyphens=False, break_long_words=False)
 
 
 def _range(ratios: list[float]) -> str:

@@ -1,6 +1,6 @@
 """docs/performance.png: jax_ep's times and those of others as bars.
 
-The picture carries a hash of what it shows, since its bytes differ between versions of matplotlib.
+The picture contains a hash of its data, because its bytes differ between versions of matplotlib.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from performance_headline import Row, at_sms, floor
 
 KEYWORD = "jax_ep data"  # of the hash among the picture's texts
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Colours of Okabe and Ito, which differ for all kinds of colour vision; by beginning of the name.
+# Colours of Okabe and Ito, which all kinds of colour vision can tell apart; by beginning of the
+# name.
 _COLOURS = {
     "jax_ep": "#0072B2",
     "DeepEP V2": "#E69F00",
@@ -147,7 +148,7 @@ def _panel(panel: Any, entries: list[dict[str, Any]], places: dict[str, tuple[fl
 
 
 def _limit(entries: list[dict[str, Any]]) -> float:
-    """The longest bar, its spread included, but those of more than four times the median bar."""
+    """The longest bar with its spread, without bars of more than four times the median bar."""
     bars = [bar for entry in entries for bar in entry["bars"] if bar[1]]
     middle = sorted(bar[1] for bar in bars)[len(bars) // 2] if bars else 0
     floors = [entry["floor"][1] for entry in entries]

@@ -157,7 +157,7 @@ def _entry(name: str, value: Any, *, constructed: bool = False, level: int = 3) 
     signature = ""
     if inspect.isfunction(value) or constructed:
         given = inspect.signature(value)
-        if list(given.parameters) == ["args", "kwargs"]:  # a metaclass's call, which hands them on
+        if list(given.parameters) == ["args", "kwargs"]:  # a metaclass's call, which passes them on
             given = inspect.signature(value.__init__)
         bare = given.replace(return_annotation=inspect.Signature.empty)
         plain = [_plain(parameter) for parameter in bare.parameters.values()]
@@ -167,12 +167,12 @@ def _entry(name: str, value: Any, *, constructed: bool = False, level: int = 3) 
     return f"{'#' * level} `{name}{signature}`\n\n{_text(value)}\n"
 
 
-# Of methods; and fields that every module of Flax Linen has, for which its own page is the place.
+# Methods to leave out, and fields that every module of Flax Linen has, which Flax documents itself.
 _HIDDEN = ("self", "parent", "name")
 
 
 class _Name:
-    """Prints as a name: functions and classes print as their addresses."""
+    """Prints as a name, because functions and classes would print their addresses."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -3,8 +3,7 @@
 Usage: ``python docs/render_performance.py [--check]``. Prose is in ``performance.in.md``; a marker
 ``<!-- table: NAME -->`` there becomes the table of that name below. Targets are in
 ``benchmarks/targets.json``, the figures of others in ``benchmarks/peers/``, records in
-``benchmarks/results/*.json``. ``performance.png`` is drawn again if what it shows
-changed.
+``benchmarks/results/*.json``. ``performance.png`` is drawn again if its data changed.
 """
 
 from __future__ import annotations
@@ -15,8 +14,11 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import page_text
 import performance_headline as headline
+import performance_kernels as kernels
 import performance_plot as plot
+from page_text import number, wrapped
 from performance_data import (
     RESULTS,
     ROOT,
@@ -59,11 +61,11 @@ def _headline(targets: dict[str, Any], results: list[Record]) -> str:
 def _summary(targets: dict[str, Any], results: list[Record]) -> str:
     """The headline in sentences."""
     rows = headline.rows(targets, results)
-    return headline.wrapped(f"{headline.summary(rows)} {headline.spread(rows)}".rstrip())
+    return wrapped(f"{headline.summary(rows)} {headline.spread(rows)}".rstrip())
 
 
 def _layer_ratio(targets: dict[str, Any], results: list[Record]) -> str:
-    return headline.wrapped(headline.layer(targets, results))
+    return wrapped(headline.layer(targets, results))
 
 
 def _targets(targets: dict[str, Any], results: list[Record]) -> str:
@@ -114,7 +116,7 @@ def _peers(targets: dict[str, Any], _: list[Record]) -> str:
 
 def _source(targets: dict[str, Any], _: list[Record]) -> str:
     peers = targets["peers"]
-    return headline.wrapped(f"The file is `benchmarks/{peers['file']}`. {peers['versions']}.")
+    return wrapped(f"The file is `benchmarks/{peers['file']}`. {peers['versions']}.")
 
 
 def _beyond(targets: dict[str, Any], results: list[Record]) -> str:
@@ -133,7 +135,7 @@ def _beyond(targets: dict[str, Any], results: list[Record]) -> str:
     bounds = {r["ceiling_gbs"] for r in over}
     measured = [r for r in records if r["op"] == "ceiling" and r["ceiling_gbs"] in bounds]
     names = ", ".join(sorted({f"`{r['name']}`" for r in measured}))
-    return headline.wrapped(
+    return wrapped(
         f"{len(above)} records have a rate above the ceiling of their run, by up to "
         f"{max(above) - 1:.1%}: it is what {names or 'a copy'} reached, and other movers are faster: "
         f"{movers} ({targets['movers']['when']})."
@@ -145,7 +147,7 @@ def _ceilings(_: dict[str, Any], results: list[Record]) -> str:
     for record in results:
         if record["op"] == "ceiling":
             memory = ", read and written in memory" if "memory_gbs" in record else ""
-            rows.append([_where(record), record["name"] + memory, _number(record["logical_gbs"])])
+            rows.append([_where(record), record["name"] + memory, number(record["logical_gbs"])])
         elif record["op"] == "link":
             name = f"link between chained ops, T = {record['tokens']}, K = {record['top_k']}"
             rows.append([_where(record), name, f"{_us(record)} us"])
@@ -220,70 +222,6 @@ def _layer(_: dict[str, Any], results: list[Record]) -> str:
     return _table("machine, layer, dtype, arm, us, times jax_ep's, failure", rows, "layer")
 
 
-def _grouped_dot(_: dict[str, Any], results: list[Record]) -> str:
-    rows = [
-        [
-            *(r["device"], r["pass"], r["dtype"], str(r["rows"]), f"{r['inner']} → {r['outer']}"),
-            *(str(r["groups"]), r["distribution"], _us(r), _number(r["dense_us"])),
-            *(_number(r["ratio"], 2), _number(r["tflops"]), "yes" if r["correct"] else "NO"),
-        ]
-        for r in results
-        if r["op"] == "grouped_dot"
-    ]
-    head = "device, pass, dtype, rows, matrix, groups, distribution, us, dense us, ratio, TFLOP/s"
-    if rows:
-        return _markdown(f"{head}, correct", rows)
-    return "No results are committed yet. `python benchmarks/grouped_dot.py` makes them."
-
-
-def _loads(_: dict[str, Any], results: list[Record]) -> str:
-    """A row for each mover in each use, a column for each number of blocks."""
-    cases: dict[tuple[str, ...], dict[int, list[Record]]] = {}
-    for r in results:
-        if r["op"] == "loads":
-            case = (r["device"], r["memory"], r["use"], str(r["row_bytes"]), r["mover"])
-            cases.setdefault(case, {}).setdefault(r["blocks"], []).append(r)
-    if not cases:
-        return "No results are committed yet. `benchmarks/loads.cu` makes them."
-    blocks = sorted({count for by_blocks in cases.values() for count in by_blocks})
-    rows = [
-        [
-            *case,
-            *(_best_gbs(by_blocks.get(count, [])) for count in blocks),
-            _number(max(r["ceiling_gbs"] for some in by_blocks.values() for r in some), 0),
-        ]
-        for case, by_blocks in cases.items()
-    ]
-    columns = ", ".join(f"{count} blocks" for count in blocks)
-    return _markdown(f"device, memory, use, row bytes, mover, {columns}, cudaMemcpyAsync", rows)
-
-
-def _kernels(_: dict[str, Any], results: list[Record]) -> str:
-    """A row for each kernel, layout and format; a column for each number of SMs."""
-    cases: dict[tuple[str, ...], dict[int, str]] = {}
-    for r in results:
-        if r["op"] == "kernel":
-            rows = r["quantization"] or r["dtype"]
-            case = (r["device"], r["kernel"], r["layout"], rows, str(r["ranks"]), str(r["tokens"]))
-            us = _number(r["us"], 1) if r["correct"] else "WRONG"
-            cases.setdefault(case, {})[r["blocks"]] = us
-    if not cases:
-        return "No results are committed yet. `python benchmarks/kernels.py` makes them."
-    blocks = sorted({count for by_blocks in cases.values() for count in by_blocks})
-    rows = [
-        [*case, *(by_blocks.get(count, "") for count in blocks)]
-        for case, by_blocks in cases.items()
-    ]
-    columns = ", ".join(f"{count} SMs" for count in blocks)
-    return _markdown(f"device, kernel, layout, rows, ranks, T, {columns}", rows)
-
-
-def _best_gbs(records: list[Record]) -> str:
-    if not all(r["correct"] for r in records):
-        return "WRONG"
-    return _number(max((r["gbs"] for r in records), default=None), 0)
-
-
 TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "headline": _headline,
     "summary": _summary,
@@ -298,9 +236,9 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "routing": _routing,
     "exchange": _exchange,
     "layer": _layer,
-    "grouped_dot": _grouped_dot,
-    "loads": _loads,
-    "kernels": _kernels,
+    "grouped_dot": kernels.grouped_dot,
+    "loads": kernels.loads,
+    "kernels": kernels.kernels,
 }
 _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/s, correct"
 
@@ -308,7 +246,7 @@ _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/
 def _op_row(record: Record) -> list[str]:
     return [
         *(_where(record), _name(record), _us(record), _spread(record), _sms(record)),
-        *(_number(record["wire_gbs"]), _share(record), _number(record["logical_gbs"])),
+        *(number(record["wire_gbs"]), _share(record), number(record["logical_gbs"])),
         "yes" if record["correct"] and not record.get("error") else "NO",
     ]
 
@@ -319,16 +257,13 @@ def _table(head: str, rows: Iterable[list[str]], suite: str) -> str:
 
 
 def _nothing(suite: str) -> str:
-    return (
-        "No results are committed yet. "
-        f"`python -m jax_ep.bench --suite {suite} --json benchmarks/results/NAME.json` makes them."
+    return page_text.nothing(
+        f"python -m jax_ep.bench --suite {suite} --json benchmarks/results/NAME.json"
     )
 
 
-def _markdown(head: str, rows: list[list[str]]) -> str:
-    names = head.split(", ")
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+def _markdown(head: str, rows: Iterable[list[str]]) -> str:
+    return page_text.table(head.split(", "), rows)
 
 
 def _name(record: Record) -> str:
@@ -343,7 +278,7 @@ def _where(record: Record) -> str:
 
 
 def _us(record: Record) -> str:
-    return "failed" if record["median_us"] is None else f"{record['median_us']:.1f}"
+    return page_text.microseconds(record["median_us"])
 
 
 def _spread(record: Record) -> str:
@@ -359,10 +294,6 @@ def _sms(record: Record) -> str:
 def _share(record: Record) -> str:
     wire, ceiling = record["wire_gbs"], record["ceiling_gbs"]
     return f"{wire / ceiling:.0%} of {ceiling:.0f} GB/s" if wire and ceiling else ""
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "" if not value else f"{value:.{digits}f}"
 
 
 def _mib(num_bytes: int) -> str:
@@ -404,7 +335,7 @@ def main() -> int:
 
 
 def _machine(targets: dict[str, Any]) -> str:
-    """As in "2 × NVIDIA H200, 2 processes"."""
+    """The machine in words, such as "2 × NVIDIA H200, 2 processes"."""
     where = targets["peers"]["conditions"]
     return f"{targets['workload']['ranks']} × {where['device']}, {where['processes']} processes"
 

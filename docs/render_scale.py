@@ -1,8 +1,8 @@
 """Write docs/scale.md from the model of scale, committed records and published figures.
 
 Usage: ``python docs/render_scale.py [--check]``. Prose is in ``scale.in.md``; a marker
-``<!-- table: NAME -->`` there becomes the table of that name below. What the model is held to is in
-``scale_data.py``.
+``<!-- table: NAME -->`` there becomes the table of that name below. ``scale_data.py`` has the
+figures that the model is compared with.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 
+import page_text
 import scale_data as data
 
 from jax_ep.scale import H200, Workload, predict, show
@@ -58,12 +59,12 @@ def _predictions(workload: Workload) -> str:
         found = predict(workload, hosts=hosts)
         cells = show.row(found)
         rows.append([f"**{cell}**" for cell in cells] if found.ranks == _HIGHLIGHTED else cells)
-    return _markdown(show.COLUMNS, rows)
+    return page_text.table(show.COLUMNS, rows)
 
 
 def _constants() -> str:
     fitted = data.fit(_records())
-    return _markdown(
+    return page_text.table(
         ("constant", "value", "fitted"),
         [
             [f"`{name}`", _NUMBER.format(getattr(H200, name)), _NUMBER.format(value)]
@@ -80,7 +81,7 @@ def _measured() -> str:
         ]
         for check in _checks()
     ]
-    return _markdown(("record", "us", "predicted us", "deviation", "fit"), rows)
+    return page_text.table(("record", "us", "predicted us", "deviation", "fit"), rows)
 
 
 def _summary() -> str:
@@ -101,7 +102,7 @@ def _published() -> str:
         ]
         for check in data.published()
     ]
-    return _markdown(("figure", "GB/s", "predicted GB/s", "deviation"), rows)
+    return page_text.table(("figure", "GB/s", "predicted GB/s", "deviation"), rows)
 
 
 def _deviation(check: data.Check, slack: float) -> str:
@@ -110,7 +111,7 @@ def _deviation(check: data.Check, slack: float) -> str:
 
 
 def _reasons(checks: Iterable[data.Check]) -> str:
-    """The reasons of named deviations of these checks, each with the kinds that it is for."""
+    """The reasons of named deviations of these checks, each with its kinds."""
     kinds = {check.kind for check in checks}
     names: dict[str, list[str]] = {}
     for kind, reason in data.DEVIATIONS.items():
@@ -125,12 +126,14 @@ def _skipped() -> str:
     reasons = collections.Counter(
         reason for _, record in _records() if (reason := data.skipped(record)) is not None
     )
-    return _markdown(("records", "why"), [[str(n), why] for why, n in sorted(reasons.items())])
+    return page_text.table(
+        ("records", "why"), [[str(n), why] for why, n in sorted(reasons.items())]
+    )
 
 
 def _machines() -> str:
     machines = json.loads(data.PUBLISHED.read_text())["machines"]
-    return _markdown(
+    return page_text.table(
         ("machine", "dispatch GB/s", "combine GB/s", "why"),
         [
             [name, *(f"{m['nvlink_gbs'][op]:g}" for op in ("dispatch", "combine")), m["why"]]
@@ -142,12 +145,6 @@ def _machines() -> str:
 def _sources() -> str:
     sources = json.loads(data.PUBLISHED.read_text())["sources"]
     return "\n".join(f"* {library}: {source}." for library, source in sources.items())
-
-
-def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""What the model of scale is held to: committed records, published figures, a fit of its constants."""
+"""Figures to compare the model of scale with: records, published figures, fitted constants."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Check:
     Attributes:
         name: What was measured or published.
         figure: Microseconds, or GB/s of published figures.
-        predicted: The same of the model.
-        kind: What a deviation is named by, as in ``DEVIATIONS``.
+        predicted: The prediction of the model.
+        kind: The key of a deviation in ``DEVIATIONS``.
         fitted: Whether a constant was fitted on this figure.
     """
 
@@ -42,7 +42,7 @@ class Check:
 
     @property
     def deviation(self) -> float:
-        """Of the prediction, as a share of the figure."""
+        """The deviation of the prediction, as a share of the figure."""
         return self.predicted / self.figure - 1
 
 
@@ -94,7 +94,7 @@ def load(folder: pathlib.Path = RESULTS) -> Iterator[tuple[str, Record]]:
 
 
 def workload_of(record: Record) -> Workload:
-    """What a record of the benchmarks was measured on."""
+    """The workload that a record of the benchmarks was measured on."""
     limited = record["routing"] == "group-limited"
     wide = record["quantization"] == "quantized"  # then the field dtype is that of the rows
     return Workload(
@@ -114,7 +114,7 @@ def workload_of(record: Record) -> Workload:
 
 
 def predicted_us(record: Record, machine: Machine = H200) -> float:
-    """What the model says of a record of the benchmarks on one host."""
+    """The model's prediction for a record of the benchmarks on one host."""
     found = predict(workload_of(record), hosts=1, ranks_per_host=record["ranks"], machine=machine)
     return {
         "plan": found.plan.us,
@@ -125,7 +125,7 @@ def predicted_us(record: Record, machine: Machine = H200) -> float:
 
 
 def kind_of(record: Record) -> tuple[str | int, ...]:
-    """What a deviation of a record is named by: its op, layout, rows, routing and tokens."""
+    """The key of a deviation of a record: its op, layout, rows, routing and tokens."""
     return (
         *(record["op"], record["layout"], record["quantization"], record["routing"]),
         *(record["capacity"], record["tokens"]),
@@ -133,7 +133,7 @@ def kind_of(record: Record) -> tuple[str | int, ...]:
 
 
 def measured(found: Iterable[tuple[str, Record]]) -> list[Check]:
-    """The records that the model is held to, beside its predictions."""
+    """The records that the model is compared with, beside its predictions."""
     return [
         Check(
             name=f"{bench_records.label(record)}, {record['processes']} process(es)",
@@ -148,10 +148,10 @@ def measured(found: Iterable[tuple[str, Record]]) -> list[Check]:
 
 
 def published(path: pathlib.Path = PUBLISHED) -> list[Check]:
-    """Published figures in GB/s of rows for each (token, host), beside what the model says of them.
+    """Published figures in GB/s of rows for each (token, host), beside the model's predictions.
 
-    Other libraries' kernels are not ours, so they have no fixed cost here, no limit of SMs, and nothing
-    that does not overlap.
+    The constants are not those of other libraries' kernels. So these predictions have no fixed
+    cost, no limit of SMs, and nothing that does not overlap.
     """
     data = json.loads(path.read_text())
     checks = []
@@ -180,7 +180,7 @@ def published(path: pathlib.Path = PUBLISHED) -> list[Check]:
     return checks
 
 
-# Records of FITTED, by kind, that constants are fitted on.
+# The kinds of records that constants are fitted on.
 def _kind(op: str, layout: str, quantization: str = "none", tokens: int = 4096) -> Any:
     return (op, layout, quantization, "uniform", "exact", tokens)
 
@@ -194,7 +194,7 @@ FIT_KINDS = {
 
 
 def fit(found: Iterable[tuple[str, Record]]) -> dict[str, float]:
-    """The constants of ``jax_ep.scale.machine.H200`` that measurements say, made anew from records."""
+    """The measured constants of ``jax_ep.scale.machine.H200``, computed anew from records."""
     all_records = list(found)
     us = {
         kind_of(record): record["median_us"]

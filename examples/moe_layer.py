@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer over the devices there are: output, load and a gradient.
+"""A mixture-of-experts layer over all devices: output, load and a gradient.
 
 Runs on eight CPU devices if there are no others, or on N with
 ``XLA_FLAGS=--xla_force_host_platform_device_count=N``::
@@ -21,7 +21,7 @@ import jax_ep
 def main() -> None:
     """Run a layer once forward and once backward on all devices."""
     devices = jax.device_count()
-    # Two groups of ranks side by side where that leaves each of them at least two.
+    # Two groups of ranks side by side, if each of them then has at least two ranks.
     data = 2 if devices % 2 == 0 and devices >= 4 else 1
     sizes = (data, devices // data)
     # Whole models work on Auto axes as they are.
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def run(mesh: jax.sharding.Mesh) -> None:
-    """Make the layer on ``mesh``, run it, and print what comes out."""
+    """Make the layer on ``mesh``, run it, and print the results."""
     group = jax_ep.create_group(mesh, "expert")
     num_experts = 4 * group.size
     layer = jax_ep.nnx.MoE(64, 128, num_experts=num_experts, top_k=2, group=group, rngs=nnx.Rngs(0))

@@ -1,7 +1,7 @@
 """Train a small byte-level mixture-of-experts language model with expert parallelism.
 
-On eight CPU devices, two data-parallel groups of four expert-parallel ranks, for five minutes, on the
-Python sources of the interpreter that runs it::
+By default it trains for five minutes on eight CPU devices, in two data-parallel groups of four
+expert-parallel ranks, on the Python sources of its interpreter::
 
     python examples/train_moe.py
     python examples/train_moe.py --data my_texts/ --minutes 30 --balance bias --out runs/mine
@@ -16,8 +16,8 @@ In two processes of four devices each (on one machine or on two that share the f
     python examples/train_moe.py --devices 4 --coordinator 127.0.0.1:9911 --num-processes 2 \
         --process-id 1
 
-Where there are GPUs it runs on those, all of them or the first ``--devices``; of several processes on
-one machine, each must see its own alone (``CUDA_VISIBLE_DEVICES``).
+Where there are GPUs it runs on these, on all or on the first ``--devices``. If several processes
+run on one machine, each must see only its own GPUs (``CUDA_VISIBLE_DEVICES``).
 
 The parts are in ``examples/byte_lm``: the model with its ``jax_ep.nnx.MoE`` layers in model.py, the
 training step in training.py, batches in data.py, checkpoints in checkpoint.py.
@@ -40,7 +40,7 @@ from byte_lm.config import (
     TrainConfig,
 )
 
-# jax starts on the devices that the command line asks for, so it is imported only after that.
+# jax starts on the devices that the command line asks for, so it is imported after parsing it.
 if TYPE_CHECKING:
     from byte_lm.run import Run
 
@@ -166,7 +166,7 @@ def main(
         raise typer.Exit(2) from error
     with run:
         if ended_by := run.train():
-            raise typer.Exit(128 + ended_by)  # as a shell says it
+            raise typer.Exit(128 + ended_by)  # as in a shell
         run.finish()
 
 

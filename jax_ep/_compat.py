@@ -1,7 +1,7 @@
 """The only module that knows about differences between JAX versions or about JAX's private parts.
 
-Everything else in the package is written against the helpers below, so that a new JAX release is
-met in one place.
+Everything else in the package uses the helpers below, so only this file has to follow a new JAX
+release.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def cast_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 def backward(rule: Callable[..., Any]) -> Callable[..., Any]:
     """A backward rule for ``jax.custom_vjp`` that ``vmap(..., spmd_axis_name=)`` can batch.
 
-    Inside such a ``vmap``, JAX makes what is not batched vary over the mesh axis where it meets what
-    is. It forgets the axis while it traces backward rules, and then refuses to mix the two (JAX
-    0.10.2 to 0.12.0).
+    Inside such a ``vmap``, JAX casts an unbatched value to vary over the mesh axis where it meets a
+    batched one. While JAX traces backward rules it forgets the axis, so it refuses to mix the two
+    (JAX 0.10.2 to 0.12.0).
     """
 
     @functools.wraps(rule)
@@ -62,7 +62,7 @@ def backward(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _spmd_axes(x: Any) -> frozenset[str]:
-    """The mesh axes that the ``vmap``s which batch ``x`` are spread over."""
+    """The ``spmd_axis_name`` axes of the ``vmap``s that batch ``x``."""
     names = frozenset[str]()
     while isinstance(x, jax.core.Tracer) and hasattr(x, "batch_dim"):
         names |= frozenset(x._trace.axis_data.spmd_name or ())
@@ -76,7 +76,7 @@ def aval_like(aval: Any, shape: Sequence[int], dtype: Any) -> Any:
     return aval.update(shape=tuple(shape), dtype=dtype, weak_type=False)
 
 
-# By the module that is being lowered; an entry goes with it.
+# Keyed by the module that is being lowered. An entry disappears with its module.
 _counters: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()
 
 
@@ -97,7 +97,7 @@ def manual_axes() -> tuple[str, ...]:
 
 
 def context_mesh() -> Any:
-    """The mesh of the current trace, whose axes have the types that they have there."""
+    """The mesh of the current trace, with the types that its axes have there."""
     return jax.sharding.get_abstract_mesh()
 
 
@@ -169,15 +169,15 @@ def multiprocessor_count(device: jax.Device) -> int | None:
 
 
 def broadcast_text(key: str, text: str | None, *, timeout: float) -> str:
-    """``text`` of the one process that gives it, to all that call this.
+    """Send the ``text`` of the one process that gives it to all processes that call this.
 
     Args:
-        key: Of this broadcast and no other, the same in all processes.
-        text: What to tell; None in the processes that listen.
+        key: A name of this broadcast and no other, the same in all processes.
+        text: The text to send; None in the processes that receive it.
         timeout: Seconds to wait for it.
 
     Raises:
-        Exception: that of the JAX key-value store where the text did not come in time.
+        Exception: from JAX's key-value store, if the text does not come in time.
     """
     client = _key_value_store()
     if client is None:
@@ -190,7 +190,7 @@ def broadcast_text(key: str, text: str | None, *, timeout: float) -> str:
 
 
 def all_gather_text(key: str, text: str, *, timeout: float = 600.0) -> list[str]:
-    """The texts of all processes, by their indices; ``key`` as in ``broadcast_text``."""
+    """The texts of all processes, ordered by their indices; ``key`` as in ``broadcast_text``."""
     if jax.process_count() == 1:
         return [text]
     mine = jax.process_index()

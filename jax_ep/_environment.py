@@ -1,8 +1,8 @@
 """Settings that XLA's CPU client must see before it starts.
 
-With several devices in one process, the client runs everything on max(cores, devices) threads, and
-collectives of many steps in flight, XLA's own among them, can use them all up and deadlock. More
-threads cure that; they cost nothing while idle.
+With several devices in one process, the client runs everything on max(cores, devices) threads. If
+many steps are in flight, their collectives (also XLA's own) can occupy all threads and deadlock.
+More threads prevent that, and they cost nothing while idle.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ logger = logging.getLogger("jax_ep")
 
 
 def raise_cpu_thread_count(num_started: int | None) -> None:
-    """Set ``PJRT_NPROC`` unless the user has, or say that it is too late for it.
+    """Set ``PJRT_NPROC`` unless the user has set it; warn if it is too late.
 
     Args:
         num_started: CPU devices that JAX has started already; None if it has started nothing.

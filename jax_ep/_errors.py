@@ -1,8 +1,8 @@
 """Errors that happen while a program runs, and the way they reach the user.
 
-XLA turns every error of a running program into a ``JaxRuntimeError``, so the class of ours would be
-lost. Their text begins with ``jax_ep.CommunicationError:`` instead, from which ``errors`` makes the
-class again.
+XLA turns every error of a running program into a ``JaxRuntimeError``, so the class of our errors is
+lost. But their text begins with ``jax_ep.CommunicationError:``, so ``errors`` can restore the
+class.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m jax_ep.doctor``: what is here, what is missing, and how to mend it.
+"""``python -m jax_ep.doctor``: says what the machine has, what is missing, and how to mend it.
 
 Exit status 0 if jax_ep works on this machine, 1 if something must be mended first.
 """
@@ -209,7 +209,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _links() -> Iterator[Finding]:
-    """What joins the GPUs of this machine, and which of them read each other's memory."""
+    """The links between the GPUs of this machine, and which of them read each other's memory."""
     from jax_ep._groups import links as gpu_links
 
     gpus = [line for line in _ask_nvidia_smi("-L").splitlines() if line.startswith("GPU ")]

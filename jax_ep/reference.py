@@ -144,7 +144,7 @@ def dispatch(
         moved, row_weights = dispatch(quantized, weights, handle, group=group)
         assert isinstance(moved, Quantized)
         return (dequantize(moved, x.dtype) if dense_output else moved), row_weights
-    x = lax.optimization_barrier(x)  # rounded as it is, whatever made it
+    x = lax.optimization_barrier(x)  # so that the way x was computed does not matter
     used = handle.recv_src >= 0
     slot = jnp.maximum(handle.recv_src, 0)
     top_k = handle.topk_idx.shape[1]
@@ -192,7 +192,7 @@ def combine(
     Returns:
         ``[T, H]`` sums in the row dtype, and ``[T, K]`` values (0 where a pair has no row) or None.
     """
-    # Rows are rounded before they are summed: no product that made them joins the sum.
+    # Rows are rounded before they are summed, so no product that made them is fused into the sum.
     rows, row_weights = lax.optimization_barrier((rows, row_weights))
     zero = _zero(handle)
     num_tokens, top_k = handle.topk_idx.shape
@@ -200,7 +200,7 @@ def combine(
     if recv_rows is None:
         recv_rows = _rows_of_sources(handle, group.size)
     sources, num_rows = recv_rows.shape
-    # Behind a barrier, or XLA takes 0 + x for x, whose zero may be negative.
+    # Behind a barrier, because XLA would replace 0 + x by x, whose zero may be negative.
     total = lax.optimization_barrier(jnp.zeros((sources, rows.shape[1]), jnp.float32))
     for m in range(num_rows):
         index = recv_rows[:, m]
@@ -226,7 +226,7 @@ def combine(
     arrived = _all_to_all(sent.reshape(group.size, num_tokens, top_k), group)
     owner = jnp.maximum(handle.topk_idx, 0) // (handle.num_experts // group.size)
     home = jnp.take_along_axis(arrived, owner[None], axis=0)[0]
-    return y, jnp.where(handle.topk_idx >= 0, home, 0.0)  # and of a dropped row came zeros
+    return y, jnp.where(handle.topk_idx >= 0, home, 0.0)  # and a dropped row has sent zeros
 
 
 def combine_vjp(
@@ -285,7 +285,7 @@ def _rounded_sum(terms: list[Array]) -> Array:
 
 
 def _zero(handle: Handle) -> Int32[Array, ""]:
-    """A zero that the compiler cannot know to be one: what a scatter left, no less than -1."""
+    """A zero that the compiler cannot foresee, because it comes from a source row (at least -1)."""
     return jnp.maximum(-1 - handle.recv_src[0], 0)
 
 

@@ -73,8 +73,8 @@ def softmax_top_k(
         renormalize: Divide the weights by their sum over the k experts. With ``k=1`` all weights are
             then 1 and the router learns nothing from them.
         scale: Factor of the weights.
-        num_used_experts: Only the first so many experts exist; the others are never chosen and have
-            score 0. None: all exist.
+        num_used_experts: Only this many experts exist, those with the lowest ids. The others are
+            never chosen and have score 0. None: all exist.
 
     Returns:
         The routes.
@@ -110,8 +110,8 @@ def sigmoid_top_k(
         bias: ``[E]`` added to the scores for the choice only; it has no gradient.
         renormalize: Divide the weights by their sum over the k experts.
         scale: Factor of the weights.
-        num_used_experts: Only the first so many experts exist; the others are never chosen and have
-            score 0. None: all exist.
+        num_used_experts: Only this many experts exist, those with the lowest ids. The others are
+            never chosen and have score 0. None: all exist.
 
     Returns:
         The routes.
@@ -164,8 +164,8 @@ def group_limited_top_k(
         scale: Factor of the weights (DeepSeek-V3: 2.5).
         scoring: "sigmoid", or "softmax" for the router of DeepSeek-V2 (arXiv:2405.04434, section
             2.2.2): softmax scores, and the score of a group is its largest selection score.
-        num_used_experts: Only the first so many experts exist and form the groups; the others are
-            never chosen and have score 0. None: all exist.
+        num_used_experts: Only this many experts exist, those with the lowest ids, and form the
+            groups. The others are never chosen and have score 0. None: all exist.
 
     Returns:
         The routes.

@@ -1,9 +1,9 @@
-"""``python -m jax_ep.tune``: how many SMs dispatch and combine are best given here.
+"""``python -m jax_ep.tune``: finds the best numbers of SMs for dispatch and combine here.
 
-Times each op with several numbers of SMs on the GPUs that are there, by the benchmarks' own method, and
-writes the best into the tuning cache, which groups read when they are created
-(``jax_ep._groups.tuning``). Of numbers within two percent of the best, the smallest is taken: what it
-leaves, computation can use.
+It times each op with several numbers of SMs on the GPUs here, as the benchmarks do, and writes the
+best into the tuning cache, which groups read when they are created (``jax_ep._groups.tuning``). Of
+the numbers within two percent of the best it takes the smallest, because computation can use the
+other SMs.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(
     )
 
     def save(records: list[dict[str, Any]]) -> None:
-        """What is known by now, so that a run that is ended has not been for nothing."""
+        """Save what is known by now, so that a run that is ended early keeps its results."""
         if found := best_entries(records, tried=len({case.num_sms for case in cases})):
             tuning.save(path, merged(kept, found))
 
@@ -138,7 +138,7 @@ def best_entries(records: list[dict[str, Any]], tried: int = 1) -> list[dict[str
     """An entry of the cache for each key, from the right records of jax_ep's kernels alone.
 
     Args:
-        records: Of the benchmarks.
+        records: Records of the benchmarks.
         tried: Records that a key must have, right or wrong, to get an entry.
     """
     by_key: dict[tuning.Key, list[dict[str, Any]]] = {}
@@ -165,7 +165,7 @@ def best_entries(records: list[dict[str, Any]], tried: int = 1) -> list[dict[str
 
 
 def key_of(record: dict[str, Any]) -> tuning.Key:
-    """What a record's figure holds for."""
+    """The key of the cache that a record's figure is for."""
     cast = "f32" if record["quantization"] in ("fp8", "fp8-dense") else None
     return tuning.Key(
         device_kind=record["device"],
@@ -185,7 +185,7 @@ def merged(kept: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict
 
 
 def entries_to_keep(path: pathlib.Path, console: rich.console.Console) -> list[dict[str, Any]]:
-    """Entries of the cache as it is; none, and a word about it, if it cannot be used."""
+    """The entries that the cache has; none, with a message, if it cannot be used."""
     if not path.exists():
         return []
     try:

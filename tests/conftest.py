@@ -2,8 +2,8 @@
 
 ``JAX_EP_TEST_PLATFORM`` (default "cpu") is the value of ``JAX_PLATFORMS`` to test on. On "cpu" the
 suite forces 16 host devices, has XLA compile quickly rather than well (``XLA_FLAGS`` overrides both),
-and runs the reference and the native CPU backend; on another platform it takes the devices that are
-there, and tests that need more are skipped with that reason.
+and runs the reference and the native CPU backend; on another platform it takes the devices that
+there are, and skips tests that need more, with that reason.
 
 ``run_processes.py`` runs the suite in several processes, which ``support/lockstep.py`` keeps together.
 Groups that span processes are "cuda" on GPUs and "reference", on XLA's collectives, on CPU.
@@ -19,8 +19,8 @@ from collections.abc import Iterator
 
 PLATFORM = os.environ.get("JAX_EP_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = PLATFORM
-# XLA's CPU client runs everything on max(cores, devices) threads; with many steps in flight its own
-# collectives need more of them than there are devices.
+# XLA's CPU client runs everything on max(cores, devices) threads. With many steps in flight, its
+# own collectives need more threads than there are devices.
 os.environ.setdefault("PJRT_NPROC", "256")
 if PLATFORM == "cpu":
     flags = os.environ.get("XLA_FLAGS", "")
@@ -50,7 +50,7 @@ elif lockstep.ACTIVE:
 else:
     BACKENDS = ("reference", "cpu")
 
-# Wrong calls of these reach the user as errors that name the fix, so no type checker may come first.
+# These answer wrong calls with errors that name the fix, so no type checker may come first.
 _CHECKED_BY_HAND = {"_ops.dispatch", "_ops.combine", "_ops.overlap", "_groups.create", "_moe.layer"}
 _CHECKED_BY_HAND |= {"_core.quantize", "_core.balancing", "routing", "nnx", "linen"}
 # JAX rebuilds these pytrees with leaves of any kind (specs, sentinels, batched arrays).
@@ -58,7 +58,7 @@ _PYTREES = {"_core.types"}
 
 
 def _checked_modules() -> list[str]:
-    """Every module of the package but its index and those whose own errors are tested."""
+    """Every module of the package except its index and those whose own errors are tested."""
     spec = importlib.util.find_spec("jax_ep")
     if spec is None or spec.origin is None:
         return []
@@ -73,7 +73,8 @@ def _checked_modules() -> list[str]:
 if "jax_ep" not in sys.modules:
     jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
 
-# Few examples, always the same; for a hunt: pytest --hypothesis-profile=hunt tests/test_hypothesis.py
+# Few examples, always the same. To hunt for more: pytest --hypothesis-profile=hunt
+# tests/test_hypothesis.py
 common = hypothesis.settings(deadline=None, database=None)
 hypothesis.settings.register_profile("suite", common, max_examples=25, derandomize=True)
 hypothesis.settings.register_profile(

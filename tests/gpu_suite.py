@@ -3,16 +3,17 @@
     python tests/gpu_suite.py [--out FOLDER] [--binaries FOLDER] [--seconds S] [--list] [STAGE ...]
     python tests/gpu_suite.py --window [--cache FOLDER] [--fill-cache FOLDER] [...]
 
-Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. Each writes
-its output to FOLDER/STAGE.log, and benchmarks their records to FOLDER/*.json; a table says at the end
-how all went. Where ranks share a GPU, an MPS daemon of our own runs beside them; what uses XLA's
-collectives too then runs only with NCCL 2.30 and ``NCCL_MULTI_RANK_GPU_ENABLE=1``. The programs of
-``tests/cuda`` must have been built (no GPU is needed for it)::
+Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. Each
+writes its output to FOLDER/STAGE.log, and benchmarks write their records to FOLDER/*.json. A table
+at the end gives the result of each stage. Where ranks share a GPU, an MPS daemon of our own runs
+beside them. Stages that also use XLA's collectives then run only with NCCL 2.30 and
+``NCCL_MULTI_RANK_GPU_ENABLE=1``. The programs of ``tests/cuda`` must have been built (no GPU is
+needed for it)::
 
     tests/cuda/build_kernels_test.sh build/cuda && tests/cuda/mutations.sh build build/cuda
     nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/loads.cu -o build/cuda/loads
 
-The package and what its tests import must be there; ``pip install -e '.[test]'`` sees to both.
+The package and all that its tests import must be installed, as by ``pip install -e '.[test]'``.
 
 With ``--window`` or ``--fill-cache`` it runs other stages: the most valuable ones, in nine minutes
 (see ``support/gpu_window.py``).
@@ -44,14 +45,16 @@ import window_stages
 ROOT = pathlib.Path(__file__).parents[1]
 SUITE = (
     "tests/test_suite_values.py tests/test_suite_gradients.py tests/test_transforms.py"
-    " tests/test_overlap.py tests/test_meshes.py tests/test_hypothesis.py tests/test_steps.py"
-    " tests/test_moe.py tests/test_ordinals.py tests/test_large_plans.py"
+    " tests/test_checkpoint_policies.py tests/test_overlap.py tests/test_meshes.py"
+    " tests/test_hypothesis.py tests/test_steps.py tests/test_moe.py tests/test_ordinals.py"
+    " tests/test_large_plans.py"
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
-# Compiling takes the most of these tests. Of the plugin pytest-benchmark, xdist would be warned.
+# Compiling takes most of the time of these tests. The plugin pytest-benchmark would warn about
+# xdist.
 PARALLEL = "-n 8 -p no:benchmark" if importlib.util.find_spec("xdist") else ""
 BENCH = "{python} -m jax_ep.bench"
-# Multi-rank programs of a few rows, which the tools slow down by orders of magnitude.
+# Programs of several ranks with few rows, because the tools slow them down by orders of magnitude.
 SANITIZED = [
     "kernels_test layout=expert ranks=2 plan=push",
     "kernels_test layout=token ranks=2 plan=pull",
@@ -108,10 +111,10 @@ class Stage:
 
     Attributes:
         commands: With {python}, {out}, {binaries} and {gpus} to be filled in.
-        gpus: That it needs.
-        ranks: Processes of the stage that wait for each other on the GPUs; 1 if there is but one.
-        environment: Variables.
-        seconds: After which it is ended.
+        gpus: Number of GPUs that it needs.
+        ranks: Number of its processes that wait for each other on the GPUs.
+        environment: Environment variables.
+        seconds: Time after which it is ended.
     """
 
     commands: list[str]
@@ -122,7 +125,7 @@ class Stage:
 
 
 def stages(gpus: int) -> dict[str, Stage]:
-    """All stages by name, for a machine of so many GPUs."""
+    """All stages by name, for a machine with that many GPUs."""
     for_nccl = 1 if machine.NCCL_SHARES_GPUS else 2  # GPUs that two ranks of it need
     shared = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".05"}  # tests that start processes
     found = {
@@ -134,7 +137,7 @@ def stages(gpus: int) -> dict[str, Stage]:
                 for layout, blocks in (("expert", 64), ("token", 24))
                 for fp8 in (0, 1)
             ]
-            # Not all blocks of both ranks at once, though all wait for the other rank.
+            # Not all blocks of both ranks fit at once, although all wait for the other rank.
             + [
                 "{binaries}/kernels_test layout=expert blocks=90 tokens=2048 plan=pull"
                 f" ranks={2 * gpus}"
@@ -215,7 +218,7 @@ def stages(gpus: int) -> dict[str, Stage]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the stages; 0 if all went well."""
+    """Run the stages; returns 0 if all went well."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/gpu_suite"))
     parser.add_argument("--binaries", type=pathlib.Path, default=pathlib.Path("build/cuda"))
@@ -251,7 +254,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_all(options: argparse.Namespace, gpus: int) -> int:
-    """Run the stages that were asked for, or all; 0 if all went well."""
+    """Run the stages that were asked for, or all; returns 0 if all went well."""
     known = stages(gpus)
     seconds = float("inf") if options.seconds is None else options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
@@ -278,14 +281,12 @@ def run(
     out: pathlib.Path,
     names: dict[str, object],
 ) -> str:
-    """How a stage went."""
+    """Run a stage and say how it went."""
     begin = time.monotonic()
-    folders = (ROOT, ROOT / "tests", ROOT / "tests" / "support")
-    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "JAX_EP_TEST_PLATFORM": "cuda",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": machine.python_path(ROOT, ROOT / "tests", ROOT / "tests" / "support"),
         **stage.environment,
     }
     shares = stage.ranks > gpus
@@ -309,7 +310,7 @@ def run(
 
 
 def finish(command: str, environment: dict[str, str], log: IO[str], seconds: float) -> int | None:
-    """The exit status of a command; None if it had to be ended, with all that it had started."""
+    """Run a command; gives its exit status, or None if it and its processes had to be ended."""
     process = subprocess.Popen(
         shlex.split(command),
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Runs the suite in several processes, one device each.
+"""Runs the suite in several processes with one device each.
 
 Usage: python tests/run_processes.py [--timeout S] [--grace S] [--follow] N [pytest arguments]
 
@@ -6,9 +6,10 @@ On CPU each process has one device. On GPUs (``JAX_EP_TEST_PLATFORM=cuda``) proc
 where there are more processes than GPUs, shares GPU i modulo their number with others.
 ``XLA_PYTHON_CLIENT_MEM_FRACTION`` is made to fit unless it is set.
 
-The output is the end of the report of the first process that failed, or else what was skipped and
-why; then the last line of every process. With ``--follow`` that of process 0 comes first, line by line
-while it runs. SIGTERM ends the processes, which report first. The exit status is the worst one.
+The output is the end of the report of the first process that failed, or else a list of what was
+skipped and why. Then comes the last line of every process. With ``--follow`` the output of process
+0 comes first, line by line while it runs. SIGTERM ends the processes, which report first. The exit
+status is the worst one.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def _wait(
     followed: pathlib.Path | None,
     told_to_end: list[int],
 ) -> str | None:
-    """Until all have ended; why not, if some have to be ended."""
+    """Wait until all have ended; says why if some have to be ended."""
     shown = 0
     while any(process.poll() is None for process in processes):
         failed = [index for index, process in enumerate(processes) if process.poll()]
@@ -177,7 +178,7 @@ def _interrupt(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _show(log: pathlib.Path | None, shown: int) -> int:
-    """Print what a log has beyond its first ``shown`` bytes; how many it has."""
+    """Print what a log has beyond its first ``shown`` bytes; gives its number of bytes."""
     if log is None:
         return 0
     with log.open("rb") as file:
@@ -196,7 +197,7 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _exit_status(process: subprocess.Popen[bytes]) -> int:
-    """As a shell says it: 128 and the number of the signal, where one ended the process."""
+    """As in a shell: 128 plus the number of the signal if a signal ended the process."""
     code = process.returncode
     return code if code >= 0 else 128 - code
 
@@ -205,7 +206,7 @@ def _report(
     logs: list[pathlib.Path], status: list[int], why: str | None, *, followed: bool
 ) -> None:
     texts = [log.read_text(errors="replace").splitlines() for log in logs]
-    # A process that was killed tells less than one that failed by itself.
+    # The log of a process that was killed tells less than that of one that failed by itself.
     failed = [i for i, code in enumerate(status) if 0 < code < 128]
     failed += [i for i, code in enumerate(status) if code >= 128]
     shown = failed[0] if failed else 0
@@ -216,11 +217,11 @@ def _report(
     elif failed:
         print(f"process {shown}:", *texts[shown][-_TAIL:], sep="\n")
     else:
-        # What was skipped and why, which may differ in processes that have no part in a test.
+        # Print what was skipped and why. It may differ in processes that have no part in a test.
         for line in dict.fromkeys(line for text in texts for line in _summary(text)):
             print(line)
     for index, (text, code) in enumerate(zip(texts, status, strict=True)):
-        # Other libraries may write after pytest has said how it went.
+        # Other libraries may write after pytest's last line.
         last = next(filter(_VERDICT.search, reversed(text)), text[-1] if text else "(no output)")
         print(f"process {index}, exit status {code}: {last}")
 

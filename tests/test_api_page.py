@@ -1,4 +1,4 @@
-"""``docs/api.md``: it is current, and says what users have to know to call and to configure."""
+"""``docs/api.md`` is current, and says what users need to know to call and to configure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What figures of ``python -m jax_ep.bench`` are held against, without a GPU."""
+"""The ceilings that figures of ``python -m jax_ep.bench`` are compared with, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(PLATFORM != "cpu", reason="sets up CPU devices o
 
 
 class Library:
-    """Stands for the GPU library: each copy takes as long as it is told, or fails."""
+    """Replaces the GPU library: each copy takes as long as it is told, or fails."""
 
     def __init__(self, seconds: float | None, place_error: str | None = None) -> None:
         self.seconds, self.place_error = seconds, place_error
@@ -34,7 +34,7 @@ class Library:
 
 @pytest.fixture
 def measured(monkeypatch):
-    """From a library, and whether ranks have links, to the ceilings of two ranks."""
+    """Gives the ceilings of two ranks, for a library and whether the ranks have links."""
     need_devices(2)
     session = Session(ranks=2, gpus=0, repeat=1, command="")
     session.gpus, session.on_gpu = 2, True

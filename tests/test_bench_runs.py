@@ -82,7 +82,7 @@ def test_two_processes(tmp_path):
 
 @on_cpu
 def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch):
-    """One that is killed while it measures; the other cases go on in a new one."""
+    """A process is killed while it measures; the other cases go on in a new process."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -159,7 +159,8 @@ WRONG_FLAGS = {
     "--ops dispatch --experts 9": "experts: expected a multiple of the 8 ranks",
     "--ops dispatch --suite smoke": "expected one of them",
 }
-# Runs the program with each of the flags in its first argument; prints [exit status, stderr] of each.
+# Runs the program with each of the flags in its first argument, and prints each [exit status,
+# stderr].
 RUN_EACH = """
 import contextlib, io, json, runpy, sys
 flags, found = json.loads(sys.argv[1]), []
@@ -178,7 +179,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def answers():
-    """To all wrong flags, of one process."""
+    """The answers to all wrong flags, from one process."""
     flags = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", "TERM": "dumb", "XLA_FLAGS": ""}
     done = run_python("-c", RUN_EACH, json.dumps(list(WRONG_FLAGS)), timeout=300, **flags)
     assert done.returncode == 0, done.stderr

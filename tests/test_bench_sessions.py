@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(PLATFORM != "cpu", reason="sets up CPU devices o
 
 
 def emulated_ragged_all_to_all(operand, output, starts, sizes, lands_at, received, *, axis_name):
-    """``lax.ragged_all_to_all`` of what XLA has on CPU, by its documentation."""
+    """``lax.ragged_all_to_all``, made of ops that XLA has on CPU, by its documentation."""
     operands, starts, sizes, lands_at = (
         lax.all_gather(x, axis_name) for x in (operand, starts, sizes, lands_at)
     )
@@ -195,7 +195,7 @@ def test_chains_time_what_an_op_takes(form):
 @pytest.mark.parametrize("name", [peers.ALL_TO_ALL, peers.RAGGED])
 @pytest.mark.parametrize("length", [0, 4])
 def test_rows_of_exchanges_come_back(monkeypatch, name, op, length):
-    """Each exchange sends what the one before received; one that loses a row is found out."""
+    """Each exchange sends what the one before received; one that loses a row is noticed."""
     need_devices(2)
     monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged_all_to_all)
     session = Session(ranks=2, gpus=0, repeat=1, command="")
@@ -234,7 +234,7 @@ def test_round_trips_are_checked(monkeypatch):
 
 @pytest.mark.parametrize("op", ["dispatch_cached", "combine"])
 def test_the_reference_along_a_handle_is_not_moved_out_of_the_loop(op):
-    """It reads no ``topk_idx``, through which ops are chained: then a turn takes no time at all."""
+    """The reference reads no ``topk_idx``, which chains ops; without it a turn takes no time."""
     need_devices(2)
     from jax_ep.bench import ops
 

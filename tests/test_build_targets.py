@@ -24,7 +24,7 @@ def test_exported_targets_are_those_listed():
 
 
 def test_libraries_are_those_of_the_running_build():
-    """Under Bazel, none that another build has left in the source tree or installed."""
+    """Under Bazel, no library of another build is loaded, from the source tree or an install."""
     runfiles = os.environ.get("TEST_SRCDIR", "/")
     found = [importlib.util.find_spec(f"jax_ep.{name}") for name in ("_cpu", "_cuda")]
     for spec in filter(None, found):

@@ -16,7 +16,7 @@ from jax_ep._groups import gpu_side, memory
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A process with one GPU, as far as the doctor looks; gives its library."""
+    """A process with one GPU, as the doctor sees it; gives its library."""
     library = types.SimpleNamespace(exports=(-1, 0, 0, "not supported"))
     library.export_allocation = lambda ordinal, address: library.exports
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
@@ -46,7 +46,7 @@ def test_arena_that_can_be_exported(gpu, tmp_path):
     ],
 )  # fmt: skip
 def test_staged(gpu, monkeypatch, env, text):
-    """Why, how much is set aside, and what to change."""
+    """The doctor says why, how much is set aside, and what to change."""
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_EP_STAGING_BYTES", "12345")
@@ -58,7 +58,7 @@ def test_staged(gpu, monkeypatch, env, text):
 
 
 def test_small_allocations_are_staged(gpu, tmp_path):
-    """An allocator that makes an allocation for each buffer gives exportable ones too."""
+    """An allocator with one allocation for each buffer has exportable ones too."""
     with open(tmp_path / "memory", "wb") as file:
         gpu.exports = (_duplicate(file), 0, 2 << 20, None)
         [finding] = doctor._reach()
@@ -147,7 +147,7 @@ NO_ACCESS = ALL_ACCESS.replace("OK\t", "CNS\t")
 
 @pytest.fixture
 def nvidia_smi(monkeypatch):
-    """Puts an nvidia-smi in place that prints what it is told to, by its arguments."""
+    """Install an nvidia-smi that prints given texts, by its arguments."""
 
     def put(*, gpus=2, links="", access="", exit_status=0):
         names = "".join(f"GPU {i}: NVIDIA H200 (UUID: GPU-{i})\n" for i in range(gpus))
@@ -240,7 +240,7 @@ def _duplicate(file) -> int:
 
 
 def test_one_statement_of_the_cuda_versions(nvidia_smi, monkeypatch):
-    """That of the builds, of README, of the notes for contributors, and of the doctor itself."""
+    """The builds, README, the notes for contributors and the doctor itself agree."""
     root = pathlib.Path(__file__).parents[1]
     assert doctor.CUDA_NEEDED in (root / "README.md").read_text()
     oldest = re.escape(doctor.OLDEST_NVCC)

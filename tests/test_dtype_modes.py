@@ -35,7 +35,7 @@ def make_group(backend: str) -> jax_ep.Group:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_layer(options, native_backend):
-    """Values and gradients are those of the default settings, and so are all dtypes."""
+    """Values, gradients and all dtypes are those of the default settings."""
     group = make_group(native_backend)
     sizes = {"hidden": H, "intermediate": F, "num_experts": E, "shared_intermediate": 8}
     params = jax_ep.init_moe_params(jax.random.key(0), **sizes, router_bias=True)
@@ -80,7 +80,7 @@ def test_router_bias(mode, native_backend):
 
 
 def test_layers_without_rank_promotion(backend):
-    """No array meets one of another rank: layers with all routers, and gradients, can be traced."""
+    """Layers with all routers, and their gradients, can be traced: no op mixes array ranks."""
     group = make_group(backend)
     sizes = {"hidden": H, "intermediate": F, "num_experts": E, "shared_intermediate": 8}
     params = jax_ep.init_moe_params(jax.random.key(0), **sizes, router_bias=True)
@@ -101,7 +101,7 @@ def test_layers_without_rank_promotion(backend):
 
 @pytest.mark.parametrize("layout", ["expert", "token"])
 def test_ops_without_rank_promotion(layout, backend):
-    """Likewise the ops."""
+    """The same for the ops."""
     group = make_group(backend)
 
     def ops(x, idx, weights):
@@ -122,7 +122,7 @@ WEIGHTS = ("bfloat16", "float16")
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "int64", "uint64"])
 def test_ids_and_weights_of_other_dtypes(dtype, native_backend):
-    """Rows are those of int32 ids; what int32 cannot hold is invalid, not another expert."""
+    """Rows are those of int32 ids; an id that int32 cannot hold is invalid, not another expert."""
     group = make_group(native_backend)
     kind = np.dtype(dtype)
     idx = np.array([[0, 2], [1, 3], [3, 0], [2, 1]] * 2)

@@ -39,13 +39,13 @@ _KERNELS = [
     "layout=expert ranks=2 hidden=264 tokens=1 experts=4 topk=1 capacity=16 plan=pull",
     "layout=token ranks=2 hidden=264 tokens=1 capacity=17 plan=pull",
     "layout=token ranks=2 hidden=136 tokens=300 blocks=1 capacity=700 plan=pull",
-    # Sums in parts, of float32, whose order shows.
+    # Sums in parts, in float32, where the order of the terms shows.
     "layout=token ranks=3 hidden=1028 dtype=f32 more_blocks=1 plan=pull",
     # More terms than are loaded at a time; a ring of one slot.
     "layout=expert ranks=1 hidden=136 experts=24 topk=20 dtype=f32 plan=pull",
     "layout=expert ranks=4 hidden=3000000 tokens=2 experts=4 topk=2 alignment=1 plan=pull",
 ]
-# The same with so many slots of the ring, of rows in one, two and four parts.
+# The same with this many slots of the ring, for rows in one, two and four parts.
 _SHORT_RINGS = {
     "ranks=2 hidden=1544 more_blocks=1": 3,
     "ranks=3 hidden=1028 dtype=f32 tokens=20": 1,
@@ -57,7 +57,7 @@ _SHORT_RINGS = {
     "ranks=8 hidden=1540 dtype=f32 tokens=3 experts=16 blocks=1": 1,
 }
 
-# Kernels that have room for so many of their four blocks at a time.
+# Kernels that have room for this many of their four blocks at a time.
 _LITTLE_ROOM = {
     "layout=expert ranks=2 hidden=2048": 1,
     "layout=expert ranks=3 hidden=1032 weighted=1 more_blocks=1": 1,
@@ -67,7 +67,7 @@ _LITTLE_ROOM = {
     "layout=token ranks=2 hidden=1024 fp8=1": 1,
 }
 
-# Rounds of the ring, too, which has 1024 slots here.
+# The ring, which has 1024 slots here, goes round too.
 _STRESS = "blocks=2 timeout=1"
 _RING = "layout=expert plan=pull tokens=1600 hidden=8 steps=4"
 _STEPS = [
@@ -76,7 +76,8 @@ _STEPS = [
     "layout=token plan=pull steps=6",
     _RING,
 ]
-# What is taken out (test_hooks.cuh; emulator.h from 101 on), where it must be noticed.
+# The wait that is taken out (test_hooks.cuh; from 101 on emulator.h), and a case that must notice
+# it.
 _MUTATIONS = {
     1: "layout=token plan=pull steps=6",
     2: "layout=token plan=pull steps=6",
@@ -88,12 +89,12 @@ _MUTATIONS = {
     102: "layout=token plan=pull steps=6",
     103: "layout=expert plan=pull steps=6",
 }
-_SEEDS = 12  # schedules that a mutation may hide from, less one
+_SEEDS = 12  # a mutation must show in one of this many schedules
 
-# A rank that fails, and the slots of the ring. Peers wait for its inputs; until it has read theirs; for
-# its sums; for slots that it has not read (the rank whose rows all are, in the last of these). Its
-# process may be gone then. Or it comes and some of its words do not. Or they find it at another op.
-# Each peer has a record and a text that say which word it waited for.
+# A rank that fails, and the slots of the ring. Peers wait for its inputs, or until it has read
+# theirs, or for its sums, or for slots that it has not read (in the last of these, all rows are
+# that rank's). Its process may be gone then. Or it arrives, but some of its words do not. Or peers
+# find it at another op. Each peer has a record and a text that say which word it waited for.
 _FAILURES = {
     "op=dispatch failure=absent layout=expert ranks=3": 1024,
     "op=dispatch failure=absent layout=token ranks=2 failing=0": 1024,
@@ -135,8 +136,8 @@ _FAILURES = {
     "op=combine failure=mismatch layout=token ranks=2 other=dispatch": 1024,
     "op=combine_vjp failure=mismatch layout=expert ranks=3 other=combine": 1024,
 }
-# A rank that finds by itself that it must not go on, and tells its peers: it has two ops at once
-# (of other numbers of blocks, too, or which send other flags), an input that they cannot read, or
+# A rank that finds by itself that it must not go on, and tells its peers. It has two ops at once
+# (also with other numbers of blocks, or with other flags), an input that they cannot read, or
 # another place in the program's mesh.
 _OWN_FAILURES = [
     "op=dispatch failure=concurrent layout=expert ranks=3 other=combine",
@@ -167,7 +168,7 @@ _RACES = [
 ]
 _NUMBER_BY_EPOCH = 7  # test_hooks.cuh
 
-# Groups that span hosts: shapes, ranks that send nothing, lanes, rows that a chunk just holds.
+# Groups that span hosts: shapes, ranks that send nothing, lanes, rows that just fit a chunk.
 _NETWORK = [
     "layout=token",
     "layout=expert weighted=1",
@@ -203,8 +204,8 @@ _NETWORK_FAILURES = [
     "op=combine failure=mismatch layout=token other=dispatch",
     "op=combine_vjp failure=mismatch layout=expert other=combine",
 ]
-# Credits, chunks, receipts, parts, and what comes home (test_hooks.cuh); a network that sets signals
-# before the bytes are there (emulator/network.h).
+# Waits for credits, chunks, receipts, parts and rows that come home (test_hooks.cuh); a network
+# that sets signals before the bytes are there (emulator/network.h).
 _NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 15, 104)
 
 
@@ -259,10 +260,20 @@ def _run(
 def _run_well(
     program: pathlib.Path, arguments: str, **settings: int
 ) -> subprocess.CompletedProcess[str]:
-    """The same, of a program that finds all right."""
+    """The same for a program that finds everything right."""
     done = _run(program, arguments, **settings)
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout + done.stderr
     return done
+
+
+def _expect_noticed(program: pathlib.Path, arguments: str, mutation: int) -> None:
+    """Fail unless the program finds an error under one of the schedules."""
+    for seed in range(1, _SEEDS + 1):
+        done = _run(program, arguments, seed=seed, mutation=mutation)
+        if done.returncode != 0:
+            assert "WRONG" in done.stdout or "EMULATOR" in done.stderr, done.stdout + done.stderr
+            return
+    pytest.fail(f"none of {_SEEDS} schedules showed it")
 
 
 @pytest.mark.parametrize("arguments", _KERNELS)
@@ -280,7 +291,7 @@ def test_sums_through_a_short_ring(binaries: pathlib.Path, arguments: str, seed:
 @pytest.mark.parametrize("seed", range(1, 3))
 @pytest.mark.parametrize("arguments", _LITTLE_ROOM)
 def test_few_blocks_at_a_time(binaries: pathlib.Path, arguments: str, seed: int) -> None:
-    """As when other kernels have most SMs, and wait for something themselves."""
+    """As if other kernels had most SMs and waited for something themselves."""
     given = f"{_SMALL} plan=pull {arguments} blocks=4"
     _run_well(binaries / "kernels_test", given, seed=seed, blocks=_LITTLE_ROOM[arguments])
 
@@ -291,7 +302,7 @@ def test_steps_in_which_everything_changes(binaries: pathlib.Path, arguments: st
 
 
 def test_failed_plans(binaries: pathlib.Path) -> None:
-    """Ranks at other ops, absent, failed before or in another place: errors, not waits for ever."""
+    """Ranks at other ops, absent, failed before or in another place: errors, no endless waits."""
     done = _run_well(binaries / "plan_test", "check=0 time=0 failures=1")
     assert done.stdout.count(": right") == 10, done.stdout
 
@@ -314,15 +325,15 @@ def test_failures_that_a_rank_tells(binaries: pathlib.Path, arguments: str) -> N
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("arguments", _RACES)
 def test_failures_that_may_come_too_late(binaries: pathlib.Path, arguments: str, seed: int) -> None:
-    """Right results or poison with a record, whenever peers notice; no writes elsewhere.
+    """Whenever peers notice: right results, or poison with a record, and no writes elsewhere.
 
-    And no old address, where no rank fails."""
+    If no rank fails, no kernel uses an old address."""
     _run_well(binaries / "races_test", f"{_SMALL} hidden=264 {arguments}", seed=seed)
 
 
 @pytest.mark.parametrize("arguments", [race for race in _RACES if "race=wrap" in race])
 def test_an_epoch_cannot_number_addresses(binaries: pathlib.Path, arguments: str) -> None:
-    """Of which a word has 16 bits: the same ones 65536 ops later."""
+    """A word has 16 bits of the epoch, which are the same 65536 ops later."""
     given = f"{_SMALL} hidden=264 {arguments}"
     done = _run(binaries / "races_test", given, mutation=_NUMBER_BY_EPOCH)
     assert done.returncode != 0 and "rows of the old buffer" in done.stdout, (
@@ -332,19 +343,13 @@ def test_an_epoch_cannot_number_addresses(binaries: pathlib.Path, arguments: str
 
 @pytest.mark.parametrize("mutation", _MUTATIONS)
 def test_a_missing_wait_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
-    for seed in range(1, _SEEDS + 1):
-        arguments = f"{_STRESS} {_MUTATIONS[mutation]}"
-        done = _run(binaries / "stress_test", arguments, seed=seed, mutation=mutation)
-        if done.returncode != 0:
-            assert "WRONG" in done.stdout or "EMULATOR" in done.stderr, done.stdout + done.stderr
-            return
-    pytest.fail(f"none of {_SEEDS} schedules showed it")
+    _expect_noticed(binaries / "stress_test", f"{_STRESS} {_MUTATIONS[mutation]}", mutation)
 
 
 @pytest.mark.parametrize("seed", range(1, 3))
 @pytest.mark.parametrize("arguments", _NETWORK)
 def test_hosts_on_a_late_network(binaries: pathlib.Path, arguments: str, seed: int) -> None:
-    """Right to the bit; and the network carries each row once for each host that needs it."""
+    """Results are right to the bit, and each row crosses once to each host that needs it."""
     _run_well(binaries / "network_test", f"{arguments} seed={seed}", seed=seed)
 
 
@@ -361,10 +366,5 @@ def test_failures_between_hosts(binaries: pathlib.Path, arguments: str) -> None:
 
 @pytest.mark.parametrize("mutation", _NETWORK_MUTATIONS)
 def test_a_missing_wait_between_hosts_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
-    given = "layout=expert tokens=60 blocks=1 steps=4 timeout=1"
-    for seed in range(1, _SEEDS + 1):
-        done = _run(binaries / "network_test", given, seed=seed, mutation=mutation)
-        if done.returncode != 0:
-            assert "WRONG" in done.stdout or "EMULATOR" in done.stderr, done.stdout + done.stderr
-            return
-    pytest.fail(f"none of {_SEEDS} schedules showed it")
+    arguments = "layout=expert tokens=60 blocks=1 steps=4 timeout=1"
+    _expect_noticed(binaries / "network_test", arguments, mutation)

@@ -1,4 +1,4 @@
-"""Every wrong call is refused while tracing, in a text that names op, argument, expected, got, fix.
+"""Every wrong call raises while tracing, with a text that names op, argument, expected, got, fix.
 
 All texts have one form: ``jax_ep.OP: argument ARGUMENT: expected X, got Y; FIX.``
 """
@@ -23,7 +23,7 @@ E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
 def array(shape: tuple[int, ...], dtype: Any = F32):
-    """Stands in a table of calls for an array made while tracing."""
+    """A placeholder in the table of calls for an array that is made while tracing."""
     return lambda: jnp.zeros(shape, dtype)
 
 
@@ -57,7 +57,7 @@ def resolve(value: Any, group: jax_ep.Group) -> Any:
 
 
 def refused(op: str, call: dict[str, Any], error: type[Exception], argument: str, text: str):
-    """Trace ``call`` on a rank and hold the error to ``text``: "expected / got / fix"."""
+    """Trace ``call`` on a rank and compare the error with ``text``: "expected / got / fix"."""
     group = make_group(2, "reference")
 
     def run():
@@ -337,7 +337,7 @@ def test_the_good_calls_are_good(op, call):
 
 
 def test_float64_weights():
-    """Which float32 cannot hold."""
+    """Float32 cannot hold them, so they are refused."""
     group = make_group(2, "reference")
     x, idx = np.zeros((8, HIDDEN), np.float32), np.zeros((8, 2), np.int32)
     run = lambda *args: jax_ep.dispatch(*args, group=group, num_experts=4).tokens  # noqa: E731

@@ -68,7 +68,7 @@ def test_two_processes_train_as_one(text, tmp_path, data_parallel):
     assert "held-out loss" in first
     assert "loss" not in second
     assert (together / "sample.txt").read_text() == summary.sample
-    # What two processes have saved, one can read.
+    # One process can read the checkpoint of two.
     config = RunConfig(out=together, steps=STEPS, resume=True)
     with Run(trainer, corpus, config) as restored:
         assert restored.step == STEPS

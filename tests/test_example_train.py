@@ -176,7 +176,7 @@ def test_resumed_run_has_the_same_bits(trainer, corpus, tmp_path):
 
 
 def test_failed_group_ends_the_run(trainer, corpus, tmp_path, monkeypatch):
-    """With its own error, before losses of NaN are recorded or states of NaN saved."""
+    """The run ends with the group's error, before it records losses or saves states with NaN."""
     calls = []
 
     def check(group):
@@ -205,12 +205,12 @@ def first_state(trainer) -> TrainState:
 
 
 class Steps:
-    """Stands for the steps of a trainer, which then compute nothing, and for the time.
+    """Replaces the steps of a trainer, so that they compute nothing, and the clock.
 
     Attributes:
-        take: Seconds from one step's end to the next; time passes only there.
+        take: Seconds from one step's end to the next. Time passes only in steps.
         rates: The learning rates of all steps so far.
-        before: Is called before each step.
+        before: A function that is called before each step.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ def test_minutes_hold_under_changing_load(trainer, corpus, tmp_path, steps):
         assert abs(run._clock.seconds() - 60) <= 2 * steps.take
     assert 33 <= len(steps.rates) <= 40
     assert steps.rates[-1] < 0.2 * TRAIN.learning_rate  # the schedule ends where the run does
-    # A resumed run has what is left of its minutes: here nothing, until it is given more.
+    # A resumed run has the rest of its minutes. Here none are left, until it is given more.
     with Run(trainer, corpus, RunConfig(out=tmp_path, resume=True)) as again:
         again.train()
         assert again.step == run.step

@@ -1,4 +1,4 @@
-"""``jax.export`` as README says: written by one process, run by another that has made the group."""
+"""``jax.export`` as in README: one process writes, another makes the group and runs it."""
 
 from __future__ import annotations
 

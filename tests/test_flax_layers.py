@@ -146,7 +146,7 @@ def test_nnx_logical_names(native_backend):
 
 
 def test_nnx_restored(native_backend, tmp_path):
-    """Orbax puts each array where that of the new layer lies, which must be on the mesh of all."""
+    """Orbax puts each array where the new layer has it, which must be on the common mesh."""
     group = make_group(native_backend)
     layer = make_nnx(group)
     layer.update_router_bias(jnp.arange(E))
@@ -244,7 +244,7 @@ def test_linen_with_the_weights_of_nnx(native_backend):
 
 @pytest.mark.parametrize("layer", [jax_ep.nnx.MoE, jax_ep.linen.MoE])
 def test_settings_are_those_of_moe(layer):
-    """All of its options are there, by name, with its defaults, and are described."""
+    """Layers have all options of ``moe``, with its names and defaults, and describe them."""
     of_moe = inspect.signature(jax_ep.moe).parameters
     of_layer = inspect.signature(layer.__init__).parameters
     for name, parameter in of_moe.items():
@@ -293,7 +293,7 @@ def test_initial_weights():
     ],
 )
 def test_wrong_settings(settings, error, text):
-    """An error before there are weights, for which Flax would have one of its own."""
+    """The error comes before weights are made, where Flax would raise one of its own."""
     arguments = SETTINGS | {"group": make_group("reference")} | settings
     with pytest.raises(error, match=f"jax_ep.nnx.MoE: argument {text}"):
         jax_ep.nnx.MoE(H, F, rngs=nnx.Rngs(0), **arguments)

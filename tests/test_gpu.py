@@ -105,7 +105,8 @@ def test_rank_that_never_arrives():
     )
 
     def run_and_check():
-        # A kernel that is under way reports nothing to XLA: the call may end well, but poisoned.
+        # A running kernel reports nothing to XLA, so the call may end without an error, with
+        # poison.
         with jax_ep.errors():
             jax.block_until_ready(program(*data))
         group.check()

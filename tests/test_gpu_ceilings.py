@@ -1,4 +1,4 @@
-"""What figures are held against, on a real GPU: nothing simple may be faster."""
+"""The ceilings that figures are compared with, on a real GPU: no simple copy may be faster."""
 
 from __future__ import annotations
 

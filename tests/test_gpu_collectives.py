@@ -23,13 +23,13 @@ VARIANTS = {
     # NCCL takes all the SMs that our ops leave free.
     "32 channels": {"NCCL_MIN_NCHANNELS": "32"},
 }
-# Ranks that share a GPU: what one rank's ops and all-reduces leave free has to suffice for those of
-# the other, or each may wait for what cannot start.
+# Ranks that share a GPU: one rank's ops and all-reduces must leave enough room for those of the
+# other. Otherwise each may wait for a kernel that cannot start.
 SHARED_GPU = {"NCCL_MAX_NCHANNELS": "8"}
 
 
 def run(platform: str, processes: int, **env: str) -> list[str]:
-    """What the processes print, which all end well and in time."""
+    """What the processes print; all must end well and in time."""
     running = collective_steps.start(platform, processes, **env)
     results = gpu_processes.finish(running, TIMEOUT[platform])
     for index, (status, output) in enumerate(results):
@@ -61,7 +61,7 @@ def test_all_reduces_beside_the_ops(processes, variant):
 @has_own_processes
 @pytest.mark.parametrize(("processes", "backend"), [(1, "cpu"), (2, "reference")])
 def test_the_same_on_cpu(processes, backend):
-    """The programs of the test above, small, whose values are right there too."""
+    """Small versions of the programs above give right values on CPU too."""
     for output in run("cpu", processes):
         assert f"backend={backend!r}" in output
         assert output.endswith("fine\n")
@@ -69,7 +69,7 @@ def test_the_same_on_cpu(processes, backend):
 
 @pytest.mark.needs_collectives
 def test_wrong_steps_are_counted(backend, monkeypatch):
-    """The tests above can fail: with results that are off, y and sums are wrong, and only they."""
+    """The tests above can fail: with changed results, exactly y and the sums are wrong."""
     group = make_group(collective_steps.RANKS, backend)
     need_part(group.mesh)
     combine, add = jax_ep.combine, jax.lax.psum

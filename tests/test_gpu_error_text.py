@@ -37,14 +37,14 @@ def text(
     ],
 )
 def test_who_what_and_what_to_do(kind, said):
-    """Flags are told only where the kernel has met flags."""
+    """The text names flags only if the kernel has met flags."""
     assert text(kind) == (
         f"jax_ep.CommunicationError: rank 1, op combine, phase arrival: {said}. "
         "The group takes no more ops; make it again with jax_ep.create_group."
     )
 
 
-EPOCH = 5 << 32 | 70_000  # of which words carry some bits
+EPOCH = 5 << 32 | 70_000  # words carry some of its bits
 
 
 @pytest.mark.parametrize(

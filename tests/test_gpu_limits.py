@@ -1,4 +1,4 @@
-"""What the GPU kernels have no room for is refused while tracing, here on devices of any kind."""
+"""Arguments that GPU kernels have no room for raise while tracing, here on any devices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONE_HOST = Topology(hosts=((0, 1),), processes=((0, 0),))
 
 @pytest.fixture
 def trace(monkeypatch):
-    """Traces one rank of a group of GPUs, whose ops are stood in for by those of the reference."""
+    """Traces one rank of a group of GPUs, with the reference's ops in place of the group's."""
     monkeypatch.setitem(gradients._BACKENDS, "cuda", reference)
 
     def trace(fn, *, ranks: int = 2, backend: str = "cuda"):
@@ -84,7 +84,7 @@ def test_experts_of_a_layer(trace):
 
 
 def test_plan(trace, monkeypatch):
-    """What no kernel of the plan has room for, as the native library says by a size below 0."""
+    """The native library says by a size below 0 that no kernel of the plan has room."""
     library = types.SimpleNamespace(plan_scratch_size=lambda *_: -1)
     monkeypatch.setattr(gpu_side, "library", lambda: library)
     monkeypatch.setitem(gradients._BACKENDS, "cuda", native)
@@ -162,7 +162,7 @@ def test_rows_of_the_gradient_with_weights(trace):
 
 
 def test_limits():
-    """Those that users were told of."""
+    """The limits are those in the documentation."""
     assert limits.max_experts() == 4096
     assert limits.max_summed_row_bytes(1) == limits.max_summed_row_bytes(2) == RING
     assert limits.max_summed_row_bytes(5) == RING // 4
@@ -172,6 +172,6 @@ def test_limits():
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
 def test_scratch_of_dispatch(quantize, dense):
-    """Rows that travel in float8 with their scales, and the scales of those that become dense again."""
+    """Rows that travel in float8 with their scales, and scales of rows that become dense again."""
     size = library.dispatch_scratch_size(3, 256, 10, quantize, dense)
     assert size == (quantize and (3 * 256 + 128) + dense * 10 * 2 * 4)

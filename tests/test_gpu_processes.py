@@ -1,4 +1,4 @@
-"""Groups of GPUs that span processes: one process for each rank, with as many ranks as wanted."""
+"""Groups of GPUs that span processes: one process for each rank, with any number of ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_values_without_command_buffers():
 
 
 def test_staged():
-    """Memory that peers cannot map is copied first; results stay right, and a warning says it."""
+    """Memory that peers cannot map is copied first; results stay right, and a warning says so."""
     for output in run("values", 2, XLA_PYTHON_CLIENT_PREALLOCATE="false"):
         assert "XLA_PYTHON_CLIENT_PREALLOCATE=false" in output
 
@@ -56,7 +56,7 @@ def test_new_group_after_a_failure():
 
 
 def test_new_groups_after_a_failure_beside():
-    """A failure in one of two groups side by side, of which the other's processes know nothing."""
+    """One of two groups side by side fails; the processes of the other know nothing of it."""
     outputs = run("side_by_side", 4)
     assert "second: fine" not in outputs[0]
     assert all("second: fine" in output for output in outputs[2:])
@@ -68,13 +68,13 @@ def test_process_that_ends():
 
 
 def test_equal_op_at_another_place():
-    """Ranks at equal ops of different places in their programs raise, and do not mix their data."""
+    """Ranks at equal ops in different places of their programs raise and do not mix their data."""
     outputs = run("out_of_step", 2)
     assert any("is at another op" in output for output in outputs)
 
 
 def test_mesh_of_the_program_in_another_order():
-    """No rows of the wrong experts, but an error that says what to do."""
+    """An error says what to do, and no rows come from the wrong experts."""
     run("misplaced", 2)
 
 

@@ -1,4 +1,4 @@
-"""``gpu_suite.py`` itself, without GPUs: what it leaves out, what fails, what it ends."""
+"""``gpu_suite.py`` itself, without GPUs: stages that it leaves out or ends, and failures."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def cpu_losses(text, tmp_path_factory):
         process.stdout.close()
 
 
-# With one group, it spans both GPUs; with two, NCCL alone connects them.
+# One group spans both GPUs. Two groups are connected only by NCCL.
 @pytest.mark.parametrize("data_parallel", [1, 2])
 @pytest.mark.parametrize("count", [1, 2], ids=["one process", "two processes"])
 def test_loss_curve_is_that_of_the_cpu(text, cpu_losses, tmp_path, count, data_parallel):

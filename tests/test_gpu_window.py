@@ -40,7 +40,7 @@ def runnable(gpus):
 
 @pytest.mark.parametrize("nccl_shares", [False, True])
 def test_budgets(monkeypatch, nccl_shares):
-    """On two GPUs they add up to all the time; on one, none of it is planned for what cannot run."""
+    """On two GPUs they add up to all the time; on one, stages that cannot run get none."""
     monkeypatch.setattr(machine, "NCCL_SHARES_GPUS", nccl_shares)
     total = window_stages.SECONDS - window_stages.RESERVE
     assert total < 540 and all(stage.seconds <= stage.most for stage in runnable(2))
@@ -82,7 +82,7 @@ def test_ranks_that_share_gpus_do_so_alone(gpus):
 
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_commands(gpus):
-    """They can be filled in, name files that exist, and give each result a place."""
+    """Commands can be filled in, name files that exist, and give each result a place."""
     for stage in window_stages.stages(gpus):
         for command in stage.commands:
             text = command.format(python="python", work="work", binaries="bin", seconds=9)
@@ -96,7 +96,7 @@ def test_commands(gpus):
 
 
 def test_what_is_left_goes_on():
-    """To the next that need it, up to their most; what comes later keeps what it was planned."""
+    """The next stages that need time get it, up to their ``most``; later ones keep their plan."""
     first, second, third = (Stage(n, [], "other", 10, 25, n) for n in "abc")
     assert window_stages.limit([first], [[second], [third]], 30) == 10
     assert window_stages.limit([second], [[third]], 28) == 18
@@ -169,7 +169,7 @@ def test(i):
 
 
 def test_progress_of_a_real_run(tmp_path):
-    """As this pytest writes."""
+    """The output of the installed pytest is understood."""
     test = tmp_path / "test_few.py"
     test.write_text(FEW)
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", os.devnull]
@@ -239,7 +239,7 @@ def test_a_window(window, tmp_path):
 
 
 def test_limits(window, tmp_path, monkeypatch):
-    """What a stage wrote before it was killed is there, with how far it came, and it leaves nobody."""
+    """The output and progress of a killed stage are there, and no process of it is left."""
     monkeypatch.setattr(window_stages, "GRACE", 1.0)
     monkeypatch.setattr(gpu_window, "GRACE", 1.0)
     child = "import os; print('pid', os.getpid(), flush=True); import time; time.sleep(600)"
@@ -262,7 +262,7 @@ def test_limits(window, tmp_path, monkeypatch):
     pid = int(next(line for line in log.splitlines() if "] pid " in line).split()[-1])
     cmdline = pathlib.Path(f"/proc/{pid}/cmdline")
     deadline = time.monotonic() + 5
-    # Of one that was killed and not yet waited for, it is empty.
+    # It is empty for a process that was killed and not yet waited for.
     while cmdline.exists() and cmdline.read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -338,7 +338,7 @@ def test_from_the_command_line(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("workers", [0, 1], ids=["alone", "xdist"])
 def test_failures_show_at_once(tmp_path, workers):
-    """With their reasons, which a run that is ended later would not come to; and they count once."""
+    """Failures show at once with their reasons, and count once, also if the run is ended later."""
     if workers:
         pytest.importorskip("xdist")
     pytest_itself = "os.getppid()" if workers else "os.getpid()"

@@ -105,7 +105,7 @@ print("id", jax_ep.create_group(mesh, "expert", backend="{backend}").id)
 
 
 def test_ids_are_the_same_in_every_process(backend):
-    """Whatever a process did before; so programs in the persistent cache stay valid."""
+    """Ids do not depend on what a process did before, so cached programs stay valid."""
     sizes = fit((2, 2), DATA_EXPERT)
     mesh = make_mesh(sizes, DATA_EXPERT)
     ids = set()
@@ -174,7 +174,7 @@ def test_refused(arguments, error, text):
 
 @pytest.mark.parametrize("timeout", [1e-3, 2, float("inf")])
 def test_shortest_and_endless_timeouts(backend, timeout):
-    """As good as any other; that all ranks come within a millisecond is not tried."""
+    """They work as any other; no op tests whether all ranks come within a millisecond."""
     group = jax_ep.create_group(make_mesh(2), backend=backend, timeout=timeout)
     assert group.timeout == timeout
     run = lambda x, idx: jax_ep.dispatch(x, idx, group=group, num_experts=2).tokens  # noqa: E731
@@ -211,7 +211,7 @@ def test_axis_types_do_not_matter(backend):
     "axes", ["b", "a", ("a", "b"), ("b", "a"), ("c", "a"), ("a", "b", "c")], ids=str
 )
 def test_programs_and_groups_place_ranks_alike(axes):
-    """On GPUs kernels compare the two, and take a difference for a mesh in another order."""
+    """On GPUs, kernels compare the two places and take a difference for a mesh in another order."""
     need_devices(12)
     mesh = make_mesh((2, 3, 2), ("a", "b", "c"))
     group = jax_ep.create_group(mesh, axes, backend="reference")

@@ -26,7 +26,7 @@ DTYPES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4}
 @pytest.mark.parametrize("case", SIZES)
 @pytest.mark.parametrize("tile", [8, 128])
 def test_tile_table(case, tile):
-    """Every row stands in one tile of its group; tiles do not reach over blocks."""
+    """Every row is in one tile of its group; tiles do not cross the borders of blocks."""
     rows, sizes = SIZES[case]
     group, block, first, end = map(np.asarray, tile_table(jnp.array(sizes, jnp.int32), rows, tile))
     owner = np.full(rows, -1)
@@ -80,8 +80,8 @@ def test_lowers_for_gpus_anywhere(dtype, inner, outer):
 def test_equal_calls_are_lowered_once(monkeypatch, dtype):
     """Three equal layers and their gradients have the kernels of one, and call them three times.
 
-    They have the same bytes in both programs: jaxlib compiles kernels once that it knows by these, and
-    JAX's persistent cache finds programs by theirs.
+    The kernels have the same bytes in both programs. So jaxlib, which identifies kernels by their
+    bytes, compiles them once, and JAX's persistent cache finds the programs.
     """
     monkeypatch.setattr(_compat, "has_hopper_gpu", lambda: True)
     lhs = jax.ShapeDtypeStruct((136, 128), dtype)
@@ -157,7 +157,7 @@ def test_kernels_know_nothing_of_what_is_around(around):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("case", SIZES)
 def test_values_and_gradients(case, width, dtype):
-    """As float64 gives them; NaN in unused rows reaches nothing."""
+    """They are those of float64; NaN in unused rows reaches nothing."""
     rows, sizes = SIZES[case]
     lhs, rhs, d_out, unused = (
         np.float64(jnp.asarray(a, dtype)) if isinstance(a, np.ndarray) else a
@@ -181,7 +181,7 @@ def test_values_and_gradients(case, width, dtype):
 @needs_hopper
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_transformations(check_vma):
-    """Under shard_map, scan, remat and donation the same comes out."""
+    """Results are the same under shard_map, scan, remat and donation."""
     lhs, rhs, _, _ = problem(300, (100, 0, 150), 128, 128)
     lhs, rhs = jnp.asarray(lhs, jnp.bfloat16), jnp.asarray(rhs / 12, jnp.bfloat16)
     sizes = jnp.array((100, 0, 150), jnp.int32)
@@ -209,7 +209,7 @@ def test_transformations(check_vma):
 @pytest.mark.gpu
 @needs_hopper
 def test_vmap():
-    """As one product after the other."""
+    """The result is that of one product after the other."""
     rng = np.random.default_rng(0)
     lhs = jnp.asarray(rng.normal(size=(3, 300, 128)), jnp.bfloat16)
     rhs = jnp.asarray(rng.normal(size=(3, 2, 128, 256)), jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""How processes find each other, hand over descriptors and agree, and what they do not let in."""
+"""How processes find each other, hand over descriptors and agree, and what they refuse."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import sys
 import pytest
 
 import jax_ep
+import machine
 from jax_ep._errors import CommunicationError
 from jax_ep._groups import gpu_side
 
@@ -22,11 +23,10 @@ SCRIPT = pathlib.Path(__file__).with_name("support") / "handle_processes.py"
 
 
 def play(scene: str, processes: int, folder: pathlib.Path, **env: str) -> list[object]:
-    """What each process of a scene saw; None of one that was killed."""
+    """What each process of a scene saw; None for one that was killed."""
     temporary = folder / "tmp"
     temporary.mkdir()
-    root = pathlib.Path(jax_ep.__file__).parent.parent
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     base = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TMPDIR": str(temporary)}
     running = [
         subprocess.Popen(
@@ -80,7 +80,7 @@ def test_groups_of_three_processes(tmp_path):
 
 
 def test_errors_reach_all_processes(tmp_path):
-    """One that cannot allocate, one that cannot map: the same error in all, and then a group."""
+    """A process cannot allocate or cannot map: all raise the same error, and then make a group."""
     for saw in play("failures", 3, tmp_path):
         allocate, imported, made = saw["results"]
         assert allocate == "the group was not made: process 1: MemoryError: no room"
@@ -129,7 +129,7 @@ def test_process_of_another_host_that_does_not_come(tmp_path):
 
 
 def test_killed_process(tmp_path):
-    """The others raise at once, again at the next try, and can make a group of their own."""
+    """The others raise at once and at the next attempt, and can make a group of their own."""
     *left, gone = play("killed", 3, tmp_path)
     assert gone is None
     for saw in left:
@@ -141,7 +141,7 @@ def test_killed_process(tmp_path):
 
 
 def test_forks_hold_no_connections(tmp_path):
-    """A data loader's process, say, that outlives the one that made it."""
+    """A fork, such as a data loader's process, may outlive the process that made it."""
     saw, gone = play("forked", 2, tmp_path)
     assert gone is None
     assert "process 1 took no part in making the group: it is gone" in saw["result"]
@@ -214,9 +214,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     importlib.util.find_spec("jax_ep._cuda") is None, reason="the GPU backend was not built"
 )
 def test_watch():
-    """Ends and goodbyes are told apart and noticed within 50 ms; forks neither speak nor linger."""
-    root = pathlib.Path(jax_ep.__file__).parent.parent
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Deaths and goodbyes are told apart and noticed within 50 ms; forks disturb neither."""
+    path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     ours, theirs = socket.socketpair()
     with theirs:
         done = subprocess.run(

@@ -72,7 +72,7 @@ def draws(draw: st.DrawFn) -> Draw:
 
 
 def data(d: Draw) -> dict[str, np.ndarray]:
-    """Routings with all that can be wrong with them, from uniform to very skewed."""
+    """Routings from uniform to very skewed, with every kind of invalid entry."""
     rng = np.random.default_rng(d.seed)
     shape = (d.ranks, d.tokens, d.top_k)
     skew = rng.choice([0.2, 1.0, 5.0])

@@ -86,7 +86,7 @@ def test_import_after_jax_has_started(before, num_devices, warns):
     assert ("Import jax_ep before" in done.stderr) == warns, done.stderr
     if warns:
         assert "started its 3 CPU devices" in done.stderr and "set PJRT_NPROC=256" in done.stderr
-        assert done.stdout.strip() == "None"  # where it has no effect it would only mislead
+        assert done.stdout.strip() == "None"  # it has no effect any more
 
 
 @pytest.mark.parametrize("name", ["nnx", "linen"])
@@ -118,7 +118,7 @@ except ImportError as error:
 
 
 def test_index_is_complete():
-    """Every public name is there, is listed, and says what it is; and none is missing in the list."""
+    """Every public name exists, is listed and has a docstring, and the list lacks none."""
     assert sorted(jax_ep.__all__, key=str.lower) == sorted(set(jax_ep.__all__), key=str.lower)
     assert set(jax_ep.__all__) <= set(dir(jax_ep))
     for name in jax_ep.__all__:

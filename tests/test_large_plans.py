@@ -1,4 +1,4 @@
-"""Plans of many tokens, which a kernel of their own serves on GPUs; again and again, under scan."""
+"""Plans of many tokens, which have their own kernel on GPUs, repeatedly under scan."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_steps_of_many_tokens(native_backend):
 @pytest.mark.skipif(not _cpu.build_info()["with_cuda"], reason="needs the GPU library")
 @pytest.mark.parametrize("layout", [0, 1])
 def test_the_kernel_is_another_one(layout):
-    """Only the plan that reads its peers' memory has scratch."""
+    """Only the kernel of the plan that reads its peers' memory has scratch."""
     from jax_ep import _cuda
 
     experts, ranks = collective_steps.EXPERTS, collective_steps.RANKS

@@ -11,7 +11,7 @@ import pytest
 import jax_ep
 
 ROOT = pathlib.Path(jax_ep.__file__).parent
-# From the bottom up. What stands in one row knows nothing of its neighbours.
+# From the bottom up. Modules of one row do not import each other.
 ROWS = (
     ("_version", "_compat", "_environment", "_errors"),
     ("_core",),
@@ -37,7 +37,7 @@ MODULES = {module_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 @functools.cache
 def imports_of(module: str, *, when_loaded: bool = False) -> frozenset[str]:
-    """The package's own modules that a module imports, wherever, or at once when it is loaded."""
+    """The package's modules that a module imports anywhere, or (``when_loaded``) while it loads."""
     found = set()
     tree = ast.parse(MODULES[module].read_text())
     for node in tree.body if when_loaded else ast.walk(tree):
@@ -75,7 +75,7 @@ def test_imports_point_downwards():
         f"{module} imports {other}"
         for module in MODULES
         for other in imports_of(module)
-        # The index may be imported by name; it has Flax's layers loaded when they are asked for.
+        # The index may be imported by name. It loads Flax's layers when they are asked for.
         if other != "jax_ep"
         and module != "jax_ep"
         and part_of(module) != part_of(other)
@@ -86,7 +86,7 @@ def test_imports_point_downwards():
 
 @pytest.mark.parametrize("when_loaded", [False, True], ids=["anywhere", "when loaded"])
 def test_no_circle_and_few_levels(when_loaded):
-    """No circle, also not of imports inside functions and for type checkers alone."""
+    """There is no circle, even with imports inside functions or only for type checkers."""
     done: dict[str, int] = {}
 
     def level(module: str, way: tuple[str, ...] = ()) -> int:

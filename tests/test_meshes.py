@@ -1,6 +1,6 @@
 """Meshes of several axes: which devices form a group, and what the other axes do.
 
-Data are made per device; for every group of a mesh the oracle says what its ranks must hold.
+Each device has data of its own. For every group of a mesh the oracle says what its ranks must have.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def test_devices_in_another_order(backend):
 def test_operands_replicated_over_data(varying, check_vma, backend):
     """x, the routing or both are the same in two groups side by side.
 
-    Where both are, so are the results, and JAX must be able to see it.
+    If both are the same, so are the results, and JAX must be able to see that.
     """
     x_varies, idx_varies = varying
     mesh = make_mesh(DATA_EXPERT, ("data", "expert"))

@@ -63,7 +63,7 @@ def dense_moe(x, params, *, router, top_k=K, mask=None):
 
 
 def objective(layer, x, params):
-    """A loss of output and auxiliary loss, which every weight has a part in."""
+    """A loss of output and auxiliary loss that depends on every weight."""
     y, aux = layer(x, params)
     target = jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
     return jnp.sum(y * target) + aux[0], (y, aux)
@@ -284,7 +284,7 @@ def test_drops_and_invalid_entries_are_counted_once(native_backend):
         capacity_factor=1.0,
     )
     y, aux = spmd.whole_jit(layer, group.mesh)(make_x(12, H), make_params())
-    # In each group of the mesh, R T K / E rows for each expert, where every token wants two.
+    # In each group of the mesh, each expert keeps R T K / E rows; every token wants two experts.
     groups = group.mesh.shape["data"]
     room = -(-12 * 3 // (E * groups))
     assert room < 12 // groups

@@ -1,4 +1,4 @@
-"""What ``jax_ep.moe`` is given besides good arrays: options that are no options, arrays elsewhere."""
+"""Wrong inputs of ``jax_ep.moe``: options that are not static values, arrays on other devices."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def meshes(sizes: tuple[int, ...], other: tuple[int, ...]) -> tuple[Mesh, Mesh]:
 
 @pytest.mark.parametrize("argument", ["x", "params", "mask"])
 def test_arrays_on_a_mesh_of_another_shape(argument):
-    """XLA would end the process where the axes of two meshes cut the same devices differently."""
+    """XLA would end the process if the axes of two meshes divide the same devices differently."""
     mine, other = meshes((2, 4), (4, 2))
     call = {"x": make_x(), "params": make_params(), "mask": jnp.ones((8,), bool)}
     call[argument] = jax.device_put(call[argument], NamedSharding(other, P()))
@@ -164,7 +164,7 @@ def test_another_mesh_is_set():
 
 
 def test_masked_tokens_reach_no_gradient(native_backend):
-    """What stands in padding, be it NaN, is nobody's business."""
+    """The contents of padding, even NaN, have no effect."""
     layer = layer_of(spmd.make_group(2, native_backend))
     params = make_params()
     mask = jnp.arange(8) != 3

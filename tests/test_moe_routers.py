@@ -94,7 +94,7 @@ def test_inputs_are_split_like_the_tokens(axis_type, native_backend):
 
 
 def test_a_router_closes_over_traced_values(native_backend):
-    """What is the same for all tokens; its gradient is right."""
+    """A router may close over values that are the same for all tokens; their gradient is right."""
     group = spmd.make_group(2, native_backend)
     params, x = make_params(), make_x(6)
     layer = functools.partial(jax_ep.moe, group=group, num_experts=E, top_k=K)
@@ -217,7 +217,7 @@ def test_balance_of_the_experts_that_exist():
 
 
 def test_layer_of_six_experts_on_four_ranks(native_backend):
-    """The same as six experts on two ranks; those that pad have no routes and no gradient."""
+    """Results are those of six experts on two ranks; the others have no routes and no gradient."""
     padded, exact = (spmd.make_group(n, native_backend) for n in (spmd.ranks_at_most(4), 2))
     params, x = make_params(), make_x(10)
     params = params._replace(router_kernel=params.router_kernel.at[:, 6:].set(100.0))
@@ -246,7 +246,7 @@ def test_layer_of_six_experts_on_four_ranks(native_backend):
 
 
 def test_own_router_sees_the_experts_that_exist(native_backend):
-    """Its logits are theirs, and a route to another expert is invalid."""
+    """It gets only their logits, and a route to another expert is invalid."""
 
     def router(logits, bias):
         assert logits.shape[1] == 6 and bias.shape == (6,)

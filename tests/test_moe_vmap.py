@@ -65,7 +65,7 @@ def test_stages_on_an_axis_of_the_mesh(native_backend):
 
 
 def test_ops_on_an_axis_of_the_mesh(backend):
-    """Likewise dispatch and combine with weights, whose gradients are rules of their own."""
+    """The same for dispatch and combine with weights, which have custom gradients."""
     group = make_group(backend)
     x, idx = make_x(), jnp.arange(STAGES * 8 * 2).reshape(STAGES, 8, 2) % E
     x = jnp.concatenate([x, x[:, :1]], axis=1)

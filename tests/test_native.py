@@ -33,7 +33,7 @@ def test_build_info():
 
 
 def test_a_library_for_a_newer_jaxlib_is_named(monkeypatch):
-    """XLA refuses handlers built with newer headers: that is why there is no backend, not a crash."""
+    """XLA refuses handlers built with newer headers; the message says so, and nothing crashes."""
 
     def refuse(name, handlers, platform):
         raise jax.errors.JaxRuntimeError(f"INVALID_ARGUMENT: registration for {name} failed")
@@ -135,7 +135,7 @@ def one_rank_identity(capacity: int) -> tuple[jax_ep.Group, np.ndarray]:
 @pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32], ids=str)
 def test_quantization_of_every_bit_pattern(dtype, scale_format):
-    """Every 16-bit number beside one of every magnitude; for float32, random bits."""
+    """Every 16-bit number next to one of every magnitude; for float32, random bits."""
     rng = np.random.default_rng(2)
     bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
     patterns = np.arange(2**16, dtype=bits)

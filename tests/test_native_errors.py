@@ -1,6 +1,6 @@
-"""Calls of the native targets that are wrong: clear errors on all ranks, whoever made the call.
+"""Wrong calls of the native targets: clear errors on all ranks, whichever rank made the call.
 
-The targets are called as they stand, without the Python layers that check before them.
+The targets are called directly, without the Python layers that check arguments.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_rank_that_arrives_twice():
 
 
 def raw_operands(op, group, idx) -> dict[str, jax.Array]:
-    """A right call of an op that takes a handle: its operands by name, in order."""
+    """The operands of a right call of an op that takes a handle, by name, in order."""
     handle = plan(idx, group)
     absent = jnp.zeros((0,))
     payload = {
@@ -135,7 +135,7 @@ RESULTS = {
 
 
 def run_changed(op, change, results=None, **attributes):
-    """Calls an op with its operands as ``change`` made them, and other results or attributes."""
+    """Calls an op with operands changed by ``change``, and other results or attributes."""
     group = make_group(RANKS, "cpu")
     kinds = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results or RESULTS[op]]
     if op == "dispatch":
@@ -150,7 +150,7 @@ def run_changed(op, change, results=None, **attributes):
 
 @pytest.mark.parametrize("op", RESULTS)
 def test_right_calls(op):
-    """What the tests below change is right to begin with."""
+    """The calls that the tests below change are right before the change."""
     run_changed(op, lambda operands: operands)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jax_ep
+import machine
 import oracle
 from jax_ep import _cpu
 from jax_ep._backends import native
@@ -61,7 +62,8 @@ def test_missing_ranks():
         str(error.value),
     )
     assert found and int(found[1]) in there and int(found[3]) == group.id
-    # A busy machine is late. The default deadline, 600 s, would show that the group's is ignored.
+    # A busy machine may be late. The default deadline, 600 s, would show that the group's is
+    # ignored.
     assert 0.5 <= float(found[2]) < 300
     assert _cpu.open_rendezvous() == 0
     assert (run(idx, everybody) == counts).all()  # the next run is not affected
@@ -96,7 +98,7 @@ def test_delays_change_nothing():
 
 
 def run_script(body: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Runs a script, since one that hangs or crashes must not take the suite along."""
+    """Runs a script in its own process, so that the suite survives a hang or crash."""
     prelude = """
         import os
         os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -109,8 +111,7 @@ def run_script(body: str, timeout: float = 120) -> subprocess.CompletedProcess[s
         idx = np.tile(np.arange(8, dtype=np.int32), 4).reshape(16, 2)
         x = np.ones((16, 8), np.float32)
     """
-    root = pathlib.Path(jax_ep.__file__).parents[1]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(body)],
         env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
@@ -122,7 +123,7 @@ def run_script(body: str, timeout: float = 120) -> subprocess.CompletedProcess[s
 
 
 def test_blocking_collectives_follow_an_op():
-    """XLA's collectives block the thread that runs a rank; no other rank may wait behind it."""
+    """XLA's collectives block the thread of a rank, and no other rank may wait behind it."""
     done = run_script(
         """
         group = jax_ep.create_group(mesh, "expert", backend="cpu")
@@ -140,7 +141,7 @@ def test_blocking_collectives_follow_an_op():
 
 
 def test_ending_while_a_rank_is_missing():
-    """The process ends all by itself, at the deadline at the latest, although nobody looked."""
+    """The process ends by itself, at the latest at the deadline, although nobody waits for it."""
     done = run_script(
         """
         group = jax_ep.create_group(mesh, "expert", backend="cpu", timeout=1.0)
@@ -156,7 +157,7 @@ def test_ending_while_a_rank_is_missing():
 
 
 def test_rank_that_comes_after_the_deadline():
-    """It fails with the meeting of its peers, which have gone, and does not wait at one of its own."""
+    """It fails with the meeting that its peers have left, and does not wait at a new one."""
     done = run_script(
         """
         import threading

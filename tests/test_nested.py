@@ -1,4 +1,4 @@
-"""``jax_ep.moe`` and the Flax layers inside a ``shard_map`` over other axes, as of a pipeline."""
+"""``jax_ep.moe`` and the Flax layers inside a ``shard_map`` over other axes, as in a pipeline."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_forward_mode_is_refused():
 
 
 def test_axes_that_the_shard_map_has_entered():
-    """They are no token axes, and no axes of the group."""
+    """They cannot be token axes or axes of the group."""
     group = make_group("reference")
     params = jax.tree.map(lambda w: w[0], make_params(1))
     x = draw(0, 8, H)

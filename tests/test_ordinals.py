@@ -1,4 +1,4 @@
-"""Ordinals: the calls of a program are told apart, and a program is lowered to the same text always."""
+"""Ordinals tell the calls of a program apart, and a program is always lowered to the same text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layer(group, x, idx):
 
 
 def layers(group, count, wrap=lambda f: f):
-    """So many equal layers, each a function of its own under ``wrap``."""
+    """``count`` equal layers, each a function of its own under ``wrap``."""
 
     def run(x, idx):
         for _ in range(count):
@@ -73,7 +73,7 @@ def test_equal_calls(group, check_vma):
 
 
 def test_profiles_name_the_op(group):
-    """And not only the primitive that all native calls are."""
+    """Profiles show the op and not only the primitive of all native calls."""
     text = jax.jit(shard(layers(group, 1), group.mesh)).lower(*SHAPES).compile().as_text()
     for name in ("plan", "dispatch", "combine"):
         (line,) = (s for s in text.splitlines() if f'custom_call_target="jax_ep_{name}"' in s)
@@ -82,7 +82,7 @@ def test_profiles_name_the_op(group):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
 def test_gradients(group, wrap):
-    """The calls of the backward pass, and those that are run again, are calls like others."""
+    """The calls of the backward pass and rematerialised calls have ordinals like others."""
     run = layers(group, 2, wrap)
 
     def gradient(x, idx):
@@ -151,7 +151,7 @@ def test_eager(native_backend):
 
 
 def test_tag():
-    """What flags carry of an op on GPUs: it differs by ordinal, for the ordinals of any program."""
+    """The tag of an op in the flags on GPUs differs by ordinal, for the ordinals of any program."""
     cuda = pytest.importorskip("jax_ep._cuda", reason="the GPU backend was not built (no nvcc)")
     tags = [cuda.op_tag(op=1, shape=[96, 4, 512], ordinal=n) for n in range(2**15)]
     assert len(set(tags)) == len(tags)

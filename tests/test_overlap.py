@@ -107,7 +107,7 @@ def test_independent_work_between_the_halves(backend):
 
 
 def chained(text: str, target: str) -> bool:
-    """Whether, of two calls of ``target`` in a compiled module, one's operands need the other."""
+    """Whether one of two calls of ``target`` in a compiled module depends on the other."""
     operands = {}
     calls = []
     for name, rest in re.findall(r"^\s+(?:ROOT )?%(\S+) = (.*)$", text, re.MULTILINE):

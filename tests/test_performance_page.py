@@ -81,7 +81,7 @@ def test_picture_knows_what_it_shows(tmp_path):
 
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
-    """The script at work on copies of what it writes."""
+    """The script, set to write to copies of its files."""
     for name in ("PAGE", "README", "PICTURE"):
         copy = tmp_path / getattr(page, name).name
         shutil.copy(getattr(page, name), copy)
@@ -115,7 +115,7 @@ def test_check_finds_what_is_out_of_date(copies, capsys, monkeypatch):
 
 
 def test_without_matplotlib(copies, capsys, monkeypatch):
-    """It is needed to draw, and only then."""
+    """The script needs it only to draw."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert copies("--check") == 0
     assert copies() == 0

@@ -44,7 +44,7 @@ def test_other_figures_are_not_taken_for_a_target(changes):
 
 
 def test_every_target_can_be_measured():
-    """By a case of the suites, on the ranks that it is for."""
+    """A case of the suites measures each target, on its number of ranks."""
     from jax_ep.bench import suites
     from jax_ep.bench.machine import Machine
 
@@ -204,7 +204,7 @@ def test_headline_takes_records_that_say_their_capacity():
 
 
 def test_best_of_each_library():
-    """Of the committed figures: the fastest first, each library once, none along a handle."""
+    """From the committed figures: the fastest first, each library once, none along a handle."""
     match = targets["figures"][0]["match"]
     best = data.peers_of(targets, match)
     assert [peer.name for peer in best] == ["DeepEP V2", "DeepEP V1", "NCCL EP"]
@@ -273,7 +273,8 @@ def test_rates_above_the_ceiling():
     text = beyond(ceiling, slow, fast, loads(), record(wire_gbs=None))
     assert "it is what `ppermute` reached, and other movers" in text
     assert text.startswith("1 records have a rate above the ceiling of their run, by up to 10.0%:")
-    # Copies in memory that ranks share are no ceiling of a link, nor are rates there over one.
+    # Copies in memory that ranks share are no ceiling of a link, and rates there are none over a
+    # link.
     memory = {"memory_gbs": 400.0, "ranks": 2, "gpus": 1}
     copies = record(op="ceiling", name="bulk copies", ceiling_gbs=4000.0, **memory)
     shared = record(wire_gbs=9000.0, ceiling_gbs=4000.0, **memory)
@@ -283,7 +284,7 @@ def test_rates_above_the_ceiling():
 
 
 def test_figures_of_others():
-    """All that are in the file stand on the page; a file that says something else is refused."""
+    """All figures of the file are on the page; a file with something else is refused."""
     lines = (page.TARGETS.parent / targets["peers"]["file"]).read_text().splitlines()
     assert len(rows(targets, [], "peers")) == 2 + len(lines)
     fastest = min((json.loads(line) for line in lines), key=lambda fields: fields["us"])

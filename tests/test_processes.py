@@ -19,7 +19,7 @@ LAUNCHER = pathlib.Path(__file__).with_name("run_processes.py")
 
 
 def test_exchange(tmp_path):
-    """Two processes, here threads: each hears both; who is no source hears all the same."""
+    """Two processes, here threads: each gets the values of both, also one that is no source."""
     heard = {}
 
     def work(index: int) -> None:
@@ -166,12 +166,12 @@ def test_death_of_one_process(failing):
     assert done.returncode == 137, done.stdout
     assert "process 1, exit status 137" in done.stdout
     assert lines[-1].startswith("2 processes: FAILED, exit status 137")
-    assert "at the time limit" not in lines[-1]  # which would say that nobody noticed the death
+    assert "at the time limit" not in lines[-1]  # that text would say that nobody noticed the death
 
 
 @pytest.mark.slow
 def test_suite_in_two_processes():
-    """A part of the real suite, where the group spans both."""
+    """A part of the real suite, with groups that span both processes."""
     suite = str(pathlib.Path(__file__).with_name("test_suite_values.py"))
     chosen = "test_values and R2 and token or no_tokens_and_no_rows"
     done = launch("2", suite, "-c", str(CONFIG), "-q", "-k", chosen)

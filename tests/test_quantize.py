@@ -33,7 +33,7 @@ def quantize(x: np.ndarray, scale_format: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def same_bits(got, want: np.ndarray) -> None:
-    """Equal bit for bit, but that any NaN is as good as another."""
+    """Equal bit for bit, except that any NaN equals any other."""
     got = np.asarray(got)
     assert got.dtype == want.dtype
     unsigned = np.dtype(f"u{got.dtype.itemsize}")
@@ -43,7 +43,7 @@ def same_bits(got, want: np.ndarray) -> None:
 
 
 def rows(dtype: np.dtype) -> np.ndarray:
-    """``[n, 256]``: what makes rounding, scales and special values go wrong."""
+    """``[n, 256]`` rows that are hard for rounding, scales and special values."""
     rng = np.random.default_rng(5)
     tiny, huge = float(ml_dtypes.finfo(dtype).smallest_subnormal), float(ml_dtypes.finfo(dtype).max)
     normal = rng.normal(size=(64, 256)) * 2.0 ** rng.integers(-12, 12, (64, 1))

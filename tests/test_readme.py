@@ -1,4 +1,4 @@
-"""What README shows works as it stands."""
+"""The code in README works as it is shown."""
 
 from __future__ import annotations
 

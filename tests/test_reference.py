@@ -1,7 +1,7 @@
 """The reference by itself: the examples of the docstrings and cases worked out by hand.
 
-``test_suite_values`` holds it to the oracle; here the expected numbers are written out. The routes of
-two ranks with two experts each are those of ``test_oracle``::
+``test_suite_values`` compares it with the oracle; here the expected numbers are written out. The
+routes of two ranks with two experts each are those of ``test_oracle``::
 
     rank 0: token 0 -> 0, 2    token 1 -> 1, 0    token 2 -> 3, none
     rank 1: token 0 -> 2, 3    token 1 -> 0, 0    token 2 -> 7, 1     (0 repeated, 7 out of range)

@@ -106,17 +106,17 @@ def test_group_limited(logits, bias, scoring):
 
 
 def test_group_limited_by_hand():
-    # Groups {0, 1} {2, 3} {4, 5}. The best expert, 4, is in the group with the least sum of two.
+    # Groups {0, 1} {2, 3} {4, 5}. The best expert, 4, is in the group with the smallest sum of two.
     scores = np.array([[0.5, 0.5, 0.6, 0.5, 0.7, 0.1]])
     logits = jnp.asarray(np.log(scores / (1 - scores)), jnp.float32)
     one = routing.group_limited_top_k(logits, 2, num_groups=3, top_groups=1)
     np.testing.assert_array_equal(one.topk_idx, [[2, 3]])
     two = routing.group_limited_top_k(logits, 2, num_groups=3, top_groups=2)
-    np.testing.assert_array_equal(two.topk_idx, [[2, 0]])  # 0, 1 and 3 tie, and so is 0 taken
+    np.testing.assert_array_equal(two.topk_idx, [[2, 0]])  # 0, 1 and 3 tie, so 0 is taken
     np.testing.assert_allclose(two.topk_weights, [[6 / 11, 5 / 11]], rtol=1e-5)
     lowest = routing.group_limited_top_k(jnp.zeros((1, 6)), 3, num_groups=3, top_groups=2)
     np.testing.assert_array_equal(lowest.topk_idx, [[0, 1, 2]])
-    # A negative bias keeps experts of other groups out all the same.
+    # Experts of other groups stay out also with a negative bias.
     bias = jnp.array([-9.0, -9.0, -9.0, -9.0, -20.0, -20.0])
     low = routing.group_limited_top_k(logits, 2, num_groups=3, top_groups=1, bias=bias)
     np.testing.assert_array_equal(low.topk_idx, [[2, 3]])

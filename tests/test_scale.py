@@ -28,7 +28,7 @@ HOSTS = (1, 2, 4, 8, 16, 32)
 def page():
     """The script that writes docs/scale.md."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "docs"))  # as where it is run: it imports its neighbours
+        patch.syspath_prepend(str(ROOT / "docs"))  # the script imports its neighbours
         return importlib.import_module("render_scale")
 
 
@@ -62,7 +62,7 @@ def chosen_of(order: tuple[int, ...], top_k: int, num_groups: int, top_groups: i
     ],
 )
 def test_distinct_units_of_all_orders(units, top_k, num_groups, top_groups):
-    """Exactly: the mean over every order of six experts."""
+    """The exact mean over every order of six experts."""
     counts = [
         len({e // (6 // units) for e in chosen_of(order, top_k, num_groups, top_groups)})
         for order in itertools.permutations(range(6))
@@ -116,7 +116,7 @@ def test_padded_rows_against_all_counts(tokens, probability, alignment):
 
 
 def test_padded_rows_of_many_tokens():
-    """A mean of 1024 tokens: half of a multiple is added, less the one that needs none."""
+    """With a mean of 1024 tokens, padding adds half of a multiple on average, less half a row."""
     assert expected.padded_rows(32768, 1 / 32, 128) == pytest.approx(1024 + 63.5, rel=1e-3)
     assert expected.padded_rows(2048 * 4096, 1 / 256, 128) == pytest.approx(32768 + 63.5, rel=1e-3)
 
@@ -238,7 +238,7 @@ def test_errors_name_the_argument(arguments, text):
 
 
 def test_constants_are_those_that_records_say(data, records):
-    """Rounded to what machine.py states."""
+    """The fitted constants, rounded, are those in machine.py."""
     fitted = data.fit(records)
     assert len(fitted) == 13
     for name, value in fitted.items():
@@ -246,7 +246,7 @@ def test_constants_are_those_that_records_say(data, records):
 
 
 def held(checks, deviations, slack):
-    """Checks that the model misses, and names in the table that hold nothing."""
+    """Checks that the model misses, and names in the table of deviations that match no check."""
     missed = {c.name: c.deviation for c in checks if abs(c.deviation) > slack}
     unnamed = {c.name for c in checks if c.name in missed and c.kind not in deviations}
     needed = {c.kind for c in checks if c.name in missed}
@@ -255,7 +255,7 @@ def held(checks, deviations, slack):
 
 
 def test_measurements(data, records):
-    """Within 15 %, or named with a reason; no name without need, no record left out in silence."""
+    """Within 15 %, or named with a reason. All names are needed, and no record is left out."""
     checks = data.measured(records)
     assert held(checks, data.DEVIATIONS, data.MEASURED_SLACK) == (set(), set())
     assert len(checks) + sum(data.skipped(record) is not None for _, record in records) == len(

@@ -1,6 +1,6 @@
-"""The sockets between processes: what they hand over, and what they do not let in.
+"""The sockets between processes: what they hand over, and whom they refuse.
 
-Here one process plays all of them, with ends of its own.
+Here one process plays all of them, with an end for each.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def error_of(do):
 
 @pytest.fixture
 def knock():
-    """Connects to an end with a greeting; the connection and the lifeline."""
+    """A function that connects to an end with a greeting; gives the connection and the lifeline."""
     with contextlib.ExitStack() as stack:
 
         def connect(*arguments):
@@ -79,7 +79,7 @@ def knock():
 
 
 def greet(end, process, token, lifeline=True):
-    """``knock``; the sockets are the caller's to close."""
+    """As ``knock``, but the caller closes the sockets."""
     facts = end.introduce([end.me], 1.0)[end.me]
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(facts["path"])
@@ -134,7 +134,7 @@ def test_descriptors_arrive_and_are_not_inherited(ends):
 
 @pytest.mark.parametrize("token", ["", "0" * 32, "é", 7, ["a"]])
 def test_wrong_tokens_are_refused(ends, knock, token):
-    """Whoever comes with one is sent away, and those who are awaited still come in."""
+    """A process with a wrong token is refused, and awaited processes can still connect."""
     first, second = ends
     connection, lifeline = knock(first, 1, token)
     join = in_background(lambda: first.exchange([1], {}, [], 20.0))
@@ -158,7 +158,7 @@ def test_greetings_with_the_token_but_wrong_are_refused(ends, knock, process, li
 
 
 def test_other_users_are_refused(ends, knock, monkeypatch):
-    """On both sides: who connects, and whom one connects to."""
+    """Both sides check: the one that connects and the one that accepts."""
     first, second = ends
     monkeypatch.setattr(processes.os, "getuid", lambda: os.geteuid() + 1)
     connection, _ = knock(first, 1, None)
@@ -170,7 +170,7 @@ def test_other_users_are_refused(ends, knock, monkeypatch):
 
 
 def test_silence_breaks_the_connection_for_good(ends):
-    """What comes too late is not taken for the answer to something else."""
+    """A late message is not taken for the answer to another one."""
     first, second = ends
     join = in_background(lambda: first.exchange([1], {"n": 1}, [], 20.0))
     second.exchange([0], {"n": 1}, [], 20.0)

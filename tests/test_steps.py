@@ -1,9 +1,9 @@
-"""Thousands of steps of one program, each checked on the device against what it must give exactly.
+"""Thousands of steps of one program, each compared on the device with its exact result.
 
-Nothing is communicated to know the right values: with identity experts, a token comes home as itself
-times the sum of the weights of its entries that count. Data are small integers and weights powers of
-two, so every sum is exact, in any order. On GPUs the steps are replays of CUDA graphs; on CPU there are
-few of them, which tests the test.
+The right values are known without communication: with identity experts, a token comes home as
+itself times the sum of the weights of its valid entries. Data are small integers and weights are
+powers of two, so every sum is exact in any order. On GPUs the steps are replays of CUDA graphs. On
+CPU there are few steps, which test the test.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def one_step(groups: tuple[jax_ep.Group, jax_ep.Group], i):
     rows = out.tokens * out.weights.sum(axis=1, keepdims=True)
     again = jax_ep.combine(rows, out.handle, group=groups[1])
     want_dw = jnp.where(used, (x * dy).sum(axis=1, keepdims=True), 0)
-    # What all ranks sent here, found without asking them.
+    # What all ranks send here, computed without communication.
     everyone = jnp.stack([routes(i, r) for r in range(RANKS)])
     local = EXPERTS // RANKS
     want_kept = ((everyone >= 0) & (everyone // local == rank)).sum()
@@ -112,7 +112,7 @@ def run_all(groups: tuple[jax_ep.Group, jax_ep.Group]) -> np.ndarray:
         wrong = scanned(wrong, start)
     for n in range(SINGLE):
         wrong = single(wrong, put(np.full(RANKS, SCANNED * SCANS + n, np.int32), mesh))
-        if n % 50 == 49:  # or thousands of programs would be under way
+        if n % 50 == 49:  # else thousands of programs would be in flight
             jax.block_until_ready(wrong)
     return fetch(wrong, mesh).reshape(RANKS, len(WHAT))
 
@@ -148,10 +148,10 @@ def test_wrong_steps_are_counted(backend, monkeypatch):
 @needs_gpus
 @pytest.mark.one_process("starts one; set XLA_FLAGS for all processes of the launcher instead")
 def test_without_command_buffers():
-    """The same, every kernel launched by itself."""
+    """The same with every kernel launched by itself."""
     file, config = pathlib.Path(__file__), pathlib.Path(__file__).parents[1] / "pyproject.toml"
     done = run_python(
-        # pytest-benchmark would warn of the worker of xdist that may have started us.
+        # pytest-benchmark would warn about xdist, whose worker may run this test.
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-c", str(config)),
         f"{file}::test_every_step_is_right",
         timeout=500,
@@ -187,7 +187,8 @@ def test_ranks_at_different_ops():
     given = put((x, idx), mesh)
     text = "no error"
     try:
-        # A kernel that is under way reports nothing to XLA: the call may end well, but poisoned.
+        # A running kernel reports nothing to XLA, so the call may end without an error, with
+        # poison.
         with jax_ep.errors():
             jax.block_until_ready(program(group, apart=True)(*given))
         group.check()

@@ -1,6 +1,6 @@
-"""Many steps in flight, programs whose order is free, ranks that never come.
+"""Many steps in flight, programs with a free order of ops, ranks that never come.
 
-What could hang runs in a process of its own, with a deadline: see ``stress_programs``.
+Programs that could hang run in their own process, with a deadline: see ``stress_programs``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def test_a_rank_that_never_arrives():
     for text in texts:
         found = re.search(r"jax_ep\.CommunicationError: (.*)", text)
         assert found, text
-        # Who speaks, of which op, in which phase; whom it waited for and who was there.
+        # The text names the rank that reports, the op, the phase, the missing rank and those
+        # present.
         assert re.search(r"\brank [013]\b.*\bplan\b.*\bphase arrival\b", found[1]), text
         assert "rank 2" in found[1] and "ranks 0, 1, 3" in found[1], text
         assert re.search(r"waited [2-7]\.\d s", found[1]) and "timeout=" in found[1], text

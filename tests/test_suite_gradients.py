@@ -38,7 +38,7 @@ DIFFERENTIABLE = [case.on(jax.device_count()) for case in shapes.CASES if case.o
 
 
 def pullbacks(case: shapes.Case, group: jax_ep.Group):
-    """The cotangents that dispatch and combine pull back, for given ones of their results."""
+    """The cotangents that dispatch and combine pull back from given cotangents of their results."""
 
     def run(a: dict[str, jax.Array]) -> dict[str, jax.Array]:
         def forward(x, weights):
@@ -77,7 +77,7 @@ def expected_pullbacks(case: shapes.Case, problem: problems.Problem) -> dict[str
 
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
 def test_pullbacks(case, backend):
-    """Bitwise, on every pattern; with fp8 rows the pullback is the one without (straight-through)."""
+    """Bitwise, on every pattern; for fp8 rows the pullback is that of plain rows."""
     group = make_group(case.ranks, backend)
     run = stacked_jit(pullbacks(case, group), group.mesh)
     for pattern in routings.PATTERNS:
@@ -228,14 +228,15 @@ def test_against_autodiff_of_the_reference(name, dtype, backend):
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_against_finite_differences(name, backend):
-    """The derivative along a direction; drops are fixed by the routing, so it exists."""
+    """The derivative along a direction. It exists because the routing alone decides about drops."""
     run = ours(name, backend)
     x, idx, weights, dy = inputs("float32")
     rng = np.random.default_rng(8)
     step = np.float32(2**-7)
     _, dx, dw = run(x, idx, weights, dy)
     for towards in ("x", "weights", "both"):
-        # Random, but leaning to where the value grows: else what changes may nearly cancel.
+        # Random, but leaning to where the value grows, because changes might nearly cancel
+        # otherwise.
         v = (rng.standard_normal(x.shape) + np.sign(dx)).astype(np.float32) * (towards != "weights")
         u = (rng.standard_normal(weights.shape) + np.sign(dw)).astype(np.float32)
         u *= towards != "x"

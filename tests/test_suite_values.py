@@ -76,11 +76,11 @@ def test_values(case, backend):
 def test_every_pair_of_levels_is_covered():
     missing = shapes.level_pairs() - shapes.covered_pairs(shapes.COVERING)
     assert not missing, sorted(map(sorted, missing))
-    assert len(shapes.level_pairs()) > 400  # the check above is about something
+    assert len(shapes.level_pairs()) > 400  # so the check above is not empty
 
 
 def test_patterns_reach_what_they_are_for():
-    """Over all cases, rows are dropped, padded and left unused, and pairs are invalid."""
+    """Among all cases there are dropped, padded and unused rows, and invalid pairs."""
     plans = [problems.make(case, "zipf").plan for case in shapes.CASES]
     assert any(plan.num_dropped.any() for plan in plans if plan.layout == "expert")
     assert any(plan.num_dropped.any() for plan in plans if plan.layout == "token")
@@ -173,10 +173,10 @@ def test_quantize_loses_little():
 
 @pytest.mark.parametrize("dtype", shapes.DTYPES.values(), ids=str)
 def test_surroundings_do_not_change_bits(dtype, backend):
-    """Operands and results are what their dtype holds, whatever XLA fuses around the ops.
+    """Operands and results are rounded to their dtype, whatever XLA fuses around the ops.
 
-    A product that feeds a sum invites a fused multiply-add; a rounding to bf16 between two f32
-    operations is one that XLA may take out.
+    XLA may contract a product that feeds a sum into a fused multiply-add, and may remove a rounding
+    to bf16 between two f32 operations.
     """
     ranks, tokens, top_k, experts, hidden = 2, 6, 3, 6, 128
     group = make_group(ranks, backend)

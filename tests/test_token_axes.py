@@ -1,4 +1,4 @@
-"""Over which mesh axes ``jax_ep.moe`` splits tokens, and what it says where ranks repeat them."""
+"""Which mesh axes ``jax_ep.moe`` splits tokens over, and its warning where ranks repeat them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_default(names, axis, parts):
 
 
 def test_outside_jit():
-    """As inside, where ``moe`` cannot see that the tokens lie along one axis alone."""
+    """As inside ``jit``, where ``moe`` cannot see that the tokens are split over one axis only."""
     spmd.need_devices(4)
     group, seen = make_group(("dp", "expert")), []
 
@@ -84,7 +84,7 @@ def test_outside_jit():
 
 @pytest.fixture
 def warnings(monkeypatch, caplog):
-    """What is logged, as if nothing had been before."""
+    """The warnings that are logged, as if none had been logged before."""
     monkeypatch.setattr(token_axes, "_warned", set())
     caplog.set_level(logging.WARNING, "jax_ep")
     return caplog

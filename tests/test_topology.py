@@ -28,7 +28,7 @@ def devices(*processes: int) -> np.ndarray:
 
 
 def fake_gpus(sizes, names, devices_per_process) -> types.SimpleNamespace:
-    """What is asked of a mesh of H200s."""
+    """The parts of a mesh of H200s that the code looks at."""
     gpus = []
     for i in range(math.prod(sizes)):
         gpu = unittest.mock.Mock(spec=jax.Device, platform="gpu", compute_capability="9.0")
@@ -115,7 +115,7 @@ def test_uneven_hosts_are_refused(hosts, monkeypatch):
 
 
 def test_gpus_of_one_process_are_distinct(monkeypatch):
-    """Without asking the GPUs, whose UUIDs nobody exchanges then."""
+    """They are told apart without asking for UUIDs, which nobody exchanges then."""
     monkeypatch.setattr(
         gpu_side, "library", lambda: types.SimpleNamespace(create_group=lambda *_: None)
     )
@@ -166,7 +166,7 @@ def test_wrong_numbers(ranks_per_host, error, text):
 @pytest.mark.needs_collectives
 @pytest.mark.parametrize("layout", ["token", "expert"])
 def test_sums_once_a_rank_once_a_host_and_once_at_home(layout):
-    """Bit by bit as the oracle, whose bits differ from those of one host."""
+    """The bits are those of the oracle, and differ from those of one host."""
     need_devices(RANKS)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((RANKS, TOKENS, HIDDEN)).astype(ml_dtypes.bfloat16)
@@ -195,7 +195,7 @@ def test_sums_once_a_rank_once_a_host_and_once_at_home(layout):
         want = oracle.combine(rows, plan, ranks_per_host=ranks_per_host)
         oracle.assert_same(found[ranks_per_host], want, f"{ranks_per_host} ranks a host")
     assert (found[2] != found[None]).any()
-    # A host of each rank rounds what is rounded already.
+    # If each rank is a host, the hosts round values that are rounded already.
     oracle.assert_same(found[1], found[None], "hosts of one rank")
 
 
@@ -203,7 +203,7 @@ def test_sums_once_a_rank_once_a_host_and_once_at_home(layout):
 @pytest.mark.parametrize("capacity", [None, 24])
 @pytest.mark.parametrize("layout", ["token", "expert"])
 def test_handles_across_hosts(layout, capacity):
-    """Rows as on one host, listed by entries; nothing is as long as all ranks' tokens."""
+    """Rows are as on one host, in a list of entries; no array is as long as all ranks' tokens."""
     need_devices(RANKS)
     rng = np.random.default_rng(1)
     x = rng.standard_normal((RANKS, TOKENS, HIDDEN)).astype(np.float32)

@@ -1,8 +1,7 @@
-"""The ops under jit, scan, checkpoint, vmap and donation, and several of them in one program."""
+"""The ops under jit, scan, vmap and donation, and several of them in one program."""
 
 from __future__ import annotations
 
-import collections
 import functools
 
 import jax
@@ -13,8 +12,8 @@ import pytest
 import jax_ep
 import oracle
 import routings
+from small_layer import EXPERTS, RANKS, TOP_K, assert_close, data, dense_layer, layer
 from spmd import (
-    count_calls,
     create_group,
     fetch,
     fit,
@@ -23,52 +22,16 @@ from spmd import (
     make_mesh,
     need_part,
     put,
-    ranks_at_most,
     shard,
     stacked,
     stacked_jit,
 )
 
-RANKS, TOKENS, TOP_K, HIDDEN = ranks_at_most(4), 6, 2, 16
-EXPERTS = oracle.round_up(8, RANKS)
-NAMES = ("jax_ep.handle", "jax_ep.dispatch", "jax_ep.combine")
-TARGETS = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine", "jax_ep_combine_vjp")
-
-
-def data(seed: int = 0, top_k: int = TOP_K, pattern: str = "uniform"):
-    rng = np.random.default_rng([21, seed])
-    x = rng.standard_normal((RANKS, TOKENS, HIDDEN)).astype(np.float32)
-    weights = rng.uniform(0.5, 1, (RANKS, TOKENS, top_k)).astype(np.float32)
-    sizes = {"ranks": RANKS, "tokens": TOKENS, "top_k": top_k, "experts": EXPERTS}
-    return x, weights, routings.make(pattern, **sizes, seed=seed)
-
-
-def layer(group, x, weights, idx, *, fused=True, **arguments):
-    """A small MoE layer with a residual connection."""
-    arguments = {"num_experts": EXPERTS, "alignment": 1} | arguments
-    out = jax_ep.dispatch(x, idx, weights, group=group, **arguments)
-    rows = jnp.tanh(out.tokens)
-    if fused:
-        return x + jax_ep.combine(rows, out.handle, group=group, weights=out.weights)
-    return x + jax_ep.combine(rows * out.weights[:, None], out.handle, group=group)
-
-
-def dense_layer(x, weights):
-    """What ``layer`` gives where no pair is invalid or dropped: all experts are the same function."""
-    return x + jnp.tanh(x) * weights.sum(axis=-1, keepdims=True)
-
-
-def assert_close(found, wanted, what="", tolerance=1e-5):
-    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert np.abs(want).max() > 0
-        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance, err_msg=what)
-
-
 # ---- scan
 
 
 def test_scan_of_whole_layers(backend):
-    """Dispatch and combine inside scan, differentiated, against the loop unrolled."""
+    """Dispatch and combine inside scan, differentiated, against the unrolled loop."""
     group = make_group(RANKS, backend)
 
     def looped(x, weights, idx):
@@ -92,7 +55,7 @@ def test_scan_of_whole_layers(backend):
 
 
 def test_scan_over_routings(backend):
-    """A new plan in every step, routings as scanned input; steps must not mix."""
+    """A new plan in every step, with routings as scanned input; steps must not mix."""
     group = make_group(RANKS, backend)
 
     def run(x, weights, idx):
@@ -147,118 +110,6 @@ def test_handle_through_jit_and_scan(backend):
     assert_close(y, x * (1 + 0.5 * TOP_K) ** 3)
 
 
-# ---- checkpoint
-
-
-def remat(policy: str):
-    if policy == "none":
-        return lambda f: f
-    if policy == "everything":  # plain jax.checkpoint: nothing is saved
-        return jax.checkpoint
-    return functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*NAMES)
-    )
-
-
-def gradient(group, policy, fused):
-    block = remat(policy)(lambda x, w, idx: layer(group, x, w, idx, fused=fused))
-
-    def run(x, weights, idx):
-        loss = lambda x, w: jnp.sin(block(x, w, idx)).sum()  # noqa: E731
-        return jax.grad(loss, (0, 1))(x, weights)
-
-    return run
-
-
-# Forward: a plan, a dispatch, a combine. Backward: the dispatch's is a combine, the combine's a
-# dispatch or, with fused weights, a combine_vjp.
-ONCE = {True: (1, 1, 2, 1), False: (1, 2, 2, 0)}
-# Plain jax.checkpoint plans and dispatches again; the result of the second combine is not needed.
-AGAIN = {True: (2, 2, 2, 1), False: (2, 3, 2, 0)}
-
-
-def traced_calls(jaxpr) -> collections.Counter[str]:
-    """How often a program, as JAX traces it, calls each target."""
-    calls = collections.Counter[str]()
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "jax_ep_call":
-            calls[equation.params["target"]] += 1
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                calls += traced_calls(inner)
-    return calls
-
-
-def dense_gradient(steps: int):
-    """Of the loss of ``steps`` layers, without ranks, flattened."""
-
-    def loss(x, weights):
-        for _ in range(steps):
-            x = dense_layer(x, weights)
-        return jnp.sin(x).sum()
-
-    x, weights, _ = (flat(a) for a in data())
-    return jax.grad(loss, (0, 1))(x, weights)
-
-
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "sum"])
-@pytest.mark.parametrize("policy", ["none", "names", "everything"])
-def test_checkpoint(policy, fused, native_backend):
-    """With the three names saved, the backward pass plans and dispatches nothing again.
-
-    Counted in the program as traced, as compiled and, on CPU, in what really ran.
-    """
-    if native_backend == "reference":
-        pytest.skip("counts the calls of native targets")
-    group = make_group(RANKS, native_backend)
-    need_part(group.mesh)
-    x, weights, idx = (put(flat(a), group.mesh) for a in data())
-    mapped = shard(gradient(group, policy, fused), group.mesh)
-    wanted = dict(zip(TARGETS, (AGAIN if policy == "everything" else ONCE)[fused], strict=True))
-    traced = traced_calls(jax.make_jaxpr(mapped)(x, weights, idx).jaxpr)
-    assert {target: traced[target] for target in TARGETS} == wanted
-    compiled = jax.jit(mapped).lower(x, weights, idx).compile()
-    assert count_calls(compiled.as_text(), TARGETS) == wanted
-    assert_close(fetch(compiled(x, weights, idx), group.mesh), dense_gradient(steps=1))
-    if native_backend == "cpu":
-        from jax_ep import _cpu
-
-        _cpu.reset_call_counts()
-        jax.block_until_ready(compiled(x, weights, idx))
-        ran = _cpu.call_counts()
-        assert {target: ran[target] for target in TARGETS} == {
-            target: RANKS * count for target, count in wanted.items()
-        }
-
-
-@pytest.mark.parametrize("policy", ["none", "names", "everything"])
-def test_checkpoint_in_a_scan(policy, backend):
-    """Layers stacked with scan, each a remat block, as models do it."""
-    group = make_group(RANKS, backend)
-    block = remat(policy)(functools.partial(layer, group))
-
-    def run(x, weights, idx):
-        def loss(x, w):
-            y, _ = jax.lax.scan(lambda x, _: (block(x, w, idx), None), x, None, length=3)
-            return jnp.sin(y).sum()
-
-        return jax.grad(loss, (0, 1))(x, weights)
-
-    found = stacked_jit(run, group.mesh)(*data())
-    assert_close(jax.tree.map(flat, found), dense_gradient(steps=3), policy)
-
-
-def test_names_are_where_policies_look():
-    """Each name marks what it says, in the program that JAX traces."""
-    group = make_group(RANKS, "reference")
-    text = str(
-        jax.make_jaxpr(shard(functools.partial(layer, group), group.mesh))(*map(flat, data()))
-    )
-    for name in NAMES:
-        assert f"name={name}]" in text
-
-
 # ---- vmap
 
 
@@ -308,7 +159,7 @@ def test_vmap_of_rows_only(backend):
 
 
 def test_donation(backend):
-    """x is given away and overwritten by the result; the ops must have read it by then."""
+    """x is donated and overwritten by the result; the ops must have read it by then."""
     group = make_group(RANKS, backend)
     need_part(group.mesh)
     keep = jax.jit(shard(functools.partial(layer, group), group.mesh))
@@ -361,7 +212,7 @@ def test_several_configurations_in_one_program(backend):
 
 
 def test_interleaved_groups(backend):
-    """Two groups of one mesh, their ops in turn and independent of each other."""
+    """The ops of two groups of one mesh alternate and are independent of each other."""
     names = ("row", "column")
     mesh = make_mesh(fit((2, 2), names, "column"), names)
     groups = [create_group(mesh, axis, backend=backend) for axis in names]
@@ -388,7 +239,7 @@ def test_interleaved_groups(backend):
 
 
 def test_second_derivative(backend):
-    """Without fused weights both ops are linear, and each one's gradient is the other one."""
+    """Without fused weights both ops are linear, and the gradient of each is the other one."""
     group = make_group(2, backend)
 
     def run(x, idx):

@@ -1,4 +1,4 @@
-"""Numbers of SMs: the default, the cache and what a group makes of it, the search. Needs no GPU."""
+"""Numbers of SMs: the default, the cache and how a group uses it, the search. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def make_group(backend="cuda", tuning=None):
-    """A group of CPU devices that takes itself for one of GPUs."""
+    """A group of CPU devices that behaves like one of GPUs."""
     group = make_real_group(2, "reference")
     return dataclasses.replace(group, backend=backend, tuning=tuning or {})
 
@@ -163,7 +163,7 @@ jax.distributed.shutdown()
 
 @pytest.mark.skipif(PLATFORM != "cpu", reason="starts processes on CPU")
 def test_processes_take_the_table_of_rank_0(tmp_path, monkeypatch):
-    """Though the caches of their hosts differ."""
+    """The caches of their hosts may differ."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -227,7 +227,7 @@ def test_search_takes_the_fewest_sms_that_are_as_good():
 
 
 def test_a_search_that_is_ended_has_written_what_it_finished(cache, monkeypatch):
-    """An op with all of its candidates, right or wrong; not one that is under way."""
+    """The cache gets an op once all of its candidates are measured, right or wrong."""
 
     def measure(job, *, save, **_):
         combine = record(16, 1.0, op="combine")
@@ -277,7 +277,7 @@ def test_tuning_without_a_gpu_says_so():
 
 
 def test_search_writes_what_groups_read(cache, monkeypatch, capsys):
-    """All but the measuring itself; a second search keeps what it does not replace."""
+    """Everything except the measuring; a second search keeps entries that it does not replace."""
     asked = []
 
     def measure(job, **_):

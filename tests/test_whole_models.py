@@ -38,7 +38,7 @@ pytestmark = [
 
 ROOT = pathlib.Path(__file__).parents[1]
 AUTO = AxisType.Auto
-# What pages and docstrings show, as they show it, and the mesh that it makes.
+# The calls as pages and docstrings show them, and the meshes that they make.
 SHOWN = {
     'jax.sharding.Mesh(jax.devices(), ("expert",))': ((8,), ("expert",)),
     'jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)': (

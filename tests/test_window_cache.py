@@ -1,4 +1,4 @@
-"""The compilation cache that travels: its parts, and that processes find what others compiled."""
+"""The compilation cache for another machine: its parts, and hits on programs of other processes."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_parts(tmp_path, monkeypatch):
     assert window_cache.unpack(parts, tmp_path / "again") == 21
     for name, content in contents.items():
         assert (tmp_path / "again" / name).read_bytes() == content
-    # A smaller cache leaves no old part; what does not fit is said.
+    # A smaller cache leaves no old part; a message says what does not fit.
     monkeypatch.setattr(window_cache, "MOST_PARTS", 1)
     assert "left out" in window_cache.pack(folder, parts, part_bytes=40000)
     assert len(list(parts.iterdir())) == 1
-    # What a window looked for stays, even if it would be the last one.
+    # Programs that a window looked for stay, even if they would come last.
     wanted = f"jit_f-{19:064x}-cache"
     (tmp_path / "process.1").write_text(f"missed {wanted.removesuffix('-cache')}\n")
     for first, stays in (((), False), (window_cache.used([tmp_path]), True)):
@@ -73,7 +73,7 @@ for function in (
 
 
 def test_programs_that_depend_on_how_devices_are_spread():
-    """Those with collectives, in loops too, and all in which the partitioner has a say."""
+    """Programs with collectives, in loops too, and all programs that the partitioner may change."""
     environment = {**os.environ, "PYTHONPATH": window_cache.python_path(gpu_suite.ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SPREAD],
@@ -96,7 +96,7 @@ print("our keys" if "jax_ep_window" in cache_key._hash_accelerator_config.__modu
 
 
 def test_processes_use_the_cache(tmp_path):
-    """The second finds what the first compiled; on CPU that is meant to be there, nothing is cached."""
+    """The second process finds what the first compiled. With JAX_PLATFORMS=cpu none caches."""
     cache = tmp_path / "cache"
 
     def run(name, **env):

@@ -1,4 +1,4 @@
-"""Wrong settings are refused where they are made: of ops, and of casts to and from float8."""
+"""Wrong settings of ops, and of casts to and from float8, raise where they are made."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_dequantize(call, error, text):
 
 
 def test_latency_mode_has_no_effect_yet(caplog):
-    """Which a warning says once."""
+    """A warning says so once."""
     types._warn_of_latency_mode.cache_clear()
     for mode in ("auto", "throughput", "latency", "latency"):
         jax_ep.DispatchConfig(mode=mode)

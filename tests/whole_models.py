@@ -1,7 +1,7 @@
 """Language models of one block (embedding, attention, experts, head) in Flax's NNX and Linen.
 
-Each takes the layer of experts as a parameter: that of jax_ep, or a dense one with the same weights for
-a single device.
+Each takes the layer of experts as a parameter: the one of jax_ep, or a dense one with the same
+weights on a single device.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class DenseNNX(nnx.Module):
 
 
 class ModelNNX(nnx.Module):
-    """A model like any other, but for its layer of experts.
+    """An ordinary model, except for its layer of experts.
 
-    ``batch_spec`` says how a batch lies on Explicit axes, where a lookup must name it.
+    ``batch_spec`` says how a batch is split over Explicit axes, because a lookup must name it
+    there.
     """
 
     def __init__(self, moe: Callable[..., nnx.Module], rngs: nnx.Rngs, batch_spec: Any = None):
@@ -94,7 +95,7 @@ class ModelLinen(nn.Module):
 
 
 def fill(tree: Any) -> Any:
-    """Weights in place of shapes, the same for equal shapes in equal places; nothing is compiled."""
+    """Weights for these shapes, the same for equal shapes in equal places; nothing is compiled."""
     rng = np.random.default_rng(0)
 
     def one(leaf: Any) -> np.ndarray:

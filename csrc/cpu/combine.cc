@@ -24,7 +24,7 @@ void AddRounded(const float* partial, int32_t hidden, float* sum) {
   for (int32_t h = 0; h < hidden; ++h) sum[h] += ToFloat(FromFloat<T>(partial[h]));
 }
 
-// Adds what rank `source_rank`'s rows contribute to one token. `recv_rows` [M] are that token's
+// Adds the contribution of rank `source_rank`'s rows to one token. `recv_rows` [M] are that token's
 // rows there, `partial` [H] is scratch.
 template <typename T>
 void AddRank(const ops::CombineArgs& source_rank, const int32_t* recv_rows, float* partial,

@@ -9,8 +9,8 @@
 
 namespace jax_ep::cpu {
 
-// While one lives, its thread rounds to nearest even and takes denormal float32 operands and
-// results as zero, which is how XLA runs its own code on CPU. Ops may run on threads that XLA did
+// While one lives, its thread rounds to nearest even and treats denormal float32 operands and
+// results as zero. XLA runs its own code on CPU in this mode. Ops may run on threads that XLA did
 // not set up, and their bits must not depend on the thread.
 class ScopedFloatMode {
  public:

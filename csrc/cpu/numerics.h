@@ -1,7 +1,7 @@
 // Number formats of the rows, and conversions that round to nearest even and keep NaN.
 //
-// All of it is integer arithmetic or float32 arithmetic that is exact or rounds once, free of
-// branches so that loops over it vectorise, and right with denormals flushed (float_mode.h).
+// All of it is integer arithmetic, or float32 arithmetic that is exact or rounds once. It has no
+// branches, so that loops over it vectorise, and it is right with denormals flushed (float_mode.h).
 #pragma once
 
 #include <cstdint>
@@ -110,8 +110,8 @@ inline Float8E4M3FN FromFloat<Float8E4M3FN>(float value) {
   return Float8E4M3FN{static_cast<uint8_t>(((bits >> 24) & 0x80u) | result)};
 }
 
-// Calls `visit` with a value of the C++ type of `dtype`, which must not be kFloat8E4M3FN: rows in
-// that format are moved, never computed with.
+// Calls `visit` with a value of the C++ type of `dtype`. That must not be kFloat8E4M3FN, because
+// rows in that format are only moved.
 template <typename Visitor>
 auto VisitRowType(ops::DType dtype, Visitor&& visit) {
   switch (dtype) {

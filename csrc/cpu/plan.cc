@@ -9,7 +9,7 @@ RowWork PlanWork(std::vector<const ops::PlanArgs*> ranks) {
     return RanksDisagree("plan", other);
   }
   RowWork work;
-  work.num_rows = 1;  // a plan is made in one piece, and is small beside the rows it routes
+  work.num_rows = 1;  // a plan is made in one piece, as it is small compared with the rows
   work.run = [ranks = std::move(ranks)](int64_t, int64_t) {
     std::vector<plan::RankPlan> buffers;
     for (const ops::PlanArgs* args : ranks) buffers.push_back(args->buffers);

@@ -47,7 +47,7 @@ void QuantizeRow(const T* x, int32_t hidden, ops::Quantization quantization, Flo
   }
 }
 
-// The row x [H] as it reads after quantization and back.
+// The row x [H] after quantization and dequantization.
 template <typename T>
 void RoundTripRow(const T* x, int32_t hidden, ops::Quantization quantization, T* rows) {
   for (int32_t begin = 0; begin < hidden; begin += ops::kScaleBlock) {

@@ -19,10 +19,10 @@ namespace {
 
 using Clock = Watchdog::Clock;
 
-// Failed meetings that are remembered, so that ranks which come too late fail at once.
+// Number of failed meetings that are remembered, so that ranks that come too late fail at once.
 constexpr size_t kMaxTombstones = 1024;
 
-// Far enough that nobody waits for it, near enough that no clock overflows.
+// So far away that nobody waits for it, and so near that no clock overflows.
 constexpr int64_t kMaxTimeoutMs = int64_t{1000} * 60 * 60 * 24 * 365;
 
 struct KeyLess {
@@ -89,7 +89,7 @@ Status RunOp(const Meeting& meeting, MakeWork make_work, const ThreadPool& pool)
   }
 }
 
-// Runs the op of a meeting at which everybody is present, on the thread of rank `last`.
+// Runs the op of a complete meeting on the thread of rank `last`.
 void RunMeeting(std::unique_ptr<Meeting> complete, int32_t last, MakeWork make_work,
                 const ThreadPool& pool) {
   const std::shared_ptr<Meeting> meeting = std::move(complete);
@@ -101,7 +101,7 @@ void RunMeeting(std::unique_ptr<Meeting> complete, int32_t last, MakeWork make_w
   meeting->arrivals[last]->done(status);
 }
 
-// All meetings of the process. Never destroyed: ranks may arrive until the process ends.
+// All meetings of the process. Never destroyed, because ranks may arrive until the process ends.
 class MeetingTable {
  public:
   static MeetingTable& Get() {
@@ -131,7 +131,7 @@ class MeetingTable {
  private:
   MeetingTable() : watchdog_(*new Watchdog([this] { return FailOverdue(); })) {}
 
-  // The failure that `arrival` meets with or causes, if any. Needs mutex_.
+  // The failure that `arrival` finds or causes, if any. Needs mutex_.
   std::optional<Failure> Refuse(Arrival& arrival) {
     if (const auto tombstone = tombstones_.find(arrival.key); tombstone != tombstones_.end()) {
       Failure failure{{},
@@ -183,7 +183,7 @@ class MeetingTable {
 
   using OpenMeetings = std::map<MeetingKey, std::unique_ptr<Meeting>, KeyLess>;
 
-  // Takes a meeting that has failed out of the table and remembers it. Needs mutex_.
+  // Removes a failed meeting from the table and remembers it. Needs mutex_.
   Failure Dissolve(OpenMeetings::iterator found, StatusCode code, std::string reason) {
     if (tombstone_order_.size() == kMaxTombstones) {
       tombstones_.erase(tombstone_order_.front());

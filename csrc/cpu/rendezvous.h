@@ -1,12 +1,12 @@
 // Where the ranks of a group meet to run an op, all in one process.
 //
-// No rank ever waits: it leaves its arguments and a callback, and the rank that arrives last runs
-// the op for everybody and completes everybody. A meeting that stays open past its deadline fails.
+// No rank waits. Each leaves its arguments and a callback, and the rank that arrives last runs the
+// op for all ranks and completes them. A meeting that stays open past its deadline fails.
 //
-// Completing a rank runs the rest of its program, up to where it next has to wait, on the thread
-// that completes it. Each rank therefore gets a thread of its own: one after the other, their
-// programs would lose all parallelism, and a rank that blocks (as XLA's own collectives do, until
-// every rank has come) would keep those behind it from coming.
+// Completing a rank runs the rest of its program, up to the next point where it has to wait, on the
+// thread that completes it. So each rank is completed on a thread of its own. On one thread, the
+// programs would lose all parallelism. And a rank that blocks there (as XLA's own collectives do
+// until every rank has arrived) would keep the ranks behind it from arriving.
 #pragma once
 
 #include <cstdint>
@@ -19,16 +19,16 @@
 
 namespace jax_ep::cpu {
 
-// Names one meeting: one execution, of one call in a compiled program, by one of the groups that
-// lie side by side in the mesh. A call in a loop meets many times under one key, one after the
-// other: no rank can come to the next meeting before all have left the last.
+// Names one meeting: one execution of one call in a compiled program, by one of the groups that lie
+// side by side in the mesh. A call in a loop meets many times under one key, one meeting after the
+// other, because no rank can come to the next meeting before all have left the last one.
 struct MeetingKey {
   int64_t call_id;      // unique in the process (CallState)
   int64_t run_id;       // the same on all devices of one execution
   int32_t group_index;  // which of the side-by-side groups
 };
 
-// What one rank brings.
+// The part of one rank in a meeting.
 struct Arrival {
   MeetingKey key;
   const char* op;    // "plan", "dispatch", ...: static storage
@@ -44,10 +44,10 @@ struct Arrival {
 using MakeWork = RowWork (*)(const std::vector<std::shared_ptr<const void>>& args);
 
 // Joins the meeting `arrival.key`. The last rank to arrive runs the work with the help of `pool`,
-// which is used only before this returns, and has the others completed there.
+// and completes the others there. `pool` is used only before this returns.
 void Arrive(Arrival arrival, MakeWork make_work, const ThreadPool& pool);
 
-// Meetings that wait for ranks.
+// The number of meetings that wait for ranks.
 int64_t NumOpenMeetings();
 
 }  // namespace jax_ep::cpu

@@ -1,4 +1,4 @@
-// A thread that looks after deadlines.
+// A thread that watches deadlines.
 #pragma once
 
 #include <chrono>
@@ -8,23 +8,23 @@
 
 namespace jax_ep::cpu {
 
-// Calls `check` on a thread of its own whenever a deadline it was told of may have passed. The
-// object and its thread live until the process ends: they touch neither Python nor anything with a
-// destructor, so the end may come at any moment.
+// Calls `check` on a thread of its own whenever one of the given deadlines may have passed. The
+// object and its thread live until the process ends. That may happen at any moment, because they
+// use neither Python nor anything with a destructor.
 class Watchdog {
  public:
   using Clock = std::chrono::steady_clock;
 
-  // `check` deals with what is overdue and returns the next deadline, or Clock::time_point::max().
+  // `check` handles overdue work and returns the next deadline, or Clock::time_point::max().
   explicit Watchdog(std::function<Clock::time_point()> check);
   Watchdog(const Watchdog&) = delete;
   Watchdog& operator=(const Watchdog&) = delete;
   ~Watchdog() = delete;
 
-  // Makes sure that the thread runs. Throws std::system_error if the system gives none.
+  // Starts the thread if it does not run. Throws std::system_error if the system gives none.
   void Start();
 
-  // Has `check` called by `deadline` at the latest. Cheap unless the deadline is the earliest.
+  // Makes sure that `check` is called by `deadline`. Cheap unless the deadline is the earliest.
   void WakeBy(Clock::time_point deadline);
 
  private:

@@ -15,7 +15,7 @@
 namespace jax_ep::cpu {
 namespace {
 
-// Large enough that handing out a chunk costs nothing beside moving it.
+// So large that handing out a chunk costs nothing compared with moving it.
 constexpr int64_t kChunkBytes = 256 * 1024;
 
 // One piece of work in chunks. Lives as long as a task that might still look for a chunk.
@@ -30,7 +30,7 @@ class SharedRun {
 
   int64_t num_chunks() const { return num_chunks_; }
 
-  // Works until every chunk has been started on.
+  // Works until every chunk has been started.
   void TakePart() {
     for (int64_t chunk = next_chunk_++; chunk < num_chunks_; chunk = next_chunk_++) {
       Status status;

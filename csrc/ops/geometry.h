@@ -1,4 +1,4 @@
-// What all ranks of a group agree on in one data op, and the handle that routes it.
+// The numbers that all ranks of a group agree on in one data op, and the handle that routes it.
 #pragma once
 
 #include <array>
@@ -33,8 +33,8 @@ struct Geometry {
   int64_t row_bytes() const { return hidden * ByteWidth(dtype); }
 };
 
-// The numbers of a call that all ranks must agree on: the CPU backend compares them where ranks
-// meet, and GPUs compare a digest of them, which their flags carry (ffi/cuda/op_tag.h).
+// The numbers of a call that all ranks must agree on. The CPU backend compares them where ranks
+// meet. GPUs compare a digest of them, which is part of their flags (ffi/cuda/op_tag.h).
 using AgreedNumbers = std::array<int64_t, 12>;
 
 // Those of the geometry, then `more`, at most four.

@@ -1,10 +1,10 @@
 // The operands, results and attributes of each FFI target, in the order in which they are passed.
 //
-// Stated here once, as lists that macros go through: X(name) for a buffer, X(type, name) for an
-// attribute. The buffer structs of all handlers, their bindings on every platform and what the
-// modules tell Python (signatures()) are made of these lists. Shapes are in the argument structs
-// (dispatch.h, ...). Optional operands are arrays of shape (0,) when absent. On GPUs some targets
-// have one result more, scratch memory, after those listed.
+// They are stated here once, as lists for macros: X(name) for a buffer, X(type, name) for an
+// attribute. The buffer structs of all handlers, their bindings on every platform and the lists for
+// Python (signatures()) are made of these lists. Shapes are in the argument structs (dispatch.h,
+// ...). Absent optional operands are arrays of shape (0,). On GPUs some targets have one more
+// result after those listed, scratch memory.
 #pragma once
 
 #include <vector>
@@ -27,8 +27,8 @@
 #define JAX_EP_NETWORK_HANDLE_OPERANDS(X) \
   X(topk) X(recv_start) X(recv_token) X(recv_row) X(recv_src) X(expert_idx)
 
-// Every op of a group ends its operands with coords: s32[2], the rank within its group, and which
-// of the groups that lie side by side in the mesh it is in.
+// The last operand of every op of a group is coords: s32[2], the rank within its group, and the
+// number of its group among those that lie side by side in the mesh.
 
 #define JAX_EP_PLAN_ATTRIBUTES(X) X(int32_t, alignment) X(int32_t, expert_capacity)
 #define JAX_EP_PLAN_OPERANDS(X) X(topk_idx) X(coords)

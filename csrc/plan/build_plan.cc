@@ -10,7 +10,7 @@ namespace {
 
 void FillWithNone(int32_t* values, int64_t count) { std::fill_n(values, count, kNone); }
 
-// Sanitises every rank's input and counts what each expert is asked for.
+// Sanitises every rank's input and counts the demand of each expert.
 void SanitizeAndCount(const PlanShape& shape, const std::vector<RankPlan>& ranks) {
   const int32_t num_local_experts = shape.num_local_experts();
   for (const RankPlan& rank : ranks) std::fill_n(rank.demand, num_local_experts, 0);

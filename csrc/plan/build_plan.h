@@ -8,7 +8,7 @@
 
 namespace jax_ep::plan {
 
-// What all ranks of the group share. Symbols as in routing.h.
+// The numbers that all ranks of the group share. Symbols as in routing.h.
 struct PlanShape {
   int32_t num_ranks;        // R
   int32_t num_tokens;       // T

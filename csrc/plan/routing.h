@@ -40,8 +40,8 @@ JAX_EP_HOST_DEVICE int32_t RowsPerSource(Layout layout, int32_t top_k, int32_t n
   return layout == Layout::kExpert ? Min(top_k, num_local_experts) : 1;
 }
 
-// Copies one token's expert ids, with those outside [-1, E) and repetitions of an earlier one
-// replaced by -1, and returns how many were replaced. `topk` may be `topk_idx`.
+// Copies one token's expert ids, and returns how many of them it replaced by -1: those outside [-1,
+// E) and repetitions of an earlier one. `topk` may be `topk_idx`.
 JAX_EP_HOST_DEVICE int32_t SanitizeToken(const int32_t* topk_idx /*[K]*/, int32_t top_k,
                                          int32_t num_experts, int32_t* topk /*[K]*/) {
   int32_t num_invalid = 0;
@@ -73,8 +73,8 @@ struct ExpertRows {
   int32_t start;       // first row
 };
 
-// Gives the next local expert, by ascending id, its rows. `start` is where the rows of the experts
-// before it end; `capacity` is a multiple of `alignment`, and `start` is then one too.
+// Gives the next local expert, in the order of ids, its rows. The rows of the experts before it end
+// at `start`. `capacity` is a multiple of `alignment`, so `start` is one too.
 JAX_EP_HOST_DEVICE ExpertRows NextExpertRows(int32_t demand, int32_t expert_capacity,
                                              int32_t alignment, int32_t capacity, int32_t start) {
   const int32_t count = Min(Min(demand, expert_capacity), capacity - start);

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by orbax; every process calls in, each writes what it holds."""
+"""Checkpoints of a run, by orbax. Every process calls these functions and writes its own part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEPT = 2
 def newest(folder: pathlib.Path) -> int | None:
     """Steps done in the newest checkpoint in ``folder``; None where there is none.
 
-    It only looks, so ``folder`` need not be there and is not made.
+    It only looks, so ``folder`` need not exist and is not made.
     """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return max((int(name) for name in names if name.isdigit()), default=None)
@@ -58,5 +58,5 @@ class Checkpoints:
         return self._manager.restore(step, args=restore)["state"]
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the folder."""
         self._manager.close()

@@ -1,4 +1,4 @@
-"""How long training takes, without the time for what happens between steps."""
+"""How long training takes, without evaluation and saving between steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        """Make a clock that stands still at zero."""
+        """Make a stopped clock at zero."""
         self.steps = 0
         self._seconds = 0.0
         self._since: float | None = None
@@ -32,7 +32,7 @@ class Clock:
         self._recent.append(0.0)
 
     def stop(self) -> None:
-        """Stand still."""
+        """Stop counting."""
         self._seconds = self.seconds()
         self._since = None
 
@@ -44,7 +44,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stand still for a while."""
+        """Stop counting inside the block."""
         running = self._since is not None
         self.stop()
         yield

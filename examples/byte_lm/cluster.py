@@ -16,7 +16,7 @@ _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Who takes part in a run of several processes.
+    """The processes of a run, where there are several.
 
     Attributes:
         coordinator: "host:port" of process 0.
@@ -30,7 +30,7 @@ class Processes:
 
 
 def processes(coordinator: str | None, *, count: int | None, index: int | None) -> Processes | None:
-    """The processes of a run, from what the command line says; None for a single one.
+    """The processes of a run, from the command line; None for a single process.
 
     Args:
         coordinator: "host:port" of process 0.
@@ -63,7 +63,7 @@ def processes(coordinator: str | None, *, count: int | None, index: int | None) 
 
 
 def start(*, devices: int | None, processes: Processes | None) -> None:
-    """Bring JAX up, on the devices and with the processes asked for.
+    """Start JAX, on the devices and with the processes asked for.
 
     On CPU the number of devices is a setting that XLA reads when it starts; here it becomes
     ``devices`` (8 by default) unless ``XLA_FLAGS`` says otherwise. Other platforms ignore it.

@@ -1,4 +1,4 @@
-"""What a run can be told, with its defaults. Imports no jax, so a command line can read it first."""
+"""The options of a run, with defaults. Imports no jax, so a command line can read it first."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class ModelConfig:
         num_experts: Experts of each block; a multiple of the ranks that they are split over.
         top_k: Experts of each byte.
         expert_hidden: Inner channels of one expert.
-        balance: What keeps the experts evenly loaded: "aux" is a loss beside softmax routing,
-            "bias" DeepSeek's bias on the scores of sigmoid routing, which has no gradient.
-        capacity_factor: While training, an expert takes at most so many times its even share of
-            bytes and the rest is dropped; None drops nothing. Evaluation never drops.
-        dtype: "f32" or "bf16", of the computation; parameters are float32.
+        balance: The way to keep the experts evenly loaded: "aux" adds a loss to softmax routing,
+            and "bias" is DeepSeek's bias on the scores of sigmoid routing, which has no gradient.
+        capacity_factor: While training, an expert takes at most this many times its even share of
+            bytes, and the rest is dropped. None drops nothing. Evaluation never drops.
+        dtype: "f32" or "bf16", the dtype of the computation; parameters are float32.
     """
 
     num_layers: int = 4
@@ -46,14 +46,14 @@ class TrainConfig:
     """How the model is trained.
 
     Attributes:
-        seed: Of the parameters and of the order of the data.
+        seed: Seed of the parameters and of the order of the data.
         batch_size: Windows in a batch, over all devices; a multiple of their number.
         seq_len: Bytes in a window.
         learning_rate: Peak of the schedule.
         warmup_steps: Steps in which the learning rate rises from zero to its peak.
-        weight_decay: Of matrices, as in AdamW.
+        weight_decay: Weight decay of matrices, as in AdamW.
         max_grad_norm: Gradients of a larger global norm are scaled down to it.
-        aux_weight: Of the load balancing loss.
+        aux_weight: Weight of the load balancing loss.
     """
 
     seed: int = 0
@@ -73,9 +73,9 @@ class RunConfig:
     Attributes:
         out: Folder of everything that is written; processes share it.
         steps: Steps of the whole run, over all parts of a run that is resumed.
-        minutes: Minutes of training of the whole run, without compiling, evaluating and saving. Where
-            both this and ``steps`` are None, a new run trains for ``DEFAULT_MINUTES``, and a resumed
-            one for as long as it was told to at first.
+        minutes: Minutes of training of the whole run, without compiling, evaluating and saving. If
+            both this and ``steps`` are None, a new run trains for ``DEFAULT_MINUTES``, and a
+            resumed run keeps its first limit.
         checkpoint_every: Steps between checkpoints; None makes one about once a minute. There is one
             after the last step too.
         resume: Go on from the newest checkpoint in ``out``.

@@ -38,7 +38,7 @@ class Corpus:
         train: ``[N]`` uint8.
         held_out: ``[M]`` uint8, of other files than ``train`` where there are enough of them, else
             the last twentieth of the text.
-        source: Where it came from, for people.
+        source: Where the text came from, as a text to print.
     """
 
     train: UInt8[np.ndarray, " train_bytes"]
@@ -63,13 +63,13 @@ class Corpus:
             yield _windows(self.held_out, chunk, seq_len)
 
     def fingerprint(self) -> str:
-        """The same for the same text in both parts."""
+        """A hash of both parts: equal for equal texts."""
         digest = hashlib.sha256(self.train.tobytes())
         digest.update(hashlib.sha256(self.held_out.tobytes()).digest())
         return digest.hexdigest()
 
     def unigram_loss(self, batches: Iterable[Int32[np.ndarray, "batch seq_plus_one"]]) -> float:
-        """Nats per target byte of the model that knows byte frequencies of ``train`` and no more."""
+        """Nats per target byte of a model that only knows the byte frequencies of ``train``."""
         counts = np.bincount(self.train, minlength=VOCAB) + 1.0  # add one: no byte is impossible
         nats = -np.log(counts / counts.sum())
         return float(np.mean([nats[batch[:, 1:]].mean() for batch in batches]))
@@ -81,7 +81,7 @@ def load(path: pathlib.Path | None, *, min_bytes: int) -> Corpus:
     Args:
         path: A file, or a folder of UTF-8 files; None takes the Python sources of the running
             interpreter, without tests and installed packages.
-        min_bytes: Both parts hold at least so many bytes.
+        min_bytes: The least number of bytes of each part.
 
     Returns:
         The corpus. One file in twenty, by the hash of its name, is held out; of a single file, or

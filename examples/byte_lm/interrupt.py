@@ -1,4 +1,4 @@
-"""Turns Ctrl-C and SIGTERM into a wish that training looks at between two steps."""
+"""Turns Ctrl-C and SIGTERM into a request that training checks between two steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Notes the first SIGINT or SIGTERM while it is entered; a second one acts as usual.
+    """Notes the first SIGINT or SIGTERM inside its block; a second one acts as usual.
 
     A context manager. Python delivers signals to the main thread alone, so in another thread it notes
     nothing.
@@ -21,7 +21,7 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        """Make one that has noted nothing and does not listen yet."""
+        """Make one that does not listen yet."""
         self.number = 0
         self._previous: dict[int, Any] = {}
 
@@ -39,6 +39,6 @@ class Interrupt:
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            # Python knows no handler (None) where other code than Python has set it.
+            # The handler is None if code outside Python has set it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}

@@ -37,7 +37,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then experts, each beside a residual."""
+    """Attention, then experts, each with a residual connection."""
 
     def __init__(self, config: ModelConfig, group: jax_ep.Group, *, rngs: nnx.Rngs) -> None:
         """Make the layers."""
@@ -61,7 +61,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch seq hidden"], mask: Bool[Array, "batch seq"] | None
     ) -> tuple[Float[Array, "batch seq hidden"], jax_ep.MoEAux]:
-        """Run the layers; ``mask`` is False at positions that no expert need see."""
+        """Run the layers; ``mask`` is False at positions that need no expert."""
         x = x + self.attention(self.norm_attention(x))
         y, aux = self.experts(self.norm_experts(x), mask=mask)
         return x + y, aux
@@ -85,7 +85,7 @@ class ByteLM(nnx.Module):
 
         Args:
             tokens: Bytes; the batch is split over the mesh axes "data" and "expert".
-            mask: False at positions that no expert need see.
+            mask: False at positions that need no expert.
 
         Returns:
             Logits, and what the experts report with a leading axis of blocks.

@@ -1,10 +1,10 @@
 """When a run ends and when it saves: decisions that all of its processes take at the same step.
 
-A run by time does not know its number of steps beforehand, so it estimates that number again and
-again from the speed of its last steps. Processes measure different times and receive different
-signals, so they meet at certain steps, where they take the estimate of process 0 and the signal of any
-process. The first meetings set the steps of the next ones: a single process decides after every step,
-and several meet about once a second, because a meeting is a collective that waits for all devices.
+A run by time does not know its number of steps beforehand, so it keeps estimating that number from
+the speed of its last steps. Processes measure different times and receive different signals, so
+they meet at certain steps, where they take the estimate of process 0 and the signal of any process.
+The first meetings set the steps of the next ones: a single process decides after every step, and
+several meet about once a second, because a meeting is a collective that waits for all devices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Decision(NamedTuple):
 
     Attributes:
         signal: The number of the signal that ends the run; 0 for none.
-        total_steps: Steps of the whole run; 0 where nothing can be said yet.
+        total_steps: Steps of the whole run; 0 if it is not known yet.
         save: 1 where it is time for a checkpoint, else 0.
         tenths: Tenths of the run that are over.
         next_step: The step after which they meet again.
@@ -46,8 +46,8 @@ class Pace:
     """Decides for one part of a run, from its first step to its last.
 
     Attributes:
-        steps: Steps of the whole run, where that is what limits it.
-        minutes: Of training in the whole run, where that is what limits it.
+        steps: Steps of the whole run, if steps limit it.
+        minutes: Minutes of training in the whole run, if time limits it.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Pace:
         Args:
             clock: Counts the seconds and steps of this part.
             first_step: Steps that were done before.
-            steps: Of the whole run; None where ``minutes`` limit it.
-            minutes: Of training in the whole run.
-            seconds_before: Of training in the parts before.
+            steps: Steps of the whole run; None if ``minutes`` limit it.
+            minutes: Minutes of training in the whole run.
+            seconds_before: Seconds of training in earlier parts.
             checkpoint_every: Steps between checkpoints; None for about one a minute.
         """
         self.steps = steps

@@ -1,4 +1,4 @@
-"""What a run shows while it trains; everything fits into the 80 columns of a small terminal."""
+"""The display of a run while it trains. Everything fits into 80 columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def figures_text(*, loss: float, bytes_per_second: float, dropped: float) -> str
     Args:
         loss: Nats per byte.
         bytes_per_second: Bytes trained on per second.
-        dropped: Share of the choices of experts that found no room.
+        dropped: Share of the choices of experts that were dropped.
     """
     return f"loss {loss:.3f}, {rate_text(bytes_per_second)}, {dropped:.1%} dropped"
 

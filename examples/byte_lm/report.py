@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: its metrics, step by step, and a picture of them."""
+"""The results of a run for people: its metrics, step by step, and a picture of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Metrics:
     """Records of a run, one JSON object a line.
 
     A record has "step", the number of steps done, and either the figures of the last one ("loss",
-    "dropped", "load") or "held_out_loss". A resumed run drops what was written after its checkpoint.
+    "dropped", "load") or "held_out_loss". A resumed run drops the records after its checkpoint.
 
     Attributes:
         records: All of them.
@@ -68,8 +68,8 @@ def plot(
     Args:
         records: As ``Metrics`` holds them.
         path: The PNG to write.
-        unigram_loss: Drawn as a line to beat, nats per byte.
-        title: Of the picture.
+        unigram_loss: Drawn as a line, in nats per byte; a model that learns gets below it.
+        title: Title of the picture.
     """
     training = [record for record in records if "loss" in record]
     held_out = [record for record in records if "held_out_loss" in record]
@@ -111,7 +111,7 @@ def _read(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # half a line, of a process that was killed
+        except json.JSONDecodeError:  # half a line, from a process that was killed
             break
         if record["step"] <= last_step:
             records.append(record)

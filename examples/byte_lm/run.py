@@ -34,14 +34,14 @@ _TEMPERATURE = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What came out of a run.
+    """The results of a run.
 
     Attributes:
-        steps: From the first on, over all its parts.
+        steps: Steps of the run in all its parts.
         held_out_loss: Nats per byte on held-out text.
-        unigram_loss: The same of the model that knows byte frequencies and no more.
+        unigram_loss: The same for a model that only knows byte frequencies.
         bytes_per_second: Bytes trained on per second of training, in this part.
-        sample: Text that the model made up.
+        sample: Text that the model wrote.
     """
 
     steps: int
@@ -52,7 +52,7 @@ class Summary:
 
 
 class _Start(NamedTuple):
-    """Where a run begins, afresh or from a checkpoint, and what limits it: steps or minutes."""
+    """Where a run begins (at zero or at a checkpoint), and what limits it: steps or minutes."""
 
     state: TrainState
     step: int
@@ -62,19 +62,19 @@ class _Start(NamedTuple):
 
 
 class Run:
-    """A run in one process; where there are several, each has one and all do the same.
+    """A run in one process. With several processes, each has one, and all do the same.
 
     A context manager, which closes the files it writes.
 
     Attributes:
         state: The state of training.
         step: Steps done.
-        total_steps: Steps of the whole run. A run by time estimates them again and again; None until
-            its first steps have been timed.
+        total_steps: Steps of the whole run. A run by time keeps estimating them; None until its
+            first steps have been timed.
     """
 
     def __init__(self, trainer: Trainer, corpus: Corpus, config: RunConfig) -> None:
-        """Begin, or take up the newest checkpoint.
+        """Begin a run, or continue from the newest checkpoint.
 
         Args:
             trainer: The model on its mesh.
@@ -85,7 +85,7 @@ class Run:
             FileExistsError: if there are checkpoints and ``config.resume`` is False.
             FileNotFoundError: if there are none and it is True.
             ValueError: if the prompt does not fit, the folder cannot be written to, or the checkpoint
-                is of a run with other settings or other text. Whatever is wrong, nothing is written.
+                is of a run with other settings or other text. Nothing is written then.
         """
         if not 0 < len(config.prompt.encode()) < trainer.config.seq_len:
             raise ValueError(
@@ -135,7 +135,7 @@ class Run:
         self._checkpoints.close()
 
     def train(self) -> int:
-        """Train to the last step, with a checkpoint there and every so often before.
+        """Train to the last step, with checkpoints on the way and at the end.
 
         SIGINT (Ctrl-C) and SIGTERM, of any process of the run, end it after the step under way, with a
         checkpoint and a message. A second signal ends the process at once.
@@ -199,7 +199,7 @@ class Run:
         return summary
 
     def _newest(self, folder: pathlib.Path) -> int | None:
-        """The checkpoint to begin from, once it is clear that the user means that."""
+        """The checkpoint to begin from; raises if the user did not ask to resume from it."""
         config, found = self._config, newest(folder)
         if found is None and config.resume:
             raise FileNotFoundError(
@@ -251,7 +251,7 @@ class Run:
         self._fetch_figures(but=_IN_FLIGHT)
 
     def _fetch_figures(self, *, but: int = 0) -> None:
-        """Wait for the figures of all steps ``but`` the last few, and record them."""
+        """Wait for the figures of all steps except the last ``but`` ones, and record them."""
         while len(self._pending) > but:
             step, figures = self._pending.popleft()
             loss, load, dropped = jax.device_get(figures)
@@ -260,7 +260,7 @@ class Run:
             self._metrics.add(step, loss=float(loss), dropped=float(dropped), load=load.tolist())
 
     def _pause_if_due(self, decision: Decision) -> None:
-        """Evaluate and save where it is time for that; neither counts as training."""
+        """Evaluate and save if it is time for that; neither counts as training."""
         evaluate = decision.tenths > self._evaluated and self.step != self.total_steps
         save = bool(decision.save)
         if not evaluate and not save:
@@ -313,9 +313,9 @@ class Run:
         return " x ".join(f"{name} {size}" for name, size in self._trainer.mesh.shape.items())
 
     def _sample(self) -> str:
-        """One window, from the prompt on."""
+        """One window of text that begins with the prompt."""
         prompt = np.frombuffer(self._config.prompt.encode(), np.uint8)
-        # One row for each device, since batches are split over all of them; the first is shown.
+        # One row for each device, because batches are split over all of them. The first is shown.
         tokens = np.zeros((self._trainer.mesh.size, self._trainer.config.seq_len), np.int32)
         tokens[:, : len(prompt)] = prompt
         made = self._trainer.sample(
@@ -356,7 +356,7 @@ class Run:
 
 
 def _make_folder(folder: pathlib.Path) -> None:
-    """Make ``folder``, and say in terms of the command line why that cannot be."""
+    """Make ``folder``; an error names the option of the command line."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -370,7 +370,7 @@ def _make_folder(folder: pathlib.Path) -> None:
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """What differs between two settings, for people."""
+    """The differences between two settings, as texts to print."""
     found = []
     for part, value in given.items():
         before = saved.get(part)

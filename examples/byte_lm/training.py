@@ -25,12 +25,12 @@ BATCH_AXES = ("data", "expert")
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and with the number of steps done all that a checkpoint needs.
+    """All that a step changes. With the number of steps done, it is all that a checkpoint needs.
 
     Attributes:
-        params: What the optimizer trains.
+        params: Parameters that the optimizer trains.
         buffers: The model's other variables: the routers' biases.
-        opt_state: Of the optimizer.
+        opt_state: State of the optimizer.
     """
 
     params: nnx.State
@@ -44,7 +44,7 @@ class Figures(NamedTuple):
     Attributes:
         loss: ``[]`` float32 nats per byte, without the load balancing loss.
         load: ``[E]`` int32 bytes that chose each expert, summed over blocks.
-        dropped: ``[]`` float32 share of these choices that found no room.
+        dropped: ``[]`` float32 share of these choices that were dropped.
     """
 
     loss: Float32[Array, ""]
@@ -53,7 +53,7 @@ class Figures(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipping, at learning rate 1: the step scales its updates.
+    """AdamW with clipping, at learning rate 1. The step scales its updates.
 
     A run by time only estimates its number of steps, so the learning rate is an argument of the step,
     not a schedule compiled into it.
@@ -74,7 +74,7 @@ def learning_rate(config: TrainConfig, *, step: int, total_steps: int) -> np.flo
     """The learning rate of one step: linear warm-up, then a cosine down to a tenth of the peak.
 
     Args:
-        config: With the peak and the length of the warm-up.
+        config: Has the peak and the length of the warm-up.
         step: The number of the step, from 1 to ``total_steps``.
         total_steps: Steps of the whole run, as far as that is known now.
     """
@@ -89,9 +89,9 @@ class Trainer:
     """The model, its optimizer and its batches on one mesh.
 
     Attributes:
-        mesh: With axes "data" and "expert".
-        model_config: Of the model.
-        config: Of the training.
+        mesh: A mesh with axes "data" and "expert".
+        model_config: Configuration of the model.
+        config: Configuration of the training.
         abstract_state: Shapes, dtypes and shardings of a ``TrainState``.
         step: ``(state, batch, learning_rate)`` to ``(state, Figures)``; takes the state's memory.
         loss: ``(state, batch)`` to nats per byte, nothing dropped.
@@ -104,8 +104,8 @@ class Trainer:
 
         Args:
             mesh: With axes "data" and "expert"; batches are split over both.
-            model_config: Of the model.
-            config: Of the training.
+            model_config: Configuration of the model.
+            config: Configuration of the training.
 
         Raises:
             ValueError: if the batch or the experts do not split over the mesh, or the channels over
@@ -162,12 +162,12 @@ class Trainer:
         return mean
 
     def check(self) -> None:
-        """Raise if ranks lost each other; call it with results at hand, before they are used.
+        """Raise if an op of the group has failed; call it before using the results of a step.
 
         On GPUs a failed op gives NaN, and steps replayed from CUDA graphs could not say more.
 
         Raises:
-            jax_ep.CommunicationError: if they did.
+            jax_ep.CommunicationError: if an op has failed.
         """
         self._group.check()
 
@@ -232,14 +232,14 @@ class Trainer:
 
 
 def _variables(model: ByteLM) -> tuple[nnx.State, nnx.State]:
-    """What the optimizer trains, and the rest."""
+    """The variables that the optimizer trains, and the others."""
     return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
 
 
 def _cross_entropy(
     model: ByteLM, batch: Int32[Array, "batch seq_plus_one"]
 ) -> tuple[Float32[Array, ""], jax_ep.MoEAux]:
-    """Nats per byte, and what the experts report."""
+    """Nats per byte, and the experts' statistics."""
     logits, report = model(batch[:, :-1])
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
     return nats.mean(), report

@@ -1,1 +1,1 @@
-"""What everything here knows: types, the form of errors, numerics, capacity, native libraries."""
+"""Shared by all parts: types, the form of errors, numerics, capacity, native libraries."""

@@ -1,4 +1,4 @@
-"""How evenly experts are used: the loss and the bias that make it so. Public in ``jax_ep.routing``.
+"""Even use of experts: a loss and a bias that work towards it. Public in ``jax_ep.routing``.
 
 Symbols: T tokens, E experts, K top-k.
 """
@@ -26,7 +26,7 @@ def load_balancing_loss(
     axis_names: Sequence[str] = (),
     num_used_experts: int | None = None,
 ) -> Float32[Array, ""]:
-    """The auxiliary loss that is least, 1, where all experts are used alike.
+    """The auxiliary load-balancing loss. It is least, 1, where all experts are used equally.
 
     ``E * sum(f[e] * P[e])``, with E the number of experts that exist, f the share of the routes that
     go to expert e and P the mean over the tokens of e's share of the token's scores (Switch
@@ -38,8 +38,8 @@ def load_balancing_loss(
         scores: ``[T, E]`` scores; the gradient flows through these.
         axis_names: Mesh axes that the tokens are split over: counts and score sums are summed over
             them before the product, so the loss is that of all tokens, the same on every rank.
-        num_used_experts: Only the first so many experts exist, so that even use of these gives 1.
-            Scores and routes of the others are left out. None: all exist.
+        num_used_experts: Only this many experts exist, those with the lowest ids. Even use of these
+            gives 1. Scores and routes of the others are left out. None: all exist.
 
     Returns:
         The loss, a scalar; 0 where there is no token at all.
@@ -103,8 +103,8 @@ def update_bias(
         bias: ``[E]`` selection bias of the router.
         load: ``[E]`` routes to each expert, such as ``MoEAux.load``.
         rate: Size of the step (DeepSeek-V3: 1e-3).
-        num_used_experts: Only the first so many experts exist: the mean is theirs, and the bias of the
-            others stays. None: all exist.
+        num_used_experts: Only this many experts exist, those with the lowest ids. The mean is
+            theirs, and the bias of the others stays. None: all exist.
 
     Returns:
         ``[E]`` the new bias.
@@ -124,7 +124,7 @@ def update_bias(
 def check_num_used(
     op: str, num_used_experts: Any, num_experts: int, what: str = "the number of experts"
 ) -> None:
-    """``num_used_experts`` is a number of experts that there can be."""
+    """``num_used_experts`` is an int from 1 to the number of experts."""
     if not arguments.is_int(num_used_experts):
         raise arguments.type_error(
             op,

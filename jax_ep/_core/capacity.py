@@ -23,11 +23,11 @@ def lossless_capacity(
     layout: Layout,
     alignment: int,
 ) -> int:
-    """Rows that suffice whatever the routing.
+    """The number of rows of a rank that suffices for any routing.
 
     In layout "token" each of the R·T tokens of the group has at most one row. In layout "expert"
-    each has at most N = min(K, L) rows here, and at most min(L, R·T·N) groups are padded, each by
-    at most ``alignment - 1`` rows.
+    each has at most N = min(K, L) rows on this rank. At most min(L, R·T·N) groups are padded, each
+    by at most ``alignment - 1`` rows.
     """
     if layout == "token":
         return num_ranks * num_tokens

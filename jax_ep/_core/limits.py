@@ -1,4 +1,4 @@
-"""What the GPU kernels have room for, as their library says: refused while tracing, and by handlers."""
+"""Limits of the GPU kernels, as their library states them. Tracing and the handlers check them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ def _room() -> dict[str, int]:
 
 
 def max_experts() -> int:
-    """Experts of a group."""
+    """The largest number of experts of a group."""
     return _room()["max_experts"]
 
 
 def max_vjp_row_bytes() -> int:
-    """Bytes of a row in the gradient of ``combine`` with weights."""
+    """The largest row, in bytes, in the gradient of ``combine`` with weights."""
     return _room()["max_vjp_row_bytes"]
 
 
 def max_summed_row_bytes(num_ranks: int) -> int:
-    """Bytes of a row in layout "expert" of which the ring of sums holds one of each other rank."""
+    """The largest row in bytes in layout "expert", as the ring of sums holds one of each peer."""
     return _room()["ring_bytes"] // max(num_ranks - 1, 1)

@@ -1,4 +1,4 @@
-"""Conversions: roundings that XLA cannot take out again, and casts that lose nothing."""
+"""Roundings that XLA cannot remove, and casts that lose nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def round_to(x: Float32[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
 
 
 def expert_ids(idx: Integer[Array, "..."]) -> Int32[Array, "..."]:
-    """Expert ids of any integer dtype as int32; an id beyond int32 stays one that is out of range."""
+    """Expert ids of any integer dtype as int32; ids beyond int32 become ones out of range."""
     if idx.dtype == jnp.int32:
         return idx
     wide = jnp.iinfo(idx.dtype)
@@ -36,7 +36,7 @@ def expert_ids(idx: Integer[Array, "..."]) -> Int32[Array, "..."]:
 
 @jax.custom_jvp
 def keep(x: Float32[Array, "..."], zero: Int32[Array, "..."]) -> Float32[Array, "..."]:
-    """``x`` as it was rounded: no product in it becomes part of a fused multiply-add.
+    """``x``, rounded as it is: XLA cannot contract a product in it into a fused multiply-add.
 
     Before jaxlib 0.11, XLA's CPU compiler contracts across an ``optimization_barrier``. It cannot see
     through an exclusive or.

@@ -17,7 +17,7 @@ from jax_ep._core.types import Quantized, ScaleFormat
 
 BLOCK = 128
 MAX_E4M3 = 448.0
-# Below this, a block counts as zero: it keeps scale and 1 / scale finite and normal.
+# The least magnitude that a scale is made for, so that scale and 1 / scale are finite and normal.
 _SMALLEST_AMAX = 1e-30
 
 
@@ -45,7 +45,7 @@ def quantize(x: Float[Array, "rows hidden"], *, scale_format: ScaleFormat = "f32
     _check_rows("quantize", x)
     check_scale_format("quantize", scale_format)
     rows, hidden = x.shape
-    x = lax.optimization_barrier(x)  # rounded as it is, whatever made it
+    x = lax.optimization_barrier(x)  # so that the way x was computed does not matter
     blocks = x.astype(jnp.float32).reshape(rows, hidden // BLOCK, BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=-1)
     # XLA's vectorised maximum on CPU loses NaNs.

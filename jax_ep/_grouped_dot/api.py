@@ -1,11 +1,11 @@
 """Matmuls of grouped rows, each group with a matrix of its own.
 
-``jax.lax.ragged_dot`` multiplies every row with every matrix on CPU (and GPU) and masks what does not
-belong together. Here a loop walks over tiles of rows of one group, and its trip count is the number
-of rows there are: neither other groups' matrices nor unused rows cost anything.
+``jax.lax.ragged_dot`` multiplies every row with every matrix on CPU (and GPU) and masks the
+products of other groups. Here a loop walks over tiles of the rows of each group. Its trip count
+follows from the rows in use, so neither other groups' matrices nor unused rows cost anything.
 
-On Hopper GPUs kernels of our own (``hopper/``) do the same, far faster: the product itself
-and the gradient of the matrices are all that forward and backward need.
+On Hopper GPUs, kernels (``hopper/``) do the same much faster. Forward and backward need only two:
+the product itself and the gradient of the matrices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jax_ep._core import arguments
 
 logger = logging.getLogger("jax_ep")
 
-_TILE = 128  # rows; 64 to 256 are alike, more wastes work on groups of few rows
+_TILE = 128  # rows; 64 to 256 are equally fast, more wastes work on groups of few rows
 
 
 def grouped_dot(
@@ -46,12 +46,12 @@ def grouped_dot(
     Products are summed in float32 and rounded to the dtype of ``lhs``. The gradient of ``rhs`` is
     summed in float32 too. Rows past the last group are not read, give zeros and have no gradient.
 
-    On Hopper GPUs, inner and outer channels that are multiples of 128 go through fast kernels; others
-    through a loop, which a warning says once. There, float32 products are made of three products of
-    bfloat16 halves, exact to about 2⁻¹⁶ of the operands.
+    On Hopper GPUs, fast kernels run where the inner and outer channels are multiples of 128.
+    With other channels a loop runs, and a warning says so once. The kernels make float32 products
+    of three products of bfloat16 halves, exact to about 2⁻¹⁶ of the operands.
 
-    The default of ``jax_ep.moe``. Another function with these arguments and this result, such as
-    ``jax.lax.ragged_dot``, may stand in for it there.
+    This is the default of ``jax_ep.moe``, which also takes another function with these arguments
+    and this result, such as ``jax.lax.ragged_dot``.
 
     Args:
         lhs: ``[C, H]`` rows, those of a group side by side.
@@ -134,7 +134,7 @@ def _rows_by_rows(
 
 
 def _kernels(dtype: Any, rows: int, inner: int, outer: int) -> Any:
-    """The module of the kernels for such operands, or None; where a GPU has none, it says why."""
+    """The module of the kernels for such operands, or None. A warning says why a GPU uses none."""
     if not _compat.has_hopper_gpu():
         return None
     from jax_ep._grouped_dot import hopper as kernels
@@ -204,7 +204,7 @@ def _loop_rows_by_rows(
             first, mine = _tile(start, size, index, rows)
             block = lax.dynamic_slice_in_dim(lhs, first, len(mine))
             cotangent = lax.dynamic_slice_in_dim(d_out, first, len(mine))
-            # Both masked: what stands in unused rows, be it NaN, must not reach the sum.
+            # Both are masked, because unused rows may hold NaN, which must not reach the sum.
             return total + lax.dot_general(
                 jnp.where(mine[:, None], block, 0),
                 jnp.where(mine[:, None], cotangent, 0),
@@ -237,7 +237,7 @@ def _for_each_tile(
 def _tile(
     start: Int32[Array, ""], size: Int32[Array, ""], index: Int32[Array, ""], rows: int
 ) -> tuple[Array, Array]:
-    """First row of a tile, moved up where it would end past the last row, and which rows are its."""
+    """First row of a tile, moved up so that it ends within the rows; and a mask of its own rows."""
     height = min(_TILE, rows)
     wanted = start + index * height
     first = jnp.minimum(wanted, rows - height)

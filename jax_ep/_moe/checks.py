@@ -51,13 +51,13 @@ def check_layer(
 
 
 def check_num_used(op: str, num_used_experts: Any, num_experts: int) -> None:
-    """``num_used_experts`` is None or a number of experts that there can be."""
+    """``num_used_experts`` is None or an int from 1 to ``num_experts``."""
     if num_used_experts is not None:
         balancing.check_num_used(op, num_used_experts, num_experts)
 
 
 def check_top_k(top_k: Any, num_experts: int, *, op: str = "moe") -> None:
-    """A token can have so many experts."""
+    """``top_k`` is an int from 1 to the number of experts, and not above what ops take."""
     if not arguments.is_int(top_k):
         raise arguments.type_error(
             op, "top_k", "a Python int", type(top_k).__name__, "pass the experts of a token"

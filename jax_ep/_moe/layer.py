@@ -39,7 +39,7 @@ class MoEAux(NamedTuple):
 
     Attributes:
         aux_loss: Scalar load-balancing loss over all tokens (``routing.load_balancing_loss``), not
-            yet scaled: 1 where all experts are used alike.
+            yet scaled: 1 where all experts are used equally.
         load: ``[E]`` int32 routes to each expert from all tokens, dropped ones included.
         num_dropped: Scalar int32, (token, expert) pairs that did not fit the capacity.
         num_invalid: Scalar int32, entries of a custom router out of range or repeated.
@@ -53,7 +53,7 @@ class MoEAux(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """Everything static about a call, hashable; see ``moe``."""
+    """The static arguments of a call, hashable; see ``moe``."""
 
     group: Group
     num_experts: int
@@ -106,13 +106,13 @@ def moe(
     of the group; where it is split over the leading token axes in their order, as a batch over "data"
     is, every device works on a part of what it has, and only the outputs are gathered again.
 
-    It may stand inside a ``shard_map`` over other axes than the group's, as that of a pipeline over
-    "stage". Then tokens and statistics are those of one position along these axes. Reverse mode works
-    there; forward mode (``jax.jvp``) is a ``TypeError`` when the program is lowered, and to policies
-    of ``jax.checkpoint`` the layer is one op.
+    It also works inside a ``shard_map`` over other axes than the group's, such as the "stage" axis
+    of a pipeline. Then tokens and statistics are those of one position along these axes. Reverse
+    mode works there. Forward mode (``jax.jvp``) raises ``TypeError`` when the program is lowered,
+    and policies of ``jax.checkpoint`` see the layer as one op.
 
-    On GPUs, an op that fails, as for a rank that never comes, gives NaN, which may be all that you see:
-    call ``group.check()`` where you wait for results anyway, to get the ``CommunicationError``.
+    On GPUs, a failed op gives NaN and may raise no error, for example if a rank never arrives. So
+    call ``group.check()`` where you wait for results: it raises the ``CommunicationError``.
 
     Example::
 
@@ -123,7 +123,7 @@ def moe(
         loss = task_loss(y) + 0.01 * aux.aux_loss
 
     Args:
-        x: ``[..., H]`` bf16, f16 or f32; its dtype is that of the computation, whatever that of the
+        x: ``[..., H]`` bf16, f16 or f32. The layer computes in its dtype, whatever the dtype of the
             weights. Rows are a multiple of 16 bytes.
         params: The weights, over all experts; ``moe_partition_specs`` says how to shard them.
         group: The group, from ``create_group``.
@@ -136,18 +136,19 @@ def moe(
             ``shard_map`` has entered and for those whose names stand for tensor or pipeline
             parallelism: "tensor", "model", "tp", "mp", "stage", "stages", "pipeline", "pipe", "pp".
             Ranks along the latter repeat the work, which a warning says once.
-        mask: Boolean, the shape of ``x`` without H: False makes a token zero before anything reads it
-            and keeps it from the experts. It is in no statistics and no gradient, whatever stands in
-            it, and its output is that of the shared expert for zeros, which is zero.
-        router_inputs: What a router function needs to know of each token besides its logits, such as
-            its id: a pytree of arrays whose shapes begin with that of ``x`` without H.
-        num_used_experts: Only the first so many experts exist. The others, there to make
-            ``num_experts`` a multiple of the group's size, are never chosen and are left out of
-            ``aux_loss``; their weights have gradient zero. ``capacity_factor`` still counts
-            ``num_experts``. None: all exist.
+        mask: Boolean, the shape of ``x`` without H. A token with False is set to zero before
+            anything reads it, so even NaN in it does no harm. It goes to no expert and is in no
+            statistics and no gradient. Its output is that of the shared expert for zeros, which is
+            zero.
+        router_inputs: What a router function needs besides the logits, such as the ids of the
+            tokens: a pytree of arrays whose shapes begin with that of ``x`` without H.
+        num_used_experts: Only this many experts exist, those with the lowest ids. The others only
+            make ``num_experts`` a multiple of the group's size: they are never chosen and are left
+            out of ``aux_loss``, and their weights have gradient zero. ``capacity_factor`` still
+            counts ``num_experts``. None: all exist.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
-        overlap: "shared_expert" runs the shared expert while rows are under way.
-        activation: Of the gate.
+        overlap: "shared_expert" runs the shared expert while rows are in flight.
+        activation: Activation function of the gate.
         alignment: Rows of each expert are padded to a multiple of it, if ``grouped_dot`` needs that.
         capacity: As in ``dispatch``, rows of each rank.
         capacity_factor: As in ``dispatch``, bounds the rows of each expert.
@@ -169,20 +170,22 @@ def moe(
         y, aux = jax_ep.moe(..., top_k=2, router=by_hash, router_inputs=token_ids)
 
     It may close over Python values and over arrays that are the same for all tokens, such as a
-    temperature or a table ``[E]``, also traced ones, which get their gradient. It must not close over
-    arrays of tokens, which would not be split: pass those as ``router_inputs``. JAX keeps a program for
-    each router, told apart by hash and equality, and reads what the router closes over only when it
-    makes that program. So do not change a router between calls: the old program would run. Make a new
-    one, but not in every call, since each is traced again.
+    temperature or a table ``[E]``. These arrays may be traced and get their gradient. It must not
+    close over arrays of tokens, because these would not be split: pass them as ``router_inputs``.
+    JAX keeps a program for each router, which it finds by hash and equality, and reads the values
+    that the router closes over only when it makes that program. So do not change a router between
+    calls, because the old program would run. Make a new router instead, but not in every call,
+    because each new one is traced again.
 
     Returns:
         ``[..., H]`` in the dtype of ``x``, and the statistics.
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.
-        ValueError: for any other argument that does not fit; the text says what would. So it is for
-            arrays on other devices, or on a mesh that divides the same devices in another way. Inside
-            ``jit`` ``moe`` cannot see where arrays lie, and for such a mesh XLA may end the process.
+        ValueError: for any other argument that does not fit; the text says what would. Arrays on
+            other devices are such arguments, and so are arrays on a mesh that divides the same
+            devices in another way. Inside ``jit``, ``moe`` cannot see where arrays lie, and XLA may
+            end the process if they lie on such a mesh.
     """
     op = "moe"
     checks.check_group(group)
@@ -235,7 +238,7 @@ def _over_mesh(
     mask: Bool[Array, "*batch"] | None,
     router_inputs: Any,
 ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
-    """Splits tokens and weights over the mesh and runs the layer on every device."""
+    """Split tokens and weights over the mesh, and run the layer on every device."""
     manual, axes = _compat.manual_axes(), settings.token_axes
     mesh = _compat.context_mesh() if manual else settings.group.mesh
     if x.size == 0:
@@ -276,7 +279,7 @@ def _on_one_rank(
 ) -> tuple[Float[Array, "tokens hidden"], MoEAux]:
     """The layer for this rank's tokens and this rank's experts."""
     if mask is not None:
-        # What stands in a masked token, be it NaN, must not reach the gradient of any weight.
+        # A masked token may hold NaN, which must not reach the gradient of any weight.
         x, router_inputs = jax.tree.map(functools.partial(_zero_masked, mask), (x, router_inputs))
     routing = _route(settings, x, params, router_inputs)
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
@@ -324,7 +327,7 @@ def _route(
     logits = jnp.dot(
         x.astype(jnp.float32),
         params.router_kernel.astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,  # elsewhere than on CPU the default has fewer bits
+        precision=lax.Precision.HIGHEST,  # except on CPU, the default has fewer bits
     )
     bias = params.router_bias
     bias = None if bias is None else lax.stop_gradient(bias)
@@ -343,7 +346,7 @@ def _experts(
 ) -> Float[Array, "rows hidden"]:
     """The grouped gated MLPs of the local experts, their outputs weighted."""
     rows, weights = out.tokens, out.weights
-    assert weights is not None and not isinstance(rows, Quantized)  # as dispatch was asked
+    assert weights is not None and not isinstance(rows, Quantized)  # as was asked of dispatch
     gate, up, down = (w.astype(rows.dtype) for w in (params.gate, params.up, params.down))
     gated = _gated(
         settings.grouped_dot(rows, gate, out.group_sizes),

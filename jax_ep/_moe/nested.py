@@ -107,8 +107,8 @@ class _Inner:
     Attributes:
         f: A function of arrays to a tuple of arrays.
         axes: The axes that it enters.
-        in_specs: Of each argument.
-        out_specs: Of each result.
+        in_specs: The spec of each argument.
+        out_specs: The spec of each result.
         varying: For each argument, the outer axes that it is cast to vary over.
     """
 
@@ -172,7 +172,7 @@ class _Kept:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pullback:
-    """What the forward pass found out while it was traced.
+    """What is known once the forward pass has been traced.
 
     Attributes:
         tree: The structure of the pullback, whose leaves are the arrays that it holds.
@@ -194,12 +194,12 @@ class _Pullback:
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Residuals:
-    """From the forward to the backward pass.
+    """What the forward pass hands to the backward pass.
 
     Attributes:
         saved: Arguments that the pullback holds, ascending.
         travelled: The other arrays that it holds.
-        pullback: What it is otherwise.
+        pullback: The rest of the pullback.
         own_axes: The outer axes that each argument varies over before it is cast.
         out_axes: Likewise, of each result.
     """
@@ -219,15 +219,17 @@ def _with_gradient(inner: _Inner) -> Callable[..., Arrays]:
         return inner.enter(inner.f, inner.out_specs)(*args)
 
     def forward(*args: jax.Array) -> tuple[Arrays, _Residuals]:
-        # The specs of results are wanted before a function is traced, so it is traced twice.
+        # shard_map needs the specs of the results before it traces a function, so it is traced
+        # twice.
         found = _trace(inner, args)
         specs = tuple(how.spec for how in found.kept if how.travels)
         latest: list[_Pullback] = []
         with_pullback = dataclasses.replace(
             inner, f=_with_pullback(inner, latest), out_specs=inner.out_specs + specs
         )
-        # Also with a gradient: for second derivatives, and as jax.checkpoint looks into a plain
-        # shard_map for what to save, which would leave it with a spec over all axes again.
+        # This one has a gradient too. Second derivatives need it. And jax.checkpoint would look for
+        # values to save inside a plain shard_map, and these would leave it with a spec over all
+        # axes again.
         results = _with_gradient(with_pullback)(*args)
         outs, travelled = results[: len(inner.out_specs)], results[len(inner.out_specs) :]
         [pullback] = latest
@@ -280,7 +282,7 @@ def _with_gradient(inner: _Inner) -> Callable[..., Arrays]:
 
 
 def _trace(inner: _Inner, args: Arrays) -> _Pullback:
-    """What the forward pass will find out."""
+    """The pullback of the forward pass, found by tracing it."""
     latest: list[_Pullback] = []
     with_pullback = _with_pullback(inner, latest)
     outs_only = lambda *args: with_pullback(*args)[: len(inner.out_specs)]  # noqa: E731
@@ -289,7 +291,7 @@ def _trace(inner: _Inner, args: Arrays) -> _Pullback:
 
 
 def _with_pullback(inner: _Inner, latest: list[_Pullback]) -> Callable[..., Arrays]:
-    """A function to the results and then the arrays of the pullback that travel.
+    """A function that returns the results, then the arrays of the pullback that travel.
 
     While it is traced it writes the rest of the pullback to ``latest``.
     """

@@ -43,8 +43,8 @@ class MoEParams(NamedTuple):
         gate: ``[E, H, F]``.
         up: ``[E, H, F]``.
         down: ``[E, F, H]``.
-        router_bias: ``[E]`` float32 that moves the router's choice, not its weights; it has no
-            gradient. None for a router without.
+        router_bias: ``[E]`` float32 that changes which experts the router chooses, but not their
+            weights; it has no gradient. None for a router without a bias.
         shared: The shared expert, or None.
     """
 
@@ -61,11 +61,11 @@ class PartitionNames:
     """Mesh axes (or logical names) that each dimension of the weights is split over.
 
     Attributes:
-        experts: None: the axes of the group, where the layer needs them; other names save nothing
-            unless logical rules map them to those axes.
-        hidden: For example "data", to store the weights split further (as FSDP does); they are
-            gathered for the time of the layer.
-        intermediate: Likewise, of the experts and the shared expert.
+        experts: None stands for the axes of the group, where the layer needs the experts. Other
+            names save no memory unless logical rules map them to those axes.
+        hidden: For example "data", to store the weights split further (as FSDP does). They are
+            gathered while the layer runs.
+        intermediate: Likewise for F of the experts and S of the shared expert.
     """
 
     experts: AxisName = None
@@ -93,7 +93,7 @@ def moe_param_shapes(
         num_experts: E over the whole group.
         shared_intermediate: S, or None for no shared expert.
         router_bias: Whether the router has a selection bias.
-        dtype: Of all weights but the router bias, which is float32.
+        dtype: Dtype of all weights except the router bias, which is float32.
 
     Returns:
         The shapes.
@@ -121,7 +121,7 @@ def moe_param_shapes(
 def default_init(
     key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Float[Array, "..."]:
-    """Truncated normal of variance 1 / fan-in, the experts each on their own."""
+    """Truncated normal of variance 1 / fan-in, where the fan-in is that of one expert."""
     batch = tuple(range(len(shape) - 2))
     return jax.nn.initializers.lecun_normal(batch_axis=batch)(key, shape, dtype)
 
@@ -150,9 +150,9 @@ def init_moe_params(
         num_experts: E over the whole group.
         shared_intermediate: S, or None for no shared expert.
         router_bias: Whether the router has a selection bias; it starts at zero.
-        dtype: Of all weights but the router bias, which is float32.
-        kernel_init: ``(key, shape, dtype)`` to the weights of the experts.
-        router_init: Likewise, of the router.
+        dtype: Dtype of all weights except the router bias, which is float32.
+        kernel_init: Function ``(key, shape, dtype)`` that gives the weights of the experts.
+        router_init: Likewise for the router.
 
     Returns:
         The weights.

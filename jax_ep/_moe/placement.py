@@ -1,8 +1,8 @@
 """Splitting global arrays of tokens over a mesh, whatever the types of its axes.
 
-On Auto axes the compiler places arrays and ``shard_map`` says where it wants them. On Explicit axes
-the placement is part of an array's type: each step must name it, and ``shard_map`` takes only what
-already lies as it asks.
+On Auto axes the compiler places arrays, and ``shard_map`` moves them to where it needs them. On
+Explicit axes the placement is part of an array's type: each step must name it, and ``shard_map``
+takes only arrays that already have the placement that it asks for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtyping import Array, Shaped
 def why_not_usable(x: Any, mesh: Mesh) -> str | None:
     """Why ``jax.jit`` cannot use ``x`` in a program over ``mesh``, or None.
 
-    Only arrays that were put somewhere are looked at: of tracers JAX does not say where they lie.
+    Only arrays that were put on devices are checked, because JAX does not say where tracers lie.
 
     XLA's partitioner (Shardy, jaxlib 0.11.2 and 0.12.0.1) ends the process where a program sums over
     several axes of one mesh and its inputs lie on another mesh whose axes cut the devices elsewhere.
@@ -38,7 +38,7 @@ def why_not_usable(x: Any, mesh: Mesh) -> str | None:
     other = sharding.mesh
     if other == mesh:
         return None
-    assert isinstance(other, Mesh)  # not an abstract one, as the array lies there
+    assert isinstance(other, Mesh)  # not an abstract one, because the array lies on it
     if list(other.devices.flat) != list(mesh.devices.flat):
         return f"one on a mesh {dict(other.shape)} of devices {_ids(other.devices.flat)}"
     cuts, other_cuts = _cuts(mesh), _cuts(other)
@@ -48,7 +48,7 @@ def why_not_usable(x: Any, mesh: Mesh) -> str | None:
 
 
 def _cuts(mesh: Mesh) -> set[int]:
-    """Into how many parts the leading axes, one more each time, cut the devices."""
+    """The numbers of parts into which the first axis, the first two, … divide the devices."""
     return set(itertools.accumulate(mesh.devices.shape, operator.mul, initial=1))
 
 
@@ -71,7 +71,7 @@ def split_tokens(
     axes: tuple[str, ...],
     num_batch: int | None = None,
 ) -> Shaped[Array, "tokens ..."]:
-    """Flatten to tokens, add zeros until they split evenly over ``axes``, and lay them out so.
+    """Flatten to tokens, add zeros until they split evenly over ``axes``, and split them so.
 
     The first ``num_batch`` dimensions are those of the tokens; None stands for all but the last.
     """
@@ -102,7 +102,7 @@ def join_tokens(
 def _reshape(
     x: Array, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, spec: PartitionSpec
 ) -> Array:
-    """Reshape with nothing but the first dimension, before and after, split as ``spec`` says."""
+    """Reshape; only the first dimension is split, before and after, as ``spec`` says."""
     if not _explicit_axes(mesh):
         return x.reshape(shape)
     x = place(x, mesh, spec)

@@ -32,7 +32,7 @@ Class = TypeVar("Class", bound=type)
 
 @dataclasses.dataclass
 class LayerSettings:
-    """What a layer is made with: fields that its class inherits.
+    """The settings of a layer, as fields that its class inherits.
 
     Attributes:
         hidden: H, channels of the tokens.
@@ -41,23 +41,23 @@ class LayerSettings:
         top_k: Experts of each token.
         group: The group, from ``create_group``.
         router: As in ``jax_ep.moe``, as are all settings from ``token_axes`` on.
-        num_used_experts: Only the first so many experts exist; None: all.
+        num_used_experts: Only this many experts exist, those with the lowest ids. None: all.
         router_bias: Whether the router has a selection bias.
         shared_intermediate: S of the shared expert, or None for none.
-        dtype: Of the computation; None takes that of the input.
-        param_dtype: Of the weights.
-        kernel_init: ``(key, shape, dtype)`` to the weights of the experts.
-        router_init: Likewise, of the router.
+        dtype: Dtype of the computation; None takes that of the input.
+        param_dtype: Dtype of the weights.
+        kernel_init: Function ``(key, shape, dtype)`` that gives the weights of the experts.
+        router_init: Likewise for the router.
         partition_names: Mesh axes, or logical names, of the weights' dimensions.
         token_axes: Mesh axes that tokens are split over; None for all but tensor and pipeline axes.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
-        overlap: "shared_expert" runs the shared expert while rows are under way.
-        activation: Of the gate.
+        overlap: "shared_expert" runs the shared expert while rows are in flight.
+        activation: Activation function of the gate.
         alignment: Rows of each expert are padded to a multiple of it.
         capacity: Rows of each rank.
         capacity_factor: Bounds the rows of each expert.
         quantization: "fp8" sends rows in 8 bits.
-        scale_format: Of their scales.
+        scale_format: Format of their scales.
         config: How to use the machine.
     """
 
@@ -88,7 +88,7 @@ class LayerSettings:
     config: DispatchConfig | None = None
 
     def _weights(self, op: str) -> tuple[MoEParams, MoEParams]:
-        """Shapes and partitioning of the weights, once the settings are known to fit each other."""
+        """Check the settings, and give the shapes and partitioning of the weights."""
         checks.check_layer(
             op,
             group=self.group,

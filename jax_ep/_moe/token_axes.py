@@ -10,7 +10,7 @@ from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._groups.group import Group
 
-# What meshes call their axes for tensor and pipeline parallelism, where ranks share their tokens.
+# Usual names of axes for tensor and pipeline parallelism, along which ranks share their tokens.
 SHARED_TOKEN_AXES = frozenset(
     ("tensor", "model", "tp", "mp", "stage", "stages", "pipeline", "pipe", "pp")
 )
@@ -24,13 +24,15 @@ def resolve_token_axes(token_axes: Any, group: Group) -> tuple[str, ...]:
     """The axes that ``moe`` splits tokens over, those of the group last by default.
 
     Args:
-        token_axes: What the caller names. None stands for all axes of the mesh but those whose names
-            are in ``SHARED_TOKEN_AXES`` and those that an enclosing ``shard_map`` has entered.
+        token_axes: Names that the caller gave. None stands for all axes of the mesh but those whose
+            names are in ``SHARED_TOKEN_AXES`` and those that an enclosing ``shard_map`` has
+            entered.
         group: The group of the layer.
 
     Raises:
         TypeError: for anything but a sequence of names.
-        ValueError: for an axis that is not there, repeated or entered, or without those of the group.
+        ValueError: if an axis is missing in the mesh, repeated or already entered, or if one of the
+            group's axes is left out.
     """
     names, manual = group.mesh.axis_names, _compat.manual_axes()
     if token_axes is None:

@@ -22,8 +22,8 @@ def combine(
 ) -> Float[Array, "tokens hidden"]:
     """Bring the expert outputs of each token home and sum them.
 
-    The inverse way of ``dispatch``: row c of this rank is added to the token that it came from.
-    Call it inside ``jax.shard_map`` over the whole mesh of ``group``. In pseudocode, on rank r::
+    It reverses ``dispatch``: row c of this rank is added to the token that it came from. Call it
+    inside ``jax.shard_map`` over the whole mesh of ``group``. In pseudocode, on rank r::
 
         for token in range(T):
             y[token] = sum(weight * row for every kept row of (r, token), on every rank)
@@ -47,8 +47,8 @@ def combine(
         handle: The handle of the dispatch.
         group: The group of the handle.
         weights: ``[C]`` factors of the rows (layout "expert"), such as the ``weights`` that dispatch
-            returned; float32, or bfloat16 or float16, which is cast to it. None sums plainly:
-            multiply before the down projection instead, where it is cheaper.
+            returned; float32, or bfloat16 or float16, which is cast to it. None sums the rows as
+            they are. It is cheaper to multiply by the weights before the down projection.
         config: How to use the machine; None takes the defaults.
 
     Returns:

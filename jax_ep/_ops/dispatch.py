@@ -27,7 +27,7 @@ from jax_ep._ops import checks, gpu_room, gradients
 
 Output = Literal["dense", "quantized"]
 
-# None stands for these in the signature: beside a handle, what was not given is the handle's.
+# None in the signature stands for these. With a handle, an argument that is None is the handle's.
 _DEFAULT_LAYOUT: Layout = "expert"
 _DEFAULT_ALIGNMENT = 1
 
@@ -85,8 +85,8 @@ def dispatch(
             32 MiB / (R − 1).
         topk_idx: ``[T, K]`` expert ids, −1 for none; K ≤ 32. Any integer dtype; ids are cast to int32.
             An id out of range or repeated within a token counts as −1 and in ``num_invalid``.
-        topk_weights: ``[T, K]`` float32 that travel with the rows, or None. Also bfloat16 or float16,
-            which travels as float32; its gradient has the dtype that was given.
+        topk_weights: ``[T, K]`` float32 that travel with the rows, or None. bfloat16 and float16
+            are taken too and travel as float32; their gradient has the dtype that was given.
         group: The group, from ``create_group``.
         num_experts: E over the whole group; a multiple of R, on GPUs at most 4096.
         layout: "expert" (the default): one row per (token, local expert), grouped by expert. "token":
@@ -96,8 +96,8 @@ def dispatch(
             size. Give the height of a tile, say 128, to a matmul of your own that works on whole
             tiles of one expert; the default capacity then grows by up to L·(alignment − 1) rows.
         capacity: Rows C of the result. None: room that always suffices, N = R·T·min(K, L) and
-            C = roundup(N + min(L, N)·(alignment − 1), alignment), or R·T in layout "token". Less
-            keeps the rows that come first, which starves the last local experts first.
+            C = roundup(N + min(L, N)·(alignment − 1), alignment), or R·T in layout "token". With
+            less room, the rows that come first are kept, so the last local experts lose rows first.
         capacity_factor: Instead of ``capacity``, layout "expert": every expert keeps at most
             ``ceil(capacity_factor · R·T·K / E)`` rows.
         quantization: "fp8": rows travel as float8_e4m3fn with one scale per 128 channels.
@@ -105,8 +105,9 @@ def dispatch(
             (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have no gradient.
         scale_format: "f32" or "ue8m0", as in ``jax_ep.quantize``.
         handle: The handle of an earlier dispatch, to send along the same routes without a new plan.
-            It holds ``topk_idx`` and the room, so that ``topk_idx`` and ``capacity_factor`` are left
-            out; ``num_experts``, ``layout``, ``alignment`` and ``capacity`` may be, or are its own.
+            It holds the routes and the capacities, so leave out ``topk_idx`` and
+            ``capacity_factor``. ``num_experts``, ``layout``, ``alignment`` and ``capacity`` may be
+            left out too; else they must equal those of the handle.
         config: How to use the machine; None takes the defaults.
 
     Returns:
@@ -124,7 +125,7 @@ def dispatch(
     quantize_as = _check_quantization(op, x, quantization, output, scale_format)
     if handle is None:
         checks.check_topk_idx(op, topk_idx, values.shape[0])
-        assert topk_idx is not None  # for the type checker: check_topk_idx has seen to it
+        assert topk_idx is not None  # for the type checker: check_topk_idx raises if it is None
         topk_idx = expert_ids(topk_idx)
         checks.check_experts(op, num_experts, topk_idx.shape[1], group)
         assert num_experts is not None

@@ -1,4 +1,4 @@
-"""Checks of rows that GPU kernels may have no room for, while tracing."""
+"""Checks, while tracing, that GPU kernels have room for rows."""
 
 from __future__ import annotations
 

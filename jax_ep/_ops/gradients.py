@@ -1,10 +1,10 @@
 """The four pure ops over any backend, with their gradients.
 
 ``plan`` is an op of its own. ``dispatch`` with weights and ``combine`` with values are each other's
-transposes, so each one's backward is the other one; all that they keep is the handle.
+transposes, so the backward of each is the other one. The handle is their only residual.
 
-No tokens (T = 0) are answered here, outside the custom gradients: there is nothing to communicate,
-and residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
+Calls without tokens (T = 0) are answered here, outside the custom gradients: there is nothing to
+communicate, and residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PlanOptions:
         group: The group.
         num_experts: Over the whole group.
         layout: "expert" or "token".
-        capacity: Rows of each rank; None is for whoever makes the options to replace.
+        capacity: Rows of each rank; None until ``dispatch`` has put a number there.
         alignment: Group sizes are multiples of it.
         expert_capacity: Rows that an expert keeps at most.
         config: How to use the machine.
@@ -134,7 +134,7 @@ def _dispatch_bwd(options, handle, cotangents):
         transpose = CombineOptions(options.group, options.config)
         d_tokens, d_weights = combine(transpose, d_rows, d_row_weights, handle)
         return d_tokens, d_weights, None
-    # refuse_gradient has seen to it that nothing flows back through the rows themselves.
+    # Nothing flows back through the rows themselves, because refuse_gradient forbids it.
     num_tokens, (_, hidden) = handle.topk_idx.shape[0], d_rows.values.shape
     d_values = jnp.zeros((num_tokens, hidden), options.row_dtype)
     d_x: Array | Quantized = d_values
@@ -247,8 +247,8 @@ refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd)
 def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
     """Cast all operands to vary over the axes of any of them and of the group.
 
-    Ops whose operands vary alike have results that vary so too, and the transpose of the cast sums
-    the cotangents of an operand that was the same on several ranks.
+    If all operands of an op vary over the same axes, so do its results. And the transpose of the
+    cast sums the cotangents of an operand that was the same on several ranks.
     """
     if not _compat.tracks_varying_axes(group.axis_names):
         return operands

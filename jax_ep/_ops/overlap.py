@@ -134,7 +134,8 @@ def _order(x: Any, after: Ticket | None, op: str) -> Any:
             op, "after", "a Ticket or None", type(after).__name__, "pass what a start half returned"
         )
     first = lax.stop_gradient(jax.tree.leaves(after)[0].reshape(-1)[:1])
-    # Never true, but XLA cannot know; it would drop from a barrier what nobody uses behind it.
+    # Never true, but XLA cannot know that. From a barrier, XLA would drop an operand whose result
+    # is not used.
     never = ((first > 0) & (first < 0)).any()
     return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), x)
 

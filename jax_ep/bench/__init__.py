@@ -1,10 +1,10 @@
 """Benchmarks of dispatch, combine and whole layers: ``python -m jax_ep.bench --help``.
 
 The command line (``__main__``) turns flags or the names of suites (``suites``) into cases (``cases``)
-that suit the machine (``machine``) and has them run by processes of their own (``launch``,
-``worker``): XLA divides a GPU's memory once a process. There, ``ranks`` knows who takes part and
-``session`` what cases share; inputs come from ``problems``, what is right from ``expected``, programs
-from ``ops``, ``peers`` and ``layer``, times from ``timing`` by the devices' ``clock``, and the
-machine's speed in the same run from ``ceilings``. What comes out are records (``records``), which
-``table`` and ``plot`` show.
+that suit the machine (``machine``) and runs them in processes of their own (``launch``,
+``worker``), because XLA divides a GPU's memory once in a process. There, ``ranks`` knows who takes
+part, and ``session`` has what the cases share. Inputs come from ``problems``, right results from
+``expected``, programs from ``ops``, ``peers`` and ``layer``. ``timing`` takes times by the devices'
+``clock``, and ``ceilings`` measures the machine's speed in the same run. The results are records
+(``records``), which ``table`` and ``plot`` show.
 """

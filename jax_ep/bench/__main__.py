@@ -1,4 +1,4 @@
-"""``python -m jax_ep.bench``: what dispatch, combine and whole layers take here.
+"""``python -m jax_ep.bench``: times of dispatch, combine and whole layers on this machine.
 
 Without flags it runs the suite "baselines", in sizes that suit the machine. A suite is a named set of
 cases; --ops and the flags after it make cases of your own. Figures are device times; every result is
@@ -146,8 +146,8 @@ def measure(
         job: The run.
         timeout: Seconds that a case may take.
         console: For lines and progress.
-        json: A file for all records so far, after each.
-        save: Is given all records so far, after each.
+        json: A file that gets all records so far, after each record.
+        save: A function that gets all records so far, after each record.
     """
     begin = time.monotonic()
     found: list[dict[str, Any]] = []
@@ -166,7 +166,7 @@ def measure(
         for record in launch.run(job, timeout=timeout, progress=progress):
             bar.advance(task, record["op"] not in ("ceiling", "link"))
             machine = (record["op"], record.get("name"), record["tokens"], record["top_k"])
-            # Each process measures the machine anew; the first figures stand for it.
+            # Each process measures the machine anew; the table shows the first figures.
             if record["op"] in ("ceiling", "link"):
                 if machine in seen:
                     continue

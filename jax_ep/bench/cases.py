@@ -1,4 +1,4 @@
-"""What one figure is measured on."""
+"""A case: the op and the workload that one figure is measured on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Routing = Literal["uniform", "group-limited", "zipf", "all-to-one"]
 Capacity = Literal["exact", "default"]
 
 OUR_OPS: tuple[Op, ...] = ("plan", "dispatch", "dispatch_cached", "combine", "round_trip")
-ALIGNMENT = 128  # rows of an expert are padded to multiples of it, as grouped matmuls like them
+ALIGNMENT = 128  # rows of an expert are padded to multiples of it, as grouped matmuls prefer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Case:
 
     Attributes:
         op: "plan", "dispatch" (with its plan), "dispatch_cached" (along a handle), "combine",
-            "round_trip" (dispatch and combine), "exchange" (what XLA has in their place, one way) or
+            "round_trip" (dispatch and combine), "exchange" (XLA's own exchange of rows, one way) or
             "layer" (forward and backward).
         layout: "expert" or "token".
-        dtype: Of the tokens, before any quantization.
-        quantization: "none"; "quantized": the rows given and received are ``Quantized``; "fp8": rows
-            of ``dtype`` are cast on their way and received ``Quantized``; "fp8-dense": and received in
-            ``dtype``.
+        dtype: Dtype of the tokens, before any quantization.
+        quantization: "none"; "quantized": the rows given and received are ``Quantized``; "fp8":
+            rows of ``dtype`` are cast on their way and received ``Quantized``; "fp8-dense": rows of
+            ``dtype`` are cast on their way and received in ``dtype``.
         routing: The pattern that the tokens' experts follow.
         ragged: Whether ranks have different numbers of tokens; the rest are masked.
         tokens: T of each rank.
@@ -41,8 +41,8 @@ class Case:
         num_sms: SMs that the op may occupy; None takes the tuned number or the default.
         mode: As in ``DispatchConfig``.
         weights: Whether top-k weights travel with the rows.
-        capacity: "exact": room for the rows that come; "default": for any routing.
-        name: Who does it; None is jax_ep.
+        capacity: "exact": room for exactly the rows that come; "default": room for any routing.
+        name: The implementation; None is jax_ep.
         compiler_options: "NAME=VALUE", an option of XLA that its programs are compiled with.
     """
 
@@ -116,14 +116,14 @@ class Case:
 
     @property
     def workload(self) -> Case:
-        """What decides about the inputs: cases with equal workloads share them."""
+        """The case without what its inputs do not depend on; equal workloads share inputs."""
         return dataclasses.replace(
             self, op="dispatch", num_sms=None, mode="auto", name=None, compiler_options=""
         )
 
     @property
     def options(self) -> dict[str, str | bool]:
-        """Compiler options of its programs, as ``compile`` takes them: flags are no texts."""
+        """Compiler options of its programs, as ``compile`` takes them, with flags as bools."""
         name, _, value = self.compiler_options.partition("=")
         flags = {"true": True, "false": False}
         return {name: flags.get(value, value)} if name else {}

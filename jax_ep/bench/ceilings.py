@@ -1,10 +1,10 @@
-"""How fast the machine moves bytes, in the same run as everything else: the figures' ceiling.
+"""How fast the machine moves bytes, measured in the same run: the ceiling of the figures.
 
 *Links*, where every rank has a GPU of its own: all ranks read from the next one at once, so that each
-link is used in both directions. The library's own movers (bulk copies, as dispatch moves rows; loads,
-as combine reads them) and the copy engines read over the group's mapping of the peers' memory, in one
-process as in several, with nothing planned and nothing waited for. XLA's ``lax.ppermute`` is measured
-beside them. The figure is GB/s of a rank in one direction.
+link is used in both directions. The library's own movers (bulk copies, as dispatch moves rows;
+loads, as combine reads them) and the copy engines read over the group's mapping of the peers'
+memory, in one process or in several. They need no plan and wait for nobody. XLA's ``lax.ppermute``
+is measured beside them. The figure is GB/s of a rank in one direction.
 
 *Memory*, where ranks share GPUs, or there is one: the same movers copy within each rank's memory, all
 ranks at once. The figure is GB/s read and written on a GPU, by all of its ranks together. On CPU it is
@@ -29,10 +29,10 @@ from jax_ep.bench.ranks import Ranks
 from jax_ep.bench.timing import Chain, Step
 
 NUM_BYTES = 1 << 28  # of a copy on GPUs
-_COPIES = 24  # that are timed of each mover, and as many before and after: milliseconds
+_COPIES = 24  # timed ones of each mover, which take milliseconds; as many before and after
 _TRIES = 3
 _CPU_BYTES = 1 << 16  # of a core's copy
-_CPU_COPIES = 20  # between looks at the time, which may cost microseconds
+_CPU_COPIES = 20  # between readings of the clock, which may take microseconds
 _CPU_SECONDS = 0.2
 
 Kind = Literal["link", "memory"]
@@ -54,9 +54,9 @@ class Ceiling(NamedTuple):
 
 
 def measure(session: Ranks) -> list[Ceiling]:
-    """All the ways that there are, the fastest first; call it in all processes."""
+    """The rates of all movers that can run here, the fastest first; call it in all processes."""
     found = _on_gpus(session) if session.on_gpu else _on_cpu(session)
-    # A time that is not positive says that the machine was busy, and nothing about it.
+    # A time that is not positive only shows that the machine was busy.
     return sorted((c for c in found if c.gbs > 0), key=lambda c: -c.gbs)
 
 
@@ -64,7 +64,7 @@ def _on_gpus(session: Ranks) -> list[Ceiling]:
     kind: Kind = "link" if session.has_links else "memory"
     x = _array(session)
     found: list[Ceiling | None] = []
-    if session.group.backend == "cuda":  # else nothing reads other ranks' memory but XLA
+    if session.group.backend == "cuda":  # else only XLA reads other ranks' memory
         found = [_mover(session, x, kind, *mover) for mover in _MOVERS]
     if kind == "link":
         found.append(Ceiling("lax.ppermute", _ppermute(session, x), kind))
@@ -142,7 +142,7 @@ def _ppermute(session: Ranks, x: jax.Array) -> float:
 
 
 def _on_cpu(session: Ranks) -> list[Ceiling]:
-    """What one core copies within its cache, times the cores: more than all of them reach together."""
+    """The rate of one core's copies within its cache, times the cores, which all cannot reach."""
     source, target = np.zeros(_CPU_BYTES // 4, np.int32), np.ones(_CPU_BYTES // 4, np.int32)
     one = np.int32(1)
     best, begin = 0.0, time.perf_counter()
@@ -150,7 +150,7 @@ def _on_cpu(session: Ranks) -> list[Ceiling]:
         for _ in range(_CPU_COPIES):
             # A loop of vectors: memcpy may be ten times slower where the arrays lie badly.
             np.add(source, one, out=target)
-        # The fastest counts: what others do on a busy machine is no property of the core.
+        # The fastest counts, because other programs slow the rest on a busy machine.
         seconds = time.perf_counter() - start
         best = max(best, 2 * _CPU_COPIES * _CPU_BYTES / seconds / 1e9)
     cores = len(os.sched_getaffinity(0))

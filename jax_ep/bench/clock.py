@@ -1,8 +1,8 @@
-"""Time as the devices see it: a kernel that reads a clock where it stands in the program.
+"""Time as the devices see it: a kernel in the program that reads a clock.
 
-Between two of them lie the ops alone. What the host does meanwhile (starting programs, waiting for
-them, the rest of a busy machine) is in no figure, and a rank that starts late waits in ops before the
-first. On GPUs the clock is the GPU's, on CPU the host's.
+Only ops lie between two readings. So figures do not contain what the host does meanwhile (starting
+programs, waiting for them, other work on a busy machine), and a rank that starts late is waited for
+before the first reading. On GPUs the clock is the GPU's, on CPU the host's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Stamp = UInt32[jax.Array, "2"]
 
 
 def read(value: jax.Array) -> tuple[jax.Array, Stamp]:
-    """``value``, in place, and the time in nanoseconds (low word, high word) when a device came to it.
+    """``value``, in place, and the time in nanoseconds (low word, high word) at that point.
 
-    What is computed from the value returned runs after the clock is read.
+    Whatever is computed from the returned value runs after the clock is read.
     """
     call = jax.ffi.ffi_call(
         TARGET,
@@ -59,5 +59,5 @@ Clock = Callable[[jax.Array], jax.Array]
 
 
 def no_clock(value: jax.Array) -> jax.Array:
-    """Stands where no time is read."""
+    """Used where no time is read."""
     return value

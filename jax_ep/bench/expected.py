@@ -1,4 +1,4 @@
-"""What must come out, in NumPy on the host, without any code of the library's own."""
+"""The right results, in NumPy on the host, without the library's own code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxtyping import Float32, Int, Int32
 from jax_ep._core.types import Layout
 
 _MAX_E4M3 = np.float32(448)
-_PART_ROWS = 512  # that a thread works on at a time: a few megabytes, which its caches hold
+_PART_ROWS = 512  # of a thread at a time: a few megabytes, which its caches hold
 _MOST_THREADS = 16
 
 Result = TypeVar("Result")
 
 
 def by_parts(function: Callable[[slice], Result], rows: int) -> list[Result]:
-    """What a function of a slice of rows gives for all of them, in order; threads share the work."""
+    """The results of ``function`` for consecutive slices of rows, in order, by several threads."""
     parts = [slice(first, first + _PART_ROWS) for first in range(0, rows, _PART_ROWS)]
     threads = min(os.cpu_count() or 1, _MOST_THREADS)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -36,7 +36,7 @@ def row_sources(
     layout: Layout,
     alignment: int,
 ) -> Int[np.ndarray, " rows"]:
-    """Where each row of ``rank`` comes from, −1 in the padding; no more rows than it takes.
+    """Where each row of ``rank`` comes from, −1 in the padding; only the rows that are in use.
 
     As ``Handle.recv_src``: ``(source · T + token) · K + k`` in layout "expert", where rows are ordered
     by (local expert, source, token), and ``source · T + token`` in layout "token".
@@ -114,11 +114,11 @@ def dequantize(
 
 
 def rounded_sums(x: np.ndarray, factors: list[Float32[np.ndarray, "tokens width"]]) -> np.ndarray:
-    """What combine gives for tokens whose rows are ``x`` times a factor, bit by bit.
+    """The exact bits that combine gives for tokens whose rows are ``x`` times a factor.
 
     Args:
         x: ``[T, H]``, the tokens; rows have their dtype.
-        factors: For each rank, those of a token's rows there in the order in which they are summed; NaN
+        factors: For each rank, the factors of each token's rows there, in the order of the sum; NaN
             where there is no row.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Starts the processes that measure, and collects what they say.
+"""Starts the processes that measure, and collects their records.
 
 Each run of a set of cases has processes of its own, one for all devices or one for each rank, that
 find each other through ``jax.distributed``. A process that dies or hangs costs the case it was at,
@@ -43,7 +43,7 @@ class Job:
         processes: 1, or as many as there are ranks, or a divisor of them on CPU.
         gpus: GPUs of this machine that are used; 0 on CPU.
         repeat: Samples of each figure.
-        command: Of the user, for the records.
+        command: The user's command line, for the records.
         until: Time since the epoch, in seconds, after which no case is begun.
         output: File that process 0 appends JSON lines to.
         coordinator: "host:port" of process 0.
@@ -73,7 +73,7 @@ class Job:
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds what runs in here, so that no process that it has started is left."""
+    """Make SIGTERM raise ``SystemExit`` in this block, so that it can end its own processes."""
 
     def leave(number: int, _: Any) -> None:
         sys.exit(128 + number)
@@ -113,7 +113,7 @@ def run(job: Job, *, timeout: float, progress: Progress) -> Iterator[dict[str, A
 def _attempt(
     job: Job, where: pathlib.Path, timeout: float, progress: Progress
 ) -> Generator[dict[str, Any], None, tuple[int, bool]]:
-    """Run processes until they end or one fails: the cases that they finished, whether all is well."""
+    """Run processes until all end or one fails; gives (number of finished cases, all went well)."""
     path = where / "job.json"
     job.save(path)
     output = pathlib.Path(job.output)
@@ -168,7 +168,7 @@ def _environment(job: Job) -> dict[str, str]:
     all_flags = [environment.get("XLA_FLAGS", "")]
     if job.gpus == 0:
         environment["JAX_PLATFORMS"] = "cpu"
-        # XLA takes the last of several.
+        # XLA takes the last of several equal flags.
         count = job.ranks // job.processes
         all_flags.append(f"--xla_force_host_platform_device_count={count}")
     elif "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:

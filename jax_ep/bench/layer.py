@@ -39,7 +39,7 @@ class Experts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is static about a layer.
+    """The static sizes of a layer.
 
     Attributes:
         group: The group of ranks.
@@ -66,8 +66,8 @@ class Arm:
     """One implementation.
 
     Attributes:
-        name: Of its records.
-        layer: From inputs, experts and sizes to ``[T, H]``.
+        name: The name in its records.
+        layer: A function of inputs, experts and sizes that gives ``[T, H]``.
         compiler_options: As in ``Case``.
         capacity: "default" gives it room for any routing.
     """
@@ -104,7 +104,7 @@ def with_ragged_all_to_all(inputs: Inputs, experts: Experts, sizes: Sizes) -> Ar
 
 
 def plain(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
-    """The layer that one writes with what JAX has."""
+    """The layer as one would write it with JAX alone."""
     return _over_ragged_all_to_all(inputs, experts, sizes, lax.ragged_dot)
 
 
@@ -119,7 +119,7 @@ def _over_ragged_all_to_all(
     sent, received = rows_of[rank], rows_of[:, rank]
     sent_from = jnp.cumsum(sent) - sent
     received_at = jnp.cumsum(received) - received
-    lands_at = (jnp.cumsum(rows_of, axis=0) - rows_of)[rank]  # of mine, at each destination
+    lands_at = (jnp.cumsum(rows_of, axis=0) - rows_of)[rank]  # my rows' first place there
     comes_back_to = (jnp.cumsum(rows_of, axis=1) - rows_of)[:, rank]
 
     rows = jnp.take(x, order // topk_idx.shape[1], axis=0)

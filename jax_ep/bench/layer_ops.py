@@ -1,4 +1,4 @@
-"""Times the arms of a layer, forward and backward, and holds them to one another."""
+"""Times the arms of a layer, forward and backward, and compares their results."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from jax_ep.bench.session import Session
 from jax_ep.bench.timing import Step
 
 _PASSES = 4  # that rows make over the links: to the experts and home, forward and backward
-_MOST_SAMPLES = 20  # they are long
-# Of a layer of jax_ep, forward and backward.
+_MOST_SAMPLES = 20  # a sample takes long
+# The calls of a layer of jax_ep, forward and backward.
 _CALLS = (
     *("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine"),
     *("jax_ep_dispatch", "jax_ep_combine"),
 )
-JUDGE = "all_to_all"  # whose result is right
-# Of the norm of the difference to that of the result; arms round at different places.
+JUDGE = "all_to_all"  # the arm whose result counts as right
+# The norm of the difference over that of the result, at most. Arms round at different places.
 _TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-4}
 
 
@@ -76,12 +76,12 @@ def _step(arm: Arm, sizes: Sizes) -> Step:
             return arm.layer((x, topk_idx, weights), experts, sizes)
 
         y, backward = jax.vjp(forward, x, weights, experts)
-        # The compiler is not to see that the link reads but one element of each.
+        # The compiler must not see that the link reads only one element of each.
         return lax.optimization_barrier((y, backward(cotangent)))
 
     def link(inputs: Any, result: Any, now: Clock) -> Any:
         x, topk_idx, *rest = inputs
-        # All inputs are new to each turn, or the compiler would move what it makes of them out of the
+        # All inputs change in each turn. Otherwise the compiler would move work on them out of the
         # loop.
         return lax.optimization_barrier((x, now(timing.after(topk_idx, result)), *rest))
 
@@ -93,14 +93,14 @@ def _inputs(session: Session, case: Case, problem: Problem) -> Any:
         session.put(functools.partial(problem.part, 0, 0)),
         session.put(problem.topk_idx[0].__getitem__),
         session.put(functools.partial(problem.weights, 0)),
-        # Another set's tokens are as good a cotangent as any.
+        # The tokens of another set serve as cotangent.
         session.put(functools.partial(problem.part, 1, 0)),
         make_experts(session, case),
     )
 
 
 def make_experts(session: Session, case: Case) -> Experts:
-    """Random weights, made where they belong."""
+    """Random weights, made on the devices of their experts."""
     assert case.intermediate is not None
     up = (case.experts, case.hidden, case.intermediate)
     down = (case.experts, case.intermediate, case.hidden)
@@ -121,7 +121,7 @@ def make_experts(session: Session, case: Case) -> Experts:
 
 
 def _judgement(session: Session, case: Case, sizes: Sizes, inputs: Any) -> Any:
-    """What the layer must give: outputs and gradients of the arm that is the judge."""
+    """The right results of the layer: outputs and gradients of the arm ``JUDGE``."""
     key = ("judgement", dataclasses.replace(case.workload, capacity="exact"))
     if key not in session.kept:
         run = session.on_all_ranks(_step(layer.BY_NAME[JUDGE], sizes).run)
@@ -146,7 +146,7 @@ def _disagreement(case: Case, result: Any, judged: Any) -> str:
 
 @jax.jit
 def _errors(result: Any, judged: Any) -> Any:
-    """Of each array, the norm of the difference over that of the right one."""
+    """For each array, the norm of the difference over that of the right one."""
 
     def error(got: jax.Array, want: jax.Array) -> jax.Array:
         got, want = got.astype(jnp.float32), want.astype(jnp.float32)
@@ -156,7 +156,7 @@ def _errors(result: Any, judged: Any) -> Any:
 
 
 def _traffic(case: Case, problem: Problem, sizes: Sizes, arm: Arm) -> traffic.Traffic:
-    """Of all four passes."""
+    """The bytes of all four passes."""
     topk = problem.topk_idx[0]
     if arm.name == "jax_ep":
         rows = expected.rank_rows(topk, experts=case.experts)

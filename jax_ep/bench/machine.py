@@ -1,4 +1,4 @@
-"""What a run is made on, and which cases cannot run there."""
+"""The machine of a run, and which cases cannot run on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Machine:
 
     Attributes:
         ranks: Devices that take part.
-        processes: That they are spread over.
+        processes: Processes that the ranks are spread over.
         gpus: GPUs of this machine that are used; 0 on CPU.
     """
 
@@ -33,7 +33,7 @@ class Machine:
         return 0 < self.gpus < self.ranks
 
     def why_not(self, case: Case) -> str | None:
-        """Why a case cannot run here, in a way that is known beforehand; or None."""
+        """Why a case cannot run here, as far as that is known beforehand; or None."""
         by_xla = case.op in ("exchange", "layer") or case.name == peers.ALL_TO_ALL
         if self.gpus == 0 and any(part in (case.name or "") for part in ("ragged", "plain")):
             return "XLA has no ragged_all_to_all on CPU"
@@ -45,13 +45,13 @@ class Machine:
         return None
 
     def __str__(self) -> str:
-        """In words."""
+        """The machine in words."""
         where = f"{min(self.gpus, self.ranks)} GPU(s)" if self.gpus else "CPU"
         return f"{self.ranks} rank(s) on {where}, {self.processes} process(es)"
 
 
 def count_gpus() -> int:
-    """GPUs that JAX would use here, without waking it."""
+    """The number of GPUs that JAX would use here, without starting JAX."""
     if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu" or not shutil.which("nvidia-smi"):
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -64,7 +64,7 @@ def count_gpus() -> int:
 
 
 def check_processes(ranks: int, processes: int, gpus: int) -> None:
-    """Raise ``ValueError`` unless the ranks can be laid over so many processes and GPUs."""
+    """Raise ``ValueError`` unless the ranks can be spread over these processes and GPUs."""
     if ranks < 1 or processes < 1:
         raise ValueError(f"--ranks, --processes: expected 1 or more, got {ranks} and {processes}.")
     if processes not in (1, ranks) and (gpus or ranks % processes):
@@ -79,7 +79,7 @@ def check_processes(ranks: int, processes: int, gpus: int) -> None:
 
 
 def left_out(cases: list[Case], machine: Machine) -> tuple[list[Case], dict[str, int]]:
-    """The cases that can run on a machine, and why how many others cannot."""
+    """The cases that can run on a machine, and how many others cannot for each reason."""
     kept, reasons = [], dict[str, int]()
     for case in cases:
         why = machine.why_not(case)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 
-# Results of each FFI target that are results of the op; what follows them is scratch memory.
+# The number of results of each FFI target that the op gives; those after them are scratch memory.
 _RESULTS = {
     "jax_ep_plan": 10,
     "jax_ep_dispatch": 3,
     "jax_ep_combine": 2,
     "jax_ep_combine_vjp": 2,
 }
-_BITS = {"pred": 8, "bf16": 16}  # the other types end in their bits
+_BITS = {"pred": 8, "bf16": 16}  # the names of other types end in their bits
 
 
 def scratch_bytes(compiled_text: str) -> int:

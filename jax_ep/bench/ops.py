@@ -148,7 +148,7 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
         rows, handle, *weights = inputs
         result = out.tokens if isinstance(out, Dispatched) else out
         topk_idx = now(timing.after(handle.topk_idx, result))
-        if given["group"].backend == "reference":  # it need not read topk_idx
+        if given["group"].backend == "reference":  # which may not read topk_idx
             handle = jax.tree.map(lambda leaf: timing.after(leaf, result), handle)
         return rows, dataclasses.replace(handle, topk_idx=topk_idx), *weights
 
@@ -165,7 +165,7 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
 
 
 def _sets(session: Session, case: Case, problem: Problem) -> list[Any]:
-    """Inputs of the step: those of a dispatch, or what a dispatch has made of them."""
+    """Inputs of the step: those of a dispatch, or what a dispatch has given for them."""
     sets: list[Any] = []
     prepare = _prepare(session, case, problem)
     for index, topk in enumerate(problem.topk_idx):
@@ -283,7 +283,7 @@ def _check_combine(
 def _check_round_trip(
     session: Session, case: Case, problem: Problem, out: jax.Array, index: int
 ) -> str:
-    """The same where rows come home as they went."""
+    """The same for rows that come home as they went."""
     return _check_sums(session, case, problem, out, index, np.ones(problem.capacity, np.float32))
 
 

@@ -1,8 +1,8 @@
-"""What XLA itself has for the exchange of rows: the same bytes, rows packed beforehand.
+"""XLA's own exchanges of rows: the same bytes, in rows that were packed beforehand.
 
 Neither op plans, packs or places rows as a dispatch does, so these figures flatter them. In a chain
-each exchange sends what the one before it received, so that none can be merged with another, moved or
-dropped: rows go to their ranks and back, by turns, and after an even number all are home again.
+each exchange sends what the one before it received, so that XLA can merge, move or drop none. Rows
+go to their ranks and back alternately, and after an even number of exchanges all are home again.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Exchange(NamedTuple):
 
     Attributes:
         step: One of them.
-        inputs: What the first is given.
+        inputs: Inputs of the first exchange.
         rows: The rows among a step's inputs, or its result: an array ``[R * N, H]``.
-        home: What a rank has at first, and after an even number of exchanges.
+        home: The rows that a rank has at first, and after an even number of exchanges.
     """
 
     step: Step
@@ -91,7 +91,7 @@ def _dense(session: Session, problem: Problem) -> Exchange:
 def _ragged(session: Session, problem: Problem) -> Exchange:
     """The rows of the routing, packed by destination; on their way back, by where they came from.
 
-    What is written over is the buffer that the exchange before has read.
+    Each exchange overwrites the buffer that the one before it has read.
     """
     ranks, case = session.ranks, problem.case
     counts = expected.rank_rows(problem.topk_idx[0], experts=case.experts).astype(np.int32)

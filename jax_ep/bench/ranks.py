@@ -1,4 +1,4 @@
-"""The ranks of a run, as one process sees them: mesh, group, arrays, and what processes say."""
+"""The ranks of a run, as one process sees them: mesh, group, arrays, messages of processes."""
 
 from __future__ import annotations
 
@@ -88,6 +88,6 @@ class Ranks:
         return max(map(float, self.exchange(repr(float(value)))))
 
     def exchange(self, text: str) -> list[str]:
-        """Everybody's ``text``, by process; call it in all processes, in one order."""
+        """The ``text`` of each process, by index; call it in all processes, in the same order."""
         self._exchanges += 1
         return _compat.all_gather_text(f"jax_ep/bench/{self._exchanges}", text)

@@ -1,4 +1,4 @@
-"""Records: one JSON object for each figure, with all that it takes to read and to repeat it."""
+"""Records: a JSON object for each figure, with everything needed to read and to repeat it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "hidden": (int,),
     "top_k": (int,),
     "experts": (int,),
-    "num_sms": (int, type(None)),  # None: not ours to say
+    "num_sms": (int, type(None)),  # None: jax_ep does not set it
     "median_us": (float, type(None)),  # None: it failed, or, if correct, was too noisy
     "p10_us": (float, type(None)),
     "p90_us": (float, type(None)),
@@ -40,15 +40,15 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "command": (str,),
 }
 OPTIONAL: dict[str, tuple[type, ...]] = {
-    "name": (str,),  # who did it, where that was not jax_ep's own kernels
+    "name": (str,),  # the implementation, if not jax_ep's own kernels
     "intermediate": (int,),  # width of an expert (op "layer")
-    "capacity": (str,),  # "exact": room for the rows that come; "default": for any routing
-    # Read and written on a GPU (on CPU, the machine) by all of its ranks, at the least, where they
-    # share memory. Then ceiling_gbs is that of the memory.
+    "capacity": (str,),  # room: "exact" for the rows that come, "default" for any routing
+    # Where ranks share memory: at least what all ranks of a GPU (on CPU, of the machine) read and
+    # write. Then ceiling_gbs is that of the memory.
     "memory_gbs": (float, type(None)),
     "error": (str,),  # why there is no figure, or what was wrong with the result
 }
-# Above the ceiling of its run no figure is believed.
+# A figure above its ceiling times this is taken to be wrong.
 _SLACK = 1.05
 
 
@@ -77,7 +77,7 @@ def rate(record: dict[str, Any]) -> float | None:
 
 
 def impossible(record: dict[str, Any]) -> str | None:
-    """Why the figure of a record cannot be: it is above the ceiling of its run; or None."""
+    """Why the figure of a record is impossible (it is above the ceiling of its run), or None."""
     gbs, ceiling = rate(record), record["ceiling_gbs"]
     if not gbs or not ceiling or gbs <= _SLACK * ceiling:
         return None
@@ -86,7 +86,7 @@ def impossible(record: dict[str, Any]) -> str | None:
 
 
 def save(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    """Write records as a JSON list, one a line; the file is never seen half written."""
+    """Write records as a JSON list, one a line; readers never see a half-written file."""
     for record in records:
         check(record)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the cases of one process share: the ranks, figures of the machine, the rest of a record."""
+"""Shared by the cases of a process: the ranks, figures of the machine, the rest of a record."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Session(Ranks):
         self._links: dict[tuple[int, int], Spread] = {}
         self.untold_links: list[tuple[int, int]] = []  # measured, but in no record yet
         self._ceilings: list[ceilings.Ceiling] | None = None
-        self.kept: dict[Any, Any] = {}  # what several cases use, by what it was made for
+        self.kept: dict[Any, Any] = {}  # values that several cases use, by their purpose
 
     @property
     def reference_group(self) -> jax_ep.Group:
@@ -64,7 +64,7 @@ class Session(Ranks):
         return self._problem
 
     def chain(self, estimate_us: float, calls: Sequence[str] = ()) -> timing.Chain:
-        """How ops of about so many microseconds are timed here: on GPUs in chains of some 4 ms."""
+        """How ops of about ``estimate_us`` are timed here: on GPUs in chains of about 4 ms."""
         length = 0
         if self.on_gpu:
             length = int(2 ** np.clip(np.round(np.log2(4000 / max(estimate_us, 1))), 3, 5))
@@ -136,8 +136,8 @@ class Session(Ranks):
     ) -> dict[str, Any]:
         """The record of a case; without a spread, of one that failed.
 
-        A figure that its own spread drowns is left out, and one that the machine cannot reach is wrong;
-        the record says why.
+        A figure that is no larger than its spread is left out, and one that the machine cannot
+        reach is marked as wrong. The record says why.
         """
         if spread is not None and spread.is_noise and error is None:
             error = f"too noisy: {spread.p10:.1f} to {spread.p90:.1f} us around {spread.median:.1f}"

@@ -1,4 +1,4 @@
-"""Named sets of cases, of sizes that suit the machine, the most telling ones first."""
+"""Named sets of cases, of sizes that suit the machine, the most informative ones first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DECODE_TOKENS = (8, 1, 32, 64, 256, 512)  # besides 128
 def suite(name: str, machine: Machine) -> list[Case]:
     """The cases of a suite, those with the same inputs side by side.
 
-    * "baselines": every throughput row of docs/performance.md, and what XLA has in their place; on CPU,
+    * "baselines": every throughput row of docs/performance.md, and XLA's own exchanges; on CPU,
       dispatch and combine beside ``lax.all_to_all`` and the reference.
     * "decode": 1 to 512 tokens a rank, 128 above all.
     * "routing": dispatch and combine under every routing pattern.
@@ -39,7 +39,7 @@ def throughput_case(machine: Machine) -> Case:
 
 
 def exchanges(base: Case) -> list[Case]:
-    """What XLA has for a workload."""
+    """XLA's own exchanges for a workload."""
     base = dataclasses.replace(base, op="exchange", layout="token")
     return [
         dataclasses.replace(base, name=peers.ALL_TO_ALL),
@@ -151,7 +151,7 @@ def _layer(machine: Machine) -> list[Case]:
     base = throughput_case(machine)
     training = dataclasses.replace(base, hidden=2048, experts=64, top_k=6)
     wide, many = layers(training, intermediate=1408), layers(base, intermediate=256)
-    # What jax_ep is compared with most comes first, since the last arms take minutes.
+    # The most important comparisons come first, because the last arms take minutes.
     return [*many[:3], *wide[:3], *wide[3:], *many[3:]]
 
 

@@ -1,11 +1,11 @@
-"""Device time of an op, from a chain of them between two readings of the device's clock.
+"""Device time of an op, from a chain of ops between two readings of the device's clock.
 
-Each op of a chain depends on the one before it by a *link*: a kernel that reads one element of what
-that op gave and copies one small array of what the next is given (``topk_idx``, T·K int32). So ops can
-neither overlap nor be merged or dropped, and the rows of one are freed before the next makes its own.
+Each op of a chain depends on the one before it by a *link*. This is a kernel that reads one element
+of that op's result and copies one small input of the next op (``topk_idx``, T·K int32). So XLA can
+neither overlap nor merge nor drop ops, and the rows of one are freed before the next makes its own.
 Links alone are timed in the same way in the same run and are subtracted; records of op "link" say
-how much that was. Ops that have a natural link (XLA's exchanges, where the rows received are the next
-rows sent) take that one, and nothing is subtracted.
+how much that was. XLA's exchanges have a natural link: the rows received are the next rows sent.
+They use it, and nothing is subtracted.
 
 Two forms of chain:
 
@@ -16,8 +16,8 @@ Two forms of chain:
   a sample; the first is left out. On CPU the number of turns is data, so a chain can grow without being
   compiled again, until its figure stands above the noise.
 
-The chain is checked twice: the compiled program must hold as many of our calls as it should, and the
-group must have moved on by as many ops as were run.
+The chain is checked twice: the compiled program must have the expected number of our calls, and the
+group must have counted as many ops as were run.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, samples: Sequence[float] | np.ndarray) -> Spread:
-        """Of samples in microseconds."""
+        """The spread of samples in microseconds."""
         return cls(*(float(np.percentile(samples, p)) for p in (50, 10, 90)))
 
     def less(self, microseconds: float) -> Spread:
@@ -88,7 +88,8 @@ class Measured:
     """What a chain gave.
 
     Attributes:
-        spread: Of an op with its link; of several ranks here, the slowest in each sample.
+        spread: The spread of an op with its link; with several ranks here, the slowest of each
+            sample.
         result: What the last op gave, in the last sample.
         last_set: Number of the set that this op was given.
         text: The compiled program.
@@ -111,11 +112,11 @@ class Chain:
         repeat: Samples.
         grows: Whether a loop's number of turns is data (CPU).
         options: Compiler options.
-        calls: Custom calls that an op consists of, each as often as it occurs: a compiler that dropped
-            or merged some would be found out.
-        completed: Says how many ops the group has completed, as each rank here counts them; None where
-            nobody counts.
-        largest: The largest of the numbers that the processes have, which all call it together.
+        calls: Custom calls that an op consists of, each as often as it occurs. They show whether
+            the compiler has dropped or merged some.
+        completed: A function that gives the number of ops that the group has completed, as each
+            rank here counts them; None where nobody counts.
+        largest: A function that gives the largest of the processes' numbers; all call it together.
     """
 
     length: int
@@ -143,10 +144,11 @@ def measure(step: Step, sets: Sequence[Any], mesh: jax.sharding.Mesh, chain: Cha
         step: The op.
         sets: Inputs, pytrees of arrays that are split over the mesh on axis 0. A loop takes the first.
         mesh: A mesh with one axis.
-        chain: How.
+        chain: How to time it.
 
     Raises:
-        RuntimeError: if the chain that was compiled, or the one that was run, was another.
+        RuntimeError: if the program was compiled to another number of calls, or ran another number
+            of ops, than the chain has.
     """
     jax.block_until_ready(sets)  # some are what ops of the group have made
     begun = chain.completed() if chain.completed is not None else []
@@ -196,7 +198,7 @@ def _unrolled(step: Step, sets: Sequence[Any], mesh: jax.sharding.Mesh, chain: C
 
 
 def _loop(step: Step, sets: Sequence[Any], mesh: jax.sharding.Mesh, chain: Chain) -> Measured:
-    """Turns of one op each. Where their number is data, chains grow until they say something."""
+    """Turns of one op each. Where their number is data, chains grow until they exceed the noise."""
     turns = _even(chain.repeat + 2)
     room = _MOST_TURNS if chain.grows else turns
 
@@ -288,13 +290,13 @@ def _check_memory(compiled: Any, mesh: jax.sharding.Mesh) -> None:
 
 
 def _by_rank(stamps: jax.Array, count: int) -> np.ndarray:
-    """``[ranks here, count]`` microseconds. Clocks of several GPUs are not set to one another."""
+    """``[ranks here, count]`` microseconds. Clocks of several GPUs are not synchronised."""
     parts = [np.asarray(shard.data)[:count] for shard in stamps.addressable_shards]
     return np.stack([clock.microseconds(part) for part in parts])
 
 
 def link_step() -> Step:
-    """A chain of links alone, kept apart from one another as an op between them keeps them."""
+    """A chain of links alone. A barrier keeps them apart, as an op between them would."""
 
     def link(topk_idx: jax.Array, result: jax.Array, now: clock.Clock) -> jax.Array:
         return now(after(topk_idx, result))

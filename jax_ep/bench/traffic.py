@@ -17,9 +17,9 @@ class Traffic(NamedTuple):
 
     Attributes:
         wire: Crossing between ranks.
-        logical: And those that stay on their rank too, as DeepEP's figures count them.
-        memory: Read and written in the memory of all ranks together, at the least: each row that is
-            sent read once, each result written once.
+        logical: The same with those that stay on their rank, as DeepEP's figures count them.
+        memory: At least so much is read and written in the memory of all ranks together: each row
+            that is sent is read once, and each result is written once.
     """
 
     wire: int
@@ -28,7 +28,7 @@ class Traffic(NamedTuple):
 
 
 def of_rows(rows: Int[np.ndarray, "ranks ranks"], row_bytes: int) -> Traffic:
-    """Of ``rows[source, destination]`` rows that cross once each, of ``row_bytes`` bytes."""
+    """The bytes of ``rows[source, destination]`` rows of ``row_bytes`` that cross once each."""
     crossing = rows - np.diag(np.diag(rows))
 
     def busiest(counts: np.ndarray) -> int:
@@ -40,15 +40,16 @@ def of_rows(rows: Int[np.ndarray, "ranks ranks"], row_bytes: int) -> Traffic:
 def of_dispatch(
     topk_idx: Int32[np.ndarray, "ranks tokens top_k"], *, experts: int, row_bytes: int
 ) -> Traffic:
-    """Of dispatch, and of combine backwards: one row for each (token, rank), whatever the layout.
+    """The bytes of dispatch, or of combine in the other direction: one row for each (token, rank).
 
-    Ids, weights and counts are not counted: they are well under one percent.
+    That holds in both layouts. Ids, weights and counts are not counted: they are well under one
+    percent.
     """
     return of_rows(expected.rank_rows(topk_idx, experts=experts), row_bytes)
 
 
 def of_op(case: Case, problem: Problem) -> Traffic:
-    """Of one of our ops."""
+    """The bytes of one of our ops."""
     if case.op == "plan":
         return Traffic(0, 0)
     topk, ranks = problem.topk_idx[0], problem.ranks

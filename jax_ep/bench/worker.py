@@ -41,7 +41,7 @@ def main(path: str, index: int) -> None:
     out = pathlib.Path(job.output)
 
     def tell(record: dict[str, Any] | None) -> None:
-        """A record, or None at the end of a case."""
+        """Write a record, or with None the end of a case."""
         if index == 0:
             if record is not None:
                 records.check(record)
@@ -60,7 +60,7 @@ def main(path: str, index: int) -> None:
 
 
 def _measure(session: Any, case: Case) -> dict[str, Any]:
-    """The record of a case, of its failure if it fails in this process."""
+    """The record of a case, or of its failure in this process."""
     from jax_ep.bench import layer_ops, ops, peers
     from jax_ep.bench.traffic import Traffic
 

@@ -1,4 +1,4 @@
-"""A model of scale: what dispatch and combine take on 1 to 256 hosts, from rates of links and NICs.
+"""A model of scale: times of dispatch and combine on 1 to 256 hosts, from rates of links and NICs.
 
 ``predict`` says how long plan, dispatch, combine and the communication of a layer take on a number of
 hosts. It also says how many bytes they move over NVLink, over the network and in memory, which of these

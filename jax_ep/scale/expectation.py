@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-# Beyond so many standard deviations a count of tokens is taken to be impossible.
+# Beyond this many standard deviations a count of tokens is taken to be impossible.
 _DEVIATIONS = 12
 
 
@@ -112,7 +112,8 @@ def padded_rows(tokens: int, probability: float, alignment: int) -> float:
     """Expected rows of an expert with its padding.
 
     Args:
-        tokens: Of all ranks; each has the expert with ``probability``, independently of the others.
+        tokens: Tokens of all ranks. Each has the expert with ``probability``, independently of the
+            others.
         probability: K / E.
         alignment: Rows are padded to a multiple of it; an expert without tokens has no rows.
     """

@@ -19,25 +19,26 @@ class Machine:
 
     Attributes:
         name: What the table calls it.
-        nvlink_gbs: What a GPU reads from its peers on the host, in one direction.
-        nic_gbs: What a GPU's NIC sends, and receives at once.
-        memory_gbs: What a GPU's memory reads and writes, both counted.
-        network_us: The way of a flag to another host and its first rows.
-        dispatch_us: What a dispatch along a handle takes without bytes: launch, handshakes, barrier.
+        nvlink_gbs: Rate at which a GPU reads from its peers on the host, in one direction.
+        nic_gbs: Rate at which a GPU's NIC sends, and receives at the same time.
+        memory_gbs: Rate of a GPU's memory, with reads and writes added.
+        network_us: Time until a flag has reached another host and the first rows have come from
+            there.
+        dispatch_us: Time of a dispatch along a handle without bytes: launch, handshakes, barrier.
         combine_us: The same of combine.
         plan_us: The same of the plan.
-        plan_ns: Of the plan, for each (token, expert) pair of a rank.
-        spread_ns: Of dispatch, for each row that it writes beyond the first of a (token, rank), padding
-            included. It overlaps with nothing.
-        gather_ns: Of combine, for each row that it adds beyond the first of a (token, rank). It
+        plan_ns: Time of the plan for each (token, expert) pair of a rank.
+        spread_ns: Time of dispatch for each row that it writes beyond the first of a (token, rank),
+            padding included. It overlaps with nothing.
+        gather_ns: Time of combine for each row that it adds beyond the first of a (token, rank). It
             overlaps with nothing.
         cast_gbs: How fast rows are cast to float8 before they travel, in bytes read. It overlaps with
             nothing.
-        sm_load_gbs: What one SM reads in dispatch.
-        sm_store_gbs: What one SM writes in dispatch.
-        sm_add_gbs: What one SM reads and adds in combine.
-        sm_sum_gbs: What one SM writes of partial sums in combine.
-        workspace_bytes: What a group holds on each GPU.
+        sm_load_gbs: Rate at which one SM reads in dispatch.
+        sm_store_gbs: Rate at which one SM writes in dispatch.
+        sm_add_gbs: Rate at which one SM reads and adds in combine.
+        sm_sum_gbs: Rate at which one SM writes partial sums in combine.
+        workspace_bytes: Memory that a group holds on each GPU.
         ring_rows: Rows of the network's staging ring, for each other host and each direction.
 
     Raises:

@@ -28,11 +28,11 @@ class OpCost:
 
     Attributes:
         us: The whole op.
-        fixed_us: Launch, handshakes and, across hosts, the way of a flag.
+        fixed_us: Launch, handshakes and, across hosts, the latency of a flag.
         nvlink_us: The bytes over NVLink at its rate.
         network_us: The bytes over the NIC at its rate.
         memory_us: The bytes of memory at its rate.
-        sm_us: The op's SMs.
+        sm_us: The work of the op's SMs.
         serial_us: What overlaps with nothing: casts, and rows beyond the first of a (token, rank).
         nvlink_bytes: Received over NVLink, and sent.
         network_bytes: Received over the NIC, and sent.
@@ -75,8 +75,8 @@ class MemoryUse:
     Attributes:
         rows: Dispatched rows, as many as there is room for.
         lossless_rows: The same with room for any routing.
-        workspace: Of the group.
-        scratch: Of the op while it runs: the rows that a fused cast makes.
+        workspace: The workspace of the group.
+        scratch: Scratch of the op while it runs: the rows that a fused cast makes.
         ring: The network's staging ring, both directions; 0 on one host.
     """
 
@@ -89,7 +89,7 @@ class MemoryUse:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What is expected of a workload on a number of hosts. Not a measurement.
+    """What to expect of a workload on a number of hosts. It is not a measurement.
 
     Attributes:
         hosts: Number of hosts.
@@ -100,9 +100,9 @@ class Prediction:
         dispatch: Dispatch along a handle, so without the plan.
         combine: Combine.
         layer: Communication of a whole layer.
-        memory: What it takes.
-        workload: What was asked.
-        machine: What was assumed.
+        memory: The memory that it takes.
+        workload: The workload that was asked about.
+        machine: The rates and costs that were assumed.
     """
 
     hosts: int
@@ -119,7 +119,7 @@ class Prediction:
 
     @property
     def ranks(self) -> int:
-        """Of all hosts."""
+        """Number of ranks of all hosts."""
         return self.hosts * self.ranks_per_host
 
     def host_gbs(self, op: Literal["dispatch", "combine"]) -> float:
@@ -140,7 +140,7 @@ def predict(
     ranks_per_host: int = 8,
     machine: Machine | None = None,
 ) -> Prediction:
-    """What dispatch and combine of a layer take on ``hosts`` hosts.
+    """Predict what dispatch and combine of a layer take on ``hosts`` hosts.
 
     With 4096 tokens a rank, EP64 is bound by the network::
 
@@ -202,10 +202,10 @@ class _Rows:
     Attributes:
         tokens: Its own tokens.
         needed: One for each (token, rank): received, from itself too.
-        linked: Of them, those that come from another GPU of the host.
+        linked: Those of ``needed`` that come from another GPU of the host.
         remote: One for each (token, other host): across the network.
         pairs: One for each (token, expert).
-        written: Of dispatch, with padding.
+        written: Those that dispatch writes, with padding.
         unused: Room that stays unused and is cleared.
     """
 

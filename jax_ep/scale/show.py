@@ -47,7 +47,7 @@ def as_json(found: Sequence[Prediction]) -> str:
     """What was asked and assumed, and one object for each number of hosts.
 
     Raises:
-        ValueError: for a machine with a rate that is infinite, which JSON has no word for.
+        ValueError: for a machine with an infinite rate, which JSON cannot express.
     """
     predictions: list[dict[str, Any]] = []
     for prediction in found:

@@ -28,13 +28,14 @@ class Workload:
         top_groups: Groups that a token's experts may be in.
         layout: "token": a rank gets one row for each token it needs; "expert": one for each of the
             token's experts there, padded to ``alignment``.
-        dtype: Of the tokens: "bfloat16", "float16" or "float32".
-        quantization: Of dispatch; combine and gradients move rows of ``dtype``. "none"; "quantized":
-            rows are float8 with their scales before and after; "fp8": rows of ``dtype`` are cast on
-            their way and received as float8; "fp8-dense": and received in ``dtype``.
+        dtype: Dtype of the tokens: "bfloat16", "float16" or "float32".
+        quantization: Quantization of dispatch; combine and gradients move rows of ``dtype``.
+            "none"; "quantized": rows are float8 with their scales before and after; "fp8": rows of
+            ``dtype`` are cast on their way and received as float8; "fp8-dense": rows of ``dtype``
+            are cast on their way and received in ``dtype``.
         alignment: Rows of an expert are padded to a multiple of it (layout "expert").
-        capacity: Rows that a rank has room for, as a multiple of those expected; None for room for any
-            routing, as ``jax_ep.dispatch`` has it by default. Rows that stay unused are cleared.
+        capacity: Rows that a rank has room for, as a multiple of the expected rows. None is room
+            for any routing, the default of ``jax_ep.dispatch``. Unused rows are cleared.
         num_sms: SMs that an op may occupy; None for jax_ep's default of the layout.
 
     Raises:
@@ -76,7 +77,7 @@ class Workload:
                 f"hidden: expected a multiple of 128 with quantization {self.quantization!r}, got "
                 f"{self.hidden}."
             )
-        self.distinct(1)  # sizes of groups and of K
+        self.distinct(1)  # raises if sizes of groups and K do not fit
 
     def distinct(self, units: int) -> float:
         """Expected number of ranks, hosts or other equal units that a token needs."""

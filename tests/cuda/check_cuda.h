@@ -1,4 +1,4 @@
-// Ends a test program at the first error of CUDA.
+// Ends a test program at the first CUDA error.
 #pragma once
 
 #include <cuda_runtime.h>

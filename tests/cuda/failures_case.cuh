@@ -14,7 +14,7 @@ using cuda::OpKind;
 using cuda::Phase;
 using cuda::WordKind;
 
-// That ranks wait for in this phase; kNone: a sum or a receipt.
+// The word that ranks wait for in this phase; kNone: a sum or a receipt.
 inline WordKind WordNamed(const std::string& name, Phase phase) {
   return name == "address"        ? WordKind::kAddress
          : name == "total"        ? WordKind::kTotal
@@ -33,7 +33,7 @@ inline OpKind OpNamed(const std::string& name) {
                                  : OpKind::kCombine;
 }
 
-// What the failing rank does, and what has to come of it.
+// What the failing rank does, and the failures that its peers must report.
 struct Failure {
   OpKind op, other;
   int failing;
@@ -75,7 +75,7 @@ struct Failure {
     return word != WordKind::kNone ? found == word
                                    : found == WordKind::kSum || found == WordKind::kSumRead;
   }
-  // Whether it comes and fails itself; else its peers have to notice.
+  // Whether it arrives and fails itself; else its peers must notice.
   bool FailsItself() const { return mismatch || concurrent || unreachable || misplaced; }
 };
 

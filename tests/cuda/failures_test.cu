@@ -1,5 +1,5 @@
-// Fails a rank of a group, without XLA, and checks what its peers make of it: each ends in time and
-// has a record that says why, and all of its results are poison; so does every later op, at once.
+// Fails a rank of a group, without XLA, and checks its peers. Each must end in time, have a record
+// that says why, and give only poison. Every later op must do the same at once.
 //
 //   failures_test [op=plan|dispatch|combine|combine_vjp] [plan=pull|push] [failing=(the last rank)]
 //                 [failure=absent|gone|stops|withholds|mismatch|concurrent|unreachable|misplaced]
@@ -32,7 +32,7 @@
 
 namespace {
 
-constexpr size_t kGuard = 64;  // elements after each result, which nothing may write
+constexpr size_t kGuard = 64;  // elements after each result that nobody may write
 constexpr int kUntouched = 0xAB;
 int num_wrong = 0;
 
@@ -44,7 +44,7 @@ void Expect(bool holds, int rank, const char* what) {
 
 __global__ void ReadTime(uint64_t* time) { *time = cuda::ptx::GlobalTimer(); }
 
-// What the host does once it finds that the process of a peer is gone.
+// The host's reaction when it finds that the process of a peer is gone.
 __global__ void ReportLost(cuda::ErrorRecord* error, int peer) {
   cuda::ptx::StoreReleaseSystem(&error->lost_peer, 1u + peer);
 }
@@ -80,14 +80,14 @@ class Test {
       const cudaStream_t stream = is_second ? second_stream_ : k.stream;
       CHECK_CUDA(cudaSetDevice(k.device));
       times_[i].Resize(2);
-      // Kernels and streams are made ready before kernels wait for each other.
+      // Prepares kernels and streams before kernels wait for each other.
       ReadTime<<<1, 1, 0, stream>>>(times_[i].device);
       ReportLost<<<1, 1, 0, stream>>>(k.error, -1);
       CHECK_CUDA(cudaStreamSynchronize(stream));
     }
   }
 
-  // The plan, and each op once, as they should be.
+  // Runs the plan and each op once without failures.
   void Succeed() {
     for (Rank& k : ranks_) {
       CHECK_CUDA(cudaSetDevice(k.device));
@@ -105,7 +105,7 @@ class Test {
     Rank& failing = ranks_[f.failing];
     const bool times_out = f.kind == ErrorKind::kTimeout;
     for (Rank& k : ranks_) {
-      // What ought not to pass takes much longer.
+      // Waits that must not time out have much longer.
       const bool arrives = f.phase != Phase::kArrival;
       k.group.arrival_timeout_ns = (times_out && !arrives ? 1 : 20) * timeout_ns_;
       k.group.op_timeout_ns = (times_out && arrives ? 1 : 20) * timeout_ns_;
@@ -136,7 +136,7 @@ class Test {
     Synchronize();
     CheckRecords(f);
 
-    // All go on, but one that stopped.
+    // All ranks go on, except one that stopped.
     if (f.mismatch) --failing.group.tag;
     if (f.withholds) failing.group.tag &= 0xffff;
     SetCoords(failing, {f.failing, 0});
@@ -151,7 +151,7 @@ class Test {
       for (Rank& k : ranks_) {
         if (!takes_part(k)) continue;
         CheckFailed(later, k, timeout_ns_);
-        // Two ops with other numbers of blocks may leave a rank that does not know that they ended.
+        // After two ops with different numbers of blocks, a rank may not know that they have ended.
         if (f.other_blocks != 0 && k.group.rank == f.failing) continue;
         Expect(k.error->kind == static_cast<uint32_t>(ErrorKind::kAborted), k.group.rank,
                "a later op was not aborted");
@@ -173,7 +173,7 @@ class Test {
     ReadTime<<<1, 1, 0, k.stream>>>(times + 1);
   }
 
-  // The failing rank's two ops, at once: a peer that comes only afterwards keeps both from ending.
+  // The failing rank's two ops at once. A peer that comes only afterwards keeps both from ending.
   void LaunchTwice(const Failure& f) {
     const int last = (f.failing + 1) % w_.R;
     Rank& failing = ranks_[f.failing];
@@ -187,7 +187,7 @@ class Test {
     second.stream = second_stream_;
     Launch(f.other, second, w, times_.back().device);
     CHECK_CUDA(cudaStreamSynchronize(second.stream));
-    Synchronize();  // all end, though one has not come
+    Synchronize();  // all end, although one has not come
     Launch(f.op, ranks_[last]);
   }
 
@@ -199,7 +199,7 @@ class Test {
     CHECK_CUDA(cudaDeviceSynchronize());  // the stream does not wait for it
   }
 
-  // Of its own memory: the whole address space, or nothing.
+  // The regions of its own memory: the whole address space, or nothing.
   void SetRegions(const Rank& k, bool any) {
     std::vector<cuda::Region> regions(cuda::kMaxRegions);
     constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
@@ -217,7 +217,7 @@ class Test {
     }
   }
 
-  // Nothing is reported, and nothing of the results is written.
+  // Resets records and results.
   void Clear(OpKind op, Rank& k) {
     CHECK_CUDA(cudaSetDevice(k.device));
     const uint32_t lost_peer = k.error->lost_peer;
@@ -230,9 +230,9 @@ class Test {
     CHECK_CUDA(cudaDeviceSynchronize());  // the stream does not wait for it
   }
 
-  // What all ranks make of the failure.
+  // Checks the results and records of all ranks.
   void CheckRecords(const Failure& f) {
-    bool noticed = false;  // by someone who told the others
+    bool noticed = false;  // by a rank that told the others
     for (Rank& k : ranks_) {
       const int r = k.group.rank;
       const bool fails = r == f.failing;
@@ -247,7 +247,8 @@ class Test {
         CheckFailed(fails ? f.other : f.op, k, 3 * timeout_ns_);
       }
       const bool aborted = error.kind == static_cast<uint32_t>(ErrorKind::kAborted);
-      // Others can find out by themselves, or be told, unless it is the rank's own affair.
+      // Others can notice the failure themselves or be told of it, unless only the rank itself can
+      // notice.
       const bool is_own = f.FailsItself() && !f.mismatch;
       if (is_own ? !fails : aborted) {
         const bool sees_tag = f.other_tag != 0 && error.peer == uint32_t(f.failing) &&
@@ -260,7 +261,7 @@ class Test {
       if (is_own) {
         Expect(error.peer == uint32_t(f.misplaced ? f.coords[0] : r), r, "peer");
       } else if (f.kind == ErrorKind::kTimeout && f.phase == Phase::kRows && !f.withholds) {
-        // Peers that wait for the failing one may be waited for.
+        // Ranks may also wait for peers that wait for the failing rank.
         Expect(error.peer != error.rank, r, "peer");
       } else {
         Expect(fails ? error.peer != error.rank : error.peer == uint32_t(f.failing), r, "peer");
@@ -268,7 +269,7 @@ class Test {
       if (f.kind == ErrorKind::kTimeout)
         Expect(error.waited_ns >= timeout_ns_, r, "waited less than the deadline");
       if (is_own) {
-        // Of two ops at once, either may find the other's flag.
+        // With two ops at once, either may find the other's flag.
         const auto word = static_cast<WordKind>(error.word);
         Expect(word == WordKind::kNone || (f.concurrent && (word == WordKind::kArrivalFlag ||
                                                             word == WordKind::kCloseFlag)),
@@ -285,7 +286,7 @@ class Test {
     Expect(noticed, f.failing, "nobody noticed");
   }
 
-  // What users read of the words that were expected and seen. All ops before this one were right.
+  // The text for users about the words that were expected and seen. All earlier ops were right.
   void CheckText(const Rank& k) {
     const cuda::ErrorRecord& error = *k.error;
     const std::string text = transport::ErrorText(error);

@@ -1,4 +1,4 @@
-// What kernels_test, failures_test and races_test run on: the workload of the command line, and the
+// Shared by kernels_test, failures_test and races_test: the workload of the command line, and the
 // ranks with their memory.
 #pragma once
 
@@ -31,7 +31,7 @@ namespace {
 using namespace jax_ep;  // NOLINT: a test program
 using plan::Layout;
 
-// Of the command line: name=value.
+// The options of the command line: name=value.
 struct Options {
   std::map<std::string, std::string> given;
   Options(int argc, char** argv) {
@@ -65,7 +65,7 @@ struct Buffer {
   void ToDevice() {
     CHECK_CUDA(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
   }
-  // From now on Of gives one of `count` equal copies, in turn.
+  // Makes Of give one of `count` equal copies in turn.
   void MakeCopies(int count) {
     copies = {device};
     const size_t bytes = host.size() * sizeof(T);
@@ -211,7 +211,8 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&rank.error), sizeof(cuda::ErrorRecord),
                              cudaHostAllocPortable | cudaHostAllocMapped));
     std::memset(rank.error, 0, sizeof(cuda::ErrorRecord));
-    // What a stream's first launch sets up must not wait for kernels that wait for this rank.
+    // A stream's first launch sets things up, and that must not wait for kernels that wait for this
+    // rank.
     CHECK_CUDA(cudaMemsetAsync(rank.channel, 0, sizeof(cuda::Channel), rank.stream));
     CHECK_CUDA(cudaEventCreate(&rank.begin));
     CHECK_CUDA(cudaEventCreate(&rank.end));
@@ -245,7 +246,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     rank.dy.Resize(T * row);
     rank.d_rows.Resize(C * row);
     rank.d_weights.Resize(C);
-    // Some channels are negative zeros, in all rows: the sum of such is a positive one.
+    // Some channels are negative zeros in all rows. Their sum is a positive zero.
     const auto is_zero = [&](size_t i) { return i % H % 29 == 5; };
     const auto fill = [&](Buffer<char>& buffer, bool bytes) {
       if (bytes) {
@@ -282,7 +283,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     group.arrival_timeout_ns = group.op_timeout_ns =
         options.Int("timeout", 5) * uint64_t{1'000'000'000};
     group.tag = 7;
-    // All addresses are good everywhere, as transport/peer_access.h says.
+    // All addresses are valid everywhere, as transport/peer_access.h says.
     std::vector<cuda::Region> regions(size_t(R) * cuda::kMaxRegions);
     for (size_t i = 0; i < regions.size(); ++i) {
       constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;

@@ -7,8 +7,8 @@
 //                [plan=auto|push|pull] [dtype=bf16|f32|f16] [fp8=0|1] [timeout=5 (seconds)]
 //                [check=1] [sets=1] [weighted=0|1 (combine)]
 //
-// With several sets, launches that follow each other read equal inputs from different memory, as
-// different data would be: neither in the L2 cache nor known to the translation of addresses.
+// With several sets, consecutive launches read equal inputs from different memory. So, as with new
+// data, the inputs are not in the L2 cache, and their addresses are not in the TLB.
 //
 // With more ranks than GPUs, ranks share GPUs, each on a stream of its own.
 
@@ -48,7 +48,8 @@ void Compare(const char* what, int rank, const Buffer<T>& buffer) {
   ++num_wrong;
 }
 
-// The casts to and from float8, which handlers launch beside a dispatch, on one rank's tokens.
+// Times the casts to and from float8, which handlers launch beside a dispatch, on one rank's
+// tokens.
 template <typename T>
 void CheckQuantize(const Workload& w, const Rank& k, ops::Quantization quantization) {
   Buffer<char> values, dense;
@@ -128,9 +129,8 @@ int main(int argc, char** argv) {
 
   // Times `launch` on all ranks at once: the slower rank's time per op over `repeat` ops.
   const auto time = [&](const char* name, auto&& launch, double wire_bytes) {
-    // As graphs, so that the host's launches are not what is timed. All are ready before one
-    // begins: what makes them may wait for the GPU, on which ranks that share it wait for each
-    // other.
+    // Graphs keep the host's launches out of the times. All graphs are made before one begins,
+    // because making one may wait for the GPU, where the kernels of ranks wait for each other.
     std::vector<cudaGraphExec_t> graphs(R);
     for (int r = 0; r < R; ++r) {
       cudaGraph_t graph;
@@ -203,7 +203,7 @@ int main(int argc, char** argv) {
   time("combine", run_combine, rows_over_link * H * width);
   if (options.Int("check", 1) == 0) return 0;
 
-  // The same on the CPU.
+  // Runs the same op on the CPU.
   const auto run_on_cpu = [&](auto args_of, auto work_of) {
     using Args = decltype(args_of(ranks[0]));
     std::vector<Args> args;

@@ -1,5 +1,5 @@
-// What network_test and network_failures_test run on: ranks of several hosts (kernels_case.cuh)
-// with network memory and routes, and the ops of a group that spans hosts.
+// Shared by network_test and network_failures_test: ranks of several hosts (kernels_case.cuh) with
+// network memory and routes, and the ops of a group that spans hosts.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -57,7 +57,7 @@ inline void RoutesOf(const Workload& w, std::vector<Rank>& ranks,
   }
 }
 
-// The same for every op: the group as rank `r` of it knows it.
+// The parameters that are the same for every op: the group as rank `r` sees it.
 inline cuda::NetworkParams NetworkOf(const std::vector<Rank>& ranks,
                                      const std::vector<NetworkRank>& network,
                                      const cuda::NetworkShape& shape, int r, cuda::OpKind op) {
@@ -192,7 +192,7 @@ inline void SetDefaults(Options& options) {
   }
 }
 
-// Enough rows for the routes of any step.
+// Room for the routes of any step.
 inline int EnoughCapacity(const Workload& w) {
   return plan::RoundUp(w.R * w.T * (w.by_expert ? std::min(w.K, w.L) : 1) + w.L * w.alignment,
                        w.alignment);

@@ -1,6 +1,6 @@
-// Fails a rank, or a host, of a group that spans hosts, on the emulator, and checks what all others
-// make of it: each ends in time, has a record that says why, and gives nothing but poison; so does
-// every later op.
+// Fails a rank, or a host, of a group that spans hosts, on the emulator, and checks all others.
+// Each must end in time, have a record that says why, and give only poison. Every later op must do
+// the same.
 //
 //   network_failures_test [op=dispatch|combine|combine_vjp] [failure=absent|stops|mismatch]
 //                         [failing=(the last rank, or its host, if it is a mismatch)]
@@ -8,9 +8,9 @@
 //                         [other=(op of the failing host, if it is a mismatch)]
 //                         [hosts=2] [timeout_ms=1000]
 //
-// and what network_test takes for its workload. Other hosts may end an op well if the rank stops
-// after it has sent all that they need (items=1000): only the next op fails there, and if the rank
-// is alone on its host, nobody notices before.
+// and what network_test takes for its workload. If the rank stops after it has sent all that other
+// hosts need (items=1000), they may end that op well. Then only the next op fails there, and if the
+// rank is alone on its host, nobody notices earlier.
 
 #include <cuda_runtime.h>
 
@@ -143,7 +143,7 @@ class Test {
     for (Rank& k : ranks_) CHECK_CUDA(cudaStreamSynchronize(k.stream));
   }
 
-  // Nothing is reported, and nothing of the results is written.
+  // Resets records and results.
   void Clear(OpKind op, Rank& k) {
     std::memset(k.error, 0, sizeof(*k.error));
     VisitResults(op, w_, k, [](const char*, auto& buffer) {
@@ -152,7 +152,8 @@ class Test {
     });
   }
 
-  // All go on, but `stopped`. If nobody has noticed yet, somebody does in the next op.
+  // All ranks except `stopped` go on. If nobody has noticed the failure yet, somebody does in the
+  // next op.
   void CheckLater(int stopped, bool noticed) {
     for (const OpKind op : ops_) {
       for (Rank& k : ranks_) {

@@ -24,8 +24,7 @@
 
 namespace {
 
-// Every rank's choices in a step, some of them invalid. The later the step, the fewer ranks are
-// wanted.
+// Every rank's choices in a step, some of them invalid. Later steps choose experts of fewer ranks.
 void Choose(const Workload& w, int step, int masked, std::vector<Rank>& ranks,
             std::mt19937& generator) {
   for (int r = 0; r < w.R; ++r) {

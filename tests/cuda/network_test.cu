@@ -50,8 +50,8 @@ size_t Crossings(const Workload& w, const Options& options, int hosts,
   return crossings;
 }
 
-// What combine gives on this topology: added in float32 and rounded once a rank, once a host and
-// once at home. Into the host's side of `y`.
+// The right result of combine on this topology: sums in float32, rounded on each rank, on each host
+// and at home. Written to the host's side of `y`.
 template <typename T>
 void SumsOf(const Workload& w, int hosts, std::vector<Rank>& ranks) {
   const int n = w.R / hosts;
@@ -89,7 +89,7 @@ void SumsOf(const Workload& w, int hosts, std::vector<Rank>& ranks) {
   SumsOf<cpu::BFloat16>(w, hosts, ranks);
 }
 
-// The ops of one step after the other, each against the CPU backend.
+// Runs the ops of one step after the other, and compares each with the CPU backend.
 class Test {
  public:
   Test(const Workload& w, const Options& options, const cuda::NetworkShape& shape,
@@ -181,7 +181,7 @@ class Test {
     }
   }
 
-  // That the network has carried in all steps.
+  // Bytes that the network should have carried in all steps.
   size_t expected_bytes() const { return expected_bytes_; }
 
  private:
@@ -191,7 +191,7 @@ class Test {
 
   int ValuesBytes() const { return plan::RoundUp(w_.K * 4, 16); }
 
-  // An op whose rows are `row_bytes` long in a chunk crosses the network.
+  // Counts the bytes of an op whose rows have `row_bytes` in a chunk.
   void Carry(int row_bytes) {
     const int window = std::min((shape_.chunk_bytes - 16) / row_bytes, cuda::kMaxWindow);
     int ways = 0;
@@ -204,7 +204,7 @@ class Test {
     expected_bytes_ += crossings_ * row_bytes + chunks * sizeof(cuda::ChunkHeader);
   }
 
-  // Rows that do not come home, since another host has dropped all rows of a token.
+  // Rows that do not come home, because another host has dropped all rows of a token.
   size_t NumDropped() const {
     const int hosts = shape_.num_hosts;
     size_t dropped = 0;
@@ -260,7 +260,7 @@ int main(int argc, char** argv) {
     for (int r = 0; r < w.R; ++r) {
       for (int32_t& expert : ranks[r].topk_idx.host) {
         const uint32_t x = generator();
-        // The later the step, the fewer ranks are wanted.
+        // Later steps choose experts of fewer ranks.
         expert = static_cast<int32_t>(x / 8 % (w.E - step * 5 % (w.E / 2)));
         if (x % 8 == 0 || (masked == 1 && r == step % w.R) || (masked == 2 && r != step % w.R)) {
           expert = -1;

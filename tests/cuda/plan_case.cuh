@@ -1,5 +1,4 @@
-// What plan_test.cu is made of: groups of ranks on one GPU, and plans with what should come of
-// them.
+// The parts of plan_test.cu: groups of ranks on one GPU, and plans with their right results.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,7 +31,7 @@ __global__ void Spin(uint64_t ns) {
   }
 }
 
-// wrong: how many words, and the lowest of them.
+// wrong: the number of wrong words, and the lowest of them.
 __global__ void CompareWords(const int32_t* got, const int32_t* expected, int count,
                              unsigned int* wrong) {
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
@@ -42,7 +41,7 @@ __global__ void CompareWords(const int32_t* got, const int32_t* expected, int co
   }
 }
 
-// An op of the usual kind: peers read an address, and all wait until that is done.
+// A usual op: peers read from an address, and all wait until that is done.
 __global__ void OtherOp(cuda::GroupParams group, const int32_t* input, int32_t* sink) {
   __shared__ cuda::PeerInputs inputs;
   const cuda::OpNumbers op = cuda::BeginOp(group);
@@ -136,7 +135,7 @@ constexpr const char* kArrays[] = {"topk",        "dest_row",    "recv_rows", "r
                                    "expert_idx",  "group_sizes", "counts",    "demand",
                                    "num_dropped", "num_invalid"};
 
-// A shape with its routes, and what should come of them.
+// A shape with its routes and the right results.
 struct Case {
   static constexpr int kVariants = 4;
   Shape s;
@@ -289,10 +288,10 @@ struct Case {
   bool Fits(PlanKernel kernel) const {
     const cuda::PlanParams p = Params(0, 0);
     if (kernel == PlanKernel::kPush) return cuda::FitsPushPlan(p);
-    // Where all blocks of all ranks are not there at once, they wait for each other for ever.
+    // If the blocks of all ranks cannot run at once, they wait for each other without end.
     return cuda::FitsPullPlan(p) && s.R * std::min((s.T + 127) / 128, 32) <= 128;
   }
-  // All ranks, compared with what should come.
+  // Runs all ranks, and compares with the right results.
   void Check(int variant, PlanKernel kernel, std::mt19937& random) const {
     for (int r = 0; r < s.R; ++r) {
       const cudaStream_t stream = group->streams[r];

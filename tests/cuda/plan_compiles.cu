@@ -1,4 +1,4 @@
-// Holds the device half of csrc/plan/ to what nvcc compiles. Never run; compile with
+// Shows that nvcc compiles the device half of csrc/plan/. It is never run. Compile with
 //
 //   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc -c tests/cuda/plan_compiles.cu
 

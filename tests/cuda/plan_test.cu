@@ -33,7 +33,7 @@ using namespace plan_test;  // NOLINT
 std::map<std::string, int> options = {{"check", 1}, {"time", 1}, {"failures", 1},  {"repeat", 200},
                                       {"small", 0}, {"seed", 1}, {"max_ranks", 32}};
 
-// Ranks whose clusters this GPU can hold at once.
+// The number of ranks whose clusters this GPU can run at once.
 __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(1024, 1) Cluster() {}
 int MaxClusters() {
   cudaLaunchConfig_t config{};
@@ -198,13 +198,13 @@ void CheckFailed(const char* what, const Group& group, const Case& ran, int r,
               right ? "right" : "WRONG");
 }
 
-// A rank at another op, or that does not come: errors, not waits for ever.
+// A rank is at another op or does not come: errors, and no endless waits.
 void CheckFailures() {
   using Kind = cuda::ErrorKind;
-  constexpr double kLong = 60;  // seconds that nothing here takes, also where time is emulated
+  constexpr double kLong = 60;  // seconds, longer than anything here takes, also in emulated time
   std::mt19937 random(1);
   const Shape shape{2, 500, 8, 256, Layout::kExpert};
-  // The last one has all the messages that it waits for from a peer that waits for more.
+  // The last rank has all messages that it waits for, from a peer that waits for more.
   for (const Shape& another :
        {Shape{2, 300, 8, 64, Layout::kExpert}, Shape{2, 4096, 8, 256, Layout::kExpert}}) {
     Group group(2, kLong);
@@ -223,7 +223,7 @@ void CheckFailures() {
       CHECK_CUDA(cudaDeviceSynchronize());
       CheckFailed("peer absent", group, one, 0, {Kind::kTimeout});
     }
-    {  // though its peer does all that it waits for
+    {  // although its peer does all that it waits for
       Group group(2, kLong);
       Case one(shape, group, 1, random);
       CHECK_CUDA(cudaMemset(&group.params[0].peers[0]->failed, 1, 1));

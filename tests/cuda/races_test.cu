@@ -1,18 +1,16 @@
-// Races that a delay at the right place brings to light. Mostly a rank fails while its peers may or
-// may not notice in time: whatever they make of it is right.
+// Races that a delay at the right place brings to light. In most, a rank fails and its peers may or
+// may not notice in time. Their results must be right in both cases.
 //
 //   races_test race=close|reuse|wrap [tries=20] and what kernels_test takes for its workload
 //
-// close: rank 0 gives up its wait for the peers' end at once, and its inputs are overwritten. A
-// peer of
-//     it either has the right rows and no record of a failure, or poison and a record.
-// reuse: rank 1 finds that it is misplaced, ends, and what it has counted for its peers' plans is
-//     overwritten, while rank 2 keeps these from going on. They write to no other memory than
-//     theirs.
-// wrap: no rank fails. Between two dispatches that read different buffers lie 65535 ops that
-// publish
-//     no address, after which the lower 16 bits of the epoch are the same again. Built with
-//     JAX_EP_TEST_DELAYS, addresses may come after the arrival flag.
+//   close  Rank 0 gives up its wait for the peers' end at once, and its inputs are overwritten. A
+//          peer has either the right rows and no record of a failure, or poison and a record.
+//   reuse  Rank 1 finds that it is misplaced and ends. Then its counts for its peers' plans are
+//          overwritten, while rank 2 keeps these plans from going on. They must not write outside
+//          their own memory.
+//   wrap   No rank fails. Between two dispatches that read different buffers there are 65535 ops
+//          that publish no address, so the lower 16 bits of the epoch are the same again. Built
+//          with JAX_EP_TEST_DELAYS, addresses may come after the arrival flag.
 
 #include <cuda_runtime.h>
 
@@ -30,7 +28,7 @@
 namespace {
 
 constexpr uint64_t kLong = 5'000'000'000;  // ns
-constexpr size_t kGuard = 4096;            // elements after a result, which nothing may write
+constexpr size_t kGuard = 4096;            // elements after a result that nobody may write
 int num_wrong = 0;
 
 void Expect(bool holds, int rank, const char* what) {
@@ -52,7 +50,7 @@ void Synchronize(std::vector<Rank>& ranks) {
   }
 }
 
-// As if the group had just been made.
+// Resets the group to its first state.
 void Reset(std::vector<Rank>& ranks) {
   for (Rank& k : ranks) {
     CHECK_CUDA(cudaSetDevice(k.device));
@@ -133,7 +131,7 @@ void RaceForReuse(const Workload& w, std::vector<Rank>& ranks, const int32_t* wr
   }
 }
 
-// What the op has left that ended last.
+// Sets the epoch of the op that ended last.
 void SetEpoch(Rank& k, uint64_t epoch) {
   CHECK_CUDA(cudaSetDevice(k.device));
   CHECK_CUDA(cudaMemcpy(&k.channel->last.epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice));

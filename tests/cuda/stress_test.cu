@@ -1,5 +1,5 @@
-// Thousands of steps of plan, dispatch and combine in which everything changes from step to step
-// and is overwritten in place as soon as an op has ended; what comes out is checked on the device.
+// Thousands of steps of plan, dispatch and combine. Everything changes from step to step and is
+// overwritten in place as soon as an op has ended. The results are checked on the device.
 //
 //   stress_test [layout=expert|token] [plan=push|pull] [ranks=2] [tokens=64] [steps=500]
 //               [hidden=256] [blocks=8] [timeout=5]
@@ -46,7 +46,7 @@ __device__ uint32_t Mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// The expert of an entry at a step, or -1: known everywhere without communication.
+// The expert of an entry at a step, or -1. All ranks can compute it without communication.
 __device__ int32_t Route(const Shape& s, int step, int rank, int token, int k) {
   const uint32_t x = Mix(step * 7919u + (rank * s.tokens + token) * 104729u);
   if (Mix(x + k) % 8 == 0) return -1;
@@ -77,7 +77,7 @@ __device__ void Expect(bool holds, int what, int* wrong /*[4]*/) {
   if (!holds) atomicAdd(&wrong[what], 1);
 }
 
-// Rows hold the stamps of their sources, which must be the ones that the routes say.
+// Checks that rows hold the stamps of the sources that the routes name.
 __global__ void CheckRows(Shape s, int step, int rank, const float* rows, const int32_t* recv_src,
                           const int32_t* counts, int* wrong) {
   const int thread = blockIdx.x * blockDim.x + threadIdx.x;
@@ -100,7 +100,7 @@ __global__ void CheckRows(Shape s, int step, int rank, const float* rows, const 
     }
     Expect(is_mine, 2, wrong);
   }
-  // As many as the routes say, of each local expert.
+  // Checks the number of rows of each local expert.
   for (int l = thread; l < s.NumLocal(); l += num_threads) {
     int count = 0;
     for (int i = 0; i < s.ranks * s.tokens * kTopK; ++i) {
@@ -111,7 +111,8 @@ __global__ void CheckRows(Shape s, int step, int rank, const float* rows, const 
   }
 }
 
-// Every token comes home once for each entry (layout "token": each rank) that it went to.
+// Checks that every token comes home once for each entry (layout "token": each rank) that it went
+// to.
 __global__ void CheckY(Shape s, int step, int rank, const float* y, int* wrong) {
   const int thread = blockIdx.x * blockDim.x + threadIdx.x;
   for (int i = thread; i < s.tokens * s.hidden; i += gridDim.x * blockDim.x) {
@@ -204,7 +205,7 @@ int main(int argc, char** argv) {
     k.group.num_ranks = s.ranks;
     k.group.arrival_timeout_ns = k.group.op_timeout_ns =
         number("timeout", 5) * uint64_t{1'000'000'000};
-    // Every address is good everywhere, as transport/peer_access.h says.
+    // Every address is valid everywhere, as transport/peer_access.h says.
     std::vector<cuda::Region> regions(size_t(s.ranks) * cuda::kMaxRegions);
     for (size_t i = 0; i < regions.size(); ++i) {
       constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
@@ -217,7 +218,7 @@ int main(int argc, char** argv) {
   for (Rank& k : ranks) {
     for (int r = 0; r < s.ranks; ++r) k.group.peers[r] = ranks[r].group.peers[r];
   }
-  // A kernel that is loaded while another one waits for it to run would wait for that one.
+  // Loading a kernel may wait for a running kernel, which would wait for the new one.
   for (Rank& k : ranks) {
     Shape nothing = s;
     nothing.tokens = nothing.capacity = 0;
@@ -267,7 +268,7 @@ int main(int argc, char** argv) {
           row_bytes,    0,        k.x,      nullptr, nullptr,    k.recv_rows, k.recv_src,
           k.expert_idx, k.rows,   nullptr,  nullptr, blocks};
       CHECK_CUDA(cuda::LaunchDispatch(dispatch_params, k.stream));
-      // As a donated input would be: no peer may read it any more.
+      // Like a donated input: no peer may read it any more.
       CHECK_CUDA(cudaMemsetAsync(k.x, 0xff, size_t(s.tokens) * row_bytes, k.stream));
       CheckRows<<<8, 256, 0, k.stream>>>(s, step, r, k.rows, k.recv_src, k.counts, k.wrong);
       group.op = cuda::OpKind::kCombine;

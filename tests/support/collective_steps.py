@@ -2,13 +2,13 @@
 
     python tests/support/collective_steps.py PROCESSES
 
-runs them on two devices, in one process or in two of one device each, and prints what they took.
+runs them on two devices, in one process or in two of one device each, and prints their times.
 
 A step is a chain of layers (dispatch, work on the rows, combine) and all-reduces of arrays that the
-chain neither makes nor uses, as the gradients of a data-parallel part would be. XLA:GPU runs these on
-a stream of their own, by NCCL, whose kernels wait on the GPU for those of its peers just as ours do:
-the two must leave each other room. As in ``test_steps.py``, numbers are small integers and powers of
-two, so that what must come out is known exactly without communication.
+chain neither makes nor uses, as the gradients of a data-parallel part would be. XLA:GPU runs these
+on a stream of their own, by NCCL. NCCL's kernels wait on the GPU for those of their peers just as
+ours do, so the two must leave each other room. As in ``test_steps.py``, numbers are small integers
+and powers of two, so that the right results are known exactly without communication.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ PARTS = {"layers": (True, False), "all-reduces": (False, True), "both": (True, T
 TIMEOUT_S = 60.0  # of the group
 DEADLINE_S = 20.0  # for all steps on GPUs, NCCL's start included
 REPEATS = 5
-# Both together take at most so much more than one after the other.
+# Both together take at most this many times as long as one after the other.
 FACTOR, SLACK_S = 1.5, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large a step is on each rank, and how many there are.
+    """How large a step is on each rank, and the numbers of steps.
 
     Attributes:
         tokens: T.
         hidden: H, in float32.
-        layouts: Those of its layers.
+        layouts: The layouts of its layers.
         gradients: Numbers of elements of the float32 arrays that are summed over the ranks.
         scanned: Steps under one scan.
         single: Programs of one step, dispatched without waiting.
@@ -122,7 +122,7 @@ def layers(group: jax_ep.Group, sizes: Sizes, i):
         off = y - (wanted_x + n) * factor
         x = wanted_x + off
         wrong_y += (off != 0).sum(dtype=jnp.int32)
-        # What all ranks sent here, found without asking them.
+        # What all ranks send here, computed without communication.
         everyone = jnp.stack([routes(i + n, r, sizes) for r in range(RANKS)])
         here = (everyone >= 0) & (everyone // (EXPERTS // RANKS) == rank)
         wrong_rows += (out.counts.sum() != here.sum()).astype(jnp.int32) + out.num_dropped.sum()
@@ -146,7 +146,7 @@ def all_reduces(sizes: Sizes, i):
 
 
 def one_step(group: jax_ep.Group, sizes: Sizes, part: str, i):
-    """``[3]`` numbers of wrong entries of step ``i``, see ``WHAT``; 0 of what it has not."""
+    """``[3]`` numbers of wrong entries of step ``i``, see ``WHAT``; 0 for parts that it lacks."""
     has_layers, has_all_reduces = PARTS[part]
     zero = jnp.int32(0)
     y, rows = layers(group, sizes, i) if has_layers else (zero, zero)
@@ -163,7 +163,7 @@ def put(x: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
 
 
 class Programs:
-    """The compiled programs of a group; they count what is wrong in all the steps they run."""
+    """The compiled programs of a group; they count the wrong entries of all steps that they run."""
 
     def __init__(self, group: jax_ep.Group, sizes: Sizes) -> None:
         self.group, self.sizes = group, sizes
@@ -196,18 +196,18 @@ class Programs:
         return {"scanned": self._scanned["both"].as_text(), "single": self._single.as_text()}
 
     def run_scanned(self, part: str) -> None:
-        """``sizes.scanned`` steps under one scan, without waiting for them."""
+        """Start ``sizes.scanned`` steps under one scan, and do not wait for them."""
         self._wrong = self._scanned[part](self._wrong, self._start())
         self._steps += self.sizes.scanned
 
     def run_single(self) -> None:
-        """``sizes.single`` steps, each a program, without waiting for them."""
+        """Start ``sizes.single`` steps, each of them a program, and do not wait for them."""
         for _ in range(self.sizes.single):
             self._wrong = self._single(self._wrong, self._start())
             self._steps += 1
 
     def wait(self) -> None:
-        """Until all steps are done."""
+        """Wait until all steps are done."""
         jax.block_until_ready(self._wrong)
 
     def wrong(self) -> np.ndarray:
@@ -217,7 +217,7 @@ class Programs:
 
 
 def run_all(programs: Programs, repeats: int) -> dict[str, list[float]]:
-    """All programs; the seconds of each run of the scanned ones."""
+    """Run all programs; gives the seconds of each run of the scanned ones."""
     # NCCL starts while steps are under way.
     programs.run_scanned("layers")
     programs.run_scanned("both")
@@ -237,7 +237,7 @@ def run_all(programs: Programs, repeats: int) -> dict[str, list[float]]:
 def beside(text: str) -> dict[str, list[str]]:
     """Which of our ops a compiled module has between the start and the end of each all-reduce.
 
-    Those of one that XLA has made synchronous do not count.
+    An all-reduce that XLA has made synchronous does not count.
 
     Args:
         text: The text of a scheduled module, whose instructions are in the order of their launch.
@@ -266,13 +266,12 @@ def beside(text: str) -> dict[str, list[str]]:
 
 def start(platform: str, processes: int, **env: str) -> list[subprocess.Popen[str]]:
     """Start the program below on two devices of a platform; ``gpu_processes.finish`` must follow."""
-    root = pathlib.Path(jax_ep.__file__).parents[1]
     flags = {"cuda": "--xla_gpu_enable_latency_hiding_scheduler=true"}.get(
         platform, f"--xla_force_host_platform_device_count={RANKS // processes}"
     )
     base = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": machine.python_path(pathlib.Path(jax_ep.__file__).parents[1]),
         "JAX_PLATFORMS": platform,
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1",  # the tests' own process holds most of the memory
     }
@@ -291,7 +290,7 @@ def start(platform: str, processes: int, **env: str) -> list[subprocess.Popen[st
 
 
 def check_overlap(programs: Programs) -> None:
-    """Fail unless XLA has put ops beside the all-reduces: else nothing would be tested here."""
+    """Fail unless XLA has put ops beside the all-reduces, because nothing would be tested then."""
     for name, text in programs.texts().items():
         found = beside(text)
         print(f"{name}: beside the all-reduces {found}")
@@ -311,7 +310,7 @@ def check_times(seconds: dict[str, list[float]]) -> None:
 
 
 def run_here(platform: str) -> None:
-    """All programs on the devices there are; small ones and no limits of time on CPU."""
+    """Run all programs on the devices here; on CPU small ones without limits of time."""
     on_gpu = platform == "gpu"
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:RANKS]), ("expert",))
     group = jax_ep.create_group(mesh, timeout=TIMEOUT_S)
@@ -338,7 +337,7 @@ def run_here(platform: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One of the processes, or all of them."""
+    """Run one of the processes, or all of them."""
     processes = int(arguments[0])
     if len(arguments) == 1:
         platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())

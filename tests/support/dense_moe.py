@@ -1,7 +1,7 @@
 """The model of ``examples/byte_lm`` written out densely, for one device and without jax_ep.
 
 Every expert works on every byte, and a matrix of weights, zero where an expert was not chosen, picks
-the outputs. Same weights, same mathematics, nothing is dispatched.
+the outputs. Weights and mathematics are the same, but nothing is dispatched.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """``gpu_suite.py --window``: the most valuable of all stages, where time on GPUs is short.
 
 ``window_stages.py`` is the table of stages and their budgets; ``window_files.py`` writes what they
-leave. A stage that has not ended shortly before its limit is asked to end. If it does not, it is killed
-with all that it has started; what it has written stays. SIGTERM ends the window in the same way. On one
-GPU the same command is a rehearsal: ranks share the GPU, and stages that need two are left out.
+leave. A stage that has not ended shortly before its limit is asked to end. If it does not end, it
+is killed with all that it has started. Its output stays. SIGTERM ends the window in the same way.
+On one GPU the same command is a rehearsal: ranks share the GPU, and stages that need two are left
+out.
 
-With ``fill`` it also keeps what it compiled, in parts that travel (``window_cache.py``).
+With ``fill`` it also keeps the compiled programs in files that can be copied to another machine
+(``window_cache.py``).
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ from window_stages import GRACE, RESERVE, Stage
 
 ROOT = pathlib.Path(__file__).parents[2]
 _UPDATE_S = 1.0
-_QUICK_GRACE = 3.0  # seconds for stages to end where the whole window is told to
-# A library that was built from other sources may load, but lacks targets; one that was built with the
-# headers of a newer jaxlib is refused when its targets are registered.
+_QUICK_GRACE = 3.0  # seconds for stages to end when the whole window is told to end
+# A library that was built from other sources may load but lack targets. XLA refuses the targets of
+# one that was built with the headers of a newer jaxlib.
 _NAMES = """
 import sys
 from jax_ep import _cpu, _cuda
@@ -64,16 +66,17 @@ def main(
     fill: pathlib.Path | None = None,
     rehearses: bool = False,
 ) -> int:
-    """Run the window; 1 if a stage failed.
+    """Run the window; returns 1 if a stage failed.
 
     Args:
-        out: Where ``window_files.FILES`` go.
-        binaries: Where programs of CUDA are, or are built.
-        seconds: For all.
-        names: Of the stages to run; all if there are none.
+        out: The folder of ``window_files.FILES``.
+        binaries: The folder where CUDA programs are, or are built.
+        seconds: Time for all stages.
+        names: Names of the stages to run; none stands for all.
         cache: A folder with the parts of a compilation cache.
-        fill: A folder for the parts of what is in the cache afterwards.
-        rehearses: Only the cache matters: stages may take what time is left, and leave no results.
+        fill: A folder for the parts of the cache as it is afterwards.
+        rehearses: Whether only the cache matters: stages may take all the time left, and leave no
+            results.
     """
     with tempfile.TemporaryDirectory(prefix="jax_ep_window_", ignore_cleanup_errors=True) as work:
         gpus = machine.count_gpus()
@@ -204,7 +207,7 @@ class Window:
             row.state = self._verdict(row, state)
 
     def _verdict(self, row: Row, state: str) -> str:
-        """A stage that was ended has not failed, unless some of what it did has."""
+        """The state of a stage. One that was ended failed only if something in it failed."""
         if state == "ended":
             why = "with the window" if self.stop.is_set() else f"at its limit of {row.limit:.0f} s"
             return f"ended {why}"
@@ -219,7 +222,7 @@ class Window:
         service = mps.multi_process_service() if shares else contextlib.nullcontext({})
         with service as variables, self.files.log_of(stage).open("ab") as log:
             for number, command in enumerate(stage.commands):
-                # Each has its share of what is left, which it should end in by itself.
+                # Each command has its share of the time left and should end by itself within it.
                 left = (deadline - time.monotonic()) / (len(stage.commands) - number)
                 until = time.monotonic() + left
                 text = command.format(**self._names, seconds=max(int(left - GRACE), 1))
@@ -245,7 +248,7 @@ class Window:
     def _finish(
         self, command: str, environment: dict[str, str], log: Any, deadline: float
     ) -> int | None:
-        """The exit status of a command; None if it had to be ended. Nothing that it started is left."""
+        """The exit status of a command; None if it and all that it started had to be ended."""
         process = subprocess.Popen(
             shlex.split(command),
             cwd=ROOT,
@@ -258,7 +261,7 @@ class Window:
         try:
             while process.poll() is None:
                 if self.stop.is_set() or time.monotonic() > deadline - GRACE / 2:
-                    # pytest reports what has failed when it is interrupted; the others unwind.
+                    # pytest reports its failures when it is interrupted; the others clean up.
                     ask = signal.SIGINT if " -m pytest " in command else signal.SIGTERM
                     process.send_signal(ask)
                     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -273,7 +276,7 @@ class Window:
 
 
 def _output(command: str) -> str:
-    """What a command says, or why it says nothing."""
+    """The output of a command, or why there is none."""
     try:
         done = subprocess.run(
             command.split(), cwd=ROOT, capture_output=True, text=True, timeout=20, check=False

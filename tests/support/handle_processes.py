@@ -30,7 +30,7 @@ EVERYBODY = list(range(PROCESSES))
 
 
 def key_value_set(key: str, value: bytes) -> None:
-    """A file, which appears with all of its contents."""
+    """Write a file that appears with all of its contents."""
     path = FOLDER / key.replace("/", "_")
     unfinished = path.with_suffix(f".{ME}")
     unfinished.write_bytes(value)
@@ -67,7 +67,7 @@ class Memory:
 
     def allocate_exportable(self, ordinal: int, ordinals: list[int], size: int) -> Any:
         if self.fails == "allocate":
-            raise MemoryError("no room")  # of no kind that the code expects
+            raise MemoryError("no room")  # an error that the code does not expect
         address, self.next_address = self.next_address, self.next_address + size
         descriptor = os.memfd_create("memory")
         os.write(descriptor, f"process {ME} at {address:#x}".encode())
@@ -99,7 +99,7 @@ memory = Memory()
 
 
 def open_descriptors() -> int:
-    """How many descriptors this process has, but for its memory."""
+    """How many descriptors this process has, except those of its memory."""
     return len(os.listdir("/proc/self/fd")) - len(memory.allocations)
 
 
@@ -120,7 +120,7 @@ def create(group_id: int, instances: list[list[int]]) -> str:
 
 
 def groups() -> Any:
-    """Groups over all, side by side, and a second one that finds all mapped."""
+    """A group of all processes, groups side by side, and one whose memory is mapped already."""
     results = [create(1, [EVERYBODY])]
     before = open_descriptors()
     results += [create(2, [EVERYBODY]), create(3, [EVERYBODY[:2], EVERYBODY[2:]])]
@@ -135,7 +135,7 @@ def groups() -> Any:
 
 
 def failures() -> Any:
-    """A process that cannot do its part: all hear why, and the next try works."""
+    """One process cannot do its part: all hear why, and the next attempt works."""
     results = []
     for fails in ("allocate", "import"):
         memory.fails = fails if ME == 1 else ""
@@ -147,7 +147,7 @@ def failures() -> Any:
 
 
 def agreements() -> Any:
-    """The largest value counts; another group is an error in all; one outside is not asked."""
+    """The largest value counts; differing groups are an error in all; outsiders are not asked."""
     results: list[Any] = [gpu_side.agree(EVERYBODY, "group", 3 + ME)]
     try:
         gpu_side.agree(EVERYBODY, "one" if ME == 0 else "other", 0)
@@ -158,13 +158,13 @@ def agreements() -> Any:
 
 
 def obstacles() -> Any:
-    """What keeps one process from it keeps all."""
+    """An obstacle for one process stops all."""
     topology = Topology(hosts=((0, 1),), processes=((0, 1),))
     return gpu_side.obstacle(topology, "there is no library" if ME == 1 else None)
 
 
 def hosts() -> Any:
-    """Two processes on each of two hosts, and groups that lie within these or do not."""
+    """Two processes on each of two hosts, with groups within a host and across hosts."""
     meetings.host_name = lambda: f"host {ME // 2}"
     within, across = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
     obstacles = [
@@ -190,7 +190,7 @@ def hosts() -> Any:
 
 
 def half_a_host() -> Any:
-    """A process of another host that does not come: nobody waits for longer than for a host."""
+    """A process of another host does not come: all give up after the time for one host."""
     meetings.host_name = lambda: f"host {ME // 2}"
     meetings.TIMEOUT_S = 2.0
     meetings.facts_of(EVERYBODY)  # all are there at first
@@ -201,7 +201,7 @@ def half_a_host() -> Any:
 
 
 def killed() -> Any:
-    """A process that is gone in the middle; the others know soon."""
+    """A process dies in the middle, and the others soon know."""
     gpu_side.agree(EVERYBODY, "group", 0)
     if ME == PROCESSES - 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -214,7 +214,7 @@ def killed() -> Any:
 
 
 def forked() -> Any:
-    """A process that is gone while a fork of it lives on; the fork is alive until "end" is there."""
+    """A process dies while a fork of it lives on, until there is a file "end"."""
     gpu_side.agree(EVERYBODY, "group", 0)
     pid, end = FOLDER / "fork", FOLDER / "end"
     if ME == 1:

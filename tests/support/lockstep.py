@@ -1,12 +1,12 @@
-"""The suite in several processes, one device each: who this one is, and what processes tell each other.
+"""The suite in several processes of one device each: who this one is, and how they exchange data.
 
 ``run_processes.py`` starts the processes. All run the same tests in the same order. In a test, each
-computes on its own device and hands its part of every result to the others through files in a folder
-that all share, so that each can hold whole results against whole expectations. XLA's collectives have
-no part in that: NCCL refuses two processes on one GPU unless it is told not to.
+computes on its own device and hands its part of every result to the others through files in a
+shared folder. So each can compare whole results with whole expectations. XLA's collectives have no
+part in that, because NCCL by default refuses two processes on one GPU.
 
-A process that ends a test, in whatever way, says so. Whoever waits there for something that will not
-come fails at once, and all go on together with the next test.
+A process that ends a test says so, also if the test failed. Processes that still wait for its data
+fail at once, and all go on together with the next test.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ACTIVE = COUNT > 1
 _GPUS = int(os.environ.get("JAX_EP_TEST_GPUS", "0"))
 SHARED_GPUS = ACTIVE and 0 < _GPUS < COUNT
 _FOLDER = pathlib.Path(os.environ.get("JAX_EP_TEST_FOLDER", "/nonexistent"))
-# For another process; what it does meanwhile may be to compile on a busy machine.
+# For another process, which may be compiling on a busy machine.
 TIMEOUT_S = float(os.environ.get("JAX_EP_TEST_EXCHANGE_TIMEOUT", "120"))
 
 
 def start(platform: str) -> None:
-    """Bring up ``jax.distributed``, which comes before JAX's first device."""
+    """Start ``jax.distributed``, which must come before JAX's first device."""
     if not ACTIVE:
         return
     import jax
@@ -52,8 +52,7 @@ def start(platform: str) -> None:
 
 
 def why_not(item: pytest.Item, platform: str) -> str | None:
-    """Why a test cannot run in these processes, or None; the markers ``one_process`` and
-    ``needs_collectives`` say it."""
+    """Why a test cannot run in these processes, as its markers say, or None."""
     if not ACTIVE:
         return None
     if marker := item.get_closest_marker("one_process"):
@@ -68,10 +67,11 @@ def why_not(item: pytest.Item, platform: str) -> str | None:
 
 
 class Exchange:
-    """What the processes tell each other, test by test.
+    """The messages between processes, test by test.
 
-    ``folder/TEST/CALL.PROCESS`` holds what PROCESS had to say at the CALL-th exchange of the TEST-th
-    test, ``folder/TEST/end.PROCESS`` how that test ended there. All files appear by a rename.
+    ``folder/TEST/CALL.PROCESS`` holds the value of PROCESS at the CALL-th exchange of the TEST-th
+    test, and ``folder/TEST/end.PROCESS`` says how that test ended there. All files appear by a
+    rename.
     """
 
     def __init__(self, folder: pathlib.Path, index: int, count: int, timeout: float) -> None:
@@ -87,10 +87,10 @@ class Exchange:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def swap(self, value: Any, sources: Iterable[int]) -> list[Any]:
-        """Say ``value`` if this process is one of ``sources``; hear what each of them says.
+        """Send ``value`` if this process is one of ``sources``; gives the values of all sources.
 
         Raises:
-            TimeoutError: if a process says nothing in time.
+            TimeoutError: if a process sends nothing in time.
             RuntimeError: if a process has left this test.
         """
         self._call += 1
@@ -103,7 +103,7 @@ class Exchange:
         ]
 
     def end(self, outcome: str) -> dict[int, str]:
-        """Leave the test together; how it ended for each process.
+        """Leave the test together; says how it ended for each process.
 
         Raises:
             TimeoutError: if a process does not leave it in time.
@@ -114,7 +114,7 @@ class Exchange:
         others = {index: name for index, (name, _) in ends.items() if name != self._name}
         if others:
             raise RuntimeError(f"process {self._index} ran {self._name}, others {others}")
-        # Nobody reads in the folder of the test before any more.
+        # No process reads the folder of the previous test any more.
         if self._index == 0 and self._test > 0:
             shutil.rmtree(self._root / f"{self._test - 1:05d}", ignore_errors=True)
         return {index: outcome for index, (_, outcome) in ends.items()}

@@ -1,8 +1,9 @@
-"""What a machine has for processes that the tests start: ports, GPUs, and what NCCL allows."""
+"""What processes that the tests start find on a machine: ports, GPUs, and what NCCL allows."""
 
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -12,10 +13,15 @@ NCCL_SHARES_GPUS = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def python_path(*folders: pathlib.Path) -> str:
+    """``PYTHONPATH`` with these folders before those that it has now."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
 
 
 def count_gpus() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def multi_process_service() -> Iterator[dict[str, str]]:
-    """A daemon of our own. Gives the variables of processes that use it."""
+    """Run a daemon of our own; gives the environment variables of processes that use it."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         env = {
             "CUDA_MPS_PIPE_DIRECTORY": str(pathlib.Path(folder, "pipe")),
@@ -23,7 +23,7 @@ def multi_process_service() -> Iterator[dict[str, str]]:
         try:
             yield env
         finally:
-            # It waits for its clients, of which one that was killed may be left.
+            # The daemon waits for its clients, and one that was killed may be left.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run(
                     [control],

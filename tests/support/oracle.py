@@ -1,9 +1,9 @@
-"""What the operations must compute, in NumPy and plain loops: the judge of every backend.
+"""What the operations must compute, in NumPy and plain loops; all backends are compared with it.
 
 Nothing here shares code with the package. Arrays are stacked over the ranks of one group: axis 0 is
 the rank (R ranks; T tokens, H hidden, K top-k, E experts, L = E / R, C capacity). Results are exact
-to the bit, NaN payloads excepted; f32 arithmetic that would give subnormal numbers is left out of
-the promise, because XLA flushes them on some platforms.
+to the bit, except NaN payloads. They are not promised for f32 arithmetic that would give subnormal
+numbers, because XLA flushes these on some platforms.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def combine(
 ) -> np.ndarray:
     """Sum of each token's rows ``[R, T, H]`` in f32: on each rank, then over ranks.
 
-    With ``ranks_per_host`` the sums over ranks are those of each host, and are summed in turn.
+    With ``ranks_per_host`` the ranks of each host are summed first, and then the hosts' sums.
     """
     num_ranks, num_tokens, _ = routes.topk_idx.shape
     out = np.zeros((num_ranks, num_tokens, rows.shape[-1]), rows.dtype)
@@ -335,7 +335,7 @@ def dequantize(values: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> np.nd
 
 
 def assert_same(actual, expected, what: str) -> None:
-    """Hold ``actual`` to the shape, dtype and bits of ``expected``; any NaN equals any NaN."""
+    """Compare shape, dtype and bits of ``actual`` with ``expected``; any NaN equals any NaN."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, not {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"

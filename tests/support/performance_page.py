@@ -1,6 +1,6 @@
 """The script that renders docs/performance.md, and records for it as benchmarks write them.
 
-Importing this module puts docs/ on the path, as where the script runs: it imports its neighbours there.
+Importing this module puts docs/ on the path, because the script imports its neighbours there.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ targets = page.load_targets(page.TARGETS)
 def with_peers(
     *figures: tuple[str, int, float], op: str = "dispatch_bf16_token", tokens: int = 4096
 ) -> dict[str, Any]:
-    """The targets with other figures of others, each a library, its SMs and its microseconds."""
+    """The targets with these figures of other libraries: (library, SMs, microseconds)."""
     workload = (2, tokens, 7168, 8, 256)
     peers = [data.Peer(name, op, workload, sms, us, us - 1, us + 1) for name, sms, us in figures]
     return {**targets, "peers": {**targets["peers"], "figures": peers}}
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    """As ``python -m jax_ep.bench`` writes it."""
+    """A record as ``python -m jax_ep.bench`` writes it."""
     fields = {
         "op": "dispatch",
         "layout": "token",
@@ -69,7 +69,7 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 def loads(**changes: Any) -> dict[str, Any]:
-    """As benchmarks/loads.cu writes it."""
+    """A record as benchmarks/loads.cu writes it."""
     fields = {
         "op": "loads",
         "mover": "ld.global",
@@ -93,7 +93,7 @@ def loads(**changes: Any) -> dict[str, Any]:
 
 
 def kernel(**changes: Any) -> dict[str, Any]:
-    """As benchmarks/kernels.py writes it."""
+    """A record as benchmarks/kernels.py writes it."""
     fields = {
         "op": "kernel",
         "kernel": "dispatch",

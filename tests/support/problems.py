@@ -16,8 +16,8 @@ import oracle
 import routings
 from shapes import Case
 
-# Where rows only move, they may hold any bits; where they are summed, subnormal numbers are left
-# out, which XLA flushes to zero on CPU.
+# Rows that only move may hold any bits. Rows that are summed have no subnormal numbers, because XLA
+# flushes these to zero on CPU.
 SPECIAL = (np.nan, -np.nan, np.inf, -np.inf, -0.0, 0.0)
 
 

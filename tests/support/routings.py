@@ -55,13 +55,13 @@ def masked(rng: np.random.Generator, ranks: int, tokens: int, top_k: int, expert
 
 
 def invalid(rng: np.random.Generator, ranks: int, tokens: int, top_k: int, experts: int):
-    """Out of range on either side, as far as int32 goes, and repeated; with valid ones between."""
-    idx = rng.integers(experts, size=(ranks, tokens, top_k))  # repeats whenever chance has it
+    """Valid entries, repeated ones, and ones out of range on both sides, to the ends of int32."""
+    idx = rng.integers(experts, size=(ranks, tokens, top_k))  # repeats by chance
     strange = np.array([-2, -experts, INT_MIN, INT_MIN + 1, experts, experts + 1, INT_MAX, -1])
     where = rng.random(idx.shape) < 1 / 3
     idx[where] = rng.choice(strange, size=where.sum())
     if top_k > 1:
-        idx[:, ::3, -1] = idx[:, ::3, 0]  # and where it has not
+        idx[:, ::3, -1] = idx[:, ::3, 0]  # and repeats for certain
     else:
         idx[:, ::3, 0] = INT_MIN
     return idx.astype(np.int32)

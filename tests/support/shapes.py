@@ -33,7 +33,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "weighted": (True, False),  # topk_weights travel along
     "fused": (True, False),  # combine multiplies by weights
 }
-# Pairs of levels that mean nothing together.
+# Pairs of levels that make no sense together.
 IMPOSSIBLE = (
     {"quantization": None, "output": "quantized"},
     {"quantization": "input", "output": "dense"},
@@ -76,14 +76,14 @@ class Case:
 
     @property
     def hidden(self) -> int:
-        """16 bytes or one block of 128 at least; else more lanes than a dot product has."""
+        """The least that is allowed, or more channels than a dot product has lanes."""
         if self.quantization is None:
             return 16 // self.np_dtype.itemsize if self.width == "least" else 264
         return 128 if self.width == "least" else 384
 
     @property
     def capacity(self) -> int | None:
-        """The argument: about half of what a uniform routing wants, or None."""
+        """The argument ``capacity``: about half of what a uniform routing needs, or None."""
         if self.bound != "capacity":
             return None
         rows = max(1, self.tokens * self.top_k // 2)
@@ -192,7 +192,8 @@ USUAL = (
         2, "token", "bfloat16", "ue8m0", "quantized", 128, "lossless", 13, 8, 8, "odd", True, False
     ),
 )
-# On GPUs its plan goes through the kernel for what the usual one has no room for (test_large_plans.py).
+# On GPUs its plan is too large for the usual kernel and runs in the other one
+# (test_large_plans.py).
 LARGE_PLANS = (
     Case(1, "expert", "bfloat16", None, "dense", 1, "lossless", 13, 3, 4096, "least", True, True),
 )

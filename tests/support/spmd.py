@@ -1,8 +1,8 @@
 """Runs an op on every rank of a mesh, and moves arrays between stacked and sharded form.
 
-Tests keep arrays stacked, ``[R, n, ...]`` with the rank first; the mesh sees ``[R * n, ...]``. They
-hold whole arrays, also where a mesh spans several processes (see ``lockstep.py``): every process has
-all of each input and gets all of each output.
+Tests keep arrays stacked, ``[R, n, ...]`` with the rank first, and the mesh sees ``[R * n, ...]``.
+Tests have whole arrays, also where a mesh spans several processes (see ``lockstep.py``): every
+process has all of each input and gets all of each output.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import jax_ep
 import lockstep
 import logical_hosts
 
-# Several processes lay arrays out over the mesh before they call a program, and let its groups give up
-# earlier. Where one process does so too, both make the same programs, which a compilation cache keeps.
+# Several processes place arrays on the mesh before they call a program, and their groups give up
+# earlier. With this variable one process does so too, so both make the same programs and can share
+# a compilation cache.
 AS_SEVERAL = lockstep.ACTIVE or os.environ.get("JAX_EP_TEST_SAME_PROGRAMS") == "1"
 
 
@@ -38,17 +39,17 @@ def need_devices(count: int) -> None:
 
 
 def ranks_at_most(count: int) -> int:
-    """``count``, or as many ranks as there are devices; two at least, for which a test may skip."""
+    """``count``, or the number of devices if that is less, but at least two (or the test skips)."""
     return max(2, min(count, jax.device_count()))
 
 
 def fit(
     sizes: Sequence[int], names: Sequence[str], axes: str | Sequence[str] = "expert"
 ) -> tuple[int, ...]:
-    """``sizes`` of a mesh, made smaller until the devices that are there suffice.
+    """``sizes`` of a mesh, made smaller until there are enough devices.
 
-    All axes keep two devices as long as that is possible, and of the group, ``axes``, the last keeps
-    them to the end.
+    All axes keep two devices as long as possible. Of the group's ``axes``, the last one keeps them
+    longest.
     """
     group = (axes,) if isinstance(axes, str) else tuple(axes)
     order = sorted(range(len(sizes)), key=lambda i: (names[i] in group, i))
@@ -61,8 +62,8 @@ def fit(
     return tuple(fitted)
 
 
-# Arguments of ``jax.jit`` for programs with arithmetic of a test's own whose bits are compared. Without
-# LLVM's optimizations, which ``conftest`` turns off, such bits depend on what XLA fuses.
+# Arguments of ``jax.jit`` for programs in which a test does arithmetic whose bits are compared.
+# ``conftest`` turns LLVM's optimizations off, and without them such bits depend on what XLA fuses.
 OPTIMIZED: dict[str, Any] = (
     {"compiler_options": {"xla_backend_optimization_level": 3}}
     if os.environ.get("JAX_PLATFORMS") == "cpu"
@@ -102,7 +103,7 @@ def create_group(
 
 
 def make_group(ranks: int, backend: str, **kwargs: Any) -> jax_ep.Group:
-    """The group of a mesh with nothing but the axis "expert"."""
+    """The group of a mesh with only the axis "expert"."""
     return create_group(make_mesh(ranks), backend=backend, **kwargs)
 
 
@@ -122,7 +123,7 @@ def _processes(mesh: Mesh) -> list[int]:
 
 
 def put(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
-    """Whole arrays, laid out over ``mesh``: split on axis 0 unless ``spec`` says else."""
+    """Whole arrays, placed on ``mesh``: split on axis 0 unless ``spec`` says otherwise."""
     sharding = NamedSharding(mesh, P(mesh.axis_names) if spec is None else spec)
 
     def one(x: Any) -> jax.Array:
@@ -138,7 +139,7 @@ def put(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What one process has of an array: ``(where, values)`` for each of its shards."""
+    """The shards that one process has of an array: ``(where, values)`` for each."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -146,9 +147,9 @@ class _Parts:
 
 
 def fetch(tree: Any, mesh: Mesh) -> Any:
-    """Whole NumPy arrays of what lies on ``mesh``, in every process.
+    """The arrays of ``tree``, which lie on ``mesh``, as whole NumPy arrays in every process.
 
-    A process that has no device of the mesh passes anything, and gets what the others have.
+    A process without a device of the mesh may pass anything, and gets what the others have.
     """
     if not lockstep.ACTIVE:
         return jax.device_get(tree)
@@ -251,7 +252,7 @@ def stacked_jit(fn: Callable[..., Any], mesh: Mesh, **kwargs: Any) -> Callable[.
 
 
 def whole_jit(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """``fn`` of whole arrays, jitted; it says itself what it does on which devices of ``mesh``."""
+    """A jitted function of whole arrays; ``fn`` decides what runs on which devices of ``mesh``."""
     jitted = jax.jit(fn)
 
     def call(*args: Any) -> Any:
@@ -265,7 +266,7 @@ def whole_jit(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 def one_device_jit(
     fn: Callable[..., Any], axis: str = "expert", **jit_kwargs: Any
 ) -> Callable[..., Any]:
-    """As ``stacked_jit``, but all ranks on one device, for which XLA needs no collectives.
+    """As ``stacked_jit``, but with all ranks on one device, so that XLA needs no collectives.
 
     ``fn`` may use JAX's collectives and so ``jax_ep.reference``, but no native backend.
     """
@@ -279,9 +280,8 @@ def count_calls(compiled_text: str, targets: Sequence[str]) -> dict[str, int]:
 
 
 def run_python(*arguments: str, timeout: float, **env: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that finds the same jax_ep; it fails the test when it hangs."""
-    root = pathlib.Path(jax_ep.__file__).parent.parent
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Run a fresh interpreter that finds the same jax_ep; the test fails if it hangs."""
+    path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     return subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **env},

@@ -1,6 +1,7 @@
 """Programs that could hang, each run by ``test_stress`` in a process of its own with a deadline.
 
-``python stress_programs.py NAME [ARGUMENT]`` prints "done" at the end; anything wrong is an exception.
+``python stress_programs.py NAME [ARGUMENT]`` prints "done" at the end and raises if anything is
+wrong.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def route(group: jax_ep.Group, shift) -> jax.Array:
 
 
 def there_and_back(x, shift, group: jax_ep.Group):
-    """TOP_K · x, by way of the experts' ranks."""
+    """TOP_K · x: the rows go to the experts' ranks and come back unchanged."""
     experts = LOCAL_EXPERTS * group.size
     out = jax_ep.dispatch(x, route(group, shift), group=group, num_experts=experts, alignment=1)
     return jax_ep.combine(out.tokens, out.handle, group=group)
@@ -76,7 +77,7 @@ def unawaited(ranks: str) -> None:
 
 
 def unawaited_chain(ranks: str) -> None:
-    """2000 steps, each on the result of the one before."""
+    """2000 steps in flight, each with the result of the one before."""
     group = make_group(int(ranks))
     step = spmd(lambda x, i: there_and_back(x, i, group) / TOP_K + 1, group)
     x = first = numbers(group.size)
@@ -150,7 +151,7 @@ def absent_rank(group: jax_ep.Group, absent: int):
 
 
 def never_arrives() -> None:
-    """Rank 2 takes the branch without the ops: an error within the deadline, and life goes on."""
+    """Rank 2 takes the branch without the ops: an error within the deadline, then a right run."""
     group = make_group(4, timeout=2)
     x = numbers(4)
     good = spmd(lambda x, i: there_and_back(x, i, group), group)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 import jax_ep
+import machine
 
 _EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(_EXAMPLES))
@@ -31,8 +32,7 @@ def start(
     """Start the example with warnings as errors; ``finish`` must follow."""
     command = [sys.executable, "-W", "error", str(_EXAMPLES / "train_moe.py"), *arguments.split()]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    root = str(pathlib.Path(jax_ep.__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     return subprocess.Popen(
         [*command, "--data", str(data), "--out", str(out)],
         env=environment | env,
@@ -43,7 +43,7 @@ def start(
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], *, timeout: float) -> list[str]:
-    """What the processes print; all have to succeed within ``timeout`` seconds, and none is left."""
+    """What the processes print. All must succeed within ``timeout`` seconds; none stays behind."""
     deadline = time.monotonic() + timeout
     try:
         outputs = [

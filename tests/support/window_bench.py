@@ -2,8 +2,9 @@
 
     python tests/support/window_bench.py --suite baselines --ranks 2 --processes 2
 
-The benchmarks take smaller workloads where ranks share GPUs. A rehearsal of the window on one GPU wants
-those of two, so that its programs are the same and one GPU fills the compilation cache.
+The benchmarks take smaller workloads where ranks share GPUs. A rehearsal of the window on one GPU
+takes the workloads of two GPUs instead, so that the programs are the same and one GPU can fill the
+compilation cache.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
-"""A compilation cache that travels: what processes need to use it, and its parts of bounded size.
+"""A compilation cache for another machine: how processes use it, and its parts of bounded size.
 
-One GPU fills it. A program of two ranks is the same, and compiled to the same, whether two processes
-share a GPU, have one each, or one process has both; ``cache_plugin`` gives all of them one key. What a
-key still holds: the program, the versions of jaxlib and CUDA, ``XLA_FLAGS``, and the kind of GPU.
+One GPU fills it. A program of two ranks is the same, and compiled to the same, whether two
+processes share a GPU, have one each, or one process has both. So ``cache_plugin`` gives all of them
+one key. A key still contains the program, the versions of jaxlib and CUDA, ``XLA_FLAGS``, and the
+kind of GPU.
 """
 
 from __future__ import annotations
 
 import collections
-import os
 import pathlib
 import tarfile
 from collections.abc import Container, Iterable
+
+import machine
 
 PLUGIN = pathlib.Path(__file__).with_name("cache_plugin")
 PART_BYTES = 14 << 20
@@ -19,11 +21,11 @@ MOST_PARTS = 4
 
 
 def environment(folder: pathlib.Path, lookups: pathlib.Path) -> dict[str, str]:
-    """Variables of processes that use the cache in ``folder``; ``PYTHONPATH`` must name ``PLUGIN``.
+    """Environment of processes that use the cache in ``folder``, besides ``python_path``.
 
     Args:
-        folder: With the entries; need not be there.
-        lookups: A folder for what ``found_and_missed`` counts.
+        folder: The folder of the entries; it need not exist.
+        lookups: A folder for the files that ``found_and_missed`` reads.
     """
     lookups.mkdir(parents=True, exist_ok=True)
     return {
@@ -35,7 +37,7 @@ def environment(folder: pathlib.Path, lookups: pathlib.Path) -> dict[str, str]:
 
 
 def found_and_missed(lookups: pathlib.Path) -> tuple[int, int, list[str]]:
-    """Programs that processes found in the cache, that they missed, and the names of the latter."""
+    """Numbers of programs that processes found and missed, and the names of the missed ones."""
     found, missed = 0, collections.Counter[str]()
     for path in lookups.glob("process.*"):
         for line in path.read_text().splitlines():
@@ -63,7 +65,7 @@ def pack(
     part_bytes: int = PART_BYTES,
     first: Container[str] = (),
 ) -> str:
-    """Write the entries into tar files ``cache-N.tgz`` of at most so many bytes; says how many.
+    """Write the entries into tar files ``cache-N.tgz`` of bounded size; gives a summary.
 
     Those with keys in ``first`` come first, and small ones before large ones. Where ``MOST_PARTS`` do
     not suffice for all, the last ones are left out.
@@ -108,7 +110,7 @@ def pack(
 
 
 def unpack(parts: pathlib.Path, folder: pathlib.Path) -> int:
-    """Bring the entries of all parts into a folder; how many files there are then."""
+    """Bring the entries of all parts into a folder; gives the number of files there."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(parts.glob("cache-*.tgz")):
         with tarfile.open(path) as tar:
@@ -118,11 +120,9 @@ def unpack(parts: pathlib.Path, folder: pathlib.Path) -> int:
 
 def python_path(root: pathlib.Path) -> str:
     """``PYTHONPATH`` of processes that use the cache."""
-    folders = (root, root / "tests", root / "tests" / "support", PLUGIN)
-    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
-    return os.pathsep.join(filter(None, paths))
+    return machine.python_path(root, root / "tests", root / "tests" / "support", PLUGIN)
 
 
 def _tar_bytes(size: int) -> int:
-    """What a file takes in a tar file: headers, a long name, and whole blocks."""
+    """The bytes that a file takes in a tar file: headers, a long name, and whole blocks."""
     return 4 * tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

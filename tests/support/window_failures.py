@@ -31,4 +31,4 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         lines = [*lines[: _MOST_LINES // 2], "...", *lines[-_MOST_LINES // 2 :]]
     for terminal in _terminals:
         for line in ["", *lines]:
-            terminal.write_line(f"| {line}")  # which no reader of outcomes takes for one
+            terminal.write_line(f"| {line}")  # so that no reader of outcomes takes it for one

@@ -1,12 +1,12 @@
-"""The files that a window leaves, each up to date at any moment, since it may end at any moment.
+"""The files that a window leaves. They are always up to date, because it may end at any moment.
 
-* ``window.log``: what all stages write, line by line as it comes, each line with its stage before it.
-* ``window.txt``, ``window.json``: the table of stages, and how far each has come; the machine.
+* ``window.log``: the output of all stages, line by line as it comes. Each line begins with its stage.
+* ``window.txt``, ``window.json``: the table of stages, how far each has come, and the machine.
 * ``records_2_processes.json``, ``records_1_process.json``: the records of all benchmarks of a mode, in
   the form of ``benchmarks/results/``.
-* ``loads.json``, ``tuning.json``: of ``benchmarks/loads.cu`` and ``jax_ep.tune``.
+* ``loads.json``, ``tuning.json``: results of ``benchmarks/loads.cu`` and ``jax_ep.tune``.
 
-Stages write to a working folder; all of these are written from here, by a rename, but for the log.
+Stages write to a working folder. This module writes all of these files, by a rename except the log.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Row:
     """A stage in the table.
 
     Attributes:
-        stage: Which.
+        stage: The stage.
         state: "waiting", "running", "ok", "FAILED: …", "ended at its limit …", "left out: …".
         limit: Seconds that it was given.
         begun: When it began, in seconds since the window did.
-        seconds: That it took.
+        seconds: Seconds that it took.
         progress: How far it came.
         lookups: Programs found in the compilation cache, missed, and names of the missed.
     """
@@ -53,7 +53,7 @@ class Row:
     lookups: tuple[int, int, list[str]] = (0, 0, [])
     shown: int = 0  # bytes of its log that are in the window's
     dropped: int = 0  # bytes that are not
-    settled: bool = False  # whether nothing of it changes any more
+    settled: bool = False  # whether it has reached its last state
 
 
 class Files:
@@ -75,7 +75,7 @@ class Files:
         keeps_results: bool = True,
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        for name in FILES:  # those of a window before would pass for this one's
+        for name in FILES:  # files of an earlier window would pass for this one's
             (out / name).unlink(missing_ok=True)
         self.out, self.work = out, work
         self.rows = {stage.name: Row(stage) for stage in stages}
@@ -86,11 +86,11 @@ class Files:
         self._merged: dict[str, list[tuple[str, int, int]]] = {}
 
     def seconds(self) -> float:
-        """Since the window began."""
+        """Seconds since the window began."""
         return time.monotonic() - self._begin
 
     def say(self, text: str) -> None:
-        """A line of the window itself."""
+        """Write a line of the window itself to the log."""
         with self._lock:
             line = f"## {self.seconds():5.0f} s: {text}"
             print(line, flush=True)
@@ -98,11 +98,11 @@ class Files:
             self._log.flush()
 
     def log_of(self, stage: Stage) -> pathlib.Path:
-        """Where a stage writes."""
+        """The file that a stage writes its output to."""
         return self.work / f"{stage.name}.log"
 
     def lookups_of(self, stage: Stage) -> pathlib.Path:
-        """Where its processes note what they look for in the compilation cache."""
+        """The folder where its processes note what they look for in the compilation cache."""
         return self.work / "lookups" / stage.name
 
     def update(self) -> None:
@@ -151,7 +151,7 @@ class Files:
             row.progress = window_progress.of(
                 row.stage.kind, text.decode(errors="replace"), results[0] if results else None
             )
-        except (KeyError, TypeError, ValueError) as error:  # the window goes on all the same
+        except (KeyError, TypeError, ValueError) as error:  # the window must go on
             row.progress = window_progress.Progress(f"not readable: {error!r}")
         row.lookups = window_cache.found_and_missed(self.lookups_of(row.stage))
 

@@ -17,8 +17,8 @@ _COLLECTED = re.compile(
 _BY_WORKERS = re.compile(r"^\d+ workers? \[(\d+) items?\]", re.MULTILINE)
 _OUTCOMES = ("PASSED", "FAILED", "SKIPPED", "ERROR", "XFAIL", "XPASS")
 _ANY = "|".join(_OUTCOMES)
-# "tests/x.py::test PASSED [ 1%]", or of a worker "[gw0] [ 1%] PASSED tests/x.py::test". What a test
-# writes meanwhile (with -s, when there are no percents) stands between its name and its outcome.
+# "tests/x.py::test PASSED [ 1%]", or from a worker "[gw0] [ 1%] PASSED tests/x.py::test". The
+# output of a test (with -s, when there are no percents) stands between its name and its outcome.
 _NAME = re.compile(r"^(\S+\.py::\S.*)")
 _OUTCOME = re.compile(rf"(?:^|^(.*?) )({_ANY})(?: \(.*\)?)?( +\[ *\d+%\])?$")
 _OF_WORKER = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({_ANY}) (\S.*)$")
@@ -31,9 +31,9 @@ class Progress:
     """What a stage has done.
 
     Attributes:
-        text: In words, as in "12 of 18 cases".
-        failed: Names of what failed, or how many where there are no names.
-        complete: Whether all that it set out to do is done; None where that is unknown.
+        text: The progress in words, such as "12 of 18 cases".
+        failed: Names of failures, or their number if there are no names.
+        complete: Whether everything is done; None if that is unknown.
     """
 
     text: str
@@ -45,8 +45,8 @@ def of(kind: str, log: str, records: pathlib.Path | None = None) -> Progress:
     """The progress of a stage.
 
     Args:
-        kind: That of the stage.
-        log: What it has written.
+        kind: The kind of the stage.
+        log: Its output so far.
         records: The file that a benchmark writes its records to.
     """
     if kind == "bench":

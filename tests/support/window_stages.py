@@ -5,8 +5,8 @@ tuning and the timed all-reduces have the GPUs to themselves.
 
 Kernels of ranks that share a GPU wait for each other, so all of them must have SMs at once. The kernels
 of a stage leave room for its own ranks, but not for those of another stage. So stages whose ranks
-share GPUs run one at a time, under an MPS daemon of their own. The GPU takes turns between that daemon
-and all other stages: kernels that wait are slow then, but each gets its turn.
+share GPUs run one at a time, under an MPS daemon of their own. The GPU takes turns between that
+daemon and all other stages. Kernels that wait are slow then, but all go on.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Literal
 
 import machine
 
-SECONDS = 540.0  # for all
-RESERVE = 12.0  # of them, for processes that end slowly, and for the last look at what they left
+SECONDS = 540.0  # for all stages
+RESERVE = 12.0  # of these, for processes that end slowly, and for the last update of the files
 GRACE = 8.0  # seconds between asking a stage to end and killing it
 
 Kind = Literal["build", "bench", "tests", "other"]
@@ -30,17 +30,17 @@ class Stage:
     """Commands that run one after the other.
 
     Attributes:
-        name: Unique.
+        name: Its name, which no other stage has.
         commands: With {python}, {work}, {binaries} and {seconds} to be filled in; it should end by
             itself within the last.
         kind: How its progress is read.
-        seconds: That it is planned to take.
-        most: That it is given at most, where others have left some.
+        seconds: Seconds that it is planned to take.
+        most: Seconds that it is given at most, if other stages have left time.
         group: Stages next to each other that have the same run side by side.
-        gpus: That it needs.
+        gpus: Number of GPUs that it needs.
         ranks: Processes that wait for each other.
         results: Files in {work} and the files of the window that they go to.
-        environment: Variables.
+        environment: Environment variables.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Stage:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-# Of jax_ep.bench; the last arms of layers take minutes, so they are last.
+# Suites of jax_ep.bench. The last arms of layers take minutes, so layers come last.
 _SUITES = ("baselines", "decode", "routing", "layer")
 RECORDS = {2: "records_2_processes.json", 1: "records_1_process.json"}
 _BUILD = (
@@ -74,17 +74,17 @@ _VALUES = (
     " tests/test_large_plans.py"
 )
 _PROGRAMS = (
-    "tests/test_moe.py tests/test_overlap.py tests/test_transforms.py tests/test_meshes.py"
-    " tests/test_hypothesis.py"
+    "tests/test_moe.py tests/test_overlap.py tests/test_transforms.py"
+    " tests/test_checkpoint_policies.py tests/test_meshes.py tests/test_hypothesis.py"
 )
 _STEPS = "tests/test_steps.py"
 
 
 def stages(gpus: int) -> list[Stage]:
-    """All stages, the most valuable first, for a machine of so many GPUs.
+    """All stages, the most valuable first, for a machine with that many GPUs.
 
-    Budgets are those of two GPUs, on which they add up to ``SECONDS`` less ``RESERVE``. What a stage
-    leaves, or one that cannot run here, goes to those after it.
+    Budgets are those of two GPUs, on which they add up to ``SECONDS`` less ``RESERVE``. Time that a
+    stage leaves, or that was planned for one that cannot run here, goes to those after it.
     """
     for_nccl = 1 if machine.NCCL_SHARES_GPUS else 2
     return [
@@ -158,7 +158,7 @@ def stages(gpus: int) -> list[Stage]:
 
 
 def _bench(processes: int, gpus: int, seconds: float, most: float) -> Stage:
-    """All suites in processes that are started once, which takes them ten seconds."""
+    """All suites in one start of the processes, because a start takes ten seconds."""
     name = f"bench_{processes}_process{'es' if processes > 1 else ''}"
     shares = processes > gpus
     program = "tests/support/window_bench.py" if shares else "-m jax_ep.bench"
@@ -193,17 +193,17 @@ def _tests(
 
 
 def _share(of_memory: float) -> dict[str, str]:
-    """Side by side, all processes that have a GPU must fit its memory."""
+    """The share of a GPU's memory for each of the processes that use it side by side."""
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{of_memory:g}"}
 
 
 def _parallel(workers: int) -> str:
-    """xdist, if it is there; it would warn of the plugin pytest-benchmark."""
+    """Options for xdist, if it is installed; the plugin pytest-benchmark would warn about it."""
     return f"-n {workers} -p no:benchmark" if importlib.util.find_spec("xdist") else ""
 
 
 def why_not(stage: Stage, gpus: int) -> str | None:
-    """Why a stage cannot run on so many GPUs, or None."""
+    """Why a stage cannot run on that many GPUs, or None."""
     if gpus < stage.gpus:
         return f"needs {stage.gpus} GPUs, there {'is' if gpus == 1 else 'are'} {gpus}"
     return None
@@ -228,7 +228,7 @@ def lanes(group: Sequence[Stage], gpus: int) -> list[list[Stage]]:
 
 
 def planned(group: Sequence[Stage]) -> float:
-    """Seconds that a group is planned to take; where lanes are longer they wait for what is left."""
+    """Seconds that a group is planned to take; longer lanes need time that others leave."""
     return max(stage.seconds for stage in group)
 
 
@@ -245,7 +245,7 @@ def limit(
         group: The stages.
         later: The groups after it, which keep what they are planned to take.
         left: Seconds that are left for all of these.
-        bounded: Whether the stages' own ``most`` holds.
+        bounded: Whether the stages' own ``most`` applies.
     """
     spare = left - planned(group) - sum(map(planned, later))
     most = max(stage.most for stage in group) if bounded else left

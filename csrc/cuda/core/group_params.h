@@ -1,4 +1,4 @@
-// What a kernel needs to know of its group.
+// What a kernel must know about its group.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@ namespace jax_ep::cuda {
 
 // What every kernel of a group needs to know of it; passed by value.
 struct GroupParams {
-  // The op's channel of every rank's workspace, as this device maps them; peers[rank] is its own.
+  // The op's channel of every rank's workspace, at this device's addresses; peers[rank] is its own.
   Channel* peers[kMaxRanks];
   ErrorRecord* error;     // pinned host memory
-  int rank;               // of those here; where a group spans hosts, on this host
-  int num_ranks;          // that `peers` has
-  int first_rank;         // what the first of them is in the group: records name ranks of the group
-  int instance;           // which of the groups side by side
+  int rank;               // index in `peers`; on this host if a group spans hosts
+  int num_ranks;          // number of `peers`
+  int first_rank;         // the rank of peers[0] in the group, for records
+  int instance;           // which of the groups that lie side by side
   int channel;            // of the op
   const int32_t* coords;  // [2], rank and instance as the program counts them; null: not checked
   uint64_t arrival_timeout_ns;

@@ -11,8 +11,8 @@ namespace jax_ep::cuda::ptx {
 __device__ __forceinline__ void CompilerFence() { asm volatile("" ::: "memory"); }
 
 // From global memory past the L1 cache, which is not coherent between GPUs, or from shared memory.
-// Stays after the waits and compiler fences before it, but is none: the compiler may fetch the
-// addresses of several loads before the first.
+// It stays after the waits and compiler fences before it, but is no fence itself: the compiler may
+// fetch the addresses of several loads before the first load.
 __device__ __forceinline__ uint4 LoadCacheGlobal(const void* address) {
   uint4 value;
   asm volatile("ld.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -53,7 +53,7 @@ __device__ __forceinline__ void StoreRelaxedSystem(uint64_t* address, uint64_t v
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
-// Two words side by side, aligned to 16 bytes; each of them is whole, the pair need not be.
+// Two words side by side, aligned to 16 bytes. Each word is atomic, the pair need not be.
 __device__ __forceinline__ void LoadRelaxedSystem(const uint64_t* address, uint64_t& first,
                                                   uint64_t& second) {
   asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
@@ -82,13 +82,13 @@ __device__ __forceinline__ uint64_t GlobalTimer() {
 
 // Clusters of blocks -----------------------------------------------------------------------------
 
-// A barrier of all threads of the cluster in two halves; what was written before the first half is
-// seen after the second one.
+// A barrier of all threads of the cluster in two halves. Writes before the first half are visible
+// after the second one.
 __device__ __forceinline__ void ClusterArriveRelease() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 
-// The first half for a thread whose earlier writes nobody needs to see, and which waits for none.
+// The first half for a thread whose earlier writes nobody needs to see; it releases nothing.
 __device__ __forceinline__ void ClusterArriveRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
@@ -154,8 +154,8 @@ __device__ __forceinline__ bool TryWaitParity(uint64_t* barrier, uint32_t parity
   return done != 0;
 }
 
-// Starts a copy of `bytes` (a multiple of 16) from global memory, a peer's too, to shared memory;
-// `barrier` counts them when they are there.
+// Starts a copy of `bytes` (a multiple of 16) from global memory (also a peer's) to shared memory;
+// `barrier` counts them when they have arrived.
 __device__ __forceinline__ void BulkLoad(void* shared, const void* global, uint32_t bytes,
                                          uint64_t* barrier) {
   asm volatile(

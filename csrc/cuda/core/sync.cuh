@@ -6,21 +6,21 @@
 //   2. Publish: once this rank's inputs are ready, it tells every peer their addresses.
 //   3. WaitInputs: every block waits until all peers have done so; then it may read their inputs.
 //   4. EndOp: the last block to finish tells every peer that this rank reads no more, and waits
-//      until all peers have said the same; then the inputs may be reused. An op whose peers read
-//      nothing of this rank's ends without that (EndOpAtOnce).
+//      until all peers have said the same; then the inputs may be reused. An op whose inputs no
+//      peer reads ends without that (EndOpAtOnce).
 //
 // A wait that passes its deadline, or that meets another op, records the failure, tells all peers
-// and returns false; from then on every wait of the group returns false at once. Nothing traps: the
-// last block overwrites all results with poison. And a rank that has failed does not close, so no
-// rank ends an op well in which another one failed before it had read all (EndOp).
+// and returns false. From then on every wait of the group returns false at once. Nothing traps: the
+// last block overwrites all results with poison. And a rank that has failed does not close. So if a
+// rank fails before it has read everything, the op fails on all ranks (EndOp).
 //
-// Order of memory, as PTX defines it. A word that tells a peer that memory is ready, or is read, is
-// released at system scope: by a release store, or by a fence of system scope and a relaxed store
-// of the same thread. What other threads did before comes along, since they met that thread at a
-// barrier (of a warp or a block) or through a counter between fences (IsLastBlock). The peer
-// acquires the word at system scope, and its other threads meet the one that did. Relaxed stores
-// without a fence are for words that hand no memory over: all that they say is in the word itself
-// (the plans' counts and ids, and the arrival flag of plan/push.cu).
+// Order of memory, as PTX defines it. A word that tells a peer that memory is ready, or has been
+// read, is released at system scope: by a release store, or by a fence of system scope and a
+// relaxed store of the same thread. Earlier accesses of other threads are included, because these
+// threads have met that thread at a barrier (of a warp or a block) or through a counter between
+// fences (IsLastBlock). The peer acquires the word at system scope, and its other threads meet the
+// thread that did. Words that hand no memory over, because they contain all of their message, use
+// relaxed stores without a fence (the plans' counts and ids, and the arrival flag of plan/push.cu).
 #pragma once
 
 #include <cstdint>
@@ -36,20 +36,20 @@ __device__ __forceinline__ Channel& Own(const GroupParams& group) {
   return *group.peers[group.rank];
 }
 
-// Another channel of a rank's workspace than the op's.
+// A channel of a rank's workspace other than the op's.
 __device__ __forceinline__ Channel& OnChannel(const GroupParams& group, int rank, int channel) {
   Channel* own = group.peers[rank];
   return kNumChannels == 1 ? *own : *(own - group.channel + channel);
 }
 
 // Records the failure unless there was one before, and tells all peers of this host. `peer` counts
-// from the first rank of this host, so that it is negative for ranks of the hosts before. Not
-// inlined, like all that runs only when a wait takes long: the waits are many, and their code
-// should stay short.
+// from the first rank of this host, so it is negative for ranks of earlier hosts. This function is
+// not inlined, like all code that runs only when a wait takes long, because there are many waits
+// and their code should stay short.
 __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kind, WordKind word,
                                          int peer, uint64_t expected, uint64_t seen,
                                          uint64_t waited_ns) {
-  // Its own flag is that of another op: one that runs beside this one.
+  // Its own flag belongs to another op, which runs beside this one.
   if (kind == ErrorKind::kMismatch && peer == group.rank) kind = ErrorKind::kConcurrent;
   ErrorRecord* error = group.error;
   if (atomicCAS_system(&error->set, 0u, 2u) == 0u) {
@@ -68,16 +68,17 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
       ptx::StoreReleaseSystem(&OnChannel(group, r, channel).failed, 1u);
     }
   }
-  // All are told before a block acts on the mark: the inputs that they read may be gone after that.
+  // All peers are told before a block acts on the mark, because after that the inputs that they
+  // read may be gone.
   ptx::FenceAcquireReleaseSystem();
   atomicOr(&Own(group).blocks_done, kFailedHere);
 }
 
-// Keeps a wait from lasting for ever: Continue is called now and then while nothing has come.
+// Bounds a wait. Continue is called now and then while the wait goes on.
 class Deadline {
  public:
   // False once the group has failed. `expected` and `seen`, packed as `word` says, are for the
-  // report; of a message, all bits of the epoch are expected.
+  // report. For a message, all bits of the epoch are expected.
   __device__ __forceinline__ bool Continue(const GroupParams& group, WordKind word, int peer,
                                            uint64_t expected, uint64_t seen) {
     return ++spins_ % 64 != 0 || Look(group, word, peer, expected, seen);
@@ -90,8 +91,8 @@ class Deadline {
       Fail(group, ErrorKind::kAborted, word, peer, expected, seen, 0);
       return false;
     }
-    // A peer at another op may never send the message that this one waits for. The other waits are
-    // for flags, which tell the op themselves, or begin after the peer's arrival flag was right.
+    // A peer at another op may never send the message that this rank waits for. The other waits are
+    // for flags, which name their op, or begin after the peer's arrival flag was right.
     if (word == WordKind::kMessage) {
       const uint64_t epoch = expected;
       const uint64_t flag = FlagValue(epoch, group.tag);
@@ -111,7 +112,7 @@ class Deadline {
         Fail(group, ErrorKind::kPeerLost, word, peer_lost, expected, seen, waited);
         return false;
       }
-      lost_ = lost != 0u;  // what it sent before it went may still be found by another look
+      lost_ = lost != 0u;  // another look may still find what it sent before it ended
     }
     const uint64_t limit =
         PhaseOf(word) == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
@@ -141,7 +142,7 @@ __device__ inline bool WaitFlag(const GroupParams& group, const uint64_t& flag, 
   }
 }
 
-// The numbers of the running op, its publication only if it is one that publishes.
+// The numbers of the running op. The publication counts only if the op publishes.
 __device__ __forceinline__ OpNumbers NumbersOfOp(const GroupParams& group) {
   OpNumbers last;
   ptx::LoadRelaxedSystem(&Own(group).last.epoch, last.epoch, last.publication);  // by one load
@@ -149,20 +150,21 @@ __device__ __forceinline__ OpNumbers NumbersOfOp(const GroupParams& group) {
   return {last.epoch + 1, last.publication + 1};
 }
 
-// The same, in the op's first kernel. All threads of all blocks call it before EndOp.
+// The same in the op's first kernel. All threads of all blocks call it before EndOp.
 __device__ __forceinline__ OpNumbers BeginOp(const GroupParams& group) {
   Channel& own = Own(group);
   const OpNumbers op = NumbersOfOp(group);
-  // By a thread that has nothing to do while the answer comes.
+  // Called by a thread that has nothing else to do until the answer comes.
   if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && atomicExch(&own.active, 1u) != 0u) {
     Fail(group, ErrorKind::kConcurrent, WordKind::kNone, group.rank, op.epoch, op.epoch, 0);
   }
   return op;
 }
 
-// True in all threads of the last block that comes here, which sees all that the other blocks wrote
-// before they came. `counter` is reset. `failed` becomes whether it is marked with kFailedHere;
-// then every block sees what those before it wrote. Called by all threads of all blocks.
+// True in all threads of the last block that comes here. That block sees all writes of the other
+// blocks before they came. `counter` is reset. `failed` becomes whether `counter` is marked with
+// kFailedHere; if it is, every block sees the writes of the blocks before it. Called by all threads
+// of all blocks.
 __device__ inline bool IsLastBlock(uint32_t* counter, bool& failed) {
   __shared__ uint32_t before;
   __syncthreads();
@@ -172,7 +174,7 @@ __device__ inline bool IsLastBlock(uint32_t* counter, bool& failed) {
     const bool is_last = (before & ~kFailedHere) == gridDim.x - 1;
     if (is_last) {
       atomicAdd(counter, 0u - gridDim.x);
-      // Two ops at once may have counted together below zero.
+      // Two ops at once may together have counted below zero.
       if ((before & kFailedHere) != 0) atomicOr(counter, kFailedHere);
     }
     if (is_last || (before & kFailedHere) != 0) __threadfence();
@@ -182,7 +184,7 @@ __device__ inline bool IsLastBlock(uint32_t* counter, bool& failed) {
   return (before & ~kFailedHere) == gridDim.x - 1;
 }
 
-// This rank's address as its peers may name it; ~0 if they cannot read it.
+// The word by which peers find this rank's address; ~0 if they cannot read there.
 __device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t publication,
                                          const void* address) {
   const uint64_t value = reinterpret_cast<uint64_t>(address);
@@ -195,7 +197,8 @@ __device__ inline uint64_t EncodeAddress(const GroupParams& group, uint64_t publ
 
 // Tells every peer that this rank's inputs are ready, at `addresses` (null: none). Called by all
 // threads of one block, after the inputs were made visible (by an earlier kernel, or IsLastBlock).
-// Each thread has its fence before all of its stores, so these are relaxed, and come in any order.
+// Each thread has a fence before all of its stores. So the stores are relaxed and may arrive in any
+// order.
 __device__ inline void Publish(const GroupParams& group, OpNumbers op,
                                const void* const (&addresses)[kMaxAddresses]) {
   constexpr int kWords = kMaxAddresses + 1;
@@ -220,15 +223,15 @@ __device__ inline void Publish(const GroupParams& group, OpNumbers op,
       if (encoded == ~uint64_t{0}) {
         Fail(group, ErrorKind::kUnreachable, WordKind::kNone, group.rank,
              reinterpret_cast<uint64_t>(address), word, 0);
-        continue;  // who waits for it finds that this rank has failed
+        continue;  // peers that wait for it will find that this rank has failed
       }
     }
-    TestDelay(group.rank, epoch, ~0u);  // the flag may be there before the address
+    TestDelay(group.rank, epoch, ~0u);  // the flag may arrive before the address
     ptx::StoreRelaxedSystem(&peer.addresses[group.rank][word], encoded);
   }
 }
 
-// Where the peers' inputs are, as this device maps them. In shared memory.
+// The peers' inputs, at this device's addresses. In shared memory.
 struct PeerInputs {
   const char* address[kMaxRanks][kMaxAddresses];
 
@@ -238,16 +241,16 @@ struct PeerInputs {
   }
 };
 
-// Whether the group had failed before this op, which then shall not succeed, though all that it
-// waits for may come; or whether the program takes this device for another rank. For one thread of
-// a block, beside the waits of the others.
+// Whether the group had failed before this op, or the program takes this device for another rank.
+// After a failure the op must not succeed, even if all that it waits for arrives. Called by one
+// thread of a block, beside the waits of the others.
 __device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
   int rank = group.rank, instance = group.instance;
   if (group.coords != nullptr) {
     rank = group.coords[0] - group.first_rank;
     instance = group.coords[1];
   }
-  const bool failed = ptx::LoadAcquireSystem(&Own(group).failed) != 0u;  // on its way meanwhile
+  const bool failed = ptx::LoadAcquireSystem(&Own(group).failed) != 0u;  // loads meanwhile
   if (rank != group.rank || instance != group.instance) {
     Fail(group, ErrorKind::kMisplaced, WordKind::kNone, rank, group.instance, instance, 0);
     return true;
@@ -257,8 +260,8 @@ __device__ inline bool HasFailed(const GroupParams& group, uint64_t epoch) {
   return true;
 }
 
-// Waits until all ranks have arrived, after which `inputs` says where their inputs are; false in
-// all threads once the group has failed. Called by all threads of a block.
+// Waits until all ranks have arrived. Then `inputs` says where their inputs are. False in all
+// threads once the group has failed. Called by all threads of a block.
 __device__ inline bool WaitInputs(const GroupParams& group, OpNumbers op, PeerInputs& inputs) {
   Channel& own = Own(group);
   const uint64_t epoch = op.epoch, number = PackAddress(0, 0, op.publication);
@@ -270,7 +273,7 @@ __device__ inline bool WaitInputs(const GroupParams& group, OpNumbers op, PeerIn
       arrived = false;
       break;
     }
-    // It left together with the flag; after a failure it may never come.
+    // The address was sent together with the flag. After a failure it may never arrive.
     uint64_t word;
     for (Deadline deadline; arrived;) {
       word = ptx::LoadRelaxedSystem(&own.addresses[r][i % kMaxAddresses]);
@@ -291,17 +294,17 @@ __device__ inline bool WaitInputs(const GroupParams& group, OpNumbers op, PeerIn
 
 // Ends the op: the last block returns once all ranks read no more. Called by all threads of all
 // blocks, each after its last read of a peer, also after a failure. Meanwhile all threads of the
-// last block run `finish`, which sees what the other blocks wrote; and then, if the group has
-// failed, `poison`, which makes all results recognisable: blocks that did not fail have written
-// theirs.
+// last block run `finish`, which sees the other blocks' writes. If the group has failed, they then
+// run `poison`, which overwrites all results, because blocks that did not fail have written theirs.
 //
-// A rank whose waits or inputs were wrong (kFailedHere) does not close, so that its peers fail too,
-// who may have read these inputs before they were told. That also makes one look at `failed`
-// enough: a peer that fails after its close has read all that it needed, and this rank's results
-// are right.
+// A rank whose waits or inputs were wrong (kFailedHere) does not close. So its peers fail too,
+// because they may have read these inputs before they were told. That also makes one look at
+// `failed` enough: a peer that fails after its close has read all that it needed, and this rank's
+// results are right.
 //
-// Two ops that run at once share the count of blocks, and the last of either may not know it. So
-// every block that comes after a failure here writes poison, over what came before it.
+// Two ops that run at once share the count of blocks, and the last block of either may not know
+// that it is the last. So every block that comes after a failure on this rank writes poison over
+// what earlier blocks wrote.
 template <typename Finish, typename Poison>
 __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& finish,
                              Poison&& poison) {
@@ -312,14 +315,15 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
   const bool is_last = IsLastBlock(&own.blocks_done, failed);
   if (!is_last && !failed) return;
   if (!failed) {
-    // Releases the reads of all blocks, which IsLastBlock ordered before for this GPU alone. (Bulk
-    // loads are among them: they were complete when their barriers were waited for.)
+    // Releases the reads of all blocks, which IsLastBlock has ordered for this GPU only. They
+    // include bulk loads, which were complete once their barriers had been waited for.
     for (int r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
       ptx::StoreReleaseSystem(&group.peers[r]->close[group.rank].value,
                               FlagValue(epoch, group.tag));
     }
     if (threadIdx.x == 0 && ptx::LoadAcquireSystem(&own.failed) != 0u) {
-      // No wait may find it: a peer that failed after its own close has sent all.
+      // Waits may not have found it, because a peer that failed after its own close has sent
+      // everything.
       Fail(group, ErrorKind::kAborted, WordKind::kCloseFlag, group.rank,
            FlagValue(epoch, group.tag), 0, 0);
       failed = true;
@@ -337,7 +341,7 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
   if (!is_last || threadIdx.x != 0) return;
   own.tickets = 0;
   own.last.epoch = epoch;
-  // Without its value, for which the end would wait, or a register be kept until here.
+  // Adds without the old value: the end would wait for that value, or keep a register for it.
   atomicAdd(reinterpret_cast<unsigned long long*>(&own.last.publication), 1ull);
   own.active = 0;
 }
@@ -347,7 +351,7 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Poison&& 
   EndOp(group, epoch, [] {}, poison);
 }
 
-// Ends an op whose peers read nothing of this rank's, and which published nothing. Called by one
+// Ends an op whose peers read nothing of this rank, and which published nothing. Called by one
 // thread, after all blocks' waits.
 __device__ inline void EndOpAtOnce(const GroupParams& group, uint64_t epoch) {
   Own(group).last.epoch = epoch;

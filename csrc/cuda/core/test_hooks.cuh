@@ -1,7 +1,7 @@
-// What stress tests build into the kernels: delays that bring races to light, mutations, each of
-// which takes one wait out, to show that the tests would notice, a shorter ring, which few tokens
-// fill, and ranks that stop in the middle of an op or keep words to themselves. None is in the
-// library.
+// Hooks that stress tests build into the kernels: delays that bring races to light; mutations, each
+// of which removes one wait, to show that the tests would notice; a shorter ring, which few tokens
+// fill; and ranks that stop in the middle of an op or do not send some words. The library has none
+// of them.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ constexpr int kMutation = JAX_EP_MUTATION;
 constexpr int kMutation = 0;
 #endif
 
-// The waits that can be taken out.
+// The waits that can be removed.
 constexpr int kWithoutArrival = 1;     // of peers' inputs
 constexpr int kWithoutClose = 2;       // until peers have read this rank's inputs
 constexpr int kWithoutRingReady = 3;   // for sums of peers
@@ -30,12 +30,12 @@ constexpr int kWithoutPart = 12;       // for the ranks' sums of a chunk
 constexpr int kWithoutPartDone = 13;   // until the forwarder has read them
 constexpr int kWithoutHome = 14;       // for the chunks that come home
 constexpr int kWithoutTeam = 15;       // until all warps of a team have done a chunk
-// Not a wait: a chunk and its signal are sent by two calls, which nothing orders.
+// Not a wait: a chunk and its signal are sent by two calls without an order between them.
 constexpr int kWithSeparateSignal = 11;
-// Not a wait: addresses are told from those of before by their epoch.
+// Not a wait: the epoch tells addresses from those of earlier ops.
 constexpr int kNumberByEpoch = 7;
 
-// Slots of the ring that are used for the sums of one peer, at most.
+// The most slots of the ring that are used for the sums of one peer.
 #ifdef JAX_EP_TEST_RING_SLOTS
 constexpr int kMostRingSlots = JAX_EP_TEST_RING_SLOTS;
 #else
@@ -56,12 +56,12 @@ __device__ __forceinline__ void TestDelay([[maybe_unused]] int rank,
 #endif
 }
 
-// Only the lower half of a tag travels. The upper one, in tests, is 0, or 1 + the number of items
+// Only the lower half of a tag is sent. In tests, the upper half is 0, or 1 + the number of items
 // after which the rank stops, or kWithholds + the kind of the words that the rank sends to no peer.
 constexpr uint32_t kWithholds = 0xff00;
 
-// Whether this rank stops in this op, as one whose process is gone: each warp of combine after so
-// many items, and no block ends the op.
+// Whether this rank stops in this op like one whose process is gone. Each warp of combine stops
+// after that number of items, and no block ends the op.
 __device__ __forceinline__ bool TestStops([[maybe_unused]] uint32_t tag,
                                           [[maybe_unused]] uint32_t num_items) {
 #ifdef JAX_EP_TEST_STOPS

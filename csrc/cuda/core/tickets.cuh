@@ -1,8 +1,8 @@
-// Work that warps take as they get to it.
+// Work that warps take when they are ready for it.
 //
-// SMs are not equally fast: those that share a way to memory get less of it each, and how many
-// share one depends on where the blocks lie. With equal shares of the work all would wait for the
-// slowest. So shares are not fixed: who is ready takes the next item.
+// SMs are not equally fast. Some share a way to memory, and how many do so depends on where the
+// blocks run. With equal shares of the work all would wait for the slowest. So shares are not
+// fixed: a warp that is ready takes the next item.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@
 
 namespace jax_ep::cuda {
 
-// Numbers 0, 1, 2, ... of the running kernel, each of which one warp of this rank gets: the one
-// that asks. EndOp starts anew.
+// Hands out the numbers 0, 1, 2, ... of the running kernel, each to one warp of this rank. EndOp
+// resets them.
 class Tickets {
  public:
   __device__ explicit Tickets(const GroupParams& group) : group_(group), num_given_(0) { Ask(); }
 
-  // The first tickets, one for each of the warps, are given already and need no asking. Their work
-  // waits until the block runs, so only for work that nobody waits for.
+  // The first tickets, one for each warp, are assigned beforehand. Their work waits until the block
+  // runs, so use this only for work that nobody waits for.
   __device__ Tickets(const GroupParams& group, uint32_t warp, uint32_t num_warps)
       : group_(group), next_(warp), num_given_(num_warps) {}
 

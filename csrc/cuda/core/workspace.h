@@ -1,8 +1,8 @@
 // The symmetric workspace: the memory of a rank that its peers write to, as one type.
 //
-// Every rank of a group has one, in device memory that all peers of its host map. Rows never pass
-// through it: peers read each other's XLA buffers in place, at the addresses published here. Only
-// sums of rows do, which exist in no buffer (ring).
+// Every rank of a group has one, in device memory that all peers of its host map. Rows do not pass
+// through it, because peers read each other's XLA buffers in place, at the addresses published
+// here. Only sums of rows pass through it (ring), because they exist in no buffer.
 #pragma once
 
 #include <cstddef>
@@ -18,17 +18,17 @@ constexpr int kMaxRanks = 32;
 constexpr int kMaxExperts = 4096;
 // Addresses that one op publishes.
 constexpr int kMaxAddresses = 3;
-// Memory of the plan's messages, in words, for one of two plans that follow each other.
+// Memory for the messages of one plan, in words. Consecutive plans alternate between two of these.
 constexpr int kInboxWords = 1 << 19;
-// Memory of the sums of rows that are under way.
+// Memory for the sums of rows in flight.
 constexpr int kRingBytes = 32 << 20;
-// Sums from one rank that are under way, at most, and the parts that each travels in.
+// The most sums in flight from one rank, and the most parts that a sum is sent in.
 constexpr int kMaxRingSlots = 2048;
 constexpr int kMaxParts = 4;
 
-// A range of a rank's memory that its peers can read: where the one who holds the list maps it.
-// Between GPUs of one process addresses are the same everywhere, and the regions are parts of the
-// address space.
+// A range of a rank's memory that its peers can read, at the address where the owner of the list
+// maps it. Between GPUs of one process addresses are the same everywhere, and the regions are parts
+// of the address space.
 struct Region {
   uint64_t base;
   uint64_t size;
@@ -41,61 +41,62 @@ struct alignas(128) Flag {
   uint64_t value;
 };
 
-// The epoch numbers the ops of a group; the tag tells which op it is, so that ranks that fell out
-// of step find out.
+// The epoch numbers the ops of a group. The tag says which op it is, so that ranks notice if they
+// are out of step.
 constexpr int kTagBits = 16;
 JAX_EP_HOST_DEVICE uint64_t FlagValue(uint64_t epoch, uint32_t tag) {
   return epoch << kTagBits | (tag & ((1u << kTagBits) - 1));
 }
 
-// The numbers of an op: its epoch, and how many ops of the group up to this one have published
-// addresses. All ranks run the same ops, so both are the same everywhere.
+// The numbers of an op: its epoch, and how many ops of the group, up to this one, have published
+// addresses. All ranks run the same ops, so both are the same on all ranks.
 struct alignas(16) OpNumbers {
   uint64_t epoch;
   uint64_t publication;
 };
 
-// Words that carry a number of the op beside the value need no flag of their own: who finds the
-// number has the value too. An address travels as region and offset. There are only 16 bits left
-// for a number: they count publications, each of which writes all addresses, so that the word of
-// before has the number before, however many epochs have passed.
+// Words that carry a number of the op beside the value need no flag: a reader that finds the number
+// has the value too. An address is sent as region and offset, which leaves only 16 bits for a
+// number. They count publications, not epochs. Each publication writes all addresses, so the word
+// before always has the number before, however many epochs have passed.
 JAX_EP_HOST_DEVICE uint64_t PackAddress(uint64_t region, uint64_t offset, uint64_t publication) {
   return (region << kRegionShift | offset) << 16 | (publication & 0xffff);
 }
 JAX_EP_HOST_DEVICE uint64_t PackCount(int32_t count, uint64_t epoch) {
   return static_cast<uint64_t>(static_cast<uint32_t>(count)) << 32 | (epoch & 0xffffffff);
 }
-// Of the ring: the token whose sum is there, or has been read.
+// A word of the ring: the token whose sum is in the slot, or has been read.
 JAX_EP_HOST_DEVICE uint64_t RingWord(int32_t token, uint64_t epoch) {
   return epoch << 32 | static_cast<uint32_t>(token);
 }
 
-// Sums that the ring holds of each of the other ranks; 0 if a row is too long.
+// The number of sums that the ring holds for each other rank; 0 if a row is too long.
 JAX_EP_HOST_DEVICE int32_t RingSlots(int32_t num_ranks, int64_t row_bytes) {
   if (row_bytes == 0) return kMaxRingSlots;
-  const int64_t bytes = (num_ranks > 1 ? num_ranks - 1 : 1) * row_bytes;  // of a slot of each
+  const int64_t bytes = (num_ranks > 1 ? num_ranks - 1 : 1) * row_bytes;  // one slot for each
   const int32_t slots = bytes > kRingBytes ? 0 : kRingBytes / static_cast<int32_t>(bytes);
   return slots < kMaxRingSlots ? slots : kMaxRingSlots;
 }
 
-// Marks the count of blocks that are done: an op of this rank has failed. Never reset.
+// A mark in the count of finished blocks: an op of this rank has failed. Never reset.
 constexpr uint32_t kFailedHere = 1u << 31;
 
-// What an op waits for.
+// The phase of an op: what it waits for.
 enum class Phase : uint32_t {
   kArrival = 0,  // a peer's inputs
   kClose = 1,    // a peer's last read of this rank's inputs
   kRows = 2,     // a peer's partial sums, or its totals of the plan
 };
 
-// The word that a wait reads, which says how `expected` and `seen` of an ErrorRecord are packed.
+// The kind of word that a wait reads. It says how `expected` and `seen` of an ErrorRecord are
+// packed.
 enum class WordKind : uint32_t {
   kNone = 0,         // the failure is not about a word
   kArrivalFlag = 1,  // FlagValue
   kCloseFlag = 2,    // FlagValue
-  kAddress = 3,      // PackAddress; expected is the number of the publication alone
-  kTotal = 4,        // PackCount, of the plan that reads; expected is the epoch alone
-  kMessage = 5,      // PackCount, of the plan that sends; expected is the epoch alone
+  kAddress = 3,      // PackAddress; expected is only the number of the publication
+  kTotal = 4,        // PackCount of the plan that reads; expected is only the epoch
+  kMessage = 5,      // PackCount of the plan that sends; expected is only the epoch
   kSum = 6,          // RingWord: a sum is in its slot of the ring
   kSumRead = 7,      // RingWord: home has read the sum
   // ChunkWord (network/layout.h):
@@ -123,8 +124,8 @@ JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
   }
 }
 
-// The first failure of a group on one rank, in pinned host memory, so that it can be read whatever
-// state the device is in. `set` is written last.
+// The first failure of a group on one rank. It is in pinned host memory, so that the host can read
+// it in any state of the device. `set` is written last.
 struct ErrorRecord {
   uint32_t set;
   uint32_t kind;  // ErrorKind
@@ -135,8 +136,8 @@ struct ErrorRecord {
   uint64_t expected;
   uint64_t seen;
   uint64_t waited_ns;
-  // Written by the host, and polled by every wait: not 0 once the process of a peer is gone, then
-  // 1 + its rank.
+  // Written by the host and polled by every wait: 1 + the rank of a peer once its process is gone,
+  // else 0.
   uint32_t lost_peer;
 };
 
@@ -152,13 +153,13 @@ enum class ErrorKind : uint32_t {
 
 enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2, kCombineVjp = 3 };
 
-// What the ops of a group that follow each other use: epoch, flags, inbox and ring. Ops of a group
-// that run at the same time have to be on different channels; all ranks run the ops of one channel
-// in the same order.
+// The memory that consecutive ops of a group use: epoch, flags, inbox and ring. Ops of a group that
+// run at the same time must be on different channels. All ranks run the ops of one channel in the
+// same order.
 struct Channel {
-  // Written by peer r into entry r, for the op of that epoch. One of each is enough: no rank begins
-  // the next op before all have closed this one.
-  // An op that does not wait for the others' end may be followed by the next one's arrival.
+  // Peer r writes entry r, for the op of that epoch. One of each is enough, because no rank begins
+  // the next op before all have closed this one. Arrival has two, because an op that does not wait
+  // for the others' end may be followed by the next one's arrival.
   Flag arrival[2][kMaxRanks];                    // by epoch % 2: its inputs are ready
   Flag close[kMaxRanks];                         // it reads this rank's inputs no more
   uint64_t addresses[kMaxRanks][kMaxAddresses];  // of its inputs, PackAddress

@@ -6,7 +6,7 @@
 namespace jax_ep::cuda {
 namespace {
 
-// Of bulk copies, as in dispatch: each warp has stages of its own, and loads run ahead of stores.
+// Bulk copies are as in dispatch: each warp has stages of its own, and loads run ahead of stores.
 constexpr int kChunkBytes = 14336;  // a row of 7168 channels in bf16
 constexpr int kStages = 4;
 constexpr int kAhead = 3;
@@ -92,7 +92,7 @@ cudaError_t LaunchCopy(const CopyParams& params, Mover mover, cudaStream_t strea
       LoadsKernel<<<params.blocks, kLoadThreads, 0, stream>>>(params);
       return cudaGetLastError();
     case Mover::kEngine:
-      break;  // no kernel of ours
+      break;  // not a kernel
   }
   return cudaErrorInvalidValue;
 }

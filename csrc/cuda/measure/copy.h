@@ -1,6 +1,6 @@
-// Copies of one range of memory to another, as fast as kernels can: what the ops are held against.
+// Copies from one range of memory to another, as fast as kernels can: the ceiling for the ops.
 //
-// Nothing is planned, waited for or summed here. The source may be a peer's memory.
+// They plan, wait for and sum nothing. The source may be a peer's memory.
 #pragma once
 
 #include <cuda_runtime_api.h>

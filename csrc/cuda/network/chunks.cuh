@@ -1,8 +1,9 @@
-// The way of chunks between hosts: what senders, forwarders and readers wait for and tell.
+// Chunks on their way between hosts: what senders, forwarders and readers wait for, and what they
+// tell others.
 //
-// All of them go through chunks in the same order: window by window, and in each the hosts or ranks
-// in turn. Who waits for a slot waits for windows before its own, so no circle of waits can close.
-// A forwarder holds nothing while it waits: it looks at all its ways by turns.
+// All of them go through chunks in the same order: window by window, and in each window the hosts
+// or ranks in turn. A wait for a slot is a wait for earlier windows, so waits cannot form a circle.
+// A forwarder holds nothing while it waits: it looks at all its ways in turn.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ __device__ __noinline__ inline void TellHosts(const NetworkParams& network) {
   }
 }
 
-// BeginOp that also looks whether the group had failed on another host before.
+// BeginOp that also checks whether the group has failed before on another host.
 __device__ __forceinline__ OpNumbers BeginNetworkOp(const NetworkParams& network) {
   const OpNumbers op = BeginOp(network.node);
   if (blockIdx.x == 0 && threadIdx.x == 0 && ptx::LoadAcquireSystem(network.Own().failed()) != 0) {
@@ -41,7 +42,7 @@ __device__ __forceinline__ bool Continue(const NetworkParams& network, Deadline&
   return deadline.Continue(network.node, kind, peer, expected, seen);
 }
 
-// What has come of a word that `peer` writes.
+// The state of a word that `peer` writes.
 enum class Seen { kNot, kHere, kOther };
 
 __device__ __forceinline__ Seen LookAt(const uint64_t* word, uint64_t expected, uint64_t& seen) {
@@ -68,13 +69,13 @@ __device__ inline bool WaitWord(const NetworkParams& network, const uint64_t* wo
   }
 }
 
-// One end of a way: a lane to a host.
+// One end of a way, which is a lane to a host.
 struct Way {
   int32_t host;
   int32_t lane;
 
   // The `number`-th of `ways`. Hosts come in turn, beginning after `own_host`, so that not all
-  // ranks send to the same one.
+  // ranks send to the same host at once.
   __device__ Way(const Ways& ways, const NetworkParams& network, int32_t number)
       : host((network.host + 1 + number / ways.num_lanes) % network.shape.num_hosts),
         lane(number % ways.num_lanes) {}
@@ -83,9 +84,9 @@ struct Way {
 };
 
 // Calls `do_window(way, turn, n, window)` for the block's ways, `turns` times for each: for the
-// first window of all of them, then for the second one, and so on; it is the n-th of its way. This
-// is the order that everybody keeps. `turn` counts over all ways of the block. False as soon as a
-// call is.
+// first window of all ways, then for the second one, and so on. `window` is the n-th of its way.
+// All ranks keep this order. `turn` counts over all ways of the block. Returns false as soon as a
+// call does.
 template <typename DoWindow>
 __device__ __forceinline__ bool ForEachWindow(const NetworkParams& network, const Ways& ways,
                                               int32_t num_tokens, int32_t window_tokens,
@@ -107,8 +108,9 @@ __device__ __forceinline__ bool ForEachWindow(const NetworkParams& network, cons
   return true;
 }
 
-// The word of what was in the slot before the `n`-th chunk, that of `window`: of this op, or else
-// the one that an earlier op has left in `last`, which is not written before this chunk is.
+// The word of the previous chunk in the slot of the `n`-th chunk, that of `window`. It is a word of
+// this op, or the one that an earlier op has left in `last`. `last` is not written before this
+// chunk.
 __device__ __forceinline__ uint64_t WordBefore(const NetworkParams& network, uint64_t epoch,
                                                int32_t n, int32_t window, const uint64_t* last) {
   return n < kChunkSlots ? ptx::LoadRelaxedSystem(last)
@@ -140,7 +142,7 @@ class ChunkSender {
     return to_.memory != nullptr ? There().in(SlotThere(n)) : network_.Own().out(way_.Slot(n));
   }
 
-  // Sends the `n`-th chunk, that of `window`, of which `bytes` are packed. All lanes of a warp,
+  // Sends the `n`-th chunk, that of `window`, with `bytes` packed. Called by all lanes of a warp,
   // after their bulk stores are complete.
   __device__ void Send(int32_t n, int32_t window, int32_t bytes) const {
     const SlotIndex at = way_.Slot(n), there = SlotThere(n);
@@ -177,8 +179,8 @@ class ChunkSender {
   Counterpart to_;
 };
 
-// Forwards the chunks of a block's ways, by one warp, each lane of which looks at some of them by
-// turns. False once the group has failed.
+// Forwards the chunks of a block's ways, by one warp. Each lane looks at some of the ways in turn.
+// False once the group has failed.
 __device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& ways, uint64_t epoch,
                                      int32_t num_tokens, int32_t tokens_per_window) {
   const NetworkShape& shape = network.shape;

@@ -1,5 +1,5 @@
-// Combine between hosts: the rows of a token are added on each rank, then on each host, and come
-// home in one row a host.
+// Combine between hosts: the rows of a token are added on each rank, then on each host, and each
+// host sends one row home.
 //
 // In a block, *makers* add this rank's rows of each token into parts, one for each way and each
 // forwarder; *adders* add, as the forwarder, the parts of all ranks of the host, and send the sums
@@ -22,7 +22,7 @@ constexpr int kTeamWarps = 5;  // more would leave AddTerms too few registers
 constexpr int kTeams = 3;
 constexpr int kThreads = kTeams * kTeamWarps * 32;
 
-// A row in a chunk or a part, with the values that go home.
+// A row in a chunk or a part, followed by the values that go home.
 struct SumRow {
   int32_t values_at, bytes;
   __host__ __device__ explicit SumRow(const NetworkCombineParams& p) {
@@ -135,8 +135,8 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
   return ForEachWindow(network, ways, p.num_tokens, window_tokens, shape.host_ranks, make);
 }
 
-// The parts of all ranks of this host for this rank, once they are there. Lane d has the tokens of
-// rank d.
+// The parts of all ranks of this host for this rank, once they have arrived. Lane d has the tokens
+// of rank d.
 __device__ bool WaitParts(const NetworkParams& network, SlotIndex at, uint64_t word,
                           uint32_t& tokens) {
   const int32_t lane = threadIdx.x % 32;
@@ -161,8 +161,7 @@ __device__ void TellPartsDone(const NetworkParams& network, SlotIndex at, uint64
   ptx::StoreReleaseSystem(network.Of(lane).part_done(network.node.rank, at), word);
 }
 
-// The sum of the parts that have a token, and its values, bit by bit those of the one that has
-// them.
+// The sum of the parts that have a token, and its values, unchanged from the part that has them.
 template <typename T>
 __device__ void AddParts(const NetworkCombineParams& p, const SumRow& format, const Member& self,
                          SlotIndex at, uint32_t tokens_of_lane, int32_t bit, char* sum,
@@ -223,7 +222,7 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
   return ForEachWindow(network, ways, p.num_tokens, window_tokens, 1, send);
 }
 
-// Homes: this rank's tokens. The windows of a lane are shared by the blocks that serve it.
+// Homes: this rank's tokens. The blocks that serve a lane share its windows.
 template <typename T>
 __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint64_t epoch,
                           Member& self) {
@@ -238,7 +237,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     const int32_t first = window * window_tokens;
     const uint64_t word = ChunkWord(epoch, network.node.tag, window);
     const SlotIndex here{network.host, way.lane, n % kChunkSlots};
-    // Of the others, each lane waits for some.
+    // Each lane waits for some of the other hosts.
     uint32_t sent[kMaxHosts / 32] = {};
     bool ok = true;
 #pragma unroll
@@ -315,7 +314,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
   return ForEachWindow(network, ways, p.num_tokens, window_tokens, 1, add);
 }
 
-// What a failed combine gives: NaN in every row.
+// The result of a failed combine: NaN in every row.
 __device__ void Poison(const NetworkCombineParams& p) {
   const auto fill = [](void* memory, int64_t num_words) {
     for (int64_t i = threadIdx.x; i < num_words; i += blockDim.x) {

@@ -59,7 +59,7 @@ cudaError_t LaunchNetworkCombine(const NetworkCombineParams& params, cudaStream_
 
 cudaError_t LoadNetworkCombine();
 
-// Whether a chunk has room for a row as long as these, with what goes with it.
+// Whether a chunk has room for a row of this length with its values.
 bool FitsNetworkCombine(const NetworkCombineParams& params);
 
 }  // namespace jax_ep::cuda

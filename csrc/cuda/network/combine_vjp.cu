@@ -1,10 +1,11 @@
-// Gradients of combine between hosts: the cotangents of a rank's tokens go where their rows are,
-// each once over the network to each host, as the rows of dispatch do (network/dispatch.cu).
+// Gradients of combine between hosts: the cotangents of a rank's tokens go to the ranks that have
+// their rows, each once over the network to each host, like the rows of dispatch
+// (network/dispatch.cu).
 //
-// In a block, *senders* pack and send this rank's cotangents for other hosts; the *forwarder* tells
-// the ranks of this host what came; *readers* load cotangents, of this host from the peers' inputs
-// and of others from the forwarders' memory, piece by piece through shared memory, and make the
-// gradients of this rank's rows with them (rows/gradients.cuh).
+// In a block, *senders* pack and send this rank's cotangents for other hosts, and the *forwarder*
+// tells the ranks of this host what has arrived. *Readers* load cotangents piece by piece through
+// shared memory: those of this host from the peers' inputs, and those of others from the
+// forwarders' memory. With them they make the gradients of this rank's rows (rows/gradients.cuh).
 
 #include "cuda/core/sync.cuh"
 #include "cuda/network/chunks.cuh"
@@ -69,7 +70,7 @@ struct Unit {
       const int32_t at = lane_at + 32 * i * kVectorBytes;
 #pragma unroll
       for (int word = 0; word < kVectorBytes / 16; ++word) {
-        // A lane past the end loads what it does not use. A row may end after half a vector.
+        // A lane past the end loads bytes that it does not use. A row may end after half a vector.
         const int32_t from = plan::Min(at + 16 * word, bytes - 16);
         raw[i].words[word] = __ldcg(reinterpret_cast<const uint4*>(given + from));
       }
@@ -81,7 +82,7 @@ struct Unit {
       float cotangent[kVector], products[kVector], scaled[kVector];
       Unpack(*reinterpret_cast<const RawVector<T>*>(gradient + at), cotangent);
       Unpack(raw[i], products);
-      // What lies past the end of a row, after half a vector, is no part of it.
+      // If a row ends after half a vector, the other half is not part of it.
       if (at + kVectorBytes > bytes) {
 #pragma unroll
         for (int j = kVector / 2; j < kVector; ++j) cotangent[j] = products[j] = 0.0f;
@@ -106,7 +107,7 @@ __device__ void Differentiate(const NetworkCombineVjpParams& p, TeamMember& self
   const Pieces pieces(row_bytes, kStageBytes, kPieceUnit);
   while (entries.begin < entries.end) {
     const EntryBatch batch(p.routes, entries);
-    // The entries of a token are cut into units; lane u knows where the u-th one begins.
+    // The entries of a token are divided into units; lane u knows where the u-th unit begins.
     const uint32_t up_to_lane = lane == 31 ? ~0u : (2u << lane) - 1;
     const uint32_t heads_so_far = batch.heads & up_to_lane;
     const int32_t in_token = lane - (31 - __clz(static_cast<int>(heads_so_far)));
@@ -147,8 +148,8 @@ __device__ void Differentiate(const NetworkCombineVjpParams& p, TeamMember& self
   }
 }
 
-// A reader: gradients of the rows with tokens of this host, of those that no token has, and of
-// those with tokens of other hosts.
+// A reader: gradients of the rows with tokens of this host, of unused rows, and of those with
+// tokens of other hosts.
 template <typename T>
 __device__ void ReadAll(const NetworkCombineVjpParams& p, const PeerInputs& inputs,
                         const Ways& ways, uint64_t epoch, TeamMember& self, Pipe& pipe) {

@@ -57,7 +57,7 @@ cudaError_t LaunchNetworkCombineVjp(const NetworkCombineVjpParams& params, cudaS
 
 cudaError_t LoadNetworkCombineVjp();
 
-// Whether a chunk has room for a row as long as these.
+// Whether a chunk has room for a row of this length.
 bool FitsNetworkCombineVjp(const NetworkCombineVjpParams& params);
 
 }  // namespace jax_ep::cuda

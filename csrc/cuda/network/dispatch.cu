@@ -1,10 +1,10 @@
 // Dispatch between hosts: every row crosses the network once for each host that needs it.
 //
-// In a block, *senders* pack this rank's rows for other hosts into chunks and send them; the
-// *forwarder* tells the ranks of this host what came; *readers* bring this rank's rows, first those
-// of ranks on this host from their inputs, then those of other hosts from the forwarders' memory.
-// Senders are a team, and so are readers: all warps of it do the same chunks, each some of the
-// rows' pieces.
+// In a block, *senders* pack this rank's rows for other hosts into chunks and send them. The
+// *forwarder* tells the ranks of this host what has arrived. *Readers* bring this rank's rows,
+// first those of ranks on this host from their inputs, then those of other hosts from the
+// forwarders' memory. Senders are a team, and so are readers: all warps of a team do the same
+// chunks, each some pieces of the rows.
 
 #include "cuda/core/sync.cuh"
 #include "cuda/network/chunks.cuh"
@@ -163,7 +163,7 @@ __device__ void ClearUnused(const NetworkDispatchParams& p, int32_t warp, int32_
   }
 }
 
-// What a failed dispatch gives: NaN in every row.
+// The result of a failed dispatch: NaN in every row.
 __device__ void Poison(const NetworkDispatchParams& p) {
   const int32_t words_per_row = p.row_bytes / 16;
   for (int64_t row = 0; row < p.capacity; ++row) {

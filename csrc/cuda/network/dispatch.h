@@ -66,7 +66,7 @@ cudaError_t LaunchNetworkDispatch(const NetworkDispatchParams& params, cudaStrea
 
 cudaError_t LoadNetworkDispatch();
 
-// Whether a chunk has room for a row as long as these, with what goes with it.
+// Whether a chunk has room for a row of this length with its scales and weights.
 bool FitsNetworkDispatch(const NetworkDispatchParams& params);
 
 }  // namespace jax_ep::cuda

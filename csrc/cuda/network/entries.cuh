@@ -48,12 +48,12 @@ __device__ inline EntryRange ShareOfEntries(const NetworkRoutes& routes, int32_t
   return range;
 }
 
-// The first entries of a range, at most 32, with all entries of each of their tokens: no token has
-// more than 32 rows on a rank. Each lane has one of them. By one warp.
+// The first entries of a range, at most 32 and only whole tokens. That is always possible, because
+// no token has more than 32 rows on a rank. Each lane has one of them. By one warp.
 struct EntryBatch {
   int32_t count;
   int32_t token, row;  // of the lane's entry; no token past `count`
-  uint32_t heads;      // entries, one bit each, that are the first ones of their tokens
+  uint32_t heads;      // one bit for each entry: whether it is the first of its token
 
   __device__ EntryBatch(const NetworkRoutes& routes, EntryRange range) {
     const int32_t lane = threadIdx.x % 32;

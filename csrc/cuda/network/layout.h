@@ -1,17 +1,16 @@
-// The memory that hosts reach over the network: chunks of rows on their way, and the words that go
-// with them.
+// The memory that hosts reach over the network: chunks of rows in flight, and their words.
 //
 // Every rank has one such piece of memory, at the same offset of the symmetric heap. The network
-// joins it with those of the ranks that have the same index on the other hosts, its *counterparts*;
-// NVLink joins it with those of the ranks of its own host. A row for any rank of a host travels
-// once, to the counterpart there, which is its *forwarder*: the ranks of that host read it from the
-// forwarder's memory.
+// connects it with those of the rank's *counterparts*, which have the same index on the other
+// hosts. NVLink connects it with those of the ranks of its own host. A row for any rank of a host
+// is sent once, to the counterpart there. That rank is the row's *forwarder*: the ranks of its host
+// read the row from its memory.
 //
-// Rows travel in chunks: one for each *window* of a few neighbouring tokens and each other host,
-// with the rows of those tokens that go there, and a mask that tells which they are. So both ends
-// know how many chunks there are and which of them has a token, and all go through them in the same
-// order. The windows are split between *lanes*, which have slots of their own. A chunk's way out,
-// and the words that tell of it:
+// Rows travel in chunks. There is one chunk for each *window* of a few neighbouring tokens and each
+// other host. It has the rows of those tokens that go there, and a mask that says which they are.
+// So both ends know how many chunks there are and which of them has a token, and all go through
+// them in the same order. The windows are split between *lanes*, which have slots of their own. A
+// chunk's way out, and the words for each step:
 //
 //   sender     packs it into `out`, puts it into the counterpart's `in`    arrived, there
 //   forwarder  tells the ranks of its host                                 ready, at each of them
@@ -26,7 +25,7 @@
 //              has read the parts                                          part_done, at each rank
 //   home       has added what came of all hosts                            credit, at the forwarder
 //
-// Each word has one writer, and the next value of it is written only after the last one was seen.
+// Each word has one writer, which writes the next value only after the last one was seen.
 #pragma once
 
 #include <cstddef>
@@ -37,10 +36,10 @@
 namespace jax_ep::cuda {
 
 constexpr int kMaxHosts = 64;
-// Chunks under way from a rank to one host in one lane.
+// Chunks in flight from a rank to one host in one lane.
 constexpr int kChunkSlots = 2;
 
-// What all ranks of a group agree on.
+// The sizes that all ranks of a group agree on.
 struct NetworkShape {
   int32_t num_hosts;    // P
   int32_t host_ranks;   // n, ranks on each host
@@ -50,12 +49,13 @@ struct NetworkShape {
   JAX_EP_HOST_DEVICE int64_t num_slots() const {
     return int64_t{num_hosts} * num_lanes * kChunkSlots;
   }
-  // Bytes of words: arrived, credit, sent, and five of every rank of the host; then one that tells
-  // of failures, and one for signals that nobody looks at.
+  // Bytes of words: arrived, credit, sent, and five for every rank of the host; then one for
+  // failures, and one for signals that nobody reads.
   JAX_EP_HOST_DEVICE int64_t word_bytes() const {
     return (((3 + 5 * host_ranks) * num_slots() + 2) * 8 + 1023) / 1024 * 1024;
   }
-  // Of a rank's whole network memory: words, `in`, `out`, and a part for each rank of the host.
+  // Bytes of a rank's whole network memory: words, `in`, `out`, and a part for each rank of the
+  // host.
   JAX_EP_HOST_DEVICE int64_t bytes() const {
     return word_bytes() + (2 + host_ranks) * num_slots() * chunk_bytes;
   }
@@ -128,7 +128,7 @@ class NetworkMemory {
   NetworkShape shape_;
 };
 
-// What a word says: the number of the op, what tells it from others, and a chunk of it.
+// The contents of a word: the number of the op, its tag, and a chunk of it.
 constexpr int kChunkBits = 20;
 constexpr int kChunkTagBits = 12;
 constexpr int32_t kMaxChunks = (1 << kChunkBits) - 1;
@@ -138,21 +138,22 @@ JAX_EP_HOST_DEVICE uint64_t ChunkWord(uint64_t epoch, uint32_t tag, int32_t chun
          static_cast<uint32_t>(chunk + 1);
 }
 
-// What a chunk begins with.
+// The head of a chunk.
 struct alignas(16) ChunkHeader {
-  uint32_t tokens;  // of the window, one bit each: those whose rows follow, in their order
+  uint32_t tokens;  // one bit for each token of the window: whether its row follows, in order
 };
 constexpr int kMaxWindow = 32;
 
-// Tokens of a window whose rows take `row_bytes` each, with what goes with them: a chunk has room
-// for the rows of all of them. 0 if it has none for a single one.
+// The number of tokens of a window, so that a chunk has room for all of their rows. `row_bytes`
+// includes what goes with a row. 0 if a chunk has no room for a single row.
 JAX_EP_HOST_DEVICE int32_t WindowTokens(const NetworkShape& shape, int32_t row_bytes) {
   const int32_t room = shape.chunk_bytes - static_cast<int32_t>(sizeof(ChunkHeader));
   const int32_t tokens = row_bytes == 0 ? kMaxWindow : room / row_bytes;
   return tokens < kMaxWindow ? tokens : kMaxWindow;
 }
 
-// The windows of a lane: neighbours, so that who goes through sorted entries does so once.
+// The windows of a lane. They are neighbours, so that a reader goes through its sorted entries
+// once.
 struct Windows {
   int32_t tokens;  // of each, but for the last one
   int32_t first;   // of the lane
@@ -167,8 +168,8 @@ struct Windows {
   }
 };
 
-// What the blocks of a kernel do between hosts: each serves some of the *ways*, a lane to a host
-// each. All ranks run as many blocks.
+// The work of the blocks of a kernel between hosts. Each block serves some of the *ways*; a way is
+// a lane to a host. All ranks run the same number of blocks.
 struct Ways {
   int32_t num_lanes;  // to each host, that are used
   int32_t count;

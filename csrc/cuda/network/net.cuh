@@ -1,9 +1,9 @@
 // All of NVSHMEM's device interface that the project uses.
 //
 // A put and its signal are one call: the signal is set at the receiver after the bytes are there.
-// Nothing orders two puts, or a put and a signal of another call. The source may be read until the
-// receiver has answered, so sources are in the symmetric heap and are written again only after
-// that.
+// Two puts, or a put and a signal of another call, have no order. The network may read the source
+// until the receiver has answered, so sources are in the symmetric heap and are written again only
+// after that.
 #pragma once
 
 #include <nvshmem.h>
@@ -26,7 +26,8 @@ __device__ __forceinline__ void Signal(uint64_t* signal, uint64_t value, int pe)
   nvshmemx_signal_op(signal, value, NVSHMEM_SIGNAL_SET, pe);
 }
 
-// Does what a transport needs before the bytes of a put are read whose signal has been seen.
+// Call it after the signal of a put was seen and before its bytes are read: some transports need
+// that.
 __device__ __forceinline__ void Accept(uint64_t* signal, uint64_t value) {
   nvshmem_signal_wait_until(signal, NVSHMEM_CMP_EQ, value);
 }

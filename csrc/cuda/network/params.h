@@ -1,4 +1,4 @@
-// What a kernel needs to know of a group that spans hosts.
+// What a kernel must know about a group that spans hosts.
 #pragma once
 
 #include <cstdint>

@@ -92,7 +92,7 @@ __device__ void SendChoices(const NetworkPlanParams& p, int32_t turn, uint64_t w
   }
 }
 
-// Tells the ranks of this host what came of this rank's counterparts. By one warp.
+// Tells the ranks of this host which choices have come from this rank's counterparts. By one warp.
 __device__ bool ForwardChoices(const NetworkPlanParams& p, int32_t turn, uint64_t word) {
   const NetworkParams& network = p.network;
   const PlanMemory own = MemoryOf(p, network.node.rank);
@@ -185,7 +185,7 @@ __device__ void WriteCounts(const NetworkPlanParams& p, const Sizes& sizes, cons
   *MemoryOf(p, p.network.node.rank).num_plans() += 1;
 }
 
-// What a failed plan gives: no rows, and counts that no plan has.
+// The result of a failed plan: no rows, and impossible counts.
 __device__ void Poison(const NetworkPlanParams& p, const Sizes& sizes) {
   for (int32_t i = threadIdx.x; i < p.capacity; i += kThreads) {
     p.recv_token[i] = p.recv_row[i] = plan::kNone;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads)
   const PlaceMemory shared(memory, sizes, p.top_k, warp);
   const OpNumbers op = NumbersOfOp(network.node);
   const int32_t turn = Turn(p);
-  // After a failure the counts may be anything.
+  // After a failure the counts may have any value.
   const bool ok = __syncthreads_and(ptx::LoadAcquireSystem(&Own(network.node).failed) == 0u);
   if (ok) {
     LayOut(p, sizes, shared);

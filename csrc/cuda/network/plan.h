@@ -15,9 +15,9 @@ namespace jax_ep::cuda {
 // on each host which experts there its tokens want: *choices*, which the ranks of the host read at
 // the counterpart, so nothing is as large as all ranks' choices.
 //
-// There is room for two plans. A rank sends choices to a host only when it has got those of the
-// plan before from there, which that host sends when all its ranks have read those of the one
-// before that.
+// There is room for two plans, because a rank sends choices for plan n to a host only after it has
+// received that host's choices for plan n - 1. The host has sent those after all its ranks had read
+// the choices for plan n - 2.
 class PlanMemory {
  public:
   // `message_bytes`, a multiple of 128: of the choices for one host.

@@ -1,4 +1,4 @@
-// The way in of rows: readers go through this rank's entries, those of its host's ranks and those
+// Receiving rows: readers go through this rank's entries, those from ranks of its host and those
 // that came in chunks from other hosts.
 #pragma once
 

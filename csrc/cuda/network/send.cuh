@@ -1,4 +1,4 @@
-// The way out of rows: senders pack this rank's rows for other hosts into chunks, and send them.
+// Sending rows: senders pack this rank's rows for other hosts into chunks, and send them.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace jax_ep::cuda {
 
-// How a row is cut for the stages of a pipe.
+// How a row is divided for the stages of a pipe.
 struct Pieces {
   int32_t row_bytes, bytes, count;
   // Pieces of about the same size, a multiple of `unit` but for the last one, as is `stage_bytes`.

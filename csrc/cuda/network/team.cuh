@@ -28,15 +28,16 @@ struct TeamMember {
     next = (next + num_warps - count % num_warps) % num_warps;
     return first;
   }
-  // How many items are in a share that begins with `first`.
+  // The number of items in a share that begins with `first`.
   __device__ int32_t ShareOf(int32_t count, int32_t first) const {
     return first < count ? (count - first - 1) / num_warps + 1 : 0;
   }
 
-  // Called after each chunk, in the same order by all warps of a team. True in the first warp, once
-  // all have come as far: it may tell of what they read and wrote, generic accesses and those of
-  // bulk copies that they have waited for. In the others false at once; and in the first one if the
-  // group has failed, with `ok` false.
+  // Called after each chunk, in the same order by all warps of a team. In the first warp it returns
+  // true once all warps have come as far. That warp may then tell others what the team has read and
+  // written, by generic accesses and by bulk copies that the warps have waited for. In the other
+  // warps it returns false at once. If the group has failed, it returns false in the first warp
+  // too, and `ok` is false.
   __device__ bool IsTeller(const GroupParams& group, bool& ok) {
     ++num_done;
     const int32_t lane = threadIdx.x % 32;

@@ -1,10 +1,10 @@
 // The combine op: the rows of a token meet at home.
 //
-// Layout "token": each rank has one row of a token at most, so home reads them over the link and
-// adds. Layout "expert": each rank first adds its own rows of every token of its peers and puts the
-// sum into a slot of home's ring, with a word that says so; home adds it to its own rows. Both go
-// on at the same time: every rank goes through a list of items, in which its own sum of a token
-// comes some time after its sums for peers. Warps take items in turn.
+// Layout "token": each rank has at most one row of a token, so home reads the rows over the link
+// and adds them. Layout "expert": each rank first adds its own rows of every token of its peers and
+// puts the sum into a slot of home's ring, with a word that says so. Home adds the sum to its own
+// rows. Both go on at the same time: every rank goes through a list of items, in which its own sum
+// of a token comes some time after its sums for peers. Warps take items in turn.
 
 #include "cuda/core/sync.cuh"
 #include "cuda/core/tickets.cuh"
@@ -20,8 +20,8 @@ namespace {
 using plan::Layout;
 
 constexpr int kThreads = kAdderWarps * 32;
-// Rows are added in parts, by different warps, where there would be too few items for all warps to
-// end together.
+// Rows are added in parts, by different warps, if there were too few items otherwise for all warps
+// to end together.
 constexpr int kMinPartBytes = 4 * kStripBytes;
 constexpr int kManyItems = 16384;
 constexpr int kManyItemsOfAWarp = 4;
@@ -35,7 +35,8 @@ struct WarpMemory {
 };
 constexpr int kSharedBytes = kAdderWarps * static_cast<int>(sizeof(WarpMemory));
 
-// What all warps of a running combine need to know. In shared memory: registers are scarce.
+// What all warps of a running combine need to know. It is in shared memory because registers are
+// scarce.
 struct CombineState : RingState {
   int32_t num_peers;  // that sums are made for
   int32_t num_units;  // parts of rows of all tokens
@@ -50,8 +51,8 @@ struct Item {
   int32_t nth_peer;
 };
 
-// How many parts rows have. Where sums go through the ring, it has to be the same on all ranks, so
-// it depends on what they have in common.
+// The number of parts of a row. Where sums go through the ring it must be the same on all ranks, so
+// it depends only on numbers that they have in common.
 __device__ int32_t NumParts(const CombineParams& p, int32_t row_bytes) {
   const bool by_expert = p.layout == Layout::kExpert;
   const int32_t items = by_expert ? p.num_tokens * p.group.num_ranks : p.num_tokens;
@@ -71,25 +72,26 @@ __device__ void MakeState(const CombineParams& p, uint64_t epoch, int32_t row_by
   state.num_slots = plan::Min(RingSlots(p.group.num_ranks, row_bytes), kMostRingSlots);
   state.num_peers = p.layout == Layout::kExpert ? p.group.num_ranks - 1 : 0;
   state.num_units = p.num_tokens * state.num_parts;
-  // What peers send is under way for as long as a warp takes for an item or so.
+  // Data of peers takes about as long to arrive as a warp needs for an item.
   const int32_t under_way = gridDim.x * kAdderWarps / (state.num_peers + 1);
   const int32_t half_the_ring = state.num_slots * state.num_parts / 2;
   state.lag = plan::Min(plan::Min(under_way, half_the_ring), state.num_units);
 }
 
 // Item `index` of the list; false if there is none. First come `lag` units (parts of tokens) for
-// peers alone, then the units for peers and those of this rank side by side, then what is left of
-// the latter.
+// peers only, then the units for peers and those of this rank side by side, then the rest of this
+// rank's units.
 //
-// No rank waits for ever, though each may have a lag of its own, as it may have its own number of
-// blocks. Let the time of an item be its unit, plus lag + 1/2 if it is for this rank. Lists are in
-// the order of time, and who waits in an item waits for earlier ones: for the peers' sums of the
-// same unit; or for home to have read what was in the slot, at least as many units before as the
-// ring has, of which a lag is at most half. Warps get items in the order of the list once they run,
-// and a warp that holds an item it has not begun is at an earlier one. So of the items that are not
-// finished on any rank, the earliest are being worked on, and wait for nothing, if only some block
-// of each rank runs: other kernels may keep the rest from the SMs. (As in all ops, block 0 has to
-// be one that runs, for it publishes; blocks get SMs in the order of their numbers.)
+// No deadlock is possible, although ranks may have different lags, because they may have different
+// numbers of blocks. Let the time of an item be its unit, plus lag + 1/2 if it is for this rank.
+// Lists are in the order of time, and an item waits only for earlier items. It waits for the peers'
+// sums of the same unit. Or it waits until home has read the sum before it in the slot; that sum is
+// at least as many units earlier as the ring has slots, and a lag is at most half of that number.
+// Warps get items in the order of the list once they run, and a warp that holds an item that it has
+// not begun is at an earlier one. So the earliest unfinished items of all ranks are being worked on
+// and wait for nothing. This needs only one running block on each rank; other kernels may keep the
+// rest from the SMs. (As in all ops, block 0 must run, because it publishes. Blocks get SMs in the
+// order of their numbers.)
 __device__ bool GetItem(const CombineState& state, uint32_t index, Item& item) {
   const uint32_t alone = state.lag * state.num_peers;
   const uint32_t both = (state.num_units - state.lag) * (state.num_peers + 1);
@@ -137,8 +139,8 @@ class Combiner {
     return plan::Min(BeginOf(part) + state_.part_bytes, state_.row_bytes);
   }
 
-  // Lists this rank's rows of a source from terms_[first] on, and returns how many they are. `row`
-  // is row m in lane m, or -1; rows are packed to the left.
+  // Lists this rank's rows of a source from terms_[first] on, and returns their number. `row` is
+  // row m in lane m, or -1. The lanes with rows come first.
   __device__ int32_t ListOwnRows(int32_t row, int32_t first) {
     if (row >= 0) {
       const char* address = static_cast<const char*>(p_.rows) + int64_t{row} * state_.row_bytes;
@@ -166,8 +168,8 @@ class Combiner {
     return true;
   }
 
-  // The sum of a token of this rank. Its terms are, for each rank, ascending, the rounded sum of
-  // this rank's own rows, or the peer's one row.
+  // The sum of a token of this rank. It has a term for each rank, in ascending order: the rounded
+  // sum of this rank's own rows, or the peer's one row.
   __device__ bool BringHome(const RingPlace& place) {
     const int32_t token = place.token, begin = BeginOf(place.part), end = EndOf(place.part);
     const bool by_expert = p_.layout == Layout::kExpert;
@@ -201,7 +203,7 @@ class Combiner {
       }
       ++count;
     }
-    __syncwarp();  // the list is written, and what lanes have waited for is there for all
+    __syncwarp();  // the list is written, and all lanes see what others have waited for
     char* y = static_cast<char*>(p_.y) + int64_t{token} * state_.row_bytes;
     if (count == 0) {
       Clear(y, begin, end);
@@ -290,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool is_read = p.layout == Layout::kToken && has_rows;
     Publish(p.group, op, {is_read ? p.rows : nullptr, p.values, nullptr});
   }
-  if (has_rows && threadIdx.x == kThreads / 2) {  // one that has no part in what is above
+  if (has_rows && threadIdx.x == kThreads / 2) {  // a thread that has nothing to do above
     MakeState(p, op.epoch, p.hidden * sizeof(T), state);
   }
   Tickets tickets(p.group);                     // the first is on its way meanwhile

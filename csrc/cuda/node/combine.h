@@ -34,8 +34,8 @@ struct CombineParams {
   int32_t num_blocks;
 };
 
-// What the arguments of the op say; the group and the number of blocks are left. `rows` and
-// `values` are where this rank has them: peers may read them elsewhere.
+// The parameters that follow from the op's arguments; the caller sets the group and the number of
+// blocks. `rows` and `values` have this rank's addresses; peers may read them at others.
 inline CombineParams ParamsOf(const ops::CombineArgs& args) {
   const ops::Geometry& geometry = args.geometry;
   CombineParams params{};

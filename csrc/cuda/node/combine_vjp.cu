@@ -1,11 +1,11 @@
-// Gradients of combine with fused weights: every rank reads the cotangents of the tokens whose rows
-// it has, each once over the link, and makes the gradients of each row and its weight
-// (rows/gradients.cuh).
+// Gradients of combine with fused weights. Every rank has rows of some tokens. It reads the
+// cotangents of these tokens, each once over the link, and makes the gradients of each row and its
+// weight (rows/gradients.cuh).
 //
-// A team of warps goes through sources, whose rows they take in turn; its first warp asks for the
-// next source and tells the others. It has two buffers for cotangents in shared memory, and each
-// warp a ring of stages for parts of rows, all filled by bulk copies: the cotangent of the next
-// source and the parts to come are on their way while a part is computed with.
+// A team of warps goes through sources and takes the rows of each in turn. Its first warp asks for
+// the next source and tells the others. A team has two buffers for cotangents in shared memory, and
+// each warp has a ring of stages for parts of rows. Bulk copies fill all of them. While a warp
+// computes with one part, the next parts and the cotangent of the next source are being loaded.
 
 #include <algorithm>
 
@@ -30,8 +30,8 @@ __host__ __device__ int32_t RowBytes(const CombineVjpParams& p) {
   return p.hidden * ByteWidth(p.type);
 }
 
-// Barriers of a team, for each buffer: that its source is known, that it is filled, that it is
-// free; and the stages'.
+// Barriers of a team: three for each buffer (its source is known, it is filled, it is free), and
+// those of the stages.
 struct Barriers {
   uint64_t known[kBuffers];
   uint64_t filled[kBuffers];
@@ -49,7 +49,7 @@ __host__ __device__ int32_t TeamBytes(const CombineVjpParams& p, int32_t num_war
          num_warps * kStages * kStageBytes;
 }
 
-// Warps of a team: as many as a source has rows, more or less, but one where rows are long.
+// Warps of a team: about as many as a source has rows, but one if rows are long.
 __host__ __device__ int32_t TeamWarps(const CombineVjpParams& p) {
   const int32_t num_warps = p.num_rows / p.group.num_ranks > 2 ? kMaxTeamWarps : 2;
   return TeamBytes(p, num_warps) <= kSharedBytes ? num_warps : 1;
@@ -60,7 +60,7 @@ int NumTeams(const CombineVjpParams& p) {
   return std::min(kSharedBytes / TeamBytes(p, num_warps), kMaxWarps / num_warps);
 }
 
-// Barriers before their first use; then the block has to meet.
+// Initialises the barriers. The block must meet before their first use.
 __device__ void InitBarriers(Barriers& barriers, int32_t num_warps) {
   for (int i = 0; i < kBuffers; ++i) {
     ptx::InitBarrier(&barriers.known[i], 1);
@@ -108,7 +108,7 @@ class Differentiator {
         nth = rows.first;
       }
       if (nth >= rows.count) {
-        // By all lanes: racecheck does not see that one of them would speak for the others.
+        // By all lanes, because racecheck would not see that one lane acts for the others.
         ptx::ArriveExpectBytes(&barriers_.free[buffer], 0);
         ++sources_done_;
         nth = -1;
@@ -156,8 +156,8 @@ class Differentiator {
     }
   }
 
-  // Starts what comes next: the load of a part of a row, or a source. False if that has to wait, or
-  // if there is nothing.
+  // Starts the next load of a part of a row, or the next source. False if that must wait, or if
+  // there is nothing to start.
   __device__ bool Load() {
     if (load_nth_ >= load_rows_.count) return StartSource();
     const int32_t row = __shfl_sync(~0u, load_rows_.of_lane, load_nth_);
@@ -186,7 +186,7 @@ class Differentiator {
     const int32_t use = sources_started_ / kBuffers;
     int32_t source;
     if (member_ == 0) {
-      // The other warps may still need what is in the buffer.
+      // The other warps may still need the contents of the buffer.
       if (use > 0 && !WaitUnlessBusy(&barriers_.free[buffer], use - 1)) return false;
       source = sources_.Next().source;
     } else {
@@ -216,7 +216,8 @@ class Differentiator {
     return true;
   }
 
-  // Waits if this warp has nothing else to do; else false unless there is nothing to wait for.
+  // Waits if this warp has nothing else to do. Otherwise it returns at once: true if the wait is
+  // over.
   __device__ bool WaitUnlessBusy(uint64_t* barrier, int32_t use) {
     if (sources_started_ != sources_done_) {
       return __all_sync(~0u, ptx::TryWaitParity(barrier, use & 1));
@@ -234,7 +235,7 @@ class Differentiator {
       float cotangent[kVector], products[kVector], scaled[kVector];
       Unpack(*reinterpret_cast<const RawVector<T>*>(gradient + at), cotangent);
       Unpack(*reinterpret_cast<const RawVector<T>*>(given + at), products);
-      // What lies past the end of a row, after half a vector, is no part of it.
+      // If a row ends after half a vector, the other half is not part of it.
       if (at + kVectorBytes > bytes) {
 #pragma unroll
         for (int j = kVector / 2; j < kVector; ++j) cotangent[j] = products[j] = 0.0f;
@@ -312,7 +313,7 @@ cudaError_t LoadCombineVjp() {
 
 int64_t MaxCombineVjpRowBytes() {
   constexpr int kRoom = kSharedBytes - kBarrierBytes - kStages * kStageBytes;  // for the buffers
-  return kRoom / kBuffers - 128;  // less what aligning a buffer may cost
+  return kRoom / kBuffers - 128;  // less the padding that aligns a buffer
 }
 
 cudaError_t LaunchCombineVjp(const CombineVjpParams& params, cudaStream_t stream) {

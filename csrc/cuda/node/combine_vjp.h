@@ -29,8 +29,8 @@ struct CombineVjpParams {
   int32_t num_blocks;
 };
 
-// What the arguments of the op say; the group and the number of blocks are left. `dy` is where this
-// rank has it: peers may read it elsewhere.
+// The parameters that follow from the op's arguments; the caller sets the group and the number of
+// blocks. `dy` has this rank's address; peers may read it at another.
 inline CombineVjpParams ParamsOf(const ops::CombineVjpArgs& args) {
   const ops::Geometry& geometry = args.geometry;
   CombineVjpParams params{};
@@ -49,7 +49,7 @@ inline CombineVjpParams ParamsOf(const ops::CombineVjpArgs& args) {
   return params;
 }
 
-// Bytes of the longest rows that the kernel's shared memory has room for.
+// The longest row, in bytes, that the kernel's shared memory has room for.
 int64_t MaxCombineVjpRowBytes();
 
 cudaError_t LaunchCombineVjp(const CombineVjpParams& params, cudaStream_t stream);

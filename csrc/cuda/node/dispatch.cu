@@ -1,10 +1,10 @@
 // The dispatch op: every rank reads the rows that it needs, each once over the link, and writes
-// each to all its places.
+// each row to all of its places.
 //
 // In a block, *movers* are warps that copy rows by bulk copies through a ring of stages in shared
-// memory: while some loads are under way, finished ones are stored. In between they clear unused
-// rows, at a pace that spreads this over the whole op: all at once would keep the links idle
-// meanwhile. The other warps are *helpers*: they bring weights and scales.
+// memory: while some loads are in flight, finished ones are stored. In between they clear unused
+// rows. They spread this over the whole op, because the links would be idle while they cleared all
+// rows at once. The other warps are *helpers*, which bring weights and scales.
 
 #include <algorithm>
 
@@ -23,8 +23,8 @@ constexpr int kStages = 4;
 // Loads ahead of the stores, where a row is stored once and where it may be stored many times.
 constexpr int kFewStores = 3;
 constexpr int kManyStores = 2;
-// Items before the current one whose stores may still read their stages. No more: what is queued
-// when the work ends is what other SMs wait for.
+// How many items before the current one may have stores that still read their stages. More would
+// only lengthen the queue when the work ends, for which other SMs wait.
 constexpr int kStoring = 1;
 static_assert(kManyStores + kStoring <= kStages && kFewStores + kStoring <= kStages);
 constexpr int kMaxMovers = 8;
@@ -32,7 +32,7 @@ constexpr int kHelpers = 4;              // warps
 constexpr int kStagesBytes = 200 << 10;  // of shared memory, for the stages of all movers
 constexpr int kMaxChunkBytes = 16 << 10;
 
-// How a row is cut for the stages.
+// How a row is divided for the stages.
 struct Chunks {
   int32_t bytes;  // of all but the last
   int32_t count;
@@ -81,8 +81,8 @@ size_t SharedBytes(const DispatchParams& p) {
   return kStagesAt + static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
 }
 
-// One mover. The load of an item runs up to kAhead items ahead of its stores; the other stages hold
-// items whose stores still read them.
+// One mover. Loads run up to kAhead items ahead of the stores. The other stages hold items whose
+// stores still read them.
 template <int kAhead>
 __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int32_t warp,
                          int32_t num_warps, const char* zeros, char* stages, uint64_t* barriers) {
@@ -236,7 +236,7 @@ __device__ void ClearUnusedScales(const DispatchParams& p, int32_t warp, int32_t
   }
 }
 
-// What a failed dispatch gives: NaN in every row.
+// The result of a failed dispatch: NaN in every row.
 __device__ void Poison(const DispatchParams& p) {
   const int32_t words_per_row = p.row_bytes / 16;
   for (int64_t row = 0; row < p.capacity; ++row) {

@@ -34,9 +34,9 @@ struct DispatchParams {
   int32_t num_blocks;
 };
 
-// What the arguments of the op say, if rows travel as they are; the group and the number of blocks
-// are left. `x`, `scales` and `weights` are where this rank has them: peers may read them
-// elsewhere.
+// The parameters that follow from the op's arguments, if rows travel as they are; the caller sets
+// the group and the number of blocks. `x`, `scales` and `weights` have this rank's addresses; peers
+// may read them at others.
 inline DispatchParams ParamsOf(const ops::DispatchArgs& args) {
   const ops::Geometry& geometry = args.geometry;
   DispatchParams params{};
@@ -66,7 +66,7 @@ cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream);
 
 cudaError_t LoadDispatch();
 
-// Whether shared memory has room for rows, with their scales, as long as these.
+// Whether shared memory has room for rows of this length, with their scales.
 bool FitsDispatch(const DispatchParams& params);
 
 }  // namespace jax_ep::cuda

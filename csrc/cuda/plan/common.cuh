@@ -1,8 +1,8 @@
-// What the two kernels of the plan op share.
+// Shared by the two kernels of the plan op.
 //
-// A *column* is what rows are counted by: an expert in layout "expert", a rank in layout "token".
-// A *slot* is a column together with a source rank: of this rank's own tokens all columns are
-// counted, of those of peers the ones whose rows are here.
+// Rows are counted by *column*: a column is an expert in layout "expert", a rank in layout "token".
+// A *slot* is a column together with a source rank. For this rank's own tokens all columns are
+// counted. For tokens of peers only those columns are counted whose rows are here.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ __host__ __device__ int32_t NumSlots(const PlanParams& p) {
          (p.group.num_ranks - 1) * NumColumnsHere(p);
 }
 
-// Whether entry k of a token counts: in range and not a repetition of an earlier one.
+// Whether entry k of a token is valid: in range, and no repetition of an earlier one.
 __device__ bool IsValid(const int32_t* ids /*[K]*/, int32_t k, int32_t num_experts) {
   const int32_t id = ids[k];
   if (id < 0 || id >= num_experts) return false;
@@ -57,7 +57,7 @@ __device__ int32_t InclusiveWarpSum(int32_t value) {
   return value;
 }
 
-// What a failed plan gives: no rows, and counts that no plan has. By one of `num_threads` threads.
+// The result of a failed plan: no rows, and impossible counts. By one of `num_threads` threads.
 __device__ __noinline__ void Poison(const PlanParams& p, int32_t thread, int32_t num_threads) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t num_rows =

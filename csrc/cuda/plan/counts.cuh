@@ -1,4 +1,4 @@
-// Steps of the plan's fast kernel (push.cu) over columns: what each of them has, and where its
+// Steps of the plan's fast kernel (push.cu) over columns: how many entries each has, and where its
 // rows begin.
 #pragma once
 
@@ -14,12 +14,13 @@ __device__ void ClearCells(const PushShape& n, Cell* cells, int32_t num_columns)
   for (int32_t i = threadIdx.x; i < num_columns * n.stride; i += kThreads) cells[i] = {0, 0};
 }
 
-// Lanes that sum a column: so many that those of all columns mostly are one block.
+// Lanes that sum a column: so many that the lanes of all columns mostly fill one block.
 template <Layout kLayout>
 constexpr int kLanesOfColumn = kLayout == Layout::kToken ? 2 : 4;
 
-// Layout "expert": the place in the list of a column's `count` entries, which all its lanes say;
-// `num_listed` counts them. Called by whole warps. The order in the list does not matter.
+// Layout "expert": the place of a column's `count` entries in the list. All lanes of the column
+// pass the same `count`, and `num_listed` counts entries. Called by whole warps. The order in the
+// list does not matter.
 __device__ __forceinline__ int32_t PlaceInList(int32_t count, int32_t* num_listed) {
   const int32_t lane = threadIdx.x % 32;
   int32_t sum = count;
@@ -33,8 +34,8 @@ __device__ __forceinline__ int32_t PlaceInList(int32_t count, int32_t* num_liste
   return __shfl_sync(~0u, first, 31) + sum - count;
 }
 
-// Gives each cell of the columns what lies before it, by column. Calls end(column, total) in all
-// lanes of a column, by whole warps: column may be past the last, and has nothing then.
+// Gives each cell the number of entries before it in its column. Calls end(column, total) in all
+// lanes of a column, by whole warps. A column past the last one has no entries.
 template <Layout kLayout, typename End>
 __device__ __forceinline__ void SumCells(const PushShape& n, Cell* cells, int32_t num_columns,
                                          End end) {
@@ -92,8 +93,8 @@ __device__ void SendCounts(const PushParams& params, const PushMemory& shared, u
   }
 }
 
-// The counts of all ranks on their way. Four lanes have four columns of a rank: each takes those of
-// two blocks, and in the end has one column.
+// The counts of all ranks, while they arrive. Four lanes have four columns of a rank: each takes
+// the counts of two blocks, and in the end has one column.
 class IncomingCounts {
  public:
   // The first ones leave.
@@ -123,8 +124,9 @@ class IncomingCounts {
           Load(params, epoch, i);
         }
       }
-      // Two counts in a word, added at once: those of a column together are no more than the
-      // tokens. Invalid entries may be more, but nothing is above them.
+      // Two counts in a word are added at once. The counts of a column together are at most the
+      // number of tokens, so they do not overflow. Invalid entries may be more, but the upper half
+      // of their word is unused.
       uint32_t totals[2], before[2];
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
@@ -189,7 +191,7 @@ __device__ __forceinline__ int32_t SumRanks(const PushParams& params, const Push
   return sum;
 }
 
-// a + b, cut at the capacity, which neither is above.
+// min(a + b, capacity), for a and b up to the capacity.
 __device__ __forceinline__ int32_t AddRows(const PlanParams& p, int32_t a, int32_t b) {
   const uint32_t sum = static_cast<uint32_t>(a) + static_cast<uint32_t>(b);
   return static_cast<int32_t>(min(sum, static_cast<uint32_t>(p.capacity)));
@@ -214,8 +216,8 @@ __device__ __forceinline__ void ForExperts(const PushParams& params, Body body) 
   }
 }
 
-// What every column of rows is asked for. In layout "expert" `starts` becomes how many rows the
-// experts before it have among its 32, and `sums` how many these have.
+// The demand of every column. In layout "expert", `starts` becomes the number of rows of the
+// experts before it among its 32, and `sums` the number of rows of these 32.
 template <typename Params>
 __device__ void SumColumns(const Params& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
@@ -254,8 +256,8 @@ __device__ void SumColumns(const Params& params, const PushMemory& shared) {
 }
 
 // Where the rows of every expert begin on its rank, and how many are kept: see LayOutExperts. Once
-// the groups reach the capacity, a multiple of the alignment, nothing is left for the rest: so a
-// start is the sum of the sizes before it, cut at the capacity.
+// the groups reach the capacity, a multiple of the alignment, no room is left for the rest. So a
+// start is the sum of the sizes before it, or the capacity if that is less.
 __device__ void LayOutExpertRows(const PushParams& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -283,8 +285,8 @@ __device__ void LayOutExpertRows(const PushParams& params, const PushMemory& sha
   });
 }
 
-// Layout "token": the first block writes what the local experts are asked for; it is what they get,
-// too, unless tokens were dropped.
+// Layout "token": the first block writes the demand of the local experts. That is also what they
+// get, unless tokens were dropped.
 __device__ void WriteDemand(const PushParams& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -297,9 +299,9 @@ __device__ void WriteDemand(const PushParams& params, const PushMemory& shared) 
   }
 }
 
-// Entries of the batch's slots that come before them in their columns become `slots[].rows.first`.
-// Threads from the block's end have the slots, in LayOutSlots too: those from its beginning have
-// columns meanwhile.
+// `slots[].rows.first` becomes the number of entries before the slot in its column. Threads from
+// the block's end do the slots, in LayOutSlots too, because threads from its beginning do columns
+// meanwhile.
 __device__ void SumSlots(const PushParams& params, const PushMemory& shared, Batch batch) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
@@ -313,7 +315,7 @@ __device__ void SumSlots(const PushParams& params, const PushMemory& shared, Bat
   }
 }
 
-// Layout "expert": where the entries of the batch's slots go. Their limits are those of the slots.
+// Layout "expert": where the entries of the batch's slots go, within the limits of the slots.
 __device__ void LayOutSlots(const PushParams& params, const PushMemory& shared, Chunk chunk,
                             Batch batch) {
   const PlanParams& p = params.plan;

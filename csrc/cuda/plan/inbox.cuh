@@ -11,11 +11,11 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 8;  // of the cluster; any GPU of this kind can hold them
-// What a block may have, less its static part.
+// The shared memory that a block may have, less its static part.
 constexpr size_t kMaxPushBytes = 226 << 10;
-// Shared memory up to which more sources are numbered at a time.
+// Up to this much shared memory is used to number more sources at a time.
 constexpr size_t kGoodPushBytes = 190 << 10;
-// Counts, positions and numbers of slots have 16 bits.
+// Counts, positions and slot numbers have 16 bits.
 constexpr int64_t kMaxCount = 0xffff;
 
 // x / divisor as a product: for x below 2^16 and divisors up to 2^12.
@@ -69,14 +69,13 @@ struct PushShape {
       kept, end;
 };
 
-// What a column (or slot) has of 32 tokens that follow each other.
+// The entries of a column (or slot) in 32 consecutive tokens.
 struct alignas(8) Cell {
   uint32_t mask;   // of tokens
   int32_t before;  // entries in the cells before this one
 };
 
-// The rows of a column for this rank's chunk: [first, limit), of which those from `limit` on are
-// dropped.
+// The rows of a column for this rank's chunk, from `first` on; those from `limit` on are dropped.
 struct alignas(8) ColumnRows {
   int32_t first;
   int32_t limit;
@@ -88,7 +87,7 @@ struct alignas(8) SlotList {
   int32_t count;
 };
 
-// The rows of a slot: the entries that are listed from `place` on, `source` the EncodeSource of the
+// The rows of a slot: its entries are listed from `place` on. `source` is the EncodeSource of the
 // source's first entry.
 struct alignas(16) SlotRows {
   ColumnRows rows;
@@ -131,10 +130,10 @@ struct PushMemory {
   }
 };
 
-// Ids of a token that a lane of a warp holds; its other ids are held by the lanes beside it.
+// Ids of a token that one lane of a warp holds; the lanes beside it hold the token's other ids.
 constexpr int kIdsOfLane = 4;
 
-// Ids that the lanes of a token hold: K, rounded up to what there is a kernel for.
+// Ids that the lanes of a token hold: K, rounded up to a number that has a kernel.
 int32_t MaxTopK(const PlanParams& p) { return p.top_k <= 8 ? 8 : 32; }
 
 void LayOutShared(const PlanParams& p, PushShape& n) {
@@ -153,7 +152,7 @@ void LayOutShared(const PlanParams& p, PushShape& n) {
   n.cells = add(n.apart || own_cells > peer_cells ? own_cells : peer_cells);
   n.peer_cells = n.apart ? add(peer_cells) : n.cells;
   n.ids = add(tokens * n.token_words);
-  // Whatever a message says, a token is in no more slots than it has ids.
+  // A token is in no more slots than it has ids, whatever a message contains.
   const int32_t token_ids = n.token_words * (32 / n.id_bits);
   const int64_t listed = tokens * plan::RowsPerSource(p.layout, token_ids, n.num_local);
   n.list = add(by_expert ? (listed + 1) / 2 : 0);
@@ -208,7 +207,7 @@ struct PushParams {
   bool aligned;  // all arrays, to 16 bytes
 };
 
-// The same for one layout, whose kernel then has no code of the other one to fetch.
+// The same for one layout, so that its kernel does not fetch code of the other layout.
 template <Layout kOf>
 struct LayoutParams : PushParams {
   static constexpr Layout kLayout = kOf;
@@ -220,12 +219,12 @@ struct Chunk {
   int32_t count;
 };
 
-// Sources that are numbered at a time: of all ranks in a circle that begins with this one.
+// The sources that are numbered at a time: consecutive ranks of a circle that begins with this one.
 struct Batch {
   int first;
   int count;
 
-  // Own entries are marked and listed before those that come as messages.
+  // Own entries are marked and listed before those of messages.
   __device__ __forceinline__ int NumOwn() const { return first == 0 ? 1 : 0; }
   __device__ __forceinline__ int Source(const GroupParams& group, int s) const {
     const int rank = group.rank + first + s;
@@ -254,14 +253,14 @@ int64_t InboxWords(const PlanParams& p, const PushShape& n) {
          (2 * kBlocks * n.quads + int64_t{p.num_tokens} * n.token_words);
 }
 
-// Relaxed, for the words say all themselves.
+// Relaxed, because each word has its whole message.
 __device__ __forceinline__ void SendPair(uint64_t* to, uint64_t epoch, uint32_t first,
                                          uint32_t second) {
   ptx::StoreRelaxedSystem(to, PackCount(static_cast<int32_t>(first), epoch),
                           PackCount(static_cast<int32_t>(second), epoch));
 }
 
-// Words of an inbox that lie together, on their way from `source`.
+// Neighbouring words of an inbox, on their way from `source`.
 template <int kCount>
 struct Words {
   uint64_t values[kCount];
@@ -281,7 +280,7 @@ struct Words {
     }
     return kMutation == kWithoutPlanWords || all;
   }
-  // The last word that is of another epoch, for the report of a wait.
+  // The last word with another epoch, for the report of a wait.
   __device__ __forceinline__ uint64_t Missing(uint64_t epoch) const {
     uint64_t missing = values[0];
 #pragma unroll

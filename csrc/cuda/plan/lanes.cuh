@@ -1,5 +1,5 @@
-// How the plan's fast kernel (push.cu) spreads tokens over threads: the ids of a token are
-// held by kMaxK / kIdsOfLane lanes side by side.
+// How the plan's fast kernel (push.cu) spreads tokens over threads: kMaxK / kIdsOfLane lanes side
+// by side hold the ids of a token.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ __device__ __forceinline__ int32_t TokenOfTask(int32_t task) {
   return task * kTokens + static_cast<int32_t>(threadIdx.x) % 32 / kLanes<kMaxK>;
 }
 
-// Calls body(s, t) for all tokens t of a chunk and s below `sources`, by whole warps: t may be past
-// the chunk's last token.
+// Calls body(s, t) for all tokens t of a chunk and s below `sources`, by whole warps; so t may be
+// past the chunk's last token.
 template <int kMaxK, typename Body>
 __device__ __forceinline__ void ForTokens(const PushShape& n, int32_t sources, Body body) {
 #pragma unroll 1
@@ -36,7 +36,7 @@ __device__ __forceinline__ void ForTokens(const PushShape& n, int32_t sources, B
   }
 }
 
-// A lane's of the `count` values of a token, or -1. `inside`: whether there is that token.
+// The lane's share of the `count` values of a token, or -1. `inside`: whether the token exists.
 template <int kMaxK>
 __device__ __forceinline__ void LoadValues(int32_t (&values)[kIdsOfLane], const int32_t* from,
                                            int32_t count, bool aligned, bool inside) {
@@ -69,8 +69,8 @@ __device__ __forceinline__ void StoreValues(int32_t* to, const int32_t (&values)
   }
 }
 
-// Sets ids to -1 that are out of range or repeat an earlier one, as SanitizeToken does; returns how
-// many these were. Called by whole warps.
+// Sets ids that are out of range or repeat an earlier one to -1, as SanitizeToken does, and returns
+// their number. Called by whole warps.
 template <int kMaxK>
 __device__ __forceinline__ int32_t CleanIds(int32_t (&ids)[kIdsOfLane], int32_t num_experts) {
   const int lane = threadIdx.x % kLanes<kMaxK>;
@@ -136,8 +136,8 @@ __device__ __forceinline__ void Mark(const PushShape& n, Cell* cells, int32_t co
   atomicOr(&CellOf(n, cells, column, t).mask, 1u << (t % 32));
 }
 
-// The same for all tokens of a warp, of which those with `is_in` are in the column: marks of one
-// column would meet in one word. Called by whole warps.
+// The same for all tokens of a warp at once, because their marks in one column are in one word.
+// Tokens with `is_in` are in the column. Called by whole warps.
 __device__ __forceinline__ void MarkTogether(const PushShape& n, Cell* cells, int32_t column,
                                              int32_t t, bool is_in) {
   const uint32_t mask = __reduce_or_sync(~0u, static_cast<uint32_t>(is_in) << (t % 32));
@@ -149,8 +149,8 @@ __device__ __forceinline__ int32_t PositionOf(Cell cell, int32_t t) {
   return cell.before + __popc(cell.mask & ((1u << (t % 32)) - 1));
 }
 
-// How a lane's ids go in a message: local experts in kIdBits bits each. An id that no local expert
-// has stands for none, or comes from a rank at another op, which is noticed later.
+// How a lane's ids are packed in a message: local experts in kIdBits bits each. An id that no local
+// expert has stands for none, or comes from a rank at another op, which is noticed later.
 template <int kMaxK, int kIdBits>
 struct Message {
   static constexpr int kIdsOfWord = 32 / kIdBits;
@@ -173,7 +173,7 @@ struct Message {
   __device__ __forceinline__ int32_t Id(int j) const {
     return static_cast<int32_t>(words[j / kIdsOfWord] >> (j % kIdsOfWord * kIdBits) & kNoId);
   }
-  // To and from shared memory, where the words of a token lie together.
+  // To and from shared memory, where the words of a token are neighbours.
   __device__ __forceinline__ void Store(uint32_t* to) const {
     if constexpr (kWords == 1) {
       *to = words[0];

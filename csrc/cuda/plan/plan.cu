@@ -1,4 +1,4 @@
-// The plan op: which of its kernels serves a shape.
+// The plan op: chooses the kernel for a shape.
 
 #include "cuda/plan/common.cuh"
 #include "cuda/plan/plan.h"

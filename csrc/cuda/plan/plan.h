@@ -11,8 +11,8 @@
 
 namespace jax_ep::cuda {
 
-// Symbols as in plan/routing.h. A *column* is what rows are counted by: an expert in layout
-// "expert", a rank in layout "token".
+// Symbols as in plan/routing.h. Rows are counted by *column*: an expert in layout "expert", a rank
+// in layout "token".
 struct PlanParams {
   GroupParams group;
   plan::Layout layout;
@@ -38,8 +38,8 @@ struct PlanParams {
   int32_t max_blocks;       // of kPull, the same on all ranks; 0 for what is best
 };
 
-// What the arguments of the op say, for the kernel that sends; the group, and what peers read of
-// the other kernel, are left.
+// The parameters that follow from the op's arguments, for the kernel that sends. The caller sets
+// the group, and the arrays that peers read in the other kernel.
 inline PlanParams ParamsOf(const ops::PlanArgs& args) {
   const plan::PlanShape& shape = args.shape;
   const plan::RankPlan& buffers = args.buffers;
@@ -71,7 +71,7 @@ enum class PlanKernel {
   kNone,  // too many experts or ranks for either
 };
 
-// By the shape alone, so that all ranks agree.
+// Depends on the shape only, so that all ranks agree.
 PlanKernel ChoosePlanKernel(const PlanParams& params);
 
 // Number of int32 in PlanParams::scratch, by the shape; -1 if no kernel has room for it.
@@ -79,7 +79,7 @@ int64_t PlanScratchSize(const PlanParams& params);
 
 cudaError_t LaunchPlan(const PlanParams& params, PlanKernel kernel, cudaStream_t stream);
 
-// Loads the kernels on the current device, so that no launch has to.
+// Loads the kernels on the current device, so that no launch loads them.
 cudaError_t LoadPlan();
 
 }  // namespace jax_ep::cuda

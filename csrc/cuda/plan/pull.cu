@@ -1,14 +1,15 @@
-// The plan op for shapes that the faster kernel (push.cu) has no room for: every rank reads
-// what it needs out of its peers' memory.
+// The plan op for shapes that the faster kernel (push.cu) has no room for: every rank reads what it
+// needs from its peers' memory.
 //
-// Each block has a range of the tokens. It cleans their entries and counts them by column; totals
-// go to all peers. Then every rank knows where the rows of each (column, source rank) begin, and
-// every block numbers the entries of its range, of every rank, in order: a bit mask of tokens for
-// each column makes the position of an entry a matter of counting the bits before it.
+// Each block has a range of the tokens. It cleans their entries and counts them by column, and
+// totals go to all peers. Then every rank knows where the rows of each (column, source rank) begin.
+// Every block numbers the entries of its range, for every rank, in order. It has a bit mask of
+// tokens for each column, so the position of an entry is the number of bits before it.
 //
-// These are two kernels: blocks that number wait for what all blocks of all ranks have counted, and
-// in one kernel could keep the SMs from those that have not. (A cooperative launch would gain them
-// all at once, but must not stand in the loops of CUDA graphs.)
+// These are two kernels, because blocks that number entries wait for the counts of all blocks of
+// all ranks. In one kernel they could keep the SMs from blocks that have not counted yet. (A
+// cooperative launch would start all blocks at once, but is not allowed in the loops of CUDA
+// graphs.)
 
 #include <algorithm>
 
@@ -98,8 +99,8 @@ __device__ void CountEntries(const PlanParams& p, int32_t* counts /*[columns]*/,
   }
 }
 
-// The last block: gives this rank's totals to all ranks. Relaxed, for the words say all themselves;
-// all ranks have closed the op that read those of before.
+// The last block: gives this rank's totals to all ranks. The stores are relaxed, because each word
+// has its whole message. All ranks have closed the op that read the totals before.
 __device__ void SendTotals(const PlanParams& p, uint64_t epoch, int32_t num_totals) {
   Channel& own = Own(p.group);
   TestDelay(p.group.rank, epoch, 3);
@@ -123,7 +124,8 @@ __device__ int32_t TotalOf(const PlanParams& p, uint64_t epoch, int32_t c, int32
 #pragma unroll 8
   for (int r = 0; r < num_ranks; ++r) {
     uint64_t word = ptx::LoadRelaxedSystem(&Own(p.group).totals[r][c]);
-    // It left together with the flag that was waited for; after a failure it may never come.
+    // The total was sent together with the flag that was waited for. After a failure it may never
+    // arrive.
     for (Deadline deadline;
          kMutation != kWithoutPlanTotals && (word & 0xffffffff) != (epoch & 0xffffffff);) {
       if (!deadline.Continue(p.group, WordKind::kTotal, r, epoch, word)) break;
@@ -134,10 +136,10 @@ __device__ int32_t TotalOf(const PlanParams& p, uint64_t epoch, int32_t c, int32
   return total;
 }
 
-// Where the rows of every column begin on its rank, and how many are kept. One warp a rank. The
-// groups of a rank follow each other; once they reach the capacity, which is a multiple of the
-// alignment, nothing is left for the rest: so a start is the sum of the sizes before it, cut at the
-// capacity.
+// Where the rows of every column begin on its rank, and how many are kept. One warp does a rank.
+// The groups of a rank follow each other. Once they reach the capacity, a multiple of the
+// alignment, no room is left for the rest. So a start is the sum of the sizes before it, or the
+// capacity if that is less.
 __device__ void LayOutColumns(const PlanParams& p, uint64_t epoch, const PullMemory& shared) {
   if (p.layout == Layout::kToken) {
     for (int32_t r = threadIdx.x; r < p.group.num_ranks; r += kThreads) {
@@ -182,7 +184,7 @@ __device__ void CountBefore(const PlanParams& p, uint64_t epoch, const PeerInput
     const auto [source, column] = ColumnOfSlot(p, slot);
     const int32_t* block_totals =
         source == p.group.rank ? p.scratch : inputs.Of<int32_t>(source, 1);
-    int32_t counts[kMaxBlocks];  // all on their way at once
+    int32_t counts[kMaxBlocks];  // all loads are in flight at once
 #pragma unroll
     for (int b = 0; b < kMaxBlocks; ++b) {
       counts[b] = b < blockIdx.x ? __ldcg(&block_totals[b * stride + column]) : 0;
@@ -194,10 +196,10 @@ __device__ void CountBefore(const PlanParams& p, uint64_t epoch, const PeerInput
   }
 }
 
-// Numbers this block's range of the tokens of all ranks: the rows that their entries have on this
-// rank, and, for this rank's own tokens, on every rank. Ids and counts that are read from a peer
-// may be anything once it has failed, which this rank may not know yet: then rows are wrong, but
-// inside.
+// Numbers this block's range of the tokens of all ranks: the rows of their entries on this rank
+// and, for this rank's own tokens, on every rank. If a peer has failed, ids and counts that are
+// read from it may have any value, and this rank may not know of the failure yet. Then rows are
+// wrong, but within the bounds.
 __device__ void NumberEntries(const PlanParams& p, const PeerInputs& inputs,
                               const PullMemory& shared) {
   const int32_t num_local = p.num_experts / p.group.num_ranks;
@@ -332,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1) NumberKernel(const __grid_constan
   const bool ok = WaitInputs(p.group, op, inputs);
   if (ok) Number(p, op.epoch, inputs, shared, columns);
   const auto finish = [&] {
-    // The counts of the whole rank. What peers sent may be overwritten from now on.
+    // The counts of the whole rank. From now on peers may overwrite what they sent.
     const int32_t stride = ScratchStride(p.num_experts, p.group.num_ranks);
     if (p.layout == Layout::kToken) {
       for (int32_t l = threadIdx.x; l < num_local; l += kThreads) {

@@ -1,5 +1,5 @@
-// What a block of the plan that reads (pull.cu) counts, how many tokens it numbers at a time,
-// and where that lies in its shared memory.
+// For a block of the plan that reads (pull.cu): the columns that it counts, the number of tokens
+// that it numbers at a time, and its shared memory.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,14 @@ namespace jax_ep::cuda {
 namespace {
 
 constexpr size_t kMaxPullBytes = 200 << 10;  // of shared memory
-// Tokens of each rank that a block numbers at a time, at most.
+// The most tokens of each rank that a block numbers at a time.
 constexpr int kMaxTile = 128;
-// Entries of all ranks that a block numbers at a time, at most.
+// The most entries of all ranks that a block numbers at a time.
 constexpr int kMaxTileEntries = 16 << 10;
 
-// Columns that a block counts tokens of `source` by: for this rank's own tokens all, for those of
-// peers the ones whose rows are here. They have consecutive *slots*, this rank's first.
+// The number of columns that a block counts tokens of `source` by: all columns for this rank's own
+// tokens, and those whose rows are here for tokens of peers. They have consecutive *slots*, this
+// rank's first.
 struct Columns {
   int32_t first;
   int32_t count;
@@ -45,7 +46,7 @@ __device__ SlotColumn ColumnOfSlot(const PlanParams& p, int32_t slot) {
   return {nth < p.group.rank ? nth : nth + 1, p.group.rank * here + (slot - columns) % here};
 }
 
-// Words of a block's shared memory if so many tokens of each rank are numbered at a time.
+// Words of a block's shared memory if `tile` tokens of each rank are numbered at a time.
 __host__ __device__ int32_t SharedWords(const PlanParams& p, int32_t tile) {
   const int32_t columns = NumColumns(p.layout, p.num_experts, p.group.num_ranks);
   const int32_t num_local = p.num_experts / p.group.num_ranks;

@@ -1,27 +1,28 @@
-// The plan op: every (token, k) entry learns its row, in one kernel of one cluster of blocks.
+// The plan op: gives every (token, k) entry its row, in one kernel of one cluster of blocks.
 //
-// Each block has a chunk of the tokens, and each token some lanes of a warp. Blocks send to all
-// ranks what these need: how many entries each column has in the chunk (to their own rank, too),
-// and to peers the expert ids of each token there. So every block knows what lies before its chunk,
-// at which rank ever, and numbers the chunk's entries of all ranks. A bit mask of tokens for each
-// column makes the position of an entry a matter of counting the bits before it; in layout "expert"
-// the entries that are here are listed by column in shared memory, so that what is written in the
-// end lies together. Most of that is done before the counts arrive. A row is written once: by who
-// has its entry, or as unused.
+// Each block has a chunk of the tokens, and each token has some lanes of a warp. Blocks send all
+// ranks (also their own) the number of entries of each column in the chunk, and send peers the ids
+// of each token's experts there. So every block knows what comes before its chunk on every rank,
+// and numbers the chunk's entries of all ranks. It has a bit mask of tokens for each column, so the
+// position of an entry is the number of bits before it. In layout "expert", entries with rows here
+// are listed by column in shared memory, so that neighbouring results are written together. Most of
+// that is done before the counts arrive. Each row is written once: by the thread that has its
+// entry, or as unused.
 //
-// Messages go to the peer's inbox. A word has 32 bits of the epoch beside its data: who finds the
-// epoch has the data. So nothing is fenced, nothing is read over a link, and no rank waits at the
-// end until its peers have read. What keeps a word from being overwritten before it is read:
-//   * There are two inboxes, and two sets of arrival flags, used by turns of the epoch. A rank
-//     writes those of epoch e + 2 after its op of epoch e + 1 has ended. That op, whichever it is,
-//     ended only after all ranks had arrived at it, so after their ops of epoch e had ended. The
-//     arrival flag here releases nothing, and need not: the loads of a kernel that has ended have
-//     their values, which no later store changes.
+// Messages go to the peer's inbox. A word has 32 bits of the epoch beside its data, so a reader
+// that finds the epoch has the data. So nothing is fenced, nothing is read over a link, and no rank
+// waits at the end until its peers have read. A word is not overwritten before it is read, for
+// these reasons:
+//   * There are two inboxes and two sets of arrival flags, for even and odd epochs. A rank writes
+//     those of epoch e + 2 after its op of epoch e + 1 has ended. That op, of any kind, ended only
+//     after all ranks had arrived at it, and so after their ops of epoch e had ended. The arrival
+//     flag here need not release anything, because the loads of a kernel that has ended have their
+//     values, which no later store changes.
 //   * All else that peers write to belongs to ops that end only once all ranks read no more.
-// What keeps a word from being taken for a newer one: it would have to lie there for exactly 2^32
-// ops, never written to by a plan in between, over 10 hours of nothing but ops of the group.
-// A rank at another op sends its arrival flag with another tag, which is found before what came
-// from it is used for more than shared memory.
+// A word is not taken for a newer one either. For that, it would have to stay for exactly 2^32 ops
+// without a plan that overwrites it, which is over 10 hours of nothing but ops of the group. A rank
+// at another op sends its arrival flag with another tag. That is noticed before its messages are
+// used for more than shared memory.
 
 #include <cuda_runtime.h>
 
@@ -33,7 +34,7 @@
 namespace jax_ep::cuda {
 namespace {
 
-#ifdef JAX_EP_PLAN_STAMPS  // where the time goes, for development
+#ifdef JAX_EP_PLAN_STAMPS  // measures the steps, for development
 __device__ int64_t plan_stamps[kBlocks][16];
 #define STAMP(i) \
   if (threadIdx.x == 0) plan_stamps[blockIdx.x][i] = clock64()
@@ -41,7 +42,7 @@ __device__ int64_t plan_stamps[kBlocks][16];
 #define STAMP(i)
 #endif
 
-// Loops are not unrolled where that gains nothing: each launch has to fetch the code that it runs.
+// Loops are not unrolled where that gains nothing, because each launch must fetch its code.
 
 // Sets words from `begin` to `end` to -1, all threads of all blocks together.
 __device__ __noinline__ void FillNone(int32_t* words, int64_t begin, int64_t end, bool aligned) {
@@ -60,8 +61,8 @@ __device__ __noinline__ void FillNone(int32_t* words, int64_t begin, int64_t end
   }
 }
 
-// Rows that no entry has: in layout "expert" those after each group's last, in layout "token" those
-// after all others.
+// Rows without an entry: in layout "expert" those after each group's last row, in layout "token"
+// those after all others.
 template <typename Params>
 __device__ void FillUnusedRows(const Params& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
@@ -85,7 +86,7 @@ __device__ void FillUnusedRows(const Params& params, const PushMemory& shared) {
   FillNone(p.recv_src, shared.rows[last].limit, p.capacity, params.aligned);
 }
 
-// Layout "expert": what the rows of the batch's slots hold. Half of a warp has a slot.
+// Layout "expert": writes the sources of the rows of the batch's slots. Half of a warp does a slot.
 __device__ void WriteListedRows(const PushParams& params, const PushMemory& shared, Batch batch) {
   constexpr int kLanesOfSlot = 16;
   constexpr int kAtOnce = 2;  // loads side by side
@@ -107,7 +108,7 @@ __device__ void WriteListedRows(const PushParams& params, const PushMemory& shar
   }
 }
 
-// Layout "token", after tokens were dropped: the first block writes what was kept.
+// Layout "token", if tokens were dropped: the first block writes the number of kept pairs.
 __device__ void WriteKept(const PushParams& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
   int32_t dropped = 0;
@@ -137,8 +138,8 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   int32_t ids[kIdsOfLane];  // on their way while the epoch comes
   LoadFirstIds<kMaxK>(params, chunk, ids);
   const uint64_t epoch = BeginOp(p.group).epoch;
-  // What other blocks write to is ready once all have seen the second half. The warp that makes it
-  // so has nothing else to wait for yet.
+  // The memory that other blocks write to is ready once all have passed the second half. The warp
+  // that prepares it has nothing else to wait for yet.
   if (threadIdx.x < 32) {
     if (threadIdx.x == 0) failed = 0;
     if (by_token) {
@@ -198,7 +199,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
       __syncthreads();
       STAMP(5);
     }
-    // By a warp that has the least to do now.
+    // By a warp with the least to do now.
     if (first == 0 && from_end < p.group.num_ranks) {
       const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
       ok = WaitFlag(p.group, flag.value, epoch, WordKind::kArrivalFlag, from_end) && ok;
@@ -222,7 +223,8 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     if (first == 0) {
       ok = counts.Take(params, shared, epoch) && ok;
       STAMP(8);
-      // A rank that failed before has said so before it arrived: Fail's fence was passed by then.
+      // A rank that failed earlier has told so before it arrived, because it had passed Fail's
+      // fence by then.
       if (from_end < p.group.num_ranks) ok = ok && !HasFailed(p.group, epoch);
       TestDelay(p.group.rank, epoch, 1);
     }
@@ -266,7 +268,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
       if (shared.kept[l] != 0) atomicAdd(ptx::MapShared(&shared.kept[l], 0), shared.kept[l]);
     }
   }
-  // Rows need not be seen before the kernel ends, only what other blocks are told.
+  // Only messages to other blocks must be visible before the kernel ends; rows need not.
   if (!ok || drops) {
     ptx::ClusterArriveRelease();
   } else {

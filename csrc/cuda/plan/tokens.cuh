@@ -1,6 +1,6 @@
-// Steps of the plan's fast kernel (push.cu) over tokens. Where a step looks something up for
-// each of a lane's ids, all its loads come before its stores: a load that waits for the one before
-// takes longer than all else.
+// Steps of the plan's fast kernel (push.cu) over tokens. If a step looks something up for each of a
+// lane's ids, all its loads come before its stores, because loads that wait for each other take
+// longer than anything else.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace jax_ep::cuda {
 namespace {
 
-// A token's local experts at every rank, to that rank; here they go to `here`, [token_words].
+// Sends every rank the token's local experts there. For this rank they go to `here`, [token_words].
 template <int kMaxK, int kIdBits>
 __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch, int32_t token,
                                         const int32_t (&ids)[kIdsOfLane], uint32_t* here) {
@@ -20,7 +20,7 @@ __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch
   const int32_t first = Ids::First();
   if (first >= n.token_words) return;
 #pragma unroll 1
-  for (int i = 1; i <= p.group.num_ranks; ++i) {  // not all to the same rank at once
+  for (int i = 1; i <= p.group.num_ranks; ++i) {  // so that not all send to one rank at once
     const int r = p.group.rank + i < p.group.num_ranks ? p.group.rank + i
                                                        : p.group.rank + i - p.group.num_ranks;
     Ids message;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void SendIds(const PushParams& params, uint64_t epoch
   }
 }
 
-// The ids of the token that a thread has first.
+// The ids of a thread's first token.
 template <int kMaxK>
 __device__ __forceinline__ void LoadFirstIds(const PushParams& params, Chunk chunk,
                                              int32_t (&ids)[kIdsOfLane]) {
@@ -139,8 +139,8 @@ __device__ __forceinline__ void PlaceOwnEntries(const Params& params, const Push
   });
 }
 
-// Ids of tokens of a batch's peers, taken in the order of ForTokens. Several messages are on their
-// way while one is used.
+// Ids of tokens of a batch's peers, taken in the order of ForTokens. Several messages are being
+// loaded while one is used.
 template <int kMaxK, int kIdBits, typename Params>
 class IncomingIds {
  public:

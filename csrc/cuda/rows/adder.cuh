@@ -2,10 +2,10 @@
 //
 // A *strip* is 16 bytes for each lane. The warp goes through a sum a few strips at a time: it loads
 // those strips of all terms, and then adds them in the order of the list. The loads of all warps of
-// a block together keep the SM's way to memory full. (Of bulk copies into shared memory, from where
-// a warp adds, few SMs make less: one lane has to start them, and every vector takes one more way.)
-// How many terms there are is known when this is compiled, for up to kAdderLoads: the instructions
-// that issue, not memory, are what few SMs run out of.
+// a block together keep the SM's way to memory full. (With few SMs, bulk copies into shared memory
+// are slower: one lane must start them, and every vector makes one more trip.) The number of terms
+// is known at compile time, up to kAdderLoads, because with few SMs the limit is the issue of
+// instructions and not memory.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 namespace jax_ep::cuda {
 
 constexpr int kAdderWarps = 32;  // of a block
-constexpr int kAdderLoads = 8;   // of a lane, under way at a time
+constexpr int kAdderLoads = 8;   // of a lane, in flight at a time
 constexpr int kStripBytes = 32 * 16;
 constexpr int kMaxTerms = 32;
 
@@ -27,7 +27,7 @@ struct alignas(16) Term {
   float factor;
 };
 
-// The sum of the channels of a vector. Without kWeighted, factors are not looked at.
+// The sum of the channels of a vector. Without kWeighted, factors are not used.
 template <typename T, bool kWeighted>
 class VectorSum {
  public:
@@ -102,7 +102,7 @@ __device__ __forceinline__ void AddMany(const Term* terms, int32_t count, int32_
       uint4 raw[kAdderLoads];
 #pragma unroll
       for (int t = 0; t < kAdderLoads; ++t) {
-        // Loaded in any case: what is not always loaded would keep its registers from other code.
+        // Loaded in any case, because a conditional load would keep its registers from other code.
         const Term& term = terms[plan::Min(first + t, count - 1)];
         raw[t] = ptx::LoadCacheGlobal(term.row + plan::Min(at, end - 16));
       }

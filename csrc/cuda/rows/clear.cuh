@@ -1,4 +1,4 @@
-// Zeros for the rows of dispatch that nothing comes to.
+// Zeros for the unused rows of dispatch.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@ namespace jax_ep::cuda {
 
 constexpr int kZeroBytes = 8 << 10;
 
-// Clears the rows without a source, those of one of `num_warps` warps, bit by bit. Neighbouring
-// rows belong to different warps: unused rows lie together.
+// Clears one warp's share of the rows without a source, a little at a time. Neighbouring rows
+// belong to different warps, because unused rows are neighbours.
 template <typename Params>
 class RowClearer {
  public:
@@ -28,7 +28,7 @@ class RowClearer {
     while (step_ < num_steps_ && step_ * total < done * num_steps_) {
       const int32_t row = RowAt(step_);
       const bool is_unused = next_is_unused_;
-      next_is_unused_ = IsUnused(++step_);  // there when it is needed
+      next_is_unused_ = IsUnused(++step_);  // loaded before it is needed
       if (!is_unused) continue;
       char* target = static_cast<char*>(p_.rows) + row * p_.row_stride;
       for (int32_t offset = 0; offset < p_.row_bytes; offset += kZeroBytes) {

@@ -19,7 +19,7 @@ __device__ __forceinline__ void Multiply(float (&x)[kVector], const float (&y)[k
   for (int i = 0; i < kVector; ++i) x[i] = __fmul_rn(x[i], y[i]);
 }
 
-// The sum of 256 lanes, eight a thread, by halves; valid in thread 0 of the warp.
+// The sum of 256 lanes, eight for each thread, by halves; valid in thread 0 of the warp.
 __device__ inline float AddLanes(float (&lanes)[kVector]) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -36,8 +36,8 @@ __device__ inline float AddLanes(float (&lanes)[kVector]) {
   return lanes[0];
 }
 
-// Gives row c of d_rows and d_weights one value in all bits. Params has them as
-// node/combine_vjp.h does. By one warp.
+// Sets all bits of row c of d_rows and d_weights to one value. Params has them as in
+// node/combine_vjp.h. By one warp.
 template <typename T, typename Params>
 __device__ void FillGradients(const Params& p, int32_t c, uint32_t bits) {
   uint4* words = reinterpret_cast<uint4*>(static_cast<T*>(p.d_rows) + int64_t{c} * p.hidden);

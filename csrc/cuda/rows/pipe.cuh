@@ -23,8 +23,9 @@ class Pipe {
   }
 
   // Copies items 0, 1, ..., num_items - 1. `bytes(i)` of item i, a multiple of 16, come from
-  // `source(i)`; `store(i, stage)` starts bulk stores of them out of a stage. Called by all lanes,
-  // as are these. When it returns, all loads are complete, and the stores under way.
+  // `source(i)`; `store(i, stage)` starts bulk stores of them out of a stage. All lanes call this,
+  // and it calls `bytes`, `source` and `store` in all lanes. When it returns, all loads are
+  // complete, but stores may be in flight.
   template <typename Bytes, typename Source, typename Store>
   __device__ void Run(int32_t num_items, Bytes&& bytes, Source&& source, Store&& store) {
     for (int32_t i = 0; i < num_items + kAhead; ++i) {

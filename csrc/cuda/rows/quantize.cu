@@ -66,11 +66,11 @@ __global__ void __launch_bounds__(kThreads) QuantizeKernel(QuantizeParams p) {
   }
 }
 
-// One warp a row. The float8 channels are the last bytes of their row, so that what a vector of
-// results overwrites are channels that it, or a vector before it, is made of.
+// One warp does a row. The float8 channels are the last bytes of their row. So a vector of results
+// overwrites only channels that it, or a vector before it, was made of.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) DequantizeKernel(DequantizeParams p) {
-  constexpr int kAtOnce = 4;  // vectors of a lane that are on their way together
+  constexpr int kAtOnce = 4;  // vectors of a lane that are in flight together
   constexpr int kWarps = kThreads / 32;
   const int32_t lane = threadIdx.x % 32;
   const int32_t num_vectors = p.hidden / kVector;

@@ -1,7 +1,7 @@
 // The ring: how sums of rows get from the rank that makes them to the token's home.
 //
-// Home's workspace has slots for the sums of each peer, which token t uses as slot t % slots. A sum
-// travels in parts, each with two words: that it is there, and that home has read it.
+// Home's workspace has slots for the sums of each peer; token t uses slot t % slots. A sum is sent
+// in parts. Each part has two words: that it is there, and that home has read it.
 //
 // Params has group, num_tokens, num_rows, capacity and recv_rows as in node/combine.h.
 #pragma once
@@ -40,8 +40,8 @@ class Ring {
     return p_.group.peers[home]->ring + slot * state_.row_bytes;
   }
 
-  // Source: waits until home has read the sum that was in the slot before, if there was one. False
-  // once the group has failed. Called by all lanes together.
+  // Source: waits until home has read the previous sum of the slot, if there was one. False once
+  // the group has failed. Called by all lanes together.
   __device__ bool WaitFree(int home, const RingPlace& place) const {
     if (kMutation == kWithoutRingFree) return true;
     int32_t before = place.token;
@@ -53,17 +53,19 @@ class Ring {
     return __all_sync(~0u, is_free);
   }
 
-  // Home: tells that the sum of `source` is read, by all lanes, before the last __syncwarp. The
-  // store releases these loads: the source overwrites what they read, and in PTX's memory model a
-  // relaxed store may be seen before an earlier load is done. Lanes that wait for a source each
-  // call this together, so that the warp pays for one release, not for one of each source.
+  // Home: tells `source` that its sum has been read (by all lanes, before the last __syncwarp). The
+  // store releases these loads, because the source then overwrites what they read, and in PTX's
+  // memory model a relaxed store may be seen before an earlier load is done. Lanes that each wait
+  // for a source call this together, so that the warp pays for one release and not for one for each
+  // source.
   __device__ void TellFree(int source, const RingPlace& place) const {
-    if (place.token + state_.num_slots >= p_.num_tokens) return;  // nobody will ask
+    if (place.token + state_.num_slots >= p_.num_tokens) return;  // nobody will wait for it
     Tell(p_.group.peers[source]->ring_free[p_.group.rank], place);
   }
 
-  // Source: tells that the sum is there, which all lanes have stored before the last __syncwarp. A
-  // release store, not a fence: that would acquire too, which empties the SM's L1 cache.
+  // Source: tells home that the sum is there. All lanes have stored it before the last __syncwarp.
+  // This is a release store and no fence, because a fence also acquires, which empties the SM's L1
+  // cache.
   __device__ void TellReady(int home, const RingPlace& place) const {
     Tell(p_.group.peers[home]->ring_ready[p_.group.rank], place);
   }
@@ -85,7 +87,7 @@ class Ring {
   __device__ void Tell(uint64_t* words, const RingPlace& place) const {
     ptx::StoreReleaseSystem(&words[IndexOf(place)], RingWord(place.token, state_.epoch));
   }
-  // Until the word of the place speaks of `token`.
+  // Waits until the word of the place names `token`.
   __device__ bool Wait(WordKind kind, const uint64_t* words, const RingPlace& place, int32_t token,
                        int peer) const {
     const uint64_t expected = RingWord(token, state_.epoch);

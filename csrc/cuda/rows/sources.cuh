@@ -1,4 +1,4 @@
-// Which sources a rank has rows of, and which rows: a source is a token of some rank.
+// The sources that a rank has rows of, and these rows. A source is a token of some rank.
 //
 // Params has group, num_tokens, num_rows, capacity and recv_rows as in node/dispatch.h.
 #pragma once
@@ -28,7 +28,7 @@ __device__ int32_t NthSource(const Params& p, int32_t n) {
   return rank * p.num_tokens + n / num_ranks;
 }
 
-// Gives sources to whichever warp asks, leaving out those without rows.
+// Gives sources to the warps that ask, without those that have no rows.
 template <typename Params>
 class SourceQueue {
  public:
@@ -41,8 +41,8 @@ class SourceQueue {
   // Called by all lanes together, as is Next. A warp that never asks passes false for `asks`.
   __device__ SourceQueue(const Params& p, int32_t warp, int32_t num_warps, bool asks = true)
       : p_(p), num_sources_(p.group.num_ranks * p.num_tokens), tickets_(p.group, warp, num_warps) {
-    // A ticket is for a batch of sources; for few of them towards the end, so that all warps end
-    // together, but not for fewer than it takes to find one with rows.
+    // A ticket is for a batch of sources. Towards the end batches are smaller, so that all warps
+    // end together, but large enough to find a source with rows.
     small_batch_ = plan::Min((p.group.num_ranks + 3) / 4, kMaxBatch);
     batch_ = max(plan::Min(num_sources_ / 4 * 3 / num_warps / 4, kMaxBatch), small_batch_);
     num_batches_ = num_sources_ / 4 * 3 / batch_;
@@ -60,7 +60,7 @@ class SourceQueue {
  private:
   static constexpr int32_t kMaxBatch = 8;
 
-  // Finds what Next is to give; its rows are there when they are needed.
+  // Finds the next source for Next, so that its rows are loaded before they are needed.
   __device__ void Find() {
     while (found_ == 0) {
       const int32_t ticket = tickets_.Take();
@@ -95,8 +95,7 @@ class SourceQueue {
   Entry next_{plan::kNone, 0, plan::kNone};
 };
 
-// Goes through the sources that one of `num_warps` warps is to bring, leaving out those without
-// rows.
+// Goes through the sources of one of `num_warps` warps, without those that have no rows.
 template <typename Params>
 class SourceIterator {
  public:

@@ -38,7 +38,7 @@ __device__ __forceinline__ void StoreVector(T* channels, const RawVector<T>& raw
   }
 }
 
-// As far as `bytes` go, a multiple of 16: a row of float32 may end in half a vector.
+// Stores only `bytes`, a multiple of 16, because a row of float32 may end in half a vector.
 template <typename T>
 __device__ __forceinline__ void StorePart(T* channels, const RawVector<T>& raw, int32_t bytes) {
 #pragma unroll
@@ -53,8 +53,8 @@ __device__ __forceinline__ uint32_t& WordOf(RawVector<T>& raw, int i) {
   return reinterpret_cast<uint32_t*>(&raw)[i * sizeof(T) / 4];
 }
 
-// The channels in a word, of which there are two unless they are float32. Words, since compilers
-// turn conversions of single 16-bit floats into twice the instructions, at a quarter of the speed.
+// The channels in a word: two, or one of float32. Whole words, because compilers turn conversions
+// of single 16-bit floats into twice as many instructions, at a quarter of the speed.
 __device__ __forceinline__ void UnpackWord(float, uint32_t word, float* channels) {
   channels[0] = __uint_as_float(word);
 }
@@ -68,7 +68,7 @@ __device__ __forceinline__ void UnpackWord(__half, uint32_t word, float* channel
   channels[1] = both.y;
 }
 
-// The same way back, rounded to the nearest, ties to even.
+// The inverse, rounded to nearest, ties to even.
 __device__ __forceinline__ uint32_t PackWord(float, const float* channels) {
   return __float_as_uint(channels[0]);
 }

@@ -1,14 +1,14 @@
 """Grouped matmuls as kernels for Hopper GPUs, in Pallas's Mosaic GPU dialect.
 
-Both kernels are persistent: one block a streaming multiprocessor, in which one warpgroup loads tiles
-and two multiply, as in JAX's own matmul for Hopper (``hopper_matmul_mgpu``), whose pipeline they use.
-What they add is the schedule: which rows a tile has follows from the group sizes, which the GPU alone
-knows.
+Both kernels are persistent: each streaming multiprocessor runs one block, in which one warpgroup
+loads tiles and two multiply. JAX's own matmul for Hopper (``hopper_matmul_mgpu``) does the same,
+and the kernels use its pipeline. They add the schedule: the rows of a tile follow from the group
+sizes, which only the GPU knows.
 
-``by_matrices`` multiplies rows with the matrices of their groups, by a table of tiles that XLA makes
-(``tile_table``). ``by_rows`` multiplies the rows of each group with other rows, for the gradient of the
-matrices. Both cut their work as ``tiles`` says and are built of the same ``parts``. A kernel is lowered
-once for all programs (``custom_call``).
+``by_matrices`` multiplies rows with the matrices of their groups, by a table of tiles that XLA
+makes (``tile_table``). ``by_rows`` multiplies the rows of each group with other rows, for the
+gradient of the matrices. ``tiles`` says how both divide their work, and ``pipeline`` has the parts
+that they share. A kernel is lowered once for all programs (``custom_call``).
 
 This is the only package that knows Pallas, whose GPU interface is experimental.
 """

@@ -26,7 +26,8 @@ from jax_ep._grouped_dot.hopper.tile_table import tile_table
 from jax_ep._grouped_dot.hopper.tiles import Tiles, default_tiles
 
 
-# Traced and lowered, which takes Pallas a second, once for each shape in a program, not once a call.
+# Under jit, Pallas traces and lowers it (which takes a second) once for each shape in a program and
+# not once for each call.
 @functools.partial(jax.jit, static_argnames=("contract", "tiles"))
 def rows_by_matrices(
     lhs: jax.Array,
@@ -77,14 +78,14 @@ def _product(
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """A tile of the result: an entry of the table of tiles, and columns. Scalars on the GPU.
+    """A tile of the result, as scalars on the GPU: an entry of the table of tiles, and columns.
 
     Attributes:
         group: Its matrix; −1 if there is none, and the result is zeros.
-        block: Which ``Tiles.m`` rows it stands in.
+        block: Which block of ``Tiles.m`` rows it lies in.
         first: Its first row there.
         end: The row there that follows its last one.
-        column: Which ``Tiles.n`` columns it has.
+        column: Which block of ``Tiles.n`` columns it has.
     """
 
     group: Any
@@ -100,7 +101,7 @@ class _Out:
 
     Attributes:
         gmem: The result.
-        smem: Slots for parts on their way there.
+        smem: Slots for parts on their way to the result.
         some_smem: Room for a part of which only some rows are written.
         warpgroup: Which warpgroup it is.
     """
@@ -202,7 +203,7 @@ class _Kernel:
             self._write_part(tile, out, i, j, index % self._slots, value)
 
     def _write_part(self, tile: _Tile, out: _Out, i: int, j: int, slot: int, value: Any) -> None:
-        """Write what are the tile's of the rows of ``value``, a part from row i and column j on."""
+        """Write the tile's own rows of ``value``, the part that begins at row i and column j."""
         tiles, warpgroup = self.tiles, out.warpgroup
         columns = pl.ds(tile.column * tiles.n + warpgroup * tiles.half + j, PART)
         first = jnp.clip(tile.first - i, 0, PART)
@@ -223,7 +224,7 @@ class _Kernel:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out.some_smem[warpgroup] = value
             plgpu.commit_smem()
-            # A copy has a fixed number of rows: one for each bit of the count.
+            # A copy has a fixed number of rows, so there is one copy for each bit of the count.
             done = first
             for length in (PART >> bit for bit in range(1, PART.bit_length())):
 
@@ -239,6 +240,6 @@ class _Kernel:
 
     @property
     def _slots(self) -> int:
-        # Parts of the same rows take the slots in turn, beginning with the first: those of other rows
-        # may be left out.
+        # Parts of the same rows take the slots in turn and begin with the first slot, because the
+        # parts of other rows may be left out.
         return self.tiles.slots if self.tiles.half // PART % self.tiles.slots == 0 else 1

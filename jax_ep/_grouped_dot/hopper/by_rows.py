@@ -67,11 +67,11 @@ class _Tile:
 
     Attributes:
         group: Which group.
-        row: Which ``Tiles.m`` rows of the result.
-        column: Which ``Tiles.n`` columns.
+        row: Which block of ``Tiles.m`` rows of the result.
+        column: Which block of ``Tiles.n`` columns.
         start: The first row of the operands that is the group's.
         end: The row that follows the group's last one.
-        first_block: Which ``Tiles.k`` rows of the operands the group begins in.
+        first_block: Which block of ``Tiles.k`` rows of the operands the group begins in.
     """
 
     group: Any
@@ -87,7 +87,7 @@ class _Kernel:
     """The kernel for operands of one kind.
 
     Attributes:
-        groups: How many there are.
+        groups: Number of groups.
         rows: Rows of both operands, which are summed.
         inner: Rows of the result.
         outer: Columns of the result.
@@ -126,7 +126,7 @@ class _Kernel:
 
                 @pl.when(end > start)
                 def _product():
-                    # It may reach past the last row; blocks there are never loaded.
+                    # The slice may reach past the last row; blocks there are never loaded.
                     at = pl.ds(pl.multiple_of(first_block * tiles.k, tiles.k), self.rows)
                     self._pipeline(steps).sum(
                         functools.partial(self._multiply, tile, columns),
@@ -163,8 +163,8 @@ class _Kernel:
         begin = (tile.first_block + indices[0]) * rows
         mine = d_out_smem.at[:, columns]
 
-        # Blocks at the ends of a group have rows of others, whatever they hold. Both warpgroups write
-        # the same zeros.
+        # Blocks at the ends of a group also have rows of other groups, which may hold anything.
+        # Both warpgroups write the same zeros.
         @pl.when((begin < tile.start) | (begin + rows > tile.end))
         def _mask():
             for smem in (lhs_smem, mine):

@@ -1,10 +1,11 @@
 """Kernels as custom calls, each of them lowered once in a process and the same in all programs.
 
-Pallas lowers a kernel anew for each program, which takes it most of a second, and writes a number into
-it that counts the kernels of the process. jaxlib knows kernels by what they hold: to it the same kernel
-in two programs is two kernels, to be compiled twice, in a second or more each. And a program is missed
-in JAX's persistent compilation cache if as much as another kernel was lowered before it. So a kernel is
-lowered here, apart from programs, and the number taken out of it; programs get copies.
+Pallas lowers a kernel anew for each program, which takes most of a second. It also writes a number
+into the kernel that counts the kernels of the process. jaxlib tells kernels apart by their content,
+so because of that number it compiles the same kernel in two programs twice, for a second or more
+each. And JAX's persistent compilation cache does not find a program if another kernel was lowered
+before it. So this module lowers a kernel once, apart from any program, and removes the number.
+Programs get copies.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class CustomCall:
 
     Attributes:
         target: The name of the FFI handler.
-        attributes: What it is given, the kernel itself among them.
+        attributes: What the handler is given; the kernel itself is one of them.
     """
 
     target: str
@@ -50,7 +51,7 @@ class CustomCall:
 def pallas_kernel(
     kernel: Kernel, blocks: int, out: jax.ShapeDtypeStruct
 ) -> Callable[..., jax.Array]:
-    """The function that launches so many blocks, as Pallas lowers it."""
+    """A function that launches ``kernel`` in that many blocks, for Pallas to lower."""
     return plgpu.kernel(
         kernel.body,
         out_type=out,
@@ -66,7 +67,7 @@ def pallas_kernel(
 def custom_call(
     kernel: Kernel, blocks: int, out: jax.ShapeDtypeStruct, *operands: jax.ShapeDtypeStruct
 ) -> CustomCall | None:
-    """The call that Pallas makes of a kernel; None if it makes more of it than a call."""
+    """The custom call that Pallas lowers a kernel to; None if it lowers it to anything more."""
     function = jax.jit(pallas_kernel(kernel, blocks, out))
 
     def lower() -> Any:
@@ -102,7 +103,7 @@ def _sole_call(module: Any) -> Any:
 
 
 def _given(call: Any) -> Any:
-    """What the handler of a custom call is given, a dictionary of MLIR; None if it is anything else."""
+    """The MLIR dictionary that a custom call gives its handler; None if it has another form."""
     for name in ("mhlo.backend_config", "backend_config"):
         if name in call.attributes and isinstance(call.attributes[name], mlir.ir.DictAttr):
             return call.attributes[name]
@@ -117,9 +118,9 @@ def _value(attribute: Any) -> Any:
 
 
 def _uncounted(module: bytes, context: Any) -> bytes:
-    """A module of Mosaic GPU without the number that was given to it."""
+    """A module of Mosaic GPU without the number that Pallas gave it."""
     with context:
-        context.allow_unregistered_dialects = True  # those of bytes that other versions understand
+        context.allow_unregistered_dialects = True  # versions of the format use other dialects
         parsed = mlir.ir.Module.parse(module)
         if _COUNTED not in parsed.operation.attributes:
             return module

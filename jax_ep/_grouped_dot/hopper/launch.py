@@ -1,4 +1,4 @@
-"""What both kernels have around them: the form of their operands, and their launch."""
+"""Shared by both kernels: bringing operands into form, and the launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROW_MULTIPLE = 8  # rows of a tile in shared memory
 
 def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``x`` as the sum of two bfloat16 arrays, up to 2⁻¹⁶ of it."""
-    high = numerics.round_to(x, jnp.bfloat16)  # a pair of casts XLA would drop
+    high = numerics.round_to(x, jnp.bfloat16)  # XLA would drop a pair of casts
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
@@ -44,7 +44,7 @@ def _lower(
     ctx: mlir.LoweringRuleContext, *operands: Any, kernel: Kernel, out: jax.ShapeDtypeStruct
 ) -> Any:
     blocks = _compat.num_multiprocessors()
-    if not ctx.is_forward_compat():  # what is exported must be understood by other versions
+    if not ctx.is_forward_compat():  # other versions must understand an exported program
         avals: Sequence[Any] = ctx.avals_in
         given = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals)
         call = custom_call(kernel, blocks, out, *given)

@@ -1,4 +1,4 @@
-"""What both kernels are inside: sums over the steps of a pipeline, and parts of the result.
+"""The inside of both kernels: sums over the steps of a pipeline, and parts of the result.
 
 A block of the GPU has three warpgroups: one loads, and the first two multiply, each for half of the
 columns of a tile.
@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from jax_ep._grouped_dot.hopper.tiles import Tiles
 
-plgpu: Any = mosaic_gpu  # experimental, and its annotations do not hold
+plgpu: Any = mosaic_gpu  # experimental, and its annotations are not reliable
 
 PART = 64  # rows and columns of the result that a warpgroup writes at a time
 _MEMORY_REGISTERS = 40  # of the warpgroup that loads, as in JAX's matmul
@@ -31,8 +31,8 @@ class Pipeline:
     """A sum over steps, in each of which one warpgroup loads blocks that the others multiply.
 
     Attributes:
-        steps: How many there are; perhaps only the GPU knows.
-        loads: What is loaded of each operand, a ``load``.
+        steps: Number of steps, which may be known to the GPU only.
+        loads: For each operand a result of ``load``, which says what is loaded.
         dtype: The dtype of the result.
         tiles: How the work is cut.
     """
@@ -55,9 +55,9 @@ class Pipeline:
 
         Args:
             multiply: Adds to the sum: ``(indices of the step, *blocks, sum) -> sum``.
-            operands: In global memory.
-            allocations: As above.
-            write: Is called in the warpgroups that multiply.
+            operands: Arrays in global memory.
+            allocations: A result of ``allocations``.
+            write: A function that the warpgroups that multiply call.
         """
 
         def context(evaluate):
@@ -101,7 +101,7 @@ def write_zeros(write: Write, dtype: Any) -> None:
 
 
 def parts(tiles: Tiles) -> Iterator[tuple[int, int]]:
-    """First row and column of each part of what a warpgroup writes of a tile."""
+    """First row and column of each part that a warpgroup writes of a tile."""
     return itertools.product(range(0, tiles.m, PART), range(0, tiles.half, PART))
 
 
@@ -111,7 +111,7 @@ def memory_of_parts(slots: int, dtype: Any) -> Any:
 
 
 def _transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
-    """How a block with so many columns lies in shared memory."""
+    """The layout in shared memory of a block with that many columns."""
     width = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * width * 8)
     return plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle)

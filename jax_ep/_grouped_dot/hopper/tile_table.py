@@ -1,7 +1,7 @@
-"""The schedule of the product with matrices: a table of tiles, which XLA makes of the group sizes.
+"""The schedule of the product with matrices: a table of tiles that XLA makes of the group sizes.
 
-So rows past the last group cost nothing but the zeros that are written there. Rows of a block that
-belong to two groups are computed once for each, and each tile writes its own.
+With the table, rows past the last group cost only the writing of zeros. A block with rows of two
+groups is computed once for each of them, and each tile writes its own rows.
 """
 
 from __future__ import annotations

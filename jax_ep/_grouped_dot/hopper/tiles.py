@@ -1,4 +1,4 @@
-"""What the kernels can multiply, and how they cut it."""
+"""Which operands the kernels take, and how they divide the work."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How a kernel cuts its work.
+    """How a kernel divides its work.
 
     Attributes:
         m: Rows of the result that a block computes at a time.
         n: Columns of the result, of both warpgroups together.
         k: Channels or rows that are summed at a time.
-        steps: Loads that are under way.
-        lag: Multiplications that are still under way when the next one begins.
+        steps: Loads in flight.
+        lag: Multiplications that are still in flight when the next one begins.
         slots: Parts of the result that a warpgroup has on their way out (product with matrices).
-        width: Tiles of columns (rows, for the gradient of the matrices) that blocks walk over before
-            they turn to the next rows, for the sake of the L2 cache.
+        width: Tiles of columns (for the gradient of the matrices: of rows) that blocks walk over
+            before they go on to the next rows. It keeps operands in the L2 cache.
     """
 
     m: int = 128
@@ -37,12 +37,12 @@ class Tiles:
         return self.n // 2
 
     def for_columns(self, columns: int) -> Tiles:
-        """These, if they divide the columns, else with the least number of columns there is."""
+        """These tiles if they divide the columns, else with the fewest columns of any tiles."""
         return self if columns % self.n == 0 else dataclasses.replace(self, n=128)
 
 
 def default_tiles(dtype: Any, *, by_matrices: bool) -> Tiles:
-    """What was the fastest of what fits shared memory together with the results on their way out."""
+    """The fastest tiles, as measured, that fit shared memory with the results on their way out."""
     if dtype == jnp.float32:
         return Tiles(k=64, steps=3)
     return Tiles(k=64, steps=3, slots=2) if by_matrices else Tiles()

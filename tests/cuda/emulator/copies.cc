@@ -1,5 +1,5 @@
 // Bulk copies and the barriers that count them. A copy happens some turns after it was started, so
-// that what does not wait for it finds poison.
+// that code that does not wait for it finds poison.
 #include <cstring>
 
 #include "device.h"
@@ -13,7 +13,7 @@ struct Barrier {
   uint64_t phase : 1;
   uint64_t arrivals : 11;  // of a phase
   uint64_t missing : 11;   // in this phase
-  int64_t bytes : 33;      // that are expected and not there
+  int64_t bytes : 33;      // expected and not there yet
 };
 static_assert(sizeof(Barrier) == 8, "an mbarrier");
 constexpr uint64_t kMagic = 0xb7;

@@ -1,4 +1,4 @@
-// Stands for the toolkit's cuda_runtime.h: what kernels and their callers use of CUDA C++.
+// Replaces the toolkit's cuda_runtime.h, as far as kernels and their callers use CUDA C++.
 #pragma once
 
 #include <math.h>

@@ -1,4 +1,4 @@
-// The scheduler: which block runs, and which of its fibers.
+// The scheduler: chooses the block that runs, and its fiber.
 #include "device.h"
 
 #include <cstdarg>
@@ -17,7 +17,7 @@ thread_local Block* current_block = nullptr;
 
 namespace {
 
-// A block for each multiprocessor of an H100. Kernels may count on as many being there at once.
+// A block for each multiprocessor of an H100. Kernels may rely on that many running at once.
 constexpr uint32_t kMaxBlocks = 132;
 
 StackPointer scheduler;
@@ -49,7 +49,7 @@ void StartBlock(Grid& grid) {
   grid.blocks.push_back(std::move(block));
 }
 
-// A lane that is gone cannot be waited for.
+// Nobody can wait for a lane that has ended.
 void CheckExit(const Warp& warp, uint32_t lane) {
   for (uint32_t i = 0; i < 32; ++i) {
     if ((warp.waiting >> i & 1) != 0 && (warp.lanes[i].mask >> lane & 1) != 0) {
@@ -71,7 +71,7 @@ void RunFiber() {
   CheckExit(warp, lane);
   if (block.num_at_barrier != 0) Abort("the thread ended while others wait at __syncthreads");
   --block.num_running;
-  FreeStack(warp.lanes[lane].stack);  // nothing takes one before the switch
+  FreeStack(warp.lanes[lane].stack);  // no other fiber takes a stack before the switch
   SwitchStack(&warp.lanes[lane].stack_pointer, scheduler);
   Abort("a fiber that had ended went on");
 }
@@ -86,13 +86,13 @@ void Resume(Block& block, uint32_t warp, uint32_t lane) {
   SwitchStack(&scheduler, fiber.stack_pointer);
 }
 
-// Now and then something falls behind the others, mostly for a little while.
+// Now and then a fiber, warp or block falls behind the others, mostly for a little while.
 void SometimesStall(uint64_t now, uint32_t one_in, uint64_t& until) {
   if (Random() % one_in != 0) return;
   until = now + Random() % (Random() % 8 == 0 ? 4000 : 200);
 }
 
-// Warps in turn, from any of them on; some have to wait.
+// Warps in turn, beginning with any of them; some must wait.
 void RunBlock(Block& block) {
   current_block = &block;
   ++block.turns;
@@ -283,7 +283,7 @@ void StartGrid(std::unique_ptr<Grid> grid) {
   grids.push_back(std::move(grid));
 }
 
-// Like what is timed by it: the same on a slow machine.
+// It counts turns like the waits that it times, so it is the same on a slow machine.
 uint64_t Nanoseconds() { return num_turns * 10000; }
 
 bool RunTurn() {

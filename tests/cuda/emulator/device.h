@@ -1,4 +1,4 @@
-// The state of what runs: grids of blocks of warps, and the bulk copies of a block.
+// The state of running grids, blocks and warps, and the bulk copies of a block.
 #pragma once
 
 #include <cstdint>
@@ -61,11 +61,11 @@ struct Grid {
   std::vector<std::unique_ptr<Block>> blocks;
 };
 
-// Of the running fiber; null on other threads than the device's.
+// The state of the running fiber; null on threads other than the device's.
 extern thread_local Block* current_block;
 uint32_t CurrentThread();
 
-// Does those of the block's copies whose time has come.
+// Does the block's copies that are due.
 void AdvanceCopies(Block& block);
 
 constexpr size_t kStaticBytes = 8 << 10;  // of a block's shared memory, for all kernels together

@@ -2,9 +2,9 @@
 // fibers of all blocks of all streams, in random order (JAX_EP_EMULATOR_SEED). A fiber goes on
 // until it yields, or waits for others of its warp or block.
 //
-// What this shows: wrong arithmetic and indices, waits that are missing, waits that never end,
-// accesses out of bounds by bulk copies and flags, lanes that do not meet. What it cannot show: the
-// order in which a GPU's memory makes writes visible, and time.
+// The emulator shows wrong arithmetic and indices, missing waits, waits that never end, accesses
+// out of bounds by bulk copies and flags, and lanes that do not meet. It cannot show the order in
+// which a GPU's memory makes writes visible, or time.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,19 +22,19 @@ extern dim3 blockDim, gridDim;
 
 namespace emulator {
 
-// Prints what went wrong, and where, and ends the process.
+// Prints the error and its place, and ends the process.
 [[noreturn]] void Abort(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // Scheduling -------------------------------------------------------------------------------------
 
-// Lets other fibers run. One never knows how many; SometimesYield once in `one_in` calls.
+// Lets a random number of other fibers run; SometimesYield does so once in `one_in` calls.
 void Yield();
 void SometimesYield(uint32_t one_in);
 void Sleep(uint64_t ns);
 uint32_t Random();
 uint64_t Nanoseconds();  // of a clock that goes on with every turn
 
-// JAX_EP_EMULATOR_MUTATION: the wait that is taken out, of those of test_hooks.cuh or of these.
+// JAX_EP_EMULATOR_MUTATION: the wait that is removed, one of test_hooks.cuh or of these.
 constexpr int kWithoutLoads = 101;   // for bulk loads
 constexpr int kWithoutStores = 102;  // until bulk stores have read shared memory
 constexpr int kWithoutWarps = 103;   // __syncwarp
@@ -43,13 +43,13 @@ int Mutation();
 // JAX_EP_EMULATOR_RING_SLOTS: kMostRingSlots of test_hooks.cuh.
 int MostRingSlots();
 
-// Waits until all lanes of `mask` have come with the same `combine`; gives what it makes of their
-// values for this lane, whose `argument` it gets.
+// Waits until all lanes of `mask` have come with the same `combine`. Then returns the result of
+// `combine` for their values and this lane's `argument`.
 using Combine = uint64_t (*)(const uint64_t* values, uint32_t mask, uint32_t lane,
                              uint32_t argument);
 uint64_t Exchange(Combine combine, uint32_t mask, uint64_t value, uint32_t argument);
 
-// Waits for all threads of the block; gives how many came with a value that is not 0.
+// Waits for all threads of the block; returns the number of those with a value other than 0.
 int CountAtBarrier(bool value);
 
 // The barrier of the cluster, which is the whole grid here: no kernel has more than one cluster.
@@ -58,7 +58,8 @@ void WaitForCluster();
 
 // Memory -----------------------------------------------------------------------------------------
 
-// Of a block; poisoned when it begins. Variables have the same place in all blocks.
+// Shared memory of a block, poisoned when the block begins. Variables have the same place in all
+// blocks.
 constexpr size_t kMaxSharedBytes = 227 << 10;
 bool IsShared(const void* pointer);
 size_t ReserveShared(size_t size, size_t alignment);
@@ -66,7 +67,7 @@ void* StaticShared(size_t offset);
 void* DynamicShared();
 void* SharedOf(void* pointer, uint32_t block);
 
-// Aborts unless the memory is of one allocation.
+// Aborts unless the memory is within one allocation.
 void CheckGlobal(const void* pointer, size_t size, const char* what);
 
 // Bulk copies, which happen some time later -------------------------------------------------------

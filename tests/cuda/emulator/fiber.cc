@@ -9,7 +9,7 @@
 #include "emulator.h"
 
 #ifdef __x86_64__
-// Saves what functions preserve; ucontext would also make two system calls.
+// Saves the registers that functions preserve; ucontext would also make two system calls.
 extern "C" void emulator_switch_stack(void** from, void* to);
 asm(R"(
 .text
@@ -42,15 +42,15 @@ emulator_switch_stack:
 namespace emulator {
 namespace {
 
-// Memory only as far as it is used. An odd number of cache lines: were it a power of two, the tops
-// of all stacks would compete for the same few lines of the caches.
+// The system provides memory only as far as it is used. The size is an odd number of cache lines.
+// With a power of two, the tops of all stacks would compete for the same few lines of the caches.
 constexpr size_t kStackBytes = 1093 * 64;
 constexpr uint64_t kCanary = 0x5ac3f1b2d4e69788;
 
 std::vector<Stack> free_stacks;
 
 Stack NewStack() {
-  // Many at once: the number of mappings is limited.
+  // Many stacks in one mapping, because the number of mappings is limited.
   constexpr size_t kAtOnce = 256;
   void* memory = mmap(nullptr, kAtOnce * kStackBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -69,7 +69,8 @@ Stack TakeStack(void (*entry)(), StackPointer* start) {
   const Stack stack = free_stacks.back();
   free_stacks.pop_back();
 #ifdef __x86_64__
-  // Six registers, then the return address; what is above is not aligned to 16, as after a call.
+  // Six registers, then the return address. The address above it is not aligned to 16, as after a
+  // call.
   void** top = reinterpret_cast<void**>(stack.memory + kStackBytes) - 1;
   top[0] = nullptr;
   top[-1] = reinterpret_cast<void*>(entry);

@@ -5,13 +5,13 @@
 
 namespace emulator {
 
-// What a switch leaves behind on the stack is found by its address.
+// The address of the state that a switch saves on the stack.
 using StackPointer = void*;
 
 // Goes on at `to`, and leaves in `from` where to come back.
 void SwitchStack(StackPointer* from, StackPointer to);
 
-// A stack on which `entry` begins; the one freed last first, so that it is in the cache. `entry`
+// A stack on which `entry` begins. It is the stack freed last, so that it is in the cache. `entry`
 // does not return.
 struct Stack {
   char* memory = nullptr;

@@ -132,7 +132,7 @@ EMULATOR_LDCG_VECTOR(uint2)
 EMULATOR_LDCG_VECTOR(uint4)
 #undef EMULATOR_LDCG_VECTOR
 
-// One fiber runs at a time, so nothing comes in between.
+// One fiber runs at a time, so no other access comes between.
 namespace emulator {
 template <typename T, typename Change>
 T Atomically(T* address, Change change) {

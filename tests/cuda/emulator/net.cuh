@@ -1,4 +1,4 @@
-// Stands for csrc/cuda/network/net.cuh: the same functions, on the emulator's network.
+// Replaces csrc/cuda/network/net.cuh: the same functions, on the emulator's network.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -54,7 +54,7 @@ void AddHeap(int pe, void* base, size_t size) {
 }
 
 void Put(void* to, const void* from, size_t bytes, uint64_t* signal, uint64_t value, int pe) {
-  There(from, bytes, pe);  // a source in no heap may not be readable for a network
+  There(from, bytes, pe);  // a network may be unable to read a source outside the heap
   const std::lock_guard<std::mutex> lock(mutex);
   char* target = There(to, bytes, pe);
   uint64_t last = turns;
@@ -78,7 +78,7 @@ void AdvanceNetwork() {
   const std::lock_guard<std::mutex> lock(mutex);
   ++turns;
   if (under_way.empty()) return;
-  for (const bool signals : {false, true}) {  // bytes first, where both are due
+  for (const bool signals : {false, true}) {  // bytes first if both are due
     for (size_t i = 0; i < under_way.size();) {
       const Delivery message = under_way[i];
       if (message.due > turns || (message.from == nullptr) != signals) {

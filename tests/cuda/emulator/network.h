@@ -1,6 +1,6 @@
-// A network between processing elements, as NVSHMEM's model allows it at worst: what is sent
-// arrives late, in pieces, in any order; sources are read as late as that; only the signal of a put
-// comes after its bytes.
+// A network between processing elements, the worst that NVSHMEM's model allows. Data arrives late,
+// in pieces, in any order, and sources are read as late. Only the signal of a put comes after its
+// bytes.
 #pragma once
 
 #include <cstddef>
@@ -15,14 +15,13 @@ void AddHeap(int pe, void* base, size_t size);
 void Put(void* to, const void* from, size_t bytes, uint64_t* signal, uint64_t value, int pe);
 void PutSignal(uint64_t* signal, uint64_t value, int pe);
 
-// Delivers what is due. By the device's thread.
+// Delivers all parts that are due. By the device's thread.
 void AdvanceNetwork();
 
 // Payload that has been delivered so far, without signals.
 uint64_t BytesCarried();
 
-// JAX_EP_EMULATOR_MUTATION: the network itself does not keep to the model, and sets signals at
-// once.
+// JAX_EP_EMULATOR_MUTATION: the network breaks the model and sets signals at once.
 constexpr int kEarlySignals = 104;
 
 }  // namespace emulator

@@ -1,5 +1,5 @@
-// Stands for csrc/cuda/core/ptx.cuh: the same functions, on the emulator. Orders of memory need
-// nothing here, where one fiber runs at a time; fences are chances for others to run.
+// Replaces csrc/cuda/core/ptx.cuh: the same functions, on the emulator. Orders of memory need
+// nothing, because one fiber runs at a time. Fences let other fibers run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -42,7 +42,7 @@ inline void StoreRelaxedSystem(uint64_t* address, uint64_t value) {
   StoreReleaseSystem<uint64_t>(address, value);
 }
 
-// The words of a pair are whole, the pair need not be.
+// Each word of a pair is atomic, the pair need not be.
 inline void LoadRelaxedSystem(const uint64_t* address, uint64_t& first, uint64_t& second) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulator::Abort("a pair at %p", address);
   first = LoadAcquireSystem(address);

@@ -1,6 +1,6 @@
 """Turns CUDA C++ into C++ that the emulator's headers compile: rewrite.py FROM TO
 
-What macros cannot do is done here, on copies: launches, variables in shared memory, the choice of a
+It changes copies where macros do not suffice: launches, variables in shared memory, the choice of a
 mutation. Lines keep their numbers.
 """
 
@@ -13,7 +13,7 @@ _STATIC = re.compile(r"__shared__\s+([\w:]+)\s+(\w+)\s*;")
 
 
 def _launched(code: str, end: int) -> int:
-    """Where the name of the kernel, with its template arguments, begins that ends before `end`."""
+    """Where the name of a kernel, with its template arguments, begins; it ends before `end`."""
     i = end
     while code[i - 1].isspace():
         i -= 1
@@ -53,8 +53,8 @@ def rewrite(code: str, name: str) -> str:
     code = _STATIC.sub(static, code)
     if "__shared__ " in code:
         raise ValueError(f"{name}: a variable in shared memory that this script does not know")
-    # Which wait is taken out is chosen when the program runs: one build serves all mutations. So is
-    # the length of the ring.
+    # The program chooses when it runs which wait to take out, so one build serves all mutations. It
+    # chooses the length of the ring in the same way.
     code = code.replace(
         "constexpr int kMutation = 0;", "inline const int kMutation = emulator::Mutation();"
     )
@@ -62,7 +62,7 @@ def rewrite(code: str, name: str) -> str:
         "constexpr int kMostRingSlots = 1 << 30;",
         "inline const int kMostRingSlots = emulator::MostRingSlots();",
     )
-    # Standard headers use the name of this macro of CUDA's.
+    # Standard headers use the name of this macro of CUDA.
     code = code.replace("__noinline__", "__attribute__((noinline))")
     return f'#line 1 "{name}"\n{_rewrite_launches(code)}'
 

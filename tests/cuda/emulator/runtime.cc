@@ -1,5 +1,5 @@
 // The CUDA runtime: streams, graphs and events, whose work the device's thread does in order, and
-// memory, which is the host's.
+// memory of the host.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -17,7 +17,7 @@
 namespace emulator {
 namespace {
 
-// A piece of work of a stream: a kernel, or something that is done at once.
+// A piece of work of a stream: a kernel, or a function that is called at once.
 struct Work {
   Config config;
   std::function<void()> thread;  // of the kernel
@@ -30,7 +30,7 @@ struct Stream {
   std::vector<Work>* capture = nullptr;
 };
 
-// Never destroyed: the device's thread does not end before the process.
+// Never destroyed, because the device's thread does not end before the process.
 std::mutex& mutex = *new std::mutex;
 std::condition_variable& changed = *new std::condition_variable;
 std::vector<Stream*>& streams = *new std::vector<Stream*>;
@@ -42,7 +42,7 @@ Stream* Of(cudaStream_t stream) {
   return stream == nullptr ? &default_stream : reinterpret_cast<Stream*>(stream);
 }
 
-// Starts what can be; true if a stream has something left.
+// Starts all work that can start; true if a stream has work left.
 bool AdvanceStreams() {
   bool any = false;
   for (Stream* stream : streams) {
@@ -109,7 +109,7 @@ std::map<uintptr_t, size_t> allocations;
 std::atomic<uint64_t> num_frees{0};
 
 void* Allocate(size_t size) {
-  const size_t rounded = (size + 511) / 256 * 256;  // what follows belongs to no allocation
+  const size_t rounded = (size + 511) / 256 * 256;  // the bytes after it belong to no allocation
   void* memory = std::aligned_alloc(256, rounded);
   if (memory == nullptr) Abort("no memory");
   std::memset(memory, 0xcd, rounded);
@@ -146,7 +146,7 @@ size_t ReserveShared(size_t size, size_t alignment) {
 }
 
 constexpr int kPoison = 0xcd;
-constexpr size_t kGuard = 1024;  // bytes after those of a block, which it must leave alone
+constexpr size_t kGuard = 1024;  // bytes after a block's memory, which it must not write
 
 char* TakeSharedMemory() {
   constexpr size_t kBytes = kStaticBytes + kMaxSharedBytes + kGuard;

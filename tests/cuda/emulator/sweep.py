@@ -1,6 +1,6 @@
 """Random shapes for kernels_test on the emulator: sweep.py FOLDER SECONDS [SEED]
 
-FOLDER is that of build.sh. Prints each run that fails, and how many there were.
+FOLDER is that of build.sh. It prints each run that fails, and the number of runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 
 
 def arguments() -> str:
-    """Of one run."""
+    """The arguments of one run."""
     pick = random.choice
     ranks, alignment, dtype = pick([1, 2, 2, 3, 4, 5, 8]), pick([1, 8, 32]), "bf16"
     experts = ranks * pick([1, 2, 4, 8])

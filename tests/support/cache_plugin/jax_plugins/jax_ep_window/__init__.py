@@ -1,15 +1,15 @@
-"""Makes keys of JAX's persistent compilation cache that one GPU can fill for two.
+"""Changes the keys of JAX's persistent compilation cache, so that one GPU can fill it for two.
 
 JAX imports what it finds in the namespace package ``jax_plugins`` when it starts, so ``PYTHONPATH``
 brings this into all processes of a run (see ``window_cache.py``). It changes three things:
 
-* The key of a program on GPUs holds the kinds of its devices and not the fingerprint of their topology,
-  which tells hosts by their CPUs. How devices are spread over processes is left in it only for programs
-  with collectives of XLA's, or with some that its partitioner may add: of a small all-reduce XLA makes
-  a kernel for GPUs of one process, which reads wild where processes have one each. All others are
-  compiled to the same in all modes.
-* Entries appear by a rename. JAX writes them in place, and a process that reads meanwhile would warn.
-* Programs for CPU are not cached: they would be loaded on other CPUs.
+* The key of a program on GPUs has the kinds of its devices and not the fingerprint of their
+  topology, which differs between hosts with other CPUs. The key has the spread of devices over
+  processes only if the program has collectives of XLA, or if XLA's partitioner may add some. XLA
+  compiles a small all-reduce for the GPUs of one process to a kernel that reads invalid addresses
+  where processes have one GPU each. All other programs are compiled to the same in all modes.
+* Entries appear by a rename. JAX writes them in place, so a process that reads meanwhile would warn.
+* Programs for CPU are not cached, because they would be loaded on other CPUs.
 
 Every look into the cache adds a line to the file ``$JAX_EP_WINDOW_LOOKUPS.PID``, if that is set.
 """
@@ -27,7 +27,7 @@ _COLLECTIVES = {
         *("collective_permute", "reduce_scatter"),
     )
 }
-_OUTSIDE = {"sdy.manual_computation", "func.return"}  # what a shard_map and no more consists of
+_OUTSIDE = {"sdy.manual_computation", "func.return"}  # all that a shard_map alone consists of
 
 
 def initialize() -> None:
@@ -40,7 +40,7 @@ def initialize() -> None:
         return
 
     class Cache(lru_cache.LRUCache):  # type: ignore[misc]
-        """As JAX's, but that entries are never seen half written."""
+        """JAX's cache, except that nobody sees half-written entries."""
 
         def get(self, key: str) -> bytes | None:
             found = super().get(key)
@@ -72,7 +72,7 @@ def initialize() -> None:
 
 
 def has_collectives(module: Any) -> bool:
-    """Whether a program may communicate by XLA's own means."""
+    """Whether a program may have collectives of XLA."""
     from jax._src.lib.mlir import ir
 
     found = False
