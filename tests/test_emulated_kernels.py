@@ -182,6 +182,9 @@ _NETWORK = [
     "layout=expert hosts=3 ranks=6 capacity=64 tokens=60 blocks=3",
     "layout=expert hosts=2 ranks=2 tokens=0",
     "layout=expert hosts=2 ranks=4 tokens=1 blocks=3 capacity=8",
+    # Some or all hosts reach each other's memory.
+    "layout=token direct=1 fp8=1 hidden=384",
+    "layout=expert hosts=4 ranks=8 experts=32 tokens=21 direct=2 weighted=1",
 ]
 _NETWORK_PLANS = [
     "layout=expert",
@@ -191,6 +194,8 @@ _NETWORK_PLANS = [
     "layout=expert hosts=4 ranks=8 experts=32 topk=8 tokens=33 masked=1 expert_capacity=7",
     "layout=token masked=2 tokens=1",
     "layout=expert tokens=0",
+    "layout=expert direct=1",
+    "layout=token hosts=4 ranks=8 experts=32 direct=2",
 ]
 # A rank that never comes or stops, in a group of three hosts; a host at another op.
 _NETWORK_FAILURES = [
@@ -199,6 +204,7 @@ _NETWORK_FAILURES = [
     "op=combine_vjp failure=absent layout=expert",
     "op=dispatch failure=stops layout=token items=1",
     "op=combine failure=stops layout=expert items=1",
+    "op=dispatch failure=stops layout=expert items=1 direct=1",
     "op=combine_vjp failure=stops layout=expert items=1",
     "op=dispatch failure=mismatch layout=expert other=combine",
     "op=combine failure=mismatch layout=token other=dispatch",
