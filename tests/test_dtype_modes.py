@@ -132,7 +132,7 @@ def test_ids_and_weights_of_other_dtypes(dtype, native_backend):
     beyond = max(2**32, 100) if kind.itemsize == 8 else 2**31 if dtype == "uint32" else 100
     given[5, 0], idx[5, 0] = beyond, 100
     if dtype == "int64":  # low bits are those of expert 0
-        given[6, 0], idx[6, 0] = -(2**32), -2
+        given[7, 0], idx[7, 0] = -(2**32), -2
     x = np.arange(8 * 4, dtype=np.float32).reshape(8, 4)
 
     def run(x, idx):
