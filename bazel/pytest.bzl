@@ -1,43 +1,57 @@
 """py_tests that run the files of a pytest suite."""
 
-def pytest_tests(srcs, support, data, shards, once, slow, optimized, deps):
+def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps):
     """One py_test for each test file, of all its tests that are not marked slow.
+
+    Two more run several files in one process, since Python and JAX take about six seconds to start:
+    test_quick and test_samples, in shards.
 
     Args:
         srcs: The test files.
         support: Modules that tests import, and the entry point tests/support/run_pytest.py.
         data: Files that tests read.
         once: Files whose tests say the same with every version of Python and JAX, by name, and one test of
-            each. The file's target is tagged "once", and another, NAME_sample, runs that test alone.
-        slow: Files whose tests are all marked slow, by name, and the options of pytest with which their
-            targets run all the same: those that select some of their tests or make them short.
+            each. The file's target is tagged "once", and test_samples runs that test alone.
+        quick: Files of a few seconds, by name, which test_quick runs. Their own targets are tagged
+            "manual", so a pattern such as //... leaves them out.
+        part: Files of which a part runs, by name, and the options of pytest with which their targets
+            run: those that select some of their tests or make them short.
         optimized: Files that XLA compiles with its defaults, as for users, by name. For the others
             tests/conftest.py has it compile quickly.
         shards: In how many parts to run a test file, by name, where that is not one.
         deps: Libraries under test.
     """
-    for src in srcs:
-        name = src.split("/")[-1][:-len(".py")]
-        common = dict(
-            size = "medium",
-            timeout = "long",
-            srcs = [src] + support,
-            data = data,
-            legacy_create_init = False,
-            main = "tests/support/run_pytest.py",
-            env = {"XLA_FLAGS": "--xla_backend_optimization_level=3"} if name in optimized else {},
-            deps = deps,
-        )
+    common = dict(
+        size = "medium",
+        timeout = "long",
+        data = data,
+        legacy_create_init = False,
+        main = "tests/support/run_pytest.py",
+        deps = deps,
+    )
+    paths = {src.split("/")[-1][:-len(".py")]: src for src in srcs}
+    for name, src in paths.items():
         native.py_test(
             name = name,
-            args = [src] + slow.get(name, ["-m", "'not slow'"]),
+            srcs = [src] + support,
+            args = [src] + part.get(name, ["-m", "'not slow'"]),
+            env = {"XLA_FLAGS": "--xla_backend_optimization_level=3"} if name in optimized else {},
             shard_count = shards.get(name),
-            tags = ["once"] if name in once else [],
+            tags = ["once"] if name in once else ["manual"] if name in quick else [],
             **common
         )
-        if name in once:
-            native.py_test(
-                name = name + "_sample",
-                args = ["'{}::{}'".format(src, once[name])],  # an error if there is no such test
-                **common
-            )
+    native.py_test(
+        name = "test_quick",
+        srcs = [paths[name] for name in quick] + support,
+        args = [paths[name] for name in quick] + ["-m", "'not slow'"],
+        shard_count = 3,
+        **common
+    )
+    native.py_test(
+        name = "test_samples",
+        srcs = [paths[name] for name in once] + support,
+        # An error if there is no such test.
+        args = ["'{}::{}'".format(paths[name], once[name]) for name in once],
+        shard_count = 2,
+        **common
+    )

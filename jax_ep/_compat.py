@@ -65,9 +65,21 @@ def _spmd_axes(x: Any) -> frozenset[str]:
     """The ``spmd_axis_name`` axes of the ``vmap``s that batch ``x``."""
     names = frozenset[str]()
     while isinstance(x, jax.core.Tracer) and hasattr(x, "batch_dim"):
-        names |= frozenset(x._trace.axis_data.spmd_name or ())
+        names |= frozenset(spmd_axes(x._trace.axis_data))
         x = x.val
     return names
+
+
+def is_in_spmd_vmap() -> bool:
+    """Whether what is being traced is called by ``vmap(..., spmd_axis_name=)``."""
+    from jax._src import core
+
+    return bool(core.get_axis_env().spmd_axis_names)
+
+
+def spmd_axes(axis_data: Any) -> tuple[str, ...]:
+    """The mesh axes that a ``vmap`` is spread over, from what its batching rules are given."""
+    return tuple(axis_data.spmd_name or ())
 
 
 def aval_like(aval: Any, shape: Sequence[int], dtype: Any) -> Any:

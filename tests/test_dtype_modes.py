@@ -131,6 +131,8 @@ def test_ids_and_weights_of_other_dtypes(dtype, native_backend):
     given = idx.astype(kind)
     beyond = max(2**32, 100) if kind.itemsize == 8 else 2**31 if dtype == "uint32" else 100
     given[5, 0], idx[5, 0] = beyond, 100
+    if dtype == "int64":  # low bits are those of expert 0
+        given[7, 0], idx[7, 0] = -(2**32), -2
     x = np.arange(8 * 4, dtype=np.float32).reshape(8, 4)
 
     def run(x, idx):
@@ -143,7 +145,7 @@ def test_ids_and_weights_of_other_dtypes(dtype, native_backend):
         found = call(x, given)
     for got, wanted in zip(found, want, strict=True):
         np.testing.assert_array_equal(got, wanted)
-    assert want[1].sum() == 1 + (none == 9)
+    assert want[1].sum() == 1 + (none == 9) + (dtype == "int64")
 
 
 def test_weights_of_narrow_dtypes(native_backend):

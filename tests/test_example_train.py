@@ -260,6 +260,7 @@ def test_minutes_hold_under_changing_load(trainer, corpus, tmp_path, steps):
         longer.train()
         assert longer.step > run.step
         assert abs(longer._pace.seconds() - 90) <= 2 * steps.take
+        assert abs(longer._clock.seconds() - 30) <= 2 * steps.take  # of this part alone
 
 
 def test_checkpoints_come_every_minute(trainer, corpus, tmp_path, monkeypatch, steps):

@@ -37,10 +37,11 @@ def make_x(*shape: int) -> jax.Array:
 
 
 def by_table(logits, bias, inputs):
-    """Experts by the token's id, weights by a factor of the token."""
+    """Experts by the token's id; a factor of the token for its weights and its scores."""
     idx = (inputs["id"][:, None] * 3 + jnp.arange(K)[None]).astype(jnp.int16) % E
-    weights = inputs["factors"].mean((1, 2))[:, None] * jnp.ones((1, K))
-    return routing.Routing(idx, weights.astype(jnp.bfloat16), jax.nn.softmax(logits))
+    factor = inputs["factors"].mean((1, 2))[:, None]
+    weights = (factor * jnp.ones((1, K))).astype(jnp.bfloat16)
+    return routing.Routing(idx, weights, jax.nn.softmax(logits * factor))
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -66,7 +67,7 @@ def test_inputs_are_split_like_the_tokens(axis_type, native_backend):
             router_inputs=given,
             mask=mask,
         )
-        return jnp.sum(y**2), (y, aux)
+        return jnp.sum(y**2) + aux.aux_loss, (y, aux)
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     (d_factors, d_params), (y, aux) = step(factors, params)
@@ -78,10 +79,14 @@ def test_inputs_are_split_like_the_tokens(axis_type, native_backend):
         gate, up, down = (w[idx] for w in (params.gate, params.up, params.down))
         hidden = jax.nn.silu(jnp.einsum("th,tkhf->tkf", tokens, gate))
         hidden = hidden * jnp.einsum("th,tkhf->tkf", tokens, up)
-        weight = factors.mean((2, 3)).reshape(-1, 1).astype(jnp.bfloat16).astype(jnp.float32)
+        factor = factors.mean((2, 3)).reshape(-1, 1)
+        used = jnp.where(mask.reshape(-1, 1), idx, -1)
+        scores = jax.nn.softmax(tokens @ params.router_kernel * factor)
+        aux_loss = routing.load_balancing_loss(used, scores)
+        weight = factor.astype(jnp.bfloat16).astype(jnp.float32)
         y = weight * jnp.einsum("tkf,tkfh->th", hidden, down)
         y = jnp.where(mask.reshape(-1, 1), y, 0).reshape(x.shape)
-        return jnp.sum(y**2), (y, idx)
+        return jnp.sum(y**2) + aux_loss, (y, idx)
 
     (want_factors, want_params), (want, idx) = jax.grad(dense, argnums=(0, 1), has_aux=True)(
         factors, params
@@ -89,6 +94,9 @@ def test_inputs_are_split_like_the_tokens(axis_type, native_backend):
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(d_factors, want_factors, rtol=2e-2, atol=1e-5)
     np.testing.assert_allclose(d_params.down, want_params.down, rtol=1e-4, atol=1e-5)
+    got, wanted = d_params.router_kernel, want_params.router_kernel
+    assert np.abs(wanted).max() > 1e-3
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
     used = np.asarray(idx)[np.asarray(mask).reshape(-1)]
     np.testing.assert_array_equal(aux.load, np.bincount(used.reshape(-1), minlength=E))
 
@@ -245,16 +253,33 @@ def test_layer_of_six_experts_on_four_ranks(native_backend):
         assert not np.any(a[6:])
 
 
+def test_layers_move_the_bias_of_the_experts_that_exist():
+    """Towards the mean load of these; that of the others stays."""
+    settings = {"num_experts": E, "num_used_experts": 6, "top_k": K, "router_bias": True}
+    settings["group"] = spmd.make_group(2, "reference")
+    load = jnp.array([5, 3, 4, 4, 4, 4, 0, 0])
+    want = [-0.5, 0.5, 0, 0, 0, 0, 0, 0]
+    with_nnx = jax_ep.nnx.MoE(H, F, rngs=nnx.Rngs(0), **settings)
+    with_nnx.update_router_bias(load, 0.5)
+    np.testing.assert_array_equal(with_nnx.router_bias[...], want)
+    weights = nnx.to_pure_dict(nnx.state(with_nnx, nnx.Param))
+    of_linen = {"params": weights, "router_bias": {"bias": jnp.zeros(E)}}
+    update = {"method": "update_router_bias", "mutable": ["router_bias"]}
+    _, moved = jax_ep.linen.MoE(H, F, **settings).apply(of_linen, load, 0.5, **update)
+    np.testing.assert_array_equal(moved["router_bias"]["bias"], want)
+
+
 def test_own_router_sees_the_experts_that_exist(native_backend):
-    """It gets only their logits, and a route to another expert is invalid."""
+    """Its logits are theirs, and a route to another expert is invalid, also where uint8 names it."""
+    experts, used = 256, 254  # a number that uint8 cannot hold
 
     def router(logits, bias):
-        assert logits.shape[1] == 6 and bias.shape == (6,)
-        idx = jnp.broadcast_to(jnp.array([5, 6], jnp.uint8)[None], (logits.shape[0], K))
+        assert logits.shape[1] == used and bias.shape == (used,)
+        idx = jnp.broadcast_to(jnp.array([5, 255], jnp.uint8)[None], (logits.shape[0], K))
         return routing.Routing(idx, jnp.full(idx.shape, 0.5), jax.nn.softmax(logits))
 
     group = spmd.make_group(2, native_backend)
-    params = make_params(router_bias=True)
-    layer = functools.partial(jax_ep.moe, group=group, num_experts=E, top_k=K, router=router)
-    _, aux = layer(make_x(4), params, num_used_experts=6)
+    params = make_params(num_experts=experts, router_bias=True)
+    layer = functools.partial(jax_ep.moe, group=group, num_experts=experts, top_k=K, router=router)
+    _, aux = layer(make_x(4), params, num_used_experts=used)
     assert aux.num_invalid == 4 and aux.load[5] == 4 and aux.load.sum() == 4

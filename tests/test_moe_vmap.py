@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,56 +37,94 @@ def make_x() -> jax.Array:
     return jax.random.normal(jax.random.key(1), (STAGES, 7, H))
 
 
-def check_close(got, want):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+def check_stages(make_step, backend, arrays, mapped):
+    """Values and gradients are those of a plain ``vmap``, where nothing is shared.
+
+    Args:
+        make_step: ``(backend, in_axes, **of_vmap)`` to a function of the arrays to gradients and
+            values; memoised, since the plain one serves all cases.
+        backend: Of the group.
+        arrays: Of all stages, by name.
+        mapped: Names of those of which each stage has its own. Stages share the first element of the
+            others, whose gradients are then sums over the stages.
+    """
+    plain = make_step(backend, (0,) * len(arrays))
+    in_axes = tuple(0 if name in mapped else None for name in arrays)
+
+    def for_each_stage(share, array, axis):
+        return array if axis == 0 else jax.tree.map(share, array)
+
+    def all_arrays(share):
+        return [for_each_stage(share, *pair) for pair in zip(arrays.values(), in_axes, strict=True)]
+
+    repeated = all_arrays(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape))
+    gradients, values = plain(*repeated)
+    summed = {
+        name: for_each_stage(lambda leaf: leaf.sum(0), gradients[name], axis)
+        for name, axis in zip(arrays, in_axes, strict=True)
+        if name in gradients
+    }
+    step = make_step(backend, in_axes, spmd_axis_name="stage")
+    found = step(*all_arrays(lambda leaf: leaf[0]))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((summed, values)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want[0]))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(summed))
 
 
-def test_stages_on_an_axis_of_the_mesh(native_backend):
-    """Values and gradients are those of a plain ``vmap``; 7 tokens, so some ranks have masked ones."""
-    group = make_group(native_backend)
-
+def make_params() -> jax_ep.MoEParams:
     def make(key):
         sizes = {"hidden": H, "intermediate": F, "num_experts": E, "shared_intermediate": S}
         return jax_ep.init_moe_params(key, **sizes)
 
-    params = jax.vmap(make)(jax.random.split(jax.random.key(0), STAGES))
-
-    def run(**of_vmap):
-        def layer(x, params):
-            return jax_ep.moe(x, params, group=group, overlap="shared_expert", **SETTINGS)
-
-        def loss(x, params):
-            y, aux = jax.vmap(layer, **of_vmap)(x, params)
-            return jnp.sum(y**2) + aux.aux_loss.sum(), (y, aux)
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(make_x(), params)
-
-    check_close(run(spmd_axis_name="stage"), run())
+    return jax.vmap(make)(jax.random.split(jax.random.key(0), STAGES))
 
 
-def test_ops_on_an_axis_of_the_mesh(backend):
-    """The same for dispatch and combine with weights, which have custom gradients."""
+@functools.cache
+def layer_step(backend, in_axes, **of_vmap):
     group = make_group(backend)
-    x, idx = make_x(), jnp.arange(STAGES * 8 * 2).reshape(STAGES, 8, 2) % E
-    x = jnp.concatenate([x, x[:, :1]], axis=1)
-    weights = jnp.linspace(0.5, 1.5, idx.size).reshape(idx.shape)
-    split = jax.P("expert")
+
+    def layer(x, params):
+        options = {"overlap": "shared_expert", "capacity_factor": 1.0}
+        return jax_ep.moe(x, params, group=group, **options, **SETTINGS)
+
+    def loss(arrays):
+        y, aux = jax.vmap(layer, in_axes=in_axes, **of_vmap)(arrays["x"], arrays["params"])
+        return jnp.sum(y**2) + aux.aux_loss.sum(), (y, aux)
+
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    return lambda x, params: step({"x": x, "params": params})
+
+
+@pytest.mark.parametrize("mapped", [("x", "params"), ("x",), ("params",)], ids=" ".join)
+def test_stages_on_an_axis_of_the_mesh(mapped, native_backend):
+    """7 tokens, so some ranks have masked ones; with a bound on the rows, some are dropped."""
+    check_stages(layer_step, native_backend, {"x": make_x(), "params": make_params()}, mapped)
+
+
+@functools.cache
+def ops_step(backend, in_axes, **of_vmap):
+    group, split = make_group(backend), jax.P("expert")
 
     def ops(x, idx, weights):
         out = jax_ep.dispatch(x, idx, weights, group=group, num_experts=E)
         return jax_ep.combine(jnp.sin(out.tokens), out.handle, group=group, weights=out.weights)
 
-    def run(**of_vmap):
-        def loss(x, weights):
-            each = jax.shard_map(ops, mesh=group.mesh, in_specs=split, out_specs=split)
-            y = jax.vmap(each, **of_vmap)(x, idx, weights)
-            return jnp.sum(y**2), y
+    def loss(arrays, idx):
+        each = jax.shard_map(ops, mesh=group.mesh, in_specs=split, out_specs=split)
+        y = jax.vmap(each, in_axes=in_axes, **of_vmap)(arrays["x"], idx, arrays["weights"])
+        return jnp.sum(y**2), y
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(x, weights)
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    return lambda x, idx, weights: step({"x": x, "weights": weights}, idx)
 
-    check_close(run(spmd_axis_name="stage"), run())
+
+@pytest.mark.parametrize("mapped", [("x", "idx", "weights"), ("x",), ("weights",)], ids=" ".join)
+def test_ops_on_an_axis_of_the_mesh(mapped, backend):
+    """Dispatch and combine with weights, whose gradients are rules of their own."""
+    x, idx = make_x(), jnp.arange(STAGES * 8 * 2).reshape(STAGES, 8, 2) % E
+    x = jnp.concatenate([x, x[:, :1]], axis=1)
+    weights = jnp.linspace(0.5, 1.5, idx.size).reshape(idx.shape)
+    check_stages(ops_step, backend, {"x": x, "idx": idx, "weights": weights}, mapped)
 
 
 def test_flax_stages_on_an_axis_of_the_mesh():

@@ -197,18 +197,23 @@ def test_pipeline_of_layers(native_backend):
 
 
 def test_forward_mode_is_refused():
+    """Of the layer, and of whatever runs inside."""
     group = make_group("reference")
     params = jax.tree.map(lambda w: w[0], make_params(1))
 
     def stage(x):
         return jax_ep.moe(x, params, group=group, num_experts=E, top_k=K)[0]
 
-    run = jax.shard_map(
-        stage, mesh=group.mesh, in_specs=P("stage"), out_specs=P("stage"), axis_names={"stage"}
-    )
+    def smooth(x):
+        specs = {"in_specs": (P("expert"),), "out_specs": P("expert")}
+        return nested.nested_shard_map(jnp.sin, axes=("expert",), **specs)(x)
+
+    specs = {"in_specs": P("stage"), "out_specs": P("stage")}
     x = draw(0, 8, H)
-    with pytest.raises(TypeError, match=r"forward-mode .*custom_vjp"):
-        jax.jit(lambda x: jax.jvp(run, (x,), (x,))).lower(x)
+    for each in (stage, smooth):
+        run = jax.shard_map(each, mesh=group.mesh, axis_names={"stage"}, **specs)
+        with pytest.raises(TypeError, match=r"forward-mode .*custom_vjp"):
+            jax.jit(lambda x, run=run: jax.jvp(run, (x,), (x,))).lower(x)
 
 
 def test_axes_that_the_shard_map_has_entered():

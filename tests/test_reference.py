@@ -69,6 +69,21 @@ def test_plan_by_expert():
     )
 
 
+def test_dispatch_pads_nothing_by_default():
+    """The rows of an expert follow those of the one before; room for all that may come."""
+    group = make_group(2, "reference")
+
+    def run(x, idx):
+        out = jax_ep.dispatch(x, idx, group=group, num_experts=4)
+        return out.tokens[:, 0], out.group_sizes
+
+    x = np.arange(1, 7, dtype=np.float32).reshape(2, 3, 1) * np.ones(4, np.float32)
+    first, group_sizes = stacked_jit(run, group.mesh)(x, ROUTES)
+    np.testing.assert_array_equal(group_sizes, [[3, 2], [2, 2]])
+    rows = [[1, 2, 5, 2, 6], [1, 4, 3, 4]]  # numbers of the tokens
+    np.testing.assert_array_equal(first, [row + [0] * (2 * 3 * 2 - len(row)) for row in rows])
+
+
 def test_plan_by_token():
     check(
         make_plan("token", 4),

@@ -19,6 +19,19 @@ def test_slow(): ...
 """
 
 
+OTHER = """
+def test_one(): ...
+def test_two(): ...
+"""
+
+
+def run(folder, *options, shard):
+    (folder / "test_file.py").write_text(FILE)
+    (folder / "test_other.py").write_text(OTHER)
+    env = {"TEST_SHARD_INDEX": shard, "TEST_TOTAL_SHARDS": "2"}
+    return run_python(str(ENTRY), *options, "--rootdir", str(folder), timeout=100, **env)
+
+
 @pytest.mark.parametrize(
     ("chosen", "shard", "status"),
     [
@@ -27,9 +40,16 @@ def test_slow(): ...
     ],
 )
 def test_no_test_is_a_failure(tmp_path, chosen, shard, status):
-    file = tmp_path / "test_file.py"
-    file.write_text(FILE)
-    options = (str(file), "--rootdir", str(tmp_path), "-m", chosen)
-    env = {"TEST_SHARD_INDEX": shard, "TEST_TOTAL_SHARDS": "2"}
-    done = run_python(str(ENTRY), *options, timeout=100, **env)
+    done = run(tmp_path, str(tmp_path / "test_file.py"), "-m", chosen, shard=shard)
     assert done.returncode == status, done.stdout + done.stderr
+
+
+def test_files_that_run_together(tmp_path):
+    """A shard has whole files, and each file must have a test, or all shards fail."""
+    files = [str(tmp_path / name) for name in ("test_file.py", "test_other.py")]
+    done = run(tmp_path, *files, shard="1")
+    assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
+    assert "2 passed, 1 deselected" in done.stdout
+    done = run(tmp_path, *files, "-m", "not slow", shard="1")
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
+    assert done.stdout.endswith("no test to run in test_file.py\n")

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_ep import _compat
 from jax_ep._core import arguments
+from jax_ep._core.batching import batched_alike
 
 logger = logging.getLogger("jax_ep")
 
@@ -80,8 +81,9 @@ def grouped_dot(
             f"shape {rhs.shape}",
             "pass one matrix for each group",
         )
-    axes = frozenset[str]().union(*map(_compat.varying_axes, (lhs, rhs, group_sizes)))
-    return _grouped_dot(*(_compat.cast_varying(x, axes) for x in (lhs, rhs, group_sizes)))
+    operands = batched_alike(lhs, rhs, group_sizes)
+    axes = frozenset[str]().union(*map(_compat.varying_axes, operands))
+    return _grouped_dot(*(_compat.cast_varying(x, axes) for x in operands))
 
 
 @jax.custom_vjp

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat, reference
 from jax_ep._backends import native
+from jax_ep._core.batching import batched_alike
 from jax_ep._core.capacity import INT32_MAX
 from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._groups.group import Group
@@ -247,11 +248,13 @@ refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd)
 def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
     """Cast all operands to vary over the axes of any of them and of the group.
 
-    If all operands of an op vary over the same axes, so do its results. And the transpose of the
-    cast sums the cotangents of an operand that was the same on several ranks.
+    Ops whose operands vary alike have results that vary so too, and the transpose of the cast sums
+    the cotangents of an operand that was the same on several ranks. ``vmap`` over an axis of the
+    mesh batches all of them or none.
     """
     if not _compat.tracks_varying_axes(group.axis_names):
         return operands
+    operands = batched_alike(*operands)
     axes = frozenset(group.axis_names).union(*map(_compat.varying_axes, jax.tree.leaves(operands)))
     return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), operands)
 

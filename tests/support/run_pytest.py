@@ -14,12 +14,16 @@ import pytest
 
 
 class Shard:
-    """Keeps every n-th test, where Bazel runs n shards of a file."""
+    """Keeps every n-th test, where Bazel runs n shards of a file, or every n-th file of several.
+
+    Attributes:
+        found: The files that have a test to run, in any shard.
+    """
 
     def __init__(self) -> None:
         self.index = int(os.environ.get("TEST_SHARD_INDEX", "0"))
         self.count = int(os.environ.get("TEST_TOTAL_SHARDS", "1"))
-        self.found = 0  # tests of all shards
+        self.found: list[pathlib.Path] = []
         if status_file := os.environ.get("TEST_SHARD_STATUS_FILE"):
             pathlib.Path(status_file).touch()  # says that this runner knows about shards
 
@@ -27,8 +31,12 @@ class Shard:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        self.found = len(items)
-        mine = items[self.index :: self.count]
+        self.found = list(dict.fromkeys(item.path for item in items))
+        if len(self.found) > 1:  # tests of a file share what they compile
+            files = self.found[self.index :: self.count]
+            mine = [item for item in items if item.path in files]
+        else:
+            mine = items[self.index :: self.count]
         config.hook.pytest_deselected(items=[item for item in items if item not in mine])
         items[:] = mine
 
@@ -46,10 +54,17 @@ def main(arguments: list[str]) -> int:
     options = ["-c", "pyproject.toml", "-p", "no:cacheprovider"]
     if report := os.environ.get("XML_OUTPUT_FILE"):
         options.append(f"--junitxml={report}")
-    if chosen := os.environ.get("TESTBRIDGE_TEST_ONLY"):
+    chosen = os.environ.get("TESTBRIDGE_TEST_ONLY")
+    if chosen:
         options += ["-k", chosen]
     shard = Shard()
     status = pytest.main([*options, *arguments], plugins=[shard])
+    names = [argument.partition("::")[0] for argument in arguments]
+    files = [pathlib.Path(name).resolve() for name in names if name.endswith(".py")]
+    empty = [file.name for file in files if file not in shard.found]
+    if status == pytest.ExitCode.OK and empty and not chosen:
+        print(f"no test to run in {', '.join(empty)}")
+        return int(pytest.ExitCode.NO_TESTS_COLLECTED)
     # A shard may be empty where the others are not.
     return 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED and shard.found else int(status)
 
