@@ -248,9 +248,9 @@ refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd)
 def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
     """Cast all operands to vary over the axes of any of them and of the group.
 
-    Ops whose operands vary alike have results that vary so too, and the transpose of the cast sums
-    the cotangents of an operand that was the same on several ranks. ``vmap`` over an axis of the
-    mesh batches all of them or none.
+    If all operands of an op vary over the same axes, so do its results. And the transpose of the
+    cast sums the cotangents of an operand that was the same on several ranks. ``vmap`` over an axis
+    of the mesh batches all of them or none.
     """
     if not _compat.tracks_varying_axes(group.axis_names):
         return operands
