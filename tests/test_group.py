@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep._backends import native
 from jax_ep._groups import create, gpu_side
+from jax_ep._groups.topology import Topology
 from spmd import fit, make_group, make_mesh, need_devices, ranks_at_most, run_python, shard
 
 pytestmark = pytest.mark.one_process("asks for backends that serve one process")
@@ -192,7 +193,7 @@ def test_native_code_is_told_a_finite_timeout(monkeypatch):
     monkeypatch.setattr(gpu_side, "library", lambda: library)
     rank = gpu_side.Rank(process=jax.process_index(), device=0, ordinal=0)
     for timeout in (5.0, float("inf")):
-        gpu_side.create(1, [[rank]], timeout)
+        gpu_side.create(1, [[rank]], Topology(((0,),), ((rank.process,),)), timeout)
     assert told == [5.0, 1e9]
 
 

@@ -140,6 +140,8 @@ def create_group(
             table = tuning.agreed_table(mesh, str(group_id))
             gpus = gpu_side.create(group_id, gpu_side.ranks_of(instances), topology, float(timeout))
             topology = dataclasses.replace(topology, gpus=gpus)
+            if len(topology.hosts) > 1:
+                _add_network(group_id, instances, topology)
         group = Group(
             mesh=mesh,
             axis_names=axis_names,
@@ -151,6 +153,16 @@ def create_group(
         )
         _groups[key] = group
     return group
+
+
+def _add_network(group_id: int, instances: np.ndarray, topology: Topology) -> None:
+    """Let the hosts of the group of this process reach each other; it has one rank."""
+    me = jax.process_index()
+    (row,) = (row for row in topology.processes if me in row)
+    (device,) = (device for device in instances.flat if device.process_index == me)
+    ordinal = _compat.local_ordinal(device)
+    assert ordinal is not None
+    network.add(group_id, ordinal, [[row[rank] for rank in host] for host in topology.hosts])
 
 
 def _has_failed(group: Group) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 
 from jax_ep import _compat
 from jax_ep._errors import CommunicationError
-from jax_ep._groups import meetings, network
+from jax_ep._groups import meetings
 from jax_ep._groups import processes as other_processes
 from jax_ep._groups.memory import Offer, checked, staging_of
 from jax_ep._groups.topology import Gpus, Topology, most_on_a_gpu
@@ -191,14 +191,7 @@ def create(
         if error is not None:
             raise CommunicationError(f"the group was not made: {error}")
         return gpus
-    gpus = _create_together(group_id, instances, mine, first_rank, timeout)
-    if len(topology.hosts) > 1:
-        (number,) = mine
-        row = topology.processes[number]
-        (ordinal,) = (rank.ordinal for rank in mine[number] if rank.process == me)
-        assert ordinal is not None
-        network.add(group_id, ordinal, [[row[rank] for rank in host] for host in topology.hosts])
-    return gpus
+    return _create_together(group_id, instances, mine, first_rank, timeout)
 
 
 def _on_this_host(
@@ -208,14 +201,15 @@ def _on_this_host(
 
     Where groups span hosts, a process has one rank, so there is one first rank.
     """
-    me = jax.process_index()
+    me, size = jax.process_index(), topology.ranks_per_host
     mine = {}
     first_rank = 0
     for number, ranks in enumerate(instances):
-        for host in topology.hosts:
-            if any(ranks[rank].process == me for rank in host):
-                mine[number] = [ranks[rank] for rank in host]
-                first_rank = host[0]
+        for first in range(0, len(ranks), size):
+            of_host = ranks[first : first + size]
+            if any(rank.process == me for rank in of_host):
+                mine[number] = of_host
+                first_rank = first
     return mine, first_rank
 
 

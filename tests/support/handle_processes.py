@@ -83,7 +83,9 @@ class Memory:
         self.imported.append(os.pread(descriptor, size, 0).decode())
         return 0x7000000 + len(self.imported), None
 
-    def create_group(self, group_id, specs, arrival, op, max_blocks, staging) -> str | None:
+    def create_group(
+        self, group_id, specs, arrival, op, max_blocks, staging, first_rank
+    ) -> str | None:
         self.specs.append(specs)
         self.max_blocks = max_blocks
         return None
@@ -110,7 +112,9 @@ def create(group_id: int, instances: list[list[int]]) -> str:
     """Make a group of one rank for each process; "made", or the error."""
     ranks = [[Rank(p, 10 + p, 0 if p == ME else None) for p in procs] for procs in instances]
     try:
-        places.append(gpu_side.create(group_id, ranks, 60.0))
+        hosts = (tuple(range(len(instances[0]))),)
+        topology = Topology(hosts, tuple(map(tuple, instances)))
+        places.append(gpu_side.create(group_id, ranks, topology, 60.0))
     except CommunicationError as error:
         return str(error)
     return "made"
