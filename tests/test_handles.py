@@ -105,11 +105,11 @@ def test_an_obstacle_of_one_is_that_of_all(tmp_path):
 def test_groups_within_each_of_several_hosts(tmp_path):
     """Sockets and mappings stay within a host; decisions and errors are those of all processes."""
     for me, saw in enumerate(play("hosts", 4, tmp_path)):
-        within, across = saw["obstacles"]
-        assert within is None and across.startswith("a group of the mesh spans several hosts")
+        assert saw["obstacles"] == [None] * 3
+        assert saw["ranks_per_host"] == [2, 2, None]  # of the last, ranks of a host are apart
         assert saw["largest"] == 3
-        made, failed, again = saw["results"]
-        assert made == again == "made"
+        made, failed, again, across = saw["results"]
+        assert made == again == across == "made"
         assert failed == "the group was not made: process 3: MemoryError: no room"
         assert saw["connections"] == [me ^ 1]
         assert {text.split(" at ")[0] for text in saw["imported"]} == {f"process {me ^ 1}"}
@@ -117,6 +117,11 @@ def test_groups_within_each_of_several_hosts(tmp_path):
             [(number, ranks)] = specs.items()
             assert number == str(me // 2)
             assert [rank[1] for rank in ranks] == [me // 2 * 2, me // 2 * 2 + 1]
+        # Of a group across hosts, too, only the ranks of this host are told to each other.
+        assert [[rank[1] for rank in specs["0"]] for specs in saw["across"]] == [
+            [me // 2 * 2, me // 2 * 2 + 1]
+        ]
+        assert saw["first_rank"] == me // 2 * 2
         assert saw["places"] == [["shared on host 0"] * 2, ["shared on host 1"] * 2]
         assert saw["max_blocks"] == 50  # two ranks on each GPU
 

@@ -1,8 +1,8 @@
 """Meetings of all processes of a mesh, which may be those of several hosts.
 
 Processes of one host send each other messages and file descriptors through sockets. Between hosts
-there are no descriptors to send, for no group spans hosts: there the lowest process of each host
-publishes what the processes of its host said, in JAX's key-value store.
+there are no descriptors to send, for ranks of other hosts map no memory: there the lowest process of
+each host publishes what the processes of its host said, in JAX's key-value store.
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ class Memory:
     ) -> str | None:
         self.specs.append(specs)
         self.max_blocks = max_blocks
+        self.first_rank = first_rank
         return None
 
     def watch_process(self, process: int, descriptor: int) -> None:
@@ -108,11 +109,13 @@ def open_descriptors() -> int:
 places: list[Any] = []  # of the ranks of the groups that were made
 
 
-def create(group_id: int, instances: list[list[int]]) -> str:
+def create(group_id: int, instances: list[list[int]], ranks_per_host: int | None = None) -> str:
     """Make a group of one rank for each process; "made", or the error."""
     ranks = [[Rank(p, 10 + p, 0 if p == ME else None) for p in procs] for procs in instances]
     try:
-        hosts = (tuple(range(len(instances[0]))),)
+        size = len(instances[0])
+        per_host = ranks_per_host or size
+        hosts = tuple(tuple(range(first, first + per_host)) for first in range(0, size, per_host))
         topology = Topology(hosts, tuple(map(tuple, instances)))
         places.append(gpu_side.create(group_id, ranks, topology, 60.0))
     except CommunicationError as error:
@@ -170,23 +173,30 @@ def obstacles() -> Any:
 def hosts() -> Any:
     """Two processes on each of two hosts, with groups within a host and across hosts."""
     meetings.host_name = lambda: f"host {ME // 2}"
-    within, across = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
-    obstacles = [
-        gpu_side.obstacle(Topology(hosts=((0, 1),), processes=tuple(map(tuple, rows))), None)
-        for rows in (within, across)
+    within, across, uneven = [[0, 1], [2, 3]], [[0, 1, 2, 3]], [[0, 2, 1, 3]]
+    topologies = [
+        Topology((tuple(range(len(rows[0]))),), tuple(map(tuple, rows)))
+        for rows in (within, across, uneven)
     ]
+    obstacles = [gpu_side.obstacle(topology, None) for topology in topologies]
+    ranks_per_host = [gpu_side.ranks_per_host(topology) for topology in topologies]
     largest = gpu_side.agree(EVERYBODY, "group", ME)
     results = [create(1, within)]
     memory.fails = "allocate" if ME == 3 else ""
     results.append(create(2, within))
     memory.fails = ""
     results.append(create(3, within))
+    specs, memory.specs = memory.specs, []
+    results.append(create(4, across, ranks_per_host[1]))
     return {
         "obstacles": obstacles,
+        "ranks_per_host": ranks_per_host,
+        "across": memory.specs,
+        "first_rank": memory.first_rank,
         "largest": largest,
         "results": results,
         "connections": sorted(meetings.endpoint()._connections),
-        "specs": memory.specs,
+        "specs": specs,
         "imported": memory.imported,
         "max_blocks": memory.max_blocks,
         "places": places[0],
