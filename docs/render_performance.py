@@ -205,13 +205,14 @@ def _layer(_: dict[str, Any], results: list[Record]) -> str:
 
     rows = []
     layers = [r for r in results if r["op"] == "layer"]
+    place = (*LAYER_SHAPE, "ranks", "processes", "gpus")
     mine = {
-        tuple(r[field] for field in (*LAYER_SHAPE, "ranks", "processes")): r["median_us"]
+        tuple(r[field] for field in place): r["median_us"]
         for r in layers
         if r["name"] == "jax_ep" and r.get("capacity") != "default" and good(r)
     }
     for r in layers:
-        base = mine.get(tuple(r[field] for field in (*LAYER_SHAPE, "ranks", "processes")))
+        base = mine.get(tuple(r[field] for field in place))
         ratio = f"{r['median_us'] / base:.2f}" if base and r["median_us"] else ""
         shape = (
             f"T={r['tokens']} H={r['hidden']} E={r['experts']} K={r['top_k']} F={r['intermediate']}"

@@ -260,6 +260,12 @@ def test_layer_ratio():
         assert ratio(*results).endswith("room for any routing, jax_ep takes 6.00 ms.")
         table = rows(targets, list(results), "layer")
         assert any("jax_ep, default capacity" in row and "1.20" in row for row in table)
+    # Ranks that share a GPU have times, and ratios, of their own.
+    shared = {**mine, "gpus": 1, "median_us": 9000.0}
+    for results in ((shared, mine, other), (mine, other, shared)):
+        assert "takes 5.00 ms; the same layer" in ratio(*results)
+        table = rows(targets, list(results), "layer")
+        assert any("all_to_all" in row and "4.00" in row for row in table)
 
 
 def test_rates_above_the_ceiling():
