@@ -102,6 +102,14 @@ FAILURES = [
     "op=plan layout=expert failure=withholds word=total",
     "op=plan layout=token failure=withholds word=message plan=push",
 ]
+# Logical hosts: the tests of each shape whose ranks reach each other, and those on a late network.
+VALUES, GRADIENTS = "tests/test_suite_values.py", "tests/test_suite_gradients.py"
+HOSTS = {
+    "2x1": (f"{SUITE} tests/test_checkpoint_policies.py", f"{VALUES} {GRADIENTS}"),
+    "2x2": (f"{VALUES} {GRADIENTS} tests/test_transforms.py tests/test_meshes.py", VALUES),
+    "4x2": (f"{VALUES} tests/test_steps.py", VALUES),
+    "2x4": (f"{VALUES} tests/test_steps.py", VALUES),
+}
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 
 
@@ -191,6 +199,12 @@ def stages(gpus: int) -> dict[str, Stage]:
             [f"{run} -q tests/test_steps.py"],
             ranks=ranks,
             environment={"JAX_EP_TEST_ALL_STEPS": "1"},
+        )
+    for shape, (reached, late) in HOSTS.items():  # with MPS daemons of their own
+        run = f"{{python}} tests/run_hosts.py {shape} --timeout 200"
+        found[f"hosts_{shape}"] = Stage(
+            [f"{run} -q {reached}", f"{run} --late --delay-us 100 -q {late}"],
+            environment={"JAX_EP_TEST_PLATFORM": "cuda"},
         )
     for suite in ("smoke", "baselines", "decode", "routing", "layer"):
         for processes in (1, 2):
