@@ -8,9 +8,8 @@
 // and loads of 16 bytes, 4 or 8 of them in flight in each of 1024 threads of a block. Uses: "copy"
 // writes every row to a row here, as dispatch does; "sum" adds rows by fours in float32, as combine
 // does, which has no float8 rows. Rows are gathered in random order out of two sources in turn,
-// each some ten times the L2 cache. "peer": two GPUs read each other's memory at the same time. A
-// figure is the median over consecutive launches on the slower GPU. GB/s count the bytes read,
-// once. Every word of the results is checked.
+// each some ten times the L2 cache. "peer": two GPUs read each other's memory at once. A figure is
+// the median over launches on the slower GPU. GB/s count bytes read, once. All results are checked.
 
 #include <cuda_runtime.h>
 
@@ -30,7 +29,6 @@
 namespace {
 
 using namespace loads;  // NOLINT
-
 constexpr int kBlocks[] = {8, 24, 64, 132};
 constexpr int kWarmups = 3;
 constexpr int kLaunches = 25;
