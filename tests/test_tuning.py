@@ -77,6 +77,8 @@ def test_what_is_asked_for_comes_first_then_the_table_then_the_default():
     assert num_sms(tuned, layout="expert") == 64
     assert num_sms(make_group(tuning={KEY: 120})) == 100  # 32 stay free, whatever a cache says
     assert num_sms(make_group("cpu", tuning={KEY: 20}), requested=33) == 0
+    two_hosts = dataclasses.replace(tuned.topology, hosts=((0,), (1,)))
+    assert num_sms(dataclasses.replace(tuned, topology=two_hosts)) == 24  # found for one host
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(0, 1), (1, 1), (3, 4), (128, 128), (129, 256)])

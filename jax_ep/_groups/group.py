@@ -136,7 +136,8 @@ def sms_of(
     device = group.mesh.devices.flat[0]
     sm_count = _compat.multiprocessor_count(device)
     key = Key(device.device_kind, group.size, op, layout, rows, hidden, tokens_bucket(num_tokens))
-    tuned = group.tuning.get(key)
+    # What was found for one host says nothing of several.
+    tuned = group.tuning.get(key) if group.transport == "peer" else None
     if tuned is None:
         return default_num_sms(layout, sm_count)
     return clamp_num_sms(tuned, sm_count)
