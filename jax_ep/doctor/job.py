@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from jax_ep import _compat
 from jax_ep.doctor import finding, transport
 from jax_ep.doctor.finding import Finding
 
@@ -80,8 +81,6 @@ def _take_part(
 
 def _of_others(job: Job, found: list[Finding]) -> list[Finding]:
     """What other processes failed at, if this is process 0."""
-    from jax_ep import _compat
-
     mine = [dataclasses.asdict(f) for f in found if f.status == "fail"]
     try:
         texts = _compat.all_gather_text(_END_KEY, json.dumps(mine), timeout=_END_TIMEOUT_S)

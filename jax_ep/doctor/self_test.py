@@ -55,13 +55,26 @@ class Sizes:
 
     @classmethod
     def of(cls, group: Group) -> Sizes:
-        """Those that suit a group, and that the network's settings have room for."""
-        if group.mesh.devices.flat[0].platform != "gpu":
-            return cls(hidden=256, num_tokens=256, latency_trips=8)
+        """Those that suit a group."""
+        limits = network.settings_of(group.id) if group.transport == "nvshmem" else None
+        return cls.fitting(group.mesh.devices.flat[0].platform, limits)
+
+    @classmethod
+    def fitting(cls, platform: str, limits: network.Settings | None) -> Sizes:
+        """Those that suit devices of a platform, and that the network's settings have room for."""
+        if platform != "gpu":
+            return cls(
+                hidden=128,
+                num_tokens=64,
+                latency_trips=4,
+                bandwidth_trips=2,
+                load_tokens=32,
+                load_hidden=64,
+                load_steps=16,
+            )
         sizes = cls()
-        if group.transport != "nvshmem":
+        if limits is None:
             return sizes
-        limits = network.settings_of(group.id)
         most = limits.max_choices
         return dataclasses.replace(
             sizes,
