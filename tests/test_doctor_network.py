@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import pathlib
+import re
 import types
 
 import pytest
@@ -389,3 +390,40 @@ def test_errors_become_findings():
     found = list(finding.of(_bad_look, _good_look))
     assert [f.name for f in found] == ["c", "bad look", "a"]
     assert found[1].detail == "ValueError: e"
+
+
+@pytest.fixture(scope="module")
+def render_network():
+    path = pathlib.Path(__file__).parents[1] / "docs" / "render_network.py"
+    spec = importlib.util.spec_from_file_location("render_network", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_is_current(render_network, monkeypatch):
+    """Its table, whatever the environment says; and its variables with their defaults."""
+    monkeypatch.setenv("JAX_EP_NETWORK_CHUNK_BYTES", "8192")
+    page = render_network.PAGE.read_text()
+    assert render_network.render(page) == page, "run python docs/render_network.py"
+    for name, default in settings_of_groups.DEFAULTS.items():
+        assert f"| `{name}` | {default}" in page
+    with pytest.raises(ValueError, match="one block of memory, got 0"):
+        render_network.render(page.replace("<!-- memory", "<!-- memories"))
+
+
+def test_the_page_names_variables_that_nvshmem_has(render_network):
+    """Those that the doctor checks, or that it finds in the libraries of NVSHMEM 3.4.5."""
+    named = set(re.findall(r"NVSHMEM_[A-Z0-9_]+", render_network.PAGE.read_text()))
+    known = set(settings.CHECKS) | {
+        "NVSHMEM_HOME",  # of our build
+        "NVSHMEM_IB_ADDR_FAMILY",
+        "NVSHMEM_IB_ADDR_RANGE",
+        "NVSHMEM_IB_ROCE_VERSION_NUM",
+    }
+    assert named <= known
+    assert set(settings.CHECKS) - named <= {"NVSHMEM_BOOTSTRAP_UID_SOCK_FAMILY"}
+    folder = libraries.nvshmem_folder()
+    if folder is None:
+        pytest.skip("the names are compared, but not with NVSHMEM's libraries: it is not installed")
+    assert [n for n in known - {"NVSHMEM_HOME"} if not settings._is_in_libraries(n, folder)] == []

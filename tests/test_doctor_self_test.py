@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import subprocess
 import sys
 import types
@@ -249,7 +250,10 @@ def test_two_processes():
     address = f"127.0.0.1:{machine.free_port()}"
     arguments = ["--network", "--coordinator", address, "--num-processes", "2"]
     arguments += ["--ranks-per-host", "1", "--seconds", "0.3"]
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    flags = "--xla_backend_optimization_level=0"  # to compile quickly; integers are exact anyway
+    root = str(pathlib.Path(jax_ep.__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "jax_ep.doctor", *arguments, "--process-id", str(index)],

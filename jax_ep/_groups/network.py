@@ -17,6 +17,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -54,6 +55,13 @@ class Settings:
     num_lanes: int
     chunk_bytes: int
     message_bytes: int
+
+    @classmethod
+    def of(cls, values: Mapping[str, int], num_hosts: int) -> Settings:
+        """Those of a group of ``num_hosts`` hosts, from the values of the variables."""
+        lanes = values["JAX_EP_NETWORK_LANES"] or max(1, _LANES_OF_ALL_HOSTS // num_hosts)
+        message_bytes = -(-2 * values["JAX_EP_NETWORK_CHOICES"] // 128) * 128
+        return cls(lanes, values["JAX_EP_NETWORK_CHUNK_BYTES"], message_bytes)
 
     @property
     def max_row_bytes(self) -> int:
@@ -113,10 +121,7 @@ def check_setting(name: str, text: str) -> int:
 
 def settings_for(num_hosts: int) -> Settings:
     """What the environment says for a group of ``num_hosts`` hosts."""
-    chunk_bytes = setting("JAX_EP_NETWORK_CHUNK_BYTES")
-    lanes = setting("JAX_EP_NETWORK_LANES") or max(1, _LANES_OF_ALL_HOSTS // num_hosts)
-    message_bytes = -(-2 * setting("JAX_EP_NETWORK_CHOICES") // 128) * 128
-    return Settings(lanes, chunk_bytes, message_bytes)
+    return Settings.of({name: setting(name) for name in DEFAULTS}, num_hosts)
 
 
 @functools.cache

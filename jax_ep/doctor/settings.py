@@ -14,6 +14,7 @@ from jax_ep._groups import network
 from jax_ep.doctor.finding import Finding
 from jax_ep.doctor.nics import Nic
 
+_OWN = next(iter(network.DEFAULTS)).removesuffix("BYTES")  # what our own names begin with
 _SUFFIXES = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _TRUE, _FALSE = ("1", "true", "yes", "y", "on"), ("0", "false", "no", "n", "off")
 _SOURCES = ("INIT", "COLL", "P2P", "PROXY", "TRANSPORT", "MEM", "BOOTSTRAP", "TOPO", "UTIL", "ALL")
@@ -171,7 +172,7 @@ def findings(
 
 def _own(environ: Mapping[str, str]) -> Iterator[Finding]:
     known = set(network.DEFAULTS)
-    for name in sorted(name for name in environ if name.startswith("JAX_EP_NETWORK_")):
+    for name in sorted(name for name in environ if name.startswith(_OWN)):
         value = environ[name]
         if name not in known:
             names = ", ".join(sorted(known))
