@@ -62,7 +62,7 @@ def of_pairs(latency: Times, bandwidth: Times, num_bytes: int, hosts: Mapping[in
         for row in rows
     ]
     return (
-        "Round trips (dispatch and combine) of one rank's rows to one other; others are silent.\n"
+        "Round trips (plan, dispatch, combine) of one rank's rows to one other; others are silent.\n"
         f"us: one token. GB/s: {num_bytes} bytes there and back.\n" + "\n".join(lines) + "\n"
     )
 
