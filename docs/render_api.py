@@ -78,6 +78,26 @@ ENVIRONMENT = {
         "The file that `python -m jax_ep.tune` writes and `create_group` reads; "
         "`$XDG_CACHE_HOME/jax_ep/tuning.json` by default, or `~/.cache/jax_ep/tuning.json`.",
     ),
+    "JAX_EP_NETWORK_BYTES": (
+        "run",
+        "Bytes of memory on each GPU for all groups that span hosts; 512 MiB by default. "
+        "[network.md](network.md) says what a group takes. All processes need the same values of this "
+        "and the next three.",
+    ),
+    "JAX_EP_NETWORK_CHUNK_BYTES": (
+        "run",
+        "Bytes of the chunks in which rows travel between hosts, a multiple of 1024 and at least 8192; "
+        "128 KiB by default. A row may have 1024 bytes less at most.",
+    ),
+    "JAX_EP_NETWORK_LANES": (
+        "run",
+        "Lanes between two ranks of different hosts, each with chunks of its own; 0, the default, "
+        "takes 64 divided by the number of hosts, or one.",
+    ),
+    "JAX_EP_NETWORK_CHOICES": (
+        "run",
+        "Tokens times top-k that a plan between hosts has room for; 131072 by default.",
+    ),
     "JAX_EP_CUDA": (
         "build",
         "`AUTO` (the default) builds the GPU library where there is nvcc of CUDA 12.3 or later, `OFF` "

@@ -10,8 +10,9 @@ import types
 import jax
 import pytest
 
-from jax_ep import _compat, doctor
+from jax_ep import _compat
 from jax_ep._groups import gpu_side, memory
+from jax_ep.doctor import installation as doctor
 
 
 @pytest.fixture

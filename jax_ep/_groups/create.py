@@ -212,6 +212,20 @@ def _check_ranks_per_host(ranks_per_host: Any, size: int) -> None:
         )
 
 
+def why_reference(
+    mesh: jax.sharding.Mesh,
+    axis_names: tuple[str, ...],
+    ranks_per_host: int | None = None,
+    transport: Transport = "auto",
+) -> str | None:
+    """Why ``create_group`` with backend "auto" would take the reference, or None if it would not.
+
+    Like ``create_group``, for all processes of the mesh to call.
+    """
+    instances = _instances(mesh, axis_names)
+    return _choose(mesh, instances, ranks_per_host, "auto", transport)[2]
+
+
 def _resolve(
     mesh: jax.sharding.Mesh,
     instances: np.ndarray,
@@ -220,6 +234,29 @@ def _resolve(
     transport: Transport,
 ) -> tuple[str, Topology]:
     """The backend, and where the ranks are."""
+    resolved, topology, reason = _choose(mesh, instances, ranks_per_host, backend, transport)
+    if reason is None:
+        return resolved, topology
+    for argument, wanted in ("backend", backend), ("transport", transport):
+        if wanted not in ("auto", "reference"):
+            raise ValueError(
+                f"jax_ep.create_group: argument {argument}: expected a {argument} that serves this "
+                f"mesh, got {wanted!r}, but {reason}; use backend='reference'."
+            )
+    if backend == "auto" and reason not in _warned:
+        _warned.add(reason)
+        logger.warning("using the pure-JAX reference backend: %s", reason)
+    return resolved, topology
+
+
+def _choose(
+    mesh: jax.sharding.Mesh,
+    instances: np.ndarray,
+    ranks_per_host: int | None,
+    backend: Backend,
+    transport: Transport,
+) -> tuple[str, Topology, str | None]:
+    """The backend, where the ranks are, and why the backend is the reference if it is."""
     topology = Topology.of(instances, ranks_per_host)
     platforms = sorted({device.platform for device in mesh.devices.flat})
     native = {"cpu": "cpu", "gpu": "cuda"}.get(platforms[0]) if len(platforms) == 1 else None
@@ -236,17 +273,8 @@ def _resolve(
         topology, reason = _place_gpus(mesh, instances, ranks_per_host, transport)
     if reason is None:
         assert native is not None
-        return native, topology
-    for argument, wanted in ("backend", backend), ("transport", transport):
-        if wanted not in ("auto", "reference"):
-            raise ValueError(
-                f"jax_ep.create_group: argument {argument}: expected a {argument} that serves this "
-                f"mesh, got {wanted!r}, but {reason}; use backend='reference'."
-            )
-    if backend == "auto" and reason not in _warned:
-        _warned.add(reason)
-        logger.warning("using the pure-JAX reference backend: %s", reason)
-    return "reference", Topology.of(instances, ranks_per_host)
+        return native, topology, None
+    return "reference", Topology.of(instances, ranks_per_host), reason
 
 
 def _why_not_cpu(topology: Topology, transport: Transport) -> str | None:

@@ -17,6 +17,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from jax_ep._errors import CommunicationError
 from jax_ep._groups import meetings
 
 _KIB, _MIB = 1 << 10, 1 << 20
-_DEFAULTS = {
+DEFAULTS = {
     "JAX_EP_NETWORK_BYTES": 512 * _MIB,  # of memory in each process, for all groups
     "JAX_EP_NETWORK_CHUNK_BYTES": 128 * _KIB,  # of what travels at a time
     "JAX_EP_NETWORK_LANES": 0,  # between two ranks; 0 is for enough
@@ -54,6 +55,13 @@ class Settings:
     num_lanes: int
     chunk_bytes: int
     message_bytes: int
+
+    @classmethod
+    def of(cls, values: Mapping[str, int], num_hosts: int) -> Settings:
+        """Those of a group of ``num_hosts`` hosts, from the values of the variables."""
+        lanes = values["JAX_EP_NETWORK_LANES"] or max(1, _LANES_OF_ALL_HOSTS // num_hosts)
+        message_bytes = -(-2 * values["JAX_EP_NETWORK_CHOICES"] // 128) * 128
+        return cls(lanes, values["JAX_EP_NETWORK_CHUNK_BYTES"], message_bytes)
 
     @property
     def max_row_bytes(self) -> int:
@@ -84,27 +92,36 @@ def setting(name: str) -> int:
     """The value of an environment variable of the network, or its default.
 
     Raises:
-        CommunicationError: if it is no number.
+        CommunicationError: if it is not one that ``check_setting`` takes.
     """
-    text = os.environ.get(name, "")
+    return check_setting(name, os.environ.get(name, ""))
+
+
+def check_setting(name: str, text: str) -> int:
+    """The number that ``text`` is for the variable ``name``; the default if it is empty.
+
+    Raises:
+        CommunicationError: if it is no number, or none that the variable may have.
+    """
     if not text:
-        return _DEFAULTS[name]
-    if not text.isdigit():
+        return DEFAULTS[name]
+    if not (text.isascii() and text.isdecimal()):
         raise CommunicationError(f"{name}: expected a number, got {text!r}")
-    return int(text)
+    value = int(text)
+    if name == "JAX_EP_NETWORK_CHUNK_BYTES":
+        if value % _CHUNK_UNIT or value < 8 * _CHUNK_UNIT:
+            raise CommunicationError(
+                f"{name}: expected a multiple of {_CHUNK_UNIT} of at least {8 * _CHUNK_UNIT}, got "
+                f"{value}"
+            )
+    elif name != "JAX_EP_NETWORK_LANES" and value == 0:
+        raise CommunicationError(f"{name}: expected at least 1, got 0")
+    return value
 
 
 def settings_for(num_hosts: int) -> Settings:
     """What the environment says for a group of ``num_hosts`` hosts."""
-    chunk_bytes = setting("JAX_EP_NETWORK_CHUNK_BYTES")
-    if chunk_bytes % _CHUNK_UNIT or chunk_bytes < 8 * _CHUNK_UNIT:
-        raise CommunicationError(
-            f"JAX_EP_NETWORK_CHUNK_BYTES: expected a multiple of {_CHUNK_UNIT} of at least "
-            f"{8 * _CHUNK_UNIT}, got {chunk_bytes}"
-        )
-    lanes = setting("JAX_EP_NETWORK_LANES") or max(1, _LANES_OF_ALL_HOSTS // num_hosts)
-    message_bytes = -(-2 * setting("JAX_EP_NETWORK_CHOICES") // 128) * 128
-    return Settings(lanes, chunk_bytes, message_bytes)
+    return Settings.of({name: setting(name) for name in DEFAULTS}, num_hosts)
 
 
 @functools.cache

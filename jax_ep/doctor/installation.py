@@ -1,25 +1,19 @@
-"""``python -m jax_ep.doctor``: says what the machine has, what is missing, and how to mend it.
-
-Exit status 0 if jax_ep works on this machine, 1 if something must be mended first.
-"""
+"""The installation: versions, libraries, devices, links, and whether the ops work on this machine."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
-Status = Literal["ok", "note", "fail"]
+from jax_ep.doctor import finding, transport
+from jax_ep.doctor.finding import Finding, ask_nvidia_smi
 
 _PACKAGES = (
     "jax",
@@ -34,26 +28,9 @@ OLDEST_NVCC = "12.3"
 CUDA_NEEDED = f"nvcc of CUDA {OLDEST_NVCC} or later to build, JAX for CUDA 13 to run"
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        status: "ok", "note" (works, but worth knowing) or "fail" (must be mended).
-        name: What was looked at.
-        detail: What was found.
-        mend: What to do about it; empty if nothing.
-    """
-
-    status: Status
-    name: str
-    detail: str
-    mend: str = ""
-
-
-def examine() -> Iterator[Finding]:
+def findings() -> Iterator[Finding]:
     """Look at everything, one finding at a time."""
-    for look in (
+    yield from finding.of(
         _versions,
         _jax_version,
         _native_library,
@@ -64,13 +41,9 @@ def examine() -> Iterator[Finding]:
         _reach,
         _sharing,
         _xla_flags,
+        _transport,
         _round_trip,
-    ):
-        try:
-            yield from look()
-        except Exception as error:  # a doctor reports what breaks, whatever it is
-            name = look.__name__.strip("_").replace("_", " ")
-            yield Finding("fail", name, f"{type(error).__name__}: {error}", "see the error")
+    )
 
 
 def _versions() -> Iterator[Finding]:
@@ -166,20 +139,6 @@ def _cpu_client() -> Iterator[Finding]:
         yield Finding("ok", "CPU client threads", f"PJRT_NPROC={num_threads}")
 
 
-def _ask_nvidia_smi(*arguments: str) -> str:
-    """What nvidia-smi prints; nothing if it fails."""
-    nvidia_smi = shutil.which("nvidia-smi")
-    if nvidia_smi is None:
-        return ""
-    try:
-        done = subprocess.run(
-            [nvidia_smi, *arguments], capture_output=True, text=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return "" if done.returncode else done.stdout
-
-
 def _gpus() -> Iterator[Finding]:
     nvidia_smi = shutil.which("nvidia-smi")
     if nvidia_smi is None:
@@ -212,10 +171,10 @@ def _links() -> Iterator[Finding]:
     """The links between the GPUs of this machine, and which of them read each other's memory."""
     from jax_ep._groups import links as gpu_links
 
-    gpus = [line for line in _ask_nvidia_smi("-L").splitlines() if line.startswith("GPU ")]
+    gpus = [line for line in ask_nvidia_smi("-L").splitlines() if line.startswith("GPU ")]
     if len(gpus) < 2:
         return
-    links = gpu_links.links(_ask_nvidia_smi("topo", "-m"))
+    links = gpu_links.links(ask_nvidia_smi("topo", "-m"))
     if links is None:
         yield Finding(
             "note",
@@ -237,7 +196,7 @@ def _links() -> Iterator[Finding]:
                 else "without NVLink rows take several times as long: make groups of GPUs that "
                 "NVLink joins, or see nvidia-smi nvlink --status if these should be",
             )
-    access = gpu_links.access(_ask_nvidia_smi("topo", "-p2p", "r"))
+    access = gpu_links.access(ask_nvidia_smi("topo", "-p2p", "r"))
     if access is None:
         yield Finding(
             "note",
@@ -323,6 +282,15 @@ def _xla_flags() -> Iterator[Finding]:
             )
 
 
+def _transport() -> Iterator[Finding]:
+    """How a group of all devices would exchange rows."""
+    import jax
+    import numpy as np
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("expert",))
+    yield transport.of_group_on(mesh)
+
+
 def _round_trip() -> Iterator[Finding]:
     """Dispatch and combine on every local device, on each backend, against the plain sum."""
     import jax
@@ -359,30 +327,3 @@ def _round_trip() -> Iterator[Finding]:
         else:
             error = float(np.abs(y - top_k * x).max())
             yield Finding("fail", name, f"wrong by up to {error}", "please report this as a bug")
-
-
-def _print_text(findings: list[Finding], write: Callable[[str], object]) -> None:
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        write(f"{finding.status:>4}  {finding.name:<{width}}  {finding.detail}\n")
-        if finding.mend:
-            write(f"{'':>4}  {'':<{width}}  -> {finding.mend}\n")
-    failed = sum(finding.status == "fail" for finding in findings)
-    write(f"\n{failed} thing(s) to mend.\n" if failed else "\njax_ep works here.\n")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m jax_ep.doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print a JSON list of findings")
-    options = parser.parse_args(arguments)
-    findings = list(examine())
-    if options.json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
-    else:
-        _print_text(findings, sys.stdout.write)
-    return int(any(finding.status == "fail" for finding in findings))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
