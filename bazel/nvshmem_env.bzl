@@ -22,7 +22,10 @@ except (AttributeError, ModuleNotFoundError):
 _BUILD = """
 package(default_visibility = ["//visibility:public"])
 
-exports_files(["lib/libnvshmem_device.a"])
+filegroup(
+    name = "device_library",
+    srcs = ["lib/libnvshmem_device.a"],
+)
 
 cc_library(
     name = "nvshmem",
@@ -47,7 +50,10 @@ constraint_value(
     constraint_setting = ":nvshmem_is",
 )
 
-filegroup(name = "lib/libnvshmem_device.a")
+alias(
+    name = "device_library",
+    actual = ":nvshmem",
+)
 
 cc_library(
     name = "nvshmem",
