@@ -23,21 +23,25 @@ def _cuda_library_impl(ctx):
     ctx.actions.write(headers, "".join([file.path + "\n" for file in own_headers]))
 
     nvcc = [file for file in ctx.files._compiler if file.basename == "nvcc"]
+    relocatable = bool(ctx.files.device_libraries)
+    common = ctx.actions.args()
+    common.add(toolchain.compiler_executable, format = "-ccbin=%s")
+    common.add_all(["-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC"])
     objects = []
     for source in ctx.files.srcs:
         object = ctx.actions.declare_file("{}_objects/{}.o".format(ctx.label.name, source.short_path))
         unused = ctx.actions.declare_file("{}.unused".format(object.basename), sibling = object)
+        first = ctx.actions.args()
+        first.add_all([headers, unused] + nvcc)
         arguments = ctx.actions.args()
-        arguments.add_all([headers, unused] + nvcc)
-        arguments.add(toolchain.compiler_executable, format = "-ccbin=%s")
-        arguments.add_all(["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC"])
+        arguments.add_all(["-std=c++17"] + (["-rdc=true"] if relocatable else []))
         arguments.add_all(ctx.attr.copts)
         arguments.add_all(includes, before_each = "-I")
         arguments.add("-c", source)
         arguments.add("-o", object)
         ctx.actions.run(
             executable = ctx.executable._compile,
-            arguments = [arguments],
+            arguments = [first, common, arguments],
             inputs = depset([source, headers], transitive = [context.headers]),
             tools = depset(ctx.files._compiler, transitive = [toolchain.all_files]),
             outputs = [object, unused],
@@ -47,6 +51,25 @@ def _cuda_library_impl(ctx):
             use_default_shell_env = True,
         )
         objects.append(object)
+
+    if relocatable:
+        # Once, with all device code that these sources call. Nothing here needs the device runtime.
+        linked = ctx.actions.declare_file("{}_objects/device_link.o".format(ctx.label.name))
+        arguments = ctx.actions.args()
+        arguments.add_all(["-dlink", "-cudadevrt=none", "-o", linked])
+        arguments.add_all(includes, before_each = "-I")
+        arguments.add_all(objects + ctx.files.device_libraries)
+        ctx.actions.run(
+            executable = nvcc[0],
+            arguments = [common, arguments],
+            inputs = depset(objects + ctx.files.device_libraries, transitive = [context.headers]),
+            tools = depset(ctx.files._compiler, transitive = [toolchain.all_files]),
+            outputs = [linked],
+            mnemonic = "CudaDeviceLink",
+            progress_message = "Linking device code of {}".format(ctx.label),
+            use_default_shell_env = True,
+        )
+        objects.append(linked)
 
     linking_context, _ = cc_common.create_linking_context_from_compilation_outputs(
         name = ctx.label.name,
@@ -63,11 +86,17 @@ def _cuda_library_impl(ctx):
     ]
 
 cuda_library = rule(
-    doc = "CUDA sources for sm_90a, position independent, without relocatable device code.",
+    doc = "CUDA sources for sm_90a, position independent. Without relocatable device code, unless they " +
+          "call libraries of it.",
     implementation = _cuda_library_impl,
     attrs = {
         "copts": attr.string_list(doc = "Options for nvcc."),
         "deps": attr.label_list(doc = "Libraries whose headers are used.", providers = [CcInfo]),
+        "device_libraries": attr.label_list(
+            doc = "Archives of relocatable device code to link these sources with. Their host code is " +
+                  "for deps.",
+            allow_files = [".a"],
+        ),
         "hdrs": attr.label_list(doc = "Headers of these sources.", allow_files = [".cuh", ".h"]),
         "srcs": attr.label_list(doc = "Sources, one object each.", allow_files = [".cu"]),
         "_cc_toolchain": attr.label(default = "@bazel_tools//tools/cpp:current_cc_toolchain"),

@@ -57,14 +57,17 @@ def _find_nvcc(repository):
             return repository.path(home + "/bin/nvcc")
     return repository.which("nvcc")
 
-def _too_old(repository, nvcc):
-    """What is wrong with the version of nvcc, or None."""
+def _version(repository, nvcc):
+    """What nvcc says its version is, such as (13, 0), or None."""
     said = repository.execute([nvcc, "--version"])
-    version = None
     for word in said.stdout.replace("release ", "release=").replace(",", " ").split(" "):
         parts = word[len("release="):].split(".")
         if word.startswith("release=") and len(parts) == 2 and parts[0].isdigit() and parts[1].isdigit():
-            version = (int(parts[0]), int(parts[1]))
+            return (int(parts[0]), int(parts[1]))
+    return None
+
+def _too_old(nvcc, version):
+    """What is wrong with the version of nvcc, or None."""
     if version and version >= _OLDEST:
         return None
     return "{} is {}, and the GPU library needs nvcc of CUDA {}.{} or later".format(
@@ -88,7 +91,8 @@ def _cuda_env_impl(repository):
     nvcc = None if choice == "OFF" else _find_nvcc(repository)
     if choice == "ON" and not nvcc:
         fail("JAX_EP_CUDA=ON, but there is no nvcc; set CUDA_HOME")
-    too_old = _too_old(repository, nvcc) if nvcc else None
+    version = _version(repository, nvcc) if nvcc else None
+    too_old = _too_old(nvcc, version) if nvcc else None
     if too_old and choice == "ON":
         fail("JAX_EP_CUDA=ON, but {}; set CUDA_HOME to one".format(too_old))
     if too_old:
@@ -96,6 +100,7 @@ def _cuda_env_impl(repository):
         print("the GPU library is left out: {}; set CUDA_HOME to one".format(too_old))
         nvcc = None
     repository.file("defs.bzl", "HAVE_CUDA = {}\n".format(bool(nvcc)))
+    repository.file("version.txt", "{}.{}".format(*version) if nvcc else "")
     repository.file("BUILD", _BUILD if nvcc else _BUILD_WITHOUT)
     if not nvcc:
         return

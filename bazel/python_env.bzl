@@ -75,8 +75,12 @@ toolchain(
 )
 """
 
+def find_python(repository):
+    """The interpreter that a repository rule takes; its environ has JAX_EP_PYTHON and PATH."""
+    return repository.os.environ.get("JAX_EP_PYTHON") or str(repository.which("python3"))
+
 def _python_env_impl(repository):
-    python = repository.os.environ.get("JAX_EP_PYTHON") or str(repository.which("python3"))
+    python = find_python(repository)
     probe = repository.execute([python, "-c", _PROBE])
     if probe.return_code:
         fail("{} needs jaxlib and nanobind; set JAX_EP_PYTHON to a Python that has them:\n{}".format(

@@ -103,6 +103,13 @@ ENVIRONMENT = {
         "`AUTO` (the default) builds the GPU library where there is nvcc of CUDA 12.3 or later, `OFF` "
         "leaves it out, and `ON` makes a missing or older nvcc an error.",
     ),
+    "JAX_EP_NVSHMEM": (
+        "build",
+        "`AUTO` (the default) builds the library of groups that span hosts where the GPU library is "
+        "built, nvcc is 13.0 or later and NVSHMEM is found, in `$NVSHMEM_HOME` or in the package "
+        "`nvidia.nvshmem` of the Python that builds. `OFF` leaves it out, and `ON` makes it an error "
+        "if something is missing.",
+    ),
     "JAX_EP_PYTHON": (
         "build",
         "The Python interpreter that Bazel builds for and runs the tests with; `python3` by default.",

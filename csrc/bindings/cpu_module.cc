@@ -23,11 +23,17 @@ constexpr char kCompiler[] = __VERSION__;  // begins with the compiler's name
 constexpr char kCompiler[] = "GCC " __VERSION__;
 #endif
 
-// Whether this build also makes the GPU library, so that one that lacks it is noticed.
+// Whether this build also makes the libraries of GPUs and of groups that span hosts, so that one
+// that lacks them is noticed.
 #ifdef JAX_EP_WITH_CUDA
 constexpr bool kWithCuda = true;
 #else
 constexpr bool kWithCuda = false;
+#endif
+#ifdef JAX_EP_WITH_NVSHMEM
+constexpr bool kWithNvshmem = true;
+#else
+constexpr bool kWithNvshmem = false;
 #endif
 
 nb::capsule Capsule(XLA_FFI_Handler* handler) {
@@ -60,6 +66,7 @@ nb::dict BuildInfo() {
   info["ffi_api_version"] = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   info["compiler"] = kCompiler;
   info["with_cuda"] = kWithCuda;
+  info["with_nvshmem"] = kWithNvshmem;
   return info;
 }
 
@@ -98,9 +105,10 @@ NB_MODULE(_cpu, m) {
         "Names in the order in which each target takes them: name -> {attributes, operands, "
         "results, scratch (results that only GPUs have, after the others)}.");
   m.def("types", &Types, "FFI state types: name -> {type_id, type_info}, for register_ffi_type.");
-  m.def("build_info", &BuildInfo,
-        "Version of jax_ep, (major, minor) of the FFI API, compiler, whether there is a GPU "
-        "library.");
+  m.def(
+      "build_info", &BuildInfo,
+      "Version of jax_ep, (major, minor) of the FFI API, compiler, whether there is a GPU library "
+      "and one of groups that span hosts.");
   m.def("call_counts", &CallCountsByName,
         "Executions of each target, one per rank and call, since reset_call_counts().");
   m.def("reset_call_counts", &ResetCallCounts, "Sets all call counts to zero.");

@@ -62,11 +62,10 @@ std::optional<std::string> VersionObstacle(Version built, Version loaded) {
   const bool fits = built.major == loaded.major && !IsBefore(loaded, built) &&
                     IsBefore(built, kOtherIbgda) == IsBefore(loaded, kOtherIbgda);
   if (fits) return std::nullopt;
-  const bool old = IsBefore(built, kOtherIbgda);
+  const Version end = IsBefore(built, kOtherIbgda) ? kOtherIbgda : Version{built.major + 1, 0, 0};
   return "NVSHMEM " + Text(loaded) + " is installed, and jax_ep was built with " + Text(built) +
          ", whose device code does not fit it; pip install 'nvidia-nvshmem-cu13>=" + Text(built) +
-         (old ? ",<" + Text(kOtherIbgda) : std::string()) + "', or build jax_ep where NVSHMEM " +
-         Text(loaded) + " is installed";
+         ",<" + Text(end) + "', or build jax_ep where NVSHMEM " + Text(loaded) + " is installed";
 }
 
 std::optional<std::string> MakeUniqueId(std::string& id) {
