@@ -23,10 +23,10 @@ def arguments(mesh: jax.sharding.Mesh, axes: str | Sequence[str], backend: str) 
     per_host = of_group(mesh, axes)
     if per_host is None:
         return {}
-    if backend == "cuda" and mesh.size < jax.process_count():
+    if backend == "cuda" and mesh.devices.size < jax.process_count():
         pytest.skip(
             f"a group that spans hosts takes all {jax.process_count()} processes, and the mesh of "
-            f"this test has {mesh.size}"
+            f"this test has {mesh.devices.size}"
         )
     return {"ranks_per_host": per_host} | (_NATIVE if backend == "cuda" else {})
 
