@@ -138,7 +138,7 @@ def ours(results: list[Record]) -> list[Record]:
     """Records of jax_ep's own kernels with a GPU for each rank: those that share one have no link."""
     ops = ("plan", "dispatch", "dispatch_cached", "combine")
     found = [r for r in results if r["op"] in ops and "name" not in r]
-    return [r for r in found if r["gpus"] == r["ranks"]]
+    return [r for r in found if r["gpus"] == r["ranks"] and "hosts" not in r]
 
 
 def good(record: Record) -> bool:

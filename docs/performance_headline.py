@@ -144,7 +144,8 @@ def layer(targets: dict[str, Any], results: list[Record]) -> str:
     wanted = {**targets["layer"]["match"], **targets["peers"]["conditions"]}
     other = targets["layer"]["other"]
     layers = [r for r in results if r["op"] == "layer" and matches(r, wanted) and good(r)]
-    layers = [r for r in layers if r["gpus"] == r["ranks"]]  # whose ranks share no GPU
+    # Of one host, whose ranks share no GPU.
+    layers = [r for r in layers if r["gpus"] == r["ranks"] and "hosts" not in r]
     times = {r["name"]: r["median_us"] for r in layers if r.get("capacity") != "default"}
     any_routing = [r["median_us"] for r in layers if r.get("capacity") == "default"]
     shape = (

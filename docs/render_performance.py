@@ -275,7 +275,8 @@ def _name(record: Record) -> str:
 
 def _where(record: Record) -> str:
     gpus = f"{record['gpus']} × {record['device']}" if record["gpus"] else record["device"]
-    return f"{record['ranks']} rank(s), {record['processes']} process(es), {gpus}"
+    hosts = f" as {record['hosts']} hosts" if "hosts" in record else ""
+    return f"{record['ranks']} rank(s){hosts}, {record['processes']} process(es), {gpus}"
 
 
 def _us(record: Record) -> str:

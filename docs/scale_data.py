@@ -81,6 +81,8 @@ def skipped(record: Record) -> str | None:
         return f"routing {record['routing']}: not what the model expects of tokens"
     if not record["gpus"] or record["gpus"] < record["ranks"]:
         return "ranks that share a GPU: no link, and one memory for all"
+    if "hosts" in record:
+        return "logical hosts: no network between them"
     if not record["correct"] or record["median_us"] is None:
         return "no figure"
     return None

@@ -81,6 +81,25 @@ def test_two_processes(tmp_path):
 
 
 @on_cpu
+@pytest.mark.parametrize("hosts", ["2", "3"])
+def test_logical_hosts(tmp_path, hosts):
+    out = tmp_path / "out.json"
+    done = bench(
+        *("--ops", "combine", "--layout", "token", "--tokens", "16", "--hidden", "128"),
+        *("--top-k", "2", "--experts", "8", "--ranks", "4", "--hosts", hosts),
+        *("--repeat", "2", "--json", str(out)),
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+    )
+    if hosts == "3":
+        assert done.returncode and "--hosts: expected a divisor of the 4 ranks" in done.stderr
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records.load(out)  # checks each
+    assert {r["op"] for r in found} >= {"combine"} and all(r["correct"] for r in found)
+    assert {r["hosts"] for r in found} == {2}
+
+
+@on_cpu
 def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch):
     """A process is killed while it measures; the other cases go on in a new process."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

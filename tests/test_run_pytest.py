@@ -26,8 +26,12 @@ def test_two(): ...
 
 
 def run(folder, *options, shard):
-    (folder / "test_file.py").write_text(FILE)
-    (folder / "test_other.py").write_text(OTHER)
+    sources = folder / "sources"  # that the files are links to, as Bazel has them
+    sources.mkdir(exist_ok=True)
+    for name, text in (("test_file.py", FILE), ("test_other.py", OTHER)):
+        (sources / name).write_text(text)
+        if not (folder / name).exists():
+            (folder / name).symlink_to(sources / name)
     env = {"TEST_SHARD_INDEX": shard, "TEST_TOTAL_SHARDS": "2"}
     return run_python(str(ENTRY), *options, "--rootdir", str(folder), timeout=100, **env)
 

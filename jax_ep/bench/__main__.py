@@ -55,6 +55,9 @@ def main(
     capacity: Annotated[str, typer.Option(help=f"Of {', '.join(get_args(Capacity))}.")] = "exact",
     ranks: Annotated[int | None, typer.Option(help="All GPUs, or 8 on CPU.")] = None,
     processes: Annotated[int, typer.Option(help="1, or one for each rank.")] = 1,
+    hosts: Annotated[
+        int, typer.Option(min=1, help="Logical hosts that the ranks are split into.")
+    ] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 50,
     timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = 300.0,
     seconds: Annotated[float, typer.Option(help="After them no case is begun.")] = float("inf"),
@@ -73,6 +76,8 @@ def main(
     machine = Machine(ranks=count, processes=processes, gpus=gpus)
     try:
         check_processes(count, processes, gpus)
+        if count % hosts:
+            raise ValueError(f"--hosts: expected a divisor of the {count} ranks, got {hosts}.")
         if ops is None:
             names = listed("--suite", suite or "baselines", suites.NAMES)
             cases = list(dict.fromkeys(case for n in names for case in suites.suite(n, machine)))
@@ -109,6 +114,7 @@ def main(
         gpus=gpus,
         repeat=repeat,
         command="python -m jax_ep.bench " + shlex.join(sys.argv[1:]),
+        hosts=hosts,
         until=time.time() + seconds,
     )
     console = rich.console.Console()

@@ -44,6 +44,7 @@ class Job:
         gpus: GPUs of this machine that are used; 0 on CPU.
         repeat: Samples of each figure.
         command: The user's command line, for the records.
+        hosts: Logical hosts that the ranks are split into.
         until: Time since the epoch, in seconds, after which no case is begun.
         output: File that process 0 appends JSON lines to.
         coordinator: "host:port" of process 0.
@@ -55,6 +56,7 @@ class Job:
     gpus: int
     repeat: int
     command: str
+    hosts: int = 1
     until: float = float("inf")
     output: str = ""
     coordinator: str = ""
@@ -213,6 +215,8 @@ def _failure(job: Job, case: Case, where: pathlib.Path) -> dict[str, Any]:
         "command": job.command,
         "error": error,
     }
+    if job.hosts > 1:
+        record["hosts"] = job.hosts
     if case.name is not None:
         record["name"] = case.name
     if case.intermediate is not None:

@@ -20,7 +20,8 @@ from jax_ep.bench import expected, timing, traffic
 from jax_ep.bench.cases import Case
 from jax_ep.bench.clock import Clock, no_clock
 from jax_ep.bench.problems import Problem
-from jax_ep.bench.session import AXIS, Session
+from jax_ep.bench.ranks import AXIS
+from jax_ep.bench.session import Session
 from jax_ep.bench.timing import Step
 
 ALL_TO_ALL = "jax.lax.all_to_all"

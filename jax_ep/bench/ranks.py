@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep import _compat
 from jax_ep._core import libraries
+from jax_ep._groups.create import Backend
 from jax_ep.bench.timing import Spread
 
 AXIS = "expert"
@@ -26,10 +27,12 @@ class Ranks:
     Attributes:
         ranks: Devices that take part.
         gpus: GPUs that they are on; 0 on CPU.
+        hosts: Logical hosts that they are split into.
     """
 
     ranks: int
     gpus: int
+    hosts: int = dataclasses.field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         devices = jax.devices()
@@ -38,7 +41,7 @@ class Ranks:
         self.axis = AXIS
         self.mesh = jax.sharding.Mesh(np.array(devices[: self.ranks]), (AXIS,))
         self.sharding = NamedSharding(self.mesh, P(AXIS))
-        self.group = jax_ep.create_group(self.mesh, AXIS, timeout=120)
+        self.group = self.make_group("auto")
         self.on_gpu = devices[0].platform == "gpu"
         self.shares_gpus = self.on_gpu and self.gpus < self.ranks
         # Whether bytes between ranks cross a link; else they move in the memory that ranks share.
@@ -46,6 +49,13 @@ class Ranks:
         if why := libraries.why_unavailable("cuda" if self.on_gpu else "cpu"):
             raise RuntimeError(f"benchmarks read the clock of jax_ep's own library: {why}")
         self._exchanges = 0
+
+    def make_group(self, backend: Backend) -> jax_ep.Group:
+        """The group of all ranks."""
+        per_host = None if self.hosts == 1 else self.ranks // self.hosts
+        return jax_ep.create_group(
+            self.mesh, AXIS, timeout=120, backend=backend, ranks_per_host=per_host
+        )
 
     def put(self, make: Callable[[int], np.ndarray]) -> jax.Array:
         """A global array of which ``make(rank)`` is the part of each rank."""

@@ -41,6 +41,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 }
 OPTIONAL: dict[str, tuple[type, ...]] = {
     "name": (str,),  # the implementation, if not jax_ep's own kernels
+    "hosts": (int,),  # logical hosts that the ranks are split into; one, if it is not there
     "intermediate": (int,),  # width of an expert (op "layer")
     "capacity": (str,),  # room: "exact" for the rows that come, "default" for any routing
     # Where ranks share memory: at least what all ranks of a GPU (on CPU, of the machine) read and

@@ -17,7 +17,7 @@ from jax_ep._groups import gpu_side
 from jax_ep.bench import ceilings, records, timing
 from jax_ep.bench.cases import Case
 from jax_ep.bench.problems import Problem
-from jax_ep.bench.ranks import AXIS, Ranks
+from jax_ep.bench.ranks import Ranks
 from jax_ep.bench.timing import Spread
 from jax_ep.bench.traffic import Traffic
 
@@ -34,6 +34,7 @@ class Session(Ranks):
     Attributes:
         ranks: Devices that take part.
         gpus: GPUs that they are on; 0 on CPU.
+        hosts: Logical hosts that they are split into.
         repeat: Samples of each figure.
         command: The command line that the user gave.
     """
@@ -54,7 +55,7 @@ class Session(Ranks):
     def reference_group(self) -> jax_ep.Group:
         """The same ranks over the reference backend."""
         if self._reference is None:
-            self._reference = jax_ep.create_group(self.mesh, AXIS, timeout=120, backend="reference")
+            self._reference = self.make_group("reference")
         return self._reference
 
     def problem(self, case: Case) -> Problem:
@@ -156,6 +157,7 @@ class Session(Ranks):
             "capacity": case.capacity,
             "ranks": self.ranks,
             "gpus": self.gpus,
+            **({} if self.hosts == 1 else {"hosts": self.hosts}),
             "processes": jax.process_count(),
             "tokens": case.tokens,
             "hidden": case.hidden,

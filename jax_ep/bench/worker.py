@@ -37,7 +37,7 @@ def main(path: str, index: int) -> None:
         )
     from jax_ep.bench.session import Session
 
-    session = Session(job.ranks, min(job.gpus, job.ranks), job.repeat, job.command)
+    session = Session(job.ranks, min(job.gpus, job.ranks), job.repeat, job.command, hosts=job.hosts)
     out = pathlib.Path(job.output)
 
     def tell(record: dict[str, Any] | None) -> None:

@@ -61,7 +61,8 @@ def main(arguments: list[str]) -> int:
     status = pytest.main([*options, *arguments], plugins=[shard])
     names = [argument.partition("::")[0] for argument in arguments]
     files = [pathlib.Path(name).resolve() for name in names if name.endswith(".py")]
-    empty = [file.name for file in files if file not in shard.found]
+    found = [path.resolve() for path in shard.found]  # Bazel's are links to sources elsewhere
+    empty = [file.name for file in files if file not in found]
     if status == pytest.ExitCode.OK and empty and not chosen:
         print(f"no test to run in {', '.join(empty)}")
         return int(pytest.ExitCode.NO_TESTS_COLLECTED)
