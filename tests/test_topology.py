@@ -143,6 +143,31 @@ def test_groups_of_logical_hosts(native_backend):
     assert jax_ep.create_group(mesh, ranks_per_host=RANKS).backend == native_backend
 
 
+def test_room_for_any_routing_across_hosts_has_a_bound():
+    """It grows with the ranks of all hosts, so from a size on the caller has to say how much."""
+    need_devices(RANKS)
+    tokens, top_k = 2**15, 8  # of 4 ranks, just as many as may be
+    mesh = make_mesh(RANKS)
+
+    def rows(more=0, **options):
+        group = jax_ep.create_group(mesh, backend="reference", **options.pop("hosts"))
+
+        def run(x, idx):
+            return jax_ep.dispatch(x, idx, group=group, num_experts=64, **options).tokens
+
+        specs = {"in_specs": jax.P("expert"), "out_specs": jax.P("expert")}
+        shapes = [(RANKS * (tokens + more), size) for size in (HIDDEN, top_k)]
+        arguments = map(jax.ShapeDtypeStruct, shapes, (np.float32, np.int32))
+        return jax.eval_shape(jax.shard_map(run, mesh=mesh, **specs), *arguments).shape[0] // RANKS
+
+    two_hosts = {"ranks_per_host": 2}
+    assert rows(hosts=two_hosts) == 2**20
+    assert rows(1, hosts={}) == 2**20 + 32
+    assert rows(1, hosts=two_hosts, capacity=2**21) == 2**21
+    with pytest.raises(ValueError, match=r"argument capacity: .* 1048576 rows at most, got None"):
+        rows(1, hosts=two_hosts)
+
+
 @pytest.mark.parametrize(
     ("ranks_per_host", "error", "text"),
     [

@@ -30,6 +30,7 @@ Output = Literal["dense", "quantized"]
 # None in the signature stands for these. With a handle, an argument that is None is the handle's.
 _DEFAULT_LAYOUT: Layout = "expert"
 _DEFAULT_ALIGNMENT = 1
+_MOST_LOSSLESS_ROWS = 1 << 20  # that a default may have where the group spans hosts
 
 
 def dispatch(
@@ -98,6 +99,7 @@ def dispatch(
         capacity: Rows C of the result. None: room that always suffices, N = R·T·min(K, L) and
             C = roundup(N + min(L, N)·(alignment − 1), alignment), or R·T in layout "token". With
             less room, the rows that come first are kept, so the last local experts lose rows first.
+            Where the group spans hosts, more than 2^20 rows must be asked for.
         capacity_factor: Instead of ``capacity``, layout "expert": every expert keeps at most
             ``ceil(capacity_factor · R·T·K / E)`` rows.
         quantization: "fp8": rows travel as float8_e4m3fn with one scale per 128 channels.
@@ -178,6 +180,19 @@ def dispatch(
     return Dispatched(tokens=tokens, weights=weights, handle=handle)
 
 
+def _check_lossless(op: str, rows: int, group: Group) -> None:
+    """Where the group spans hosts, room for any routing is not taken without being asked for."""
+    if len(group.topology.hosts) > 1 and rows > _MOST_LOSSLESS_ROWS:
+        raise arguments.value_error(
+            op,
+            "capacity",
+            f"a number of rows: where a group spans hosts, the default has {_MOST_LOSSLESS_ROWS} rows "
+            "at most",
+            f"None, and room for any routing takes {rows} rows on each rank",
+            "pass capacity_factor=1.25, say, or capacity=",
+        )
+
+
 def _with_room(
     op: str,
     options: gradients.PlanOptions,
@@ -215,6 +230,7 @@ def _with_room(
         expert_capacity = min(wanted, group.size * num_tokens)
         capacity = min(lossless, num_local * round_up(expert_capacity, alignment))
     elif capacity is None:
+        _check_lossless(op, lossless, group)
         capacity = lossless
     rows = group.size * capacity
     checks.check_int32_indices(op, sources=group.size * num_tokens, top_k=top_k, rows=rows)
