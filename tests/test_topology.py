@@ -114,6 +114,24 @@ def test_uneven_hosts_are_refused(hosts, monkeypatch):
         assert reason is not None and "different numbers of ranks" in reason
 
 
+@pytest.mark.parametrize(("ranks_per_host", "is_wrong"), [(4, True), (2, False), (1, False)])
+def test_logical_hosts_lie_within_hosts(ranks_per_host, is_wrong, monkeypatch):
+    """Ranks of one host map each other's memory, which those of two machines cannot."""
+    mesh = fake_gpus((2, 4), ("data", "expert"), 1)
+    facts = {p: {"host": h, "unavailable": "", "version": "1"} for p, h in enumerate("aabbccdd")}
+    monkeypatch.setattr(
+        meetings, "facts_of", lambda processes, *_: {p: facts[p] for p in processes}
+    )
+    monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
+    monkeypatch.setattr(network, "obstacle", lambda *_: None)
+    instances = create._instances(mesh, ("expert",))
+    _, reason = create._place_gpus(mesh, instances, ranks_per_host, "auto")
+    if is_wrong:
+        assert reason is not None and "4 ranks_per_host are on several hosts" in reason
+    else:
+        assert reason is None
+
+
 def test_gpus_of_one_process_are_distinct(monkeypatch):
     """They are told apart without asking for UUIDs, which nobody exchanges then."""
     monkeypatch.setattr(

@@ -45,9 +45,8 @@ def why_unavailable(backend: str = "cpu") -> str | None:
         if obstacle is not None:
             return obstacle
     platform = _PLATFORMS[backend]
-    jax.devices(
-        "cpu" if backend == "cpu" else "cuda"
-    )  # XLA's client must be up before targets with state are registered.
+    # XLA's client must be up before targets with state are registered.
+    jax.devices("cpu" if backend == "cpu" else "cuda")
     try:
         if backend == "cpu":
             _compat.register_ffi_types(library.types(), platform=platform)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_ep import _compat
 from jax_ep._core import libraries
-from jax_ep._groups import gpu_side, network, tuning
+from jax_ep._groups import gpu_side, hosts, network, tuning
 from jax_ep._groups.group import Group
 from jax_ep._groups.topology import Topology
 
@@ -305,7 +305,7 @@ def _place_gpus(
     if len(topology.all_processes) > 1:
         unavailable = gpu_side.obstacle(topology, unavailable)
     if unavailable is None and ranks_per_host is None:
-        found = gpu_side.ranks_per_host(topology)
+        found = hosts.ranks_per_host(topology)
         if found is None:
             return topology, (
                 "the hosts of its groups have different numbers of ranks, or ranks of a host are not "
@@ -313,6 +313,11 @@ def _place_gpus(
                 "the other"
             )
         topology = Topology.of(instances, found)
+    if unavailable is None and hosts.splits_hosts(topology):
+        return topology, (
+            f"its {topology.ranks_per_host} ranks_per_host are on several hosts; leave it out, or give "
+            "at most as many as each host has"
+        )
     return topology, unavailable or _why_no_transport(topology, transport)
 
 

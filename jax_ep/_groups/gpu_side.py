@@ -12,7 +12,6 @@ import atexit
 import dataclasses
 import functools
 import importlib
-import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -138,24 +137,6 @@ def agree(processes: list[int], what: str, value: int) -> int:
                 f"({what}); call jax_ep.create_group in the same order in every process"
             )
     return max([value, *(message["value"] for message, _ in received.values())])
-
-
-def ranks_per_host(topology: Topology) -> int | None:
-    """Ranks of each group that share a host, neighbours in the group; None if hosts differ in that.
-
-    Call it where ``obstacle`` has found none.
-    """
-    if not topology.spans_processes or jax.process_index() not in topology.all_processes:
-        return topology.ranks_per_host
-    found = meetings.facts_of(topology.all_processes)
-    sizes = set()
-    for row in topology.processes:
-        hosts = [found[process]["host"] for process in row]
-        runs = [len(list(ranks)) for _, ranks in itertools.groupby(hosts)]
-        if len(runs) > len(set(hosts)):
-            return None
-        sizes.update(runs)
-    return sizes.pop() if len(sizes) == 1 else None
 
 
 def create(

@@ -21,6 +21,7 @@ import jax
 from jax_ep import _compat
 from jax_ep._errors import CommunicationError
 from jax_ep._groups import gpu_side, meetings
+from jax_ep._groups import hosts as real_hosts
 from jax_ep._groups import memory as group_memory
 from jax_ep._groups.gpu_side import Rank
 from jax_ep._groups.topology import Topology
@@ -179,7 +180,7 @@ def hosts() -> Any:
         for rows in (within, across, uneven)
     ]
     obstacles = [gpu_side.obstacle(topology, None) for topology in topologies]
-    ranks_per_host = [gpu_side.ranks_per_host(topology) for topology in topologies]
+    ranks_per_host = [real_hosts.ranks_per_host(topology) for topology in topologies]
     largest = gpu_side.agree(EVERYBODY, "group", ME)
     results = [create(1, within)]
     memory.fails = "allocate" if ME == 3 else ""

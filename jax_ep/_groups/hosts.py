@@ -1,0 +1,43 @@
+"""The hosts that processes with GPUs run on, beside those that a topology counts."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+
+from jax_ep._groups import meetings
+from jax_ep._groups.topology import Topology
+
+
+def ranks_per_host(topology: Topology) -> int | None:
+    """Ranks of each group that share a host, neighbours in the group; None if hosts differ in that.
+
+    Call it where ``gpu_side.obstacle`` has found none.
+    """
+    if not topology.spans_processes or jax.process_index() not in topology.all_processes:
+        return topology.ranks_per_host
+    found = meetings.facts_of(topology.all_processes)
+    sizes = set()
+    for row in topology.processes:
+        hosts = [found[process]["host"] for process in row]
+        runs = [len(list(ranks)) for _, ranks in itertools.groupby(hosts)]
+        if len(runs) > len(set(hosts)):
+            return None
+        sizes.update(runs)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def splits_hosts(topology: Topology) -> bool:
+    """Whether ranks that count as those of one host run on several.
+
+    Call it where ``gpu_side.obstacle`` has found none.
+    """
+    if not topology.spans_processes or jax.process_index() not in topology.all_processes:
+        return False
+    found = meetings.facts_of(topology.all_processes)
+    return any(
+        len({found[row[rank]]["host"] for rank in host}) > 1
+        for row in topology.processes
+        for host in topology.hosts
+    )
