@@ -101,6 +101,34 @@ def test_inputs_are_split_like_the_tokens(axis_type, native_backend):
     np.testing.assert_array_equal(aux.load, np.bincount(used.reshape(-1), minlength=E))
 
 
+def test_a_router_has_one_program_whatever_its_inputs():
+    """Other inputs need no new program. What a router object holds is read once, as documented."""
+
+    class ByIds:
+        offset, traces = 0, 0
+
+        def __call__(self, logits, bias, ids):
+            self.traces += 1
+            idx = (ids[:, None] + self.offset + jnp.arange(K)) % E
+            return routing.Routing(idx, jnp.full(idx.shape, 0.5), jax.nn.softmax(logits))
+
+    group, params, x = spmd.make_group(2, "reference"), make_params(), make_x(6)
+
+    def load(router, ids):
+        options = {"group": group, "num_experts": E, "top_k": K, "router_inputs": jnp.full(6, ids)}
+        return np.flatnonzero(jax_ep.moe(x, params, router=router, **options)[1].load).tolist()
+
+    router = ByIds()
+    assert load(router, 0) == [0, 1]
+    traces = router.traces
+    assert load(router, 4) == [4, 5] and router.traces == traces
+    router.offset = 2  # comes too late for the program that there is
+    assert load(router, 4) == [4, 5] and router.traces == traces
+    other = ByIds()
+    other.offset = 2
+    assert load(other, 4) == [6, 7] and other.traces == traces
+
+
 def test_a_router_closes_over_traced_values(native_backend):
     """A router may close over values that are the same for all tokens; their gradient is right."""
     group = spmd.make_group(2, native_backend)
