@@ -77,33 +77,21 @@ inline cuda::NetworkParams NetworkOf(const std::vector<Rank>& ranks,
   return params;
 }
 
-inline cuda::NetworkRoutes RoutesOnDevice(const Rank& rank, const NetworkRank& self) {
-  return {rank.topk.device, self.recv_start.device, self.recv_token.device, self.recv_row.device};
+// The arguments of an op with the entries of a rank, as the handlers have them.
+template <typename Args>
+Args WithEntries(Args args, const NetworkRank& self) {
+  args.handle.recv_start = self.recv_start.device;
+  args.handle.recv_token = self.recv_token.device;
+  args.handle.recv_row = self.recv_row.device;
+  return args;
 }
 
 inline cuda::NetworkDispatchParams NetworkDispatchParamsOf(const Workload& w, const Rank& rank,
                                                            const NetworkRank& self,
                                                            const cuda::NetworkParams& network) {
-  const cuda::DispatchParams same = cuda::ParamsOf(DispatchArgsOf(w, rank, OnDevice()));
-  cuda::NetworkDispatchParams p{};
+  auto p = cuda::NetworkParamsOf(WithEntries(DispatchArgsOf(w, rank, OnDevice()), self));
   p.network = network;
-  p.routes = RoutesOnDevice(rank, self);
-  p.layout = same.layout;
-  p.num_tokens = same.num_tokens;
-  p.top_k = same.top_k;
   p.experts_per_host = w.E / network.shape.num_hosts;
-  p.capacity = same.capacity;
-  p.row_bytes = same.row_bytes;
-  p.row_stride = same.row_stride;
-  p.scales_per_row = same.scales_per_row;
-  p.x = same.x;
-  p.scales = same.scales;
-  p.weights = same.weights;
-  p.recv_src = same.recv_src;
-  p.expert_idx = same.expert_idx;
-  p.rows = same.rows;
-  p.row_scales = same.row_scales;
-  p.row_weights = same.row_weights;
   p.num_blocks = w.blocks;
   return p;
 }
@@ -111,22 +99,8 @@ inline cuda::NetworkDispatchParams NetworkDispatchParamsOf(const Workload& w, co
 inline cuda::NetworkCombineParams NetworkCombineParamsOf(const Workload& w, const Rank& rank,
                                                          const NetworkRank& self,
                                                          const cuda::NetworkParams& network) {
-  const cuda::CombineParams same = cuda::ParamsOf(CombineArgsOf(w, rank, OnDevice()));
-  cuda::NetworkCombineParams p{};
+  auto p = cuda::NetworkParamsOf(WithEntries(CombineArgsOf(w, rank, OnDevice()), self));
   p.network = network;
-  p.routes = RoutesOnDevice(rank, self);
-  p.layout = same.layout;
-  p.type = same.type;
-  p.num_tokens = same.num_tokens;
-  p.top_k = same.top_k;
-  p.row_bytes = w.H * w.width;
-  p.rows = same.rows;
-  p.row_weights = same.row_weights;
-  p.values = same.values;
-  p.recv_src = rank.recv_src.device;
-  p.expert_idx = rank.expert_idx.device;
-  p.y = same.y;
-  p.home = same.home;
   p.num_blocks = w.blocks;
   return p;
 }
@@ -134,22 +108,9 @@ inline cuda::NetworkCombineParams NetworkCombineParamsOf(const Workload& w, cons
 inline cuda::NetworkCombineVjpParams NetworkCombineVjpParamsOf(const Workload& w, const Rank& rank,
                                                                const NetworkRank& self,
                                                                const cuda::NetworkParams& network) {
-  const cuda::CombineVjpParams same = cuda::ParamsOf(CombineVjpArgsOf(w, rank, OnDevice()));
-  cuda::NetworkCombineVjpParams p{};
+  auto p = cuda::NetworkParamsOf(WithEntries(CombineVjpArgsOf(w, rank, OnDevice()), self));
   p.network = network;
-  p.routes = RoutesOnDevice(rank, self);
-  p.type = same.type;
-  p.num_tokens = same.num_tokens;
-  p.top_k = w.K;
   p.experts_per_host = w.E / network.shape.num_hosts;
-  p.capacity = same.capacity;
-  p.hidden = same.hidden;
-  p.dy = same.dy;
-  p.rows = same.rows;
-  p.row_weights = same.row_weights;
-  p.recv_src = same.recv_src;
-  p.d_rows = same.d_rows;
-  p.d_weights = same.d_weights;
   p.num_blocks = w.blocks;
   return p;
 }
