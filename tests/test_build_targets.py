@@ -40,11 +40,24 @@ def test_libraries_are_those_of_the_running_build():
         assert pathlib.Path(spec.origin).is_relative_to(runfiles)
 
 
-def test_gpu_library_exports_the_same_targets():
+@pytest.fixture(scope="module")
+def cuda() -> Any:
+    """The GPU library. It loads without a GPU."""
     if not _cpu.build_info()["with_cuda"]:
         pytest.skip("this build is without the GPU backend: no nvcc, or JAX_EP_CUDA=OFF")
-    cuda = importlib.import_module("jax_ep._cuda")  # so here a missing library is an error
-    assert list(cuda.targets()) == list(_cpu.targets())
+    return importlib.import_module("jax_ep._cuda")  # so here a missing library is an error
+
+
+def test_gpu_library_exports_the_same_targets_and_asynchronous_ones(cuda):
+    beside = listed("cuda/async_targets.h")
+    assert list(cuda.targets()) == list(_cpu.targets()) + beside
+    assert {name.removesuffix("_async") for name in beside} < set(_cpu.targets())
+
+
+def test_only_asynchronous_targets_stay_out_of_command_buffers(cuda):
+    """In a command buffer, XLA would make a chain of them and of what should run beside them."""
+    beside = listed("cuda/async_targets.h")
+    assert cuda.captured_targets() == {name: name not in beside for name in cuda.targets()}
 
 
 def test_one_statement_of_the_oldest_nvcc_for_nvshmem():

@@ -28,6 +28,7 @@ def raw_call(group, target, *operands, results, **attributes):
         "group_id": np.int64(7),
         "timeout_ms": np.int64(60_000),
         "num_sms": np.int32(0),
+        "channel": np.int32(0),
         "ordinal": np.int32(0),
     } | attributes
     return jax.ffi.ffi_call(target, results)(*operands, **attributes)

@@ -83,6 +83,7 @@ nb::dict Signatures() {
     lists["attributes"] = Names(signature.attributes);
     lists["operands"] = Names(signature.operands);
     lists["results"] = Names(signature.results);
+    lists["after"] = Names(signature.after);
     lists["scratch"] = Names(signature.scratch);
     signatures[signature.target] = lists;
   }
@@ -101,9 +102,10 @@ nb::dict CallCountsByName() {
 NB_MODULE(_cpu, m) {
   m.doc() = "FFI targets of jax_ep's CPU backend, and hooks for its tests.";
   m.def("targets", &Targets, "FFI targets: name -> {stage: capsule}, for register_ffi_target.");
-  m.def("signatures", &Signatures,
-        "Names in the order in which each target takes them: name -> {attributes, operands, "
-        "results, scratch (results that only GPUs have, after the others)}.");
+  m.def(
+      "signatures", &Signatures,
+      "Names in the order in which each target takes them: name -> {attributes, operands, "
+      "results, after and scratch (operands and results that only GPUs have, after the others)}.");
   m.def("types", &Types, "FFI state types: name -> {type_id, type_info}, for register_ffi_type.");
   m.def(
       "build_info", &BuildInfo,

@@ -14,6 +14,7 @@
 #include "cuda/node/combine_vjp.h"
 #include "cuda/plan/plan.h"
 #include "cuda/rows/quantize.h"
+#include "ffi/cuda/async_targets.h"
 #include "ffi/cuda/load_kernels.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
@@ -36,7 +37,19 @@ nb::dict Targets() {
   for (const TargetInfo& target : kTargets) {
     targets[target.name] = nb::capsule(reinterpret_cast<void*>(target.execute));
   }
+  for (const TargetInfo& target : kAsyncTargets) {
+    targets[target.name] = nb::capsule(reinterpret_cast<void*>(target.execute));
+  }
   return targets;
+}
+
+nb::dict CapturedTargets() {
+  nb::dict captured;
+  for (const TargetInfo& target : kTargets) captured[target.name] = IsCapturable(target.execute);
+  for (const TargetInfo& target : kAsyncTargets) {
+    captured[target.name] = IsCapturable(target.execute);
+  }
+  return captured;
 }
 
 nb::dict BuildInfo() {
@@ -52,6 +65,7 @@ nb::dict Limits() {
   limits["max_ranks"] = cuda::kMaxRanks;
   limits["max_experts"] = cuda::kMaxExperts;
   limits["ring_bytes"] = cuda::kRingBytes;
+  limits["max_channels"] = cuda::kMaxChannels;
   limits["max_vjp_row_bytes"] = cuda::MaxCombineVjpRowBytes();
   return limits;
 }
@@ -76,7 +90,7 @@ using StagingTuple = std::tuple<int, uint64_t, uint64_t>;
 
 Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& instances,
                  double arrival_timeout_s, double op_timeout_s, int max_blocks,
-                 const std::vector<StagingTuple>& staging, int first_rank) {
+                 const std::vector<StagingTuple>& staging, int first_rank, int num_channels) {
   transport::GroupSpec spec;
   std::set<int> devices;
   spec.id = group_id;
@@ -95,6 +109,7 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
   spec.op_timeout_s = op_timeout_s;
   spec.max_blocks = max_blocks;
   spec.first_rank = first_rank;
+  spec.num_channels = num_channels;
   for (const auto& [device, base, size] : staging) spec.staging.push_back({device, {base, size}});
   if (Text error = LoadKernels(devices)) return error;
   return transport::CreateGroup(spec);
@@ -183,21 +198,27 @@ NB_MODULE(_cuda, m) {
   transport::UseRegistry(transport::OwnRegistry());
   m.doc() = "FFI targets of jax_ep's GPU backend, and the life of its groups.";
   m.def("targets", &Targets, "FFI targets: name -> capsule, for register_ffi_target.");
+  m.def("captured_targets", &CapturedTargets,
+        "Whether XLA puts calls of a target into command buffers (CUDA graphs): name -> bool.");
   m.def("build_info", &BuildInfo,
         "Version of jax_ep, (major, minor) of the FFI API, CUDA runtime.");
   m.def("limits", &Limits,
         "What the kernels have room for: max_ranks of a group on one host, max_experts of it, "
-        "ring_bytes of the sums of rows under way, max_vjp_row_bytes of a row in combine_vjp.");
-  m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
-        nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
-        nb::arg("staging"), nb::arg("first_rank") = 0, nb::call_guard<nb::gil_scoped_release>(),
-        "Makes a group. Each of the groups side by side, by number, is a list of ranks: (CUDA "
-        "ordinal or "
-        "-1, "
-        "process, address of the workspace or 0, regions as (base, size)). Staging memory is (CUDA "
-        "ordinal, base, size). Where a group spans hosts, these are the ranks of this host, and "
-        "first_rank "
-        "is what the first of them is in the group. Returns an error text or None.");
+        "ring_bytes of the sums of rows under way, max_channels of a group, max_vjp_row_bytes of a "
+        "row in combine_vjp.");
+  m.def(
+      "create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
+      nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
+      nb::arg("staging"), nb::arg("first_rank") = 0, nb::arg("num_channels") = 1,
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Makes a group. Each of the groups side by side, by number, is a list of ranks: (CUDA "
+      "ordinal or "
+      "-1, "
+      "process, address of the workspace or 0, regions as (base, size)). Staging memory is (CUDA "
+      "ordinal, base, size). Where a group spans hosts, these are the ranks of this host, and "
+      "first_rank "
+      "is what the first of them is in the group. num_channels - 1 ops may run beside the others. "
+      "Returns an error text or None.");
   m.def(
       "registry",
       [] {
@@ -240,7 +261,7 @@ NB_MODULE(_cuda, m) {
       "Has GPUs copy at the same time: each copy is (CUDA ordinal, rank that is read, its region, "
       "offset, address to write). Returns (seconds of each for `count` copies, None) or ([], "
       "error text).");
-  m.def("workspace_bytes", &transport::WorkspaceBytes,
+  m.def("workspace_bytes", &cuda::WorkspaceBytes, nb::arg("num_channels"),
         "Bytes of device memory that a group takes on each of its GPUs.");
   m.def("plan_scratch_size", &PlanScratchSize, nb::arg("layout"), nb::arg("num_tokens"),
         nb::arg("top_k"), nb::arg("num_experts"), nb::arg("num_ranks"),

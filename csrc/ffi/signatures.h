@@ -38,13 +38,13 @@ struct ClockAttrs {
   JAX_EP_CLOCK_ATTRIBUTES(JAX_EP_ATTRIBUTE_FIELD)
 };
 
-// Operands and results, as all platforms have them; and on GPUs, with scratch memory.
+// Operands and results, as all platforms have them; and on GPUs, with those that only they have.
 #define JAX_EP_DEFINE_BUFFERS(Prefix, LIST)                                                    \
   struct Prefix##Buffers {                                                                     \
     JAX_EP_##LIST##_OPERANDS(JAX_EP_BUFFER_FIELD) JAX_EP_##LIST##_RESULTS(JAX_EP_BUFFER_FIELD) \
   };                                                                                           \
   struct Device##Prefix##Buffers : Prefix##Buffers {                                           \
-    JAX_EP_##LIST##_SCRATCH(JAX_EP_BUFFER_FIELD)                                               \
+    JAX_EP_##LIST##_AFTER(JAX_EP_BUFFER_FIELD) JAX_EP_##LIST##_SCRATCH(JAX_EP_BUFFER_FIELD)    \
   };
 JAX_EP_DEFINE_BUFFERS(Plan, PLAN)
 JAX_EP_DEFINE_BUFFERS(Dispatch, DISPATCH)
@@ -57,12 +57,13 @@ JAX_EP_DEFINE_BUFFERS(NetworkCombine, NETWORK_COMBINE)
 JAX_EP_DEFINE_BUFFERS(NetworkCombineVjp, NETWORK_COMBINE_VJP)
 #undef JAX_EP_DEFINE_BUFFERS
 
-// Continues a binding with the operands and results of a list, and with its scratch memory.
+// Continues a binding with the operands and results of a list, and with those that only GPUs have.
 #define JAX_EP_BIND_OPERAND(name) .Arg<::xla::ffi::AnyBuffer>()
 #define JAX_EP_BIND_RESULT(name) .Ret<::xla::ffi::AnyBuffer>()
 #define JAX_EP_BIND_BUFFERS(LIST) \
   JAX_EP_##LIST##_OPERANDS(JAX_EP_BIND_OPERAND) JAX_EP_##LIST##_RESULTS(JAX_EP_BIND_RESULT)
-#define JAX_EP_BIND_SCRATCH(LIST) JAX_EP_##LIST##_SCRATCH(JAX_EP_BIND_RESULT)
+#define JAX_EP_BIND_DEVICE_BUFFERS(LIST) \
+  JAX_EP_##LIST##_AFTER(JAX_EP_BIND_OPERAND) JAX_EP_##LIST##_SCRATCH(JAX_EP_BIND_RESULT)
 
 // A buffer as XLA hands it over, in either of two ways.
 inline ::xla::ffi::AnyBuffer BufferOf(::xla::ffi::AnyBuffer operand) { return operand; }

@@ -31,13 +31,9 @@ struct TargetInfo {
 #define JAX_EP_TARGET_DECLARE(name, op, Prefix) \
   extern "C" XLA_FFI_Error* name##_execute(XLA_FFI_CallFrame* call_frame);
 JAX_EP_FFI_TARGETS(JAX_EP_TARGET_DECLARE)
-#undef JAX_EP_TARGET_DECLARE
 
-inline constexpr TargetInfo kTargets[] = {
 #define JAX_EP_TARGET_INFO(name, op, Prefix) {#name, op, name##_execute},
-    JAX_EP_FFI_TARGETS(JAX_EP_TARGET_INFO)
-#undef JAX_EP_TARGET_INFO
-};
+inline constexpr TargetInfo kTargets[] = {JAX_EP_FFI_TARGETS(JAX_EP_TARGET_INFO)};
 
 inline constexpr int kNumTargets = sizeof(kTargets) / sizeof(kTargets[0]);
 

@@ -3,8 +3,10 @@
 // They are stated here once, as lists for macros: X(name) for a buffer, X(type, name) for an
 // attribute. The buffer structs of all handlers, their bindings on every platform and the lists for
 // Python (signatures()) are made of these lists. Shapes are in the argument structs (dispatch.h,
-// ...). Absent optional operands are arrays of shape (0,). On GPUs some targets have one more
-// result after those listed, scratch memory.
+// ...). Absent optional operands are arrays of shape (0,). On GPUs the targets of a group have one
+// operand more, `after`, and more results: scratch memory, for some, and `token`, s32[1]. Nobody
+// reads or writes these two. A call whose `after` is the token of another, or any other result of
+// it, comes behind it in the order of XLA.
 #pragma once
 
 #include <vector>
@@ -17,10 +19,11 @@
 //   group_id                 for messages
 //   timeout_ms               for the arrival of all ranks
 //   num_sms                  that the op may occupy on a GPU; 0 for the default
+//   channel                  of the workspace, on GPUs; 0 elsewhere
 //   ordinal                  of the call among those of its program
 #define JAX_EP_GROUP_ATTRIBUTES(X) \
   X(int32_t, num_ranks) X(int32_t, num_experts) X(int32_t, layout) X(int64_t, group_id) \
-  X(int64_t, timeout_ms) X(int32_t, num_sms) X(int32_t, ordinal)
+  X(int64_t, timeout_ms) X(int32_t, num_sms) X(int32_t, channel) X(int32_t, ordinal)
 
 // A handle, as operands (ops::Handle): of a group on one host, and of one that spans hosts.
 #define JAX_EP_HANDLE_OPERANDS(X) X(topk) X(dest_row) X(recv_rows) X(recv_src) X(expert_idx)
@@ -35,56 +38,65 @@
 #define JAX_EP_PLAN_NUMBERS(X) \
   X(group_sizes) X(counts) X(demand) X(num_dropped) X(num_invalid)
 #define JAX_EP_PLAN_RESULTS(X) JAX_EP_HANDLE_OPERANDS(X) JAX_EP_PLAN_NUMBERS(X)
-#define JAX_EP_PLAN_SCRATCH(X) X(scratch)
+#define JAX_EP_PLAN_AFTER(X) X(after)
+#define JAX_EP_PLAN_SCRATCH(X) X(scratch) X(token)
 
 // quantization is an ops::Quantization, dense_output 0 or 1.
 #define JAX_EP_DISPATCH_ATTRIBUTES(X) X(int32_t, quantization) X(int32_t, dense_output)
 #define JAX_EP_DISPATCH_OPERANDS(X) \
   X(x) X(scales) X(weights) JAX_EP_HANDLE_OPERANDS(X) X(coords)
 #define JAX_EP_DISPATCH_RESULTS(X) X(rows) X(row_scales) X(row_weights)
-#define JAX_EP_DISPATCH_SCRATCH(X) X(scratch)
+#define JAX_EP_DISPATCH_AFTER(X) X(after)
+#define JAX_EP_DISPATCH_SCRATCH(X) X(scratch) X(token)
 
 #define JAX_EP_COMBINE_ATTRIBUTES(X)
 #define JAX_EP_COMBINE_OPERANDS(X) \
   X(rows) X(row_weights) X(values) JAX_EP_HANDLE_OPERANDS(X) X(coords)
 #define JAX_EP_COMBINE_RESULTS(X) X(y) X(home)
-#define JAX_EP_COMBINE_SCRATCH(X)
+#define JAX_EP_COMBINE_AFTER(X) X(after)
+#define JAX_EP_COMBINE_SCRATCH(X) X(token)
 
 #define JAX_EP_COMBINE_VJP_ATTRIBUTES(X)
 #define JAX_EP_COMBINE_VJP_OPERANDS(X) \
   X(dy) X(rows) X(row_weights) JAX_EP_HANDLE_OPERANDS(X) X(coords)
 #define JAX_EP_COMBINE_VJP_RESULTS(X) X(d_rows) X(d_weights)
-#define JAX_EP_COMBINE_VJP_SCRATCH(X)
+#define JAX_EP_COMBINE_VJP_AFTER(X) X(after)
+#define JAX_EP_COMBINE_VJP_SCRATCH(X) X(token)
 
 // The same ops of a group that spans hosts.
 #define JAX_EP_NETWORK_PLAN_ATTRIBUTES(X) JAX_EP_PLAN_ATTRIBUTES(X)
 #define JAX_EP_NETWORK_PLAN_OPERANDS(X) JAX_EP_PLAN_OPERANDS(X)
 #define JAX_EP_NETWORK_PLAN_RESULTS(X) JAX_EP_NETWORK_HANDLE_OPERANDS(X) JAX_EP_PLAN_NUMBERS(X)
+#define JAX_EP_NETWORK_PLAN_AFTER(X) X(after)
 #define JAX_EP_NETWORK_PLAN_SCRATCH(X) JAX_EP_PLAN_SCRATCH(X)
 
 #define JAX_EP_NETWORK_DISPATCH_ATTRIBUTES(X) JAX_EP_DISPATCH_ATTRIBUTES(X)
 #define JAX_EP_NETWORK_DISPATCH_OPERANDS(X) \
   X(x) X(scales) X(weights) JAX_EP_NETWORK_HANDLE_OPERANDS(X) X(coords)
 #define JAX_EP_NETWORK_DISPATCH_RESULTS(X) JAX_EP_DISPATCH_RESULTS(X)
+#define JAX_EP_NETWORK_DISPATCH_AFTER(X) X(after)
 #define JAX_EP_NETWORK_DISPATCH_SCRATCH(X) JAX_EP_DISPATCH_SCRATCH(X)
 
 #define JAX_EP_NETWORK_COMBINE_ATTRIBUTES(X)
 #define JAX_EP_NETWORK_COMBINE_OPERANDS(X) \
   X(rows) X(row_weights) X(values) JAX_EP_NETWORK_HANDLE_OPERANDS(X) X(coords)
 #define JAX_EP_NETWORK_COMBINE_RESULTS(X) JAX_EP_COMBINE_RESULTS(X)
-#define JAX_EP_NETWORK_COMBINE_SCRATCH(X)
+#define JAX_EP_NETWORK_COMBINE_AFTER(X) X(after)
+#define JAX_EP_NETWORK_COMBINE_SCRATCH(X) X(token)
 
 #define JAX_EP_NETWORK_COMBINE_VJP_ATTRIBUTES(X)
 #define JAX_EP_NETWORK_COMBINE_VJP_OPERANDS(X) \
   X(dy) X(rows) X(row_weights) JAX_EP_NETWORK_HANDLE_OPERANDS(X) X(coords)
 #define JAX_EP_NETWORK_COMBINE_VJP_RESULTS(X) JAX_EP_COMBINE_VJP_RESULTS(X)
-#define JAX_EP_NETWORK_COMBINE_VJP_SCRATCH(X)
+#define JAX_EP_NETWORK_COMBINE_VJP_AFTER(X) X(after)
+#define JAX_EP_NETWORK_COMBINE_VJP_SCRATCH(X) X(token)
 
 // No op of a group: `same` is x in place, `time` u32[2], nanoseconds, low word first.
 #define JAX_EP_CLOCK_ATTRIBUTES(X) X(int32_t, ordinal)
 #define JAX_EP_CLOCK_OPERANDS(X) X(x)
 #define JAX_EP_CLOCK_RESULTS(X) X(same) X(time)
 #define JAX_EP_CLOCK_SCRATCH(X)
+#define JAX_EP_CLOCK_AFTER(X)
 
 // clang-format on
 
@@ -93,7 +105,7 @@ namespace jax_ep::ops {
 // The names in the lists of a target.
 struct Signature {
   const char* target;
-  std::vector<const char*> attributes, operands, results, scratch;
+  std::vector<const char*> attributes, operands, results, after, scratch;
 };
 
 #define JAX_EP_NO_ATTRIBUTES(X)
@@ -105,7 +117,8 @@ struct Signature {
         {GROUP_ATTRIBUTES(JAX_EP_ATTRIBUTE_NAME)                 \
              JAX_EP_##LIST##_ATTRIBUTES(JAX_EP_ATTRIBUTE_NAME)}, \
         {JAX_EP_##LIST##_OPERANDS(JAX_EP_BUFFER_NAME)},          \
-        {JAX_EP_##LIST##_RESULTS(JAX_EP_BUFFER_NAME)}, {         \
+        {JAX_EP_##LIST##_RESULTS(JAX_EP_BUFFER_NAME)},           \
+        {JAX_EP_##LIST##_AFTER(JAX_EP_BUFFER_NAME)}, {           \
       JAX_EP_##LIST##_SCRATCH(JAX_EP_BUFFER_NAME)                \
     }                                                            \
   }

@@ -40,7 +40,8 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
       if (auto error = EnablePeerAccess(rank.device, peer.device)) return error;
     }
     if (rank.workspace != 0) continue;
-    if (auto error = AllocateWorkspace(rank.device, rank.workspace)) return error;
+    if (auto error = AllocateWorkspace(rank.device, spec.num_channels, rank.workspace))
+      return error;
   }
   std::vector<std::vector<cuda::Region>> regions;
   for (const RankSpec& rank : ranks) regions.push_back(rank.regions);
@@ -53,7 +54,10 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
       member.processes.push_back(ranks[peer].process);
     }
     if (auto error = AllocateErrorRecord(device, &member.params.error)) return error;
-    if (auto error = WriteRegions(device, regions, member.workspaces[rank])) return error;
+    member.params.num_channels = spec.num_channels;
+    if (auto error = WriteRegions(device, regions, spec.num_channels, member.workspaces[rank])) {
+      return error;
+    }
     member.params.rank = rank;
     member.params.num_ranks = num_ranks;
     member.params.first_rank = spec.first_rank;
@@ -84,6 +88,10 @@ std::map<int64_t, std::unique_ptr<Group>>& Groups() {
 }  // namespace
 
 std::optional<std::string> CreateGroup(const GroupSpec& spec) {
+  if (spec.num_channels < 1 || spec.num_channels > cuda::kMaxChannels) {
+    return "a group has 1 to " + std::to_string(cuda::kMaxChannels) + " channels, got " +
+           std::to_string(spec.num_channels);
+  }
   auto group = std::make_unique<Group>();
   for (const auto& [instance, ranks] : spec.instances) {
     if (auto error = AddInstance(spec, instance, ranks, *group)) return error;
@@ -144,28 +152,29 @@ void FinishOps() {
 }
 
 std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t>& ops) {
-  std::vector<std::pair<int, const Workspace*>> workspaces;
+  std::vector<const Member*> members;
   {
     std::lock_guard<std::mutex> lock(Mutex());
     const auto group = Groups().find(group_id);
     if (group == Groups().end()) return "there is no group of id " + std::to_string(group_id);
     for (const auto& [device, member] : *group->second) {
-      workspaces.emplace_back(device, member.workspaces[member.params.rank]);
+      members.push_back(&member);
     }
   }
-  for (const auto& [device, workspace] : workspaces) {
+  for (const Member* member : members) {
+    const int device = member->device;
     ScopedDevice scope(device);
     JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
-    for (const cuda::Channel& channel : workspace->channels) {
+    const Workspace* workspace = member->workspaces[member->params.rank];
+    for (int channel = 0; channel < member->params.num_channels; ++channel) {
       uint64_t epoch = 0;
-      JAX_EP_RETURN_IF_CUDA_ERROR(
-          cudaMemcpy(&epoch, &channel.last.epoch, sizeof(epoch), cudaMemcpyDeviceToHost), device);
+      JAX_EP_RETURN_IF_CUDA_ERROR(cudaMemcpy(&epoch, &workspace->channels[channel].last.epoch,
+                                             sizeof(epoch), cudaMemcpyDeviceToHost),
+                                  device);
       ops[device] += epoch;
     }
   }
   return std::nullopt;
 }
-
-int64_t WorkspaceBytes() { return sizeof(Workspace); }
 
 }  // namespace jax_ep::transport

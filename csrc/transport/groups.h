@@ -34,6 +34,7 @@ struct GroupSpec {
   double arrival_timeout_s = 0;
   double op_timeout_s = 0;
   int max_blocks = 0;                            // of an op on one GPU
+  int num_channels = 1;                          // of each workspace
   std::vector<std::pair<int, Staging>> staging;  // by device; none: nothing is staged
 };
 
@@ -61,8 +62,5 @@ void FinishOps();
 // Ops that each GPU of this process has completed as a member of the group, by CUDA ordinal. Waits
 // for its work. Returns an error text, or nothing.
 std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t>& ops);
-
-// Bytes of device memory that a group takes on each of its GPUs.
-int64_t WorkspaceBytes();
 
 }  // namespace jax_ep::transport

@@ -27,7 +27,7 @@ struct Member {
   Staging staging;
   std::vector<int> processes;  // of the ranks
 
-  // What an op on `channel` needs to know, but for its tag and kind.
+  // What an op on `channel`, one of params.num_channels, needs to know, but for its tag and kind.
   cuda::GroupParams ParamsOn(int channel) const {
     cuda::GroupParams on_channel = params;
     for (size_t rank = 0; rank < workspaces.size(); ++rank) {

@@ -9,13 +9,13 @@
 namespace jax_ep::transport {
 
 using cuda::ErrorRecord;
-using cuda::Workspace;
 
-std::optional<std::string> AllocateWorkspace(int device, uint64_t& workspace) {
+std::optional<std::string> AllocateWorkspace(int device, int num_channels, uint64_t& workspace) {
+  const int64_t bytes = cuda::WorkspaceBytes(num_channels);
   ScopedDevice scope(device);
   void* memory = nullptr;
-  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMalloc(&memory, sizeof(Workspace)), device);
-  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMemset(memory, 0, sizeof(Workspace)), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMalloc(&memory, bytes), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMemset(memory, 0, bytes), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
   workspace = reinterpret_cast<uint64_t>(memory);
   return std::nullopt;
@@ -58,17 +58,17 @@ std::vector<cuda::Region> AddressSpace() {
 
 std::optional<std::string> WriteRegions(int device,
                                         const std::vector<std::vector<cuda::Region>>& regions,
-                                        cuda::Workspace* workspace) {
+                                        int num_channels, cuda::Workspace* workspace) {
   ScopedDevice scope(device);
   std::vector<cuda::Region> table(regions.size() * cuda::kMaxRegions);
   for (size_t rank = 0; rank < regions.size(); ++rank) {
     if (regions[rank].size() > cuda::kMaxRegions) return "a rank has too many regions of memory";
     std::copy(regions[rank].begin(), regions[rank].end(), table.begin() + rank * cuda::kMaxRegions);
   }
-  for (cuda::Channel& channel : workspace->channels) {
+  for (int channel = 0; channel < num_channels; ++channel) {
     JAX_EP_RETURN_IF_CUDA_ERROR(
-        cudaMemcpy(channel.regions, table.data(), table.size() * sizeof(cuda::Region),
-                   cudaMemcpyHostToDevice),
+        cudaMemcpy(workspace->channels[channel].regions, table.data(),
+                   table.size() * sizeof(cuda::Region), cudaMemcpyHostToDevice),
         device);
   }
   return std::nullopt;

@@ -18,7 +18,7 @@ namespace jax_ep::transport {
 std::optional<std::string> EnablePeerAccess(int device, int peer);
 
 // Allocates a workspace on `device`. Never freed: a kernel of a failed peer may still write to it.
-std::optional<std::string> AllocateWorkspace(int device, uint64_t& workspace);
+std::optional<std::string> AllocateWorkspace(int device, int num_channels, uint64_t& workspace);
 
 // Allocates the record of the first failure, in pinned host memory.
 std::optional<std::string> AllocateErrorRecord(int device, cuda::ErrorRecord** error);
@@ -27,9 +27,9 @@ std::optional<std::string> AllocateErrorRecord(int device, cuda::ErrorRecord** e
 // everywhere, so they are the parts of the address space.
 std::vector<cuda::Region> AddressSpace();
 
-// Writes the regions of all ranks into the workspace of one, on `device`.
+// Writes the regions of all ranks into every channel of the workspace of one, on `device`.
 std::optional<std::string> WriteRegions(int device,
                                         const std::vector<std::vector<cuda::Region>>& regions,
-                                        cuda::Workspace* workspace);
+                                        int num_channels, cuda::Workspace* workspace);
 
 }  // namespace jax_ep::transport

@@ -280,6 +280,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     group.error = ranks[r].error;
     group.rank = r;
     group.num_ranks = R;
+    group.num_channels = 1;
     group.arrival_timeout_ns = group.op_timeout_ns =
         options.Int("timeout", 5) * uint64_t{1'000'000'000};
     group.tag = 7;

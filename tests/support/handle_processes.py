@@ -63,8 +63,8 @@ class Memory:
     def device_uuid(self, ordinal: int) -> tuple[str, None]:
         return f"shared on {meetings.host_name()}", None
 
-    def workspace_bytes(self) -> int:
-        return 4096
+    def workspace_bytes(self, num_channels: int) -> int:
+        return 1024 * num_channels
 
     def allocate_exportable(self, ordinal: int, ordinals: list[int], size: int) -> Any:
         if self.fails == "allocate":
@@ -85,11 +85,12 @@ class Memory:
         return 0x7000000 + len(self.imported), None
 
     def create_group(
-        self, group_id, specs, arrival, op, max_blocks, staging, first_rank
+        self, group_id, specs, arrival, op, max_blocks, staging, first_rank, num_channels
     ) -> str | None:
         self.specs.append(specs)
         self.max_blocks = max_blocks
         self.first_rank = first_rank
+        self.num_channels = num_channels
         return None
 
     def watch_process(self, process: int, descriptor: int) -> None:

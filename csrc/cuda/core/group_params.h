@@ -17,6 +17,7 @@ struct GroupParams {
   int first_rank;         // the rank of peers[0] in the group, for records
   int instance;           // which of the groups that lie side by side
   int channel;            // of the op
+  int num_channels;       // of every rank's workspace
   const int32_t* coords;  // [2], rank and instance as the program counts them; null: not checked
   uint64_t arrival_timeout_ns;
   uint64_t op_timeout_ns;

@@ -39,7 +39,7 @@ __device__ __forceinline__ Channel& Own(const GroupParams& group) {
 // A channel of a rank's workspace other than the op's.
 __device__ __forceinline__ Channel& OnChannel(const GroupParams& group, int rank, int channel) {
   Channel* own = group.peers[rank];
-  return kNumChannels == 1 ? *own : *(own - group.channel + channel);
+  return *(own - group.channel + channel);
 }
 
 // Records the failure unless there was one before, and tells all peers of this host. `peer` counts
@@ -64,7 +64,7 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
     ptx::StoreReleaseSystem(&error->set, 1u);
   }
   for (int r = 0; r < group.num_ranks; ++r) {
-    for (int channel = 0; channel < kNumChannels; ++channel) {
+    for (int channel = 0; channel < group.num_channels; ++channel) {
       ptx::StoreReleaseSystem(&OnChannel(group, r, channel).failed, 1u);
     }
   }

@@ -185,10 +185,17 @@ struct Channel {
   int32_t own_totals[kMaxExperts + kMaxRanks];  // plan: this rank's totals; zero between plans
 };
 
-constexpr int kNumChannels = 1;
+// The channels that a workspace may have: channel 0 for the ops that XLA runs in its own order of
+// the program, and one for each op that may run beside them (asynchronous targets).
+constexpr int kMaxChannels = 4;
 
+// As many channels as the group was made with follow each other; no memory is there for others.
 struct Workspace {
-  Channel channels[kNumChannels];
+  Channel channels[kMaxChannels];
 };
+
+JAX_EP_HOST_DEVICE constexpr int64_t WorkspaceBytes(int num_channels) {
+  return int64_t{num_channels} * static_cast<int64_t>(sizeof(Channel));
+}
 
 }  // namespace jax_ep::cuda

@@ -1,7 +1,8 @@
-// Handler of target jax_ep_combine on GPUs.
+// Handlers of targets jax_ep_combine and jax_ep_combine_async on GPUs.
 
 #include "cuda/node/combine.h"
 
+#include "ffi/cuda/async_targets.h"
 #include "ffi/cuda/device_call.h"
 
 namespace jax_ep {
@@ -45,5 +46,6 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, const CombineAttrs& attr
 }  // namespace
 
 JAX_EP_DEFINE_DEVICE_CALL(jax_ep_combine_execute, Combine, COMBINE);
+JAX_EP_DEFINE_ASYNC_CALL(jax_ep_combine_async_execute, Combine, COMBINE);
 
 }  // namespace jax_ep

@@ -1,7 +1,8 @@
-// Handler of target jax_ep_combine_vjp on GPUs.
+// Handlers of targets jax_ep_combine_vjp and jax_ep_combine_vjp_async on GPUs.
 
 #include "cuda/node/combine_vjp.h"
 
+#include "ffi/cuda/async_targets.h"
 #include "ffi/cuda/device_call.h"
 
 namespace jax_ep {
@@ -37,5 +38,6 @@ ffi::Error CombineVjp(cudaStream_t stream, int32_t device, const CombineVjpAttrs
 }  // namespace
 
 JAX_EP_DEFINE_DEVICE_CALL(jax_ep_combine_vjp_execute, CombineVjp, COMBINE_VJP);
+JAX_EP_DEFINE_ASYNC_CALL(jax_ep_combine_vjp_async_execute, CombineVjp, COMBINE_VJP);
 
 }  // namespace jax_ep

@@ -10,12 +10,6 @@ namespace jax_ep {
 
 namespace ffi = ::xla::ffi;
 
-namespace {
-
-constexpr int kChannel = 0;  // of all ops: no two of a group are in flight at once
-
-}  // namespace
-
 void CheckDeviceGroup(Checker& check, const GroupAttrs& attrs, ffi::AnyBuffer coords) {
   CheckGroup(check, attrs);
   check.Argument("coords", coords, ffi::S32, {2});
@@ -32,11 +26,17 @@ ffi::Error PrepareGroup(const GroupAttrs& attrs, ffi::AnyBuffer coords, int32_t 
                           std::to_string(attrs.group_id) +
                           "; make the group with jax_ep.create_group in this process first");
   }
+  if (attrs.channel < 0 || attrs.channel >= member->params.num_channels) {
+    return ffi::Error::InvalidArgument("jax_ep: attribute channel: expected one of the " +
+                                       std::to_string(member->params.num_channels) +
+                                       " channels of the group, got " +
+                                       std::to_string(attrs.channel));
+  }
   if (auto failure = transport::TheRegistry().failure(*member)) {
     return ffi::Error(ffi::ErrorCode::kAborted, *failure);
   }
   group.member = member;
-  group.params = member->ParamsOn(kChannel);
+  group.params = member->ParamsOn(attrs.channel);
   group.params.op = op;
   group.params.coords = static_cast<const int32_t*>(coords.untyped_data());
   group.params.tag = OpTag(op, agreed, attrs.ordinal);

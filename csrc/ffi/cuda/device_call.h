@@ -23,16 +23,21 @@ auto WithBuffers(::xla::ffi::Error (*call)(cudaStream_t stream, int32_t device, 
   };
 }
 
+#define JAX_EP_BIND_DEVICE_CALL(Call, LIST)            \
+  ::xla::ffi::Ffi::Bind()                              \
+      .Ctx<::xla::ffi::PlatformStream<cudaStream_t>>() \
+      .Ctx<::xla::ffi::DeviceOrdinal>()                \
+      .Attrs<Call##Attrs>() JAX_EP_BIND_BUFFERS(LIST) JAX_EP_BIND_DEVICE_BUFFERS(LIST)
+
 // Defines handler `symbol` of function `Call`, which takes CallAttrs and DeviceCallBuffers, as made
 // from the lists of `LIST`.
-#define JAX_EP_DEFINE_DEVICE_CALL(symbol, Call, LIST)                                \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, WithBuffers(Call),                           \
-                                ::xla::ffi::Ffi::Bind()                              \
-                                    .Ctx<::xla::ffi::PlatformStream<cudaStream_t>>() \
-                                    .Ctx<::xla::ffi::DeviceOrdinal>()                \
-                                    .Attrs<Call##Attrs>() JAX_EP_BIND_BUFFERS(LIST)  \
-                                        JAX_EP_BIND_SCRATCH(LIST),                   \
+#define JAX_EP_DEFINE_DEVICE_CALL(symbol, Call, LIST)                                           \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, WithBuffers(Call), JAX_EP_BIND_DEVICE_CALL(Call, LIST), \
                                 {::xla::ffi::Traits::kCmdBufferCompatible})
+
+// The same for a target of ffi/cuda/async_targets.h.
+#define JAX_EP_DEFINE_ASYNC_CALL(symbol, Call, LIST) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, WithBuffers(Call), JAX_EP_BIND_DEVICE_CALL(Call, LIST))
 
 // What a call needs to know of its group.
 struct DeviceGroup {

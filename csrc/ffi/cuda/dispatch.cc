@@ -1,7 +1,8 @@
-// Handler of target jax_ep_dispatch on GPUs.
+// Handlers of targets jax_ep_dispatch and jax_ep_dispatch_async on GPUs.
 
 #include "cuda/node/dispatch.h"
 
+#include "ffi/cuda/async_targets.h"
 #include "ffi/cuda/cast.h"
 
 namespace jax_ep {
@@ -36,5 +37,6 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, const DispatchAttrs& at
 }  // namespace
 
 JAX_EP_DEFINE_DEVICE_CALL(jax_ep_dispatch_execute, Dispatch, DISPATCH);
+JAX_EP_DEFINE_ASYNC_CALL(jax_ep_dispatch_async_execute, Dispatch, DISPATCH);
 
 }  // namespace jax_ep
