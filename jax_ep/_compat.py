@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
+import jax.extend.core
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -97,6 +99,14 @@ def next_in_module(ctx: mlir.LoweringRuleContext) -> int:
     return next(_counters.setdefault(ctx.module_context.module, itertools.count()))
 
 
+def notes_of_lowering(ctx: mlir.LoweringRuleContext) -> dict[Any, Any]:
+    """A dictionary for notes about the module that ``ctx`` lowers into; it goes with the lowering.
+
+    Notes hold values of the module, so no object that outlives the lowering may hold them.
+    """
+    return ctx.module_context.cached_primitive_lowerings
+
+
 def register_lowering_of_each(primitive: Primitive, rule: mlir.LoweringRule) -> None:
     """Register a lowering rule that is called for each equation, also for equal ones."""
     mlir.register_lowering(primitive, rule, cacheable=False)
@@ -163,15 +173,41 @@ def num_started_cpu_devices() -> int | None:
     return 0 if cpu is None else cpu.local_device_count()
 
 
+def is_compile_only(device: Any) -> bool:
+    """Whether programs can be compiled for ``device`` but not run: it is one of a topology."""
+    return getattr(device.client, "runtime_type", None) == "compile_only_runtime"
+
+
+def targets_hopper() -> bool:
+    """Whether what is being traced is for GPUs of compute capability 9.0.
+
+    The mesh of the trace says so, whose devices may be compile-only, else the default devices.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is None:
+        return _default_is_hopper()
+    return device.platform == "gpu" and _HOPPER.search(device.device_kind) is not None
+
+
+_HOPPER = re.compile(r"\bG?H\d+")  # H100, H200, H800, H20, GH200
+
+
 @functools.cache
-def has_hopper_gpu() -> bool:
-    """Whether the default devices are GPUs of compute capability 9.0."""
+def _default_is_hopper() -> bool:
     return jax.default_backend() == "gpu" and compute_capability(jax.local_devices()[0]) == "9.0"
 
 
 def num_multiprocessors() -> int:
-    """Streaming multiprocessors of the GPUs here."""
+    """Streaming multiprocessors of the GPUs that the program is for."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None and device.num_cores is not None:
+        return device.num_cores
     return next((d.core_count for d in jax.local_devices() if hasattr(d, "core_count")), 132)
+
+
+def trace_state() -> Any:
+    """What equals itself while the same trace is current, and never another's; holds no trace."""
+    return jax.extend.core.get_opaque_trace_state()
 
 
 def multiprocessor_count(device: jax.Device) -> int | None:

@@ -18,7 +18,7 @@ from jax_ep._grouped_dot import hopper
 from jax_ep._grouped_dot.hopper.tile_table import tile_table
 from test_grouped_dot import SIZES, numpy_grouped_dot, problem, with_gradients
 
-needs_hopper = pytest.mark.skipif(not _compat.has_hopper_gpu(), reason="needs a Hopper GPU")
+needs_hopper = pytest.mark.skipif(not _compat.targets_hopper(), reason="needs a Hopper GPU")
 WIDTHS = [(128, 128), (256, 384), (512, 256)]
 DTYPES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4}
 
@@ -83,7 +83,7 @@ def test_equal_calls_are_lowered_once(monkeypatch, dtype):
     The kernels have the same bytes in both programs. So jaxlib, which identifies kernels by their
     bytes, compiles them once, and JAX's persistent cache finds the programs.
     """
-    monkeypatch.setattr(_compat, "has_hopper_gpu", lambda: True)
+    monkeypatch.setattr(_compat, "targets_hopper", lambda: True)
     lhs = jax.ShapeDtypeStruct((136, 128), dtype)
     rhs = jax.ShapeDtypeStruct((2, 128, 128), dtype)
     sizes = jax.ShapeDtypeStruct((2,), jnp.int32)

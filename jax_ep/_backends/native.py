@@ -7,6 +7,7 @@ result more. A backend is a module with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat
 from jax_ep._backends.primitive import native_call
+from jax_ep._core.flight import IN_LINE, Flight
 from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._groups import gpu_side, network, tuning
 from jax_ep._groups.group import Group, sms_of
@@ -32,7 +34,7 @@ def workspace_bytes(group: Group) -> int:
     """Device memory that ``group`` takes on each of its GPUs beyond XLA's; 0 on other platforms."""
     if group.backend != "cuda":
         return 0
-    used = gpu_side.library().workspace_bytes()
+    used = gpu_side.library().workspace_bytes(gpu_side.num_channels(group.topology, group.channels))
     if _spans_hosts(group):
         hosts, settings = group.topology.hosts, network.settings_of(group.id)
         used += network.memory_bytes(settings, len(hosts), len(hosts[0]))
@@ -72,9 +74,9 @@ def plan(
     absent = dict.fromkeys(_ROUTES if _spans_hosts(group) else _ENTRIES)
     for name in absent:
         del shapes[name]
-    names = list(shapes)
+    scratch = 0
     if _spans_hosts(group):
-        shapes["scratch"] = (network.library().plan_scratch_size(group.size, num_local),)
+        scratch = network.library().plan_scratch_size(group.size, num_local)
     elif group.backend == "cuda":
         scratch = gpu_side.library().plan_scratch_size(
             _LAYOUTS[layout], num_tokens, top_k, num_experts, group.size
@@ -85,17 +87,18 @@ def plan(
                 f"has room for, got {num_experts} experts, {top_k} a token, on {group.size} ranks; "
                 "use fewer of them, or make the group with backend='reference'."
             )
-        shapes["scratch"] = (scratch,)
-    results = native_call(
-        _target(group, "plan"),
+    results = _call(
+        group,
+        "plan",
         [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes.values()],
         topk_idx,
         _coords(group),
+        scratch=[jax.ShapeDtypeStruct((scratch,), jnp.int32)],
         **_attributes(group, num_experts, layout, config, op="plan", num_tokens=num_tokens),
         alignment=np.int32(alignment),
         expert_capacity=np.int32(expert_capacity),
     )
-    leaves: dict[str, Any] = dict(zip(names, results[: len(names)], strict=True)) | absent
+    leaves: dict[str, Any] = dict(zip(shapes, results, strict=True)) | absent
     if layout == "expert":
         leaves["expert_idx"] = None
     return Handle(
@@ -117,6 +120,7 @@ def dispatch(
     scale_format: ScaleFormat | None = None,
     dense_output: bool = True,
     config: DispatchConfig | None = None,
+    flight: Flight = IN_LINE,
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
     """See ``jax_ep.reference.dispatch``."""
     values, scales = x if isinstance(x, Quantized) else (x, None)
@@ -129,13 +133,14 @@ def dispatch(
         jax.ShapeDtypeStruct((rows, hidden // 128) if quantized else (0,), jnp.float32),
         jax.ShapeDtypeStruct(weights_shape if weights is not None else (0,), jnp.float32),
     ]
+    scratch = 0
     if group.backend == "cuda":
         scratch = gpu_side.library().dispatch_scratch_size(
             len(values), hidden, rows, scale_format is not None, dense_output
         )
-        results.append(jax.ShapeDtypeStruct((scratch,), jnp.uint8))
-    tokens, row_scales, row_weights = native_call(
-        _target(group, "dispatch"),
+    tokens, row_scales, row_weights = _call(
+        group,
+        "dispatch",
         results,
         values,
         _optional(scales),
@@ -151,10 +156,12 @@ def dispatch(
             num_tokens=len(values),
             hidden=hidden,
             rows=tuning.rows_name(values.dtype, scale_format, dense_output),
+            flight=flight,
         ),
+        scratch=[jax.ShapeDtypeStruct((scratch,), jnp.uint8)],
         quantization=np.int32(_QUANTIZATIONS[scale_format]),
         dense_output=np.int32(dense_output),
-    )[:3]
+    )
     out = Quantized(tokens, row_scales) if quantized else tokens
     return out, row_weights if weights is not None else None
 
@@ -167,6 +174,7 @@ def combine(
     *,
     group: Group,
     config: DispatchConfig | None = None,
+    flight: Flight = IN_LINE,
 ) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
     """See ``jax_ep.reference.combine``."""
     num_tokens, top_k = handle.topk_idx.shape
@@ -174,8 +182,9 @@ def combine(
         jax.ShapeDtypeStruct((num_tokens, rows.shape[1]), rows.dtype),
         jax.ShapeDtypeStruct((num_tokens, top_k) if values is not None else (0,), jnp.float32),
     ]
-    y, home = native_call(
-        _target(group, "combine"),
+    y, home = _call(
+        group,
+        "combine",
         results,
         rows,
         _optional(row_weights),
@@ -191,6 +200,7 @@ def combine(
             num_tokens=num_tokens,
             hidden=rows.shape[1],
             rows=tuning.rows_name(rows.dtype),
+            flight=flight,
         ),
     )
     return y, home if values is not None else None
@@ -204,10 +214,12 @@ def combine_vjp(
     *,
     group: Group,
     config: DispatchConfig | None = None,
+    flight: Flight = IN_LINE,
 ) -> tuple[Array, Float32[Array, " capacity"]]:
     """See ``jax_ep.reference.combine_vjp``."""
-    d_rows, d_weights = native_call(
-        _target(group, "combine_vjp"),
+    d_rows, d_weights = _call(
+        group,
+        "combine_vjp",
         [
             jax.ShapeDtypeStruct(rows.shape, rows.dtype),
             jax.ShapeDtypeStruct(row_weights.shape, jnp.float32),
@@ -227,6 +239,7 @@ def combine_vjp(
             num_tokens=len(dy),
             hidden=rows.shape[1],
             rows=tuning.rows_name(rows.dtype),
+            flight=flight,
         ),
     )
     return d_rows, d_weights
@@ -251,6 +264,7 @@ def _attributes(
     num_tokens: int,
     hidden: int = 0,
     rows: str = "",
+    flight: Flight = IN_LINE,
 ) -> dict[str, Any]:
     num_sms = sms_of(
         group,
@@ -267,7 +281,8 @@ def _attributes(
         "layout": np.int32(_LAYOUTS[layout]),
         "group_id": np.int64(group.id),
         "timeout_ms": np.int64(min(group.timeout * 1000, 2**62)),
-        "num_sms": np.int32(num_sms),
+        "num_sms": np.int32(num_sms if flight.most_sms is None else min(num_sms, flight.most_sms)),
+        "channel": np.int32(flight.channel),
     }
 
 
@@ -275,8 +290,27 @@ def _spans_hosts(group: Group) -> bool:
     return group.transport == "nvshmem"
 
 
-def _target(group: Group, op: str) -> str:
-    return f"jax_ep_network_{op}" if _spans_hosts(group) else f"jax_ep_{op}"
+def _call(
+    group: Group,
+    op: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands: Any,
+    scratch: Sequence[jax.ShapeDtypeStruct] = (),
+    **attributes: Any,
+) -> list[Array]:
+    """The call of an op; scratch memory is what the target takes on GPUs."""
+    on_gpus = group.backend == "cuda"
+    target = f"jax_ep_network_{op}" if _spans_hosts(group) else f"jax_ep_{op}"
+    if on_gpus and attributes["channel"] > 0:
+        target += "_async"  # not for command buffers
+    return native_call(
+        target,
+        results,
+        *operands,
+        scratch=scratch if on_gpus else (),
+        ordered=on_gpus,
+        **attributes,
+    )
 
 
 def _routes(handle: Handle, group: Group) -> tuple[Any, ...]:

@@ -23,12 +23,15 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_ep import _compat
+from jax_ep._backends.region import lower_in_order
 
 
 def native_call(
     target: str,
     results: Sequence[jax.ShapeDtypeStruct],
     *operands: jax.Array | jax.ShapeDtypeStruct,
+    scratch: Sequence[jax.ShapeDtypeStruct] = (),
+    ordered: bool = False,
     **attributes: Any,
 ) -> list[jax.Array]:
     """Call an FFI target, which gets an attribute ``ordinal`` (int32) too.
@@ -42,6 +45,9 @@ def native_call(
         results: Shapes and dtypes.
         operands: Arrays. A ``jax.ShapeDtypeStruct`` without elements stands for an operand that is
             absent: the target gets an array of that shape.
+        scratch: Shapes and dtypes of scratch memory, which the target gets as results more.
+        ordered: Whether the call comes behind the last one of its channel (attribute "channel"), by
+            ``region.lower_in_order``: so on GPUs.
         attributes: Integers of NumPy.
 
     Returns:
@@ -58,6 +64,8 @@ def native_call(
             # XLA's partitioner (Shardy, jaxlib 0.11.2), and JAX makes constants into inputs where
             # shard_map stands in a differentiated scan or runs op by op.
             absent=tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in operands),
+            scratch=tuple(scratch),
+            ordered=ordered,
             attributes=tuple(sorted(attributes.items())),
         )
 
@@ -72,6 +80,8 @@ def _lower(
     target: str,
     results: Sequence[jax.ShapeDtypeStruct],
     absent: Sequence[jax.ShapeDtypeStruct | None],
+    scratch: Sequence[jax.ShapeDtypeStruct],
+    ordered: bool,
     attributes: tuple[tuple[str, Any], ...],
 ) -> Any:
     del results  # they are ctx.avals_out
@@ -80,12 +90,18 @@ def _lower(
         next(given) if x is None else mlir.ir_constant(np.zeros(x.shape, x.dtype)) for x in absent
     ]
     avals = [next(types) if x is None else jax.core.ShapedArray(x.shape, x.dtype) for x in absent]
-    return jax.ffi.ffi_lowering(target)(
-        ctx.replace(avals_in=avals),
-        *values,
-        **dict(attributes),
-        ordinal=np.int32(_compat.next_in_module(ctx)),
-    )
+    given_attributes = dict(attributes)
+    ordinal = np.int32(_compat.next_in_module(ctx))
+
+    def call(ctx: mlir.LoweringRuleContext, values: Sequence[Any]) -> Any:
+        lower = jax.ffi.ffi_lowering(target)
+        return lower(ctx, *values, **given_attributes, ordinal=ordinal)
+
+    ctx = ctx.replace(avals_in=avals)
+    if not ordered:
+        return call(ctx, values)
+    channel = int(given_attributes["channel"])
+    return lower_in_order(ctx, call, values, scratch=scratch, channel=channel, name=target)
 
 
 def _batch(

@@ -20,8 +20,14 @@ _NVSHMEM = "libnvshmem_host.so.3"
 
 
 @functools.cache
-def why_unavailable(backend: str = "cpu") -> str | None:
-    """None once the native library of ``backend`` is loaded and registered, else why it is not."""
+def why_unavailable(backend: str = "cpu", *, compile_only: bool = False) -> str | None:
+    """None once the native library of ``backend`` is loaded and registered, else why it is not.
+
+    Args:
+        backend: "cpu", "cuda" or "nvshmem".
+        compile_only: Whether it is for devices that exist in a topology only, so that JAX has none to
+            start.
+    """
     if backend == "nvshmem":
         obstacle = why_unavailable("cuda") or _load_nvshmem()
         if obstacle is not None:
@@ -46,7 +52,8 @@ def why_unavailable(backend: str = "cpu") -> str | None:
             return obstacle
     platform = _PLATFORMS[backend]
     # XLA's client must be up before targets with state are registered.
-    jax.devices("cpu" if backend == "cpu" else "cuda")
+    if not compile_only:
+        jax.devices("cpu" if backend == "cpu" else "cuda")
     try:
         if backend == "cpu":
             _compat.register_ffi_types(library.types(), platform=platform)

@@ -137,7 +137,7 @@ def _rows_by_rows(
 
 def _kernels(dtype: Any, rows: int, inner: int, outer: int) -> Any:
     """The module of the kernels for such operands, or None. A warning says why a GPU uses none."""
-    if not _compat.has_hopper_gpu():
+    if not _compat.targets_hopper():
         return None
     from jax_ep._grouped_dot import hopper as kernels
 

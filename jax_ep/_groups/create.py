@@ -16,13 +16,14 @@ from jax_ep import _compat
 from jax_ep._core import libraries
 from jax_ep._groups import gpu_side, hosts, network, tuning
 from jax_ep._groups.group import Group
-from jax_ep._groups.topology import Topology
+from jax_ep._groups.topology import Gpus, Topology
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 Transport = Literal["auto", "peer", "nvshmem"]
 
 _DEFAULT_TIMEOUT_S = 600.0
 _SHORTEST_TIMEOUT_S = 1e-3  # native ops count milliseconds
+_MOST_CHANNELS = 3  # one less than csrc/cuda/core/workspace.h has room for
 
 logger = logging.getLogger("jax_ep")
 
@@ -39,6 +40,7 @@ def create_group(
     timeout: float = _DEFAULT_TIMEOUT_S,
     ranks_per_host: int | None = None,
     transport: Transport = "auto",
+    channels: int = 2,
 ) -> Group:
     """Make the group of ranks along ``axis_name`` of ``mesh``.
 
@@ -72,14 +74,22 @@ def create_group(
             ranks of that host read it. It takes one process for each GPU, all processes of the job in
             the mesh, and as many ranks on each host, neighbours in the group. "auto" takes what the
             hosts of the group ask for. The others insist.
+        channels: Ops that may be in flight at once, between ``dispatch_start`` and ``dispatch_done``;
+            1 to 3. On GPUs of one host each takes 45 MiB of every GPU, beside the 45 MiB that every
+            group takes.
+
+    The devices may be compile-only, as those of ``jax.experimental.topologies``: then the group is
+    made for Hopper GPUs without their being there, programs lower to the same text as on real ones,
+    and can be compiled but not run.
 
     Returns:
         The group.
 
     Raises:
         TypeError: for a mesh, axis, timeout or number of another type.
-        ValueError: for an unknown axis, backend, transport or timeout, a ``ranks_per_host`` that does
-            not divide R, or a backend or transport that cannot serve the mesh.
+        ValueError: for an unknown axis, backend, transport, timeout or number of channels, a
+            ``ranks_per_host`` that does not divide R, or a backend or transport that cannot serve the
+            mesh.
         CommunicationError: if GPUs of several processes form the group and a process did not come,
             came with another group, or could not do its part; then in all of them.
     """
@@ -118,27 +128,36 @@ def create_group(
         )
     instances = _instances(mesh, axis_names)
     _check_ranks_per_host(ranks_per_host, instances.shape[1])
+    _check_channels(channels)
+    compile_only = _compat.is_compile_only(mesh.devices.flat[0])
     resolved, topology = _resolve(mesh, instances, ranks_per_host, backend, transport)
-    key = (mesh, axis_names, resolved, float(timeout), topology)
+    key = (mesh, axis_names, resolved, float(timeout), topology, channels)
     group = _groups.get(key)
     # A group that failed is not used again; programs that were made for it keep failing.
     alive = group is not None and not _has_failed(group)
     before = _generations.get(key, -1)
     generation = before if alive else before + 1
-    processes = topology.all_processes
+    processes = [] if compile_only else topology.all_processes
     if resolved == "cuda" and len(processes) > 1:
         # Some processes may know of a failure that others have not met yet.
-        first_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, 0)
+        first_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, channels, 0)
         what = f"{axis_names} of {dict(mesh.shape)}, timeout {timeout:g}, id {first_id:x}"
         generation = gpu_side.agree(processes, what, generation)
     if group is None or generation != before:
         _generations[key] = generation
-        group_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, generation)
+        group_id = _group_id(
+            mesh, axis_names, resolved, float(timeout), topology, channels, generation
+        )
         table: tuning.Table = {}
         if resolved == "cuda":
             _groups.pop(key, None)
-            table = tuning.agreed_table(mesh, str(group_id))
-            gpus = gpu_side.create(group_id, gpu_side.ranks_of(instances), topology, float(timeout))
+            ranks = gpu_side.ranks_of(instances)
+            gpus: Gpus | None = None
+            if compile_only:
+                table, gpus = tuning.load(), gpu_side.imagine(group_id, ranks)
+            else:
+                table = tuning.agreed_table(mesh, str(group_id))
+                gpus = gpu_side.create(group_id, ranks, topology, float(timeout), channels)
             topology = dataclasses.replace(topology, gpus=gpus)
             if len(topology.hosts) > 1:
                 _add_network(group_id, instances, topology)
@@ -150,6 +169,7 @@ def create_group(
             id=group_id,
             topology=topology,
             tuning=table,
+            channels=channels,
         )
         _groups[key] = group
     return group
@@ -188,12 +208,13 @@ def _group_id(
     backend: str,
     timeout: float,
     topology: Topology,
+    channels: int,
     generation: int,
 ) -> int:
     """A positive 63-bit id made of what the group is, never of where it lives in memory."""
     devices = [(device.platform, device.id) for device in mesh.devices.flat]
     what = (axis_names, mesh.axis_names, mesh.devices.shape, devices, backend, timeout)
-    text = repr((*what, topology.ranks_per_host, generation))
+    text = repr((*what, topology.ranks_per_host, channels, generation))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -209,6 +230,19 @@ def _check_ranks_per_host(ranks_per_host: Any, size: int) -> None:
         raise ValueError(
             f"jax_ep.create_group: argument ranks_per_host: expected a positive divisor of the group's "
             f"{size} ranks, got {ranks_per_host}; give every host the same number of ranks."
+        )
+
+
+def _check_channels(channels: Any) -> None:
+    if not isinstance(channels, int) or isinstance(channels, bool):
+        raise TypeError(
+            f"jax_ep.create_group: argument channels: expected a Python int, got "
+            f"{type(channels).__name__}; pass the number of ops that may be in flight at once."
+        )
+    if not 1 <= channels <= _MOST_CHANNELS:
+        raise ValueError(
+            f"jax_ep.create_group: argument channels: expected 1 to {_MOST_CHANNELS} ops in flight at "
+            f"once, got {channels}; order more of them with after=."
         )
 
 
@@ -301,6 +335,8 @@ def _place_gpus(
         return topology, (
             f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
         )
+    if _compat.is_compile_only(mesh.devices.flat[0]):
+        return _imagine_gpus(instances, ranks_per_host, transport)
     unavailable = libraries.why_unavailable("cuda")
     if len(topology.all_processes) > 1:
         unavailable = gpu_side.obstacle(topology, unavailable)
@@ -319,6 +355,16 @@ def _place_gpus(
             "at most as many as each host has"
         )
     return topology, unavailable or _why_no_transport(topology, transport)
+
+
+def _imagine_gpus(
+    instances: np.ndarray, ranks_per_host: int | None, transport: Transport
+) -> tuple[Topology, str | None]:
+    """``_place_gpus`` of compile-only GPUs, whose processes are their hosts."""
+    topology = Topology.of(instances, ranks_per_host)
+    if topology.spans_processes or len(topology.hosts) > 1 or transport == "nvshmem":
+        return topology, "programs of groups that span hosts cannot be compiled without GPUs yet"
+    return topology, libraries.why_unavailable("cuda", compile_only=True)
 
 
 def _why_no_transport(topology: Topology, transport: Transport) -> str | None:

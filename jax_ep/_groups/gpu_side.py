@@ -80,14 +80,17 @@ def ranks_of(instances: np.ndarray) -> list[list[Rank]]:
     ]
 
 
-def is_staged(group_id: int) -> bool:
-    """Whether operands of the group are copied before peers read them."""
-    return group_id in _staged_groups
-
-
 def why_staged(group_id: int) -> str | None:
     """Why operands of the group are copied, or None."""
     return _staged_groups.get(group_id)
+
+
+def num_channels(topology: Topology, in_flight: int) -> int:
+    """Channels of the workspaces of a group that may have ``in_flight`` ops in flight.
+
+    One more is for the ops in line with programs. Across hosts no other op runs beside them.
+    """
+    return 1 if len(topology.hosts) > 1 else 1 + in_flight
 
 
 def max_blocks(group_id: int) -> int:
@@ -139,8 +142,19 @@ def agree(processes: list[int], what: str, value: int) -> int:
     return max([value, *(message["value"] for message, _ in received.values())])
 
 
+def imagine(group_id: int, instances: list[list[Rank]]) -> Gpus:
+    """``create`` for GPUs that programs are compiled for, in one process."""
+    gpus = tuple(tuple(str(rank.device) for rank in ranks) for ranks in instances)
+    _blocks_of_groups[group_id] = blocks_per_rank(most_on_a_gpu(gpus), _fewest_sms(instances))
+    return gpus
+
+
 def create(
-    group_id: int, instances: list[list[Rank]], topology: Topology, timeout: float
+    group_id: int,
+    instances: list[list[Rank]],
+    topology: Topology,
+    timeout: float,
+    in_flight: int = 0,
 ) -> Gpus | None:
     """Make the native side of a group.
 
@@ -149,6 +163,7 @@ def create(
         instances: The ranks of each of the groups side by side.
         topology: Their places. Ranks of one host reach each other's memory.
         timeout: Seconds that an op waits for a peer to arrive.
+        in_flight: Ops that may be in flight at once.
 
     Returns:
         What tells each rank's GPU from others (``Topology.gpus``), the same in all processes; None in a
@@ -163,16 +178,18 @@ def create(
     if me not in processes:
         return None
     mine, first_rank = _on_this_host(instances, topology)
+    channels = num_channels(topology, in_flight)
     if processes == [me]:
         specs: Any = {n: [(rank.ordinal, me, 0, []) for rank in mine[n]] for n in mine}
-        gpus = tuple(tuple(str(rank.device) for rank in ranks) for ranks in instances)
-        blocks = blocks_per_rank(most_on_a_gpu(gpus), _fewest_sms(instances))
-        _blocks_of_groups[group_id] = blocks
-        error = library().create_group(group_id, specs, timeout, _OP_TIMEOUT_S, blocks, [])
+        gpus = imagine(group_id, instances)
+        blocks = max_blocks(group_id)
+        error = library().create_group(
+            group_id, specs, timeout, _OP_TIMEOUT_S, blocks, [], 0, channels
+        )
         if error is not None:
             raise CommunicationError(f"the group was not made: {error}")
         return gpus
-    return _create_together(group_id, instances, mine, first_rank, timeout)
+    return _create_together(group_id, instances, mine, first_rank, timeout, channels)
 
 
 def _on_this_host(
@@ -204,6 +221,7 @@ def _create_together(
     mine: dict[int, list[Rank]],
     first_rank: int,
     timeout: float,
+    channels: int,
 ) -> Gpus:
     """``create`` with other processes; ``mine`` and ``first_rank`` are those of ``_on_this_host``."""
     me = jax.process_index()
@@ -213,7 +231,7 @@ def _create_together(
     own = {rank.device: rank.ordinal for rank in ours if rank.ordinal is not None}
     offer = Offer()
     # Whatever goes wrong here, the others wait for this process: it tells them.
-    error = _error_of(lambda: _prepare(offer, own))
+    error = _error_of(lambda: _prepare(offer, own, channels))
     message = {"what": f"group {group_id}", "devices": offer.devices, "error": error}
     try:
         received = meetings.meet(processes, message, offer.descriptors)
@@ -229,7 +247,9 @@ def _create_together(
 
         def make() -> None:
             blocks = blocks_per_rank(most_on_a_gpu(gpus), num_sms)
-            _map_and_create(group_id, mine, first_rank, own, offer, received, timeout, blocks)
+            _map_and_create(
+                group_id, mine, first_rank, own, offer, received, timeout, blocks, channels
+            )
 
         error = _error_of(make)
     finally:
@@ -264,10 +284,11 @@ def _error_of(do: Callable[[], None]) -> str | None:
     return None
 
 
-def _prepare(offer: Offer, own: dict[int, int]) -> None:
+def _prepare(offer: Offer, own: dict[int, int], channels: int) -> None:
     """Offer the memory of this process's GPUs."""
+    size = library().workspace_bytes(channels)
     for device, ordinal in own.items():
-        offer.add(library(), device, ordinal, sorted(own.values()))
+        offer.add(library(), device, ordinal, sorted(own.values()), size)
 
 
 def _map_and_create(
@@ -279,6 +300,7 @@ def _map_and_create(
     received: other_processes.Received,
     timeout: float,
     blocks: int,
+    channels: int,
 ) -> None:
     """Map what the peers of this host offer and make the group.
 
@@ -327,7 +349,7 @@ def _map_and_create(
     ]
     _blocks_of_groups[group_id] = blocks
     error = native.create_group(
-        group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging, first_rank
+        group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging, first_rank, channels
     )
     if error is not None:
         raise CommunicationError(error)

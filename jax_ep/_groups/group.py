@@ -41,6 +41,7 @@ class Group:
         id: The same in every process and every run with the same devices and axes.
         topology: Which ranks share a host, which a process and, on GPUs, which a GPU.
         tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
+        channels: Ops that may be in flight at once (``dispatch_start``).
     """
 
     mesh: jax.sharding.Mesh
@@ -50,6 +51,7 @@ class Group:
     id: int
     topology: Topology
     tuning: Table
+    channels: int = 2
 
     @property
     def size(self) -> int:

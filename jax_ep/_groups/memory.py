@@ -39,11 +39,12 @@ class Offer:
         self.descriptors: list[int] = []
         self.workspaces: dict[int, int] = {}
 
-    def add(self, native: Any, device: int, ordinal: int, ordinals: list[int]) -> None:
+    def add(
+        self, native: Any, device: int, ordinal: int, ordinals: list[int], workspace_bytes: int
+    ) -> None:
         """Offer the memory of one GPU of this process, whose GPUs are ``ordinals``."""
         uuid = checked(native.device_uuid(ordinal))[0]
-        size = native.workspace_bytes()
-        workspace = checked(native.allocate_exportable(ordinal, ordinals, size))[0]
+        workspace = checked(native.allocate_exportable(ordinal, ordinals, workspace_bytes))[0]
         self.workspaces[device] = workspace
         exported = [checked(native.export_allocation(ordinal, workspace))]
         self.descriptors.append(exported[0][0])

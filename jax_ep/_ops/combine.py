@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jax_ep._core import arguments
+from jax_ep._core.flight import Flight
 from jax_ep._core.types import DispatchConfig, Handle, Quantized
-from jax_ep._groups.group import Group
-from jax_ep._ops import checks, gpu_room, gradients
+from jax_ep._groups.group import Group, sms_of
+from jax_ep._groups.tuning import rows_name
+from jax_ep._ops import checks, flights, gpu_room, gradients
 
 
 def combine(
@@ -58,6 +62,24 @@ def combine(
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for any other argument that does not fit; the text says what would.
     """
+
+    def flight(num_sms: int) -> Flight:
+        return flights.in_line(group, num_sms)
+
+    return combine_by(flight, rows, handle, group=group, weights=weights, config=config)
+
+
+def combine_by(
+    flight: Callable[[int], Flight],
+    rows: Float[Array, "capacity hidden"],
+    handle: Handle,
+    *,
+    group: Group,
+    weights: Float[Array, " capacity"] | None = None,
+    config: DispatchConfig | None = None,
+    order: Callable[[Handle], Handle] = lambda handle: handle,
+) -> Float[Array, "tokens hidden"]:
+    """``combine``, issued as ``flight`` says of the SMs that the op takes, along ``order(handle)``."""
     op = "combine"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -79,7 +101,17 @@ def combine(
     _check_weights(op, weights, handle)
     weights = None if weights is None else weights.astype(jnp.float32)
     rows, weights, handle = gradients.vary_together(group, rows, weights, handle)
-    options = gradients.CombineOptions(group, config)
+    num_sms = sms_of(
+        group,
+        op="combine",
+        layout=handle.layout,
+        rows=rows_name(rows.dtype),
+        hidden=rows.shape[1],
+        num_tokens=handle.topk_idx.shape[0],
+        requested=None if config is None else config.num_sms,
+    )
+    options = gradients.CombineOptions(group, config, flight(num_sms))
+    handle = order(handle)
     if weights is None:
         y, _ = gradients.combine(options, rows, None, handle)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Integer
 
 from jax_ep._core import arguments
 from jax_ep._core.capacity import lossless_capacity, round_up, rows_per_expert
+from jax_ep._core.flight import Flight
 from jax_ep._core.numerics import expert_ids
 from jax_ep._core.quantize import check_scale_format
 from jax_ep._core.types import (
@@ -22,8 +24,9 @@ from jax_ep._core.types import (
     Quantized,
     ScaleFormat,
 )
-from jax_ep._groups.group import Group
-from jax_ep._ops import checks, gpu_room, gradients
+from jax_ep._groups.group import Group, sms_of
+from jax_ep._groups.tuning import rows_name
+from jax_ep._ops import checks, flights, gpu_room, gradients
 
 Output = Literal["dense", "quantized"]
 
@@ -119,6 +122,49 @@ def dispatch(
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for any other argument that does not fit; the text says what would.
     """
+
+    def flight(num_sms: int) -> Flight:
+        return flights.in_line(group, num_sms)
+
+    return dispatch_by(
+        flight,
+        x,
+        topk_idx,
+        topk_weights,
+        group=group,
+        num_experts=num_experts,
+        layout=layout,
+        alignment=alignment,
+        capacity=capacity,
+        capacity_factor=capacity_factor,
+        quantization=quantization,
+        output=output,
+        scale_format=scale_format,
+        handle=handle,
+        config=config,
+    )
+
+
+def dispatch_by(
+    flight: Callable[[int], Flight],
+    x: Array | Quantized,
+    topk_idx: Integer[Array, "tokens top_k"] | None = None,
+    topk_weights: Float[Array, "tokens top_k"] | None = None,
+    *,
+    group: Group,
+    num_experts: int | None = None,
+    layout: Layout | None = None,
+    alignment: int | None = None,
+    capacity: int | None = None,
+    capacity_factor: float | None = None,
+    quantization: Literal["fp8"] | None = None,
+    output: Output | None = None,
+    scale_format: ScaleFormat = "f32",
+    handle: Handle | None = None,
+    config: DispatchConfig | None = None,
+    order: Callable[[Handle], Handle] = lambda handle: handle,
+) -> Dispatched:
+    """``dispatch``, issued as ``flight`` says of the SMs that the op takes, along ``order(handle)``."""
     op = "dispatch"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -163,17 +209,28 @@ def dispatch(
     gpu_room.check_chunk_fits(op, "x", values, group)
     checks.check_topk_weights(op, topk_weights, handle.topk_idx.shape)
     topk_weights = None if topk_weights is None else topk_weights.astype(jnp.float32)
+    dense_output = output != "quantized"
+    num_sms = sms_of(
+        group,
+        op="dispatch",
+        layout=handle.layout,
+        rows=rows_name(values.dtype, quantize_as, dense_output),
+        hidden=values.shape[1],
+        num_tokens=values.shape[0],
+        requested=None if config is None else config.num_sms,
+    )
     options = gradients.DispatchOptions(
         group=group,
         row_dtype=values.dtype,
         scale_format=quantize_as,
-        dense_output=output != "quantized",
+        dense_output=dense_output,
         config=config,
+        flight=flight(num_sms),
     )
     if isinstance(x, Quantized):
         x = gradients.refuse_gradient(x)
     x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
-    tokens, weights = gradients.dispatch(options, x, topk_weights, handle)
+    tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
     if isinstance(tokens, Quantized):
         tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")

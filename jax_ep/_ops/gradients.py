@@ -22,6 +22,7 @@ from jax_ep import _compat, reference
 from jax_ep._backends import native
 from jax_ep._core.batching import batched_alike
 from jax_ep._core.capacity import INT32_MAX
+from jax_ep._core.flight import IN_LINE, Flight
 from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._ops import gpu_room
@@ -62,6 +63,7 @@ class DispatchOptions:
         scale_format: None, or how rows are quantized on their way.
         dense_output: With ``scale_format``: whether rows are given back in ``row_dtype``.
         config: How to use the machine.
+        flight: How to issue the op, and the op that its gradient is.
     """
 
     group: Group
@@ -69,6 +71,7 @@ class DispatchOptions:
     scale_format: ScaleFormat | None = None
     dense_output: bool = True
     config: DispatchConfig | None = None
+    flight: Flight = IN_LINE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +81,12 @@ class CombineOptions:
     Attributes:
         group: The group.
         config: How to use the machine.
+        flight: How to issue the op, and the op that its gradient is.
     """
 
     group: Group
     config: DispatchConfig | None = None
+    flight: Flight = IN_LINE
 
 
 def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle:
@@ -117,7 +122,7 @@ def _dispatch(options, x, weights, handle):
         group=options.group,
         scale_format=options.scale_format,
         dense_output=options.dense_output,
-        config=options.config,
+        **_how(options),
     )
     return _match(out, x)
 
@@ -132,7 +137,7 @@ def _dispatch_bwd(options, handle, cotangents):
     if not isinstance(d_rows, Quantized):
         what = "for gradients on GPUs"
         gpu_room.check_sums_fit("dispatch", "x", d_rows, handle.layout, options.group, what)
-        transpose = CombineOptions(options.group, options.config)
+        transpose = CombineOptions(options.group, options.config, options.flight)
         d_tokens, d_weights = combine(transpose, d_rows, d_row_weights, handle)
         return d_tokens, d_weights, None
     # Nothing flows back through the rows themselves, because refuse_gradient forbids it.
@@ -143,9 +148,8 @@ def _dispatch_bwd(options, handle, cotangents):
         no_scales = jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32)
         d_x = Quantized(d_values, no_scales)
     no_rows = _match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
-    _, d_weights = combine(
-        CombineOptions(options.group, options.config), no_rows, d_row_weights, handle
-    )
+    transpose = CombineOptions(options.group, options.config, options.flight)
+    _, d_weights = combine(transpose, no_rows, d_row_weights, handle)
     return _match(d_x, d_rows), d_weights, None
 
 
@@ -168,9 +172,8 @@ def combine(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine(options, rows, values, handle):
-    group, config = options.group, options.config
-    backend = _BACKENDS[group.backend]
-    results = backend.combine(rows, None, values, handle, group=group, config=config)
+    backend = _BACKENDS[options.group.backend]
+    results = backend.combine(rows, None, values, handle, group=options.group, **_how(options))
     return _match(results, rows)
 
 
@@ -181,7 +184,9 @@ def _combine_fwd(options, rows, values, handle):
 @_compat.backward
 def _combine_bwd(options, handle, cotangents):
     dy, d_home = cotangents
-    transpose = DispatchOptions(options.group, dy.dtype, config=options.config)
+    transpose = DispatchOptions(
+        options.group, dy.dtype, config=options.config, flight=options.flight
+    )
     d_rows, d_values = dispatch(transpose, dy, d_home, handle)
     return d_rows, d_values, None
 
@@ -200,9 +205,8 @@ def combine_weighted(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine_weighted(options, rows, row_weights, handle):
-    group, config = options.group, options.config
-    backend = _BACKENDS[group.backend]
-    y, _ = backend.combine(rows, row_weights, None, handle, group=group, config=config)
+    backend = _BACKENDS[options.group.backend]
+    y, _ = backend.combine(rows, row_weights, None, handle, group=options.group, **_how(options))
     return _match(y, rows)
 
 
@@ -213,14 +217,20 @@ def _combine_weighted_fwd(options, rows, row_weights, handle):
 @_compat.backward
 def _combine_weighted_bwd(options, residuals, dy):
     rows, row_weights, handle = residuals
-    group, config = options.group, options.config
+    group = options.group
     gpu_room.check_weighted_gradient_fits("combine", "rows", rows, group)
     backend = _BACKENDS[group.backend]
-    gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group, config=config)
+    gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group, **_how(options))
     return *_match(gradients, rows), None
 
 
 _combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
+
+
+def _how(options: DispatchOptions | CombineOptions) -> dict[str, Any]:
+    """The arguments of a backend's functions that change no results; XLA alone issues the reference."""
+    how: dict[str, Any] = {"config": options.config}
+    return how if options.group.backend == "reference" else how | {"flight": options.flight}
 
 
 @jax.custom_vjp

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jax_ep._core import arguments
+from jax_ep._core.flight import Flight
 from jax_ep._core.types import DispatchConfig, Dispatched, Handle, Quantized
 from jax_ep._groups.group import Group
-from jax_ep._ops.combine import combine
-from jax_ep._ops.dispatch import dispatch
+from jax_ep._ops import flights
+from jax_ep._ops.combine import combine_by
+from jax_ep._ops.dispatch import dispatch_by
+from jax_ep._ops.flights import Opened
 
 
 @jax.tree_util.register_dataclass
@@ -28,10 +31,12 @@ class Ticket:
     Attributes:
         payload: What the done half gives back.
         op: "dispatch" or "combine".
+        opened: Its place among the ops in flight.
     """
 
     payload: Any
     op: Literal["dispatch", "combine"] = dataclasses.field(metadata={"static": True})
+    opened: Opened = dataclasses.field(metadata={"static": True})
 
 
 def dispatch_start(
@@ -45,24 +50,39 @@ def dispatch_start(
         shared = shared_expert(x)
         out = jax_ep.dispatch_done(ticket)
 
-    Results and gradients are those of ``dispatch``. So far all backends do all the work in this half;
-    on CPU, XLA still runs independent work beside it, since ops never block a thread there.
+    Results and gradients are those of ``dispatch``, and the gradient is in flight in the same way: the
+    backward pass of the done half starts it, and that of the start half finishes it. The plan of new
+    routes runs at once, in line with the program; only the rows are in flight.
+
+    On GPUs the op runs on a stream beside that of the program. XLA places the two halves: it moves
+    independent work between them, wherever that work stands in the program. It looks for such work
+    only in programs that hold a collective of XLA's own, such as the sum of gradients, or ``moe``'s
+    statistics (jaxlib 0.10.2 and 0.11.2). An op in flight is not part of a command buffer (CUDA
+    graph). On CPU, ops never block a thread, so XLA runs independent work beside each of them. Where
+    a group of GPUs spans hosts or copies its operands (``python -m jax_ep.doctor`` says so), the start
+    half does all the work, and a warning says so once.
+
+    A group has ``create_group(channels=)`` channels, 2 by default, and an op in flight holds one until
+    its done half is called. Ops on different channels may run at the same time. Then the one that was
+    started later takes only the SMs that those before it leave of all but 32.
 
     Args:
         x: As in ``dispatch``.
         *args: As in ``dispatch``.
         group: As in ``dispatch``.
-        after: A ticket of an op that must begin before this one.
+        after: A ticket of an op that must begin before this one. This op then takes over its channel,
+            and begins where that op ends; so it counts as one more op in flight only once that is done.
         **kwargs: As in ``dispatch``.
 
     Returns:
         The ticket for ``dispatch_done``.
 
     Raises:
-        TypeError, ValueError: as ``dispatch``.
+        TypeError, ValueError: as ``dispatch``; ValueError also where all channels are held.
     """
-    x = _order(x, after, "dispatch_start")
-    return Ticket(dispatch(x, *args, group=group, **kwargs), op="dispatch")
+    begin = _Start("dispatch_start", group, after)
+    out = dispatch_by(begin.flight, x, *args, group=group, order=begin.order, **kwargs)
+    return Ticket(out, op="dispatch", opened=begin.opened)
 
 
 def dispatch_done(ticket: Ticket) -> Dispatched:
@@ -96,18 +116,20 @@ def combine_start(
         handle: As in ``combine``.
         group: As in ``combine``.
         weights: As in ``combine``.
-        after: A ticket of an op that must begin before this one.
+        after: As in ``dispatch_start``.
         config: As in ``combine``.
 
     Returns:
         The ticket for ``combine_done``.
 
     Raises:
-        TypeError, ValueError: as ``combine``.
+        TypeError, ValueError: as ``combine``; ValueError also where all channels are held.
     """
-    rows = _order(rows, after, "combine_start")
-    y = combine(rows, handle, group=group, weights=weights, config=config)
-    return Ticket(y, op="combine")
+    begin = _Start("combine_start", group, after)
+    y = combine_by(
+        begin.flight, rows, handle, group=group, weights=weights, config=config, order=begin.order
+    )
+    return Ticket(y, op="combine", opened=begin.opened)
 
 
 def combine_done(ticket: Ticket) -> Float[Array, "tokens hidden"]:
@@ -125,19 +147,45 @@ def combine_done(ticket: Ticket) -> Float[Array, "tokens hidden"]:
     return _finish(ticket, "combine")
 
 
-def _order(x: Any, after: Ticket | None, op: str) -> Any:
-    """``x``, available only once the op of ``after`` has given its first result."""
-    if after is None:
-        return x
-    if not isinstance(after, Ticket):
-        raise arguments.type_error(
-            op, "after", "a Ticket or None", type(after).__name__, "pass what a start half returned"
-        )
-    first = lax.stop_gradient(jax.tree.leaves(after)[0].reshape(-1)[:1])
-    # Never true, but XLA cannot know that. From a barrier, XLA would drop an operand whose result
-    # is not used.
-    never = ((first > 0) & (first < 0)).any()
-    return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), x)
+class _Start:
+    """What a start half tells the op: the flight that it takes, and what it comes after.
+
+    Attributes:
+        opened: The op in flight, once ``flight`` was called.
+    """
+
+    opened: Opened
+
+    def __init__(self, op: str, group: Group, after: Ticket | None) -> None:
+        if after is not None and not isinstance(after, Ticket):
+            raise arguments.type_error(
+                op,
+                "after",
+                "a Ticket or None",
+                type(after).__name__,
+                "pass what a start half returned",
+            )
+        self._op, self._group, self._after = op, group, after
+
+    def flight(self, num_sms: int) -> Flight:
+        """Put the op in flight."""
+        after = None if self._after is None else self._after.opened
+        flight, self.opened = flights.take_off(self._op, self._group, num_sms, after)
+        return flight
+
+    def order(self, handle: Handle) -> Handle:
+        """``handle``, available only once the op that comes before has given its first result.
+
+        On GPUs the calls themselves are ordered (``_backends/region.py``).
+        """
+        if self._after is None or self._group.backend == "cuda":
+            return handle
+        first = lax.stop_gradient(jax.tree.leaves(self._after)[0].reshape(-1)[:1])
+        # Never true, but XLA cannot know that. From a barrier, XLA would drop an operand whose result
+        # is not used.
+        never = ((first > 0) & (first < 0)).any()
+        ordered = jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), handle)
+        return cast(Handle, ordered)
 
 
 def _finish(ticket: Any, op: str) -> Any:
@@ -151,4 +199,5 @@ def _finish(ticket: Any, op: str) -> Any:
             got,
             "finish each op with the done half of its own kind",
         )
+    ticket.opened.is_open = False
     return ticket.payload

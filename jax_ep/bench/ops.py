@@ -107,7 +107,7 @@ def _num_sms(session: Session, case: Case) -> int | None:
 
 
 def _staged(session: Session) -> bool:
-    return gpu_side.is_staged(session.group.id)
+    return gpu_side.why_staged(session.group.id) is not None
 
 
 def _step(session: Session, case: Case, problem: Problem) -> Step:

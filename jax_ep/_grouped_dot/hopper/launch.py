@@ -32,18 +32,21 @@ def launch(kernel: Kernel, out: jax.ShapeDtypeStruct, *operands: jax.Array) -> j
     """Runs the body of ``kernel`` in one block on each streaming multiprocessor."""
     axes = frozenset[str]().union(*map(_compat.varying_axes, operands))
     operands = tuple(_compat.cast_varying(x, axes) for x in operands)
-    return _launch_p.bind(*operands, kernel=kernel, out=out)
+    return _launch_p.bind(*operands, kernel=kernel, out=out, blocks=_compat.num_multiprocessors())
 
 
-def _abstract(*operands: Any, kernel: Kernel, out: jax.ShapeDtypeStruct) -> Any:
-    del kernel
+def _abstract(*operands: Any, kernel: Kernel, out: jax.ShapeDtypeStruct, blocks: int) -> Any:
+    del kernel, blocks
     return _compat.aval_like(operands[0], out.shape, out.dtype)
 
 
 def _lower(
-    ctx: mlir.LoweringRuleContext, *operands: Any, kernel: Kernel, out: jax.ShapeDtypeStruct
+    ctx: mlir.LoweringRuleContext,
+    *operands: Any,
+    kernel: Kernel,
+    out: jax.ShapeDtypeStruct,
+    blocks: int,
 ) -> Any:
-    blocks = _compat.num_multiprocessors()
     if not ctx.is_forward_compat():  # other versions must understand an exported program
         avals: Sequence[Any] = ctx.avals_in
         given = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals)

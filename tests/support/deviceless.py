@@ -1,0 +1,116 @@
+"""Compiles programs for H200s on machines without a GPU, and reads the schedule that XLA chose.
+
+What compiles is XLA's compiler for GPUs, as far as schedules go: stream assignment, latency hiding,
+asynchronous regions. Flags leave out what needs a GPU, the autotuning of matmuls. It takes the packages
+jax-cuda13-plugin and jax-cuda13-pjrt in the version of JAX, but neither a driver nor CUDA's libraries.
+
+The plugin starts with these flags and with a patch of JAX, so only a process of its own imports this
+module (``gpu_schedules.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0 --xla_gpu_cublas_fallback=true"
+)
+
+import jax
+
+_H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 151397597184
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200 141GB HBM3e"
+"""
+
+
+def gpu_devices(count: int) -> list[Any]:
+    """Compile-only H200s of one host."""
+    from jax._src import xla_bridge
+    from jax._src.lib import _jax, xla_client
+
+    bridge: Any = xla_bridge
+    bridge.discover_pjrt_plugins()  # loads the plugin and registers its FFI extension ...
+    bridge.discover_pjrt_plugins = lambda: None  # ... once
+    xla_client.initialize_pjrt_plugin("cuda")
+    options = {"target_config": _H200, "topology": f"1x1x{count}"}  # slices x hosts x GPUs
+    topology: Any = _jax.get_default_c_api_topology("cuda", "", options)
+    canonical = bridge.canonicalize_platform
+    bridge.canonicalize_platform = lambda p: "cuda" if p in ("gpu", "cuda") else canonical(p)
+    return topology._make_compile_only_devices()
+
+
+def lowered(function: Any, *arguments: Any) -> Any:
+    """``function`` lowered for GPUs."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An instruction of a compiled program.
+
+    Attributes:
+        name: Its name, without the "%".
+        kind: Its opcode; for a custom call, the target.
+        operands: Names of what it is given.
+        region: What an asynchronous call runs: the target of the custom call in it, else "".
+    """
+
+    name: str
+    kind: str
+    operands: tuple[str, ...]
+    region: str
+
+
+def schedule(text: str) -> list[Op]:
+    """The instructions of the entry computation, in the order in which they are issued."""
+    computations = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+
+    def target_in(computation: str) -> str:
+        body = computations.get(computation, "")
+        found = re.search(r'custom_call_target="([^"]*)"', body)
+        if found:
+            return found[1]
+        inner = re.search(r"(?:to_apply|calls)=%([\w.-]+)", body)
+        return target_in(inner[1]) if inner else ""
+
+    entry = re.search(r"^ENTRY .*?\{\n(.*?)^\}", text, re.M | re.S)
+    assert entry is not None
+    ops = []
+    for line in entry[1].splitlines():
+        found = re.match(r"\s*(?:ROOT )?%(\S+) = .*?[\]\})] ([a-z][a-z\-]*)\((.*)", line)
+        if found is None:
+            continue
+        name, opcode, rest = found.groups()
+        target = re.search(r'custom_call_target="([^"]*)"', rest)
+        called = re.search(r"(?:to_apply|calls)=%([\w.-]+)", rest)
+        operands = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
+        is_call = opcode in ("call-start", "async-start")
+        region = target_in(called[1]) if is_call and called else ""
+        ops.append(Op(name, target[1] if target else opcode, tuple(operands), region))
+    return ops
