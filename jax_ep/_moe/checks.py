@@ -249,6 +249,31 @@ def check_dispatch_options(
     arguments.check_config("moe", config)
 
 
+def check_overlap(overlap: Any, num_chunks: Any, shared: SharedExpert | None) -> None:
+    """``overlap`` names something that the layer has to compute, in chunks that can be made."""
+    arguments.check_one_of("moe", "overlap", overlap, (None, "shared_expert", "chunks"))
+    if overlap == "shared_expert" and shared is None:
+        raise arguments.value_error(
+            "moe",
+            "overlap",
+            "None or 'chunks' without a shared expert",
+            repr(overlap),
+            "leave it out",
+        )
+    if not arguments.is_int(num_chunks):
+        raise arguments.type_error(
+            "moe",
+            "num_chunks",
+            "a Python int",
+            type(num_chunks).__name__,
+            "pass the number of chunks",
+        )
+    if num_chunks < 2:
+        raise arguments.value_error(
+            "moe", "num_chunks", "2 or more", num_chunks, "leave out overlap='chunks' for one chunk"
+        )
+
+
 def check_function(argument: str, function: Any) -> None:
     """``function`` can be called, and ``jax.jit`` can tell it from others by its hash."""
     if not callable(function):

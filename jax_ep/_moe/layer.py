@@ -17,21 +17,21 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._core.numerics import expert_ids
-from jax_ep._core.types import DispatchConfig, Dispatched, Quantized, ScaleFormat
+from jax_ep._core.types import DispatchConfig, ScaleFormat
 from jax_ep._grouped_dot.api import grouped_dot as default_grouped_dot
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
+from jax_ep._moe.exchange import exchange
+from jax_ep._moe.experts import Activation, GroupedDot, apply_experts, apply_shared
 from jax_ep._moe.nested import nested_shard_map
-from jax_ep._moe.params import MoEParams, SharedExpert, moe_partition_specs
+from jax_ep._moe.params import MoEParams, moe_partition_specs
 from jax_ep._moe.placement import join_tokens, place, split_tokens
 from jax_ep._moe.token_axes import resolve_token_axes
 from jax_ep._ops import checks as op_checks
-from jax_ep._ops.combine import combine
-from jax_ep._ops.overlap import dispatch_done, dispatch_start
 from jax_ep.routing import Router, Routing, expert_load, load_balancing_loss
 
 RouterLike = Literal["softmax", "sigmoid"] | Router | Callable[..., Routing]
-GroupedDot = Callable[[Array, Array, Array], Array]
+Overlap = Literal["shared_expert", "chunks"]
 
 
 class MoEAux(NamedTuple):
@@ -62,8 +62,9 @@ class _Settings:
     router: Router | Callable[..., Routing]
     token_axes: tuple[str, ...]
     grouped_dot: GroupedDot
-    overlap: bool
-    activation: Callable[[Array], Array]
+    overlap: Overlap | None
+    num_chunks: int
+    activation: Activation
     dispatch: tuple[tuple[str, Any], ...]
 
 
@@ -80,7 +81,8 @@ def moe(
     router_inputs: Any = None,
     num_used_experts: int | None = None,
     grouped_dot: GroupedDot | None = None,
-    overlap: Literal["shared_expert"] | None = None,
+    overlap: Overlap | None = None,
+    num_chunks: int = 2,
     activation: Callable[[Array], Array] = jax.nn.silu,
     alignment: int = 1,
     capacity: int | None = None,
@@ -147,11 +149,20 @@ def moe(
             out of ``aux_loss``, and their weights have gradient zero. ``capacity_factor`` still
             counts ``num_experts``. None: all exist.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
-        overlap: "shared_expert" runs the shared expert while rows are in flight.
+        overlap: What XLA may compute while rows are in flight, as ``dispatch_start`` says.
+            "shared_expert": the shared expert. "chunks": also the experts, for another chunk of this
+            rank's tokens, forward and backward.
+        num_chunks: For "chunks": into how many chunks the tokens of a rank are split, 2 or more. More
+            of them hide more, but read the experts' weights more often, and each costs the fixed times
+            of two ops. Where no row is dropped, outputs and the gradient of ``x`` are those without
+            chunks. The gradients of the experts' weights are sums over chunks, each rounded to the
+            dtype of ``x`` first. ``aux_loss`` and the statistics are those of all tokens.
         activation: Activation function of the gate.
         alignment: Rows of each expert are padded to a multiple of it, if ``grouped_dot`` needs that.
-        capacity: As in ``dispatch``, rows of each rank.
-        capacity_factor: As in ``dispatch``, bounds the rows of each expert.
+        capacity: As in ``dispatch``, rows of each rank. Each chunk has the share of its tokens,
+            rounded up to ``alignment``, and rows that do not fit into one find no room in another.
+        capacity_factor: As in ``dispatch``, bounds the rows of each expert; in each chunk by its
+            number of tokens.
         quantization: As in ``dispatch``: "fp8" sends rows in 8 bits (and back in the dtype of
             ``x``); gradients are straight-through. H is a multiple of 128.
         scale_format: As in ``dispatch``.
@@ -194,11 +205,7 @@ def moe(
     checks.check_top_k(top_k, num_used_experts or num_experts)
     checks.check_x(x)
     checks.check_params(params, x.shape[-1], num_experts)
-    arguments.check_one_of(op, "overlap", overlap, (None, "shared_expert"))
-    if overlap is not None and params.shared is None:
-        raise arguments.value_error(
-            op, "overlap", "None without a shared expert", repr(overlap), "leave it out"
-        )
+    checks.check_overlap(overlap, num_chunks, params.shared)
     checks.check_mask(mask, x.shape[:-1])
     resolved = _resolve_router(router)
     checks.check_router_inputs(router_inputs, resolved, x.shape[:-1])
@@ -223,7 +230,8 @@ def moe(
         router=resolved,
         token_axes=resolve_token_axes(token_axes, group),
         grouped_dot=grouped_dot,
-        overlap=overlap is not None,
+        overlap=overlap,
+        num_chunks=num_chunks if overlap == "chunks" else 1,
         activation=activation,
         dispatch=tuple(options.items()),
     )
@@ -283,21 +291,23 @@ def _on_one_rank(
         x, router_inputs = jax.tree.map(functools.partial(_zero_masked, mask), (x, router_inputs))
     routing = _route(settings, x, params, router_inputs)
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
-    ticket = dispatch_start(
+    shared = None
+    if params.shared is not None:
+        shared = apply_shared(x, params.shared, settings.activation)
+    out = exchange(
         x,
         topk_idx,
         routing.topk_weights,
+        lambda out: apply_experts(out, params, settings.grouped_dot, settings.activation),
+        in_flight=settings.overlap is not None,
+        num_chunks=settings.num_chunks,
         group=settings.group,
         num_experts=settings.num_experts,
         **dict(settings.dispatch),
     )
-    shared = _dense(x, params.shared, settings) if settings.overlap else None
-    out = dispatch_done(ticket)
-    y = combine(_experts(out, params, settings), out.handle, group=settings.group)
-    if params.shared is not None:
-        y = y + (_dense(x, params.shared, settings) if shared is None else shared)
+    y = out.y if shared is None else out.y + shared
     # The handle's routes: those of a custom router, less the invalid ones.
-    used = out.handle.topk_idx
+    used = out.topk_idx
     axes = settings.token_axes
     load, num_dropped, num_invalid = lax.psum(
         (
@@ -339,36 +349,6 @@ def _route(
     checks.check_routing(routing, settings.top_k, logits.shape)
     topk_idx = expert_ids(routing.topk_idx)
     return routing._replace(topk_idx=jnp.where(topk_idx < used, topk_idx, settings.num_experts))
-
-
-def _experts(
-    out: Dispatched, params: MoEParams, settings: _Settings
-) -> Float[Array, "rows hidden"]:
-    """The grouped gated MLPs of the local experts, their outputs weighted."""
-    rows, weights = out.tokens, out.weights
-    assert weights is not None and not isinstance(rows, Quantized)  # as was asked of dispatch
-    gate, up, down = (w.astype(rows.dtype) for w in (params.gate, params.up, params.down))
-    gated = _gated(
-        settings.grouped_dot(rows, gate, out.group_sizes),
-        settings.grouped_dot(rows, up, out.group_sizes),
-        settings,
-    )
-    # The down projection is linear: its few input channels are cheaper to weight than its outputs.
-    weighted = (gated * weights[:, None]).astype(rows.dtype)
-    return settings.grouped_dot(weighted, down, out.group_sizes)
-
-
-def _dense(
-    x: Float[Array, "tokens hidden"], shared: SharedExpert | None, settings: _Settings
-) -> Float[Array, "tokens hidden"]:
-    """The gated MLP of the shared expert."""
-    assert shared is not None
-    gate, up, down = (w.astype(x.dtype) for w in shared)
-    return _gated(x @ gate, x @ up, settings).astype(x.dtype) @ down
-
-
-def _gated(gate: Array, up: Array, settings: _Settings) -> Float32[Array, "rows intermediate"]:
-    return settings.activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
 
 
 def _resolve_router(router: RouterLike) -> Router | Callable[..., Routing]:

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float
 from jax_ep._core.types import DispatchConfig, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
-from jax_ep._moe.layer import GroupedDot, MoEAux, RouterLike, moe
+from jax_ep._moe.experts import GroupedDot
+from jax_ep._moe.layer import MoEAux, Overlap, RouterLike, moe
 from jax_ep._moe.params import (
     DEFAULT_NAMES,
     Initializer,
@@ -51,7 +52,8 @@ class LayerSettings:
         partition_names: Mesh axes, or logical names, of the weights' dimensions.
         token_axes: Mesh axes that tokens are split over; None for all but tensor and pipeline axes.
         grouped_dot: Replaces ``jax_ep.grouped_dot``.
-        overlap: "shared_expert" runs the shared expert while rows are in flight.
+        overlap: What may run while rows are in flight: "shared_expert", or "chunks" of other tokens.
+        num_chunks: For "chunks": into how many chunks the tokens of a rank are split.
         activation: Activation function of the gate.
         alignment: Rows of each expert are padded to a multiple of it.
         capacity: Rows of each rank.
@@ -78,7 +80,8 @@ class LayerSettings:
     partition_names: PartitionNames = DEFAULT_NAMES
     token_axes: tuple[str, ...] | None = None
     grouped_dot: GroupedDot | None = None
-    overlap: Literal["shared_expert"] | None = None
+    overlap: Overlap | None = None
+    num_chunks: int = 2
     activation: Callable[[Array], Array] = jax.nn.silu
     alignment: int = 1
     capacity: int | None = None

@@ -1,0 +1,125 @@
+"""The way of a rank's tokens to their experts and back: at once, or in chunks behind each other.
+
+With chunks, the ops are in flight in this order, each over the experts of the chunk before it::
+
+    dispatch 0 | dispatch 1 | combine 0 | dispatch 2 | combine 1 | ... | combine n - 1
+               | experts 0    | experts 1              | experts 2 ...
+
+All share one channel of the group, so each has the whole link and all its SMs, and at most two chunks
+of rows are there at once. The backward pass goes the other way along the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_ep._core.capacity import round_up
+from jax_ep._core.types import Dispatched
+from jax_ep._ops.combine import combine
+from jax_ep._ops.dispatch import dispatch
+from jax_ep._ops.overlap import Ticket, combine_done, combine_start, dispatch_done, dispatch_start
+
+Experts = Callable[[Dispatched], Float[Array, "rows hidden"]]
+
+
+class Exchanged(NamedTuple):
+    """What came home.
+
+    Attributes:
+        y: ``[T, H]``, the sums of the experts' outputs.
+        topk_idx: ``[T, K]``, the routes that were taken; −1 where there is none.
+        num_dropped: ``[1]`` rows of this rank's experts that did not fit.
+        num_invalid: ``[1]`` choices of this rank's tokens that were invalid.
+    """
+
+    y: Float[Array, "tokens hidden"]
+    topk_idx: Int32[Array, "tokens top_k"]
+    num_dropped: Int32[Array, "1"]
+    num_invalid: Int32[Array, "1"]
+
+
+def exchange(
+    x: Float[Array, "tokens hidden"],
+    topk_idx: Int32[Array, "tokens top_k"],
+    topk_weights: Float32[Array, "tokens top_k"],
+    experts: Experts,
+    *,
+    in_flight: bool = False,
+    num_chunks: int = 1,
+    **options: Any,
+) -> Exchanged:
+    """Send tokens to their experts, and sum what comes back.
+
+    Args:
+        x: As in ``dispatch``, as are the next two.
+        topk_idx: The experts of each token.
+        topk_weights: Their weights.
+        experts: Computes on the rows that came.
+        in_flight: Whether the ops are in flight, so that independent work may run beside them.
+        num_chunks: In how many parts, of equal numbers of tokens up to one; fewer if there are fewer
+            tokens.
+        **options: Of ``dispatch``. ``capacity`` is divided among the chunks, and
+            ``capacity_factor`` holds for each.
+    """
+    group = options["group"]
+    if not in_flight:
+        out = dispatch(x, topk_idx, topk_weights, **options)
+        return _exchanged([out], [combine(experts(out), out.handle, group=group)])
+    sizes = chunk_sizes(len(x), num_chunks)
+    # The transpose of a split joins the parts. That of slices would add zeros to them.
+    parts = zip(*(_split(array, sizes) for array in (x, topk_idx, topk_weights)), strict=True)
+    bounds = [options | capacity_of_chunk(options, size, len(x)) for size in sizes]
+    waiting = list(zip(parts, bounds, strict=True))
+
+    def start(after: Ticket | None) -> Ticket:
+        part, bounded = waiting.pop(0)
+        return dispatch_start(*part, after=after, **bounded)
+
+    outs, combines = [], []
+    dispatches = [start(None)]
+    last = dispatches[0]
+    for _ in sizes:
+        if waiting:
+            last = start(last)
+            dispatches.append(last)
+        out = dispatch_done(dispatches.pop(0))
+        last = combine_start(experts(out), out.handle, group=group, after=last)
+        outs.append(out)
+        combines.append(last)
+    return _exchanged(outs, [combine_done(ticket) for ticket in combines])
+
+
+def chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:
+    """Tokens of each chunk: equal numbers, but one more in the first ones."""
+    count = max(min(num_chunks, num_tokens), 1)
+    return [num_tokens // count + (i < num_tokens % count) for i in range(count)]
+
+
+def capacity_of_chunk(options: dict[str, Any], size: int, num_tokens: int) -> dict[str, Any]:
+    """The part of ``capacity`` that a chunk gets: that of its tokens, rounded up to the alignment."""
+    capacity, alignment = options.get("capacity"), options.get("alignment") or 1
+    if capacity is None:
+        return {}
+    return {"capacity": round_up(math.ceil(capacity * size / num_tokens), alignment)}
+
+
+def _split(array: Array, sizes: list[int]) -> list[Array]:
+    return [array] if len(sizes) == 1 else list(lax.split(array, sizes))
+
+
+def _exchanged(outs: list[Dispatched], ys: list[Array]) -> Exchanged:
+    if len(outs) == 1:
+        (out,) = outs
+        return Exchanged(ys[0], out.handle.topk_idx, out.num_dropped, out.num_invalid)
+    return Exchanged(
+        jnp.concatenate(ys),
+        jnp.concatenate([out.handle.topk_idx for out in outs]),
+        jnp.stack([out.num_dropped for out in outs]).sum(axis=0, dtype=jnp.int32),
+        jnp.stack([out.num_invalid for out in outs]).sum(axis=0, dtype=jnp.int32),
+    )

@@ -1,0 +1,262 @@
+"""How calls on GPUs are lowered: which run beside others, in which order, with how many SMs.
+
+The programs are lowered for GPUs on any machine, and their text is read. ``test_schedules.py`` compiles
+such programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_ep
+from jax_ep._backends import region
+from jax_ep._groups import gpu_side
+from jax_ep._groups.topology import Topology
+from jax_ep._ops import flights
+from spmd import make_mesh, shard
+
+pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
+pytestmark = pytest.mark.one_process("lowers programs, and runs none")
+
+TOKENS, HIDDEN, EXPERTS = 4, 128, 4
+ONE_HOST = Topology(hosts=((0, 1),), processes=((0, 0),))
+SMS = 100  # all but 32 of an H200
+
+
+def make_group(number: int = 1, **fields):
+    """A group of GPUs, as far as tracing goes."""
+    gpu_side._blocks_of_groups[number] = SMS
+    names = {"axis_names": ("expert",), "backend": "cuda", "timeout": 1.0, "tuning": {}}
+    return jax_ep.Group(mesh=make_mesh(2), id=number, **({"topology": ONE_HOST} | names | fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A native call in lowered text.
+
+    Attributes:
+        target: The target.
+        stream: The stream that it runs on; "" in line with the program.
+        channel: The attribute.
+        num_sms: The attribute.
+        group_id: The attribute.
+        result: The name of its results.
+        after: What it is given last, the order operand: a result of another call, or a constant.
+    """
+
+    target: str
+    stream: str
+    channel: int
+    num_sms: int
+    group_id: int
+    result: str
+    after: str
+
+
+def calls_of(function, *, grad: bool = False) -> list[Call]:
+    """The calls of ``function(x, topk_idx)`` on each rank, in program order."""
+    mapped = shard(function, make_mesh(2), check_vma=False)
+    if grad:
+        whole = mapped
+        mapped = jax.grad(lambda x, idx: jnp.sin(whole(x, idx)).sum())
+    given = (
+        jax.ShapeDtypeStruct((2 * TOKENS, HIDDEN), jnp.float32),
+        jax.ShapeDtypeStruct((2 * TOKENS, 2), jnp.int32),
+    )
+    text = jax.jit(mapped).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    regions = dict(
+        re.findall(r"func\.func private @(jax_ep_\w+)\([^\n]*\{\n(.*?)\n  \}", text, re.S)
+    )
+    found = []
+    for line in text.splitlines():
+        match = re.search(r"(%\w+)(?::\d+)? = [\w.]*call @(jax_ep_\w+)\(([^)]*)\)", line)
+        if match is None or ("custom_call @" in line and "_async(" in line):  # in a region
+            continue
+        result, name, operands = match.groups()
+        stream = re.search(r'_xla_stream_annotation = "(\w+)"', line)
+        inside = regions[name] if stream else line
+        (target,) = re.findall(r"custom_call @(jax_ep_\w+)\(", inside)
+        numbers = [
+            int(re.search(rf"{n} = (\d+)", inside)[1]) for n in ("channel", "num_sms", "group_id")
+        ]
+        found.append(
+            Call(target, stream[1] if stream else "", *numbers, result, operands.split(", ")[-1])
+        )
+    return found
+
+
+def dispatch_pair(group, x, idx, **kwargs):
+    return jax_ep.dispatch_start(x, idx, group=group, num_experts=EXPERTS, **kwargs)
+
+
+def test_plain_ops_run_in_line():
+    group = make_group()
+
+    def run(x, idx):
+        out = jax_ep.dispatch(x, idx, group=group, num_experts=EXPERTS)
+        return jax_ep.combine(out.tokens, out.handle, group=group)
+
+    plan, dispatch, combine = calls_of(run)
+    assert [plan.target, dispatch.target, combine.target] == [
+        "jax_ep_plan",
+        "jax_ep_dispatch",
+        "jax_ep_combine",
+    ]
+    for call in plan, dispatch, combine:
+        assert call.channel == 0 and call.stream == ""
+    assert dispatch.after.startswith(f"{plan.result}#")
+    assert combine.after.startswith(f"{dispatch.result}#")
+
+
+def test_ops_in_flight_run_beside_the_program():
+    """Forward and backward; the plan stays in line."""
+    group = make_group()
+
+    def run(x, idx):
+        out = jax_ep.dispatch_done(dispatch_pair(group, x, idx))
+        return jax_ep.combine_done(
+            jax_ep.combine_start(jnp.sin(out.tokens), out.handle, group=group)
+        )
+
+    plan, *others = calls_of(run, grad=True)
+    assert (plan.target, plan.channel, plan.stream) == ("jax_ep_plan", 0, "")
+    assert [call.target for call in others] == [
+        "jax_ep_dispatch_async",
+        "jax_ep_combine_async",
+        "jax_ep_dispatch_async",
+        "jax_ep_combine_async",
+    ]
+    assert {(call.channel, call.stream) for call in others} == {(1, "collective")}
+
+
+def test_gradient_of_weighted_combine_in_flight():
+    group = make_group()
+
+    def run(x, idx):
+        out = jax_ep.dispatch_done(dispatch_pair(group, x, idx, topk_weights=idx * 0.5))
+        ticket = jax_ep.combine_start(
+            jnp.sin(out.tokens), out.handle, group=group, weights=out.weights
+        )
+        return jax_ep.combine_done(ticket)
+
+    targets = [call.target for call in calls_of(run, grad=True)]
+    assert "jax_ep_combine_vjp_async" in targets and "jax_ep_combine_vjp" not in targets
+
+
+def test_two_ops_in_flight_share_the_sms():
+    """The first has what it wants, the second what is left; ops in line beside them too."""
+    group, config = make_group(), jax_ep.DispatchConfig(num_sms=70)
+
+    def run(x, idx):
+        first = dispatch_pair(group, x, idx, config=config)
+        second = dispatch_pair(group, x + 1, idx, config=config)
+        beside = jax_ep.dispatch(x + 2, idx, group=group, num_experts=EXPERTS, config=config)
+        one, two = jax_ep.dispatch_done(first), jax_ep.dispatch_done(second)
+        alone = dispatch_pair(group, x + 3, idx, config=config)
+        three = jax_ep.dispatch_done(alone)
+        return one.tokens + two.tokens + three.tokens + beside.tokens
+
+    rows = [call for call in calls_of(run) if "dispatch" in call.target]
+    assert [(call.channel, call.stream, call.num_sms) for call in rows] == [
+        (1, "collective", 70),
+        (2, "1", 30),
+        (0, "", 2),
+        (1, "collective", 70),
+    ]
+
+
+def test_after_shares_a_channel():
+    """An op after another needs no SMs beside it, and comes behind it in XLA's order."""
+    group, config = make_group(channels=1), jax_ep.DispatchConfig(num_sms=70)
+
+    def run(x, idx):
+        first = dispatch_pair(group, x, idx, config=config)
+        second = dispatch_pair(group, x + 1, idx, config=config, after=first)
+        third = dispatch_pair(group, x + 2, idx, config=config, after=second)
+        outs = [jax_ep.dispatch_done(ticket) for ticket in (third, second, first)]
+        return sum(out.tokens for out in outs)
+
+    rows = [call for call in calls_of(run) if "dispatch" in call.target]
+    assert [(call.channel, call.num_sms) for call in rows] == [(1, 70)] * 3
+    assert [call.after for call in rows[1:]] == [call.result for call in rows[:-1]]
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("start", [False, True])
+def test_groups_keep_the_order_of_the_program(order, start):
+    """Independent ops of two groups: no scheduler may swap them, in any process."""
+    groups = {number: make_group(number) for number in order}
+
+    def run(x, idx):
+        total = 0
+        handles = [
+            jax_ep.dispatch(x, idx, group=groups[n], num_experts=EXPERTS).handle for n in order
+        ]
+        for n, handle in zip(order, handles, strict=True):
+            if start:
+                ticket = jax_ep.dispatch_start(x + n, handle=handle, group=groups[n])
+                total += jax_ep.dispatch_done(ticket).tokens
+            else:
+                total += jax_ep.dispatch(x + n, handle=handle, group=groups[n]).tokens
+        return total
+
+    calls = calls_of(run)
+    for channel in {call.channel for call in calls}:
+        chain = [call for call in calls if call.channel == channel]
+        assert not re.match(r"%\d", chain[0].after)  # a constant
+        for before, call in itertools.pairwise(chain):
+            assert call.after.partition("#")[0] == before.result
+    rows = [call for call in calls if "dispatch" in call.target][-2:]
+    assert [call.group_id for call in rows] == list(order)
+
+
+def test_calls_in_a_loop_have_an_order_of_their_own():
+    group = make_group()
+
+    def run(x, idx):
+        handle = jax_ep.dispatch(x, idx, group=group, num_experts=EXPERTS).handle
+
+        def body(x, _):
+            rows = jax_ep.dispatch(x, handle=handle, group=group).tokens
+            return jax_ep.combine(rows, handle, group=group), None
+
+        return jax.lax.scan(body, x, length=3)[0]
+
+    calls = calls_of(run)
+    assert [call.target for call in calls] == [
+        "jax_ep_plan",
+        "jax_ep_dispatch",
+        "jax_ep_combine",
+    ]
+    in_loop = calls[-2:]
+    assert not re.match(r"%\d", in_loop[0].after)
+    assert in_loop[1].after.startswith(f"{in_loop[0].result}#")
+
+
+WHY = {
+    "across hosts": (
+        {"topology": Topology(hosts=((0,), (1,)), processes=((0, 1),))},
+        "the group spans hosts",
+    ),
+    "staged": ({}, "operands are copied before peers read them, because it grows"),
+}
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_starts_that_do_all_the_work_say_so(name, monkeypatch, caplog):
+    fields, why = WHY[name]
+    monkeypatch.setattr(gpu_side, "_staged_groups", {1: "it grows"} if name == "staged" else {})
+    flights._warn_of_start.cache_clear()
+    flight, opened = flights.take_off("dispatch_start", make_group(**fields), 24)
+    assert flight.channel == 0 and opened.channel == 1
+    assert f"start halves do all the work, and nothing overlaps: {why}" in caplog.text
+
+
+def test_streams_of_channels():
+    assert [region.stream_of(channel) for channel in (1, 2, 3)] == ["collective", "1", "2"]
