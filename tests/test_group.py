@@ -224,3 +224,29 @@ def test_programs_and_groups_place_ranks_alike(axes):
     for instance, rank in np.ndindex(*instances.shape):
         [at] = np.argwhere(mesh.devices == instances[instance, rank])
         assert found[tuple(at)].tolist() == [rank, instance]
+
+
+@pytest.mark.parametrize(
+    ("channels", "error", "text"),
+    [
+        (
+            0,
+            ValueError,
+            "argument channels: expected 1 to 3 ops in flight at once, got 0; .*after=",
+        ),
+        (4, ValueError, "argument channels: expected 1 to 3 ops in flight at once, got 4; "),
+        ("2", TypeError, "argument channels: expected a Python int, got str; "),
+        (True, TypeError, "argument channels: expected a Python int, got bool; "),
+    ],
+)
+def test_wrong_channels(channels, error, text):
+    with pytest.raises(error, match="jax_ep.create_group: " + text):
+        jax_ep.create_group(make_mesh(2), "expert", channels=channels)
+
+
+def test_channels_fit_the_workspace():
+    cuda = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
+    assert cuda.limits()["max_channels"] == create._MOST_CHANNELS + 1
+    one = cuda.workspace_bytes(1)
+    assert cuda.workspace_bytes(3) == 3 * one
+    assert round(one / 2**20) == 45  # as create_group says

@@ -160,6 +160,60 @@ def trace(run):
     jax.eval_shape(shard(body, group.mesh, in_specs=(), check_vma=False))
 
 
+def start(group, **kwargs):
+    x, idx = jnp.zeros((4, HIDDEN)), jnp.zeros((4, 1), jnp.int32)
+    return jax_ep.dispatch_start(x, idx, group=group, num_experts=2, **kwargs)
+
+
+def test_more_ops_in_flight_than_channels():
+    """An op that is done, or that others come after, holds no second channel."""
+    seen = []
+
+    def run(d, c, group):  # d is done
+        first = start(group)
+        with pytest.raises(ValueError, match=EXCESS):
+            start(group)
+        queued = start(group, after=first)
+        jax_ep.dispatch_done(first)
+        with pytest.raises(ValueError, match=EXCESS):
+            start(group)  # the op behind it holds its channel
+        jax_ep.dispatch_done(queued)
+        seen.append(start(group))
+
+    trace(run)
+    assert len(seen) == 1
+
+
+EXCESS = (
+    "jax_ep.dispatch_start: argument group: expected a group with fewer than 2 ops in flight, .* got 2 "
+    r"channels held by tickets that are not done; .*after=.*create_group\(channels=\)"
+)
+
+
+def test_tickets_of_another_trace_hold_no_channel():
+    """Such as those of a program that failed while it was traced."""
+    kept = []
+    for _ in range(2):
+        trace(lambda d, c, group: kept.append((d, c)))
+    assert len(kept) == 2
+
+
+def test_groups_with_more_channels():
+    mesh = make_group(2, "reference").mesh
+    group = jax_ep.create_group(mesh, "expert", backend="reference", channels=3)
+    assert group.channels == 3 and group.id != make_group(2, "reference").id
+
+    def body():
+        tickets = [start(group) for _ in range(3)]
+        with pytest.raises(ValueError, match="fewer than 3 ops in flight"):
+            start(group)
+        with pytest.raises(ValueError, match=r"argument after: .*create_group\(channels=3\)"):
+            start(make_group(2, "reference"), after=tickets[2])
+        return jnp.zeros((1,))
+
+    jax.eval_shape(shard(body, mesh, in_specs=(), check_vma=False))
+
+
 WRONG = {
     "dispatch_done of a combine": (
         lambda d, c, group: jax_ep.dispatch_done(c),

@@ -31,12 +31,19 @@ def apply_experts(
     return grouped_dot(weighted, down, out.group_sizes)
 
 
-def apply_shared(
+def shared_inner(
     x: Float[Array, "tokens hidden"], shared: SharedExpert, activation: Activation
+) -> Float[Array, "tokens inner"]:
+    """The inner channels of the shared expert."""
+    gate, up = shared.gate.astype(x.dtype), shared.up.astype(x.dtype)
+    return _gated(x @ gate, x @ up, activation).astype(x.dtype)
+
+
+def shared_outputs(
+    inner: Float[Array, "tokens inner"], shared: SharedExpert
 ) -> Float[Array, "tokens hidden"]:
-    """The outputs of the shared expert."""
-    gate, up, down = (w.astype(x.dtype) for w in shared)
-    return _gated(x @ gate, x @ up, activation).astype(x.dtype) @ down
+    """The outputs of the shared expert for its inner channels."""
+    return inner @ shared.down.astype(inner.dtype)
 
 
 def _gated(gate: Array, up: Array, activation: Activation) -> Float32[Array, "rows intermediate"]:

@@ -17,12 +17,18 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._core.numerics import expert_ids
-from jax_ep._core.types import DispatchConfig, ScaleFormat
+from jax_ep._core.types import DispatchConfig, Dispatched, ScaleFormat
 from jax_ep._grouped_dot.api import grouped_dot as default_grouped_dot
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
 from jax_ep._moe.exchange import exchange
-from jax_ep._moe.experts import Activation, GroupedDot, apply_experts, apply_shared
+from jax_ep._moe.experts import (
+    Activation,
+    GroupedDot,
+    apply_experts,
+    shared_inner,
+    shared_outputs,
+)
 from jax_ep._moe.nested import nested_shard_map
 from jax_ep._moe.params import MoEParams, moe_partition_specs
 from jax_ep._moe.placement import join_tokens, place, split_tokens
@@ -291,21 +297,34 @@ def _on_one_rank(
         x, router_inputs = jax.tree.map(functools.partial(_zero_masked, mask), (x, router_inputs))
     routing = _route(settings, x, params, router_inputs)
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
-    shared = None
+    inner = None
     if params.shared is not None:
-        shared = apply_shared(x, params.shared, settings.activation)
+        inner = shared_inner(x, params.shared, settings.activation)
+
+    def experts(out: Dispatched) -> Array:
+        nonlocal inner
+        if settings.overlap == "shared_expert":
+            # So the first half of the shared expert comes before the experts, which leaves it no
+            # better place than beside the dispatch; the second half is for the combine.
+            tokens, inner = lax.optimization_barrier((out.tokens, inner))
+            out = dataclasses.replace(out, tokens=tokens)
+        return apply_experts(out, params, settings.grouped_dot, settings.activation)
+
     out = exchange(
         x,
         topk_idx,
         routing.topk_weights,
-        lambda out: apply_experts(out, params, settings.grouped_dot, settings.activation),
+        experts,
         in_flight=settings.overlap is not None,
         num_chunks=settings.num_chunks,
         group=settings.group,
         num_experts=settings.num_experts,
         **dict(settings.dispatch),
     )
-    y = out.y if shared is None else out.y + shared
+    y = out.y
+    if params.shared is not None:
+        assert inner is not None
+        y = y + shared_outputs(inner, params.shared)
     # The handle's routes: those of a custom router, less the invalid ones.
     used = out.topk_idx
     axes = settings.token_axes

@@ -1,0 +1,165 @@
+"""Compiles layers for H200s without a GPU, and prints what XLA scheduled where, as JSON.
+
+    python tests/support/gpu_schedules.py NAME...
+
+Names are those of ``PROGRAMS``. Each line of the output is an object with "name" and what came of it:
+"ops", the interesting instructions of the entry computation in order. An op in flight is "start
+dispatch 1" and, later, "done dispatch 1", numbered by kind in the order of starts; an op in line is
+"plan", a matmul is "matmul". Or "found", what was looked for in lowered programs.
+"""
+
+from __future__ import annotations
+
+import deviceless  # sets what JAX starts with
+
+# isort: split
+import contextlib
+import json
+import sys
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from jax_ep import _compat
+from jax_ep._backends import region
+from jax_ep._core import libraries
+from jax_ep._groups import create, gpu_side
+
+RANKS, TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2, 512, 256, 512, 8, 2
+
+
+def layer(**options):
+    """Output and gradients of ``moe`` over H200s, with a matmul in place of each grouped one.
+
+    XLA compiles them sooner. It would merge matmuls of both chunks with the same matrix, which
+    ``grouped_dot`` never has, so the matrices depend on the group sizes.
+    """
+    options["grouped_dot"] = lambda rows, matrices, sizes: (
+        rows @ (matrices[0] * sizes.sum().astype(rows.dtype))
+    )
+    group = jax_ep.create_group(MESH, "expert")
+    shared = INTERMEDIATE if options.pop("shared", False) else None
+
+    def loss(x, params):
+        y, aux = jax_ep.moe(x, params, group=group, num_experts=EXPERTS, top_k=TOP_K, **options)
+        return jnp.square(y.astype(jnp.float32)).sum() + aux.aux_loss
+
+    shapes = jax.eval_shape(
+        lambda: jax_ep.init_moe_params(
+            jax.random.key(0),
+            hidden=HIDDEN,
+            intermediate=INTERMEDIATE,
+            num_experts=EXPERTS,
+            shared_intermediate=shared,
+            dtype=jnp.bfloat16,
+        )
+    )
+    specs = jax_ep.moe_partition_specs(shapes, group=group)
+    given = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(MESH, spec)),
+        (jax.ShapeDtypeStruct((RANKS * TOKENS, HIDDEN), jnp.bfloat16), shapes),
+        (P("expert"), specs),
+    )
+    return jax.value_and_grad(loss, argnums=(0, 1)), given
+
+
+def layer_without_regions(**options):
+    """The same with calls of the same targets in line with the program."""
+    region._region = lambda ctx, call, values, *_: call(values)  # for the rest of the process
+    jax.clear_caches()
+    return layer(**options)
+
+
+def schedule_of(program, given) -> dict[str, Any]:
+    text = deviceless.lowered(program, *given).compile().as_text()
+    return {"ops": interesting(deviceless.schedule(text))}
+
+
+def same_text_as_on_real_gpus() -> dict[str, Any]:
+    """Whether a program is the same where the devices count as real ones, with a real group."""
+    text = deviceless.lowered(*flat(layer(overlap="chunks"))).as_text()
+    made = []
+    create._groups.clear()
+    create._generations.clear()
+    patches = [
+        mock.patch.object(_compat, "is_compile_only", return_value=False),
+        mock.patch.object(libraries, "why_unavailable", return_value=None),
+        mock.patch.object(gpu_side.library(), "create_group", lambda *args: made.append(args)),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        real = deviceless.lowered(*flat(layer(overlap="chunks"))).as_text()
+    return {
+        "found": {"same": text == real, "native groups": len(made), "calls": text.count("@jax_ep_")}
+    }
+
+
+def grouped_dots() -> dict[str, Any]:
+    """How many kernels a layer has on H200s, and on the CPU device of this process."""
+    counts = {}
+    cpu = Mesh(np.array(jax.devices("cpu")[:1]), ("expert",))
+    for where, mesh in ("h200", MESH), ("cpu", cpu):
+        rows, matrices = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16), (4, 128, 128)
+
+        def run(rows, matrices, sizes):
+            return jax_ep.grouped_dot(rows, matrices, sizes)
+
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        given = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("expert")))
+            for x in (
+                rows,
+                jax.ShapeDtypeStruct(matrices, jnp.bfloat16),
+                jax.ShapeDtypeStruct(matrices[:1], jnp.int32),
+            )
+        ]
+        platform = "cuda" if mesh is MESH else "cpu"
+        lowered = jax.jit(mapped).trace(*given).lower(lowering_platforms=(platform,))
+        counts[where] = lowered.as_text().count("custom_call @mosaic_gpu_v2")
+    return {"found": counts}
+
+
+def flat(made: tuple[Any, Any]) -> tuple[Any, ...]:
+    """A program and its arguments."""
+    program, given = made
+    return program, *given
+
+
+PROGRAMS = {
+    "same text": same_text_as_on_real_gpus,
+    "grouped_dot": grouped_dots,
+    "chunks": lambda: schedule_of(*layer(overlap="chunks")),
+    "shared_expert": lambda: schedule_of(*layer(overlap="shared_expert", shared=True)),
+    "chunks without regions": lambda: schedule_of(*layer_without_regions(overlap="chunks")),
+}
+
+
+def interesting(ops: list[deviceless.Op]) -> list[str]:
+    """What the module's docstring says, of a schedule."""
+    shown, started, counts = [], {}, {}
+    for op in ops:
+        if op.kind == "call-start":
+            kind = op.region.removeprefix("jax_ep_").removesuffix("_async") or "nothing"
+            counts[kind] = counts.get(kind, 0) + 1
+            started[op.name] = f"{kind} {counts[kind]}"
+            shown.append(f"start {started[op.name]}")
+        elif op.kind == "call-done":
+            shown.append(f"done {started[op.operands[0]]}")
+        elif op.kind.startswith("jax_ep_"):
+            shown.append(op.kind.removeprefix("jax_ep_"))
+        elif op.kind == "mosaic_gpu_v2" or "matmul" in op.kind:
+            shown.append("grouped_dot" if "mosaic" in op.kind else "matmul")
+    return shown
+
+
+if __name__ == "__main__":
+    MESH = Mesh(np.array(deviceless.gpu_devices(RANKS)), ("expert",))
+    for name in sys.argv[1:]:
+        print(json.dumps({"name": name} | PROGRAMS[name]()), flush=True)

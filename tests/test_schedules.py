@@ -1,0 +1,92 @@
+"""What XLA runs beside ops in flight, from programs that are compiled for H200s without a GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jaxlib
+import pytest
+
+pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
+pytestmark = pytest.mark.one_process("compiles programs, and runs none")
+
+PROGRAM = pathlib.Path(__file__).parent / "support" / "gpu_schedules.py"
+PLUGIN = "jax-cuda13-plugin"
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What the program prints, by name."""
+    try:
+        version = importlib.metadata.version(PLUGIN)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{PLUGIN} is not installed, which has XLA's compiler for GPUs")
+    if version != jaxlib.__version__:
+        pytest.skip(f"{PLUGIN} is of version {version}, and jaxlib of {jaxlib.__version__}")
+    names = ["same text", "grouped_dot", "chunks", "shared_expert"]
+    names.append("chunks without regions")  # the last one: it takes them away
+    paths = [str(PROGRAM.parents[2]), *sys.path]
+    run = subprocess.run(
+        [sys.executable, str(PROGRAM), *names],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={"PYTHONPATH": ":".join(paths), "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    return {line.pop("name"): line for line in lines}
+
+
+def beside(ops: list[str], op: str) -> list[str]:
+    """What runs between start and done of ``op``."""
+    return ops[ops.index(f"start {op}") + 1 : ops.index(f"done {op}")]
+
+
+def test_chunks_hide_rows_behind_experts(compiled):
+    """The middle ops of each pass: dispatch of chunk B, combine of chunk A; backward the same."""
+    ops = compiled["chunks"]["ops"]
+    kinds = [
+        "dispatch 1",
+        "dispatch 2",
+        "combine 1",
+        "combine 2",
+    ]  # backward, a combine's is a dispatch
+    kinds += ["dispatch 3", "dispatch 4", "combine 3", "combine 4"]
+    assert [op for op in ops if op.startswith("start ")] == [f"start {kind}" for kind in kinds]
+    dones = [ops.index(f"done {kind}") for kind in kinds]
+    assert dones == sorted(dones)  # one channel: each ends before the next begins
+    for kind in "dispatch 2", "combine 1", "dispatch 4", "combine 3":
+        assert beside(ops, kind).count("matmul") >= 2, kind
+    for before, after in itertools.pairwise(kinds):
+        assert ops.index(f"done {before}") < ops.index(f"start {after}")
+    assert not {"dispatch", "combine"} & set(ops)  # none is in line
+
+
+def test_nothing_overlaps_without_regions(compiled):
+    """What the tests above would see if the annotation were lost."""
+    ops = compiled["chunks without regions"]["ops"]
+    assert not [op for op in ops if op.startswith(("start", "done"))]
+    assert ops.count("combine_async") == 4
+
+
+def test_the_shared_expert_hides_the_dispatch(compiled):
+    ops = compiled["shared_expert"]["ops"]
+    assert "matmul" in beside(ops, "dispatch 1")
+    assert not {"dispatch", "combine"} & set(ops)
+
+
+def test_programs_are_those_of_real_gpus(compiled):
+    found = compiled["same text"]["found"]
+    assert found["same"] and found["calls"] > 8
+    assert found["native groups"] == 1  # the other one was made without
+
+
+def test_kernels_follow_the_devices_of_the_program(compiled):
+    """Not those that JAX starts with, which are CPUs here."""
+    assert compiled["grouped_dot"]["found"] == {"h200": 1, "cpu": 0}
