@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args
 
 from jax_ep._core.types import Layout, Mode
 
-Op = Literal["dispatch", "dispatch_cached", "combine", "plan", "round_trip", "exchange", "layer"]
+Op = Literal[
+    "dispatch", "dispatch_cached", "combine", "plan", "round_trip", "exchange", "layer", "overlap"
+]
 Quantization = Literal["none", "quantized", "fp8", "fp8-dense"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Routing = Literal["uniform", "group-limited", "zipf", "all-to-one"]
@@ -23,8 +25,8 @@ class Case:
 
     Attributes:
         op: "plan", "dispatch" (with its plan), "dispatch_cached" (along a handle), "combine",
-            "round_trip" (dispatch and combine), "exchange" (XLA's own exchange of rows, one way) or
-            "layer" (forward and backward).
+            "round_trip" (dispatch and combine), "exchange" (XLA's own exchange of rows, one way),
+            "layer" (forward and backward) or "overlap" (an op in flight beside a matmul).
         layout: "expert" or "token".
         dtype: Dtype of the tokens, before any quantization.
         quantization: "none"; "quantized": the rows given and received are ``Quantized``; "fp8":
@@ -36,7 +38,7 @@ class Case:
         hidden: H.
         top_k: K.
         experts: E over all ranks.
-        intermediate: Width F of an expert (op "layer").
+        intermediate: Width F of an expert (op "layer"), or of the matmul's result ("overlap").
         alignment: Rows of an expert are padded to a multiple of it (layout "expert").
         num_sms: SMs that the op may occupy; None takes the tuned number or the default.
         mode: As in ``DispatchConfig``.
@@ -90,8 +92,8 @@ class Case:
                 f"hidden: expected a multiple of 128 with quantization {self.quantization!r}, got "
                 f"{self.hidden}."
             )
-        if self.op == "layer" and self.intermediate is None:
-            raise ValueError("intermediate: expected the width of an expert for op 'layer'.")
+        if self.op in ("layer", "overlap") and self.intermediate is None:
+            raise ValueError(f"intermediate: expected a width for op {self.op!r}.")
 
     @property
     def row_dtype(self) -> str:

@@ -158,7 +158,7 @@ def _errors(result: Any, judged: Any) -> Any:
 def _traffic(case: Case, problem: Problem, sizes: Sizes, arm: Arm) -> traffic.Traffic:
     """The bytes of all four passes."""
     topk = problem.topk_idx[0]
-    if arm.name == "jax_ep":
+    if arm.name.startswith("jax_ep"):
         rows = expected.rank_rows(topk, experts=case.experts)
     elif arm.name == "all_to_all":
         rows = np.full((problem.ranks, problem.ranks), sizes.pair_capacity)

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 
 from jax_ep._core.types import Layout
-from jax_ep.bench import layer, ops, peers
+from jax_ep.bench import layer, ops, overlap_ops, peers
 from jax_ep.bench.cases import Case, Op, Quantization, Routing
 from jax_ep.bench.machine import Machine
 
@@ -26,6 +26,7 @@ def suite(name: str, machine: Machine) -> list[Case]:
     * "decode": 1 to 512 tokens a rank, 128 above all.
     * "routing": dispatch and combine under every routing pattern.
     * "layer": forward and backward of whole layers, in several implementations.
+    * "overlap": ops in flight, each alone and beside a matmul; layers in chunks.
     * "smoke": a little of everything, for any machine.
     """
     return list(dict.fromkeys(_SUITES[name](machine)))
@@ -67,6 +68,12 @@ def layers(base: Case, intermediate: int) -> list[Case]:
         )
         for arm in layer.ARMS
     ]
+
+
+def overlaps(base: Case, width: int) -> list[Case]:
+    """Ops in flight on a workload, beside a matmul of ``[T, H] x [H, width]``."""
+    base = dataclasses.replace(base, op="overlap", intermediate=width)
+    return [dataclasses.replace(base, name=name) for name in overlap_ops.ARMS]
 
 
 def _of(base: Case, names: tuple[Op, ...], **changes: object) -> list[Case]:
@@ -155,6 +162,22 @@ def _layer(machine: Machine) -> list[Case]:
     return [*many[:3], *wide[:3], *wide[3:], *many[3:]]
 
 
+def _overlap(machine: Machine) -> list[Case]:
+    base = throughput_case(machine)
+    if machine.gpus == 0:
+        base = dataclasses.replace(base, tokens=128, hidden=256)
+    wide = dataclasses.replace(base, op="layer", alignment=1, experts=16, intermediate=2048)
+    if machine.gpus == 0:
+        wide = dataclasses.replace(wide, intermediate=128)
+    return [
+        *(case for at in _LAYOUTS for case in overlaps(dataclasses.replace(base, layout=at), 2048)),
+        *(
+            dataclasses.replace(wide, name=name, capacity="default")
+            for name in ("jax_ep", layer.CHUNKS.name)
+        ),
+    ]
+
+
 def _smoke(machine: Machine) -> list[Case]:
     del machine
     return [
@@ -167,6 +190,7 @@ def _smoke(machine: Machine) -> list[Case]:
         *round_trips(_SMALL),
         *exchanges(_SMALL),
         *layers(dataclasses.replace(_SMALL, dtype="float32"), intermediate=64),
+        *overlaps(dataclasses.replace(_SMALL, dtype="float32"), width=64),
     ]
 
 
@@ -175,6 +199,7 @@ _SUITES: dict[str, Callable[[Machine], list[Case]]] = {
     "decode": _decode,
     "routing": _routing,
     "layer": _layer,
+    "overlap": _overlap,
     "smoke": _smoke,
 }
 NAMES = tuple(_SUITES)

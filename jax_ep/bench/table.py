@@ -35,8 +35,9 @@ def row(record: dict[str, Any]) -> list[str]:
     if record["median_us"] is None:
         return [records.label(record), *[""] * 7, "too noisy" if record["correct"] else "failed"]
     memory = (record["workspace_bytes"] + record["scratch_bytes"]) / _MIB
+    hidden = f", {record['share_hidden']:.0%} hidden" if "share_hidden" in record else ""
     return [
-        records.label(record),
+        records.label(record) + hidden,
         str(record["num_sms"] or ""),
         f"{record['median_us']:.1f}",
         f"{record['p10_us']:.1f} to {record['p90_us']:.1f}",

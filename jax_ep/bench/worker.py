@@ -61,10 +61,11 @@ def main(path: str, index: int) -> None:
 
 def _measure(session: Any, case: Case) -> dict[str, Any]:
     """The record of a case, or of its failure in this process."""
-    from jax_ep.bench import layer_ops, ops, peers
+    from jax_ep.bench import layer_ops, ops, overlap_ops, peers
     from jax_ep.bench.traffic import Traffic
 
-    run = layer_ops.measure if case.op == "layer" else ops.measure
+    by_op = {"layer": layer_ops.measure, "overlap": overlap_ops.measure}
+    run = by_op.get(case.op, ops.measure)
     if case.op == "exchange" or case.name == peers.ALL_TO_ALL:
         run = peers.measure
     try:

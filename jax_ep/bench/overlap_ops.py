@@ -1,0 +1,165 @@
+"""Ops in flight: each alone, a matmul alone, and both, and what share of the op's time is hidden.
+
+All of these programs hold a small all-reduce of XLA's own, since its scheduler looks for work to hide
+ops behind only in programs that do. It is timed too and subtracted. Where there is one rank, XLA drops
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jax_ep
+from jax_ep._backends import native
+from jax_ep._ops.flights import why_in_line
+from jax_ep.bench import memory, timing, traffic
+from jax_ep.bench.cases import Case
+from jax_ep.bench.clock import Clock
+from jax_ep.bench.ops import config
+from jax_ep.bench.problems import Problem, dtype_of
+from jax_ep.bench.session import Session
+from jax_ep.bench.timing import Spread, Step
+
+MATMUL, NOTHING = "matmul", "all-reduce"
+IN_FLIGHT = ("dispatch", "combine")
+BESIDE = " beside matmul"
+ARMS = (NOTHING, MATMUL, *IN_FLIGHT, *(op + BESIDE for op in IN_FLIGHT))
+
+
+def measure(session: Session, case: Case) -> dict[str, Any]:
+    """The record of one arm, named by ``case.name``; that of both has the share that is hidden."""
+    problem, arm = session.problem(case), case.name or NOTHING
+    op = arm.removesuffix(BESIDE)
+    inputs = _inputs(session, case, problem)
+    measured = _time(session, case, inputs, arm)
+    overhead = _kept(session, case, inputs, NOTHING)
+    spread = session.slowest(measured.spread)
+    spread = spread.less(overhead.median if arm != NOTHING else 0.0)
+    wrong = ""
+    if op in IN_FLIGHT and not _same(session, case, inputs, op, measured.result[0]):
+        wrong = f"{arm}: differs from {op} in line with the program"
+    wrong = next((text for text in session.exchange(wrong) if text), "")
+    moved = traffic.Traffic(0, 0)
+    if op in IN_FLIGHT:
+        moved = traffic.of_op(
+            dataclasses.replace(case, op="combine" if op == "combine" else "dispatch"), problem
+        )
+    record = session.record(
+        case,
+        spread,
+        moved,
+        correct=not wrong,
+        name=arm,
+        workspace_bytes=native.workspace_bytes(session.group),
+        scratch_bytes=memory.scratch_bytes(measured.text),
+        error=wrong or why_in_line(session.group),
+    )
+    if arm.endswith(BESIDE) and record["median_us"] is not None:
+        alone, compute = (
+            _kept(session, case, inputs, name).median - overhead.median for name in (op, MATMUL)
+        )
+        record["share_hidden"] = float((alone + compute - spread.median) / min(alone, compute))
+    return record
+
+
+def _kept(session: Session, case: Case, inputs: Any, arm: str) -> Spread:
+    """The spread of an arm, measured once for a workload."""
+    key = ("overlap", case.workload, arm)
+    if key not in session.kept:
+        session.kept[key] = session.slowest(_time(session, case, inputs, arm).spread)
+    return session.kept[key]
+
+
+def _time(session: Session, case: Case, inputs: Any, arm: str) -> timing.Measured:
+    op, native_ops = arm.removesuffix(BESIDE), session.group.backend != "reference"
+    calls: tuple[str, ...] = ()
+    if op in IN_FLIGHT and native_ops:
+        beside = session.on_gpu and why_in_line(session.group) is None
+        calls = (f"jax_ep_{op}_async" if beside else f"jax_ep_{op}",)
+    chain = session.chain(300, calls=calls)
+    measured = timing.measure(_step(session, case, arm), [inputs], session.mesh, chain)
+    session.kept["overlap", case.workload, arm] = session.slowest(measured.spread)
+    return measured
+
+
+def _step(session: Session, case: Case, arm: str) -> Step:
+    axis = session.mesh.axis_names
+    op = arm.removesuffix(BESIDE)
+
+    def run(inputs: Any) -> Any:
+        x, handle, _, weight = inputs
+        results = []
+        if op in IN_FLIGHT:
+            results.append(_in_flight(session, case, op, inputs))
+        if arm == MATMUL or arm.endswith(BESIDE):
+            results.append(x @ weight)
+        element = handle.topk_idx[:1, :1].astype(jnp.float32)
+        return *results, lax.psum(element, axis)
+
+    def link(inputs: Any, result: Any, now: Clock) -> Any:
+        x, handle, rows, weight = inputs
+        topk_idx = now(timing.after(handle.topk_idx, result))
+        if session.group.backend == "reference":  # which may not read topk_idx
+            handle = jax.tree.map(lambda leaf: timing.after(leaf, result), handle)
+        # Without the barrier XLA would see that all matmuls of a chain are one.
+        weight, topk_idx = lax.optimization_barrier((weight, topk_idx))
+        return x, dataclasses.replace(handle, topk_idx=topk_idx), rows, weight
+
+    return Step(run, link)
+
+
+def _in_flight(session: Session, case: Case, op: str, inputs: Any) -> jax.Array:
+    """An op between its halves; XLA places them."""
+    x, handle, rows, _ = inputs
+    group = session.group
+    if op == "dispatch":
+        ticket = jax_ep.dispatch_start(x, handle=handle, group=group, config=config(case))
+        return jax_ep.dispatch_done(ticket).tokens
+    return jax_ep.combine_done(jax_ep.combine_start(rows, handle, group=group, config=config(case)))
+
+
+def _inputs(session: Session, case: Case, problem: Problem) -> Any:
+    """Tokens, a handle, rows that come home, and the matrix of the matmul, for each rank."""
+    assert case.intermediate is not None
+    shape = (session.ranks * case.hidden, case.intermediate)
+
+    @functools.partial(jax.jit, out_shardings=session.sharding)
+    def make_weight(key: jax.Array) -> jax.Array:
+        return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype_of(case.dtype))
+
+    def prepare(inputs: Any) -> Any:
+        x, topk_idx = inputs
+        out = jax_ep.dispatch(
+            x,
+            topk_idx,
+            group=session.group,
+            num_experts=case.experts,
+            layout=case.layout,
+            alignment=case.alignment,
+            capacity=problem.capacity,
+        )
+        return x, out.handle, out.tokens
+
+    x = session.put(functools.partial(problem.part, 0, 0))
+    topk_idx = session.put(problem.topk_idx[0].__getitem__)
+    return *session.on_all_ranks(prepare)((x, topk_idx)), make_weight(jax.random.key(0))
+
+
+def _same(session: Session, case: Case, inputs: Any, op: str, result: jax.Array) -> bool:
+    """Whether an op gave the bits that it gives in line with the program."""
+
+    def in_line(inputs: Any) -> jax.Array:
+        x, handle, rows, _ = inputs
+        if op == "dispatch":
+            return jax_ep.dispatch(x, handle=handle, group=session.group).tokens
+        return jax_ep.combine(rows, handle, group=session.group)
+
+    wanted = session.parts(session.on_all_ranks(in_line)(inputs))
+    found = session.parts(result)
+    return all((found[rank] == wanted[rank]).all() for rank in wanted)
