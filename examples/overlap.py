@@ -1,16 +1,19 @@
 """A decoder step on two micro-batches, each of whose rows travel while the other one computes.
 
-While rows of the first micro-batch are on their way to the experts, the second one is in attention; while
-those of the second are, the first one is in its experts; and the backward pass goes the same way back::
+While rows of the first micro-batch are on their way to the experts, the second one may be in attention;
+while those of the second are, the first one is in its experts. Backward it is the same::
 
     attention 0 | attention 1 | experts 0   | experts 1  |
                 | dispatch 0  | dispatch 1  | combine 0  | combine 1
+
+XLA decides, and may put more or less beside an op than the program says: jaxlib 0.11.2 computes both
+attentions first, and hides dispatch 1 and combine 0, forward and backward.
 
 Runs on eight CPU devices if there are no others. It trains the block for some steps with ops in flight
 and with ops in line, shows that the losses are the same bits, and how long a step takes::
 
     python examples/overlap.py
-    python examples/overlap.py --tokens 4096 --hidden 4096 --width 2048 --profile /tmp/profile   # on GPUs
+    python examples/overlap.py --tokens 4096 --hidden 4096 --width 2048 --profile /tmp/profile
 
 ``--profile`` writes one step of each for XProf or Perfetto, where calls have the names of their targets
 (jax_ep_dispatch_async) and those in flight are on a stream of their own.

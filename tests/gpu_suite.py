@@ -172,7 +172,7 @@ def stages(gpus: int) -> dict[str, Stage]:
             environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": ".08"},
         ),
         "one_process": Stage(
-            [f"{PYTEST} {SUITE} tests/test_gpu.py"],
+            [f"{PYTEST} {SUITE} tests/test_gpu.py tests/test_gpu_overlap.py"],
             gpus=2,
         ),
         "failures": Stage([f"{PYTEST} tests/test_gpu_processes.py"], environment=shared),

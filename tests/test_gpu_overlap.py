@@ -1,0 +1,169 @@
+"""Ops in flight on GPUs: the same bits as ops in line, over many steps, with two at once."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+import oracle
+import routings
+from jax_ep._groups import gpu_side
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.one_process("drives all GPUs from one process"),
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+]
+
+RANKS = min(jax.device_count(), 2)  # ops run with one rank too, and then wait for nobody
+TOKENS, TOP_K, EXPERTS, HIDDEN = 256, 4, 16, 1024
+STEPS = 1000
+
+
+def make_group(**options) -> jax_ep.Group:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:RANKS]), ("expert",))
+    return jax_ep.create_group(mesh, "expert", backend="cuda", **options)
+
+
+def make_data(dtype=jnp.bfloat16):
+    rng = np.random.default_rng(7)
+    x = jnp.asarray(rng.standard_normal((2, RANKS * TOKENS, HIDDEN)), dtype)
+    idx = routings.zipf(rng, RANKS, 2 * TOKENS, TOP_K, EXPERTS).reshape(2, -1, TOP_K)
+    weights = jnp.asarray(rng.random(idx.shape), jnp.float32)
+    matrix = jnp.asarray(rng.standard_normal((HIDDEN, HIDDEN)) / HIDDEN**0.5, dtype)
+    return x, jnp.asarray(idx), weights, matrix
+
+
+def on_ranks(group, function):
+    specs = (P(None, "expert"), P(None, "expert"), P(None, "expert"), P())
+    return jax.jit(
+        jax.shard_map(
+            function, mesh=group.mesh, in_specs=specs, out_specs=P(None, "expert"), check_vma=False
+        )
+    )
+
+
+def two_in_flight(group, x, idx, weights, matrix):
+    """Both halves dispatched at once, on two channels, beside a matmul; then both combined at once."""
+    options = {"group": group, "num_experts": EXPERTS}
+    starts = [jax_ep.dispatch_start(x[i], idx[i], weights[i], **options) for i in range(2)]
+    beside = jnp.tanh(x[0] @ matrix)
+    outs = [jax_ep.dispatch_done(ticket) for ticket in starts]
+    rows = [(jnp.tanh(o.tokens) * o.weights[:, None]).astype(x.dtype) for o in outs]
+    homes = [
+        jax_ep.combine_start(r, o.handle, group=group) for r, o in zip(rows, outs, strict=True)
+    ]
+    ys = jnp.stack([jax_ep.combine_done(ticket) for ticket in homes])
+    return ys, beside, sum(o.num_dropped.sum() for o in outs)
+
+
+def in_line(group, x, idx, weights, matrix):
+    """The same, one op after the other."""
+    ys = []
+    for i in range(2):
+        out = jax_ep.dispatch(x[i], idx[i], weights[i], group=group, num_experts=EXPERTS)
+        rows = (jnp.tanh(out.tokens) * out.weights[:, None]).astype(x.dtype)
+        ys.append(jax_ep.combine(rows, out.handle, group=group))
+    return jnp.stack(ys), jnp.tanh(x[0] @ matrix), jnp.int32(0)
+
+
+def steps(step, group, length, x, idx, weights, matrix):
+    """``length`` steps of changing routes, each on what the one before gave."""
+
+    def turn(x, i):
+        shifted = jnp.where(idx >= 0, (idx + i) % EXPERTS, idx)
+        ys, beside, dropped = step(group, x, shifted, weights, matrix)
+        total = jax.lax.psum(dropped, "expert")  # also a collective of XLA's own beside the ops
+        x = ys + jnp.stack([beside, x[1]]) + total.astype(x.dtype)
+        return (x / (1 + jnp.abs(x).max())).astype(x.dtype), None
+
+    return jax.lax.scan(turn, x, jnp.arange(length))[0]
+
+
+def test_many_steps_with_two_ops_in_flight():
+    group, data = make_group(), make_data()
+    found = on_ranks(group, functools.partial(steps, two_in_flight, group, STEPS))
+    wanted = on_ranks(group, functools.partial(steps, in_line, group, STEPS))
+    want = np.asarray(wanted(*data))
+    assert np.isfinite(want.astype(np.float32)).all() and np.abs(want.astype(np.float32)).max() > 0
+    for _ in range(2):
+        oracle.assert_same(np.asarray(found(*data)), want, "x")
+    group.check()
+
+
+def test_regions_are_compiled_and_counted():
+    """The program has pairs of start and done, and every op of them ran."""
+    group, data = make_group(timeout=500), make_data()
+    program = on_ranks(group, functools.partial(steps, two_in_flight, group, 10))
+    text = program.lower(*data).compile().as_text()
+    for op in "dispatch", "combine":
+        assert text.count(f'custom_call_target="jax_ep_{op}_async"') == 2
+    jax.block_until_ready(program(*data))
+    counts, error = gpu_side.library().completed_ops(group.id)
+    assert error is None and set(counts.values()) == {10 * 6}  # two plans, dispatches, combines
+
+
+@pytest.mark.parametrize("overlap", ["chunks", "shared_expert"])
+def test_layers_give_the_bits_of_layers_in_line(overlap):
+    """Outputs and the gradient of x; with chunks, of the weights up to rounding."""
+    group = make_group()
+    params = jax_ep.init_moe_params(
+        jax.random.key(0),
+        hidden=HIDDEN,
+        intermediate=512,
+        num_experts=EXPERTS,
+        shared_intermediate=512,
+        dtype=jnp.bfloat16,
+    )
+    (x, _), *_ = make_data()
+
+    def run(**options):
+        def loss(x, params):
+            y, aux = jax_ep.moe(x, params, group=group, num_experts=EXPERTS, top_k=TOP_K, **options)
+            return jnp.sin(y.astype(jnp.float32)).sum() + aux.aux_loss, (y, aux)
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, (y, aux)), grads = step(x, params)
+        return y, aux, *grads
+
+    y, aux, dx, d_params = run()
+    for _ in range(20):
+        got_y, got_aux, got_dx, got_params = run(overlap=overlap)
+        oracle.assert_same(np.asarray(got_y), np.asarray(y), "y")
+        oracle.assert_same(np.asarray(got_dx), np.asarray(dx), "dx")
+        assert got_aux.aux_loss == aux.aux_loss and (got_aux.load == aux.load).all()
+        for got, want in zip(jax.tree.leaves(got_params), jax.tree.leaves(d_params), strict=True):
+            got, want = (np.asarray(a, np.float32) for a in (got, want))
+            assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
+    group.check()
+
+
+def test_ops_in_flight_are_beside_the_program_in_a_profile(tmp_path: pathlib.Path):
+    """They are on another stream than the matmul, with command buffers on."""
+    group, data = make_group(), make_data()
+    program = on_ranks(group, functools.partial(steps, two_in_flight, group, 10))
+    jax.block_until_ready(program(*data))
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready(program(*data))
+    (path,) = tmp_path.rglob("*.xplane.pb")
+    lines: dict[str, set[str]] = {"rows": set(), "matmul": set()}
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                if "Dispatch" in event.name or "Combine" in event.name:
+                    lines["rows"].add(line.name)
+                elif "gemm" in event.name.lower() or "nvjet" in event.name.lower():
+                    lines["matmul"].add(line.name)
+    assert lines["rows"] and lines["matmul"], lines
+    assert not lines["rows"] & lines["matmul"], lines
