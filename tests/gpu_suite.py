@@ -172,9 +172,10 @@ def stages(gpus: int) -> dict[str, Stage]:
             environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": ".08"},
         ),
         "one_process": Stage(
-            [f"{PYTEST} {SUITE} tests/test_gpu.py tests/test_gpu_overlap.py"],
+            [f"{PYTEST} {SUITE} tests/test_gpu.py"],
             gpus=2,
         ),
+        "overlap": Stage([f"{PYTEST} tests/test_gpu_overlap.py"]),
         "failures": Stage([f"{PYTEST} tests/test_gpu_processes.py"], environment=shared),
         "collectives": Stage(
             [f"{PYTEST} -rPs tests/test_gpu_collectives.py"],

@@ -1,10 +1,15 @@
-"""What XLA runs beside ops in flight, from programs that are compiled for H200s without a GPU."""
+"""What XLA runs beside ops in flight, from programs that are compiled for H200s without a GPU.
+
+It takes jax-cuda13-plugin and jax-cuda13-pjrt in the version of jaxlib, installed or in the folder that
+``JAX_EP_CUDA_PLUGIN`` names (``pip install --no-deps --target``): so tests beside it start without them.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -22,15 +27,19 @@ PLUGIN = "jax-cuda13-plugin"
 @pytest.fixture(scope="module")
 def compiled():
     """What the program prints, by name."""
-    try:
-        version = importlib.metadata.version(PLUGIN)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{PLUGIN} is not installed, which has XLA's compiler for GPUs")
+    folder = os.environ.get("JAX_EP_CUDA_PLUGIN")
+    places = [folder, *sys.path] if folder else sys.path
+    versions = [d.version for d in importlib.metadata.distributions(name=PLUGIN, path=places)]
+    if not versions:
+        pytest.skip(
+            f"{PLUGIN} is not installed, which has XLA's compiler for GPUs, nor in JAX_EP_CUDA_PLUGIN"
+        )
+    version = versions[0]
     if version != jaxlib.__version__:
         pytest.skip(f"{PLUGIN} is of version {version}, and jaxlib of {jaxlib.__version__}")
     names = ["same text", "grouped_dot", "chunks", "shared_expert"]
     names.append("chunks without regions")  # the last one: it takes them away
-    paths = [str(PROGRAM.parents[2]), *sys.path]
+    paths = [str(PROGRAM.parents[2]), *places]
     run = subprocess.run(
         [sys.executable, str(PROGRAM), *names],
         capture_output=True,
