@@ -1,7 +1,7 @@
 """What XLA runs beside ops in flight, from programs that are compiled for H200s without a GPU.
 
-It takes jax-cuda13-plugin and jax-cuda13-pjrt in the version of jaxlib, installed or in the folder that
-``JAX_EP_CUDA_PLUGIN`` names (``pip install --no-deps --target``): so tests beside it start without them.
+It takes jax-cuda13-plugin and jax-cuda13-pjrt in jaxlib's version, installed or in the folder that
+``JAX_EP_CUDA_PLUGIN`` names (``pip install --no-deps --target``), so that other tests start without.
 """
 
 from __future__ import annotations

@@ -230,7 +230,8 @@ _combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
 def _how(options: DispatchOptions | CombineOptions) -> dict[str, Any]:
     """The arguments of a backend's functions that change no results; XLA alone issues the reference."""
     how: dict[str, Any] = {"config": options.config}
-    return how if options.group.backend == "reference" else how | {"flight": options.flight}
+    is_reference = _BACKENDS[options.group.backend] is reference
+    return how if is_reference else how | {"flight": options.flight}
 
 
 @jax.custom_vjp

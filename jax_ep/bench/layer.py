@@ -26,7 +26,6 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 import jax_ep
-from jax_ep._moe.exchange import exchange
 from jax_ep.bench.cases import Capacity
 from jax_ep.bench.peers import DECOMPOSER
 
@@ -104,6 +103,7 @@ def with_jax_ep(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
 
 def in_chunks(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
     """The layer on dispatch and combine in flight; both chunks have room for any routing."""
+    from jax_ep._moe.exchange import exchange
 
     def through(out: jax_ep.Dispatched) -> Array:
         assert out.weights is not None and not isinstance(out.tokens, jax_ep.Quantized)
