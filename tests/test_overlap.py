@@ -194,7 +194,7 @@ def test_tickets_of_another_trace_hold_no_channel():
     """Such as those of a program that failed while it was traced."""
     kept = []
     for _ in range(2):
-        trace(lambda d, c, group: kept.append((d, c)))
+        trace(lambda d, c, group: kept.append((c, start(group))))  # two in flight
     assert len(kept) == 2
 
 
