@@ -90,6 +90,7 @@ struct Group {
       *group.error = {};
       group.rank = r;
       group.num_ranks = num_ranks;
+      group.num_channels = 1;
       group.arrival_timeout_ns = group.op_timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
       group.op = cuda::OpKind::kPlan;
     }

@@ -203,6 +203,7 @@ int main(int argc, char** argv) {
     std::memset(k.group.error, 0, sizeof(cuda::ErrorRecord));
     k.group.rank = r;
     k.group.num_ranks = s.ranks;
+    k.group.num_channels = 1;
     k.group.arrival_timeout_ns = k.group.op_timeout_ns =
         number("timeout", 5) * uint64_t{1'000'000'000};
     // Every address is valid everywhere, as transport/peer_access.h says.
