@@ -197,6 +197,19 @@ def test_native_code_is_told_a_finite_timeout(monkeypatch):
     assert told == [5.0, 1e9]
 
 
+def test_workspaces_have_a_channel_for_each_op_in_flight(monkeypatch):
+    """And one for the ops in line. Across hosts nothing runs beside those."""
+    told = []
+    library = types.SimpleNamespace(create_group=lambda *args: told.append(args[7]))
+    monkeypatch.setattr(gpu_side, "library", lambda: library)
+    rank = gpu_side.Rank(process=jax.process_index(), device=0, ordinal=0)
+    for in_flight in 1, 3:
+        one_host = Topology(((0,),), ((rank.process,),))
+        gpu_side.create(1, [[rank]], one_host, 1.0, in_flight)
+    assert told == [2, 4]
+    assert gpu_side.num_channels(Topology(((0,), (1,)), ((0, 1),)), 3) == 1
+
+
 def test_abstract_mesh_is_refused():
     mesh = make_mesh(2).abstract_mesh
     with pytest.raises(TypeError, match=r"mesh: expected a jax\.sharding\.Mesh, got AbstractMesh"):
