@@ -54,8 +54,13 @@ def test_smoke(tmp_path):
         assert record["ranks"] == 2 and record["processes"] == 1 and record["device"] == "cpu"
         assert record["workspace_bytes"] == record["scratch_bytes"] == 0
         assert "--suite smoke" in record["command"]
-        assert (record["wire_bytes"] > 0) == (record["op"] != "plan")
-    assert {r["op"] for r in found} >= {"dispatch", "plan", "combine", "layer", "exchange", "link"}
+        sends_rows = record["op"] != "plan" and record.get("name") not in ("all-reduce", "matmul")
+        assert (record["wire_bytes"] > 0) == sends_rows
+        both = record["op"] == "overlap" and record["name"].endswith(" beside matmul")
+        assert ("share_hidden" in record) == (both and record["median_us"] is not None)
+    assert {r["op"] for r in found} >= {
+        *("dispatch", "plan", "combine", "layer", "exchange", "link", "overlap")
+    }
     assert f"{len(cases)} cases: {machine}" in done.stdout.splitlines()[0]
     assert "the time of jax_ep's" in done.stdout
     # Noise is no failure, but a benchmark that finds nothing but noise measures nothing. Whole layers
