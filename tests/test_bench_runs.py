@@ -19,7 +19,7 @@ import jax_ep
 from conftest import PLATFORM
 from jax_ep.bench import records, suites, table
 from jax_ep.bench.cases import Case
-from jax_ep.bench.launch import Job, run
+from jax_ep.bench.launch import Job, reason, run
 from jax_ep.bench.machine import Machine, left_out
 from spmd import run_python
 
@@ -230,3 +230,13 @@ runpy.run_module("jax_ep.bench", run_name="__main__")
         f"jax_ep.bench: {missing} is not installed: pip install 'jax-ep[bench]'"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_the_reason_of_a_failure_is_the_first_exception():
+    told = "Traceback:\n  ...\nRuntimeError: no NVSHMEM\nE0000 grpc noise\n"
+    other = "Traceback:\njax.errors.JaxRuntimeError: UNAVAILABLE: no heartbeat\n more\n"
+    assert reason([other, told]) == (
+        "RuntimeError: no NVSHMEM | jax.errors.JaxRuntimeError: UNAVAILABLE: no heartbeat"
+    )
+    assert reason(["a\n\nb\n", ""]) == "a | b"
+    assert "without a word" in reason([""])

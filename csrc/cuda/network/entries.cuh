@@ -25,9 +25,53 @@ __device__ inline int32_t FirstEntry(const int32_t* tokens, int32_t begin, int32
   return begin;
 }
 
+// FirstEntry where it is likely among the next few: looks at 128 of them first.
+__device__ inline int32_t NextEntry(const int32_t* tokens, int32_t begin, int32_t end,
+                                    int32_t token) {
+  constexpr int kLooks = 4;
+  const int32_t lane = threadIdx.x % 32;
+  bool is_below[kLooks];
+#pragma unroll
+  for (int i = 0; i < kLooks; ++i) {
+    const int32_t at = begin + 32 * i + lane;
+    is_below[i] = at < end && tokens[at] < token;
+  }
+  int32_t num_below = 0;
+#pragma unroll
+  for (int i = 0; i < kLooks; ++i) num_below += __popc(__ballot_sync(~0u, is_below[i]));
+  begin += num_below;
+  return num_below < 32 * kLooks ? begin : FirstEntry(tokens, begin, end, token);
+}
+
 // Neighbouring entries of one source rank.
 struct EntryRange {
   int32_t begin, end;
+};
+
+// Where a warp is in the entries of each source rank, if it goes through their tokens in order. It
+// remembers 32 of them, one in each lane.
+class EntryCursors {
+ public:
+  // The entries of rank `source` with tokens from `first` to before `last`. `number` is the
+  // source's in this warp's order. By all lanes.
+  __device__ EntryRange Find(const NetworkRoutes& routes, int32_t source, int32_t number,
+                             int32_t first, int32_t last) {
+    const int32_t* const tokens = routes.recv_token;
+    const int32_t end = routes.recv_start[source + 1];
+    const bool is_known = number < 32 && __shfl_sync(~0u, token_, number % 32) >= 0;
+    const int32_t known = __shfl_sync(~0u, entry_, number % 32);
+    EntryRange range;
+    range.begin = is_known ? known : routes.recv_start[source];
+    if (!is_known || __shfl_sync(~0u, token_, number % 32) != first) {
+      range.begin = NextEntry(tokens, range.begin, end, first);
+    }
+    range.end = NextEntry(tokens, range.begin, end, last);
+    if (static_cast<int32_t>(threadIdx.x % 32) == number) entry_ = range.end, token_ = last;
+    return range;
+  }
+
+ private:
+  int32_t token_ = -1, entry_ = 0;  // the entry is the source's first of this token or a later one
 };
 
 // The `number`-th of `count` shares of the entries from a source rank. All entries of a token are

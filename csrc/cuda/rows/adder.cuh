@@ -71,23 +71,25 @@ __device__ __forceinline__ void AddStrips(const Term* terms, int32_t at, int32_t
   }
 }
 
-template <typename T, bool kWeighted, int kTerms>
+// A number of terms known at compile time: kStrips strips at a time, then half as many, and so on.
+template <typename T, bool kWeighted, int kTerms, int kStrips>
 __device__ __forceinline__ void AddFew(const Term* terms, int32_t begin, int32_t end,
                                        char* output) {
-  constexpr int kStrips = kTerms <= 2 ? 4 : kTerms <= kAdderLoads / 2 ? 2 : 1;
   int32_t at = begin + threadIdx.x % 32 * 16;
-  if (kStrips > 1) {
 #pragma unroll 1
-    for (; begin + kStrips * kStripBytes <= end; begin += kStrips * kStripBytes) {
-      AddStrips<T, kWeighted, kTerms, kStrips>(terms, at, end, output);
-      at += kStrips * kStripBytes;
-    }
+  for (; begin + (kStrips > 1 ? kStrips * kStripBytes : 1) <= end; begin += kStrips * kStripBytes) {
+    AddStrips<T, kWeighted, kTerms, kStrips>(terms, at, end, output);
+    at += kStrips * kStripBytes;
   }
-#pragma unroll 1
-  for (; begin < end; begin += kStripBytes) {
-    AddStrips<T, kWeighted, kTerms, 1>(terms, at, end, output);
-    at += kStripBytes;
+  if constexpr (kStrips > 1) {
+    AddFew<T, kWeighted, kTerms, kStrips / 2>(terms, begin, end, output);
   }
+}
+
+// The strips of so many terms that are loaded at a time: a power of two. (With 8 strips of one term
+// the function would take too many registers for kernels that are linked with others.)
+__host__ __device__ constexpr int StripsOf(int terms) {
+  return terms <= kAdderLoads / 4 ? 4 : terms <= kAdderLoads / 2 ? 2 : 1;
 }
 
 template <typename T, bool kWeighted>
@@ -124,7 +126,7 @@ __device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t 
   switch (count) {
 #define JAX_EP_ADD_FEW(N) \
   case N:                 \
-    return AddFew<T, kWeighted, N>(terms, begin, end, output)
+    return AddFew<T, kWeighted, N, StripsOf(N)>(terms, begin, end, output)
     JAX_EP_ADD_FEW(1);
     JAX_EP_ADD_FEW(2);
     JAX_EP_ADD_FEW(3);
