@@ -74,7 +74,7 @@ def plan(
         del shapes[name]
     names = list(shapes)
     if _spans_hosts(group):
-        shapes["scratch"] = (network.library().plan_scratch_size(group.size, num_local),)
+        shapes["scratch"] = (network.library().plan_scratch_size(num_local),)
     elif group.backend == "cuda":
         scratch = gpu_side.library().plan_scratch_size(
             _LAYOUTS[layout], num_tokens, top_k, num_experts, group.size
