@@ -209,13 +209,8 @@ def wrong_entries(groups: Sequence[jax_ep.Group], sizes: Sizes, i: Any, number: 
     return functools.reduce(jnp.add, found)
 
 
-def program(
-    groups: Sequence[jax_ep.Group], sizes: Sizes, count: int
-) -> Callable[[int, str | None], np.ndarray]:
-    """A function of the first step and the name of a routing (None: each in turn).
-
-    It runs ``count`` steps under one scan, and gives the ``[R, 4]`` wrong entries of all of them.
-    """
+def _scan(groups: Sequence[jax_ep.Group], sizes: Sizes, count: int) -> Callable[..., jax.Array]:
+    """What a rank does: ``count`` steps under one scan, from step ``[1]`` on, of a routing ``[1]``."""
 
     def run(start: jax.Array, number: jax.Array) -> jax.Array:
         def body(wrong: jax.Array, n: jax.Array) -> tuple[jax.Array, None]:
@@ -224,12 +219,44 @@ def program(
         none = jnp.zeros(len(WHAT), jnp.int32) + 0 * start[0]
         return jax.lax.scan(body, none, jnp.arange(count))[0]
 
+    return run
+
+
+def _number(name: str | None) -> int:
+    return EACH_IN_TURN if name is None else NAMES.index(name)
+
+
+def program(groups: Sequence[jax_ep.Group], sizes: Sizes, count: int) -> Callable[..., np.ndarray]:
+    """A function of the first step and the name of a routing (none: each in turn), for tests.
+
+    It runs ``count`` steps and gives the ``[R, 4]`` wrong entries of all of them.
+    """
     ranks = groups[0].size
-    jitted = stacked_jit(run, groups[0].mesh)
+    jitted = stacked_jit(_scan(groups, sizes, count), groups[0].mesh)
 
     def call(start: int, name: str | None = None) -> np.ndarray:
-        number = EACH_IN_TURN if name is None else NAMES.index(name)
-        return jitted(*(np.full((ranks, 1), value, np.int32) for value in (start, number)))
+        return jitted(*(np.full((ranks, 1), n, np.int32) for n in (start, _number(name))))
+
+    return call
+
+
+def local_program(
+    groups: Sequence[jax_ep.Group], sizes: Sizes, count: int
+) -> Callable[..., np.ndarray]:
+    """The same in programs of their own: each process gets the ``[4]`` wrong entries of its rank."""
+    mesh = groups[0].mesh
+    spec = jax.P(mesh.axis_names)
+    run = jax.shard_map(_scan(groups, sizes, count), mesh=mesh, in_specs=spec, out_specs=spec)
+    jitted = jax.jit(run)
+
+    def call(start: int, name: str | None = None) -> np.ndarray:
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        whole = [np.full(mesh.size, n, np.int32) for n in (start, _number(name))]
+        given = [
+            jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+            for x in whole
+        ]
+        return np.asarray(jitted(*given).addressable_shards[0].data)
 
     return call
 
