@@ -22,7 +22,7 @@ HOSTS = RANKS // PER_HOST
 SIZES = exact_steps.Sizes(tokens=77, hidden=264)
 EXPERTS = RANKS * SIZES.local_experts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.hosts, late_network.needs_late_network]
+pytestmark = [pytest.mark.gpu, late_network.needs_late_network]
 
 
 def programs(group: jax_ep.Group, layout: str):

@@ -5,115 +5,24 @@ The processes run ``support/host_programs.py``, so pytest lives on and judges wh
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import os
-import pathlib
 import re
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
-import gpu_processes
 import host_programs
 import machine
-import mps
-import run_hosts
 from conftest import PLATFORM
+from host_runs import Ended, ended, run, started, wait_for
 
 END_S = 60.0  # for processes to end after a failure; JAX itself waits 10 s for one that is gone
-START_S = 150.0
-LATE_US = 100
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.one_process("its programs have processes of their own"),
     pytest.mark.skipif(PLATFORM != "cuda", reason="needs a GPU"),
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """A process that has ended.
-
-    Attributes:
-        status: Its exit status, negative for a signal.
-        text: What it has printed.
-    """
-
-    status: int
-    text: str
-
-    def line(self, what: str) -> tuple[float, str]:
-        """The time and the rest of the first line that begins with ``what``."""
-        found = re.search(rf"^{re.escape(what)} at ([\d.]+): ?(.*)$", self.text, re.MULTILINE)
-        assert found is not None, f"no line {what!r}:\n{self.text}"
-        return float(found[1]), found[2]
-
-    @property
-    def was_stuck(self) -> bool:
-        return "(killed: it did not end in time)" in self.text
-
-
-@contextlib.contextmanager
-def started(
-    program: str, hosts: int, ranks: int, tmp_path: pathlib.Path, *, late: bool, **env: str
-) -> Iterator[list[subprocess.Popen[str]]]:
-    """The processes of a program; those that are left at the end are killed."""
-    network = run_hosts.Late(run_hosts.build(), LATE_US) if late else None
-    base = {"JAX_EP_TEST_FOLDER": str(tmp_path), **env}
-    common = run_hosts.common(dict(os.environ), ranks, network)
-    gpus, count = machine.count_gpus(), hosts * ranks
-    shares = count > gpus
-    with mps.multi_process_service() if shares else contextlib.nullcontext({}) as service:
-        running = gpu_processes.start(
-            program,
-            count,
-            gpus,
-            programs=gpu_processes.HOST_PROGRAMS,
-            of_process=lambda index: {
-                **{name: value for name, value in common.items() if value != os.environ.get(name)},
-                **run_hosts.of_process(index, ranks, network),
-                **service,
-                **base,
-            },
-        )
-        try:
-            yield running
-        finally:
-            for process in running:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-                assert process.stdout is not None
-                process.stdout.close()
-
-
-def ended(running: list[subprocess.Popen[str]], timeout: float) -> list[Ended]:
-    return [Ended(*result) for result in gpu_processes.finish(running, timeout)]
-
-
-def run(program: str, hosts: int, ranks: int, tmp_path: pathlib.Path, *, late: bool, **env: str):
-    with started(program, hosts, ranks, tmp_path, late=late, **env) as running:
-        found = ended(running, START_S)
-    for rank, process in enumerate(found):
-        print(f"rank {rank} ended with {process.status}:\n{process.text}")
-    assert not any(process.was_stuck for process in found)
-    return found
-
-
-def wait_for(process: subprocess.Popen[str], line: str) -> None:
-    """Read on until a process prints ``line``."""
-    assert process.stdout is not None
-    text = ""
-    for found in process.stdout:
-        text += found
-        if found.startswith(line):
-            return
-    raise AssertionError(f"a process ended before it printed {line!r}:\n{text}")
 
 
 def check_noticed(

@@ -24,7 +24,6 @@ FEW = 14 if jax.default_backend() == "gpu" else 2  # each routing twice
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.hosts,
     pytest.mark.skipif(
         not (lockstep.ACTIVE and logical_hosts.PROCESSES),
         reason="needs processes on logical hosts: tests/run_hosts.py",
