@@ -56,11 +56,10 @@ printf '%s\n' "${jobs[@]}" | xargs -P "$(nproc)" -I{} sh -c \
   "'$nvcc' -std=c++17 -O3 -DNDEBUG -rdc=true -Xcompiler=-fPIC,-fvisibility=hidden \
      ${architecture[*]} -Icsrc -isystem '$nvshmem/include' {}"
 
-# Links NAME as CMake does: first the device's code, with that of NVSHMEM, then the library.
+# Links NAME: nvcc links the device's code first, with that of NVSHMEM.
 link() {
-  local folder=$out/$1 objects=() libraries=()
+  local folder=$out/$1 objects=() kernel
   for source in csrc/cuda/network/*.cu; do
-    local kernel
     kernel=$(basename "$source" .cu)
     if [ -e "$folder/$kernel.o" ]; then
       objects+=("$folder/$kernel.o")
@@ -68,18 +67,15 @@ link() {
       objects+=("$network/$kernel.cu.o")
     fi
   done
-  libraries=("$base"/lib{nanobind-static-abi3,jax_ep_ffi_network,jax_ep_ffi_cuda,jax_ep_ffi}.a
-             "$base"/libjax_ep_{transport_network,transport,cuda,plan}.a)
-  "$nvcc" "${architecture[@]}" -Xcompiler=-fPIC -dlink "${objects[@]}" \
-    "$nvshmem/lib/libnvshmem_device.a" -o "$folder/device_link.o"
-  "$nvcc" "${architecture[@]}" -shared -Xlinker=-s,--gc-sections -cudart static \
+  "$nvcc" "${architecture[@]}" -shared -cudart static -Xcompiler=-fPIC \
+    -Xlinker=-s,--gc-sections,--start-group \
     "$base/CMakeFiles/_nvshmem.dir/bindings/nvshmem_module.cc.o" "${objects[@]}" \
-    "$folder/device_link.o" -Xlinker=--start-group "${libraries[@]}" -Xlinker=--end-group \
-    "$nvshmem/lib/libnvshmem_device.a" "$nvshmem/lib/libnvshmem_host.so.3" \
-    -Xlinker=-rpath,"$nvshmem/lib" -ldl -lrt -lpthread -o "$folder/_nvshmem.abi3.so"
+    "$base"/lib{nanobind-static-abi3,jax_ep_ffi_network,jax_ep_ffi_cuda,jax_ep_ffi}.a \
+    "$base"/libjax_ep_{transport_network,transport,cuda,plan}.a "$nvshmem/lib/libnvshmem_device.a" \
+    -Xlinker=--end-group,"$nvshmem/lib/libnvshmem_host.so.3",-rpath,"$nvshmem/lib" \
+    -ldl -lrt -lpthread -o "$folder/_nvshmem.abi3.so"
   rm "$folder"/*.o
 }
-export -f link
 for name in "${names[@]}"; do link "$name" & done
 status=0
 for job in $(jobs -p); do wait "$job" || status=1; done
