@@ -88,6 +88,10 @@ def test_a_network_that_stops(hosts, ranks, tmp_path):
     stopped_at, _ = found[-1].line("stopped")
     last_host = set(range((hosts - 1) * ranks, hosts * ranks))
     for rank, process in enumerate(found):
+        # NVSHMEM itself may end the process whose network fails, and the late network says why.
+        ended_by_nvshmem = process is found[-1] and "cannot be reached" in process.text
+        if ended_by_nvshmem and process.status not in (0, host_programs.NOTICED):
+            continue
         assert process.status == host_programs.NOTICED, process.text
         peers = set(range(hosts * ranks)) if rank in last_host else last_host
         # Ranks of the same host, which are told later, may wait as long again.

@@ -44,14 +44,20 @@ class Programs:
         )
         x = np.ones((RANKS * SIZES.tokens, SIZES.hidden), np.float32)
         self._x, self._idx = put((x, idx.reshape(-1, SIZES.top_k)), mesh)
-        self._plan, self._again, self._combine = (
-            jax.jit(shard(fn, mesh)) for fn in (self._first, self._along, self._home)
-        )
-        lockstep.exchange.swap(None, range(RANKS))  # so that none comes late to the first op
+        # Compiled before any op, whose deadline would not wait for a process that compiles.
+        self._plan = self._compiled(self._first, self._x, self._idx)
         self._rows, self._handle = jax.block_until_ready(self._plan(self._x, self._idx))
+        self._again = self._compiled(self._along, self._x, self._handle)
+        self._combine = self._compiled(self._home, self._rows, self._handle)
         for op in ("dispatch", "combine"):
             self.run(op)
         self.group.check()
+
+    def _compiled(self, fn, *arguments):
+        """``fn`` on all ranks, once every process has compiled it."""
+        compiled = jax.jit(shard(fn, self.group.mesh)).lower(*arguments).compile()
+        lockstep.exchange.swap(None, range(RANKS))
+        return compiled
 
     def _first(self, x, idx):
         out = jax_ep.dispatch(x, idx, group=self.group, num_experts=EXPERTS)

@@ -250,6 +250,7 @@ def steps(processes: int) -> None:
     group = make_group()
     sizes = exact_steps.Sizes(tokens=70, hidden=256)
     run = exact_steps.local_program([group], sizes, 100)
+    _compat.wait_for_all(f"compiled for {group.id}", LAST_S)
     say("began")
     try:
         for start in range(0, 300, 100):
