@@ -129,6 +129,11 @@ class Trainer:
                 raise ValueError(
                     f"{name}: expected a positive multiple of {unit}, {reason}; got {value}."
                 )
+        ranks = mesh.shape["expert"]
+        if ranks_per_host is not None and ranks % ranks_per_host:
+            raise ValueError(
+                f"--ranks-per-host: expected a divisor of the {ranks} ranks, got {ranks_per_host}."
+            )
         self.mesh = mesh
         self.model_config = model_config
         self.config = config
