@@ -15,7 +15,7 @@ import host_programs
 from conftest import PLATFORM
 from host_runs import run
 
-FOLDER = pathlib.Path(os.environ.get("JAX_EP_NETWORK_MUTANTS", "/nonexistent"))
+FOLDER = pathlib.Path(os.environ.get("JAX_EP_NETWORK_MUTANTS", "/nonexistent")).resolve()
 
 # The numbers of test_hooks.cuh, and whether the network between the hosts is the late one. There a
 # chunk takes longer than anything on a host, so what a host does not wait for shows without it.
