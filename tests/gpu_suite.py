@@ -3,7 +3,9 @@
     python tests/gpu_suite.py [--out FOLDER] [--binaries FOLDER] [--seconds S] [--list] [STAGE ...]
     python tests/gpu_suite.py --window [--cache FOLDER] [--fill-cache FOLDER] [...]
 
-Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. Each
+Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. The
+beginning of a name stands for all such stages: ``hosts`` for groups that span hosts, on one GPU, in
+eight minutes, and ``network`` for their failures, programs and mutants, in twenty more. Each
 writes its output to FOLDER/STAGE.log, and benchmarks write their records to FOLDER/*.json. A table
 at the end gives the result of each stage. Where ranks share a GPU, an MPS daemon of our own runs
 beside them. Stages that also use XLA's collectives then run only with NCCL 2.30 and
@@ -38,6 +40,7 @@ from typing import IO
 sys.path.insert(0, str(pathlib.Path(__file__).with_name("support")))
 
 import gpu_window
+import host_stages
 import machine
 import mps
 import window_stages
@@ -102,14 +105,6 @@ FAILURES = [
     "op=plan layout=expert failure=withholds word=total",
     "op=plan layout=token failure=withholds word=message plan=push",
 ]
-# Logical hosts: the tests of each shape whose ranks reach each other, and those on a late network.
-VALUES, GRADIENTS = "tests/test_suite_values.py", "tests/test_suite_gradients.py"
-HOSTS = {
-    "2x1": (f"{SUITE} tests/test_checkpoint_policies.py", f"{VALUES} {GRADIENTS}"),
-    "2x2": (f"{VALUES} {GRADIENTS} tests/test_transforms.py tests/test_meshes.py", VALUES),
-    "4x2": (f"{VALUES} tests/test_steps.py", VALUES),
-    "2x4": (f"{VALUES} tests/test_steps.py", VALUES),
-}
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 
 
@@ -200,12 +195,23 @@ def stages(gpus: int) -> dict[str, Stage]:
             ranks=ranks,
             environment={"JAX_EP_TEST_ALL_STEPS": "1"},
         )
-    for shape, (reached, late) in HOSTS.items():  # with MPS daemons of their own
-        run = f"{{python}} tests/run_hosts.py {shape} --timeout 200"
-        found[f"hosts_{shape}"] = Stage(
-            [f"{run} -q {reached}", f"{run} --late --delay-us 100 -q {late}"],
-            environment={"JAX_EP_TEST_PLATFORM": "cuda"},
+    for stage in host_stages.HOSTS:  # with MPS daemons of their own, as those that follow
+        found[stage.name] = Stage(
+            [stage.command], environment=stage.environment, seconds=stage.seconds
         )
+    found["network_failures"] = Stage(
+        [f"{PYTEST} -rs tests/test_hosts_failures.py"], environment=shared
+    )
+    found["network_programs"] = Stage(
+        [f"{PYTEST} -rs tests/test_hosts_programs.py"], environment=shared, seconds=400
+    )
+    mutants = "{binaries}/network_mutants"
+    found["network_mutants"] = Stage(
+        [
+            f"env PYTHON={{python}} tests/cuda/network_mutants.sh {mutants}",
+            f"env JAX_EP_NETWORK_MUTANTS={mutants} {PYTEST} -rs tests/test_hosts_mutants.py",
+        ],
+    )
     for suite in ("smoke", "baselines", "decode", "routing", "layer"):
         for processes in (1, 2):
             # One process has a GPU for each rank; several may share them.
@@ -251,6 +257,7 @@ def main(arguments: list[str]) -> int:
     if options.list:
         print(*known, sep="\n")
         return 0
+    options.stages = [name for given in options.stages for name in stages_named(given, known)]
     wrong = [name for name in options.stages if name not in known]
     if wrong:
         parser.error(f"argument STAGE: expected names of --list, got {', '.join(wrong)}")
@@ -265,6 +272,13 @@ def main(arguments: list[str]) -> int:
             rehearses=not options.window,
         )
     return run_all(options, gpus)
+
+
+def stages_named(given: str, known: Iterable[str]) -> list[str]:
+    """The stage ``given``, or all whose names begin with it: "hosts" stands for "hosts_2x1" etc."""
+    if given in known:
+        return [given]
+    return [name for name in known if name.startswith(f"{given}_")] or [given]
 
 
 def run_all(options: argparse.Namespace, gpus: int) -> int:

@@ -210,9 +210,9 @@ _NETWORK_FAILURES = [
     "op=combine failure=mismatch layout=token other=dispatch",
     "op=combine_vjp failure=mismatch layout=expert other=combine",
 ]
-# Waits for credits, chunks, receipts, parts and rows that come home (test_hooks.cuh); a network
-# that sets signals before the bytes are there (emulator/network.h).
-_NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 15, 104)
+# Waits for credits, chunks, receipts, parts and rows that come home, and signals without an order
+# (test_hooks.cuh); a network that sets signals before the bytes are there (emulator/network.h).
+_NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 15, 16, 104)
 
 
 @pytest.fixture(scope="module")

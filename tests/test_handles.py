@@ -102,6 +102,30 @@ def test_an_obstacle_of_one_is_that_of_all(tmp_path):
     assert play("obstacles", 2, tmp_path) == ["in process 1 there is no library"] * 2
 
 
+def test_hosts_with_unlike_networks(tmp_path):
+    """No wheel, another version or other settings of one process are the same text in all of them.
+
+    All know soon of one that dies meanwhile, on its own host and on the other one.
+    """
+    *saw, dead = play("networks", 4, tmp_path)
+    assert dead is None
+    for one in saw:
+        assert one["nothing"] is None
+        assert one["wheel"] == (
+            "in process 3 NVSHMEM did not load (no file); pip install nvidia-nvshmem-cu13"
+        )
+        assert one["version"] == (
+            "the processes differ in NVSHMEM's version: process 2 has [3, 4, 5], process 3 has "
+            "[3, 4, 6]"
+        )
+        assert one["settings"] == (
+            "the processes differ in the settings of the network: process 2 has [3, 131072, 262144, "
+            "536870912], process 3 has [5, 131072, 262144, 536870912]"
+        )
+        assert "process 3" in one["dead"] and "gone" in one["dead"]
+        assert one["seconds"] < 20  # of 60
+
+
 def test_groups_within_each_of_several_hosts(tmp_path):
     """Sockets and mappings stay within a host; decisions and errors are those of all processes."""
     for me, saw in enumerate(play("hosts", 4, tmp_path)):

@@ -14,13 +14,15 @@ import pathlib
 import signal
 import sys
 import time
+import types
 from typing import Any
 
 import jax
 
 from jax_ep import _compat
+from jax_ep._core import libraries
 from jax_ep._errors import CommunicationError
-from jax_ep._groups import gpu_side, meetings
+from jax_ep._groups import gpu_side, meetings, network
 from jax_ep._groups import hosts as real_hosts
 from jax_ep._groups import memory as group_memory
 from jax_ep._groups.gpu_side import Rank
@@ -202,6 +204,38 @@ def hosts() -> Any:
         "max_blocks": memory.max_blocks,
         "places": places[0],
     }
+
+
+def networks() -> Any:
+    """Two hosts of two processes. The last one differs in what the network needs, and then dies."""
+    meetings.host_name = lambda: f"host {ME // 2}"
+    jax.local_devices = lambda: [None]
+    of_process_3 = {
+        "nothing": {},
+        "wheel": {"unavailable": "NVSHMEM did not load (no file); pip install nvidia-nvshmem-cu13"},
+        "version": {"version": (3, 4, 6)},
+        "settings": {"lanes": "5"},
+    }
+    found = {}
+    for what, differs in of_process_3.items():
+        mine = differs if ME == 3 else {}
+        version = mine.get("version", (3, 4, 5))
+        network.library = lambda version=version: types.SimpleNamespace(
+            loaded_version=lambda: version
+        )
+        libraries.why_unavailable = lambda backend, mine=mine: mine.get("unavailable")
+        os.environ["JAX_EP_NETWORK_LANES"] = mine.get("lanes", "3")
+        network.obstacle.cache_clear()
+        found[what] = network.obstacle(tuple(EVERYBODY), 2)
+    if ME == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    network.obstacle.cache_clear()
+    begin = time.monotonic()
+    try:
+        found["dead"] = network.obstacle(tuple(EVERYBODY), 2)
+    except CommunicationError as error:
+        found["dead"] = str(error)
+    return {**found, "seconds": time.monotonic() - begin}
 
 
 def half_a_host() -> Any:

@@ -157,9 +157,12 @@ class ChunkSender {
       if (threadIdx.x % 32 == 0) ptx::StoreReleaseSystem(There().arrived(there), word);
       return;
     }
-    if (kMutation == kWithSeparateSignal) {
+    if (kMutation == kWithSeparateSignal || kMutation == kWithEarlySignal) {
+      const bool is_first = kMutation == kWithEarlySignal, sends = threadIdx.x % 32 == 0;
+      if (sends && is_first) net::Signal(own.arrived(there), word, pe);
+      __syncwarp();
       net::PutAndSignal(own.in(there), own.out(at), bytes, own.failed() + 1, word, pe);
-      if (threadIdx.x % 32 == 0) net::Signal(own.arrived(there), word, pe);
+      if (sends && !is_first) net::Signal(own.arrived(there), word, pe);
       return;
     }
     net::PutAndSignal(own.in(there), own.out(at), bytes, own.arrived(there), word, pe);

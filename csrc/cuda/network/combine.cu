@@ -66,7 +66,7 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
       ok = WaitWord(network, own.part_done(index, at), before, WordKind::kPartDone, index);
     }
     if (!__shfl_sync(~0u, ok, 0)) return false;
-    TestDelay(network.node.rank, epoch, 3);
+    TestDelay(network.node.rank, epoch, 3, self.warp);
     char* const part = own.part(index, at);
     const int32_t num_tokens = __popc(rows.tokens()), nth_bit = PlaceOfNthBit(rows.tokens());
     for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_warps) {
@@ -135,7 +135,7 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
     uint32_t tokens_of_lane;
     if (!WaitParts(network, at, word, rows.tokens(), tokens_of_lane)) return false;
     if (!sender.WaitSlot(n, window)) return false;
-    TestDelay(network.node.rank, epoch, 4);
+    TestDelay(network.node.rank, epoch, 4, self.warp);
     const uint32_t tokens = __reduce_or_sync(~0u, tokens_of_lane);
     char* const chunk = sender.Memory(n);
     const int32_t num_tokens = __popc(tokens), nth_bit = PlaceOfNthBit(tokens);
@@ -196,7 +196,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     uint32_t tokens_of_lane;
     if (!__all_sync(~0u, ok)) return false;
     if (!WaitParts(network, here, word, rows.tokens(), tokens_of_lane)) return false;
-    TestDelay(network.node.rank, epoch, 5);
+    TestDelay(network.node.rank, epoch, 5, self.warp);
     const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
     const TokenSum<T, kWeighted, true> token_sum(p, format, self, rows, here, tokens_of_lane);
     for (int32_t bit = self.TakeShare(count); bit < count; bit += self.num_warps) {

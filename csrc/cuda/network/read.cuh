@@ -81,7 +81,7 @@ __device__ bool ReadChunks(const NetworkParams& network, const NetworkRoutes& ro
     while (!chunks.IsHere(n, window) && meanwhile()) {
     }
     if (!chunks.Wait(n, window)) return false;
-    TestDelay(network.node.rank, epoch, 4);
+    TestDelay(network.node.rank, epoch, 4, self.warp);
     const char* const chunk = chunks.Memory(n);
     uint32_t tokens = 0;
     if (threadIdx.x % 32 == 0) tokens = __ldcg(reinterpret_cast<const uint32_t*>(chunk));

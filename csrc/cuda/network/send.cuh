@@ -60,7 +60,7 @@ __device__ bool SendRows(const NetworkParams& network, const SentRows& sent, con
     const ChunkSender sender(network, way, epoch);
     const int32_t first = window * window_tokens;
     if (!sender.WaitSlot(n, window)) return false;
-    TestDelay(network.node.rank, epoch, 3);
+    TestDelay(network.node.rank, epoch, 3, self.warp);
     const int32_t count = plan::Min(window_tokens, sent.num_tokens - first);
     const uint32_t tokens = __ballot_sync(~0u, lane < count && sent.GoesTo(first + lane, way.host));
     const int32_t size = __popc(tokens);
