@@ -20,9 +20,9 @@ namespace {
 
 using plan::Layout;
 
-constexpr int kWarps = 15;  // more would leave sums too few registers
+constexpr int kWarps = 16;  // more would leave sums too few registers
 constexpr int kThreads = kWarps * 32;
-constexpr int kMaxHomes = 8;  // warps
+constexpr int kMaxHomes = 9;  // warps
 
 // The warps of the teams. Homes move more bytes than adders.
 struct Teams {
@@ -74,7 +74,7 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
       char* const sum = format.Of(part, rows.tokens(), bit);
       const EntryRange of_token = rows.Of(bit);
       TakeRows<kWeighted>(p, self, of_token, format.ValuesOf(sum));
-      AddTerms<T, kWeighted>(self.terms, of_token.end - of_token.begin, 0, p.row_bytes, sum);
+      AddTermsWidely<T, kWeighted>(self.terms, of_token.end - of_token.begin, p.row_bytes, sum);
       __syncwarp();
     }
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(part) = {rows.tokens()};
