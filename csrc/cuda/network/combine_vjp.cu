@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads)
       TeamMember self(warp, kSenders, shared.done);
       const SentRows sent{p.routes.topk, p.num_tokens, p.top_k,  p.experts_per_host,
                           p.dy,          row_bytes,    row_bytes};
-      SendRows(p.network, sent, ways, op.epoch, self, pipe, [](int64_t, char*) {});
+      SendRows(p.network, sent, ways, op.epoch, self, pipe, [](int32_t, int32_t, char*) {});
     } else {
       TeamMember self(warp - kSenders, kReaders, shared.done + kSenders);
       ReadAll<T>(p, shared.inputs, ways, op.epoch, self, pipe);

@@ -50,17 +50,25 @@ __device__ bool SendChunks(const NetworkDispatchParams& p, const Ways& ways, uin
   const ChunkRow format(p);
   const SentRows sent{p.routes.topk, p.num_tokens, p.top_k,     p.experts_per_host,
                       p.x,           p.row_bytes,  format.bytes};
-  return SendRows(p.network, sent, ways, epoch, self, pipe, [&](int64_t token, char* row) {
-    const int32_t lane = threadIdx.x % 32;
-    float* const scales = reinterpret_cast<float*>(row + format.scales_at);
-    for (int32_t j = lane; j < p.scales_per_row; j += 32) {
-      scales[j] = p.scales[token * p.scales_per_row + j];
-    }
-    float* const weights = reinterpret_cast<float*>(row + format.weights_at);
-    for (int32_t k = lane; p.weights != nullptr && k < p.top_k; k += 32) {
-      weights[k] = p.weights[token * p.top_k + k];
-    }
-  });
+  // One item of a row with its token; the token's copy in its place in the chunk.
+  const auto add = [&](int32_t size, int32_t nth_token, char* out, int32_t per_row, int32_t at,
+                       const float* values) {
+    self.ForItems(size, per_row, [&](int32_t row, int32_t i) {
+      const int64_t token = __shfl_sync(~0u, nth_token, row);
+      if (i < 0) return;
+      float* const to = reinterpret_cast<float*>(out + row * format.bytes + at);
+      to[i] = values[token * per_row + i];
+    });
+  };
+  return SendRows(p.network, sent, ways, epoch, self, pipe,
+                  [&](int32_t size, int32_t nth_token, char* out) {
+                    if (p.scales_per_row != 0) {
+                      add(size, nth_token, out, p.scales_per_row, format.scales_at, p.scales);
+                    }
+                    if (p.weights != nullptr) {
+                      add(size, nth_token, out, p.top_k, format.weights_at, p.weights);
+                    }
+                  });
 }
 
 // Where the row of a token, its scales and its weights are.
@@ -99,10 +107,12 @@ __device__ void BringEntries(const NetworkDispatchParams& p, TeamMember& self, P
           char* target = static_cast<char*>(p.rows) + row * p.row_stride + pieces.Offset(piece);
           ptx::BulkStore(target, stage, pieces.Bytes(piece));
         });
-    for (int32_t e = self.warp; p.scales_per_row != 0 && e < count; e += self.num_warps) {
-      const float* from = where(__shfl_sync(~0u, token, e)).scales;
-      float* to = p.row_scales + int64_t{__shfl_sync(~0u, row, e)} * p.scales_per_row;
-      for (int32_t j = lane; j < p.scales_per_row; j += 32) to[j] = __ldcg(&from[j]);
+    if (p.scales_per_row != 0) {
+      self.ForItems(count, p.scales_per_row, [&](int32_t e, int32_t j) {
+        const int32_t of_token = __shfl_sync(~0u, token, e);
+        const int64_t to = int64_t{__shfl_sync(~0u, row, e)} * p.scales_per_row + j;
+        if (j >= 0) p.row_scales[to] = __ldcg(&where(of_token).scales[j]);
+      });
     }
     if (p.weights != nullptr && p.layout == Layout::kExpert && lane < count &&
         lane % self.num_warps == self.warp) {
@@ -110,13 +120,14 @@ __device__ void BringEntries(const NetworkDispatchParams& p, TeamMember& self, P
           plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k);
       p.row_weights[row] = __ldcg(&where(token).weights[source.k]);
     }
-    for (int32_t e = self.warp; p.weights != nullptr && p.layout == Layout::kToken && e < count;
-         e += self.num_warps) {
-      const float* from = where(__shfl_sync(~0u, token, e)).weights;
-      const int64_t at = int64_t{__shfl_sync(~0u, row, e)} * p.top_k;
-      for (int32_t k = lane; k < p.top_k; k += 32) {
-        p.row_weights[at + k] = p.expert_idx[at + k] >= 0 ? __ldcg(&from[k]) : 0.0f;
-      }
+    if (p.weights != nullptr && p.layout == Layout::kToken) {
+      self.ForItems(count, p.top_k, [&](int32_t e, int32_t k) {
+        const int32_t of_token = __shfl_sync(~0u, token, e);
+        const int64_t at = int64_t{__shfl_sync(~0u, row, e)} * p.top_k + k;
+        if (k < 0) return;
+        const float weight = __ldcg(&where(of_token).weights[k]);
+        p.row_weights[at] = p.expert_idx[at] >= 0 ? weight : 0.0f;
+      });
     }
     entries.begin += count;
   }

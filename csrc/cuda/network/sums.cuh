@@ -111,10 +111,10 @@ __device__ void TakeRows(const NetworkCombineParams& p, const SumMember& self, E
 
 // The sum of one of a window's tokens on this host, and then, for homes, of all hosts.
 //
-// A rank's sum is a part. This rank's own part is only made if there are others too; it is read
-// again by the lanes that wrote it. A sum of one term is left out where a later sum has the term
-// instead: that one begins with +0 as well, so that it is the same. And homes make the sum of their
-// host in the same pass as that of all hosts.
+// A rank's sum is a part. This rank's own part is only made if there are others too. In its place
+// in memory, because then it may be the chunk's or y, it is read again by the lanes that wrote it.
+// A sum of one term is left out where a later sum has the term instead: that one begins with +0 as
+// well, so that it is the same.
 template <typename T, bool kWeighted, bool kAtHome>
 class TokenSum {
  public:
@@ -132,8 +132,9 @@ class TokenSum {
     const uint32_t have = __ballot_sync(~0u, tokens_ >> bit & 1);
     const bool is_mine = (have >> rank & 1) != 0, is_alone = __popc(have) == 1;
     char* const part = format_.Of(network.Own().part(rank, at_), rows_.tokens(), bit);
-    const char* mine = part;  // this rank's part, or a row that is the same
-    HostSum here;
+    const char* mine = part;     // this rank's part, or a row that is the same
+    const char* here = nullptr;  // the sum of this host, or a part that is the same
+    bool has_values = false;     // those of this host are where they have to be
 #pragma unroll 1
     for (int32_t step = kRows; step <= kHosts; ++step) {
       const Term* terms = self_.terms;
@@ -144,10 +145,13 @@ class TokenSum {
         const EntryRange entries = rows_.Of(bit);
         count = entries.end - entries.begin;
         const bool is_row = !kWeighted && count == 1;
-        TakeRows<kWeighted>(p_, self_, entries, is_alone ? values : format_.ValuesOf(part));
         if (is_alone) {
-          if (kAtHome && here.IsLeft(terms, count, is_row, sum)) continue;
+          TakeRows<kWeighted>(p_, self_, entries, values);
+          here = kAtHome && is_row ? terms[0].row : sum;
+          has_values = true;
+          if (here != sum) continue;
         } else {
+          TakeRows<kWeighted>(p_, self_, entries, format_.ValuesOf(part));
           output = part;
           if (is_row && values == nullptr) mine = terms[0].row;
           if (mine != part) continue;
@@ -161,31 +165,28 @@ class TokenSum {
           self_.terms[__popc(have & ((1u << lane) - 1))] = {row, 1.0f};
         }
         __syncwarp();
-        count = __popc(have);
-        MergeValues(terms, count, values, false, nullptr);
-        if (kAtHome && here.IsLeft(terms, count, is_alone, sum)) continue;
+        count = __popc(have), here = sum;
+        if (kAtHome && is_alone) {
+          here = terms[0].row;
+          continue;
+        }
+        MergeValues(terms, count, values);
+        has_values = true;
       } else {
         if (!kAtHome) break;
         terms = self_.hosts;
         for (int32_t first = 0; first < network.shape.num_hosts; first += 32) {
           const int32_t host = first + lane;
-          const bool is_here = host == network.host;
-          const char* row = is_here ? here.row : nullptr;
-          if (host < network.shape.num_hosts && !is_here) row = host_row(host);
-          const bool has = is_here ? have != 0 : row != nullptr;
-          const uint32_t hosts = __ballot_sync(~0u, has);
-          if (has) self_.hosts[count + __popc(hosts & ((1u << lane) - 1))] = {row, 1.0f};
-          count += __popc(hosts);
+          const char* row = host == network.host ? here : nullptr;
+          if (host < network.shape.num_hosts && host != network.host) row = host_row(host);
+          const uint32_t sent = __ballot_sync(~0u, row != nullptr);
+          if (row != nullptr) self_.hosts[count + __popc(sent & ((1u << lane) - 1))] = {row, 1.0f};
+          count += __popc(sent);
         }
         __syncwarp();
-        MergeValues(terms, count, values, have != 0, here.row);
-        if (here.num_terms > 0) {
-          AddNested<T, kWeighted>(self_.terms, here.num_terms, terms, count, p_.row_bytes, sum);
-          __syncwarp();
-          break;
-        }
+        MergeValues(terms, count, values, has_values ? here : nullptr);
       }
-      AddTermsWidely<T, kWeighted>(terms, count, p_.row_bytes, output);
+      AddTerms<T, kWeighted>(terms, count, 0, p_.row_bytes, output);
       __syncwarp();
     }
   }
@@ -193,36 +194,16 @@ class TokenSum {
  private:
   enum Step : int32_t { kRows, kParts, kHosts };
 
-  // The sum of this host, as a home adds it to others.
-  struct HostSum {
-    const char* row = nullptr;  // null: it is made together with that of all hosts
-    int32_t num_terms = 0;      // then
-
-    // Whether nothing has to be added for it now. `is_row`: the first term is the sum.
-    __device__ bool IsLeft(const Term* terms, int32_t count, bool is_row, const char* sum) {
-      if (is_row) {
-        row = terms[0].row;
-        return true;
-      }
-      if (count <= kMaxNested) {
-        num_terms = count;
-        return true;
-      }
-      row = sum;
-      return false;
-    }
-  };
-
-  // Values: each is that of the one term that has it, and zero in the others. If `has_some`, those
-  // of the term `known` are in `values` already.
-  __device__ void MergeValues(const Term* terms, int32_t count, uint32_t* values, bool has_some,
-                              const char* known) const {
+  // Values: each is that of the one term that has it, and zero in the others. Those of the term
+  // `known` are in `values` already.
+  __device__ void MergeValues(const Term* terms, int32_t count, uint32_t* values,
+                              const char* known = nullptr) const {
     if (values == nullptr) return;
     for (int32_t k = threadIdx.x % 32; k < p_.top_k; k += 32) {
-      uint32_t bits = has_some ? values[k] : 0;
+      uint32_t bits = known != nullptr ? values[k] : 0;
       for (int32_t i = 0; i < count; ++i) {
         const char* const row = terms[i].row;
-        if (has_some && row == known) continue;
+        if (row == known) continue;
         bits |= __ldcg(reinterpret_cast<const uint32_t*>(row + format_.values_at) + k);
       }
       values[k] = bits;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/core/sync.cuh"
+#include "plan/routing.h"
 
 namespace jax_ep::cuda {
 
@@ -31,6 +32,20 @@ struct TeamMember {
   // The number of items in a share that begins with `first`.
   __device__ int32_t ShareOf(int32_t count, int32_t first) const {
     return first < count ? (count - first - 1) / num_warps + 1 : 0;
+  }
+
+  // Calls `visit(row, i)` for this warp's share of `count * per_row` items: the i-th of each row.
+  // In each lane, with other items; in all lanes together, with `row` at most `count` - 1 and `i`
+  // negative where there are no more.
+  template <typename Visit>
+  __device__ void ForItems(int32_t count, int32_t per_row, Visit&& visit) const {
+    const int32_t total = count * per_row;
+#pragma unroll 2
+    for (int32_t base = warp * 32; base < total; base += num_warps * 32) {
+      const int32_t item = base + static_cast<int32_t>(threadIdx.x % 32);
+      const int32_t row = plan::Min(item / per_row, count - 1);
+      visit(row, item < total ? item - row * per_row : plan::kNone);
+    }
   }
 
   // Called after each chunk, in the same order by all warps of a team. In the first warp it returns

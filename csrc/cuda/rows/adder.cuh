@@ -117,8 +117,11 @@ __device__ __forceinline__ void AddMany(const Term* terms, int32_t count, int32_
   }
 }
 
+namespace {
+
 // Adds bytes `begin` to `end` (multiples of 16) of the terms, and stores the rounded sum at the
-// same bytes of `output`. Called by all lanes together; a lane stores what it loaded.
+// same bytes of `output`. Called by all lanes together; a lane stores what it loaded. (Each file
+// has its own, which takes no more registers than the file's kernels may have.)
 template <typename T, bool kWeighted>
 __device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t begin, int32_t end,
                                       char* output) {
@@ -141,104 +144,5 @@ __device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t 
   }
 }
 
-// The same for kernels of few warps, whose lanes need more loads in flight: it is part of the
-// caller, and where there are one or two terms, as mostly between hosts, it loads 8 strips at once.
-template <typename T, bool kWeighted>
-__device__ __forceinline__ void AddTermsWidely(const Term* terms, int32_t count, int32_t end,
-                                               char* output) {
-  ptx::CompilerFence();
-  if (count == 1) return AddFew<T, kWeighted, 1, 8>(terms, 0, end, output);
-  if (count == 2) return AddFew<T, kWeighted, 2, 8>(terms, 0, end, output);
-  AddTerms<T, kWeighted>(terms, count, 0, end, output);
-}
-
-// Strips of AddNested. `ahead` is the number of the term in `outer` that is loaded early.
-template <typename T, bool kWeighted, int kTerms, int kStrips>
-__device__ __forceinline__ void AddNestedStrips(const Term* inner, const Term* outer,
-                                                int32_t num_outer, int32_t ahead, int32_t at,
-                                                int32_t end, char* output) {
-  uint4 raw[kTerms][kStrips], first[kStrips];
-  const int32_t from = kStrips == 1 ? plan::Min(at, end - 16) : at;
-#pragma unroll
-  for (int t = 0; t < kTerms; ++t) {
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      raw[t][s] = ptx::LoadCacheGlobal(inner[t].row + from + s * kStripBytes);
-    }
-  }
-  const char* row_ahead = outer[ahead].row;
-  if (row_ahead == nullptr) row_ahead = inner[0].row;  // loaded in any case
-#pragma unroll
-  for (int s = 0; s < kStrips; ++s) {
-    first[s] = ptx::LoadCacheGlobal(row_ahead + from + s * kStripBytes);
-  }
-#pragma unroll
-  for (int s = 0; s < kStrips; ++s) {
-    VectorSum<T, kWeighted> sum;
-#pragma unroll
-    for (int t = 0; t < kTerms; ++t) sum.Add(raw[t][s], inner[t]);
-    raw[0][s] = sum.Rounded();
-  }
-  VectorSum<T, false> total[kStrips];
-#pragma unroll 1
-  for (int32_t i = 0; i < num_outer; ++i) {
-    const Term& term = outer[i];
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      uint4 value = term.row == nullptr ? raw[0][s] : first[s];
-      if (term.row != nullptr && i != ahead) {
-        value = ptx::LoadCacheGlobal(term.row + from + s * kStripBytes);
-      }
-      total[s].Add(value, term);
-    }
-  }
-#pragma unroll
-  for (int s = 0; s < kStrips; ++s) {
-    if (kStrips > 1 || at < end) {
-      *reinterpret_cast<uint4*>(output + at + s * kStripBytes) = total[s].Rounded();
-    }
-  }
-}
-
-template <typename T, bool kWeighted, int kTerms, int kStrips = StripsOf(kTerms)>
-__device__ __forceinline__ void AddNestedFew(const Term* inner, const Term* outer,
-                                             int32_t num_outer, int32_t ahead, int32_t begin,
-                                             int32_t end, char* output) {
-  int32_t at = begin + threadIdx.x % 32 * 16;
-#pragma unroll 1
-  for (; begin + (kStrips > 1 ? kStrips * kStripBytes : 1) <= end; begin += kStrips * kStripBytes) {
-    AddNestedStrips<T, kWeighted, kTerms, kStrips>(inner, outer, num_outer, ahead, at, end, output);
-    at += kStrips * kStripBytes;
-  }
-  if constexpr (kStrips > 1) {
-    AddNestedFew<T, kWeighted, kTerms, 1>(inner, outer, num_outer, ahead, begin, end, output);
-  }
-}
-
-constexpr int kMaxNested = kAdderLoads;
-
-// Two sums in one pass over the first `end` bytes: that of `inner`, at most kMaxNested terms,
-// rounded, stands for the term of `outer` whose row is null. It is part of the caller.
-template <typename T, bool kWeighted>
-__device__ __forceinline__ void AddNested(const Term* inner, int32_t count, const Term* outer,
-                                          int32_t num_outer, int32_t end, char* output) {
-  ptx::CompilerFence();
-  int32_t ahead = 0;  // another row than the inner sum, if there is one
-  if (num_outer > 1 && outer[0].row == nullptr) ahead = 1;
-  switch (count) {
-#define JAX_EP_ADD_NESTED(N) \
-  case N:                    \
-    return AddNestedFew<T, kWeighted, N>(inner, outer, num_outer, ahead, 0, end, output)
-    JAX_EP_ADD_NESTED(1);
-    JAX_EP_ADD_NESTED(2);
-    JAX_EP_ADD_NESTED(3);
-    JAX_EP_ADD_NESTED(4);
-    JAX_EP_ADD_NESTED(5);
-    JAX_EP_ADD_NESTED(6);
-    JAX_EP_ADD_NESTED(7);
-    JAX_EP_ADD_NESTED(8);
-#undef JAX_EP_ADD_NESTED
-  }
-}
-
+}  // namespace
 }  // namespace jax_ep::cuda
