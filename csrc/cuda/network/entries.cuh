@@ -127,6 +127,72 @@ struct EntryBatch {
   }
 };
 
+// Room for a warp's list of entries in shared memory.
+struct EntryRoom {
+  static constexpr int32_t kMost = 128;
+  int32_t rows[kMost];
+  int32_t of[kMost];  // the number of the entry's token in the list
+  int32_t tokens[kMost], starts[kMost + 1];
+};
+
+// The first entries of a range, as many as there is room for, and only whole tokens. By one warp.
+class EntryList {
+ public:
+  __device__ EntryList(const NetworkRoutes& routes, EntryRange range, EntryRoom& room)
+      : room_(room), count_(plan::Min(EntryRoom::kMost, range.end - range.begin)) {
+    constexpr int kLoads = EntryRoom::kMost / 32;
+    const int32_t lane = threadIdx.x % 32;
+    const uint32_t up_to_lane = lane == 31 ? ~0u : (2u << lane) - 1;
+    int32_t token[kLoads], row[kLoads], next = plan::kNone;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int32_t at = range.begin + 32 * i + lane;
+      const bool is_in = 32 * i + lane < count_;
+      token[i] = is_in ? routes.recv_token[at] : plan::kNone;
+      row[i] = is_in ? routes.recv_row[at] : plan::kNone;
+    }
+    if (range.begin + count_ < range.end) next = routes.recv_token[range.begin + count_];
+    __syncwarp();  // the room is free
+    int32_t last = plan::kNone;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int32_t entry = 32 * i + lane;
+      int32_t before = __shfl_up_sync(~0u, token[i], 1);
+      if (lane == 0) before = last;
+      const bool is_in = entry < count_;
+      const uint32_t heads = __ballot_sync(~0u, is_in && token[i] != before);
+      const int32_t number = num_tokens_ + __popc(heads & up_to_lane) - 1;
+      if (is_in) room.rows[entry] = row[i], room.of[entry] = number;
+      if ((heads >> lane & 1) != 0) room.tokens[number] = token[i], room.starts[number] = entry;
+      num_tokens_ += __popc(heads);
+      last = __shfl_sync(~0u, token[i], plan::Min(31, max(count_ - 1 - 32 * i, 0)));
+    }
+    __syncwarp();
+    // A token has at most 32 entries, so one that is cut off is not the first.
+    if (next != plan::kNone && num_tokens_ > 0 && room.tokens[num_tokens_ - 1] == next) {
+      count_ = room.starts[--num_tokens_];
+    }
+    __syncwarp();
+    if (lane == 0) room.starts[num_tokens_] = count_;
+    __syncwarp();
+  }
+
+  __device__ int32_t count() const { return count_; }
+  __device__ int32_t num_tokens() const { return num_tokens_; }
+  // Of the `number`-th token: it, and its entries.
+  __device__ int32_t Token(int32_t number) const { return room_.tokens[number]; }
+  __device__ EntryRange Of(int32_t number) const {
+    return {room_.starts[number], room_.starts[number + 1]};
+  }
+  // Of an entry.
+  __device__ int32_t Row(int32_t entry) const { return room_.rows[entry]; }
+  __device__ int32_t TokenOf(int32_t entry) const { return room_.tokens[room_.of[entry]]; }
+
+ private:
+  EntryRoom& room_;
+  int32_t count_, num_tokens_ = 0;
+};
+
 // Lane i gets the place of the i-th bit of `mask`, or 0. By one warp.
 __device__ inline int32_t PlaceOfNthBit(uint32_t mask) {
   const int32_t lane = threadIdx.x % 32;

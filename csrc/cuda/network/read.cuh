@@ -39,7 +39,7 @@ class HostEntries {
   }
 
  private:
-  static constexpr int kStep = 8;  // entries, or a few more, so that no token is cut
+  static constexpr int kStep = 16;  // entries, or a few more, so that no token is cut
 
   const NetworkParams& network_;
   const NetworkRoutes& routes_;
