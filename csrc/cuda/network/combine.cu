@@ -69,7 +69,7 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
     TestDelay(network.node.rank, epoch, 3, self.warp);
     char* const part = own.part(index, at);
     const int32_t num_tokens = __popc(rows.tokens()), nth_bit = PlaceOfNthBit(rows.tokens());
-    for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_warps) {
+    for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_workers) {
       const int32_t bit = __shfl_sync(~0u, nth_bit, i);
       char* const sum = format.Of(part, rows.tokens(), bit);
       const EntryRange of_token = rows.Of(bit);
@@ -140,7 +140,7 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
     char* const chunk = sender.Memory(n);
     const int32_t num_tokens = __popc(tokens), nth_bit = PlaceOfNthBit(tokens);
     const TokenSum<T, kWeighted, false> token_sum(p, format, self, rows, at, tokens_of_lane);
-    for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_warps) {
+    for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_workers) {
       const int32_t bit = __shfl_sync(~0u, nth_bit, i);
       char* const sum = format.Of(chunk, tokens, bit);
       token_sum.Add(bit, sum, format.ValuesOf(sum), [](int32_t) { return nullptr; });
@@ -189,7 +189,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
       if (kMutation != kWithoutHome) {
         ok = ok && WaitWord(network, own.arrived(at), word, WordKind::kChunkArrived,
                             network.Peer(at.host, network.node.rank));
-        if (ok) net::Accept(own.arrived(at), word);
+        if (ok) Accept(network, at, word);
       }
       if (ok) sent[i] = __ldcg(reinterpret_cast<const uint32_t*>(own.in(at)));
     }
@@ -199,7 +199,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     TestDelay(network.node.rank, epoch, 5, self.warp);
     const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
     const TokenSum<T, kWeighted, true> token_sum(p, format, self, rows, here, tokens_of_lane);
-    for (int32_t bit = self.TakeShare(count); bit < count; bit += self.num_warps) {
+    for (int32_t bit = self.TakeShare(count); bit < count; bit += self.num_workers) {
       const int64_t token = first + bit;
       uint32_t* values = nullptr;
       if (p.values != nullptr) values = reinterpret_cast<uint32_t*>(p.home) + token * p.top_k;
@@ -214,8 +214,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     TellPartsDone(network, here, word);
     for (int32_t host = lane; host < shape.num_hosts; host += 32) {
       if (host == network.host) continue;
-      const SlotIndex there{network.host, way.lane, here.slot};
-      net::Signal(own.credit(there), word, network.counterparts[host].pe);
+      GiveCredit(network, {host, way.lane, here.slot}, word);
     }
     __syncwarp();
     return true;
@@ -250,7 +249,7 @@ __global__ void __launch_bounds__(kThreads)
   const Teams teams(shape);
   const int32_t warp = threadIdx.x / 32, adders = teams.makers, homes = adders + teams.adders;
   const auto member_of = [&](int32_t first, int32_t num_warps) {
-    SumMember self{TeamMember(warp - first, num_warps, shared.done + first)};
+    SumMember self{TeamMember(warp - first, num_warps, shared.done + first, true)};
     self.terms = shared.terms[warp];
     self.hosts = shared.hosts[self.warp % kMaxHomes];
     self.starts = shared.starts[warp];

@@ -118,7 +118,9 @@ __device__ void Differentiate(const NetworkCombineVjpParams& p, TeamMember& self
     const int32_t size = (lane + 1 < num_units ? after : batch.count) - head;
     const int32_t first = self.TakeShare(num_units);
     Unit<T> unit;
-    const auto number = [&](int32_t item) { return first + item / pieces.count * self.num_warps; };
+    const auto number = [&](int32_t item) {
+      return first + item / pieces.count * self.num_workers;
+    };
     pipe.Run(
         self.ShareOf(num_units, first) * pieces.count,
         [&](int32_t item) { return pieces.Bytes(item % pieces.count); },

@@ -92,7 +92,7 @@ __device__ void BringEntries(const NetworkDispatchParams& p, TeamMember& self, P
     // The row of each token is read once, for all of its entries.
     const EntryList list(p.routes, entries, room);
     const int32_t num_items = list.num_tokens() * pieces.count, first = self.TakeShare(num_items);
-    const auto item = [&](int32_t i) { return first + i * self.num_warps; };
+    const auto item = [&](int32_t i) { return first + i * self.num_workers; };
     pipe.Run(
         self.ShareOf(num_items, first),
         [&](int32_t i) { return pieces.Bytes(item(i) % pieces.count); },

@@ -72,7 +72,7 @@ __device__ bool SendRows(const NetworkParams& network, const SentRows& sent, con
     char* const out = chunk + sizeof(ChunkHeader);
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
     const int32_t num_items = size * pieces.count, first_item = self.TakeShare(num_items);
-    const auto item = [&](int32_t i) { return first_item + i * self.num_warps; };
+    const auto item = [&](int32_t i) { return first_item + i * self.num_workers; };
     pipe.Run(
         self.ShareOf(num_items, first_item),
         [&](int32_t i) { return pieces.Bytes(item(i) % pieces.count); },
