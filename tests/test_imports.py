@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 import jax_ep
+import machine
 from spmd import run_python
 
 pytestmark = pytest.mark.one_process("its programs have processes of their own")
@@ -23,6 +24,7 @@ def run(code: str, **env: str) -> str:
 LOADED = """
 import sys
 import jax_ep
+import machine
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 print(*sorted({name for name in sys.modules if name.startswith("jax_ep.")}))
 print(open("/proc/self/maps").read().lower())
@@ -62,6 +64,7 @@ import os
 import jax
 jax.devices()
 import jax_ep
+import machine
 print(os.environ.get("PJRT_NPROC"))
 """
 
@@ -80,7 +83,7 @@ def test_import_after_jax_has_started(before, num_devices, warns):
         LATE.format(before=before),
         timeout=120,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}",
+        XLA_FLAGS=machine.compiler_flags(devices=num_devices),
     )
     assert done.returncode == 0, done.stderr
     assert ("Import jax_ep before" in done.stderr) == warns, done.stderr
@@ -107,6 +110,7 @@ def test_layers_without_flax():
 import sys
 sys.modules["flax"] = None
 import jax_ep
+import machine
 print(jax_ep.dispatch.__name__)
 try:
     jax_ep.nnx
