@@ -44,7 +44,7 @@ def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps
         name = "test_quick",
         srcs = [paths[name] for name in quick] + support,
         args = [paths[name] for name in quick] + ["-m", "'not slow'"],
-        shard_count = 6,
+        shard_count = 4,
         **common
     )
     native.py_test(

@@ -24,7 +24,6 @@ def run(code: str, **env: str) -> str:
 LOADED = """
 import sys
 import jax_ep
-import machine
 print(*sorted({name.partition(".")[0] for name in sys.modules}))
 print(*sorted({name for name in sys.modules if name.startswith("jax_ep.")}))
 print(open("/proc/self/maps").read().lower())
@@ -64,7 +63,6 @@ import os
 import jax
 jax.devices()
 import jax_ep
-import machine
 print(os.environ.get("PJRT_NPROC"))
 """
 
@@ -110,7 +108,6 @@ def test_layers_without_flax():
 import sys
 sys.modules["flax"] = None
 import jax_ep
-import machine
 print(jax_ep.dispatch.__name__)
 try:
     jax_ep.nnx
