@@ -30,6 +30,12 @@ constexpr int kWithoutPart = 12;       // for the ranks' sums of a chunk
 constexpr int kWithoutPartDone = 13;   // until the forwarder has read them
 constexpr int kWithoutHome = 14;       // for the chunks that come home
 constexpr int kWithoutTeam = 15;       // until all warps of a team have done a chunk
+constexpr int kWithoutStamp = 16;      // latency mode: for words
+constexpr int kWithoutHello = 17;      // latency mode: until all ranks have begun the op
+// Not waits: in latency mode, all ops use the same half of the inboxes, or words get their stamps
+// before their bytes.
+constexpr int kWithOneSlot = 18;
+constexpr int kStampEarly = 19;
 // Not a wait: a chunk and its signal are sent by two calls without an order between them.
 constexpr int kWithSeparateSignal = 11;
 // Not a wait: the epoch tells addresses from those of earlier ops.
