@@ -126,7 +126,7 @@ class Combiner {
 #pragma unroll 1
     for (; ranks != 0; ranks &= ranks - 1) {
       const int rank = __ffs(ranks) - 1;
-      uint4 data[kLaneWords] = {};
+      uint4 data[kLaneWords];
       if (rank == p_.group.rank) {
 #pragma unroll
         for (int j = 0; j < kLaneWords; ++j) {
@@ -195,13 +195,14 @@ template <typename T, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 1)
     DecodeCombineKernel(const __grid_constant__ DecodeCombineParams p) {
   extern __shared__ __align__(128) char memory[];
-  const DecodeOp op = BeginDecode(p);
+  __shared__ bool found_other;
+  const DecodeOp op = BeginDecode(p, found_other);
   const bool greets = blockIdx.x == 0 && threadIdx.x < 32;
   if (greets) SayHello(p, op);
   WarpMemory& of_warp = reinterpret_cast<WarpMemory*>(memory)[threadIdx.x / 32];
   bool ok = Combiner<T, kWeighted>(p, op, of_warp).Run();
   if (greets) ok = WaitHellos(p, op) && ok;
-  EndDecode(p, op, ok, [&] { Poison(p); });
+  EndDecode(p, op, found_other, ok, [&] { Poison(p); });
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/core/divide.cuh"
+#include "cuda/core/divide.h"
 #include "cuda/core/group_params.h"
 #include "cuda/decode/inbox.h"
 #include "cuda/rows/row_type.h"

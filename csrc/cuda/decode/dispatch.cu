@@ -12,7 +12,7 @@
 namespace jax_ep::cuda {
 namespace {
 
-constexpr int kMovers = 24;  // warps
+constexpr int kMovers = 16;  // warps  // warps  // warps
 constexpr int kThreads = (kRouters + kMovers) * 32;
 
 // The work of one mover. All methods are called by all lanes together.
@@ -174,6 +174,7 @@ __device__ __forceinline__ bool Route(const DecodeDispatchParams& p, DecodeOp op
 
 __device__ void Fill(void* memory, int64_t bytes) {
   uint32_t* words = static_cast<uint32_t*>(memory);
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < bytes / 4; i += kThreads) words[i] = ~0u;
 }
 
@@ -201,8 +202,9 @@ template <typename From, Layout kLayout>
 __global__ void __launch_bounds__(kThreads, 1)
     DecodeDispatchKernel(const __grid_constant__ DecodeDispatchParams p) {
   extern __shared__ __align__(128) char memory[];
+  __shared__ bool found_other;
   RouteMemory& routes = *reinterpret_cast<RouteMemory*>(memory);
-  const DecodeOp op = BeginDecode(p);
+  const DecodeOp op = BeginDecode(p, found_other);
   const TokenRange range(p);
   const int32_t at_once = kBatchEntries / p.shape.top_k;  // tokens of a batch
   bool ok;
@@ -214,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   ptx::CommitBulkGroup();
   ptx::WaitBulkGroups();
-  EndDecode(p, op, ok, [&] { Poison(p); });
+  EndDecode(p, op, found_other, ok, [&] { Poison(p); });
 }
 
 int32_t SharedBytes(const DecodeDispatchParams& p) { return RouteBytes(p) + kMovers * kStageBytes; }
@@ -267,6 +269,7 @@ DecodeDispatchParams ParamsOf(const ops::PlanArgs& plan, const ops::DispatchArgs
 }
 
 const char* ObstacleOf(const DecodeDispatchParams& p) {
+  if (p.row_bytes == 0) return "rows with channels";
   if (p.shape.capacity > kMaxDecodeCapacity) return "a capacity of at most 2^30";
   return DecodeObstacle(p.inboxes, p.slots, p.shape.top_k);
 }

@@ -98,8 +98,11 @@ template <int kTokens>
 __device__ __forceinline__ bool AwaitPairs(const DecodeDispatchParams& p, DecodeOp op,
                                            int32_t token, int32_t pair,
                                            uint4 (&words)[kTokens][kPairWords]) {
-  for (DecodeDeadline deadline;;) {
-    uint32_t seen = op.stamp();
+  DecodeWait wait;
+  uint32_t seen;
+  int peer;
+  do {
+    seen = op.stamp();
     int32_t missing = token;
 #pragma unroll
     for (int n = 0; n < kTokens; ++n) LoadPair(p, op, token + n * kRouterThreads, pair, words[n]);
@@ -113,10 +116,11 @@ __device__ __forceinline__ bool AwaitPairs(const DecodeDispatchParams& p, Decode
       }
     }
     if (seen == op.stamp() || kMutation == kWithoutStamp) return true;
-    // All are loaded again, so that none takes registers meanwhile.
-    const int peer = missing / p.shape.num_tokens;
-    if (!deadline.Continue(p, op, WordKind::kIds, peer, seen)) return false;
-  }
+    // All are loaded again, so that none is kept meanwhile.
+    peer = missing / p.shape.num_tokens;
+  } while (wait.Continue(p, op, WordKind::kIds, peer));
+  wait.Report(p, op, WordKind::kIds, peer, seen);
+  return false;
 }
 
 }  // namespace

@@ -71,8 +71,8 @@ class PartMover {
       uint4 raw[kVectors];
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
-        const int32_t at = 16 * (lane + 32 * j);
-        if (at < part.bytes) raw[j] = __ldcg(reinterpret_cast<const uint4*>(from + at));
+        const int32_t at = plan::Min(16 * (lane + 32 * j), part.bytes - 16);
+        raw[j] = __ldcg(reinterpret_cast<const uint4*>(from + at));
       }
 #pragma unroll
       for (int j = 0; j < kVectors; ++j) {
@@ -148,7 +148,7 @@ class PartMover {
     if (!std::is_void_v<From> && p_.dense) return DeliverDense(part, row, targets);
     if ((targets >> lane & 1) != 0) {
       char* to = static_cast<char*>(p_.rows) + int64_t{row} * p_.out_row_bytes + part.begin;
-      if (part.bytes != 0) ptx::BulkStore(to, stage_, part.bytes);
+      ptx::BulkStore(to, stage_, part.bytes);
     }
     if (p_.row_scales == nullptr) return;
     const float scale = lane < part.num_scales ? Floats(part.scales_at)[lane] : 0.0f;
@@ -186,11 +186,10 @@ class PartMover {
       const int32_t num_vectors = part.bytes / kVector;
       const From* x = static_cast<const From*>(p_.x) + int64_t{token} * p_.row_bytes + part.begin;
       for (int32_t v0 = lane; v0 - lane < num_vectors; v0 += 32 * kAtOnce) {
-        RawVector<From> raw[kAtOnce] = {};
+        RawVector<From> raw[kAtOnce];
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          const int32_t v = v0 + 32 * j;
-          if (v < num_vectors) raw[j] = LoadVector(x + v * kVector);
+          raw[j] = LoadVector(x + plan::Min(v0 + 32 * j, num_vectors - 1) * kVector);
         }
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/core/divide.cuh"
+#include "cuda/core/divide.h"
 #include "cuda/plan/common.cuh"
 
 namespace jax_ep::cuda {

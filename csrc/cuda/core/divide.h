@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "plan/host_device.h"
+
 namespace jax_ep::cuda {
 
 // x / divisor: for x below 2^16 and divisors up to 2^12.
@@ -10,8 +12,8 @@ struct Divider {
   uint32_t factor;
 
   static Divider By(int32_t divisor) { return {~0u / static_cast<uint32_t>(divisor)}; }
-  __device__ __forceinline__ int32_t operator()(int32_t x) const {
-    return static_cast<int32_t>(__umulhi(static_cast<uint32_t>(x) + 1, factor));
+  JAX_EP_HOST_DEVICE int32_t operator()(int32_t x) const {
+    return static_cast<int32_t>(uint64_t{static_cast<uint32_t>(x) + 1} * factor >> 32);
   }
 };
 
