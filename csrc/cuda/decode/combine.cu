@@ -197,11 +197,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(128) char memory[];
   __shared__ bool found_other;
   const DecodeOp op = BeginDecode(p, found_other);
-  const bool greets = blockIdx.x == 0 && threadIdx.x < 32;
-  if (greets) SayHello(p, op);
+  const bool greets = blockIdx.x == 0 && threadIdx.x / 32 == kWarps - 1;
+  bool ok = !greets || SayHello(p, op);
   WarpMemory& of_warp = reinterpret_cast<WarpMemory*>(memory)[threadIdx.x / 32];
-  bool ok = Combiner<T, kWeighted>(p, op, of_warp).Run();
-  if (greets) ok = WaitHellos(p, op) && ok;
+  ok = ok && Combiner<T, kWeighted>(p, op, of_warp).Run();
+  if (greets) ok = ok && WaitHellos(p, op);
   EndDecode(p, op, found_other, ok, [&] { Poison(p); });
 }
 

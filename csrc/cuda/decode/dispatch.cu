@@ -140,14 +140,14 @@ template <Layout kLayout>
 __device__ __forceinline__ bool Route(const DecodeDispatchParams& p, DecodeOp op,
                                       Router<kLayout>& router, const TokenRange& range,
                                       int32_t at_once) {
-  const bool greets = blockIdx.x == 0 && threadIdx.x < 32;
+  const bool greets = blockIdx.x == 0 && threadIdx.x / 32 == kRouters - 1;  // it has few ids
   int32_t first = range.begin, count = plan::Min(range.end - first, at_once);
-  if (greets) SayHello(p, op);
+  bool ok = !greets || SayHello(p, op);
   if (!TestStops(p.group.tag, 0)) SendIds(p, op);
   router.Clear();
   SyncRouters();
-  bool ok = router.Count(first, count);
-  if (greets) ok = WaitHellos(p, op) && ok;
+  ok = router.Count(first, count) && ok;
+  if (greets) ok = ok && WaitHellos(p, op);
   SyncRouters();
   router.LayOut();
   SyncRouters();

@@ -62,14 +62,18 @@ __device__ __forceinline__ DecodeOp BeginDecode(const Params& p, bool& found_oth
   return op;
 }
 
-// The first block's first warp tells all ranks which op this is.
+// One warp of the first block tells all ranks which op this is, unless the group has failed before,
+// or the program takes this device for another rank; then it returns false in all lanes. Without
+// this word the op fails on all ranks.
 template <typename Params>
-__device__ __forceinline__ void SayHello(const Params& p, DecodeOp op) {
+__device__ __forceinline__ bool SayHello(const Params& p, DecodeOp op) {
   const int lane = threadIdx.x % 32;
+  if (!__all_sync(~0u, lane != 0 || !HasFailed(p.group, op.epoch))) return false;
   if (lane < p.group.num_ranks && !TestWithholds(p.group, lane, WordKind::kHello)) {
     StoreWord(&p.inboxes.of[lane]->hello[op.parity()][p.group.rank],
               p.group.tag & ((1u << kTagBits) - 1), 0, 0, op.stamp());
   }
+  return true;
 }
 
 // The flag by which `peer` shows that it is at another op, if that is so: of latency mode (kHello)
@@ -171,14 +175,14 @@ __device__ __forceinline__ bool WaitWords(const Params& p, DecodeOp op, const St
   return false;
 }
 
-// The first block's first warp waits until all ranks have begun this op. So a rank ends an op only
-// when all ranks have ended the one before, and nobody reads that one's words any more. False in
-// all lanes once the group has failed, or if it had failed before.
+// That warp waits until all ranks have begun this op. So a rank ends an op only when all ranks have
+// ended the one before, and nobody reads that one's words any more. False in all lanes once the
+// group has failed.
 template <typename Params>
 __device__ bool WaitHellos(const Params& p, DecodeOp op) {
   const int peer = static_cast<int>(threadIdx.x % 32);
-  bool ok = peer != 0 || !HasFailed(p.group, op.epoch);
-  if (ok && peer < p.group.num_ranks && kMutation != kWithoutHello) {
+  bool ok = true;
+  if (peer < p.group.num_ranks && kMutation != kWithoutHello) {
     const uint64_t expected = FlagValue(op.stamp(), p.group.tag);
     DecodeWait wait;
     uint4 hello;
