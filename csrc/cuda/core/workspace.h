@@ -107,10 +107,10 @@ enum class WordKind : uint32_t {
   kPart = 12,         // a rank's sums of a chunk's rows
   kPartDone = 13,     // the forwarder has read this rank's part
   // Latency mode (decode/inbox.h); expected and seen are stamps, of hello FlagValue(stamp, tag):
-  kHello = 14,         // a peer has begun the op
-  kIds = 15,           // the ids of a token
-  kRowWords = 16,      // a row of a dispatch
-  kSumWords = 17,      // a rank's sum for a token
+  kHello = 14,     // a peer has begun the op
+  kIds = 15,       // the ids of a token
+  kRowWords = 16,  // a row of a dispatch
+  kSumWords = 17,  // a rank's sum for a token
 };
 
 JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {

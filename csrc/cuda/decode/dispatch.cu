@@ -7,6 +7,7 @@
 
 #include "cuda/decode/dispatch.h"
 #include "cuda/decode/parts.cuh"
+#include "cuda/decode/results.cuh"
 #include "cuda/decode/routes.cuh"
 
 namespace jax_ep::cuda {
@@ -138,8 +139,8 @@ class Mover {
 // The work of the routers. It has the barriers of the block that Mover::Run has.
 template <Layout kLayout>
 __device__ __forceinline__ bool Route(const DecodeDispatchParams& p, DecodeOp op,
-                                      Router<kLayout>& router, const TokenRange& range,
-                                      int32_t at_once) {
+                                      Router<kLayout>& router, RouteWriter<kLayout> writer,
+                                      const TokenRange& range, int32_t at_once) {
   const bool greets = blockIdx.x == 0 && threadIdx.x / 32 == kRouters - 1;  // it has few ids
   int32_t first = range.begin, count = plan::Min(range.end - first, at_once);
   bool ok = !greets || SayHello(p, op);
@@ -156,10 +157,10 @@ __device__ __forceinline__ bool Route(const DecodeDispatchParams& p, DecodeOp op
     router.Number(first, count);
     ok = __syncthreads_and(ok);
     if (!ok) return false;
-    router.WriteRows(first, count);
+    writer.WriteRows(first, count);
     if (is_first) {
-      if (blockIdx.x == 0) router.WriteNumbers();
-      router.ClearUnused();
+      if (blockIdx.x == 0) writer.WriteNumbers();
+      writer.ClearUnused();
     }
     if (first + count == range.end) return true;
     __syncthreads();
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   bool ok;
   if (threadIdx.x < kRouterThreads) {
     Router<kLayout> router(p, op, range, routes);
-    ok = Route(p, op, router, range, at_once);
+    ok = Route(p, op, router, RouteWriter<kLayout>(p, op, routes), range, at_once);
   } else {
     ok = Mover<From>(p, op, routes, memory + RouteBytes(p)).Run(range, at_once);
   }

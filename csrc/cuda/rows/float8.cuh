@@ -58,8 +58,7 @@ __device__ __forceinline__ Float8Vector ToFloat8(const float (&channels)[kVector
           scale};
 }
 
-__device__ __forceinline__ void FromFloat8(const Float8Vector& vector,
-                                           float (&channels)[kVector]) {
+__device__ __forceinline__ void FromFloat8(const Float8Vector& vector, float (&channels)[kVector]) {
 #pragma unroll
   for (int j = 0; j < kVector; j += 2) {
     const uint32_t word = j < 4 ? vector.values.x : vector.values.y;
