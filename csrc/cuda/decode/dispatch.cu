@@ -76,9 +76,10 @@ class Mover {
       if (awaits_routes) {
         awaits_routes = false;
         ok = __syncthreads_and(ok);
+        if (!ok) break;  // as the routers do
       }
-      if (!ok) break;
-      if (brings) {
+      // After a failure that only this warp has met, it comes to the barriers that are left.
+      if (brings && ok) {
         parts_.Deliver(part, RowOfEntry(n));
         parts_.Finish();
         to_bring += kMovers;
