@@ -26,7 +26,7 @@ class Mover {
         op_(op),
         routes_(routes),
         index_(threadIdx.x / 32 - kRouters),
-        parts_(p, op, stages + index_ * kStageBytes) {}
+        parts_(p, op, stages + index_ * 2 * kStageBytes) {}
 
   // Sends this mover's share of the parts of this rank's rows to the peers that need them, and then
   // brings the block's parts and delivers them. Returns whether all waits have succeeded.
@@ -81,7 +81,7 @@ class Mover {
       // After a failure that only this warp has met, it comes to the barriers that are left.
       if (brings && ok) {
         parts_.Deliver(part, RowOfEntry(n));
-        parts_.Finish();
+        parts_.Turn();
         to_bring += kMovers;
         continue;
       }
@@ -221,7 +221,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   EndDecode(p, op, found_other, ok, [&] { Poison(p); });
 }
 
-int32_t SharedBytes(const DecodeDispatchParams& p) { return RouteBytes(p) + kMovers * kStageBytes; }
+int32_t SharedBytes(const DecodeDispatchParams& p) {
+  return RouteBytes(p) + kMovers * 2 * kStageBytes;
+}
 
 using Kernel = void (*)(DecodeDispatchParams);
 

@@ -208,15 +208,22 @@ __device__ inline void EndDecode(const Params& p, DecodeOp op, const bool& found
   if (TestStops(p.group.tag, ~0u)) return;
   const int32_t block = blockIdx.x + gridDim.x * threadIdx.x;
   if (threadIdx.x == 0) {
-    own.busy[block] = 0;
     __threadfence();  // releases the block's results to the one that may write poison over them
+    own.busy[block] = 0;
   }
   if (block < kMaxDecodeBlocks) ptx::StoreRelaxedSystem(&own.epochs[block], op.epoch);
   if (ok) return;
+  // With two ops at once, a block may have counted an op more than others of its grid, so that
+  // their epochs do not tell whether they have ended.
+  const ErrorRecord& error = *p.group.error;
+  const bool is_concurrent =
+      ptx::LoadAcquireSystem(&error.set) == 1u &&
+      ptx::LoadAcquireSystem(&error.kind) == static_cast<uint32_t>(ErrorKind::kConcurrent);
   const uint64_t begin = ptx::GlobalTimer();
   for (int32_t b = threadIdx.x; b < static_cast<int32_t>(gridDim.x); b += blockDim.x) {
     // All waits are bounded, so this ends; the limit is for blocks that never ran.
     while (ptx::LoadAcquireSystem(&own.epochs[b]) < op.epoch &&
+           !(is_concurrent && ptx::LoadAcquireSystem(&own.busy[b]) == 0u) &&
            ptx::GlobalTimer() - begin < p.group.op_timeout_ns) {
     }
   }

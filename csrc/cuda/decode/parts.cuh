@@ -50,9 +50,9 @@ struct Part {
 template <typename From>
 class PartMover {
  public:
-  // `stage` has kStageBytes, of this warp.
-  __device__ PartMover(const DecodeDispatchParams& p, DecodeOp op, char* stage)
-      : p_(p), op_(op), stage_(stage) {}
+  // `stages` has two stages, of this warp: one is filled while bulk copies read the other.
+  __device__ PartMover(const DecodeDispatchParams& p, DecodeOp op, char* stages)
+      : p_(p), op_(op), stage_(stages) {}
 
   // Brings a part of this rank's own token to the stage.
   __device__ __forceinline__ void Fill(int32_t token, const Part& part) {
@@ -126,8 +126,7 @@ class PartMover {
   }
 
   // Writes the part to its rows. Lane k has the row of entry k here, or -1; in layout "token" the
-  // rows of all entries are the same one. All lanes call this, after a __syncwarp; the stage may be
-  // filled again after Finish.
+  // rows of all entries are the same one. All lanes call this, after Publish and before Turn.
   __device__ __forceinline__ void Deliver(const Part& part, int32_t row) {
     const int32_t lane = threadIdx.x % 32;
     const bool by_token = p_.shape.layout == plan::Layout::kToken;
@@ -167,11 +166,13 @@ class PartMover {
     __syncwarp();
   }
 
-  // Waits until deliveries have read the stage.
-  __device__ __forceinline__ void Finish() {
+  // Goes on to the other stage, once the deliveries out of it have read it.
+  __device__ __forceinline__ void Turn() {
     ptx::CommitBulkGroup();
-    ptx::WaitBulkGroupRead<0>();
+    ptx::WaitBulkGroupRead<1>();
     __syncwarp();
+    stage_ += to_other_;
+    to_other_ = -to_other_;
   }
 
  private:
@@ -231,6 +232,7 @@ class PartMover {
   const DecodeDispatchParams& p_;
   DecodeOp op_;
   char* stage_;
+  int32_t to_other_ = kStageBytes;
 };
 
 }  // namespace
