@@ -16,7 +16,7 @@ import jax_ep
 import oracle
 import routings
 from jax_ep import _cpu
-from spmd import make_group, ranks_at_most, stacked_jit
+from spmd import make_group, need_devices, ranks_at_most, stacked_jit
 
 RANKS, TOKENS, TOP_K, EXPERTS, HIDDEN = ranks_at_most(2), 12, 3, 8, 128
 LATENCY = jax_ep.DispatchConfig(mode="latency")
@@ -140,6 +140,26 @@ def test_what_latency_mode_has_no_room_for(op, sizes, hidden, top_k, text):
     idx = jax.ShapeDtypeStruct((RANKS * TOKENS, top_k), jnp.int32)
     with pytest.raises(ValueError, match=f"jax_ep.{op}: .*{text}"):
         jax.eval_shape(mapped, x, idx)
+
+
+def test_more_entries_than_latency_mode_takes():
+    need_devices(5)
+    group = make_group(5, "reference", latency_tokens=512, latency_hidden=8)
+
+    def run(x, idx):
+        return jax_ep.dispatch(x, idx, group=group, num_experts=40, config=LATENCY).tokens
+
+    mapped = jax.shard_map(
+        run, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    x = jax.ShapeDtypeStruct((5 * 512, 8), jnp.bfloat16)
+    for top_k in (25, 26):
+        idx = jax.ShapeDtypeStruct((5 * 512, top_k), jnp.int32)
+        if top_k == 25:
+            jax.eval_shape(mapped, x, idx)
+            continue
+        with pytest.raises(ValueError, match="at most 65536 entries of topk_idx.*got 66560"):
+            jax.eval_shape(mapped, x, idx)
 
 
 def native_calls(jaxpr: Any) -> list[dict[str, Any]]:
