@@ -39,6 +39,7 @@ from typing import IO
 
 sys.path.insert(0, str(pathlib.Path(__file__).with_name("support")))
 
+import emulated_decode
 import gpu_window
 import host_stages
 import machine
@@ -50,7 +51,7 @@ SUITE = (
     "tests/test_suite_values.py tests/test_suite_gradients.py tests/test_transforms.py"
     " tests/test_checkpoint_policies.py tests/test_overlap.py tests/test_meshes.py"
     " tests/test_hypothesis.py tests/test_steps.py tests/test_moe.py tests/test_ordinals.py"
-    " tests/test_large_plans.py"
+    " tests/test_large_plans.py tests/test_latency_mode.py tests/test_gpu_latency.py"
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
 # Compiling takes most of the time of these tests. The plugin pytest-benchmark would warn about
@@ -63,8 +64,12 @@ SANITIZED = [
     "kernels_test layout=token ranks=2 plan=pull",
     "kernels_test layout=expert ranks=2 fp8=1",
     "kernels_test layout=expert ranks=3 dtype=f32 plan=push",
+    "decode_test layout=expert ranks=2 weighted=1 alignment=1",
+    "decode_test layout=token ranks=2 fp8=1",
 ]
 SMALL = "tokens=100 hidden=512 experts=12 topk=4 blocks=6 repeat=2 timeout=60"
+# The workload of the decode benchmarks; the times are those of graphs of so many ops.
+DECODE = "tokens=128 alignment=1 blocks=50 steps=2 time=200"
 RACES = "tokens=2000 hidden=256 experts=12 topk=4 blocks=6"
 # What a rank does in failures_test.
 FAILED = "tokens=1000 hidden=1024 experts=12 topk=4 blocks=6 ranks=3"
@@ -151,6 +156,16 @@ def stages(gpus: int) -> dict[str, Stage]:
                 for race in ("close", "reuse", "wrap")
                 for layout in ("expert", "token")
             ],
+            seconds=300,
+        ),
+        "decode": Stage(  # the same of latency mode
+            [
+                f"{{binaries}}/decode_test layout={layout} {rows} {DECODE}"
+                for layout in ("token", "expert")
+                for rows in ("fp8=1", "fp8=0", "cast=fp8")
+            ]
+            + [f"{{binaries}}/decode_test {given}" for given in emulated_decode.STEPS]
+            + [f"{{binaries}}/decode_failures_test {given}" for given in emulated_decode.FAILURES],
             seconds=300,
         ),
         "mutations": Stage(["tests/cuda/mutations.sh run {binaries}"], seconds=300),

@@ -28,7 +28,7 @@ MUTANTS = {
     "13": True,  # parts are written again before they have been read
     "14": True,  # what comes home is added before it is there
     "15": False,  # a team tells others before all of its warps are done
-    "16": True,  # the signal before the chunk
+    "20": True,  # the signal before the chunk
 }
 # So that slots are used again and again.
 SMALL = {"JAX_EP_NETWORK_CHUNK_BYTES": "8192", "JAX_EP_NETWORK_LANES": "1"}

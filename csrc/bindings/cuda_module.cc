@@ -9,11 +9,13 @@
 
 #include <set>
 
+#include "bindings/signatures.h"
 #include "bindings/version.h"
 #include "cuda/core/workspace.h"
 #include "cuda/node/combine_vjp.h"
 #include "cuda/plan/plan.h"
 #include "cuda/rows/quantize.h"
+#include "ffi/cuda/latency_targets.h"
 #include "ffi/cuda/load_kernels.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
@@ -34,6 +36,9 @@ namespace {
 nb::dict Targets() {
   nb::dict targets;
   for (const TargetInfo& target : kTargets) {
+    targets[target.name] = nb::capsule(reinterpret_cast<void*>(target.execute));
+  }
+  for (const LatencyTargetInfo& target : kLatencyTargets) {
     targets[target.name] = nb::capsule(reinterpret_cast<void*>(target.execute));
   }
   return targets;
@@ -76,7 +81,8 @@ using StagingTuple = std::tuple<int, uint64_t, uint64_t>;
 
 Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& instances,
                  double arrival_timeout_s, double op_timeout_s, int max_blocks,
-                 const std::vector<StagingTuple>& staging, int first_rank) {
+                 const std::vector<StagingTuple>& staging, int first_rank, int latency_tokens,
+                 int latency_hidden) {
   transport::GroupSpec spec;
   std::set<int> devices;
   spec.id = group_id;
@@ -95,6 +101,8 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
   spec.op_timeout_s = op_timeout_s;
   spec.max_blocks = max_blocks;
   spec.first_rank = first_rank;
+  spec.latency_tokens = latency_tokens;
+  spec.latency_hidden = latency_hidden;
   for (const auto& [device, base, size] : staging) spec.staging.push_back({device, {base, size}});
   if (Text error = LoadKernels(devices)) return error;
   return transport::CreateGroup(spec);
@@ -183,6 +191,9 @@ NB_MODULE(_cuda, m) {
   transport::UseRegistry(transport::OwnRegistry());
   m.doc() = "FFI targets of jax_ep's GPU backend, and the life of its groups.";
   m.def("targets", &Targets, "FFI targets: name -> capsule, for register_ffi_target.");
+  m.def(
+      "latency_signatures", [] { return SignaturesByTarget(ops::LatencySignatures()); },
+      "For tests: target of latency mode -> names of its attributes, operands and results.");
   m.def("build_info", &BuildInfo,
         "Version of jax_ep, (major, minor) of the FFI API, CUDA runtime.");
   m.def("limits", &Limits,
@@ -190,14 +201,17 @@ NB_MODULE(_cuda, m) {
         "ring_bytes of the sums of rows under way, max_vjp_row_bytes of a row in combine_vjp.");
   m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
         nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
-        nb::arg("staging"), nb::arg("first_rank") = 0, nb::call_guard<nb::gil_scoped_release>(),
+        nb::arg("staging"), nb::arg("first_rank") = 0, nb::arg("latency_tokens") = 0,
+        nb::arg("latency_hidden") = 0, nb::call_guard<nb::gil_scoped_release>(),
         "Makes a group. Each of the groups side by side, by number, is a list of ranks: (CUDA "
         "ordinal or "
         "-1, "
         "process, address of the workspace or 0, regions as (base, size)). Staging memory is (CUDA "
         "ordinal, base, size). Where a group spans hosts, these are the ranks of this host, and "
         "first_rank "
-        "is what the first of them is in the group. Returns an error text or None.");
+        "is what the first of them is in the group. Workspaces have room for inboxes of latency "
+        "mode, as "
+        "workspace_bytes says. Returns an error text or None.");
   m.def(
       "registry",
       [] {
@@ -240,8 +254,11 @@ NB_MODULE(_cuda, m) {
       "Has GPUs copy at the same time: each copy is (CUDA ordinal, rank that is read, its region, "
       "offset, address to write). Returns (seconds of each for `count` copies, None) or ([], "
       "error text).");
-  m.def("workspace_bytes", &transport::WorkspaceBytes,
-        "Bytes of device memory that a group takes on each of its GPUs.");
+  m.def(
+      "workspace_bytes", &transport::WorkspaceBytes, nb::arg("num_ranks") = 0,
+      nb::arg("latency_tokens") = 0, nb::arg("latency_hidden") = 0,
+      "Bytes of device memory that a group takes on each of its GPUs, with inboxes of latency mode "
+      "for so many ranks on a host, tokens a rank and channels of 16 bits.");
   m.def("plan_scratch_size", &PlanScratchSize, nb::arg("layout"), nb::arg("num_tokens"),
         nb::arg("top_k"), nb::arg("num_experts"), nb::arg("num_ranks"),
         "Number of int32 in the scratch result of target jax_ep_plan.");

@@ -32,6 +32,8 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     return "a group on one host has at most " + std::to_string(cuda::kMaxRanks) + " ranks, got " +
            std::to_string(num_ranks);
   }
+  const int64_t inbox_bytes =
+      cuda::DecodeInboxBytes(num_ranks, spec.latency_tokens, spec.latency_hidden);
   for (RankSpec& rank : ranks) {
     if (rank.regions.empty()) rank.regions = AddressSpace();
     if (rank.device < 0) continue;
@@ -40,7 +42,7 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
       if (auto error = EnablePeerAccess(rank.device, peer.device)) return error;
     }
     if (rank.workspace != 0) continue;
-    if (auto error = AllocateWorkspace(rank.device, rank.workspace)) return error;
+    if (auto error = AllocateWorkspace(rank.device, inbox_bytes, rank.workspace)) return error;
   }
   std::vector<std::vector<cuda::Region>> regions;
   for (const RankSpec& rank : ranks) regions.push_back(rank.regions);
@@ -51,6 +53,14 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     for (int peer = 0; peer < num_ranks; ++peer) {
       member.workspaces.push_back(reinterpret_cast<Workspace*>(ranks[peer].workspace));
       member.processes.push_back(ranks[peer].process);
+    }
+    if (inbox_bytes != 0) {
+      for (int peer = 0; peer < num_ranks; ++peer) {
+        member.inboxes.of[peer] =
+            reinterpret_cast<cuda::DecodeInbox*>(ranks[peer].workspace + sizeof(Workspace));
+      }
+      member.inboxes.half_words =
+          cuda::DecodeHalfWords(num_ranks, spec.latency_tokens, spec.latency_hidden);
     }
     if (auto error = AllocateErrorRecord(device, &member.params.error)) return error;
     if (auto error = WriteRegions(device, regions, member.workspaces[rank])) return error;
@@ -145,12 +155,15 @@ void FinishOps() {
 
 std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t>& ops) {
   std::vector<std::pair<int, const Workspace*>> workspaces;
+  std::vector<std::pair<int, const cuda::DecodeInbox*>> inboxes;
   {
     std::lock_guard<std::mutex> lock(Mutex());
     const auto group = Groups().find(group_id);
     if (group == Groups().end()) return "there is no group of id " + std::to_string(group_id);
     for (const auto& [device, member] : *group->second) {
       workspaces.emplace_back(device, member.workspaces[member.params.rank]);
+      const cuda::DecodeInbox* inbox = member.inboxes.of[member.params.rank];
+      if (inbox != nullptr) inboxes.emplace_back(device, inbox);
     }
   }
   for (const auto& [device, workspace] : workspaces) {
@@ -163,9 +176,19 @@ std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t
       ops[device] += epoch;
     }
   }
+  for (const auto& [device, inbox] : inboxes) {
+    ScopedDevice scope(device);
+    uint64_t epoch = 0;
+    JAX_EP_RETURN_IF_CUDA_ERROR(
+        cudaMemcpy(&epoch, &inbox->epochs[0], sizeof(epoch), cudaMemcpyDeviceToHost), device);
+    ops[device] += epoch;
+  }
   return std::nullopt;
 }
 
-int64_t WorkspaceBytes() { return sizeof(Workspace); }
+int64_t WorkspaceBytes(int num_ranks, int latency_tokens, int latency_hidden) {
+  return static_cast<int64_t>(sizeof(Workspace)) +
+         cuda::DecodeInboxBytes(num_ranks, latency_tokens, latency_hidden);
+}
 
 }  // namespace jax_ep::transport

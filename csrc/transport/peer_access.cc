@@ -11,11 +11,12 @@ namespace jax_ep::transport {
 using cuda::ErrorRecord;
 using cuda::Workspace;
 
-std::optional<std::string> AllocateWorkspace(int device, uint64_t& workspace) {
+std::optional<std::string> AllocateWorkspace(int device, int64_t more_bytes, uint64_t& workspace) {
   ScopedDevice scope(device);
   void* memory = nullptr;
-  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMalloc(&memory, sizeof(Workspace)), device);
-  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMemset(memory, 0, sizeof(Workspace)), device);
+  const size_t bytes = sizeof(Workspace) + static_cast<size_t>(more_bytes);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMalloc(&memory, bytes), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cudaMemset(memory, 0, bytes), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize(), device);
   workspace = reinterpret_cast<uint64_t>(memory);
   return std::nullopt;

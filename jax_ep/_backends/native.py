@@ -7,6 +7,7 @@ result more. A backend is a module with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,15 @@ from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat
 from jax_ep._backends.primitive import native_call
-from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
+from jax_ep._core.types import (
+    DispatchConfig,
+    Handle,
+    Layout,
+    Quantized,
+    ScaleFormat,
+    is_latency,
+    without_latency,
+)
 from jax_ep._groups import gpu_side, network, tuning
 from jax_ep._groups.group import Group, sms_of
 
@@ -32,7 +41,8 @@ def workspace_bytes(group: Group) -> int:
     """Device memory that ``group`` takes on each of its GPUs beyond XLA's; 0 on other platforms."""
     if group.backend != "cuda":
         return 0
-    used = gpu_side.library().workspace_bytes()
+    on_host = len(group.topology.hosts[0])
+    used = gpu_side.library().workspace_bytes(on_host, group.latency_tokens, group.latency_hidden)
     if _spans_hosts(group):
         hosts, settings = group.topology.hosts, network.settings_of(group.id)
         used += network.memory_bytes(settings, len(hosts), len(hosts[0]))
@@ -52,26 +62,10 @@ def plan(
 ) -> Handle:
     """See ``jax_ep.reference.plan``."""
     num_tokens, top_k = topk_idx.shape
+    shapes, absent = _handle_shapes(
+        num_tokens, top_k, group=group, num_experts=num_experts, layout=layout, capacity=capacity
+    )
     num_local = num_experts // group.size
-    num_rows = min(top_k, num_local) if layout == "expert" else 1
-    shapes = {
-        "topk_idx": (num_tokens, top_k),
-        "dest_row": (num_tokens, top_k),
-        "recv_rows": (group.size * num_tokens, num_rows),
-        "recv_start": (group.size + 1,),
-        "recv_token": (capacity,),
-        "recv_row": (capacity,),
-        "recv_src": (capacity,),
-        "expert_idx": (capacity if layout == "token" else 0, top_k),
-        "group_sizes": (num_local,),
-        "counts": (num_local,),
-        "demand": (num_local,),
-        "num_dropped": (1,),
-        "num_invalid": (1,),
-    }
-    absent = dict.fromkeys(_ROUTES if _spans_hosts(group) else _ENTRIES)
-    for name in absent:
-        del shapes[name]
     names = list(shapes)
     if _spans_hosts(group):
         shapes["scratch"] = (network.library().plan_scratch_size(num_local),)
@@ -95,17 +89,55 @@ def plan(
         alignment=np.int32(alignment),
         expert_capacity=np.int32(expert_capacity),
     )
-    leaves: dict[str, Any] = dict(zip(names, results[: len(names)], strict=True)) | absent
-    if layout == "expert":
-        leaves["expert_idx"] = None
-    return Handle(
-        **leaves,
-        group_id=group.id,
+    return _handle_of(
+        results[: len(names)],
+        names,
+        absent,
+        group=group,
         num_experts=num_experts,
         layout=layout,
         capacity=capacity,
         alignment=alignment,
     )
+
+
+def _handle_shapes(
+    num_tokens: int, top_k: int, *, group: Group, num_experts: int, layout: Layout, capacity: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, None]]:
+    """Shapes of the int32 leaves of a handle, in the order of results; and those that are None."""
+    num_local = num_experts // group.size
+    num_rows = min(top_k, num_local) if layout == "expert" else 1
+    shapes = {
+        "topk_idx": (num_tokens, top_k),
+        "dest_row": (num_tokens, top_k),
+        "recv_rows": (group.size * num_tokens, num_rows),
+        "recv_start": (group.size + 1,),
+        "recv_token": (capacity,),
+        "recv_row": (capacity,),
+        "recv_src": (capacity,),
+        "expert_idx": (capacity if layout == "token" else 0, top_k),
+        "group_sizes": (num_local,),
+        "counts": (num_local,),
+        "demand": (num_local,),
+        "num_dropped": (1,),
+        "num_invalid": (1,),
+    }
+    absent = dict.fromkeys(_ROUTES if _spans_hosts(group) else _ENTRIES)
+    return {name: shape for name, shape in shapes.items() if name not in absent}, absent
+
+
+def _handle_of(
+    results: Sequence[Array],
+    names: Sequence[str],
+    absent: dict[str, None],
+    *,
+    group: Group,
+    **fields: Any,
+) -> Handle:
+    leaves: dict[str, Any] = dict(zip(names, results, strict=True)) | absent
+    if fields["layout"] == "expert":
+        leaves["expert_idx"] = None
+    return Handle(**leaves, group_id=group.id, **fields)
 
 
 def dispatch(
@@ -120,15 +152,10 @@ def dispatch(
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
     """See ``jax_ep.reference.dispatch``."""
     values, scales = x if isinstance(x, Quantized) else (x, None)
-    rows, hidden, top_k = handle.capacity, values.shape[1], handle.topk_idx.shape[1]
-    quantized = scales is not None or (scale_format is not None and not dense_output)
-    weights_shape = (rows,) if handle.layout == "expert" else (rows, top_k)
-    row_dtype = jnp.float8_e4m3fn if quantized else values.dtype
-    results = [
-        jax.ShapeDtypeStruct((rows, hidden), row_dtype),
-        jax.ShapeDtypeStruct((rows, hidden // 128) if quantized else (0,), jnp.float32),
-        jax.ShapeDtypeStruct(weights_shape if weights is not None else (0,), jnp.float32),
-    ]
+    rows, hidden = handle.capacity, values.shape[1]
+    results, quantized = _row_shapes(
+        x, weights, handle.layout, rows, scale_format=scale_format, dense_output=dense_output
+    )
     if group.backend == "cuda":
         scratch = gpu_side.library().dispatch_scratch_size(
             len(values), hidden, rows, scale_format is not None, dense_output
@@ -159,6 +186,71 @@ def dispatch(
     return out, row_weights if weights is not None else None
 
 
+def _row_shapes(
+    x: Array | Quantized,
+    weights: Array | None,
+    layout: Layout,
+    rows: int,
+    *,
+    scale_format: ScaleFormat | None,
+    dense_output: bool,
+) -> tuple[list[jax.ShapeDtypeStruct], bool]:
+    """What a dispatch gives: rows, scales and weights; and whether rows are quantized."""
+    values, scales = x if isinstance(x, Quantized) else (x, None)
+    hidden = values.shape[1]
+    quantized = scales is not None or (scale_format is not None and not dense_output)
+    top_k = () if weights is None or layout == "expert" else (weights.shape[1],)
+    row_dtype = jnp.float8_e4m3fn if quantized else values.dtype
+    return [
+        jax.ShapeDtypeStruct((rows, hidden), row_dtype),
+        jax.ShapeDtypeStruct((rows, hidden // 128) if quantized else (0,), jnp.float32),
+        jax.ShapeDtypeStruct((rows, *top_k) if weights is not None else (0,), jnp.float32),
+    ], quantized
+
+
+def latency_dispatch(
+    x: Array | Quantized,
+    weights: Float32[Array, "tokens top_k"] | None,
+    topk_idx: Int32[Array, "tokens top_k"],
+    *,
+    group: Group,
+    num_experts: int,
+    layout: Layout,
+    capacity: int,
+    alignment: int,
+    expert_capacity: int,
+    scale_format: ScaleFormat | None,
+    dense_output: bool,
+    config: DispatchConfig,
+) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]:
+    """``plan``, and ``dispatch`` along it, in one launch of latency mode; on GPUs only."""
+    values, scales = x if isinstance(x, Quantized) else (x, None)
+    num_tokens, top_k = topk_idx.shape
+    fields: dict[str, Any] = {"num_experts": num_experts, "layout": layout, "capacity": capacity}
+    shapes, absent = _handle_shapes(num_tokens, top_k, group=group, **fields)
+    of_rows, quantized = _row_shapes(
+        x, weights, layout, capacity, scale_format=scale_format, dense_output=dense_output
+    )
+    results = native_call(
+        "jax_ep_latency_dispatch",
+        [*of_rows, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes.values())],
+        values,
+        _optional(scales),
+        _optional(weights),
+        topk_idx,
+        _coords(group),
+        **_attributes(group, num_experts, layout, config, op="dispatch", num_tokens=num_tokens),
+        alignment=np.int32(alignment),
+        expert_capacity=np.int32(expert_capacity),
+        quantization=np.int32(_QUANTIZATIONS[scale_format]),
+        dense_output=np.int32(dense_output),
+    )
+    tokens, row_scales, row_weights, *of_handle = results
+    handle = _handle_of(of_handle, list(shapes), absent, group=group, alignment=alignment, **fields)
+    out = Quantized(tokens, row_scales) if quantized else tokens
+    return out, row_weights if weights is not None else None, handle
+
+
 def combine(
     rows: Array,
     row_weights: Float32[Array, " capacity"] | None,
@@ -170,12 +262,13 @@ def combine(
 ) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
     """See ``jax_ep.reference.combine``."""
     num_tokens, top_k = handle.topk_idx.shape
+    latency = is_latency(config) and group.backend == "cuda" and values is None
     results = [
         jax.ShapeDtypeStruct((num_tokens, rows.shape[1]), rows.dtype),
         jax.ShapeDtypeStruct((num_tokens, top_k) if values is not None else (0,), jnp.float32),
     ]
     y, home = native_call(
-        _target(group, "combine"),
+        _target(group, "latency_combine" if latency else "combine"),
         results,
         rows,
         _optional(row_weights),
@@ -186,7 +279,7 @@ def combine(
             group,
             handle.num_experts,
             handle.layout,
-            config,
+            config if latency else without_latency(config),
             op="combine",
             num_tokens=num_tokens,
             hidden=rows.shape[1],
@@ -252,15 +345,19 @@ def _attributes(
     hidden: int = 0,
     rows: str = "",
 ) -> dict[str, Any]:
-    num_sms = sms_of(
-        group,
-        op=op,
-        layout=layout,
-        rows=rows,
-        hidden=hidden,
-        num_tokens=num_tokens,
-        requested=None if config is None else config.num_sms,
-    )
+    requested = None if config is None else config.num_sms
+    if is_latency(config):  # whose kernels take what they have use for
+        num_sms = 0 if group.backend != "cuda" else requested or 0
+    else:
+        num_sms = sms_of(
+            group,
+            op=op,
+            layout=layout,
+            rows=rows,
+            hidden=hidden,
+            num_tokens=num_tokens,
+            requested=requested,
+        )
     return {
         "num_ranks": np.int32(group.size),
         "num_experts": np.int32(num_experts),

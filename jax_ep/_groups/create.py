@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_ep import _compat
 from jax_ep._core import libraries
-from jax_ep._groups import gpu_side, hosts, network, tuning
+from jax_ep._groups import gpu_side, hosts, latency_mode, network, tuning
 from jax_ep._groups.group import Group
 from jax_ep._groups.topology import Topology
 
@@ -39,6 +39,8 @@ def create_group(
     timeout: float = _DEFAULT_TIMEOUT_S,
     ranks_per_host: int | None = None,
     transport: Transport = "auto",
+    latency_tokens: int = 0,
+    latency_hidden: int = 0,
 ) -> Group:
     """Make the group of ranks along ``axis_name`` of ``mesh``.
 
@@ -72,6 +74,11 @@ def create_group(
             ranks of that host read it. It takes one process for each GPU, all processes of the job in
             the mesh, and as many ranks on each host, neighbours in the group. "auto" takes what the
             hosts of the group ask for. The others insist.
+        latency_tokens: The most tokens T of a rank for ``DispatchConfig(mode="latency")``, at most 512;
+            0 is for groups without that mode. On GPUs each rank then has an inbox of
+            32·(6·R·T + (R − 1)·T·W) + 4096 bytes, with W = 152·⌈2H / 1792⌉ + 16: 20 MB for R = 2 and
+            142 MB for R = 8, with T = 512 and H = 7168.
+        latency_hidden: The most channels H of a row in that mode; those of float32 rows count twice.
 
     Returns:
         The group.
@@ -79,7 +86,8 @@ def create_group(
     Raises:
         TypeError: for a mesh, axis, timeout or number of another type.
         ValueError: for an unknown axis, backend, transport or timeout, a ``ranks_per_host`` that does
-            not divide R, or a backend or transport that cannot serve the mesh.
+            not divide R, a backend or transport that cannot serve the mesh, or sizes of latency mode
+            that are out of range or for a group on several hosts.
         CommunicationError: if GPUs of several processes form the group and a process did not come,
             came with another group, or could not do its part; then in all of them.
     """
@@ -116,10 +124,12 @@ def create_group(
             f"seconds, got {timeout!r}; the default is {_DEFAULT_TIMEOUT_S:g}, and float('inf') "
             f"waits for ever."
         )
+    latency = latency_mode.checked_sizes(latency_tokens, latency_hidden)
     instances = _instances(mesh, axis_names)
     _check_ranks_per_host(ranks_per_host, instances.shape[1])
     resolved, topology = _resolve(mesh, instances, ranks_per_host, backend, transport)
-    key = (mesh, axis_names, resolved, float(timeout), topology)
+    latency_mode.check_hosts(latency, len(topology.hosts))
+    key = (mesh, axis_names, resolved, float(timeout), topology, *latency)
     group = _groups.get(key)
     # A group that failed is not used again; programs that were made for it keep failing.
     alive = group is not None and not _has_failed(group)
@@ -128,17 +138,20 @@ def create_group(
     processes = topology.all_processes
     if resolved == "cuda" and len(processes) > 1:
         # Some processes may know of a failure that others have not met yet.
-        first_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, 0)
+        first_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, latency, 0)
         what = f"{axis_names} of {dict(mesh.shape)}, timeout {timeout:g}, id {first_id:x}"
         generation = gpu_side.agree(processes, what, generation)
     if group is None or generation != before:
         _generations[key] = generation
-        group_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, generation)
+        group_id = _group_id(
+            mesh, axis_names, resolved, float(timeout), topology, latency, generation
+        )
         table: tuning.Table = {}
         if resolved == "cuda":
             _groups.pop(key, None)
             table = tuning.agreed_table(mesh, str(group_id))
-            gpus = gpu_side.create(group_id, gpu_side.ranks_of(instances), topology, float(timeout))
+            ranks = gpu_side.ranks_of(instances)
+            gpus = gpu_side.create(group_id, ranks, topology, float(timeout), latency)
             topology = dataclasses.replace(topology, gpus=gpus)
             if len(topology.hosts) > 1:
                 _add_network(group_id, instances, topology)
@@ -150,6 +163,8 @@ def create_group(
             id=group_id,
             topology=topology,
             tuning=table,
+            latency_tokens=latency[0],
+            latency_hidden=latency[1],
         )
         _groups[key] = group
     return group
@@ -188,12 +203,13 @@ def _group_id(
     backend: str,
     timeout: float,
     topology: Topology,
+    latency: tuple[int, int],
     generation: int,
 ) -> int:
     """A positive 63-bit id made of what the group is, never of where it lives in memory."""
     devices = [(device.platform, device.id) for device in mesh.devices.flat]
     what = (axis_names, mesh.axis_names, mesh.devices.shape, devices, backend, timeout)
-    text = repr((*what, topology.ranks_per_host, generation))
+    text = repr((*what, topology.ranks_per_host, *(latency if any(latency) else ()), generation))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -140,7 +140,11 @@ def agree(processes: list[int], what: str, value: int) -> int:
 
 
 def create(
-    group_id: int, instances: list[list[Rank]], topology: Topology, timeout: float
+    group_id: int,
+    instances: list[list[Rank]],
+    topology: Topology,
+    timeout: float,
+    latency: tuple[int, int] = (0, 0),
 ) -> Gpus | None:
     """Make the native side of a group.
 
@@ -149,6 +153,7 @@ def create(
         instances: The ranks of each of the groups side by side.
         topology: Their places. Ranks of one host reach each other's memory.
         timeout: Seconds that an op waits for a peer to arrive.
+        latency: The most tokens of a rank and channels of latency mode.
 
     Returns:
         What tells each rank's GPU from others (``Topology.gpus``), the same in all processes; None in a
@@ -168,11 +173,13 @@ def create(
         gpus = tuple(tuple(str(rank.device) for rank in ranks) for ranks in instances)
         blocks = blocks_per_rank(most_on_a_gpu(gpus), _fewest_sms(instances))
         _blocks_of_groups[group_id] = blocks
-        error = library().create_group(group_id, specs, timeout, _OP_TIMEOUT_S, blocks, [])
+        error = library().create_group(
+            group_id, specs, timeout, _OP_TIMEOUT_S, blocks, [], 0, *latency
+        )
         if error is not None:
             raise CommunicationError(f"the group was not made: {error}")
         return gpus
-    return _create_together(group_id, instances, mine, first_rank, timeout)
+    return _create_together(group_id, instances, mine, first_rank, timeout, latency)
 
 
 def _on_this_host(
@@ -204,6 +211,7 @@ def _create_together(
     mine: dict[int, list[Rank]],
     first_rank: int,
     timeout: float,
+    latency: tuple[int, int],
 ) -> Gpus:
     """``create`` with other processes; ``mine`` and ``first_rank`` are those of ``_on_this_host``."""
     me = jax.process_index()
@@ -211,7 +219,8 @@ def _create_together(
     num_sms = _fewest_sms(instances)
     ours = [rank for ranks in mine.values() for rank in ranks]
     own = {rank.device: rank.ordinal for rank in ours if rank.ordinal is not None}
-    offer = Offer()
+    workspace_bytes = library().workspace_bytes(len(next(iter(mine.values()))), *latency)
+    offer = Offer(workspace_bytes)
     # Whatever goes wrong here, the others wait for this process: it tells them.
     error = _error_of(lambda: _prepare(offer, own))
     message = {"what": f"group {group_id}", "devices": offer.devices, "error": error}
@@ -229,7 +238,9 @@ def _create_together(
 
         def make() -> None:
             blocks = blocks_per_rank(most_on_a_gpu(gpus), num_sms)
-            _map_and_create(group_id, mine, first_rank, own, offer, received, timeout, blocks)
+            _map_and_create(
+                group_id, mine, first_rank, own, offer, received, timeout, blocks, latency
+            )
 
         error = _error_of(make)
     finally:
@@ -279,6 +290,7 @@ def _map_and_create(
     received: other_processes.Received,
     timeout: float,
     blocks: int,
+    latency: tuple[int, int],
 ) -> None:
     """Map what the peers of this host offer and make the group.
 
@@ -327,7 +339,7 @@ def _map_and_create(
     ]
     _blocks_of_groups[group_id] = blocks
     error = native.create_group(
-        group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging, first_rank
+        group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging, first_rank, *latency
     )
     if error is not None:
         raise CommunicationError(error)

@@ -40,6 +40,8 @@ class Group:
         timeout: Seconds that an op waits for a peer to arrive.
         id: The same in every process and every run with the same devices and axes.
         topology: Which ranks share a host, which a process and, on GPUs, which a GPU.
+        latency_tokens: The most tokens of a rank that latency mode has room for; 0: there is none.
+        latency_hidden: The most channels likewise, of 16 bits.
         tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
     """
 
@@ -50,6 +52,8 @@ class Group:
     id: int
     topology: Topology
     tuning: Table
+    latency_tokens: int = 0
+    latency_hidden: int = 0
 
     @property
     def size(self) -> int:

@@ -34,7 +34,8 @@ class Offer:
         workspaces: Addresses by device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workspace_bytes: int) -> None:
+        self._workspace_bytes = workspace_bytes
         self.devices: dict[str, dict[str, Any]] = {}
         self.descriptors: list[int] = []
         self.workspaces: dict[int, int] = {}
@@ -42,8 +43,7 @@ class Offer:
     def add(self, native: Any, device: int, ordinal: int, ordinals: list[int]) -> None:
         """Offer the memory of one GPU of this process, whose GPUs are ``ordinals``."""
         uuid = checked(native.device_uuid(ordinal))[0]
-        size = native.workspace_bytes()
-        workspace = checked(native.allocate_exportable(ordinal, ordinals, size))[0]
+        workspace = checked(native.allocate_exportable(ordinal, ordinals, self._workspace_bytes))[0]
         self.workspaces[device] = workspace
         exported = [checked(native.export_allocation(ordinal, workspace))]
         self.descriptors.append(exported[0][0])

@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jax_ep._core import arguments
-from jax_ep._core.types import DispatchConfig, Handle, Quantized
+from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
 from jax_ep._groups.group import Group
 from jax_ep._ops import checks, gpu_room, gradients
 
@@ -75,7 +75,9 @@ def combine(
             f"shape {rows.shape}",
             "keep padding and unused rows in place",
         )
-    gpu_room.check_sums_fit(op, "rows", rows, handle.layout, group)
+    gpu_room.check_latency_fits(op, "rows", rows, handle.topk_idx, group, config)
+    if not is_latency(config):
+        gpu_room.check_sums_fit(op, "rows", rows, handle.layout, group)
     _check_weights(op, weights, handle)
     weights = None if weights is None else weights.astype(jnp.float32)
     rows, weights, handle = gradients.vary_together(group, rows, weights, handle)

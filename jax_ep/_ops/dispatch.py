@@ -110,7 +110,8 @@ def dispatch(
             It holds the routes and the capacities, so leave out ``topk_idx`` and
             ``capacity_factor``. ``num_experts``, ``layout``, ``alignment`` and ``capacity`` may be
             left out too; else they must equal those of the handle.
-        config: How to use the machine; None takes the defaults.
+        config: How to use the machine; None takes the defaults. With ``mode="latency"`` and a new plan,
+            GPUs plan and dispatch in one launch; along a handle they dispatch as in "throughput".
 
     Returns:
         What this rank received, with C rows.
@@ -142,8 +143,10 @@ def dispatch(
         asked = gradients.PlanOptions(
             group, num_experts, layout, capacity=capacity, alignment=alignment, config=config
         )
+        gpu_room.check_latency_fits(op, "x", values, topk_idx, group, config)
         with_room = _with_room(op, asked, topk_idx.shape, capacity_factor)
-        handle = _name(gradients.plan(with_room, topk_idx), "jax_ep.handle")
+        if not gradients.takes_one_launch(group, config, topk_idx.shape[0]):
+            handle = _name(gradients.plan(with_room, topk_idx), "jax_ep.handle")
     else:
         checks.check_handle(op, handle, group)
         checks.check_not_given(op, "topk_idx", topk_idx)
@@ -161,7 +164,9 @@ def dispatch(
                 "leave the handle out to make a new plan",
             )
     gpu_room.check_chunk_fits(op, "x", values, group)
-    checks.check_topk_weights(op, topk_weights, handle.topk_idx.shape)
+    ids = topk_idx if handle is None else handle.topk_idx
+    assert ids is not None
+    checks.check_topk_weights(op, topk_weights, ids.shape)
     topk_weights = None if topk_weights is None else topk_weights.astype(jnp.float32)
     options = gradients.DispatchOptions(
         group=group,
@@ -172,8 +177,15 @@ def dispatch(
     )
     if isinstance(x, Quantized):
         x = gradients.refuse_gradient(x)
-    x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
-    tokens, weights = gradients.dispatch(options, x, topk_weights, handle)
+    if handle is None:
+        x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)
+        tokens, weights, handle = gradients.plan_and_dispatch(
+            with_room, options, x, topk_weights, topk_idx
+        )
+        handle = _name(handle, "jax_ep.handle")
+    else:
+        x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
+        tokens, weights = gradients.dispatch(options, x, topk_weights, handle)
     if isinstance(tokens, Quantized):
         tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")

@@ -22,10 +22,10 @@ nvcc=${CUDACXX:-$(command -v nvcc || echo "${CUDA_HOME:-/usr/local/cuda}/bin/nvc
 # changes, so other kernels have no part in it.
 declare -A kernels=(
   [plain]="dispatch combine" [8]=dispatch [9]=dispatch [10]=dispatch [11]=dispatch [12]=combine
-  [13]=combine [14]=combine [15]=dispatch [16]=dispatch
+  [13]=combine [14]=combine [15]=dispatch [20]=dispatch
 )
 names=("$@")
-[ ${#names[@]} -gt 0 ] || names=(plain 8 9 10 11 12 13 14 15 16)
+[ ${#names[@]} -gt 0 ] || names=(plain 8 9 10 11 12 13 14 15 20)
 for name in "${names[@]}"; do
   [ -n "${kernels[$name]:-}" ] || { echo "$0: no mutation $name" >&2; exit 2; }
 done

@@ -65,7 +65,7 @@ class Memory:
     def device_uuid(self, ordinal: int) -> tuple[str, None]:
         return f"shared on {meetings.host_name()}", None
 
-    def workspace_bytes(self) -> int:
+    def workspace_bytes(self, *latency: int) -> int:
         return 4096
 
     def allocate_exportable(self, ordinal: int, ordinals: list[int], size: int) -> Any:
@@ -87,7 +87,7 @@ class Memory:
         return 0x7000000 + len(self.imported), None
 
     def create_group(
-        self, group_id, specs, arrival, op, max_blocks, staging, first_rank
+        self, group_id, specs, arrival, op, max_blocks, staging, first_rank, *latency
     ) -> str | None:
         self.specs.append(specs)
         self.max_blocks = max_blocks

@@ -30,10 +30,16 @@ constexpr int kWithoutPart = 12;       // for the ranks' sums of a chunk
 constexpr int kWithoutPartDone = 13;   // until the forwarder has read them
 constexpr int kWithoutHome = 14;       // for the chunks that come home
 constexpr int kWithoutTeam = 15;       // until all warps of a team have done a chunk
+constexpr int kWithoutStamp = 16;      // latency mode: for words
+constexpr int kWithoutHello = 17;      // latency mode: until all ranks have begun the op
+// Not waits: in latency mode, all ops use the same half of the inboxes, or words get their stamps
+// before their bytes.
+constexpr int kWithOneSlot = 18;
+constexpr int kStampEarly = 19;
 // Not waits: a chunk and its signal are sent by two calls without an order between them, or the
 // signal by the first one.
 constexpr int kWithSeparateSignal = 11;
-constexpr int kWithEarlySignal = 16;
+constexpr int kWithEarlySignal = 20;
 // Not a wait: the epoch tells addresses from those of earlier ops.
 constexpr int kNumberByEpoch = 7;
 

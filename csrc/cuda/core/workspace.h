@@ -106,6 +106,11 @@ enum class WordKind : uint32_t {
   kCredit = 11,       // another host has read the chunk before in this slot
   kPart = 12,         // a rank's sums of a chunk's rows
   kPartDone = 13,     // the forwarder has read this rank's part
+  // Latency mode (decode/inbox.h); expected and seen are stamps, of hello FlagValue(stamp, tag):
+  kHello = 14,     // a peer has begun the op
+  kIds = 15,       // the ids of a token
+  kRowWords = 16,  // a row of a dispatch
+  kSumWords = 17,  // a rank's sum for a token
 };
 
 JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
@@ -118,6 +123,7 @@ JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
     case WordKind::kChunkDone:
     case WordKind::kPart:
     case WordKind::kPartDone:
+    case WordKind::kRowWords:
       return Phase::kRows;
     default:
       return Phase::kArrival;
