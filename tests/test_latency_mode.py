@@ -158,7 +158,7 @@ def test_more_entries_than_latency_mode_takes():
         if top_k == 25:
             jax.eval_shape(mapped, x, idx)
             continue
-        with pytest.raises(ValueError, match="at most 65536 entries of topk_idx.*got 66560"):
+        with pytest.raises(ValueError, match=r"at most 65536 entries of topk_idx.*got 66560"):
             jax.eval_shape(mapped, x, idx)
 
 

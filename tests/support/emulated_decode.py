@@ -48,7 +48,8 @@ FAILURES = [
         "op=dispatch failure=stops layout=expert ranks=3",
         "op=dispatch failure=stops layout=token ranks=2 items=2 tokens=60 hidden=2056",
         # In the first of several batches of a block's tokens.
-        "op=dispatch failure=stops layout=expert ranks=2 items=2 tokens=100 topk=32 experts=64 hidden=2056",
+        "op=dispatch failure=stops layout=expert ranks=2 items=2 tokens=100 topk=32 experts=64"
+        " hidden=2056",
         "op=combine failure=stops layout=token ranks=2",
         "op=combine failure=stops layout=expert ranks=3 items=1 tokens=60",
         "op=dispatch failure=withholds word=hello layout=expert ranks=2",
