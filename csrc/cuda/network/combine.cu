@@ -20,16 +20,16 @@ namespace {
 
 using plan::Layout;
 
-constexpr int kWarps = 32;
+constexpr int kWarps = 16;  // more would leave sums too few registers
 constexpr int kThreads = kWarps * 32;
-constexpr int kMaxHomes = 18;  // warps
+constexpr int kMaxHomes = 9;  // warps
 
 // The warps of the teams. Homes move more bytes than adders.
 struct Teams {
   int32_t makers, adders, homes;
   __device__ explicit Teams(const NetworkShape& shape)
-      : makers(shape.host_ranks > 1 ? 10 : 0),
-        adders(shape.host_ranks > 1 ? 10 : 14),
+      : makers(shape.host_ranks > 1 ? 5 : 0),
+        adders(shape.host_ranks > 1 ? 5 : 7),
         homes(kWarps - makers - adders) {}
 };
 
@@ -74,7 +74,8 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
       char* const sum = format.Of(part, rows.tokens(), bit);
       const EntryRange of_token = rows.Of(bit);
       TakeRows<kWeighted>(p, self, of_token, format.ValuesOf(sum));
-      AddTerms<T, kWeighted>(self.terms, of_token.end - of_token.begin, 0, p.row_bytes, sum);
+      AddTerms<T, kWeighted, kSumLoads>(self.terms, of_token.end - of_token.begin, 0, p.row_bytes,
+                                        sum);
       __syncwarp();
     }
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(part) = {rows.tokens()};
