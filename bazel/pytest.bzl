@@ -12,7 +12,7 @@ def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps
         data: Files that tests read.
         once: Files whose tests say the same with every version of Python and JAX, by name, and one test of
             each. The file's target is tagged "once", and test_samples runs that test alone.
-        quick: Files of a few seconds, by name, which test_quick runs. Their own targets are tagged
+        quick: Files of at most half a minute, by name, which test_quick runs. Their own targets are tagged
             "manual", so a pattern such as //... leaves them out.
         part: Files of which a part runs, by name, and the options of pytest with which their targets
             run: those that select some of their tests or make them short.
@@ -44,7 +44,7 @@ def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps
         name = "test_quick",
         srcs = [paths[name] for name in quick] + support,
         args = [paths[name] for name in quick] + ["-m", "'not slow'"],
-        shard_count = 3,
+        shard_count = 4,
         **common
     )
     native.py_test(

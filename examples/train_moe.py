@@ -17,7 +17,8 @@ In two processes of four devices each (on one machine or on two that share the f
         --process-id 1
 
 Where there are GPUs it runs on these, on all or on the first ``--devices``. If several processes
-run on one machine, each must see only its own GPUs (``CUDA_VISIBLE_DEVICES``).
+run on one machine, each must see only its own GPUs (``CUDA_VISIBLE_DEVICES``). ``--ranks-per-host``
+makes logical hosts of them, for tests: GPUs of different ones exchange rows over NVSHMEM.
 
 The parts are in ``examples/byte_lm``: the model with its ``jax_ep.nnx.MoE`` layers in model.py, the
 training step in training.py, batches in data.py, checkpoints in checkpoint.py.
@@ -76,6 +77,14 @@ def main(
         int | None,
         typer.Option(
             min=1, help='Size of the mesh axis "data".', show_default="2 of 4 devices or more"
+        ),
+    ] = None,
+    ranks_per_host: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Expert-parallel ranks that count as one host.",
+            show_default="those that share one",
         ),
     ] = None,
     coordinator: Annotated[
@@ -159,6 +168,7 @@ def main(
             processes=cluster.processes(coordinator, count=num_processes, index=process_id),
             devices=devices,
             data_parallel=data_parallel,
+            ranks_per_host=ranks_per_host,
             data_path=data_path,
         )
     except (ValueError, OSError) as error:
@@ -178,6 +188,7 @@ def _make_run(
     processes: cluster.Processes | None,
     devices: int | None,
     data_parallel: int | None,
+    ranks_per_host: int | None,
     data_path: pathlib.Path | None,
 ) -> Run:
     """Start JAX and set everything up; nothing is trained yet."""
@@ -188,7 +199,8 @@ def _make_run(
 
     mesh = cluster.make_mesh(devices=devices, data_parallel=data_parallel)
     corpus = data.load(data_path, min_bytes=train_config.seq_len + 1)
-    return Run(Trainer(mesh, model_config, train_config), corpus, run_config)
+    trainer = Trainer(mesh, model_config, train_config, ranks_per_host=ranks_per_host)
+    return Run(trainer, corpus, run_config)
 
 
 if __name__ == "__main__":

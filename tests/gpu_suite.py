@@ -3,7 +3,9 @@
     python tests/gpu_suite.py [--out FOLDER] [--binaries FOLDER] [--seconds S] [--list] [STAGE ...]
     python tests/gpu_suite.py --window [--cache FOLDER] [--fill-cache FOLDER] [...]
 
-Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. Each
+Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. The
+beginning of a name stands for all such stages: ``hosts`` for groups that span hosts, on one GPU, in
+eight minutes, and ``network`` for their failures, programs and mutants, in twenty more. Each
 writes its output to FOLDER/STAGE.log, and benchmarks write their records to FOLDER/*.json. A table
 at the end gives the result of each stage. Where ranks share a GPU, an MPS daemon of our own runs
 beside them. Stages that also use XLA's collectives then run only with NCCL 2.30 and
@@ -37,7 +39,9 @@ from typing import IO
 
 sys.path.insert(0, str(pathlib.Path(__file__).with_name("support")))
 
+import emulated_decode
 import gpu_window
+import host_stages
 import machine
 import mps
 import window_stages
@@ -47,7 +51,7 @@ SUITE = (
     "tests/test_suite_values.py tests/test_suite_gradients.py tests/test_transforms.py"
     " tests/test_checkpoint_policies.py tests/test_overlap.py tests/test_meshes.py"
     " tests/test_hypothesis.py tests/test_steps.py tests/test_moe.py tests/test_ordinals.py"
-    " tests/test_large_plans.py"
+    " tests/test_large_plans.py tests/test_latency_mode.py tests/test_gpu_latency.py"
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
 # Compiling takes most of the time of these tests. The plugin pytest-benchmark would warn about
@@ -60,8 +64,12 @@ SANITIZED = [
     "kernels_test layout=token ranks=2 plan=pull",
     "kernels_test layout=expert ranks=2 fp8=1",
     "kernels_test layout=expert ranks=3 dtype=f32 plan=push",
+    "decode_test layout=expert ranks=2 weighted=1 alignment=1",
+    "decode_test layout=token ranks=2 fp8=1",
 ]
 SMALL = "tokens=100 hidden=512 experts=12 topk=4 blocks=6 repeat=2 timeout=60"
+# The workload of the decode benchmarks; the times are those of graphs of so many ops.
+DECODE = "tokens=128 alignment=1 blocks=50 steps=2 time=200"
 RACES = "tokens=2000 hidden=256 experts=12 topk=4 blocks=6"
 # What a rank does in failures_test.
 FAILED = "tokens=1000 hidden=1024 experts=12 topk=4 blocks=6 ranks=3"
@@ -102,14 +110,6 @@ FAILURES = [
     "op=plan layout=expert failure=withholds word=total",
     "op=plan layout=token failure=withholds word=message plan=push",
 ]
-# Logical hosts: the tests of each shape whose ranks reach each other, and those on a late network.
-VALUES, GRADIENTS = "tests/test_suite_values.py", "tests/test_suite_gradients.py"
-HOSTS = {
-    "2x1": (f"{SUITE} tests/test_checkpoint_policies.py", f"{VALUES} {GRADIENTS}"),
-    "2x2": (f"{VALUES} {GRADIENTS} tests/test_transforms.py tests/test_meshes.py", VALUES),
-    "4x2": (f"{VALUES} tests/test_steps.py", VALUES),
-    "2x4": (f"{VALUES} tests/test_steps.py", VALUES),
-}
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 
 
@@ -158,6 +158,16 @@ def stages(gpus: int) -> dict[str, Stage]:
             ],
             seconds=300,
         ),
+        "decode": Stage(  # the same of latency mode
+            [
+                f"{{binaries}}/decode_test layout={layout} {rows} {DECODE}"
+                for layout in ("token", "expert")
+                for rows in ("fp8=1", "fp8=0", "cast=fp8")
+            ]
+            + [f"{{binaries}}/decode_test {given}" for given in emulated_decode.STEPS]
+            + [f"{{binaries}}/decode_failures_test {given}" for given in emulated_decode.FAILURES],
+            seconds=300,
+        ),
         "mutations": Stage(["tests/cuda/mutations.sh run {binaries}"], seconds=300),
         "sanitizers": Stage(
             [
@@ -201,12 +211,23 @@ def stages(gpus: int) -> dict[str, Stage]:
             ranks=ranks,
             environment={"JAX_EP_TEST_ALL_STEPS": "1"},
         )
-    for shape, (reached, late) in HOSTS.items():  # with MPS daemons of their own
-        run = f"{{python}} tests/run_hosts.py {shape} --timeout 200"
-        found[f"hosts_{shape}"] = Stage(
-            [f"{run} -q {reached}", f"{run} --late --delay-us 100 -q {late}"],
-            environment={"JAX_EP_TEST_PLATFORM": "cuda"},
+    for stage in host_stages.HOSTS:  # with MPS daemons of their own, as those that follow
+        found[stage.name] = Stage(
+            [stage.command], environment=stage.environment, seconds=stage.seconds
         )
+    found["network_failures"] = Stage(
+        [f"{PYTEST} -rs tests/test_hosts_failures.py"], environment=shared
+    )
+    found["network_programs"] = Stage(
+        [f"{PYTEST} -rs tests/test_hosts_programs.py"], environment=shared, seconds=400
+    )
+    mutants = "{binaries}/network_mutants"
+    found["network_mutants"] = Stage(
+        [
+            f"env PYTHON={{python}} tests/cuda/network_mutants.sh {mutants}",
+            f"env JAX_EP_NETWORK_MUTANTS={mutants} {PYTEST} -rs tests/test_hosts_mutants.py",
+        ],
+    )
     for suite in ("smoke", "baselines", "decode", "routing", "layer"):
         for processes in (1, 2):
             # One process has a GPU for each rank; several may share them.
@@ -252,6 +273,7 @@ def main(arguments: list[str]) -> int:
     if options.list:
         print(*known, sep="\n")
         return 0
+    options.stages = [name for given in options.stages for name in stages_named(given, known)]
     wrong = [name for name in options.stages if name not in known]
     if wrong:
         parser.error(f"argument STAGE: expected names of --list, got {', '.join(wrong)}")
@@ -266,6 +288,13 @@ def main(arguments: list[str]) -> int:
             rehearses=not options.window,
         )
     return run_all(options, gpus)
+
+
+def stages_named(given: str, known: Iterable[str]) -> list[str]:
+    """The stage ``given``, or all whose names begin with it: "hosts" stands for "hosts_2x1" etc."""
+    if given in known:
+        return [given]
+    return [name for name in known if name.startswith(f"{given}_")] or [given]
 
 
 def run_all(options: argparse.Namespace, gpus: int) -> int:

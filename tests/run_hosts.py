@@ -1,13 +1,16 @@
 """Runs the suite on logical hosts: processes that share the GPUs there are, as ranks of several hosts.
 
 Usage: python tests/run_hosts.py HOSTSxRANKS [--late] [--delay-us N] [--seed N] [--counts FOLDER]
+                                 [--chunk-bytes N] [--lanes N]
                                  [--timeout S] [--grace S] [--follow] [pytest arguments]
 
 ``2x4`` starts eight processes, one rank each; the first four are the first host. Groups of the suite
 that span hosts run on NVSHMEM (``support/logical_hosts.py``). Without ``--late`` NVSHMEM reaches all
 ranks by plain loads and stores. With it, what leaves a host goes through the late network of
 ``tests/cuda/late_network``, which this builds where it is missing or old. ``--counts`` names a folder,
-where the file pe-RANK.json says how much each rank has sent to each other.
+where the file pe-RANK.json says how much each rank has sent to each other. ``--chunk-bytes`` and
+``--lanes`` set the variables JAX_EP_NETWORK_CHUNK_BYTES and JAX_EP_NETWORK_LANES: few and small chunks
+make long queues.
 
 Where ranks share a GPU, an MPS daemon of our own runs beside them. ``JAX_EP_TEST_PLATFORM=cpu`` runs
 the suite on CPU devices instead, with the reference backend and no NVSHMEM. The output and the exit
@@ -86,6 +89,12 @@ def common(environment: dict[str, str], ranks: int, late: Late | None) -> dict[s
     return found
 
 
+def of_chunks(chunk_bytes: int | None, lanes: int | None) -> dict[str, str]:
+    """The variables of the network's chunks that are not the usual ones here."""
+    given = {"CHUNK_BYTES": chunk_bytes, "LANES": lanes}
+    return {f"JAX_EP_NETWORK_{name}": str(value) for name, value in given.items() if value}
+
+
 def of_process(index: int, ranks: int, late: Late | None) -> dict[str, str]:
     """The variables of one process: the name of its host, by which NVSHMEM tells hosts apart."""
     return {} if late is None else {"JAX_EP_LATE_HOST": f"host{index // ranks}"}
@@ -120,6 +129,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--delay-us", type=int, metavar="N", help="its longest delay (default 0)")
     parser.add_argument("--seed", type=int, metavar="N", help="of its delays and order (default 1)")
     parser.add_argument("--counts", type=pathlib.Path, metavar="FOLDER", help="for what was sent")
+    parser.add_argument("--chunk-bytes", type=int, metavar="N", help="of a chunk (default 65536)")
+    parser.add_argument("--lanes", type=int, metavar="N", help="between two ranks (default 3)")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for the whole run")
     parser.add_argument("--grace", type=float, default=20, help="seconds for the others to end")
     parser.add_argument("--follow", action="store_true", help="show what process 0 writes, at once")
@@ -155,6 +166,7 @@ def main(arguments: list[str]) -> int:
             late = dataclasses.replace(late, counts=options.counts.resolve())
     count = options.hosts * options.ranks
     environment = common(dict(os.environ), options.ranks, late)
+    environment |= of_chunks(options.chunk_bytes, options.lanes)
     shares = environment["JAX_EP_TEST_PLATFORM"] == "cuda" and count > machine.count_gpus()
     with mps.multi_process_service() if shares else contextlib.nullcontext({}) as variables:
         return run_processes.run(

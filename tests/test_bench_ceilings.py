@@ -42,8 +42,8 @@ def measured(monkeypatch):
     monkeypatch.setattr(ceilings, "NUM_BYTES", 4000)
     monkeypatch.setattr(ceilings, "_ppermute", lambda *_: 0.001)
 
-    def measure(library, *, links, largest=None):
-        session.has_links, session.gpus = links, 2 if links else 1
+    def measure(library, *, links, largest=None, hosts=1):
+        session.has_links, session.gpus, session.hosts = links, 2 if links else 1, hosts
         if largest is not None:
             session.largest = largest
         monkeypatch.setattr(gpu_side, "library", lambda: library)
@@ -55,7 +55,8 @@ def measured(monkeypatch):
 def test_links_are_read_from_the_next_rank(measured):
     library = Library(1e-6)
     found = measured(library, links=True)
-    assert [way.name for way in found[:3]] == ["bulk copies", "loads", "copy engines"]
+    ways = ["bulk copies", "loads", "copy engines", "plain copies"]
+    assert [way.name for way in found[:4]] == ways
     assert found[0].gbs == pytest.approx(4.0) and found[0].kind == "link"
     assert found[-1] == ("lax.ppermute", 0.001, "link")
     assert set(library.asked) == {(1, 0)}
@@ -65,7 +66,14 @@ def test_shared_memory_counts_bytes_read_and_written_by_all_ranks(measured):
     library = Library(1e-6)
     found = measured(library, links=False)
     assert found[0].gbs == pytest.approx(4.0 * 2 * 2) and found[0].kind == "memory"
-    assert len(found) == 3 and set(library.asked) == {(0, 1)}
+    assert len(found) == 4 and set(library.asked) == {(0, 1)}
+
+
+def test_ranks_are_counted_on_their_host(measured):
+    """The library knows the ranks of one host only, and nothing but the network goes to others."""
+    library = Library(1e-6)
+    assert len(measured(library, links=False, hosts=2)) == 4 and set(library.asked) == {(0, 0)}
+    assert [way.name for way in measured(Library(1e-6), links=True, hosts=2)] == ["lax.ppermute"]
 
 
 def test_a_copy_that_fails_in_any_process_is_an_error_in_all(measured):

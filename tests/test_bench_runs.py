@@ -16,10 +16,11 @@ import time
 import pytest
 
 import jax_ep
+import machine
 from conftest import PLATFORM
 from jax_ep.bench import records, suites, table
 from jax_ep.bench.cases import Case
-from jax_ep.bench.launch import Job, run
+from jax_ep.bench.launch import Job, reason, run
 from jax_ep.bench.machine import Machine, left_out
 from spmd import run_python
 
@@ -28,20 +29,26 @@ on_cpu = pytest.mark.skipif(PLATFORM != "cpu", reason="sets up CPU devices of it
 
 
 def bench(*arguments: str, **env: str):
-    flags = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", "TERM": "dumb", "XLA_FLAGS": "", **env}
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "COLUMNS": "200",
+        "TERM": "dumb",
+        "XLA_FLAGS": machine.compiler_flags(),
+        **env,
+    }
     return run_python("-m", "jax_ep.bench", *arguments, timeout=300, **flags)
 
 
 @on_cpu
 def test_smoke(tmp_path):
     """The suite in one process: records, table, picture, and failures that are records too."""
-    machine = Machine(ranks=2, processes=1, gpus=0)
+    two_ranks = Machine(ranks=2, processes=1, gpus=0)
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     done = bench("--suite", "smoke", "--ranks", "2", "--json", str(out), "--plot", str(picture))
     assert done.returncode == 0, done.stdout + done.stderr
     found = records.load(out)  # checks each
     measured = [r for r in found if r["op"] not in ("ceiling", "link")]
-    cases, reasons = left_out(suites.suite("smoke", machine), machine)
+    cases, reasons = left_out(suites.suite("smoke", two_ranks), two_ranks)
     assert len(measured) == len(cases) and reasons
     for why, number in reasons.items():
         assert f"left out: {number} case(s): {why}" in done.stdout
@@ -61,7 +68,7 @@ def test_smoke(tmp_path):
     assert {r["op"] for r in found} >= {
         *("dispatch", "plan", "combine", "layer", "exchange", "link", "overlap")
     }
-    assert f"{len(cases)} cases: {machine}" in done.stdout.splitlines()[0]
+    assert f"{len(cases)} cases: {two_ranks}" in done.stdout.splitlines()[0]
     assert "the time of jax_ep's" in done.stdout
     # Noise is no failure, but a benchmark that finds nothing but noise measures nothing. Whole layers
     # take so long that a busy machine does not hide them.
@@ -93,7 +100,7 @@ def test_logical_hosts(tmp_path, hosts):
         *("--ops", "combine", "--layout", "token", "--tokens", "16", "--hidden", "128"),
         *("--top-k", "2", "--experts", "8", "--ranks", "4", "--hosts", hosts),
         *("--repeat", "2", "--json", str(out)),
-        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        XLA_FLAGS=machine.compiler_flags(devices=4),
     )
     if hosts == "3":
         assert done.returncode and "--hosts: expected a divisor of the 4 ranks" in done.stderr
@@ -108,7 +115,7 @@ def test_logical_hosts(tmp_path, hosts):
 def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch):
     """A process is killed while it measures; the other cases go on in a new process."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", machine.compiler_flags())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     root = os.path.dirname(os.path.dirname(jax_ep.__file__))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, *sys.path]))
@@ -155,7 +162,7 @@ def _workers(folder: pathlib.Path) -> list[int]:
 def test_a_run_that_is_ended_keeps_its_records_and_leaves_no_process(tmp_path):
     out = tmp_path / "out.json"
     root = os.path.dirname(os.path.dirname(jax_ep.__file__))
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TMPDIR": str(tmp_path)}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": machine.compiler_flags(), "TMPDIR": str(tmp_path)}
     flags["PYTHONPATH"] = os.pathsep.join([root, *sys.path])
     command = [sys.executable, "-m", "jax_ep.bench", "--suite", "smoke", "--json", str(out)]
     running = subprocess.Popen(
@@ -204,7 +211,12 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def answers():
     """The answers to all wrong flags, from one process."""
-    flags = {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", "TERM": "dumb", "XLA_FLAGS": ""}
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "COLUMNS": "200",
+        "TERM": "dumb",
+        "XLA_FLAGS": machine.compiler_flags(),
+    }
     done = run_python("-c", RUN_EACH, json.dumps(list(WRONG_FLAGS)), timeout=300, **flags)
     assert done.returncode == 0, done.stderr
     return dict(zip(WRONG_FLAGS, json.loads(done.stdout), strict=True))
@@ -235,3 +247,13 @@ runpy.run_module("jax_ep.bench", run_name="__main__")
         f"jax_ep.bench: {missing} is not installed: pip install 'jax-ep[bench]'"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_the_reason_of_a_failure_is_the_first_exception():
+    told = "Traceback:\n  ...\nRuntimeError: no NVSHMEM\nE0000 grpc noise\n"
+    other = "Traceback:\njax.errors.JaxRuntimeError: UNAVAILABLE: no heartbeat\n more\n"
+    assert reason([other, told]) == (
+        "RuntimeError: no NVSHMEM | jax.errors.JaxRuntimeError: UNAVAILABLE: no heartbeat"
+    )
+    assert reason(["a\n\nb\n", ""]) == "a | b"
+    assert "without a word" in reason([""])

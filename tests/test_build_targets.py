@@ -48,9 +48,9 @@ def cuda() -> Any:
     return importlib.import_module("jax_ep._cuda")  # so here a missing library is an error
 
 
-def test_gpu_library_exports_the_same_targets_and_asynchronous_ones(cuda):
-    beside = listed("cuda/async_targets.h")
-    assert list(cuda.targets()) == list(_cpu.targets()) + beside
+def test_gpu_library_exports_the_same_targets_and_others(cuda):
+    beside, latency = listed("cuda/async_targets.h"), listed("cuda/latency_targets.h")
+    assert list(cuda.targets()) == list(_cpu.targets()) + beside + latency
     assert {name.removesuffix("_async") for name in beside} < set(_cpu.targets())
 
 

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+import emulated_decode
 from jax_ep import _cpu
 
 pytestmark = pytest.mark.one_process("runs programs of its own")
@@ -210,9 +211,9 @@ _NETWORK_FAILURES = [
     "op=combine failure=mismatch layout=token other=dispatch",
     "op=combine_vjp failure=mismatch layout=expert other=combine",
 ]
-# Waits for credits, chunks, receipts, parts and rows that come home (test_hooks.cuh); a network
-# that sets signals before the bytes are there (emulator/network.h).
-_NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 15, 104)
+# Waits for credits, chunks, receipts, parts and rows that come home, and signals without an order
+# (test_hooks.cuh); a network that sets signals before the bytes are there (emulator/network.h).
+_NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 15, 20, 104)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("emulator")
     script = _ROOT / "cuda" / "emulator" / "build.sh"
     names = ["kernels_test", "stress_test", "plan_test", "failures_test", "races_test"]
+    names += ["decode_test", "decode_failures_test"]
     names += ["network_test", "network_plan_test", "network_failures_test"]
     done = subprocess.run(
         ["bash", script, folder, *names],
@@ -350,6 +352,21 @@ def test_an_epoch_cannot_number_addresses(binaries: pathlib.Path, arguments: str
 @pytest.mark.parametrize("mutation", _MUTATIONS)
 def test_a_missing_wait_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
     _expect_noticed(binaries / "stress_test", f"{_STRESS} {_MUTATIONS[mutation]}", mutation)
+
+
+@pytest.mark.parametrize("arguments", emulated_decode.STEPS)
+def test_latency_mode(binaries: pathlib.Path, arguments: str) -> None:
+    _run_well(binaries / "decode_test", arguments)
+
+
+@pytest.mark.parametrize("arguments", emulated_decode.FAILURES)
+def test_failures_in_latency_mode(binaries: pathlib.Path, arguments: str) -> None:
+    _run_well(binaries / "decode_failures_test", arguments)
+
+
+@pytest.mark.parametrize("mutation", emulated_decode.MUTATIONS)
+def test_a_mutation_of_latency_mode_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
+    _expect_noticed(binaries / "decode_test", emulated_decode.MUTATIONS[mutation], mutation)
 
 
 @pytest.mark.parametrize("seed", range(1, 3))

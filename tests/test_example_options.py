@@ -52,6 +52,7 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
         (("--coordinator", "localhost:99"), "--coordinator: expected --num-processes and"),
         (("--steps", "1", "--minutes", "1"), "--steps: expected either this or --minutes"),
         (("--devices", "999"), "--devices: expected 1 to "),
+        (("--ranks-per-host", "5"), "--ranks-per-host: expected a divisor of the "),
         (("--data", "/dev/null/x"), "--data: expected a file or folder, got /dev/null/x"),
         (("--out", "/dev/null/x"), "--out: expected a folder that can be made, got /dev/null/x"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import train_moe_cli  # isort: skip  (first: it puts examples/ on the path)
 
+import dataclasses
 import functools
 import pathlib
 
@@ -36,6 +37,28 @@ def text(tmp_path_factory) -> pathlib.Path:
     words = random.choice(["one", "two", "three", "four", "five"], size=4000)
     path.write_text(" ".join(words))
     return path
+
+
+def test_two_logical_hosts_train_as_one(text, tmp_path):
+    """Combine rounds once more for each host, so in bfloat16 losses differ a little."""
+    ranks = ranks_at_most(4)
+    corpus = data.load(text, min_bytes=train_moe_cli.TINY_TRAIN.seq_len + 1)
+    curves = []
+    for per_host in (None, ranks // 2):
+        trainer = Trainer(
+            cluster.make_mesh(devices=ranks, data_parallel=1),
+            dataclasses.replace(train_moe_cli.TINY_MODEL, dtype="bf16"),
+            train_moe_cli.TINY_TRAIN,
+            ranks_per_host=per_host,
+        )
+        assert len(trainer._group.topology.hosts) == (1 if per_host is None else 2)
+        out = tmp_path / str(per_host)
+        with Run(trainer, corpus, RunConfig(out=out, steps=STEPS)) as run:
+            run.train()
+        curves.append(train_moe_cli.losses(out))
+    one, two = curves
+    assert len(one) == len(two) == STEPS
+    np.testing.assert_allclose(two, one, rtol=0.02)
 
 
 # With two groups, each lies in one process; with one, it spans both.

@@ -38,5 +38,8 @@ def test_the_ceiling_of_one_gpu_is_that_of_plain_copies():
         print(f"{way.name}: {way.gbs:.0f} GB/s")
     ceiling = session.ceiling()
     assert ceiling is not None and ceiling.kind == "memory"
-    # The driver's copies, which are the fastest here, move 4153 GB/s on an H200, negations 3688.
+    # The driver's copies and a plain kernel of ours move 4150 to 4200 GB/s on an H200, negations 3689.
     assert 0.97 * best <= ceiling.gbs <= 1.25 * best
+    gbs_of = {way.name: way.gbs for way in session.ways()}
+    assert gbs_of["plain copies"] == pytest.approx(ceiling.gbs, rel=0.03)
+    assert gbs_of["copy engines"] == pytest.approx(ceiling.gbs, rel=0.03)

@@ -28,8 +28,9 @@ STEPS = 1000
 
 
 def make_group(**options) -> jax_ep.Group:
+    """A group that may have two ops in flight at once."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:RANKS]), ("expert",))
-    return jax_ep.create_group(mesh, "expert", backend="cuda", **options)
+    return jax_ep.create_group(mesh, "expert", backend="cuda", channels=2, **options)
 
 
 def make_data(dtype=jnp.bfloat16):

@@ -8,7 +8,9 @@ import time
 import pytest
 
 import gpu_suite
+import host_stages
 import machine
+import run_hosts
 
 pytestmark = pytest.mark.one_process("starts programs of its own")
 
@@ -71,4 +73,33 @@ def test_stages_name_what_is_there(gpus):
             text = command.format(python="python", out="out", binaries="bin")
             for word in text.split():
                 if word.startswith(("tests/", "benchmarks/")):
-                    assert (gpu_suite.ROOT / word).exists(), word
+                    path, *names = word.split("::")
+                    assert (gpu_suite.ROOT / path).exists(), word
+                    for name in names:
+                        assert f"def {name}(" in (gpu_suite.ROOT / path).read_text(), word
+
+
+def test_beginning_of_a_name(suite, capsys):
+    """It stands for all stages that begin so, unless one has that name."""
+    stages = {name: stage(f"print('{name}')") for name in ("hosts_a", "hosts_b", "host", "hosted")}
+    assert [line.split()[0] for line in suite(stages, "hosts")[1]] == ["hosts_a", "hosts_b"]
+    assert [line.split()[0] for line in suite(stages, "host")[1]] == ["host"]
+    with pytest.raises(SystemExit):
+        suite(stages, "ho")
+
+
+def test_hosts_fit_their_time():
+    """All topologies, reached and late, in eight minutes of one GPU, and each runner ends before."""
+    found = {name: s for name, s in gpu_suite.stages(1).items() if name.startswith("hosts_")}
+    shapes = ("2x1", "2x2", "4x2", "2x4")
+    assert {f"hosts_{shape}{late}" for shape in shapes for late in ("", "_late")} <= set(found)
+    assert len(found) == len(host_stages.HOSTS)
+    assert sum(s.seconds for s in found.values()) <= host_stages.SECONDS == 480
+    for s in found.values():
+        (command,) = s.commands
+        words = command.split()
+        options = run_hosts.parse(words[2:])
+        assert options.timeout < s.seconds
+        assert options.pytest[0] == "-q" and all("=" not in word for word in options.pytest)
+    off = [s for s in found.values() if s.environment]
+    assert [s.environment for s in off] == [{"XLA_FLAGS": gpu_suite.NO_COMMAND_BUFFERS}]

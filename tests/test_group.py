@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import pickle
 import re
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep._backends import native
 from jax_ep._groups import create, gpu_side
+from jax_ep._groups.room import MOST_CHANNELS, Room
 from jax_ep._groups.topology import Topology
 from spmd import fit, make_group, make_mesh, need_devices, ranks_at_most, run_python, shard
 
@@ -193,7 +195,7 @@ def test_native_code_is_told_a_finite_timeout(monkeypatch):
     monkeypatch.setattr(gpu_side, "library", lambda: library)
     rank = gpu_side.Rank(process=jax.process_index(), device=0, ordinal=0)
     for timeout in (5.0, float("inf")):
-        gpu_side.create(1, [[rank]], Topology(((0,),), ((rank.process,),)), timeout)
+        gpu_side.create(1, [[rank]], Topology(((0,),), ((rank.process,),)), timeout, Room(1))
     assert told == [5.0, 1e9]
 
 
@@ -205,7 +207,7 @@ def test_workspaces_have_a_channel_for_each_op_in_flight(monkeypatch):
     rank = gpu_side.Rank(process=jax.process_index(), device=0, ordinal=0)
     for in_flight in 1, 3:
         one_host = Topology(((0,),), ((rank.process,),))
-        gpu_side.create(1, [[rank]], one_host, 1.0, in_flight)
+        gpu_side.create(1, [[rank]], one_host, 1.0, Room(in_flight))
     assert told == [2, 4]
     assert gpu_side.num_channels(Topology(((0,), (1,)), ((0, 1),)), 3) == 1
 
@@ -259,7 +261,24 @@ def test_wrong_channels(channels, error, text):
 
 def test_channels_fit_the_workspace():
     cuda = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
-    assert cuda.limits()["max_channels"] == create._MOST_CHANNELS + 1
+    assert cuda.limits()["max_channels"] == MOST_CHANNELS + 1
     one = cuda.workspace_bytes(1)
     assert cuda.workspace_bytes(3) == 3 * one
     assert round(one / 2**20) == 45  # as create_group says
+
+
+def test_workspace_of_a_group_without_options():
+    cuda = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
+    group = jax_ep.create_group(make_mesh(2), "expert", backend="reference")
+    assert group.channels == 1 and group.latency_tokens == 0
+    channels = gpu_side.num_channels(group.topology, group.channels)
+    assert native.workspace_bytes(dataclasses.replace(group, backend="cuda")) <= 90 * 2**20
+    assert cuda.workspace_bytes(channels, 2) == cuda.workspace_bytes(channels)
+
+
+def test_an_inbox_follows_the_channels():
+    """Its size does not depend on theirs."""
+    cuda = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
+    inbox = cuda.workspace_bytes(1, 2, 512, 7168) - cuda.workspace_bytes(1)
+    assert inbox == 32 * (6 * 2 * 512 + 512 * (152 * 8 + 16)) + 4096  # as create_group says
+    assert cuda.workspace_bytes(4, 2, 512, 7168) == cuda.workspace_bytes(4) + inbox

@@ -114,20 +114,31 @@ def kernels_in(text):
     return re.findall(r'custom_call @mosaic_gpu_v2\(.* module = "([^"]*)"', text)
 
 
-@pytest.mark.parametrize("around", ["shard_map", "checked shard_map", "vmap", "x64", "mesh"])
-def test_kernels_know_nothing_of_what_is_around(around):
-    """The same kernel under transformations and settings, and after others."""
+def products(lhs, rhs, d_out, sizes):
+    by_matrices = hopper.rows_by_matrices(lhs, rhs, sizes, contract=0)
+    return by_matrices, hopper.rows_by_rows(lhs, d_out, sizes)
+
+
+@pytest.fixture(scope="module")
+def operands():
+    """What ``products`` takes."""
     lhs, rhs = jnp.zeros((136, 128), jnp.bfloat16), jnp.zeros((2, 128, 256), jnp.bfloat16)
-    d_out, sizes = jnp.zeros((136, 256), jnp.bfloat16), jnp.zeros(2, jnp.int32)
+    return lhs, rhs, jnp.zeros((136, 256), jnp.bfloat16), jnp.zeros(2, jnp.int32)
 
-    def products(lhs, rhs, d_out, sizes):
-        kernels = hopper
-        by_matrices = kernels.rows_by_matrices(lhs, rhs, sizes, contract=0)
-        return by_matrices, kernels.rows_by_rows(lhs, d_out, sizes)
 
-    given = (lhs, rhs, d_out, sizes)
-    want = kernels_in(lowered_for_gpus(products, *given))
-    assert len(want) == 2
+@pytest.fixture(scope="module")
+def kernels_alone(operands):
+    """The kernels of ``products`` with nothing around. Each takes seconds to lower."""
+    hopper.custom_call.cache_clear()
+    kernels = kernels_in(lowered_for_gpus(products, *operands))
+    assert len(kernels) == 2
+    return kernels
+
+
+@pytest.mark.parametrize("around", ["shard_map", "checked shard_map", "vmap", "x64", "mesh"])
+def test_kernels_know_nothing_of_what_is_around(operands, kernels_alone, around):
+    """The same kernel under transformations and settings, and after others."""
+    given = lhs, _, _, sizes = operands
     hopper.custom_call.cache_clear()
     lowered_for_gpus(lambda lhs, sizes: hopper.rows_by_rows(lhs, lhs, sizes), lhs, sizes)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("expert",))
@@ -148,7 +159,7 @@ def test_kernels_know_nothing_of_what_is_around(around):
             check_vma=around.startswith("checked"),
         )
     with setting:
-        assert kernels_in(lowered_for_gpus(function, *given)) == want
+        assert kernels_in(lowered_for_gpus(function, *given)) == kernels_alone
 
 
 @pytest.mark.gpu

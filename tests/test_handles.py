@@ -75,6 +75,10 @@ def test_groups_of_three_processes(tmp_path):
         assert number == ("0" if me < 2 else "1")
         assert [rank[1] for rank in ranks] == ([0, 1] if me < 2 else [2])
         assert saw["max_blocks"] == 33  # three ranks on one GPU
+        # Two ops in flight and those in line; an inbox for the ranks of the group.
+        assert saw["rooms"] == [[3, 8, 64]] * 3
+        workspaces = saw["sizes"][::2]  # each with an array after it
+        assert workspaces == [3072 + 72 * n for n in (3, 3, 2 if me < 2 else 1)]
         assert saw["more_descriptors"] == 0
         assert saw["listening"] == []  # all have come
 
@@ -102,6 +106,30 @@ def test_an_obstacle_of_one_is_that_of_all(tmp_path):
     assert play("obstacles", 2, tmp_path) == ["in process 1 there is no library"] * 2
 
 
+def test_hosts_with_unlike_networks(tmp_path):
+    """No wheel, another version or other settings of one process are the same text in all of them.
+
+    All know soon of one that dies meanwhile, on its own host and on the other one.
+    """
+    *saw, dead = play("networks", 4, tmp_path)
+    assert dead is None
+    for one in saw:
+        assert one["nothing"] is None
+        assert one["wheel"] == (
+            "in process 3 NVSHMEM did not load (no file); pip install nvidia-nvshmem-cu13"
+        )
+        assert one["version"] == (
+            "the processes differ in NVSHMEM's version: process 2 has [3, 4, 5], process 3 has "
+            "[3, 4, 6]"
+        )
+        assert one["settings"] == (
+            "the processes differ in the settings of the network: process 2 has [3, 131072, 262144, "
+            "536870912], process 3 has [5, 131072, 262144, 536870912]"
+        )
+        assert "process 3" in one["dead"] and "gone" in one["dead"]
+        assert one["seconds"] < 20  # of 60
+
+
 def test_groups_within_each_of_several_hosts(tmp_path):
     """Sockets and mappings stay within a host; decisions and errors are those of all processes."""
     for me, saw in enumerate(play("hosts", 4, tmp_path)):
@@ -124,6 +152,7 @@ def test_groups_within_each_of_several_hosts(tmp_path):
         assert saw["first_rank"] == me // 2 * 2
         assert saw["places"] == [["shared on host 0"] * 2, ["shared on host 1"] * 2]
         assert saw["max_blocks"] == 50  # two ranks on each GPU
+        assert saw["rooms"][-1] == [1, 8, 64]  # nothing is in flight across hosts
 
 
 def test_process_of_another_host_that_does_not_come(tmp_path):

@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 import jax_ep
+import machine
 from spmd import run_python
 
 pytestmark = pytest.mark.one_process("its programs have processes of their own")
@@ -80,7 +81,7 @@ def test_import_after_jax_has_started(before, num_devices, warns):
         LATE.format(before=before),
         timeout=120,
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}",
+        XLA_FLAGS=machine.compiler_flags(devices=num_devices),
     )
     assert done.returncode == 0, done.stderr
     assert ("Import jax_ep before" in done.stderr) == warns, done.stderr

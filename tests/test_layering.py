@@ -23,7 +23,7 @@ ROWS = (
     ("doctor", "bench", "scale"),
     ("tune",),
 )
-MOST_LEVELS = 13
+MOST_LEVELS = 12
 MOST_AT_THE_TOP = 20
 
 

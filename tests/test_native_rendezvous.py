@@ -101,7 +101,7 @@ def run_script(body: str, timeout: float = 120) -> subprocess.CompletedProcess[s
     """Runs a script in its own process, so that the suite survives a hang or crash."""
     prelude = """
         import os
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+        os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"  # the last one holds
         import jax_ep, jax, jax.numpy as jnp, numpy as np
         from jax.sharding import Mesh, PartitionSpec as P
         mesh = Mesh(np.array(jax.devices()), ("expert",))

@@ -86,7 +86,7 @@ def test_split_equals_plain(name, backend):
 
 def test_independent_work_between_the_halves(backend):
     """Both ops of two layers in flight, with other work and another op between the halves."""
-    group = make_group(RANKS, backend)
+    group = make_group(RANKS, backend, channels=2)
 
     def run(x, weights, idx):
         common = {"group": group, "num_experts": EXPERTS, "alignment": 1}
@@ -125,7 +125,7 @@ def chained(text: str, target: str) -> bool:
 @pytest.mark.parametrize("order", ["free", "after"])
 def test_after_orders_ops(order, backend):
     """``after=`` makes an op wait for an earlier one; without it, nothing does."""
-    group = make_group(RANKS, backend)
+    group = make_group(RANKS, backend, channels=2)
 
     def run(x, idx):
         common = {"group": group, "num_experts": EXPERTS, "alignment": 1}
@@ -148,7 +148,7 @@ def test_after_orders_ops(order, backend):
 
 def trace(run):
     """Trace ``run(ticket of a dispatch, ticket of a combine, group)`` on a rank."""
-    group = make_group(2, "reference")
+    group = make_group(2, "reference", channels=2)
 
     def body():
         x, idx = jnp.zeros((4, HIDDEN)), jnp.zeros((4, 1), jnp.int32)
@@ -185,9 +185,26 @@ def test_more_ops_in_flight_than_channels():
 
 
 EXCESS = (
-    "jax_ep.dispatch_start: argument group: expected a group with fewer than 2 ops in flight, .* got 2 "
-    r"channels held by tickets that are not done; .*after=.*create_group\(channels=\)"
+    "jax_ep.dispatch_start: argument group: expected a group with a channel that no op in flight "
+    r"holds, got one of create_group\(channels=2\), all held by tickets that are not done; 3 ops in "
+    r"flight at once take create_group\(channels=3\); else finish .*done half, or .*after="
 )
+
+
+def test_a_group_has_one_op_in_flight_unless_asked():
+    group = make_group(2, "reference")
+    assert group.channels == 1
+
+    def body():
+        first = start(group)
+        with pytest.raises(
+            ValueError, match=r"2 ops in flight at once take .*\(channels=2\); else"
+        ):
+            start(group)
+        start(group, after=first)
+        return jnp.zeros((1,))
+
+    jax.eval_shape(shard(body, group.mesh, in_specs=(), check_vma=False))
 
 
 def test_tickets_of_another_trace_hold_no_channel():
@@ -205,7 +222,8 @@ def test_groups_with_more_channels():
 
     def body():
         tickets = [start(group) for _ in range(3)]
-        with pytest.raises(ValueError, match="fewer than 3 ops in flight"):
+        most = r"\(channels=3\), all held by tickets that are not done; finish .*done half, or"
+        with pytest.raises(ValueError, match=most):
             start(group)
         with pytest.raises(ValueError, match=r"argument after: .*create_group\(channels=3\)"):
             start(make_group(2, "reference"), after=tickets[2])

@@ -18,7 +18,7 @@ import jax_ep
 from jax_ep._backends import region
 from jax_ep._groups import gpu_side
 from jax_ep._groups.topology import Topology
-from jax_ep._ops import flights
+from jax_ep._ops import flights, overlap
 from spmd import make_mesh, shard
 
 pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.one_process("lowers programs, and runs none")
 TOKENS, HIDDEN, EXPERTS = 4, 128, 4
 ONE_HOST = Topology(hosts=((0, 1),), processes=((0, 0),))
 SMS = 100  # all but 32 of an H200
+LATENCY = {"latency_tokens": TOKENS, "latency_hidden": 2 * HIDDEN}
 
 
 def make_group(number: int = 1, **fields):
@@ -151,7 +152,7 @@ def test_gradient_of_weighted_combine_in_flight():
 
 def test_two_ops_in_flight_share_the_sms():
     """The first has what it wants, the second what is left; ops in line beside them too."""
-    group, config = make_group(), jax_ep.DispatchConfig(num_sms=70)
+    group, config = make_group(channels=2), jax_ep.DispatchConfig(num_sms=70)
 
     def run(x, idx):
         first = dispatch_pair(group, x, idx, config=config)
@@ -173,7 +174,7 @@ def test_two_ops_in_flight_share_the_sms():
 
 def test_after_shares_a_channel():
     """An op after another needs no SMs beside it, and comes behind it in XLA's order."""
-    group, config = make_group(channels=1), jax_ep.DispatchConfig(num_sms=70)
+    group, config = make_group(), jax_ep.DispatchConfig(num_sms=70)
 
     def run(x, idx):
         first = dispatch_pair(group, x, idx, config=config)
@@ -214,6 +215,61 @@ def test_groups_keep_the_order_of_the_program(order, start):
             assert call.after.partition("#")[0] == before.result
     rows = [call for call in calls if "dispatch" in call.target][-2:]
     assert [call.group_id for call in rows] == list(order)
+
+
+def test_latency_mode_is_in_line_and_in_order(caplog):
+    """It has one inbox, so start halves do all the work, and none of its ops passes another."""
+    flights._warn_of_start.cache_clear()
+    group, latency = make_group(**LATENCY), jax_ep.DispatchConfig(mode="latency")
+
+    def run(x, idx):
+        out = jax_ep.dispatch_done(dispatch_pair(group, x, idx, config=latency))
+        again = jax_ep.dispatch(out.tokens[:TOKENS], handle=out.handle, group=group, config=latency)
+        ticket = jax_ep.combine_start(again.tokens, out.handle, group=group, config=latency)
+        return jax_ep.combine_done(ticket)
+
+    calls = calls_of(run, grad=True)
+    assert [call.target for call in calls] == [
+        "jax_ep_latency_dispatch",
+        "jax_ep_dispatch",
+        "jax_ep_latency_combine",
+        "jax_ep_dispatch",
+        "jax_ep_combine",
+        "jax_ep_combine",
+    ]
+    assert {(call.channel, call.stream) for call in calls} == {(0, "")}
+    for pass_ in calls[:3], calls[3:]:  # forward and backward are lowered into blocks of their own
+        for before, call in itertools.pairwise(pass_):
+            assert call.after.startswith(f"{before.result}#")
+    why = "mode 'latency' has one inbox, and so one op at a time"
+    assert f"start halves do all the work, and nothing overlaps: {why}" in caplog.text
+
+
+@pytest.mark.parametrize("sms", [80, 97])
+def test_latency_mode_beside_an_op_in_flight(sms):
+    """It takes what that leaves, if that is less than it has use for."""
+    group, latency = make_group(**LATENCY), jax_ep.DispatchConfig(mode="latency")
+
+    def run(x, idx):
+        flying = dispatch_pair(group, x, idx, config=jax_ep.DispatchConfig(num_sms=sms))
+        out = jax_ep.dispatch(x + 1, idx, group=group, num_experts=EXPERTS, config=latency)
+        y = jax_ep.combine(out.tokens, out.handle, group=group, config=latency)
+        return y + jax_ep.dispatch_done(flying).tokens[:TOKENS]
+
+    calls = {call.target: call for call in calls_of(run)}
+    for op in "dispatch", "combine":
+        assert calls[f"jax_ep_latency_{op}"].num_sms == (3 if sms == 97 else 0)
+
+
+def test_latency_mode_after_an_op_in_flight():
+    """What it comes after is on another channel, so its operands wait for that."""
+    group, idx = make_group(**LATENCY), jnp.zeros((TOKENS, 2), jnp.int32)
+    _, opened = flights.take_off("dispatch_start", group, 24)
+    ticket = jax_ep.Ticket(jnp.ones((2, 2)), op="dispatch", opened=opened)
+    for latency in False, True:
+        begin = overlap._Start("dispatch_start", group, ticket)
+        begin.issue(24, latency)
+        assert (begin.order(idx) is idx) == (not latency)
 
 
 def test_calls_in_a_loop_have_an_order_of_their_own():

@@ -142,6 +142,21 @@ def test_processes(gpus, services, started, monkeypatch, tmp_path):
         assert ("CUDA_MPS_PIPE_DIRECTORY" in found) == bool(services)
 
 
+def test_few_and_small_chunks(started, monkeypatch):
+    """All processes get the settings that were asked for, and the usual ones otherwise."""
+    monkeypatch.setattr(run_hosts.machine, "count_gpus", lambda: 1)
+    names = ("JAX_EP_NETWORK_CHUNK_BYTES", "JAX_EP_NETWORK_LANES")
+    for options, expected in (
+        (["--chunk-bytes", "8192", "--lanes", "1"], ["8192", "1"]),
+        (["--lanes", "2"], ["65536", "2"]),
+        ([], ["65536", "3"]),
+    ):
+        run_hosts.main(["2x1", *options, "-q"])
+        assert started.arguments == ["-q"]
+        for found in started.environments:
+            assert [found[name] for name in names] == expected
+
+
 def test_build_when_needed(monkeypatch, tmp_path):
     """Once, and again after a source has changed; what the compiler says is in the error."""
     network = tmp_path / "network"

@@ -11,6 +11,7 @@ import re
 import jax
 import pytest
 
+import machine
 from spmd import run_python
 
 pytestmark = [
@@ -23,7 +24,7 @@ PROGRAMS = pathlib.Path(__file__).with_name("support") / "stress_programs.py"
 
 
 def run(*arguments: str, timeout: float = 60) -> str:
-    flags = "--xla_force_host_platform_device_count=16"
+    flags = machine.compiler_flags(devices=16)
     done = run_python("-W", "error", str(PROGRAMS), *arguments, timeout=timeout, XLA_FLAGS=flags)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stdout.strip().splitlines()

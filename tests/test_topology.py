@@ -17,6 +17,7 @@ import oracle
 import routings
 from jax_ep._core import libraries
 from jax_ep._groups import create, gpu_side, meetings, network
+from jax_ep._groups.room import Room
 from jax_ep._groups.topology import Topology, most_on_a_gpu
 from spmd import make_group, make_mesh, need_devices, stacked_jit
 
@@ -139,7 +140,9 @@ def test_gpus_of_one_process_are_distinct(monkeypatch):
     )
     mesh = fake_gpus((2, 2), ("data", "expert"), 4)
     ranks = gpu_side.ranks_of(create._instances(mesh, ("expert",)))
-    gpus = gpu_side.create(7, ranks, Topology.of(create._instances(mesh, ("expert",))), 1.0)
+    gpus = gpu_side.create(
+        7, ranks, Topology.of(create._instances(mesh, ("expert",))), 1.0, Room(1)
+    )
     assert gpus == (("0", "1"), ("2", "3")) and most_on_a_gpu(gpus) == 1
 
 

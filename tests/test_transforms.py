@@ -181,7 +181,7 @@ def test_donation(backend):
 
 def test_several_configurations_in_one_program(backend):
     """Different K, layouts, capacities and wire formats side by side, and none disturbs another."""
-    group = make_group(RANKS, backend)
+    group = make_group(RANKS, backend, latency_tokens=512, latency_hidden=1024)
     configurations = [
         {"top_k": 1},
         {"top_k": 2, "capacity": 8},

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import pytest
 
 import jax_ep
-from jax_ep._core import types
 
 F32, I32, E4M3 = jnp.float32, jnp.int32, jnp.float8_e4m3fn
 V, T = ValueError, TypeError
@@ -62,12 +61,3 @@ def test_dequantize(call, error, text):
     q = jax_ep.Quantized(jnp.zeros(values, E4M3), jnp.zeros(scales, F32))
     with pytest.raises(error, match="jax_ep.dequantize: .*" + text):
         jax_ep.dequantize(q, dtype)
-
-
-def test_latency_mode_has_no_effect_yet(caplog):
-    """A warning says so once."""
-    types._warn_of_latency_mode.cache_clear()
-    for mode in ("auto", "throughput", "latency", "latency"):
-        jax_ep.DispatchConfig(mode=mode)
-    (record,) = caplog.records
-    assert "mode='latency') has no effect yet" in record.getMessage()

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "bindings/signatures.h"
 #include "bindings/version.h"
 #include "cpu/rendezvous.h"
 #include "ffi/cpu/call_state.h"
@@ -70,26 +71,6 @@ nb::dict BuildInfo() {
   return info;
 }
 
-nb::list Names(const std::vector<const char*>& names) {
-  nb::list list;
-  for (const char* name : names) list.append(name);
-  return list;
-}
-
-nb::dict Signatures() {
-  nb::dict signatures;
-  for (const ops::Signature& signature : ops::Signatures()) {
-    nb::dict lists;
-    lists["attributes"] = Names(signature.attributes);
-    lists["operands"] = Names(signature.operands);
-    lists["results"] = Names(signature.results);
-    lists["after"] = Names(signature.after);
-    lists["scratch"] = Names(signature.scratch);
-    signatures[signature.target] = lists;
-  }
-  return signatures;
-}
-
 nb::dict CallCountsByName() {
   const auto counts = CallCounts();
   nb::dict by_name;
@@ -103,7 +84,7 @@ NB_MODULE(_cpu, m) {
   m.doc() = "FFI targets of jax_ep's CPU backend, and hooks for its tests.";
   m.def("targets", &Targets, "FFI targets: name -> {stage: capsule}, for register_ffi_target.");
   m.def(
-      "signatures", &Signatures,
+      "signatures", [] { return SignaturesByTarget(ops::Signatures()); },
       "Names in the order in which each target takes them: name -> {attributes, operands, "
       "results, after and scratch (operands and results that only GPUs have, after the others)}.");
   m.def("types", &Types, "FFI state types: name -> {type_id, type_info}, for register_ffi_type.");

@@ -9,12 +9,14 @@
 
 #include <set>
 
+#include "bindings/signatures.h"
 #include "bindings/version.h"
 #include "cuda/core/workspace.h"
 #include "cuda/node/combine_vjp.h"
 #include "cuda/plan/plan.h"
 #include "cuda/rows/quantize.h"
 #include "ffi/cuda/async_targets.h"
+#include "ffi/cuda/latency_targets.h"
 #include "ffi/cuda/load_kernels.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
@@ -40,6 +42,9 @@ nb::dict Targets() {
   for (const TargetInfo& target : kAsyncTargets) {
     targets[target.name] = nb::capsule(reinterpret_cast<void*>(target.execute));
   }
+  for (const LatencyTargetInfo& target : kLatencyTargets) {
+    targets[target.name] = nb::capsule(reinterpret_cast<void*>(target.execute));
+  }
   return targets;
 }
 
@@ -47,6 +52,9 @@ nb::dict CapturedTargets() {
   nb::dict captured;
   for (const TargetInfo& target : kTargets) captured[target.name] = IsCapturable(target.execute);
   for (const TargetInfo& target : kAsyncTargets) {
+    captured[target.name] = IsCapturable(target.execute);
+  }
+  for (const LatencyTargetInfo& target : kLatencyTargets) {
     captured[target.name] = IsCapturable(target.execute);
   }
   return captured;
@@ -90,7 +98,8 @@ using StagingTuple = std::tuple<int, uint64_t, uint64_t>;
 
 Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& instances,
                  double arrival_timeout_s, double op_timeout_s, int max_blocks,
-                 const std::vector<StagingTuple>& staging, int first_rank, int num_channels) {
+                 const std::vector<StagingTuple>& staging, int first_rank, int num_channels,
+                 int latency_tokens, int latency_hidden) {
   transport::GroupSpec spec;
   std::set<int> devices;
   spec.id = group_id;
@@ -110,6 +119,8 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
   spec.max_blocks = max_blocks;
   spec.first_rank = first_rank;
   spec.num_channels = num_channels;
+  spec.latency_tokens = latency_tokens;
+  spec.latency_hidden = latency_hidden;
   for (const auto& [device, base, size] : staging) spec.staging.push_back({device, {base, size}});
   if (Text error = LoadKernels(devices)) return error;
   return transport::CreateGroup(spec);
@@ -200,25 +211,26 @@ NB_MODULE(_cuda, m) {
   m.def("targets", &Targets, "FFI targets: name -> capsule, for register_ffi_target.");
   m.def("captured_targets", &CapturedTargets,
         "Whether XLA puts calls of a target into command buffers (CUDA graphs): name -> bool.");
+  m.def(
+      "latency_signatures", [] { return SignaturesByTarget(ops::LatencySignatures()); },
+      "For tests: target of latency mode -> names, as in signatures of jax_ep._cpu.");
   m.def("build_info", &BuildInfo,
         "Version of jax_ep, (major, minor) of the FFI API, CUDA runtime.");
   m.def("limits", &Limits,
         "What the kernels have room for: max_ranks of a group on one host, max_experts of it, "
         "ring_bytes of the sums of rows under way, max_channels of a group, max_vjp_row_bytes of a "
         "row in combine_vjp.");
-  m.def(
-      "create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
-      nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
-      nb::arg("staging"), nb::arg("first_rank") = 0, nb::arg("num_channels") = 1,
-      nb::call_guard<nb::gil_scoped_release>(),
-      "Makes a group. Each of the groups side by side, by number, is a list of ranks: (CUDA "
-      "ordinal or "
-      "-1, "
-      "process, address of the workspace or 0, regions as (base, size)). Staging memory is (CUDA "
-      "ordinal, base, size). Where a group spans hosts, these are the ranks of this host, and "
-      "first_rank "
-      "is what the first of them is in the group. num_channels - 1 ops may run beside the others. "
-      "Returns an error text or None.");
+  m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
+        nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
+        nb::arg("staging"), nb::arg("first_rank") = 0, nb::arg("num_channels") = 1,
+        nb::arg("latency_tokens") = 0, nb::arg("latency_hidden") = 0,
+        nb::call_guard<nb::gil_scoped_release>(),
+        "Makes a group. Each of the groups side by side, by number, is a list of ranks: (CUDA "
+        "ordinal or -1, process, address of the workspace or 0, regions as (base, size)). Staging "
+        "memory is (CUDA ordinal, base, size). Where a group spans hosts, these are the ranks of "
+        "this host, and first_rank is what the first of them is in the group. num_channels - 1 ops "
+        "may run beside the others. Workspaces are as large as workspace_bytes says. Returns an "
+        "error text or None.");
   m.def(
       "registry",
       [] {
@@ -261,8 +273,10 @@ NB_MODULE(_cuda, m) {
       "Has GPUs copy at the same time: each copy is (CUDA ordinal, rank that is read, its region, "
       "offset, address to write). Returns (seconds of each for `count` copies, None) or ([], "
       "error text).");
-  m.def("workspace_bytes", &cuda::WorkspaceBytes, nb::arg("num_channels"),
-        "Bytes of device memory that a group takes on each of its GPUs.");
+  m.def("workspace_bytes", &transport::WorkspaceBytes, nb::arg("num_channels"),
+        nb::arg("num_ranks") = 0, nb::arg("latency_tokens") = 0, nb::arg("latency_hidden") = 0,
+        "Bytes of device memory that a group takes on each of its GPUs: its channels, and an inbox "
+        "of latency mode for so many ranks on a host, tokens a rank and channels of 16 bits.");
   m.def("plan_scratch_size", &PlanScratchSize, nb::arg("layout"), nb::arg("num_tokens"),
         nb::arg("top_k"), nb::arg("num_experts"), nb::arg("num_ranks"),
         "Number of int32 in the scratch result of target jax_ep_plan.");

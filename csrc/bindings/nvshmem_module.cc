@@ -134,8 +134,7 @@ NB_MODULE(_nvshmem, m) {
       nb::arg("offset"), nb::call_guard<nb::gil_scoped_release>(),
       "Adds the network to a group that jax_ep._cuda has made of the ranks of this host. `pe` has "
       "the processing elements of the ranks of each host. Returns an error text or None.");
-  m.def("plan_scratch_size", &cuda::NetworkPlanScratchSize, nb::arg("num_ranks"),
-        nb::arg("num_local_experts"),
+  m.def("plan_scratch_size", &cuda::NetworkPlanScratchSize, nb::arg("num_local_experts"),
         "Number of int32 in the scratch result of target jax_ep_network_plan.");
 }
 

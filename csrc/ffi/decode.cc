@@ -351,9 +351,24 @@ void DecodeCombineVjp(Checker& check, const CombineVjpAttrs& attrs, const Buffer
 JAX_EP_DECODE(Dispatch, DispatchBuffers)
 JAX_EP_DECODE(Dispatch, NetworkDispatchBuffers)
 JAX_EP_DECODE(Combine, CombineBuffers)
+JAX_EP_DECODE(Combine, LatencyCombineBuffers)
 JAX_EP_DECODE(Combine, NetworkCombineBuffers)
 JAX_EP_DECODE(CombineVjp, CombineVjpBuffers)
 JAX_EP_DECODE(CombineVjp, NetworkCombineVjpBuffers)
 #undef JAX_EP_DECODE
+
+void Decode(Checker& check, const LatencyDispatchAttrs& attrs,
+            const LatencyDispatchBuffers& buffers, ops::PlanArgs& plan_args,
+            ops::DispatchArgs& args) {
+#define JAX_EP_SAME_BUFFER(name) buffers.name,
+  const PlanBuffers of_plan{JAX_EP_PLAN_OPERANDS(JAX_EP_SAME_BUFFER)
+                                JAX_EP_PLAN_RESULTS(JAX_EP_SAME_BUFFER)};
+  Decode(check, PlanAttrs{attrs.group, attrs.alignment, attrs.expert_capacity}, of_plan, plan_args);
+  if (!check.ok()) return;
+  const DispatchBuffers of_rows{JAX_EP_DISPATCH_OPERANDS(JAX_EP_SAME_BUFFER)
+                                    JAX_EP_DISPATCH_RESULTS(JAX_EP_SAME_BUFFER)};
+#undef JAX_EP_SAME_BUFFER
+  Decode(check, DispatchAttrs{attrs.group, attrs.quantization, attrs.dense_output}, of_rows, args);
+}
 
 }  // namespace jax_ep

@@ -34,6 +34,13 @@ void Decode(Checker& check, const CombineAttrs& attrs, const CombineBuffers& buf
 void Decode(Checker& check, const CombineVjpAttrs& attrs, const CombineVjpBuffers& buffers,
             ops::CombineVjpArgs& args);
 
+// A dispatch of latency mode: its plan and its rows. The handle of `args` is not made yet.
+void Decode(Checker& check, const LatencyDispatchAttrs& attrs,
+            const LatencyDispatchBuffers& buffers, ops::PlanArgs& plan_args,
+            ops::DispatchArgs& args);
+void Decode(Checker& check, const CombineAttrs& attrs, const LatencyCombineBuffers& buffers,
+            ops::CombineArgs& args);
+
 // The same of a group that spans hosts.
 void Decode(Checker& check, const PlanAttrs& attrs, const NetworkPlanBuffers& buffers,
             ops::NetworkPlanArgs& args);

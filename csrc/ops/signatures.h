@@ -91,6 +91,20 @@
 #define JAX_EP_NETWORK_COMBINE_VJP_AFTER(X) X(after)
 #define JAX_EP_NETWORK_COMBINE_VJP_SCRATCH(X) X(token)
 
+// Latency mode, on GPUs only: a dispatch with its plan, and a combine.
+#define JAX_EP_LATENCY_DISPATCH_ATTRIBUTES(X) \
+  JAX_EP_PLAN_ATTRIBUTES(X) JAX_EP_DISPATCH_ATTRIBUTES(X)
+#define JAX_EP_LATENCY_DISPATCH_OPERANDS(X) X(x) X(scales) X(weights) X(topk_idx) X(coords)
+#define JAX_EP_LATENCY_DISPATCH_RESULTS(X) JAX_EP_DISPATCH_RESULTS(X) JAX_EP_PLAN_RESULTS(X)
+#define JAX_EP_LATENCY_DISPATCH_AFTER(X) X(after)
+#define JAX_EP_LATENCY_DISPATCH_SCRATCH(X) X(token)
+
+#define JAX_EP_LATENCY_COMBINE_ATTRIBUTES(X) JAX_EP_COMBINE_ATTRIBUTES(X)
+#define JAX_EP_LATENCY_COMBINE_OPERANDS(X) JAX_EP_COMBINE_OPERANDS(X)
+#define JAX_EP_LATENCY_COMBINE_RESULTS(X) JAX_EP_COMBINE_RESULTS(X)
+#define JAX_EP_LATENCY_COMBINE_AFTER(X) JAX_EP_COMBINE_AFTER(X)
+#define JAX_EP_LATENCY_COMBINE_SCRATCH(X) JAX_EP_COMBINE_SCRATCH(X)
+
 // No op of a group: `same` is x in place, `time` u32[2], nanoseconds, low word first.
 #define JAX_EP_CLOCK_ATTRIBUTES(X) X(int32_t, ordinal)
 #define JAX_EP_CLOCK_OPERANDS(X) X(x)
@@ -129,6 +143,14 @@ inline std::vector<Signature> Signatures() {
       JAX_EP_SIGNATURE(jax_ep_combine, JAX_EP_GROUP_ATTRIBUTES, COMBINE),
       JAX_EP_SIGNATURE(jax_ep_combine_vjp, JAX_EP_GROUP_ATTRIBUTES, COMBINE_VJP),
       JAX_EP_SIGNATURE(jax_ep_clock, JAX_EP_NO_ATTRIBUTES, CLOCK),
+  };
+}
+
+// Those of latency mode.
+inline std::vector<Signature> LatencySignatures() {
+  return {
+      JAX_EP_SIGNATURE(jax_ep_latency_dispatch, JAX_EP_GROUP_ATTRIBUTES, LATENCY_DISPATCH),
+      JAX_EP_SIGNATURE(jax_ep_latency_combine, JAX_EP_GROUP_ATTRIBUTES, LATENCY_COMBINE),
   };
 }
 

@@ -49,6 +49,9 @@ std::string WordText(const ErrorRecord& error) {
     return "epoch " + std::to_string(word >> 32) + ", chunk " +
            std::to_string(word & ((1u << cuda::kChunkBits) - 1));
   };
+  const auto latency_epoch = [](uint64_t word) {
+    return "latency mode's epoch " + std::to_string(word);
+  };
   switch (static_cast<cuda::WordKind>(error.word)) {
     case cuda::WordKind::kArrivalFlag:
     case cuda::WordKind::kCloseFlag:
@@ -75,6 +78,15 @@ std::string WordText(const ErrorRecord& error) {
       return text("part of the chunk", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kPartDone:
       return text("receipt for the part of the chunk", epoch_and_chunk, ~uint64_t{0});
+    case cuda::WordKind::kHello:
+      return "; expected latency mode's " + FlagText(error.expected) + ", saw " +
+             FlagText(error.seen);
+    case cuda::WordKind::kIds:
+      return text("ids", latency_epoch, ~uint64_t{0});
+    case cuda::WordKind::kRowWords:
+      return text("row", latency_epoch, ~uint64_t{0});
+    case cuda::WordKind::kSumWords:
+      return text("sum", latency_epoch, ~uint64_t{0});
     case cuda::WordKind::kNone:
       break;
   }

@@ -32,6 +32,9 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     return "a group on one host has at most " + std::to_string(cuda::kMaxRanks) + " ranks, got " +
            std::to_string(num_ranks);
   }
+  const int64_t channel_bytes = cuda::ChannelsBytes(spec.num_channels);
+  const int64_t inbox_bytes =
+      cuda::DecodeInboxBytes(num_ranks, spec.latency_tokens, spec.latency_hidden);
   for (RankSpec& rank : ranks) {
     if (rank.regions.empty()) rank.regions = AddressSpace();
     if (rank.device < 0) continue;
@@ -40,8 +43,9 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
       if (auto error = EnablePeerAccess(rank.device, peer.device)) return error;
     }
     if (rank.workspace != 0) continue;
-    if (auto error = AllocateWorkspace(rank.device, spec.num_channels, rank.workspace))
+    if (auto error = AllocateWorkspace(rank.device, channel_bytes + inbox_bytes, rank.workspace)) {
       return error;
+    }
   }
   std::vector<std::vector<cuda::Region>> regions;
   for (const RankSpec& rank : ranks) regions.push_back(rank.regions);
@@ -52,6 +56,14 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     for (int peer = 0; peer < num_ranks; ++peer) {
       member.workspaces.push_back(reinterpret_cast<Workspace*>(ranks[peer].workspace));
       member.processes.push_back(ranks[peer].process);
+    }
+    if (inbox_bytes != 0) {
+      for (int peer = 0; peer < num_ranks; ++peer) {
+        member.inboxes.of[peer] =
+            reinterpret_cast<cuda::DecodeInbox*>(ranks[peer].workspace + channel_bytes);
+      }
+      member.inboxes.half_words =
+          cuda::DecodeHalfWords(num_ranks, spec.latency_tokens, spec.latency_hidden);
     }
     if (auto error = AllocateErrorRecord(device, &member.params.error)) return error;
     member.params.num_channels = spec.num_channels;
@@ -173,8 +185,19 @@ std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t
                                   device);
       ops[device] += epoch;
     }
+    const cuda::DecodeInbox* inbox = member->inboxes.of[member->params.rank];
+    if (inbox == nullptr) continue;
+    uint64_t epoch = 0;
+    JAX_EP_RETURN_IF_CUDA_ERROR(
+        cudaMemcpy(&epoch, &inbox->epochs[0], sizeof(epoch), cudaMemcpyDeviceToHost), device);
+    ops[device] += epoch;
   }
   return std::nullopt;
+}
+
+int64_t WorkspaceBytes(int num_channels, int num_ranks, int latency_tokens, int latency_hidden) {
+  return cuda::ChannelsBytes(num_channels) +
+         cuda::DecodeInboxBytes(num_ranks, latency_tokens, latency_hidden);
 }
 
 }  // namespace jax_ep::transport

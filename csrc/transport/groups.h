@@ -15,9 +15,11 @@ namespace jax_ep::transport {
 
 // A rank of a group, as this process sees it.
 struct RankSpec {
-  int device = -1;         // CUDA ordinal, or -1 for a rank of another process
-  int process = 0;         // that the rank belongs to
-  uint64_t workspace = 0;  // where this process has it; 0: allocate it (ranks of this process)
+  int device = -1;  // CUDA ordinal, or -1 for a rank of another process
+  int process = 0;  // that the rank belongs to
+  // Where this process has it, and its inbox of latency mode after it; 0: allocate them (ranks of
+  // this process).
+  uint64_t workspace = 0;
   // What peers can read of the rank's memory, in an order that all agree on, as this process has
   // it; none: everything.
   std::vector<cuda::Region> regions;
@@ -35,6 +37,8 @@ struct GroupSpec {
   double op_timeout_s = 0;
   int max_blocks = 0;                            // of an op on one GPU
   int num_channels = 1;                          // of each workspace
+  int latency_tokens = 0;                        // T of latency mode at most; 0: there is none
+  int latency_hidden = 0;                        // H likewise, of 16 bits
   std::vector<std::pair<int, Staging>> staging;  // by device; none: nothing is staged
 };
 
@@ -62,5 +66,9 @@ void FinishOps();
 // Ops that each GPU of this process has completed as a member of the group, by CUDA ordinal. Waits
 // for its work. Returns an error text, or nothing.
 std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t>& ops);
+
+// Bytes of device memory that a group takes on each of its GPUs: its channels, and an inbox of
+// latency mode for so many tokens a rank and channels of 16 bits.
+int64_t WorkspaceBytes(int num_channels, int num_ranks, int latency_tokens, int latency_hidden);
 
 }  // namespace jax_ep::transport

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/core/group_params.h"
+#include "cuda/decode/inbox.h"
 
 namespace jax_ep::transport {
 
@@ -20,6 +21,7 @@ struct Staging {
 struct Member {
   cuda::GroupParams params;                  // without peers, channel, tag and op
   std::vector<cuda::Workspace*> workspaces;  // of the ranks
+  cuda::DecodeInboxes inboxes;               // of the ranks, after their workspaces; or none
   int device;                                // CUDA ordinal
   int max_blocks;                            // of an op
   // Of each rank's memory what peers can read, as this process has it.

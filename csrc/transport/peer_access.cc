@@ -10,8 +10,7 @@ namespace jax_ep::transport {
 
 using cuda::ErrorRecord;
 
-std::optional<std::string> AllocateWorkspace(int device, int num_channels, uint64_t& workspace) {
-  const int64_t bytes = cuda::WorkspaceBytes(num_channels);
+std::optional<std::string> AllocateWorkspace(int device, int64_t bytes, uint64_t& workspace) {
   ScopedDevice scope(device);
   void* memory = nullptr;
   JAX_EP_RETURN_IF_CUDA_ERROR(cudaMalloc(&memory, bytes), device);

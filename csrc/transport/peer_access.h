@@ -17,8 +17,9 @@ namespace jax_ep::transport {
 // Lets `device` reach the memory of `peer`, both of this process.
 std::optional<std::string> EnablePeerAccess(int device, int peer);
 
-// Allocates a workspace on `device`. Never freed: a kernel of a failed peer may still write to it.
-std::optional<std::string> AllocateWorkspace(int device, int num_channels, uint64_t& workspace);
+// Allocates a workspace on `device`, with the inbox of latency mode after its channels: zeros.
+// Never freed: a kernel of a failed peer may still write to it.
+std::optional<std::string> AllocateWorkspace(int device, int64_t bytes, uint64_t& workspace);
 
 // Allocates the record of the first failure, in pinned host memory.
 std::optional<std::string> AllocateErrorRecord(int device, cuda::ErrorRecord** error);

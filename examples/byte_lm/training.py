@@ -99,17 +99,26 @@ class Trainer:
             position ``length`` on made up by the model.
     """
 
-    def __init__(self, mesh: Mesh, model_config: ModelConfig, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        *,
+        ranks_per_host: int | None = None,
+    ) -> None:
         """Set up; no array is made yet.
 
         Args:
             mesh: With axes "data" and "expert"; batches are split over both.
             model_config: Configuration of the model.
             config: Configuration of the training.
+            ranks_per_host: Ranks along "expert" that count as those of one host, as in
+                ``jax_ep.create_group``.
 
         Raises:
-            ValueError: if the batch or the experts do not split over the mesh, or the channels over
-                the heads.
+            ValueError: if the batch or the experts do not split over the mesh, the channels over the
+                heads, or the ranks over the hosts.
         """
         for name, value, unit, reason in (
             ("--batch-size", config.batch_size, mesh.size, "the devices"),
@@ -120,10 +129,15 @@ class Trainer:
                 raise ValueError(
                     f"{name}: expected a positive multiple of {unit}, {reason}; got {value}."
                 )
+        ranks = mesh.shape["expert"]
+        if ranks_per_host is not None and ranks % ranks_per_host:
+            raise ValueError(
+                f"--ranks-per-host: expected a divisor of the {ranks} ranks, got {ranks_per_host}."
+            )
         self.mesh = mesh
         self.model_config = model_config
         self.config = config
-        self._group = jax_ep.create_group(mesh, "expert")
+        self._group = jax_ep.create_group(mesh, "expert", ranks_per_host=ranks_per_host)
         self._optimizer = make_optimizer(config)
         self._graph = self._make_graph(model_config)
         # For evaluation: the model itself, which drops nothing.

@@ -17,16 +17,22 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat
+from jax_ep._backends import shapes_of
 from jax_ep._backends.primitive import native_call
 from jax_ep._core.flight import IN_LINE, Flight
-from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
+from jax_ep._core.types import (
+    DispatchConfig,
+    Handle,
+    Layout,
+    Quantized,
+    ScaleFormat,
+    is_latency,
+    without_latency,
+)
 from jax_ep._groups import gpu_side, network, tuning
 from jax_ep._groups.group import Group, sms_of
 
 _LAYOUTS = {"expert": 0, "token": 1}
-# Leaves of a handle that tell of routes: of a group on one host, and of one that spans hosts.
-_ROUTES = ("dest_row", "recv_rows")
-_ENTRIES = ("recv_start", "recv_token", "recv_row")
 _QUANTIZATIONS = {None: 0, "f32": 1, "ue8m0": 2}
 
 
@@ -34,7 +40,9 @@ def workspace_bytes(group: Group) -> int:
     """Device memory that ``group`` takes on each of its GPUs beyond XLA's; 0 on other platforms."""
     if group.backend != "cuda":
         return 0
-    used = gpu_side.library().workspace_bytes(gpu_side.num_channels(group.topology, group.channels))
+    channels = gpu_side.num_channels(group.topology, group.channels)
+    latency = group.latency_tokens, group.latency_hidden
+    used = gpu_side.library().workspace_bytes(channels, len(group.topology.hosts[0]), *latency)
     if _spans_hosts(group):
         hosts, settings = group.topology.hosts, network.settings_of(group.id)
         used += network.memory_bytes(settings, len(hosts), len(hosts[0]))
@@ -54,29 +62,19 @@ def plan(
 ) -> Handle:
     """See ``jax_ep.reference.plan``."""
     num_tokens, top_k = topk_idx.shape
+    shapes, absent = shapes_of.handle_shapes(
+        num_tokens,
+        top_k,
+        num_ranks=group.size,
+        spans_hosts=_spans_hosts(group),
+        num_experts=num_experts,
+        layout=layout,
+        capacity=capacity,
+    )
     num_local = num_experts // group.size
-    num_rows = min(top_k, num_local) if layout == "expert" else 1
-    shapes = {
-        "topk_idx": (num_tokens, top_k),
-        "dest_row": (num_tokens, top_k),
-        "recv_rows": (group.size * num_tokens, num_rows),
-        "recv_start": (group.size + 1,),
-        "recv_token": (capacity,),
-        "recv_row": (capacity,),
-        "recv_src": (capacity,),
-        "expert_idx": (capacity if layout == "token" else 0, top_k),
-        "group_sizes": (num_local,),
-        "counts": (num_local,),
-        "demand": (num_local,),
-        "num_dropped": (1,),
-        "num_invalid": (1,),
-    }
-    absent = dict.fromkeys(_ROUTES if _spans_hosts(group) else _ENTRIES)
-    for name in absent:
-        del shapes[name]
     scratch = 0
     if _spans_hosts(group):
-        scratch = network.library().plan_scratch_size(group.size, num_local)
+        scratch = network.library().plan_scratch_size(num_local)
     elif group.backend == "cuda":
         scratch = gpu_side.library().plan_scratch_size(
             _LAYOUTS[layout], num_tokens, top_k, num_experts, group.size
@@ -98,11 +96,10 @@ def plan(
         alignment=np.int32(alignment),
         expert_capacity=np.int32(expert_capacity),
     )
-    leaves: dict[str, Any] = dict(zip(shapes, results, strict=True)) | absent
-    if layout == "expert":
-        leaves["expert_idx"] = None
-    return Handle(
-        **leaves,
+    return shapes_of.handle_of(
+        results,
+        list(shapes),
+        absent,
         group_id=group.id,
         num_experts=num_experts,
         layout=layout,
@@ -124,15 +121,10 @@ def dispatch(
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
     """See ``jax_ep.reference.dispatch``."""
     values, scales = x if isinstance(x, Quantized) else (x, None)
-    rows, hidden, top_k = handle.capacity, values.shape[1], handle.topk_idx.shape[1]
-    quantized = scales is not None or (scale_format is not None and not dense_output)
-    weights_shape = (rows,) if handle.layout == "expert" else (rows, top_k)
-    row_dtype = jnp.float8_e4m3fn if quantized else values.dtype
-    results = [
-        jax.ShapeDtypeStruct((rows, hidden), row_dtype),
-        jax.ShapeDtypeStruct((rows, hidden // 128) if quantized else (0,), jnp.float32),
-        jax.ShapeDtypeStruct(weights_shape if weights is not None else (0,), jnp.float32),
-    ]
+    rows, hidden = handle.capacity, values.shape[1]
+    results, quantized = shapes_of.row_shapes(
+        x, weights, handle.layout, rows, scale_format=scale_format, dense_output=dense_output
+    )
     scratch = 0
     if group.backend == "cuda":
         scratch = gpu_side.library().dispatch_scratch_size(
@@ -166,6 +158,57 @@ def dispatch(
     return out, row_weights if weights is not None else None
 
 
+def latency_dispatch(
+    x: Array | Quantized,
+    weights: Float32[Array, "tokens top_k"] | None,
+    topk_idx: Int32[Array, "tokens top_k"],
+    *,
+    group: Group,
+    num_experts: int,
+    layout: Layout,
+    capacity: int,
+    alignment: int,
+    expert_capacity: int,
+    scale_format: ScaleFormat | None,
+    dense_output: bool,
+    config: DispatchConfig,
+    flight: Flight = IN_LINE,
+) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]:
+    """``plan``, and ``dispatch`` along it, in one launch of latency mode; on GPUs only."""
+    values, scales = x if isinstance(x, Quantized) else (x, None)
+    num_tokens, top_k = topk_idx.shape
+    fields: dict[str, Any] = {"num_experts": num_experts, "layout": layout, "capacity": capacity}
+    shapes, absent = shapes_of.handle_shapes(
+        num_tokens, top_k, num_ranks=group.size, spans_hosts=_spans_hosts(group), **fields
+    )
+    of_rows, quantized = shapes_of.row_shapes(
+        x, weights, layout, capacity, scale_format=scale_format, dense_output=dense_output
+    )
+    results = _call(
+        group,
+        "latency_dispatch",
+        [*of_rows, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes.values())],
+        values,
+        _optional(scales),
+        _optional(weights),
+        topk_idx,
+        _coords(group),
+        **_attributes(
+            group, num_experts, layout, config, op="dispatch", num_tokens=num_tokens, flight=flight
+        ),
+        alignment=np.int32(alignment),
+        expert_capacity=np.int32(expert_capacity),
+        quantization=np.int32(_QUANTIZATIONS[scale_format]),
+        dense_output=np.int32(dense_output),
+    )
+    tokens, row_scales, row_weights, *of_handle = results
+    handle = shapes_of.handle_of(
+        of_handle, list(shapes), absent, group_id=group.id, alignment=alignment, **fields
+    )
+    out = Quantized(tokens, row_scales) if quantized else tokens
+    return out, row_weights if weights is not None else None, handle
+
+
 def combine(
     rows: Array,
     row_weights: Float32[Array, " capacity"] | None,
@@ -178,13 +221,14 @@ def combine(
 ) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
     """See ``jax_ep.reference.combine``."""
     num_tokens, top_k = handle.topk_idx.shape
+    latency = is_latency(config) and group.backend == "cuda" and values is None
     results = [
         jax.ShapeDtypeStruct((num_tokens, rows.shape[1]), rows.dtype),
         jax.ShapeDtypeStruct((num_tokens, top_k) if values is not None else (0,), jnp.float32),
     ]
     y, home = _call(
         group,
-        "combine",
+        "latency_combine" if latency else "combine",
         results,
         rows,
         _optional(row_weights),
@@ -195,7 +239,7 @@ def combine(
             group,
             handle.num_experts,
             handle.layout,
-            config,
+            config if latency else without_latency(config),
             op="combine",
             num_tokens=num_tokens,
             hidden=rows.shape[1],
@@ -266,15 +310,19 @@ def _attributes(
     rows: str = "",
     flight: Flight = IN_LINE,
 ) -> dict[str, Any]:
-    num_sms = sms_of(
-        group,
-        op=op,
-        layout=layout,
-        rows=rows,
-        hidden=hidden,
-        num_tokens=num_tokens,
-        requested=None if config is None else config.num_sms,
-    )
+    requested = None if config is None else config.num_sms
+    if is_latency(config):  # 0: as many as the kernels have use for
+        num_sms = 0 if group.backend != "cuda" else requested or flight.most_sms or 0
+    else:
+        num_sms = sms_of(
+            group,
+            op=op,
+            layout=layout,
+            rows=rows,
+            hidden=hidden,
+            num_tokens=num_tokens,
+            requested=requested,
+        )
     return {
         "num_ranks": np.int32(group.size),
         "num_experts": np.int32(num_experts),
@@ -315,7 +363,7 @@ def _call(
 
 def _routes(handle: Handle, group: Group) -> tuple[Any, ...]:
     no_expert_idx = jax.ShapeDtypeStruct((0, handle.topk_idx.shape[1]), jnp.int32)
-    names = _ENTRIES if _spans_hosts(group) else _ROUTES
+    names = shapes_of.ENTRIES if _spans_hosts(group) else shapes_of.ROUTES
     return (
         handle.topk_idx,
         *(getattr(handle, name) for name in names),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,8 +11,6 @@ from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 Layout = Literal["expert", "token"]
 ScaleFormat = Literal["f32", "ue8m0"]
 Mode = Literal["auto", "throughput", "latency"]
-
-logger = logging.getLogger("jax_ep")
 
 _MAX_NUM_SMS = 2**31 - 1  # an int32 attribute of the ops; GPUs have far fewer
 
@@ -44,9 +40,13 @@ class DispatchConfig:
             ``python -m jax_ep.tune`` found for this GPU, group size and shape, else 64 in layout
             "expert" and 24 in layout "token" (less where 32 SMs would not stay free). Has no meaning
             on CPU.
-        mode: "throughput" (prefill and training), "latency" (decode) or "auto" (by size). There are
-            no kernels for "latency" yet: it runs those of "throughput", as "auto" does, and logs
-            a warning once.
+        mode: "throughput" (prefill and training), "latency" (decode: few tokens, one launch an op) or
+            "auto", which takes "throughput" so far. "latency" takes a group on one host that was made
+            with ``create_group(latency_tokens=, latency_hidden=)``, and at most 512 tokens a rank and
+            65536 entries of ``topk_idx`` over all ranks; else it is an error. On GPUs it has kernels of
+            its own for ``dispatch`` with a new plan and for ``combine``. ``dispatch`` along a handle
+            and the gradients run the kernels of "throughput". All SMs that a group's ops may occupy
+            must be free for it.
     """
 
     num_sms: int | None = None
@@ -70,16 +70,18 @@ class DispatchConfig:
                 f"{what} mode: expected 'auto', 'throughput' or 'latency', got {self.mode!r}; "
                 f"choose one of these."
             )
-        if self.mode == "latency":
-            _warn_of_latency_mode()
 
 
-@functools.cache
-def _warn_of_latency_mode() -> None:
-    logger.warning(
-        "DispatchConfig(mode='latency') has no effect yet: there are no kernels for it, and ops run "
-        "those of mode 'throughput'"
-    )
+def is_latency(config: DispatchConfig | None) -> bool:
+    """Whether ``config`` asks for latency mode."""
+    return config is not None and config.mode == "latency"
+
+
+def without_latency(config: DispatchConfig | None) -> DispatchConfig | None:
+    """``config`` for an op that latency mode has no kernels for."""
+    if config is None or not is_latency(config):
+        return config
+    return dataclasses.replace(config, mode="throughput")
 
 
 @jax.tree_util.register_dataclass

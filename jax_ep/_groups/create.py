@@ -14,8 +14,10 @@ import numpy as np
 
 from jax_ep import _compat
 from jax_ep._core import libraries
-from jax_ep._groups import gpu_side, hosts, network, tuning
+from jax_ep._groups import gpu_side, hosts, latency_mode, network, tuning
+from jax_ep._groups.failures import failure
 from jax_ep._groups.group import Group
+from jax_ep._groups.room import Room, check_channels
 from jax_ep._groups.topology import Gpus, Topology
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
@@ -23,7 +25,6 @@ Transport = Literal["auto", "peer", "nvshmem"]
 
 _DEFAULT_TIMEOUT_S = 600.0
 _SHORTEST_TIMEOUT_S = 1e-3  # native ops count milliseconds
-_MOST_CHANNELS = 3  # one less than csrc/cuda/core/workspace.h has room for
 
 logger = logging.getLogger("jax_ep")
 
@@ -40,7 +41,9 @@ def create_group(
     timeout: float = _DEFAULT_TIMEOUT_S,
     ranks_per_host: int | None = None,
     transport: Transport = "auto",
-    channels: int = 2,
+    channels: int = 1,
+    latency_tokens: int = 0,
+    latency_hidden: int = 0,
 ) -> Group:
     """Make the group of ranks along ``axis_name`` of ``mesh``.
 
@@ -77,6 +80,11 @@ def create_group(
         channels: Ops that may be in flight at once, between ``dispatch_start`` and ``dispatch_done``;
             1 to 3. On GPUs of one host each takes 45 MiB of every GPU, beside the 45 MiB that every
             group takes.
+        latency_tokens: The most tokens T of a rank for ``DispatchConfig(mode="latency")``, at most 512;
+            0 is for groups without that mode. On GPUs each rank then has an inbox of
+            32·(6·R·T + (R − 1)·T·W) + 4096 bytes, with W = 152·⌈2H / 1792⌉ + 16: 20 MB for R = 2 and
+            142 MB for R = 8, with T = 512 and H = 7168.
+        latency_hidden: The most channels H of a row in that mode; those of float32 rows count twice.
 
     The devices may be compile-only, as those of ``jax.experimental.topologies``: then the group is
     made for Hopper GPUs without their being there, programs lower to the same text as on real ones,
@@ -88,8 +96,8 @@ def create_group(
     Raises:
         TypeError: for a mesh, axis, timeout or number of another type.
         ValueError: for an unknown axis, backend, transport, timeout or number of channels, a
-            ``ranks_per_host`` that does not divide R, or a backend or transport that cannot serve the
-            mesh.
+            ``ranks_per_host`` that does not divide R, a backend or transport that cannot serve the
+            mesh, or sizes of latency mode that are out of range or for a group on several hosts.
         CommunicationError: if GPUs of several processes form the group and a process did not come,
             came with another group, or could not do its part; then in all of them.
     """
@@ -126,12 +134,15 @@ def create_group(
             f"seconds, got {timeout!r}; the default is {_DEFAULT_TIMEOUT_S:g}, and float('inf') "
             f"waits for ever."
         )
+    latency = latency_mode.checked_sizes(latency_tokens, latency_hidden)
     instances = _instances(mesh, axis_names)
     _check_ranks_per_host(ranks_per_host, instances.shape[1])
-    _check_channels(channels)
+    check_channels(channels)
     compile_only = _compat.is_compile_only(mesh.devices.flat[0])
     resolved, topology = _resolve(mesh, instances, ranks_per_host, backend, transport)
-    key = (mesh, axis_names, resolved, float(timeout), topology, channels)
+    latency_mode.check_hosts(latency, len(topology.hosts))
+    room = Room(channels, *latency)
+    key = (mesh, axis_names, resolved, float(timeout), topology, room)
     group = _groups.get(key)
     # A group that failed is not used again; programs that were made for it keep failing.
     alive = group is not None and not _has_failed(group)
@@ -140,14 +151,12 @@ def create_group(
     processes = [] if compile_only else topology.all_processes
     if resolved == "cuda" and len(processes) > 1:
         # Some processes may know of a failure that others have not met yet.
-        first_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, channels, 0)
+        first_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, room, 0)
         what = f"{axis_names} of {dict(mesh.shape)}, timeout {timeout:g}, id {first_id:x}"
         generation = gpu_side.agree(processes, what, generation)
     if group is None or generation != before:
         _generations[key] = generation
-        group_id = _group_id(
-            mesh, axis_names, resolved, float(timeout), topology, channels, generation
-        )
+        group_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, room, generation)
         table: tuning.Table = {}
         if resolved == "cuda":
             _groups.pop(key, None)
@@ -157,7 +166,7 @@ def create_group(
                 table, gpus = tuning.load(), gpu_side.imagine(group_id, ranks)
             else:
                 table = tuning.agreed_table(mesh, str(group_id))
-                gpus = gpu_side.create(group_id, ranks, topology, float(timeout), channels)
+                gpus = gpu_side.create(group_id, ranks, topology, float(timeout), room)
             topology = dataclasses.replace(topology, gpus=gpus)
             if len(topology.hosts) > 1:
                 _add_network(group_id, instances, topology)
@@ -170,6 +179,8 @@ def create_group(
             topology=topology,
             tuning=table,
             channels=channels,
+            latency_tokens=latency[0],
+            latency_hidden=latency[1],
         )
         _groups[key] = group
     return group
@@ -186,7 +197,7 @@ def _add_network(group_id: int, instances: np.ndarray, topology: Topology) -> No
 
 
 def _has_failed(group: Group) -> bool:
-    return group.backend == "cuda" and gpu_side.failure(group.id) is not None
+    return group.backend == "cuda" and failure(group.id) is not None
 
 
 def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
@@ -208,13 +219,13 @@ def _group_id(
     backend: str,
     timeout: float,
     topology: Topology,
-    channels: int,
+    room: Room,
     generation: int,
 ) -> int:
     """A positive 63-bit id made of what the group is, never of where it lives in memory."""
     devices = [(device.platform, device.id) for device in mesh.devices.flat]
     what = (axis_names, mesh.axis_names, mesh.devices.shape, devices, backend, timeout)
-    text = repr((*what, topology.ranks_per_host, channels, generation))
+    text = repr((*what, topology.ranks_per_host, *dataclasses.astuple(room), generation))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -230,19 +241,6 @@ def _check_ranks_per_host(ranks_per_host: Any, size: int) -> None:
         raise ValueError(
             f"jax_ep.create_group: argument ranks_per_host: expected a positive divisor of the group's "
             f"{size} ranks, got {ranks_per_host}; give every host the same number of ranks."
-        )
-
-
-def _check_channels(channels: Any) -> None:
-    if not isinstance(channels, int) or isinstance(channels, bool):
-        raise TypeError(
-            f"jax_ep.create_group: argument channels: expected a Python int, got "
-            f"{type(channels).__name__}; pass the number of ops that may be in flight at once."
-        )
-    if not 1 <= channels <= _MOST_CHANNELS:
-        raise ValueError(
-            f"jax_ep.create_group: argument channels: expected 1 to {_MOST_CHANNELS} ops in flight at "
-            f"once, got {channels}; order more of them with after=."
         )
 
 

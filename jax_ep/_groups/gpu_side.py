@@ -24,6 +24,7 @@ from jax_ep._errors import CommunicationError
 from jax_ep._groups import meetings
 from jax_ep._groups import processes as other_processes
 from jax_ep._groups.memory import Offer, checked, staging_of
+from jax_ep._groups.room import Room
 from jax_ep._groups.topology import Gpus, Topology, most_on_a_gpu
 
 _OP_TIMEOUT_S = 30.0  # inside an op, once all ranks have arrived
@@ -98,11 +99,6 @@ def max_blocks(group_id: int) -> int:
     return _blocks_of_groups[group_id]
 
 
-def failure(group_id: int) -> str | None:
-    """The first failure of the group in this process as a text, or None."""
-    return library().group_failure(group_id)
-
-
 def obstacle(topology: Topology, unavailable: str | None) -> str | None:
     """Why the processes cannot make groups of GPUs together, the same in all of them, or None.
 
@@ -154,7 +150,7 @@ def create(
     instances: list[list[Rank]],
     topology: Topology,
     timeout: float,
-    in_flight: int = 0,
+    room: Room,
 ) -> Gpus | None:
     """Make the native side of a group.
 
@@ -163,7 +159,7 @@ def create(
         instances: The ranks of each of the groups side by side.
         topology: Their places. Ranks of one host reach each other's memory.
         timeout: Seconds that an op waits for a peer to arrive.
-        in_flight: Ops that may be in flight at once.
+        room: What its workspaces have room for.
 
     Returns:
         What tells each rank's GPU from others (``Topology.gpus``), the same in all processes; None in a
@@ -178,18 +174,19 @@ def create(
     if me not in processes:
         return None
     mine, first_rank = _on_this_host(instances, topology)
-    channels = num_channels(topology, in_flight)
+    latency = room.latency_tokens, room.latency_hidden
+    native_room = num_channels(topology, room.channels), *latency
     if processes == [me]:
         specs: Any = {n: [(rank.ordinal, me, 0, []) for rank in mine[n]] for n in mine}
         gpus = imagine(group_id, instances)
         blocks = max_blocks(group_id)
         error = library().create_group(
-            group_id, specs, timeout, _OP_TIMEOUT_S, blocks, [], 0, channels
+            group_id, specs, timeout, _OP_TIMEOUT_S, blocks, [], 0, *native_room
         )
         if error is not None:
             raise CommunicationError(f"the group was not made: {error}")
         return gpus
-    return _create_together(group_id, instances, mine, first_rank, timeout, channels)
+    return _create_together(group_id, instances, mine, first_rank, timeout, native_room)
 
 
 def _on_this_host(
@@ -221,9 +218,12 @@ def _create_together(
     mine: dict[int, list[Rank]],
     first_rank: int,
     timeout: float,
-    channels: int,
+    room: tuple[int, int, int],
 ) -> Gpus:
-    """``create`` with other processes; ``mine`` and ``first_rank`` are those of ``_on_this_host``."""
+    """``create`` with other processes; ``mine`` and ``first_rank`` are those of ``_on_this_host``.
+
+    ``room`` has the channels of a workspace and the sizes of latency mode.
+    """
     me = jax.process_index()
     processes = sorted({rank.process for ranks in instances for rank in ranks})
     num_sms = _fewest_sms(instances)
@@ -231,7 +231,7 @@ def _create_together(
     own = {rank.device: rank.ordinal for rank in ours if rank.ordinal is not None}
     offer = Offer()
     # Whatever goes wrong here, the others wait for this process: it tells them.
-    error = _error_of(lambda: _prepare(offer, own, channels))
+    error = _error_of(lambda: _prepare(offer, own, mine, room))
     message = {"what": f"group {group_id}", "devices": offer.devices, "error": error}
     try:
         received = meetings.meet(processes, message, offer.descriptors)
@@ -247,9 +247,7 @@ def _create_together(
 
         def make() -> None:
             blocks = blocks_per_rank(most_on_a_gpu(gpus), num_sms)
-            _map_and_create(
-                group_id, mine, first_rank, own, offer, received, timeout, blocks, channels
-            )
+            _map_and_create(group_id, mine, first_rank, own, offer, received, timeout, blocks, room)
 
         error = _error_of(make)
     finally:
@@ -284,9 +282,12 @@ def _error_of(do: Callable[[], None]) -> str | None:
     return None
 
 
-def _prepare(offer: Offer, own: dict[int, int], channels: int) -> None:
-    """Offer the memory of this process's GPUs."""
-    size = library().workspace_bytes(channels)
+def _prepare(
+    offer: Offer, own: dict[int, int], mine: dict[int, list[Rank]], room: tuple[int, int, int]
+) -> None:
+    """Offer the memory of this process's GPUs, which share the host with the ranks in ``mine``."""
+    channels, *latency = room
+    size = library().workspace_bytes(channels, len(next(iter(mine.values()))), *latency)
     for device, ordinal in own.items():
         offer.add(library(), device, ordinal, sorted(own.values()), size)
 
@@ -300,7 +301,7 @@ def _map_and_create(
     received: other_processes.Received,
     timeout: float,
     blocks: int,
-    channels: int,
+    room: tuple[int, int, int],
 ) -> None:
     """Map what the peers of this host offer and make the group.
 
@@ -349,7 +350,7 @@ def _map_and_create(
     ]
     _blocks_of_groups[group_id] = blocks
     error = native.create_group(
-        group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging, first_rank, channels
+        group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging, first_rank, *room
     )
     if error is not None:
         raise CommunicationError(error)

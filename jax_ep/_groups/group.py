@@ -11,7 +11,7 @@ import jax
 from jax_ep import _compat
 from jax_ep._core.types import Layout
 from jax_ep._errors import from_text
-from jax_ep._groups import gpu_side
+from jax_ep._groups.failures import failure
 from jax_ep._groups.topology import Topology
 from jax_ep._groups.tuning import (
     Key,
@@ -40,6 +40,8 @@ class Group:
         timeout: Seconds that an op waits for a peer to arrive.
         id: The same in every process and every run with the same devices and axes.
         topology: Which ranks share a host, which a process and, on GPUs, which a GPU.
+        latency_tokens: The most tokens of a rank that latency mode has room for; 0: there is none.
+        latency_hidden: The most channels likewise, of 16 bits.
         tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
         channels: Ops that may be in flight at once (``dispatch_start``).
     """
@@ -51,7 +53,9 @@ class Group:
     id: int
     topology: Topology
     tuning: Table
-    channels: int = 2
+    channels: int = 1
+    latency_tokens: int = 0
+    latency_hidden: int = 0
 
     @property
     def size(self) -> int:
@@ -82,9 +86,9 @@ class Group:
             CommunicationError: if an op has failed; the text names rank, op and phase.
         """
         if self.backend == "cuda":
-            failure = gpu_side.failure(self.id)
-            if failure is not None:
-                raise from_text(failure)
+            text = failure(self.id)
+            if text is not None:
+                raise from_text(text)
 
     def __repr__(self) -> str:
         axes = ", ".join(f"{name}={self.mesh.shape[name]}" for name in self.axis_names)
@@ -143,3 +147,8 @@ def sms_of(
     if tuned is None:
         return default_num_sms(layout, sm_count)
     return clamp_num_sms(tuned, sm_count)
+
+
+def latency_sms_of(group: Group, *, num_tokens: int, requested: int | None = None) -> int:
+    """``sms_of`` an op of latency mode, which has use for a block for each token of the group."""
+    return 0 if group.backend != "cuda" else requested or group.size * num_tokens

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from jax_ep._core import arguments
 from jax_ep._core.flight import Flight
-from jax_ep._core.types import DispatchConfig, Handle, Quantized
-from jax_ep._groups.group import Group, sms_of
+from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
+from jax_ep._groups.group import Group, latency_sms_of, sms_of
 from jax_ep._groups.tuning import rows_name
 from jax_ep._ops import checks, flights, gpu_room, gradients
 
@@ -63,14 +63,14 @@ def combine(
         ValueError: for any other argument that does not fit; the text says what would.
     """
 
-    def flight(num_sms: int) -> Flight:
+    def issue(num_sms: int, latency: bool) -> Flight:
         return flights.in_line(group, num_sms)
 
-    return combine_by(flight, rows, handle, group=group, weights=weights, config=config)
+    return combine_by(issue, rows, handle, group=group, weights=weights, config=config)
 
 
 def combine_by(
-    flight: Callable[[int], Flight],
+    issue: flights.Issue,
     rows: Float[Array, "capacity hidden"],
     handle: Handle,
     *,
@@ -79,7 +79,7 @@ def combine_by(
     config: DispatchConfig | None = None,
     order: Callable[[Handle], Handle] = lambda handle: handle,
 ) -> Float[Array, "tokens hidden"]:
-    """``combine``, issued as ``flight`` says of the SMs that the op takes, along ``order(handle)``."""
+    """``combine``, issued as ``issue`` says, along ``order(handle)``."""
     op = "combine"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -97,20 +97,26 @@ def combine_by(
             f"shape {rows.shape}",
             "keep padding and unused rows in place",
         )
-    gpu_room.check_sums_fit(op, "rows", rows, handle.layout, group)
+    gpu_room.check_latency_fits(op, "rows", rows, handle.topk_idx, group, config)
+    if not is_latency(config):
+        gpu_room.check_sums_fit(op, "rows", rows, handle.layout, group)
     _check_weights(op, weights, handle)
     weights = None if weights is None else weights.astype(jnp.float32)
     rows, weights, handle = gradients.vary_together(group, rows, weights, handle)
-    num_sms = sms_of(
-        group,
-        op="combine",
-        layout=handle.layout,
-        rows=rows_name(rows.dtype),
-        hidden=rows.shape[1],
-        num_tokens=handle.topk_idx.shape[0],
-        requested=None if config is None else config.num_sms,
-    )
-    options = gradients.CombineOptions(group, config, flight(num_sms))
+    num_tokens, requested = handle.topk_idx.shape[0], None if config is None else config.num_sms
+    if is_latency(config):
+        num_sms = latency_sms_of(group, num_tokens=num_tokens, requested=requested)
+    else:
+        num_sms = sms_of(
+            group,
+            op="combine",
+            layout=handle.layout,
+            rows=rows_name(rows.dtype),
+            hidden=rows.shape[1],
+            num_tokens=num_tokens,
+            requested=requested,
+        )
+    options = gradients.CombineOptions(group, config, issue(num_sms, is_latency(config)))
     handle = order(handle)
     if weights is None:
         y, _ = gradients.combine(options, rows, None, handle)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax_ep._core.types import (
     Quantized,
     ScaleFormat,
 )
-from jax_ep._groups.group import Group, sms_of
+from jax_ep._groups.group import Group, latency_sms_of, sms_of
 from jax_ep._groups.tuning import rows_name
 from jax_ep._ops import checks, flights, gpu_room, gradients
 
@@ -113,7 +113,8 @@ def dispatch(
             It holds the routes and the capacities, so leave out ``topk_idx`` and
             ``capacity_factor``. ``num_experts``, ``layout``, ``alignment`` and ``capacity`` may be
             left out too; else they must equal those of the handle.
-        config: How to use the machine; None takes the defaults.
+        config: How to use the machine; None takes the defaults. With ``mode="latency"`` and a new plan,
+            GPUs plan and dispatch in one launch; along a handle they dispatch as in "throughput".
 
     Returns:
         What this rank received, with C rows.
@@ -123,11 +124,11 @@ def dispatch(
         ValueError: for any other argument that does not fit; the text says what would.
     """
 
-    def flight(num_sms: int) -> Flight:
+    def issue(num_sms: int, latency: bool) -> Flight:
         return flights.in_line(group, num_sms)
 
     return dispatch_by(
-        flight,
+        issue,
         x,
         topk_idx,
         topk_weights,
@@ -146,7 +147,7 @@ def dispatch(
 
 
 def dispatch_by(
-    flight: Callable[[int], Flight],
+    issue: flights.Issue,
     x: Array | Quantized,
     topk_idx: Integer[Array, "tokens top_k"] | None = None,
     topk_weights: Float[Array, "tokens top_k"] | None = None,
@@ -162,9 +163,9 @@ def dispatch_by(
     scale_format: ScaleFormat = "f32",
     handle: Handle | None = None,
     config: DispatchConfig | None = None,
-    order: Callable[[Handle], Handle] = lambda handle: handle,
+    order: Callable[[Any], Any] = lambda routes: routes,
 ) -> Dispatched:
-    """``dispatch``, issued as ``flight`` says of the SMs that the op takes, along ``order(handle)``."""
+    """``dispatch``, issued as ``issue`` says, along ``order(routes)``: of a handle, or ``topk_idx``."""
     op = "dispatch"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -188,8 +189,10 @@ def dispatch_by(
         asked = gradients.PlanOptions(
             group, num_experts, layout, capacity=capacity, alignment=alignment, config=config
         )
+        gpu_room.check_latency_fits(op, "x", values, topk_idx, group, config)
         with_room = _with_room(op, asked, topk_idx.shape, capacity_factor)
-        handle = _name(gradients.plan(with_room, topk_idx), "jax_ep.handle")
+        if not gradients.takes_one_launch(group, config, topk_idx.shape[0]):
+            handle = _name(gradients.plan(with_room, topk_idx), "jax_ep.handle")
     else:
         checks.check_handle(op, handle, group)
         checks.check_not_given(op, "topk_idx", topk_idx)
@@ -207,30 +210,43 @@ def dispatch_by(
                 "leave the handle out to make a new plan",
             )
     gpu_room.check_chunk_fits(op, "x", values, group)
-    checks.check_topk_weights(op, topk_weights, handle.topk_idx.shape)
+    ids = topk_idx if handle is None else handle.topk_idx
+    assert ids is not None
+    checks.check_topk_weights(op, topk_weights, ids.shape)
     topk_weights = None if topk_weights is None else topk_weights.astype(jnp.float32)
     dense_output = output != "quantized"
-    num_sms = sms_of(
-        group,
-        op="dispatch",
-        layout=handle.layout,
-        rows=rows_name(values.dtype, quantize_as, dense_output),
-        hidden=values.shape[1],
-        num_tokens=values.shape[0],
-        requested=None if config is None else config.num_sms,
-    )
+    num_tokens, requested = values.shape[0], None if config is None else config.num_sms
+    if handle is None:
+        num_sms = latency_sms_of(group, num_tokens=num_tokens, requested=requested)
+    else:
+        num_sms = sms_of(
+            group,
+            op="dispatch",
+            layout=handle.layout,
+            rows=rows_name(values.dtype, quantize_as, dense_output),
+            hidden=values.shape[1],
+            num_tokens=num_tokens,
+            requested=requested,
+        )
     options = gradients.DispatchOptions(
         group=group,
         row_dtype=values.dtype,
         scale_format=quantize_as,
         dense_output=dense_output,
         config=config,
-        flight=flight(num_sms),
+        flight=issue(num_sms, handle is None),
     )
     if isinstance(x, Quantized):
         x = gradients.refuse_gradient(x)
-    x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
-    tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
+    if handle is None:
+        x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)
+        tokens, weights, handle = gradients.plan_and_dispatch(
+            with_room, options, x, topk_weights, order(topk_idx)
+        )
+        handle = _name(handle, "jax_ep.handle")
+    else:
+        x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
+        tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
     if isinstance(tokens, Quantized):
         tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from jax_ep import _compat
@@ -19,6 +20,10 @@ from jax_ep._core import arguments
 from jax_ep._core.flight import IN_LINE, Flight
 from jax_ep._groups import gpu_side
 from jax_ep._groups.group import Group
+from jax_ep._groups.room import MOST_CHANNELS
+
+# How an op is issued, given the SMs that it takes if it can, and whether latency mode runs it.
+Issue = Callable[[int, bool], Flight]
 
 _FEWEST_SMS = 2
 
@@ -53,7 +58,7 @@ def in_line(group: Group, num_sms: int) -> Flight:
 
 
 def take_off(
-    op: str, group: Group, num_sms: int, after: Opened | None = None
+    op: str, group: Group, num_sms: int, after: Opened | None = None, *, latency: bool = False
 ) -> tuple[Flight, Opened]:
     """Put an op in flight.
 
@@ -62,6 +67,7 @@ def take_off(
         group: Its group.
         num_sms: The SMs that it takes if it can.
         after: An op that begins before this one, which takes over its channel.
+        latency: Whether latency mode runs it.
 
     Raises:
         ValueError: if all channels of the group are held, or it lacks the channel of ``after``.
@@ -80,33 +86,43 @@ def take_off(
         held = {o.channel for o in _in_flight() if o.group_id == group.id}
         free = [c for c in range(1, group.channels + 1) if c not in held]
         if not free:
+            fix = "finish one with its done half, or order this op behind one with after="
+            if (more := group.channels + 1) <= MOST_CHANNELS:
+                fix = f"{more} ops in flight at once take create_group(channels={more}); else {fix}"
             raise arguments.value_error(
                 op,
                 "group",
-                f"a group with fewer than {group.channels} ops in flight, as many as it has channels",
-                f"{len(held)} channels held by tickets that are not done",
-                "finish one with its done half, order this op behind one with after=, or make the "
-                "group with more channels, create_group(channels=)",
+                "a group with a channel that no op in flight holds",
+                f"one of create_group(channels={group.channels}), all held by tickets that are not "
+                "done",
+                fix,
             )
         channel = free[0]
     flight = _limited(group, channel, num_sms)
     most = num_sms if flight.most_sms is None else min(num_sms, flight.most_sms)
+    if group.backend == "cuda":
+        most = min(most, gpu_side.max_blocks(group.id))
     opened = Opened(group.id, channel, most, _compat.trace_state())
     _all.add(opened)
-    if why := why_in_line(group):
+    if why := why_in_line(group, latency=latency):
         _warn_of_start(why)
         flight = dataclasses.replace(flight, channel=0)
     return flight, opened
 
 
-def why_in_line(group: Group) -> str | None:
-    """Why starts of a group of GPUs do all the work in line with the program, or None."""
+def why_in_line(group: Group, *, latency: bool = False) -> str | None:
+    """Why starts of a group of GPUs do all the work in line with the program, or None.
+
+    Ops of latency mode share one inbox, whatever their channels, so no two of them may run at once.
+    """
     if group.backend != "cuda":
         return None
     if group.transport != "peer":
         return "the group spans hosts"
     if (why := gpu_side.why_staged(group.id)) is not None:
         return f"operands are copied before peers read them, because {why}"
+    if latency:
+        return "mode 'latency' has one inbox, and so one op at a time"
     return None
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 
 from jax_ep._core import arguments, limits
-from jax_ep._core.types import Layout
+from jax_ep._core.types import DispatchConfig, Layout, is_latency
 from jax_ep._groups import network
 from jax_ep._groups.group import Group
+from jax_ep._groups.latency_mode import MOST_ENTRIES
 
 
 def check_sums_fit(
@@ -26,6 +27,49 @@ def check_weighted_gradient_fits(op: str, argument: str, rows: jax.Array, group:
     if group.transport == "peer":
         what = "for gradients with weights on GPUs"
         _check_row_bytes(op, argument, rows, limits.max_vjp_row_bytes(), what)
+
+
+def check_latency_fits(
+    op: str,
+    argument: str,
+    rows: jax.Array,
+    topk_idx: jax.Array,
+    group: Group,
+    config: DispatchConfig | None,
+) -> None:
+    """Latency mode, if it is asked for, has room for such rows; on all platforms alike."""
+    if not is_latency(config):
+        return
+    num_tokens, top_k = topk_idx.shape
+    sizes = f"latency_tokens={num_tokens}, latency_hidden="
+    channels = rows.shape[1] * max(rows.dtype.itemsize // 2, 1)
+    if group.latency_tokens == 0:
+        raise arguments.value_error(
+            op,
+            "config",
+            "a mode other than 'latency' for a group without inboxes",
+            "mode='latency'",
+            f"make the group with create_group(..., {sizes}{channels})",
+        )
+    limits_of = (
+        ("tokens a rank", num_tokens, group.latency_tokens),
+        ("channels of 16 bits", channels, group.latency_hidden),
+        ("entries of topk_idx over all ranks", group.size * num_tokens * top_k, MOST_ENTRIES),
+    )
+    for what, size, most in limits_of:
+        if size > most:
+            raise arguments.value_error(
+                op,
+                argument,
+                f"at most {most} {what} in mode 'latency'",
+                size,
+                "make the group with larger latency_tokens= or latency_hidden= (up to 512 tokens), or "
+                "use mode='throughput'",
+            )
+    if channels == 0:
+        raise arguments.value_error(
+            op, argument, "rows with channels in mode 'latency'", 0, "use mode='throughput'"
+        )
 
 
 def check_chunk_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat, reference
@@ -23,7 +24,15 @@ from jax_ep._backends import native
 from jax_ep._core.batching import batched_alike
 from jax_ep._core.capacity import INT32_MAX
 from jax_ep._core.flight import IN_LINE, Flight
-from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
+from jax_ep._core.types import (
+    DispatchConfig,
+    Handle,
+    Layout,
+    Quantized,
+    ScaleFormat,
+    is_latency,
+    without_latency,
+)
 from jax_ep._groups.group import Group
 from jax_ep._ops import gpu_room
 
@@ -95,7 +104,7 @@ def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle
     if topk_idx.shape[0] == 0:
         handle = _empty_plan(options, topk_idx)
     else:
-        arguments = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+        arguments = _fields(options) | {"config": without_latency(options.config)}
         handle = _BACKENDS[options.group.backend].plan(topk_idx, **arguments)
     return _match(handle, topk_idx)
 
@@ -122,7 +131,7 @@ def _dispatch(options, x, weights, handle):
         group=options.group,
         scale_format=options.scale_format,
         dense_output=options.dense_output,
-        **_how(options),
+        **_how(options, without_latency(options.config)),
     )
     return _match(out, x)
 
@@ -137,7 +146,7 @@ def _dispatch_bwd(options, handle, cotangents):
     if not isinstance(d_rows, Quantized):
         what = "for gradients on GPUs"
         gpu_room.check_sums_fit("dispatch", "x", d_rows, handle.layout, options.group, what)
-        transpose = CombineOptions(options.group, options.config, options.flight)
+        transpose = CombineOptions(options.group, without_latency(options.config), options.flight)
         d_tokens, d_weights = combine(transpose, d_rows, d_row_weights, handle)
         return d_tokens, d_weights, None
     # Nothing flows back through the rows themselves, because refuse_gradient forbids it.
@@ -148,12 +157,62 @@ def _dispatch_bwd(options, handle, cotangents):
         no_scales = jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32)
         d_x = Quantized(d_values, no_scales)
     no_rows = _match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
-    transpose = CombineOptions(options.group, options.config, options.flight)
+    transpose = CombineOptions(options.group, without_latency(options.config), options.flight)
     _, d_weights = combine(transpose, no_rows, d_row_weights, handle)
     return _match(d_x, d_rows), d_weights, None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+def plan_and_dispatch(
+    plan_options: PlanOptions,
+    options: DispatchOptions,
+    x: Array | Quantized,
+    weights: Float32[Array, "tokens top_k"] | None,
+    topk_idx: Int32[Array, "tokens top_k"],
+) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]:
+    """``plan`` and ``dispatch`` in one launch; see ``takes_one_launch``. Gradients: as ``dispatch``."""
+    return _plan_and_dispatch(plan_options, options, x, weights, topk_idx)
+
+
+def takes_one_launch(group: Group, config: DispatchConfig | None, num_tokens: int) -> bool:
+    """Whether a dispatch makes its plan in the same launch: on GPUs in latency mode."""
+    return is_latency(config) and group.backend == "cuda" and num_tokens > 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _plan_and_dispatch(plan_options, options, x, weights, topk_idx):
+    out = native.latency_dispatch(
+        x,
+        weights,
+        topk_idx,
+        **_fields(plan_options),
+        scale_format=options.scale_format,
+        dense_output=options.dense_output,
+        flight=options.flight,
+    )
+    return _match(out, x)
+
+
+def _plan_and_dispatch_fwd(plan_options, options, x, weights, topk_idx):
+    tokens, row_weights, handle = _plan_and_dispatch(plan_options, options, x, weights, topk_idx)
+    # Named here too, since this is what the backward pass keeps.
+    handle = jax.tree.map(lambda leaf: checkpoint_name(leaf, "jax_ep.handle"), handle)
+    return (tokens, row_weights, handle), handle
+
+
+@_compat.backward
+def _plan_and_dispatch_bwd(plan_options, options, handle, cotangents):
+    del plan_options
+    return _dispatch_bwd(options, handle, cotangents[:2])
+
+
+_plan_and_dispatch.defvjp(_plan_and_dispatch_fwd, _plan_and_dispatch_bwd)
+
+
+def _fields(options: PlanOptions) -> dict[str, Any]:
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
 
 
 def combine(
@@ -172,8 +231,8 @@ def combine(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine(options, rows, values, handle):
-    backend = _BACKENDS[options.group.backend]
-    results = backend.combine(rows, None, values, handle, group=options.group, **_how(options))
+    backend, how = _BACKENDS[options.group.backend], _how(options, options.config)
+    results = backend.combine(rows, None, values, handle, group=options.group, **how)
     return _match(results, rows)
 
 
@@ -184,9 +243,8 @@ def _combine_fwd(options, rows, values, handle):
 @_compat.backward
 def _combine_bwd(options, handle, cotangents):
     dy, d_home = cotangents
-    transpose = DispatchOptions(
-        options.group, dy.dtype, config=options.config, flight=options.flight
-    )
+    config = without_latency(options.config)
+    transpose = DispatchOptions(options.group, dy.dtype, config=config, flight=options.flight)
     d_rows, d_values = dispatch(transpose, dy, d_home, handle)
     return d_rows, d_values, None
 
@@ -205,8 +263,8 @@ def combine_weighted(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine_weighted(options, rows, row_weights, handle):
-    backend = _BACKENDS[options.group.backend]
-    y, _ = backend.combine(rows, row_weights, None, handle, group=options.group, **_how(options))
+    backend, how = _BACKENDS[options.group.backend], _how(options, options.config)
+    y, _ = backend.combine(rows, row_weights, None, handle, group=options.group, **how)
     return _match(y, rows)
 
 
@@ -220,16 +278,19 @@ def _combine_weighted_bwd(options, residuals, dy):
     group = options.group
     gpu_room.check_weighted_gradient_fits("combine", "rows", rows, group)
     backend = _BACKENDS[group.backend]
-    gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group, **_how(options))
+    how = _how(options, without_latency(options.config))
+    gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group, **how)
     return *_match(gradients, rows), None
 
 
 _combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
 
 
-def _how(options: DispatchOptions | CombineOptions) -> dict[str, Any]:
+def _how(
+    options: DispatchOptions | CombineOptions, config: DispatchConfig | None
+) -> dict[str, Any]:
     """The arguments of a backend's functions that change no results; XLA alone issues the reference."""
-    how: dict[str, Any] = {"config": options.config}
+    how: dict[str, Any] = {"config": config}
     is_reference = _BACKENDS[options.group.backend] is reference
     return how if is_reference else how | {"flight": options.flight}
 

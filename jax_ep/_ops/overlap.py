@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +59,12 @@ def dispatch_start(
     only in programs that hold a collective of XLA's own, such as the sum of gradients, or ``moe``'s
     statistics (jaxlib 0.10.2 and 0.11.2). An op in flight is not part of a command buffer (CUDA
     graph). On CPU, ops never block a thread, so XLA runs independent work beside each of them. Where
-    a group of GPUs spans hosts or copies its operands (``python -m jax_ep.doctor`` says so), the start
-    half does all the work, and a warning says so once.
+    a group of GPUs spans hosts or copies its operands (``python -m jax_ep.doctor`` says so), and in
+    mode "latency", the start half does all the work, and a warning says so once.
 
-    A group has ``create_group(channels=)`` channels, 2 by default, and an op in flight holds one until
-    its done half is called. Ops on different channels may run at the same time. Then the one that was
+    A group has ``create_group(channels=)`` channels, 1 by default, and an op in flight holds one until
+    its done half is called; so two in flight at once take ``channels=2``, unless one comes ``after=``
+    the other. Ops on different channels may run at the same time. Then the one that was
     started later takes only the SMs that those before it leave of all but 32.
 
     Args:
@@ -81,7 +82,7 @@ def dispatch_start(
         TypeError, ValueError: as ``dispatch``; ValueError also where all channels are held.
     """
     begin = _Start("dispatch_start", group, after)
-    out = dispatch_by(begin.flight, x, *args, group=group, order=begin.order, **kwargs)
+    out = dispatch_by(begin.issue, x, *args, group=group, order=begin.order, **kwargs)
     return Ticket(out, op="dispatch", opened=begin.opened)
 
 
@@ -127,7 +128,7 @@ def combine_start(
     """
     begin = _Start("combine_start", group, after)
     y = combine_by(
-        begin.flight, rows, handle, group=group, weights=weights, config=config, order=begin.order
+        begin.issue, rows, handle, group=group, weights=weights, config=config, order=begin.order
     )
     return Ticket(y, op="combine", opened=begin.opened)
 
@@ -151,7 +152,7 @@ class _Start:
     """What a start half tells the op: the flight that it takes, and what it comes after.
 
     Attributes:
-        opened: The op in flight, once ``flight`` was called.
+        opened: The op in flight, once ``issue`` was called.
     """
 
     opened: Opened
@@ -166,26 +167,28 @@ class _Start:
                 "pass what a start half returned",
             )
         self._op, self._group, self._after = op, group, after
+        self._chained = False
 
-    def flight(self, num_sms: int) -> Flight:
+    def issue(self, num_sms: int, latency: bool) -> Flight:
         """Put the op in flight."""
         after = None if self._after is None else self._after.opened
-        flight, self.opened = flights.take_off(self._op, self._group, num_sms, after)
+        flight, self.opened = flights.take_off(
+            self._op, self._group, num_sms, after, latency=latency
+        )
+        # On GPUs the calls of a channel are ordered themselves (_backends/region.py). An op of latency
+        # mode is in line with the program, and what it comes after may be on another channel.
+        self._chained = self._group.backend == "cuda" and not latency
         return flight
 
-    def order(self, handle: Handle) -> Handle:
-        """``handle``, available only once the op that comes before has given its first result.
-
-        On GPUs the calls themselves are ordered (``_backends/region.py``).
-        """
-        if self._after is None or self._group.backend == "cuda":
-            return handle
+    def order(self, routes: Any) -> Any:
+        """``routes``, available only once the op that comes before has given its first result."""
+        if self._after is None or self._chained:
+            return routes
         first = lax.stop_gradient(jax.tree.leaves(self._after)[0].reshape(-1)[:1])
         # Never true, but XLA cannot know that. From a barrier, XLA would drop an operand whose result
         # is not used.
         never = ((first > 0) & (first < 0)).any()
-        ordered = jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), handle)
-        return cast(Handle, ordered)
+        return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), routes)
 
 
 def _finish(ticket: Any, op: str) -> Any:

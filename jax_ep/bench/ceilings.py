@@ -9,6 +9,8 @@ is measured beside them. The figure is GB/s of a rank in one direction.
 *Memory*, where ranks share GPUs, or there is one: the same movers copy within each rank's memory, all
 ranks at once. The figure is GB/s read and written on a GPU, by all of its ranks together. On CPU it is
 what a core copies within its cache, times the cores, which no op can beat.
+
+A plain kernel, one vector in each thread, is measured in both cases.
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ _CPU_SECONDS = 0.2
 
 Kind = Literal["link", "memory"]
 
-# Name, number in csrc/cuda/measure/copy.h, and numbers of blocks, of which the best counts.
+# Name, number in csrc/cuda/measure/copy.h, and numbers of blocks, of which the best counts (those of
+# plain copies follow from the bytes).
 _MOVERS = (
     ("bulk copies", 0, (8, 24, 64, 132)),
     ("loads", 1, (16, 64, 132, 264)),
     ("copy engines", 2, (1,)),
+    ("plain copies", 3, (1,)),
 )
 
 
@@ -81,6 +85,8 @@ def _mover(
 ) -> Ceiling | None:
     """The best rate of a mover; None where peers cannot read the array in place."""
     library, group = gpu_side.library(), session.group
+    if kind == "link" and session.ranks == session.hosts:
+        return None  # only the network goes to another rank
     to = jax.block_until_ready(x + 1)  # an array of the same size
     places: dict[int, tuple[int, int]] = {}
     failures = []
@@ -98,15 +104,17 @@ def _mover(
         failures += failed
     if failures:
         return None
+    per_host = session.ranks // session.hosts
     step = 1 if kind == "link" else 0
     targets = _pointers(session, to)
     best = 0.0
     for count in blocks:
         copies = []
         for rank, target in targets.items():
-            source = (rank + step) % session.ranks
+            index = (rank % per_host + step) % per_host  # of the source on this rank's host
             ordinal = _compat.local_ordinal(devices[rank])
-            copies.append((ordinal, source, *everyone[source], target))
+            source = rank - rank % per_host + index
+            copies.append((ordinal, index, *everyone[source], target))
         for _ in range(_TRIES):
             session.exchange("")  # all begin together
             seconds, error = library.time_copies(group.id, copies, NUM_BYTES, mover, count, _COPIES)

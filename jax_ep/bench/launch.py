@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +29,8 @@ from jax_ep.bench.cases import Case
 
 _POLL_S = 0.1
 _STDERR_LINES = 3
+_EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*", re.MULTILINE)
+_OF_ANOTHER = re.compile(r"UNAVAILABLE|CANCELLED|DEADLINE_EXCEEDED|heartbeat")
 _GPU_SHARE = 0.9  # of a GPU's memory, for XLA
 
 Progress = Callable[[str], None]
@@ -180,13 +183,27 @@ def _environment(job: Job) -> dict[str, str]:
     return environment
 
 
+def reason(outputs: list[str]) -> str:
+    """Why processes ended, from what they wrote: their exceptions, else their last lines.
+
+    Exceptions that only tell that another process is gone come last.
+    """
+    found = []
+    for text in outputs:
+        found += [match.group() for match in _EXCEPTION.finditer(text)][-1:]
+    if found:
+        found = sorted(dict.fromkeys(found), key=lambda line: bool(_OF_ANOTHER.search(line)))
+        return " | ".join(found)[:400]
+    lines = []
+    for text in outputs:
+        lines += [line for line in text.splitlines() if line.strip()][-_STDERR_LINES:]
+    return " | ".join(lines)[-400:] or "a process ended without a word, or took too long"
+
+
 def _failure(job: Job, case: Case, where: pathlib.Path) -> dict[str, Any]:
     """The record of a case at which a process died or was given up."""
-    lines = []
-    for index in range(job.processes):
-        text = (where / f"stderr-{index}").read_text(errors="replace")
-        lines += [line for line in text.splitlines() if line.strip()][-_STDERR_LINES:]
-    error = " | ".join(lines)[-300:] or "a process ended without a word, or took too long"
+    names = [where / f"stderr-{index}" for index in range(job.processes)]
+    error = reason([name.read_text(errors="replace") for name in names])
     record: dict[str, Any] = dict.fromkeys(
         ("median_us", "p10_us", "p90_us", "wire_gbs", "logical_gbs", "ceiling_gbs", "num_sms")
     )

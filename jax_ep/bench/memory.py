@@ -11,6 +11,10 @@ _RESULTS = {
     "jax_ep_dispatch": 3,
     "jax_ep_combine": 2,
     "jax_ep_combine_vjp": 2,
+    "jax_ep_network_plan": 11,
+    "jax_ep_network_dispatch": 3,
+    "jax_ep_network_combine": 2,
+    "jax_ep_network_combine_vjp": 2,
 }
 _BITS = {"pred": 8, "bf16": 16}  # the names of other types end in their bits
 

@@ -25,6 +25,11 @@ from jax_ep.bench.session import Session
 from jax_ep.bench.timing import Step
 
 REFERENCE = "reference"
+_LATENCY_TARGETS = {
+    "dispatch": ("jax_ep_latency_dispatch",),
+    "combine": ("jax_ep_latency_combine",),
+    "round_trip": ("jax_ep_latency_dispatch", "jax_ep_latency_combine"),
+}
 _TARGETS = {
     "plan": ("jax_ep_plan",),
     "dispatch": ("jax_ep_plan", "jax_ep_dispatch"),
@@ -42,7 +47,7 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
     moved = traffic.of_op(case, problem)
     written = problem.capacity * case.hidden * 2 if case.op != "plan" else 0
     chain = session.chain(
-        10 + moved.wire / 3e5 + written / 2e6, calls=_TARGETS[case.op] if is_native else ()
+        10 + moved.wire / 3e5 + written / 2e6, calls=_calls(session, case) if is_native else ()
     )
     measured = timing.measure(step, sets, session.mesh, chain)
     link = session.link(case.tokens, case.top_k)
@@ -55,7 +60,7 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         correct=not wrongs,
         num_sms=_num_sms(session, case),
         name=None if is_native else REFERENCE,
-        workspace_bytes=native.workspace_bytes(session.group),
+        workspace_bytes=native.workspace_bytes(session.group_of(case)),
         scratch_bytes=memory.scratch_bytes(measured.text),
         staged=_staged(session),
         error=wrongs[0] if wrongs else None,
@@ -70,7 +75,13 @@ def config(case: Case) -> jax_ep.DispatchConfig | None:
 
 
 def _group(session: Session, case: Case) -> jax_ep.Group:
-    return session.reference_group if case.name == REFERENCE else session.group
+    return session.reference_group if case.name == REFERENCE else session.group_of(case)
+
+
+def _calls(session: Session, case: Case) -> tuple[str, ...]:
+    """The custom calls of an op."""
+    latency = case.mode == "latency" and session.group.backend == "cuda"
+    return (_TARGETS | _LATENCY_TARGETS if latency else _TARGETS)[case.op]
 
 
 def options(case: Case, session: Session) -> dict[str, Any]:
@@ -92,6 +103,11 @@ def _num_sms(session: Session, case: Case) -> int | None:
     op: tuning.TunedOp = "dispatch"
     if case.op in ("plan", "combine"):
         op = "plan" if case.op == "plan" else "combine"
+    if case.mode == "latency" and case.op in _LATENCY_TARGETS:
+        wanted = case.num_sms or session.ranks * case.tokens
+        if session.group.backend != "cuda":
+            return wanted
+        return max(min(wanted, gpu_side.max_blocks(session.group_of(case).id)), 2)
     wanted = sms_of(
         session.group,
         op=op,

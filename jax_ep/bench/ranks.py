@@ -49,11 +49,22 @@ class Ranks:
             raise RuntimeError(f"benchmarks read the clock of jax_ep's own library: {why}")
         self._exchanges = 0
 
-    def make_group(self, backend: Literal["auto", "reference"]) -> jax_ep.Group:
+    def make_group(
+        self,
+        backend: Literal["auto", "reference"],
+        latency_tokens: int = 0,
+        latency_hidden: int = 0,
+    ) -> jax_ep.Group:
         """The group of all ranks."""
         per_host = None if self.hosts == 1 else self.ranks // self.hosts
         return jax_ep.create_group(
-            self.mesh, AXIS, timeout=120, backend=backend, ranks_per_host=per_host
+            self.mesh,
+            AXIS,
+            timeout=120,
+            backend=backend,
+            ranks_per_host=per_host,
+            latency_tokens=latency_tokens,
+            latency_hidden=latency_hidden,
         )
 
     def put(self, make: Callable[[int], np.ndarray]) -> jax.Array:

@@ -122,6 +122,8 @@ def label(record: dict[str, Any]) -> str:
             rows += f" ({record['quantization']})"
         parts.append(rows)
     parts.append(f"T={record['tokens']}")
+    if record.get("mode") == "latency":
+        parts.append("latency")
     if record["routing"] != "uniform":
         parts.append(record["routing"])
     if record.get("capacity", "exact") != "exact":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import numpy as np
 
 import jax_ep
 from jax_ep._groups import gpu_side
+from jax_ep._groups.latency_mode import MOST_TOKENS
 from jax_ep.bench import ceilings, records, timing
 from jax_ep.bench.cases import Case
 from jax_ep.bench.problems import Problem
@@ -45,6 +47,7 @@ class Session(Ranks):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._reference: jax_ep.Group | None = None
+        self._latency: dict[int, jax_ep.Group] = {}  # by channels
         self._problem: Problem | None = None
         self._links: dict[tuple[int, int], Spread] = {}
         self.untold_links: list[tuple[int, int]] = []  # measured, but in no record yet
@@ -57,6 +60,15 @@ class Session(Ranks):
         if self._reference is None:
             self._reference = self.make_group("reference")
         return self._reference
+
+    def group_of(self, case: Case) -> jax_ep.Group:
+        """The group that runs a case of ours: where it asks for latency mode, one with inboxes."""
+        if case.mode != "latency":
+            return self.group
+        channels = case.hidden * (2 if case.dtype == "float32" else 1)
+        if channels not in self._latency:
+            self._latency[channels] = self.make_group("auto", MOST_TOKENS, channels)
+        return self._latency[channels]
 
     def problem(self, case: Case) -> Problem:
         """The inputs of a case; only those of the last workload are kept."""
@@ -87,11 +99,13 @@ class Session(Ranks):
     def completed_calls(self) -> list[int]:
         """Calls of our ops that each rank of this process has completed."""
         if self.group.backend == "cuda":
-            library = gpu_side.library()
-            by_ordinal, error = library.completed_ops(self.group.id)
-            if error is not None:
-                raise RuntimeError(error)
-            return [by_ordinal[ordinal] for ordinal in sorted(by_ordinal)]
+            total: collections.Counter[int] = collections.Counter()
+            for group in (self.group, *self._latency.values()):
+                by_ordinal, error = gpu_side.library().completed_ops(group.id)
+                if error is not None:
+                    raise RuntimeError(error)
+                total.update(by_ordinal)
+            return [total[ordinal] for ordinal in sorted(total)]
         counts = importlib.import_module("jax_ep._cpu").call_counts()
         ranks = len(self.my_ranks())
         return [sum(counts[target] for target in OUR_TARGETS) // ranks] * ranks

@@ -23,7 +23,7 @@ def suite(name: str, machine: Machine) -> list[Case]:
 
     * "baselines": every throughput row of docs/performance.md, and XLA's own exchanges; on CPU,
       dispatch and combine beside ``lax.all_to_all`` and the reference.
-    * "decode": 1 to 512 tokens a rank, 128 above all.
+    * "decode": 1 to 512 tokens a rank, 128 above all, in latency mode and as by default.
     * "routing": dispatch and combine under every routing pattern.
     * "layer": forward and backward of whole layers, in several implementations.
     * "overlap": ops in flight, each alone and beside a matmul; layers in chunks.
@@ -120,11 +120,34 @@ def _decode(machine: Machine) -> list[Case]:
         base = dataclasses.replace(_ON_CPU, tokens=128, layout="token")
     expert = dataclasses.replace(base, layout="expert", alignment=16)
     return [
+        *_latency(base),
         *_all_ops(dataclasses.replace(base, quantization="quantized")),
         *_all_ops(base),
         *_all_ops(expert),
         *_of(expert, ("dispatch",), quantization="quantized"),
         *_of(expert, ("dispatch",), quantization="fp8"),
+        *(
+            case
+            for tokens in _DECODE_TOKENS
+            for case in (
+                *_of(base, ("dispatch",), tokens=tokens, quantization="quantized"),
+                *_of(base, ("combine",), tokens=tokens),
+            )
+        ),
+    ]
+
+
+def _latency(base: Case) -> list[Case]:
+    """The same in latency mode. Nothing is padded, as its users do."""
+    base = dataclasses.replace(base, mode="latency")
+    expert = dataclasses.replace(base, layout="expert", alignment=1)
+    return [
+        *(
+            dataclasses.replace(of, op="dispatch", quantization=quantization)
+            for of in (base, expert)
+            for quantization in ("quantized", "none", "fp8")
+        ),
+        *(dataclasses.replace(of, op="combine") for of in (base, expert)),
         *(
             case
             for tokens in _DECODE_TOKENS

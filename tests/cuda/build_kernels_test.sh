@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Builds tests/cuda/kernels_test, plan_test, races_test and failures_test into the folder given
-# (default: build/cuda). With a second argument, "once", kernels are compiled only as failures_test has
-# them, and all four are linked with these: enough to know that everything compiles and links.
+# Builds tests/cuda/kernels_test, plan_test, races_test, failures_test, decode_test and
+# decode_failures_test into the folder given (default: build/cuda). With a second argument, "once",
+# kernels are compiled only as failures_test has them, and all are linked with these: enough to know
+# that everything compiles and links.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-build/cuda}
@@ -16,14 +17,14 @@ done
 compile() {
   nvcc -std=c++17 -O3 -lineinfo -gencode=arch=compute_90a,code=sm_90a -Icsrc -c "$1" -o "$2" "${@:3}"
 }
-for source in csrc/cuda/{measure,node,plan,rows}/*.cu; do
+for source in csrc/cuda/{decode,measure,node,plan,rows}/*.cu; do
   for variant in "${variants[@]}"; do
     defines=()
     [ "$variant" = stopping ] && defines=(-DJAX_EP_TEST_STOPS)
     compile "$source" "$out/$variant/$(echo "$source" | tr / _).o" "${defines[@]}" &
   done
 done
-for name in kernels_test plan_test races_test failures_test; do
+for name in kernels_test plan_test races_test failures_test decode_test decode_failures_test; do
   compile "tests/cuda/$name.cu" "$out/tests/$name.o" &
 done
 # A bare wait would forget what failed.
@@ -32,5 +33,6 @@ host=("$out"/library/csrc_{plan,cpu,transport}_*.o)
 link() {  # link NAME FOLDER, that of its kernels
   nvcc -gencode=arch=compute_90a,code=sm_90a "${host[@]}" "$out/$2"/csrc_cuda_*.o "$out/tests/$1.o" -o "$out/$1"
 }
-for name in kernels_test plan_test races_test; do link "$name" "${variants[0]}"; done
+for name in kernels_test plan_test races_test decode_test; do link "$name" "${variants[0]}"; done
 link failures_test stopping
+link decode_failures_test stopping

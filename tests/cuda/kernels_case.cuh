@@ -191,12 +191,64 @@ inline int NeededCapacity(const Workload& w, const std::vector<Rank>& ranks) {
   return *std::max_element(needed.begin(), needed.end());
 }
 
-// Memory, inputs and channels; the kernels are loaded.
-inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>& ranks,
-                    std::mt19937& generator) {
+// Memory for an op's arguments, and its inputs.
+inline void FillRank(const Workload& w, Rank& rank, std::mt19937& generator) {
   const int R = w.R, T = w.T, K = w.K, E = w.E, H = w.H, L = w.L, M = w.M, C = w.C;
   const int width = w.width;
   const bool fp8 = w.fp8, by_expert = w.by_expert;
+  const size_t row = size_t(H) * width;
+  rank.topk.Resize(size_t(T) * K);
+  rank.dest_row.Resize(size_t(T) * K);
+  rank.recv_rows.Resize(size_t(R) * T * M);
+  rank.recv_src.Resize(C);
+  rank.expert_idx.Resize(by_expert ? 0 : size_t(C) * K, false);
+  for (Buffer<int32_t>* counts : {&rank.group_sizes, &rank.counts, &rank.demand}) counts->Resize(L);
+  rank.num_dropped.Resize(1);
+  rank.num_invalid.Resize(1);
+  rank.scratch.Resize(size_t{32} * (E + R + 1));  // for either kernel
+  rank.x.Resize(T * (fp8 ? size_t(H) : row));
+  rank.rows.Resize(C * (fp8 ? size_t(H) : row));
+  rank.scales.Resize(fp8 ? size_t(T) * H / 128 : 0);
+  rank.row_scales.Resize(fp8 ? size_t(C) * H / 128 : 0, false);
+  rank.weights.Resize(size_t(T) * K);
+  rank.row_weights.Resize(by_expert ? size_t(C) : size_t(C) * K);
+  rank.y.Resize(T * row);
+  rank.home.Resize(size_t(T) * K);
+  rank.dy.Resize(T * row);
+  rank.d_rows.Resize(C * row);
+  rank.d_weights.Resize(C);
+  // Some channels are negative zeros in all rows. Their sum is a positive zero.
+  const auto is_zero = [&](size_t i) { return i % H % 29 == 5; };
+  const auto fill = [&](Buffer<char>& buffer, bool bytes) {
+    if (bytes) {
+      for (char& byte : buffer.host) byte = static_cast<char>(generator());
+    } else if (width == 4) {
+      auto* values = reinterpret_cast<float*>(buffer.host.data());
+      for (size_t i = 0; i < buffer.host.size() / 4; ++i)
+        values[i] = is_zero(i) ? -0.0f : float(generator()) / 4e9f - 0.5f;
+    } else {  // 16-bit floats of moderate size
+      auto* values = reinterpret_cast<uint16_t*>(buffer.host.data());
+      const uint16_t exponent = w.dtype == "bf16" ? 0x3F00 : 0x3800;
+      for (size_t i = 0; i < buffer.host.size() / 2; ++i) {
+        values[i] = is_zero(i) ? 0x8000 : exponent | (generator() & 0x80FF);
+      }
+    }
+    buffer.ToDevice();
+  };
+  fill(rank.x, fp8);
+  fill(rank.dy, false);
+  for (float& weight : rank.weights.host) weight = float(generator()) / 4e9f;
+  rank.weights.ToDevice();
+  for (float& scale : rank.scales.host) scale = float(generator()) / 4e9f;
+  rank.scales.ToDevice();
+  rank.x.MakeCopies(w.sets);
+  rank.dy.MakeCopies(w.sets);
+}
+
+// Memory, inputs and channels; the kernels are loaded.
+inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>& ranks,
+                    std::mt19937& generator) {
+  const int R = w.R;
   int num_devices = 0;
   CHECK_CUDA(cudaGetDeviceCount(&num_devices));
   for (int r = 0; r < R; ++r) {
@@ -224,54 +276,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     CHECK_CUDA(cuda::LoadCombine());
     CHECK_CUDA(cuda::LoadCombineVjp());
     CHECK_CUDA(cuda::LoadQuantize());
-    const size_t row = size_t(H) * width;
-    rank.topk.Resize(size_t(T) * K);
-    rank.dest_row.Resize(size_t(T) * K);
-    rank.recv_rows.Resize(size_t(R) * T * M);
-    rank.recv_src.Resize(C);
-    rank.expert_idx.Resize(by_expert ? 0 : size_t(C) * K, false);
-    for (Buffer<int32_t>* counts : {&rank.group_sizes, &rank.counts, &rank.demand})
-      counts->Resize(L);
-    rank.num_dropped.Resize(1);
-    rank.num_invalid.Resize(1);
-    rank.scratch.Resize(size_t{32} * (E + R + 1));  // for either kernel
-    rank.x.Resize(T * (fp8 ? size_t(H) : row));
-    rank.rows.Resize(C * (fp8 ? size_t(H) : row));
-    rank.scales.Resize(fp8 ? size_t(T) * H / 128 : 0);
-    rank.row_scales.Resize(fp8 ? size_t(C) * H / 128 : 0, false);
-    rank.weights.Resize(size_t(T) * K);
-    rank.row_weights.Resize(by_expert ? size_t(C) : size_t(C) * K);
-    rank.y.Resize(T * row);
-    rank.home.Resize(size_t(T) * K);
-    rank.dy.Resize(T * row);
-    rank.d_rows.Resize(C * row);
-    rank.d_weights.Resize(C);
-    // Some channels are negative zeros in all rows. Their sum is a positive zero.
-    const auto is_zero = [&](size_t i) { return i % H % 29 == 5; };
-    const auto fill = [&](Buffer<char>& buffer, bool bytes) {
-      if (bytes) {
-        for (char& byte : buffer.host) byte = static_cast<char>(generator());
-      } else if (width == 4) {
-        auto* values = reinterpret_cast<float*>(buffer.host.data());
-        for (size_t i = 0; i < buffer.host.size() / 4; ++i)
-          values[i] = is_zero(i) ? -0.0f : float(generator()) / 4e9f - 0.5f;
-      } else {  // 16-bit floats of moderate size
-        auto* values = reinterpret_cast<uint16_t*>(buffer.host.data());
-        const uint16_t exponent = w.dtype == "bf16" ? 0x3F00 : 0x3800;
-        for (size_t i = 0; i < buffer.host.size() / 2; ++i) {
-          values[i] = is_zero(i) ? 0x8000 : exponent | (generator() & 0x80FF);
-        }
-      }
-      buffer.ToDevice();
-    };
-    fill(rank.x, fp8);
-    fill(rank.dy, false);
-    for (float& weight : rank.weights.host) weight = float(generator()) / 4e9f;
-    rank.weights.ToDevice();
-    for (float& scale : rank.scales.host) scale = float(generator()) / 4e9f;
-    rank.scales.ToDevice();
-    rank.x.MakeCopies(w.sets);
-    rank.dy.MakeCopies(w.sets);
+    FillRank(w, rank, generator);
   }
   for (int r = 0; r < R; ++r) {
     cuda::GroupParams& group = ranks[r].group;

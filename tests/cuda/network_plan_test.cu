@@ -59,7 +59,7 @@ int main(int argc, char** argv) {
   const int32_t expert_capacity = given > 0 ? given : std::numeric_limits<int32_t>::max();
   CHECK_CUDA(cuda::LoadNetworkPlan());
   std::vector<Buffer<int32_t>> scratch(w.R);
-  for (Buffer<int32_t>& buffer : scratch) buffer.Resize(size_t(w.R) * (w.L + 1));
+  for (Buffer<int32_t>& buffer : scratch) buffer.Resize(cuda::NetworkPlanScratchSize(w.L));
 
   for (int step = 0; step < steps && num_wrong == 0; ++step) {
     Choose(w, step, options.Int("masked", 0), ranks, generator);

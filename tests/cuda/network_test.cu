@@ -24,6 +24,7 @@
 #include "network.h"
 #include "network_case.cuh"
 #include "network_compare.cuh"
+#include "network_traffic.h"
 
 namespace {
 
@@ -31,23 +32,6 @@ namespace {
 bool Crosses(const Workload& w, const Options& options, int hosts, int r, int host) {
   const int own = r / (w.R / hosts);
   return host != own && !IsDirect(options, own, host);
-}
-
-// How often a token's row must cross the network: once for each other host that it goes to.
-size_t Crossings(const Workload& w, const Options& options, int hosts,
-                 const std::vector<Rank>& ranks) {
-  size_t crossings = 0;
-  for (int r = 0; r < w.R; ++r) {
-    for (int i = 0; i < w.T * hosts; ++i) {
-      const int32_t* topk = &ranks[r].topk.host[size_t(i / hosts) * w.K];
-      const int host = i % hosts;
-      crossings +=
-          Crosses(w, options, hosts, r, host) && std::any_of(topk, topk + w.K, [&](int32_t expert) {
-            return expert >= 0 && expert / (w.E / hosts) == host;
-          });
-    }
-  }
-  return crossings;
 }
 
 // The right result of combine on this topology: sums in float32, rounded on each rank, on each host
@@ -102,7 +86,6 @@ class Test {
 
   void Plan() {
     PlanOnCpu(w_, ranks_, network_);
-    crossings_ = Crossings(w_, options_, shape_.num_hosts, ranks_);
     for (Rank& rank : ranks_) {  // what dispatch gives, in case it does not run
       rank.rows.ToDevice();
       rank.row_weights.ToDevice();
@@ -111,8 +94,7 @@ class Test {
 
   void Dispatch(int step) {
     const auto& w = w_;
-    Carry(w.H * (w.fp8 ? 1 : w.width) + plan::RoundUp(w.fp8 ? w.H / 128 * 4 : 0, 16) +
-          ValuesBytes());
+    Carry(traffic::DispatchRowBytes(w.H * (w.fp8 ? 1 : w.width), w.fp8 ? w.H / 128 : 0, w.K));
     for (Rank& rank : ranks_) {
       Poison(rank.rows);
       Poison(rank.row_scales);
@@ -145,8 +127,9 @@ class Test {
     RunOnCpu(
         ranks_, [&](const Rank& k) { return CombineArgsOf(w, k, OnHost()); }, cpu::CombineWork);
     SumsOf(w, shape_.num_hosts, ranks_);
-    Carry(w.H * w.width + ValuesBytes());
-    expected_bytes_ -= NumDropped() * (w.H * w.width + ValuesBytes());
+    const int row_bytes = traffic::CombineRowBytes(w.H * w.width, w.K);
+    Carry(row_bytes);
+    expected_bytes_ -= NumDropped() * row_bytes;
     for (int r = 0; r < w.R; ++r) {
       const auto p =
           NetworkCombineParamsOf(w, ranks_[r], network_[r], GroupOfRank(r, cuda::OpKind::kCombine));
@@ -164,7 +147,7 @@ class Test {
     RunOnCpu(
         ranks_, [&](const Rank& k) { return CombineVjpArgsOf(w, k, OnHost()); },
         cpu::CombineVjpWork);
-    Carry(w.H * w.width);
+    Carry(traffic::DispatchRowBytes(w.H * w.width, 0, 0));
     for (Rank& rank : ranks_) {
       Poison(rank.d_rows);
       Poison(rank.d_weights);
@@ -189,19 +172,16 @@ class Test {
     return NetworkOf(ranks_, network_, shape_, r, op);
   }
 
-  int ValuesBytes() const { return plan::RoundUp(w_.K * 4, 16); }
-
   // Counts the bytes of an op whose rows have `row_bytes` in a chunk.
   void Carry(int row_bytes) {
-    const int window = std::min((shape_.chunk_bytes - 16) / row_bytes, cuda::kMaxWindow);
-    int ways = 0;
     for (int r = 0; r < w_.R; ++r) {
       for (int h = 0; h < shape_.num_hosts; ++h) {
-        ways += Crosses(w_, options_, shape_.num_hosts, r, h);
+        if (!Crosses(w_, options_, shape_.num_hosts, r, h)) continue;
+        const int64_t rows =
+            traffic::Crossings(ranks_[r].topk.host.data(), w_.T, w_.K, w_.E / shape_.num_hosts, h);
+        expected_bytes_ += traffic::OfRows(shape_, w_.T, row_bytes, rows).put_bytes;
       }
     }
-    const int chunks = (w_.T + window - 1) / window * ways;
-    expected_bytes_ += crossings_ * row_bytes + chunks * sizeof(cuda::ChunkHeader);
   }
 
   // Rows that do not come home, because another host has dropped all rows of a token.
@@ -230,7 +210,6 @@ class Test {
   cuda::NetworkShape shape_;
   std::vector<Rank>& ranks_;
   std::vector<NetworkRank> network_;
-  size_t crossings_ = 0;
   size_t expected_bytes_ = 0;
 };
 

@@ -1,4 +1,7 @@
-"""Starts processes of one rank each that share GPUs; ``gpu_programs.py`` has what they run."""
+"""Starts processes of one rank each that share GPUs.
+
+``gpu_programs.py`` has what they run, and ``host_programs.py`` what those of several hosts run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 
 import jax
 import pytest
@@ -15,6 +19,7 @@ import jax_ep
 import machine
 
 PROGRAMS = pathlib.Path(__file__).with_name("gpu_programs.py")
+HOST_PROGRAMS = pathlib.Path(__file__).with_name("host_programs.py")
 
 
 def need_two_ranks(processes: int) -> None:
@@ -28,16 +33,33 @@ def need_two_ranks(processes: int) -> None:
             pytest.skip("needs two GPUs, or NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL 2.30")
 
 
-def start(program: str, processes: int, num_gpus: int, **env: str) -> list[subprocess.Popen[str]]:
-    """Start ``program`` in that many processes, with rank i on GPU i modulo ``num_gpus``."""
+def start(
+    program: str,
+    processes: int,
+    num_gpus: int,
+    *,
+    programs: pathlib.Path = PROGRAMS,
+    of_process: Callable[[int], Mapping[str, str]] = lambda rank: {},
+    **env: str,
+) -> list[subprocess.Popen[str]]:
+    """Start ``program`` in that many processes, with rank i on GPU i modulo ``num_gpus``.
+
+    Args:
+        program: The name of a function in ``programs``.
+        processes: How many.
+        num_gpus: GPUs of this machine.
+        programs: The script that the processes run.
+        of_process: More variables, by rank.
+        **env: Variables of all processes.
+    """
     port = machine.free_port()
     fraction = 0.7 / -(-processes // num_gpus)
     path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     base = {**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}"}
     return [
         subprocess.Popen(
-            [sys.executable, str(PROGRAMS), program, str(processes), str(rank), str(port)],
-            env={**base, "JAX_EP_TEST_GPU": str(rank % num_gpus), **env},
+            [sys.executable, str(programs), program, str(processes), str(rank), str(port)],
+            env={**base, "JAX_EP_TEST_GPU": str(rank % num_gpus), **env, **of_process(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

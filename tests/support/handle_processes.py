@@ -14,16 +14,19 @@ import pathlib
 import signal
 import sys
 import time
+import types
 from typing import Any
 
 import jax
 
 from jax_ep import _compat
+from jax_ep._core import libraries
 from jax_ep._errors import CommunicationError
-from jax_ep._groups import gpu_side, meetings
+from jax_ep._groups import gpu_side, meetings, network
 from jax_ep._groups import hosts as real_hosts
 from jax_ep._groups import memory as group_memory
 from jax_ep._groups.gpu_side import Rank
+from jax_ep._groups.room import Room
 from jax_ep._groups.topology import Topology
 
 SCENE, FOLDER, ME, PROCESSES = sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:])
@@ -57,18 +60,21 @@ class Memory:
         self.allocations: dict[int, int] = {}  # address: descriptor
         self.imported: list[str] = []  # contents
         self.specs: list[Any] = []
+        self.sizes: list[int] = []  # of what was allocated
+        self.rooms: list[tuple[int, ...]] = []
         self.max_blocks = 0
         self.fails = ""
 
     def device_uuid(self, ordinal: int) -> tuple[str, None]:
         return f"shared on {meetings.host_name()}", None
 
-    def workspace_bytes(self, num_channels: int) -> int:
-        return 1024 * num_channels
+    def workspace_bytes(self, num_channels: int, num_ranks: int, *latency: int) -> int:
+        return 1024 * num_channels + num_ranks * sum(latency)
 
     def allocate_exportable(self, ordinal: int, ordinals: list[int], size: int) -> Any:
         if self.fails == "allocate":
             raise MemoryError("no room")  # an error that the code does not expect
+        self.sizes.append(size)
         address, self.next_address = self.next_address, self.next_address + size
         descriptor = os.memfd_create("memory")
         os.write(descriptor, f"process {ME} at {address:#x}".encode())
@@ -85,12 +91,12 @@ class Memory:
         return 0x7000000 + len(self.imported), None
 
     def create_group(
-        self, group_id, specs, arrival, op, max_blocks, staging, first_rank, num_channels
+        self, group_id, specs, arrival, op, max_blocks, staging, first_rank, *room
     ) -> str | None:
         self.specs.append(specs)
         self.max_blocks = max_blocks
         self.first_rank = first_rank
-        self.num_channels = num_channels
+        self.rooms.append(room)
         return None
 
     def watch_process(self, process: int, descriptor: int) -> None:
@@ -119,7 +125,7 @@ def create(group_id: int, instances: list[list[int]], ranks_per_host: int | None
         per_host = ranks_per_host or size
         hosts = tuple(tuple(range(first, first + per_host)) for first in range(0, size, per_host))
         topology = Topology(hosts, tuple(map(tuple, instances)))
-        places.append(gpu_side.create(group_id, ranks, topology, 60.0))
+        places.append(gpu_side.create(group_id, ranks, topology, 60.0, Room(2, 8, 64)))
     except CommunicationError as error:
         return str(error)
     return "made"
@@ -137,6 +143,8 @@ def groups() -> Any:
         "results": results,
         "imported": memory.imported,
         "specs": memory.specs,
+        "sizes": memory.sizes,
+        "rooms": memory.rooms,
         "max_blocks": memory.max_blocks,
         "more_descriptors": open_descriptors() - before,
         "listening": [str(path) for path in pathlib.Path(os.environ["TMPDIR"]).glob("jax_ep-*")],
@@ -194,6 +202,7 @@ def hosts() -> Any:
         "obstacles": obstacles,
         "ranks_per_host": ranks_per_host,
         "across": memory.specs,
+        "rooms": memory.rooms,
         "first_rank": memory.first_rank,
         "largest": largest,
         "results": results,
@@ -203,6 +212,38 @@ def hosts() -> Any:
         "max_blocks": memory.max_blocks,
         "places": places[0],
     }
+
+
+def networks() -> Any:
+    """Two hosts of two processes. The last one differs in what the network needs, and then dies."""
+    meetings.host_name = lambda: f"host {ME // 2}"
+    jax.local_devices = lambda: [None]
+    of_process_3 = {
+        "nothing": {},
+        "wheel": {"unavailable": "NVSHMEM did not load (no file); pip install nvidia-nvshmem-cu13"},
+        "version": {"version": (3, 4, 6)},
+        "settings": {"lanes": "5"},
+    }
+    found = {}
+    for what, differs in of_process_3.items():
+        mine = differs if ME == 3 else {}
+        version = mine.get("version", (3, 4, 5))
+        network.library = lambda version=version: types.SimpleNamespace(
+            loaded_version=lambda: version
+        )
+        libraries.why_unavailable = lambda backend, mine=mine: mine.get("unavailable")
+        os.environ["JAX_EP_NETWORK_LANES"] = mine.get("lanes", "3")
+        network.obstacle.cache_clear()
+        found[what] = network.obstacle(tuple(EVERYBODY), 2)
+    if ME == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    network.obstacle.cache_clear()
+    begin = time.monotonic()
+    try:
+        found["dead"] = network.obstacle(tuple(EVERYBODY), 2)
+    except CommunicationError as error:
+        found["dead"] = str(error)
+    return {**found, "seconds": time.monotonic() - begin}
 
 
 def half_a_host() -> Any:

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 
+_DEVICE_COUNT = "--xla_force_host_platform_device_count"
 # NCCL from 2.30 on lets ranks share a GPU where this is asked for; older ones refuse.
 NCCL_SHARES_GPUS = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
@@ -22,6 +23,16 @@ def free_port() -> int:
 def python_path(*folders: pathlib.Path) -> str:
     """``PYTHONPATH`` with these folders before those that it has now."""
     return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
+
+
+def compiler_flags(*, devices: int | None = None) -> str:
+    """``XLA_FLAGS`` for a program that a test starts, which compiles as the tests do (``conftest.py``).
+
+    Args:
+        devices: The number of CPU devices that XLA makes; None if the program decides.
+    """
+    flags = re.sub(rf"{_DEVICE_COUNT}=\d+", "", os.environ.get("XLA_FLAGS", "")).split()
+    return " ".join([*flags, *([] if devices is None else [f"{_DEVICE_COUNT}={devices}"])])
 
 
 def count_gpus() -> int:

@@ -1,6 +1,8 @@
 """Bazel's entry into the suite: runs pytest on the files given, and speaks Bazel's protocols.
 
-Usage: run_pytest.py tests/test_something.py ... [pytest options]
+Usage: run_pytest.py tests/test_something.py ... [--each-value] [pytest options]
+
+``--each-value`` leaves out combinations of parameters (``each_value.py``).
 """
 
 from __future__ import annotations
@@ -12,15 +14,21 @@ import sys
 
 import pytest
 
+import each_value
 
-class Shard:
+_EACH_VALUE = "--each-value"
+
+
+class Selection:
     """Keeps every n-th test, where Bazel runs n shards of a file, or every n-th file of several.
 
     Attributes:
+        thin: Whether combinations of parameters are left out first.
         found: The files that have a test to run, in any shard.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, thin: bool) -> None:
+        self.thin = thin
         self.index = int(os.environ.get("TEST_SHARD_INDEX", "0"))
         self.count = int(os.environ.get("TEST_TOTAL_SHARDS", "1"))
         self.found: list[pathlib.Path] = []
@@ -32,11 +40,12 @@ class Shard:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         self.found = list(dict.fromkeys(item.path for item in items))
+        chosen = each_value.thin_out(items) if self.thin else items
         if len(self.found) > 1:  # tests of a file share what they compile
             files = self.found[self.index :: self.count]
-            mine = [item for item in items if item.path in files]
+            mine = [item for item in chosen if item.path in files]
         else:
-            mine = items[self.index :: self.count]
+            mine = chosen[self.index :: self.count]
         config.hook.pytest_deselected(items=[item for item in items if item not in mine])
         items[:] = mine
 
@@ -57,17 +66,18 @@ def main(arguments: list[str]) -> int:
     chosen = os.environ.get("TESTBRIDGE_TEST_ONLY")
     if chosen:
         options += ["-k", chosen]
-    shard = Shard()
-    status = pytest.main([*options, *arguments], plugins=[shard])
+    selection = Selection(thin=_EACH_VALUE in arguments)
+    arguments = [argument for argument in arguments if argument != _EACH_VALUE]
+    status = pytest.main([*options, *arguments], plugins=[selection])
     names = [argument.partition("::")[0] for argument in arguments]
     files = [pathlib.Path(name).resolve() for name in names if name.endswith(".py")]
-    found = [path.resolve() for path in shard.found]  # Bazel's are links to sources elsewhere
+    found = [path.resolve() for path in selection.found]  # Bazel's are links to sources elsewhere
     empty = [file.name for file in files if file not in found]
     if status == pytest.ExitCode.OK and empty and not chosen:
         print(f"no test to run in {', '.join(empty)}")
         return int(pytest.ExitCode.NO_TESTS_COLLECTED)
     # A shard may be empty where the others are not.
-    return 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED and shard.found else int(status)
+    return 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED and selection.found else int(status)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start the example with warnings as errors; ``finish`` must follow."""
     command = [sys.executable, "-W", "error", str(_EXAMPLES / "train_moe.py"), *arguments.split()]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": machine.compiler_flags()}
     environment["PYTHONPATH"] = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     return subprocess.Popen(
         [*command, "--data", str(data), "--out", str(out)],

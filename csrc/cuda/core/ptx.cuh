@@ -69,6 +69,33 @@ __device__ __forceinline__ void StoreRelaxedSystem(uint64_t* address, uint64_t f
                : "memory");
 }
 
+// One access of 16 bytes, aligned to 16: whoever loads any of what was stored loads all of it. (As
+// b128, because a vector of four words would be four accesses.)
+__device__ __forceinline__ uint4 LoadRelaxedSystem16(const void* address) {
+  uint4 value;
+  asm volatile(
+      "{\n\t.reg .b128 q;\n\t.reg .b64 low, high;\n\t"
+      "ld.relaxed.sys.global.b128 q, [%4];\n\t"
+      "mov.b128 {low, high}, q;\n\t"
+      "mov.b64 {%0, %1}, low;\n\t"
+      "mov.b64 {%2, %3}, high;\n\t}"
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+      : "l"(address)
+      : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void StoreRelaxedSystem16(void* address, uint4 value) {
+  asm volatile(
+      "{\n\t.reg .b128 q;\n\t.reg .b64 low, high;\n\t"
+      "mov.b64 low, {%1, %2};\n\t"
+      "mov.b64 high, {%3, %4};\n\t"
+      "mov.b128 q, {low, high};\n\t"
+      "st.relaxed.sys.global.b128 [%0], q;\n\t}" ::"l"(address),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
+}
+
 __device__ __forceinline__ void FenceAcquireReleaseSystem() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
@@ -78,6 +105,14 @@ __device__ __forceinline__ uint64_t GlobalTimer() {
   uint64_t ns;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
   return ns;
+}
+
+// Barriers of some warps of a block ---------------------------------------------------------------
+
+// Waits for `num_threads` threads of the block, whole warps; barrier 0 is that of __syncthreads.
+template <int kBarrier>
+__device__ __forceinline__ void SyncWarps(int num_threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"n"(kBarrier), "r"(num_threads) : "memory");
 }
 
 // Clusters of blocks -----------------------------------------------------------------------------

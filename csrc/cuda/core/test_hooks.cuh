@@ -30,8 +30,16 @@ constexpr int kWithoutPart = 12;       // for the ranks' sums of a chunk
 constexpr int kWithoutPartDone = 13;   // until the forwarder has read them
 constexpr int kWithoutHome = 14;       // for the chunks that come home
 constexpr int kWithoutTeam = 15;       // until all warps of a team have done a chunk
-// Not a wait: a chunk and its signal are sent by two calls without an order between them.
+constexpr int kWithoutStamp = 16;      // latency mode: for words
+constexpr int kWithoutHello = 17;      // latency mode: until all ranks have begun the op
+// Not waits: in latency mode, all ops use the same half of the inboxes, or words get their stamps
+// before their bytes.
+constexpr int kWithOneSlot = 18;
+constexpr int kStampEarly = 19;
+// Not waits: a chunk and its signal are sent by two calls without an order between them, or the
+// signal by the first one.
 constexpr int kWithSeparateSignal = 11;
+constexpr int kWithEarlySignal = 20;
 // Not a wait: the epoch tells addresses from those of earlier ops.
 constexpr int kNumberByEpoch = 7;
 
@@ -42,13 +50,15 @@ constexpr int kMostRingSlots = JAX_EP_TEST_RING_SLOTS;
 constexpr int kMostRingSlots = 1 << 30;
 #endif
 
-// Some blocks, at some points of some ops, wait for up to 30 us.
+// Some blocks, at some points of some ops, wait for up to 30 us. With the number of a warp, so do
+// some warps of some blocks.
 __device__ __forceinline__ void TestDelay([[maybe_unused]] int rank,
                                           [[maybe_unused]] uint64_t epoch,
-                                          [[maybe_unused]] uint32_t point) {
+                                          [[maybe_unused]] uint32_t point,
+                                          [[maybe_unused]] uint32_t warp = 0) {
 #ifdef JAX_EP_TEST_DELAYS
   uint32_t x = static_cast<uint32_t>(epoch) * 2654435761u ^ point * 40503u ^
-               (blockIdx.x + 1) * 2246822519u ^ (rank + 1) * 3266489917u;
+               (blockIdx.x + 1) * 2246822519u ^ (rank + 1) * 3266489917u ^ warp * 668265263u;
   x ^= x >> 15;
   x *= 2246822519u;
   x ^= x >> 13;

@@ -19,7 +19,8 @@ constexpr int kMaxExperts = 4096;
 // Addresses that one op publishes.
 constexpr int kMaxAddresses = 3;
 // Memory for the messages of one plan, in words. Consecutive plans alternate between two of these.
-constexpr int kInboxWords = 1 << 19;
+// A little less than a power of two, so that a workspace of two channels takes at most 90 MiB.
+constexpr int kInboxWords = (1 << 19) - (1 << 12);
 // Memory for the sums of rows in flight.
 constexpr int kRingBytes = 32 << 20;
 // The most sums in flight from one rank, and the most parts that a sum is sent in.
@@ -106,6 +107,11 @@ enum class WordKind : uint32_t {
   kCredit = 11,       // another host has read the chunk before in this slot
   kPart = 12,         // a rank's sums of a chunk's rows
   kPartDone = 13,     // the forwarder has read this rank's part
+  // Latency mode (decode/inbox.h); expected and seen are stamps, of hello FlagValue(stamp, tag):
+  kHello = 14,     // a peer has begun the op
+  kIds = 15,       // the ids of a token
+  kRowWords = 16,  // a row of a dispatch
+  kSumWords = 17,  // a rank's sum for a token
 };
 
 JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
@@ -118,6 +124,7 @@ JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
     case WordKind::kChunkDone:
     case WordKind::kPart:
     case WordKind::kPartDone:
+    case WordKind::kRowWords:
       return Phase::kRows;
     default:
       return Phase::kArrival;
@@ -189,13 +196,16 @@ struct Channel {
 // the program, and one for each op that may run beside them (asynchronous targets).
 constexpr int kMaxChannels = 4;
 
-// As many channels as the group was made with follow each other; no memory is there for others.
+// As many channels as the group was made with follow each other. There is no memory for others: the
+// inbox of latency mode comes next (decode/inbox.h), if the group has that mode. So the size of a
+// workspace is never that of this type.
 struct Workspace {
   Channel channels[kMaxChannels];
 };
 
-JAX_EP_HOST_DEVICE constexpr int64_t WorkspaceBytes(int num_channels) {
+JAX_EP_HOST_DEVICE constexpr int64_t ChannelsBytes(int num_channels) {
   return int64_t{num_channels} * static_cast<int64_t>(sizeof(Channel));
 }
+static_assert(ChannelsBytes(2) <= 90 << 20, "of a group that was made without options");
 
 }  // namespace jax_ep::cuda

@@ -13,8 +13,8 @@ enum class Mover : int32_t {
   kBulk = 0,    // bulk copies through shared memory, as dispatch moves rows
   kLoads = 1,   // loads and stores of 16 bytes, as combine reads rows
   kEngine = 2,  // cudaMemcpyAsync: a copy engine, or a kernel of the driver within one GPU
+  kPlain = 3,   // one vector of 16 bytes for each thread, as many blocks as that takes
 };
-constexpr int32_t kNumMovers = 3;
 
 struct CopyParams {
   const void* from;  // [bytes], aligned to 16 bytes like `to`

@@ -151,15 +151,19 @@ class ChunkSender {
     const int32_t pe = to_.pe;
     if (threadIdx.x % 32 == 0) *own.sent(at) = word;
     ptx::FenceProxyAsyncGlobal();
-    ptx::FenceAcquireReleaseSystem();
     __syncwarp();
     if (to_.memory != nullptr) {
       if (threadIdx.x % 32 == 0) ptx::StoreReleaseSystem(There().arrived(there), word);
       return;
     }
-    if (kMutation == kWithSeparateSignal) {
+    ptx::FenceAcquireReleaseSystem();
+    __syncwarp();
+    if (kMutation == kWithSeparateSignal || kMutation == kWithEarlySignal) {
+      const bool is_first = kMutation == kWithEarlySignal, sends = threadIdx.x % 32 == 0;
+      if (sends && is_first) net::Signal(own.arrived(there), word, pe);
+      __syncwarp();
       net::PutAndSignal(own.in(there), own.out(at), bytes, own.failed() + 1, word, pe);
-      if (threadIdx.x % 32 == 0) net::Signal(own.arrived(there), word, pe);
+      if (sends && !is_first) net::Signal(own.arrived(there), word, pe);
       return;
     }
     net::PutAndSignal(own.in(there), own.out(at), bytes, own.arrived(there), word, pe);
@@ -178,6 +182,24 @@ class ChunkSender {
   uint64_t epoch_;
   Counterpart to_;
 };
+
+// Takes a chunk that has arrived, as NVSHMEM wants it before its bytes are read. By one thread.
+__device__ __forceinline__ void Accept(const NetworkParams& network, SlotIndex at, uint64_t word) {
+  if (network.counterparts[at.host].memory != nullptr) return;
+  net::Accept(network.Own().arrived(at), word);
+}
+
+// Tells the counterpart on `at.host` that its chunk in this slot has been read. By one thread.
+__device__ __forceinline__ void GiveCredit(const NetworkParams& network, SlotIndex at,
+                                           uint64_t word) {
+  const SlotIndex there{network.host, at.lane, at.slot};
+  const Counterpart& to = network.counterparts[at.host];
+  if (to.memory != nullptr) {
+    ptx::StoreReleaseSystem(NetworkMemory(to.memory, network.shape).credit(there), word);
+  } else {
+    net::Signal(network.Own().credit(there), word, to.pe);
+  }
+}
 
 // Forwards the chunks of a block's ways, by one warp. Each lane looks at some of the ways in turn.
 // False once the group has failed.
@@ -215,7 +237,7 @@ __device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& w
           break;
         }
         if (what == Seen::kHere) {
-          net::Accept(own.arrived(at), word);
+          Accept(network, at, word);
           for (int32_t d = 0; d < shape.host_ranks; ++d) {
             ptx::StoreReleaseSystem(network.Of(d).ready(index, at), word);
           }
@@ -237,8 +259,7 @@ __device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& w
           break;
         }
         if (d == shape.host_ranks || kMutation == kWithoutDone) {
-          const SlotIndex there{network.host, at.lane, at.slot};
-          net::Signal(own.credit(there), word, network.counterparts[way.host].pe);
+          GiveCredit(network, at, word);
           ++read;
           deadline = Deadline();
           continue;

@@ -118,7 +118,9 @@ __device__ void Differentiate(const NetworkCombineVjpParams& p, TeamMember& self
     const int32_t size = (lane + 1 < num_units ? after : batch.count) - head;
     const int32_t first = self.TakeShare(num_units);
     Unit<T> unit;
-    const auto number = [&](int32_t item) { return first + item / pieces.count * self.num_warps; };
+    const auto number = [&](int32_t item) {
+      return first + item / pieces.count * self.num_workers;
+    };
     pipe.Run(
         self.ShareOf(num_units, first) * pieces.count,
         [&](int32_t item) { return pieces.Bytes(item % pieces.count); },
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
       TeamMember self(warp, kSenders, shared.done);
       const SentRows sent{p.routes.topk, p.num_tokens, p.top_k,  p.experts_per_host,
                           p.dy,          row_bytes,    row_bytes};
-      SendRows(p.network, sent, ways, op.epoch, self, pipe, [](int64_t, char*) {});
+      SendRows(p.network, sent, ways, op.epoch, self, pipe, [](int32_t, int32_t, char*) {});
     } else {
       TeamMember self(warp - kSenders, kReaders, shared.done + kSenders);
       ReadAll<T>(p, shared.inputs, ways, op.epoch, self, pipe);

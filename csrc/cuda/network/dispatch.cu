@@ -25,14 +25,17 @@ constexpr int kSenders = 2;  // warps
 constexpr int kReaders = 5;
 constexpr int kPipes = kSenders + kReaders;  // pipe of warp w; the forwarder is the last warp
 constexpr int kThreads = (kPipes + 1) * 32;
-constexpr int kStagesBytes = 200 << 10;
+constexpr int kStagesBytes = 196 << 10;  // half a row of 7168 channels of bf16 fits a stage
 constexpr int kStageBytes = kStagesBytes / (kPipes * Pipe::kStages) / 128 * 128;
 // Shared memory of a block.
 constexpr int kBarriersAt = kZeroBytes;
 constexpr int kDoneAt = kBarriersAt + kPipes * Pipe::kStages * static_cast<int>(sizeof(uint64_t));
 constexpr int kInputsAt = kDoneAt + (kPipes + 1) / 2 * static_cast<int>(sizeof(uint64_t));
-constexpr int kStagesAt = (kInputsAt + static_cast<int>(sizeof(PeerInputs)) + 127) / 128 * 128;
+constexpr int kRoomsAt = kInputsAt + static_cast<int>(sizeof(PeerInputs));
+constexpr int kStagesAt =
+    (kRoomsAt + kReaders * static_cast<int>(sizeof(EntryRoom)) + 127) / 128 * 128;
 constexpr int kSharedBytes = kStagesAt + kPipes * Pipe::kStages * kStageBytes;
+static_assert(kSharedBytes <= 227 << 10);
 
 // A row in a chunk, with its scales and its weights.
 struct ChunkRow {
@@ -50,17 +53,25 @@ __device__ bool SendChunks(const NetworkDispatchParams& p, const Ways& ways, uin
   const ChunkRow format(p);
   const SentRows sent{p.routes.topk, p.num_tokens, p.top_k,     p.experts_per_host,
                       p.x,           p.row_bytes,  format.bytes};
-  return SendRows(p.network, sent, ways, epoch, self, pipe, [&](int64_t token, char* row) {
-    const int32_t lane = threadIdx.x % 32;
-    float* const scales = reinterpret_cast<float*>(row + format.scales_at);
-    for (int32_t j = lane; j < p.scales_per_row; j += 32) {
-      scales[j] = p.scales[token * p.scales_per_row + j];
-    }
-    float* const weights = reinterpret_cast<float*>(row + format.weights_at);
-    for (int32_t k = lane; p.weights != nullptr && k < p.top_k; k += 32) {
-      weights[k] = p.weights[token * p.top_k + k];
-    }
-  });
+  // One item of a row with its token; the token's copy in its place in the chunk.
+  const auto add = [&](int32_t size, int32_t nth_token, char* out, int32_t per_row, int32_t at,
+                       const float* values) {
+    self.ForItems(size, per_row, [&](int32_t row, int32_t i) {
+      const int64_t token = __shfl_sync(~0u, nth_token, row);
+      if (i < 0) return;
+      float* const to = reinterpret_cast<float*>(out + row * format.bytes + at);
+      to[i] = values[token * per_row + i];
+    });
+  };
+  return SendRows(p.network, sent, ways, epoch, self, pipe,
+                  [&](int32_t size, int32_t nth_token, char* out) {
+                    if (p.scales_per_row != 0) {
+                      add(size, nth_token, out, p.scales_per_row, format.scales_at, p.scales);
+                    }
+                    if (p.weights != nullptr) {
+                      add(size, nth_token, out, p.top_k, format.weights_at, p.weights);
+                    }
+                  });
 }
 
 // Where the row of a token, its scales and its weights are.
@@ -74,51 +85,53 @@ struct SourceRow {
 // When it returns, all reads of them are complete.
 template <typename Where>
 __device__ void BringEntries(const NetworkDispatchParams& p, TeamMember& self, Pipe& pipe,
-                             EntryRange entries, Where&& where) {
+                             EntryRoom& room, EntryRange entries, Where&& where) {
   const Pieces pieces(p.row_bytes, pipe.stage_bytes());
   const int32_t lane = threadIdx.x % 32;
   while (entries.begin < entries.end) {
     // The row of each token is read once, for all of its entries.
-    const EntryBatch batch(p.routes, entries);
-    const int32_t count = batch.count, token = batch.token, row = batch.row;
-    const int32_t number = batch.NumberIn(batch.heads);
-    const int32_t nth_token = __shfl_sync(~0u, token, PlaceOfNthBit(batch.heads));
-    const int32_t num_items = __popc(batch.heads) * pieces.count;
-    const int32_t first = self.TakeShare(num_items);
-    const auto item = [&](int32_t i) { return first + i * self.num_warps; };
+    const EntryList list(p.routes, entries, room);
+    const int32_t num_items = list.num_tokens() * pieces.count, first = self.TakeShare(num_items);
+    const auto item = [&](int32_t i) { return first + i * self.num_workers; };
     pipe.Run(
         self.ShareOf(num_items, first),
         [&](int32_t i) { return pieces.Bytes(item(i) % pieces.count); },
         [&](int32_t i) {
-          const int32_t of_item = __shfl_sync(~0u, nth_token, item(i) / pieces.count);
-          return where(of_item).row + pieces.Offset(item(i) % pieces.count);
+          return where(list.Token(item(i) / pieces.count)).row +
+                 pieces.Offset(item(i) % pieces.count);
         },
         [&](int32_t i, const char* stage) {
-          if (number != item(i) / pieces.count) return;
-          const int32_t piece = item(i) % pieces.count;
-          char* target = static_cast<char*>(p.rows) + row * p.row_stride + pieces.Offset(piece);
-          ptx::BulkStore(target, stage, pieces.Bytes(piece));
+          const EntryRange of_token = list.Of(item(i) / pieces.count);
+          const int32_t piece = item(i) % pieces.count, entry = of_token.begin + lane;
+          if (entry >= of_token.end) return;
+          char* target = static_cast<char*>(p.rows) + list.Row(entry) * p.row_stride;
+          ptx::BulkStore(target + pieces.Offset(piece), stage, pieces.Bytes(piece));
         });
-    for (int32_t e = self.warp; p.scales_per_row != 0 && e < count; e += self.num_warps) {
-      const float* from = where(__shfl_sync(~0u, token, e)).scales;
-      float* to = p.row_scales + int64_t{__shfl_sync(~0u, row, e)} * p.scales_per_row;
-      for (int32_t j = lane; j < p.scales_per_row; j += 32) to[j] = __ldcg(&from[j]);
+    if (p.scales_per_row != 0) {
+      self.ForItems(list.count(), p.scales_per_row, [&](int32_t entry, int32_t j) {
+        if (j < 0) return;
+        const int64_t to = int64_t{list.Row(entry)} * p.scales_per_row + j;
+        p.row_scales[to] = __ldcg(&where(list.TokenOf(entry)).scales[j]);
+      });
     }
-    if (p.weights != nullptr && p.layout == Layout::kExpert && lane < count &&
-        lane % self.num_warps == self.warp) {
-      const plan::Source source =
-          plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k);
-      p.row_weights[row] = __ldcg(&where(token).weights[source.k]);
+    if (p.weights != nullptr && p.layout == Layout::kExpert) {
+      self.ForItems(list.count(), 1, [&](int32_t entry, int32_t i) {
+        if (i < 0) return;
+        const int32_t row = list.Row(entry);
+        const plan::Source source =
+            plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k);
+        p.row_weights[row] = __ldcg(&where(list.TokenOf(entry)).weights[source.k]);
+      });
     }
-    for (int32_t e = self.warp; p.weights != nullptr && p.layout == Layout::kToken && e < count;
-         e += self.num_warps) {
-      const float* from = where(__shfl_sync(~0u, token, e)).weights;
-      const int64_t at = int64_t{__shfl_sync(~0u, row, e)} * p.top_k;
-      for (int32_t k = lane; k < p.top_k; k += 32) {
-        p.row_weights[at + k] = p.expert_idx[at + k] >= 0 ? __ldcg(&from[k]) : 0.0f;
-      }
+    if (p.weights != nullptr && p.layout == Layout::kToken) {
+      self.ForItems(list.count(), p.top_k, [&](int32_t entry, int32_t k) {
+        if (k < 0) return;
+        const int64_t at = int64_t{list.Row(entry)} * p.top_k + k;
+        const float weight = __ldcg(&where(list.TokenOf(entry)).weights[k]);
+        p.row_weights[at] = p.expert_idx[at] >= 0 ? weight : 0.0f;
+      });
     }
-    entries.begin += count;
+    entries.begin += list.count();
   }
 }
 
@@ -126,11 +139,11 @@ __device__ void BringEntries(const NetworkDispatchParams& p, TeamMember& self, P
 // share of the rows from ranks of this host.
 __device__ void BringRows(const NetworkDispatchParams& p, const PeerInputs& inputs,
                           const Ways& ways, uint64_t epoch, TeamMember& self, HostEntries& host,
-                          Pipe& pipe) {
+                          Pipe& pipe, EntryRoom& room) {
   TeamMember alone = TeamMember::Alone();
   const auto from_host = [&] {
     return host.Step([&](int32_t index, EntryRange entries) {
-      BringEntries(p, alone, pipe, entries, [&](int64_t token) {
+      BringEntries(p, alone, pipe, room, entries, [&](int64_t token) {
         return SourceRow{inputs.Of<char>(index, 0) + token * p.row_bytes,
                          inputs.Of<float>(index, 1) + token * p.scales_per_row,
                          inputs.Of<float>(index, 2) + token * p.top_k};
@@ -139,7 +152,7 @@ __device__ void BringRows(const NetworkDispatchParams& p, const PeerInputs& inpu
   };
   const ChunkRow format(p);
   const auto from_chunk = [&](EntryRange entries, const ChunkRows& rows) {
-    BringEntries(p, self, pipe, entries, [&](int32_t token) {
+    BringEntries(p, self, pipe, room, entries, [&](int32_t token) {
       const char* row = rows.Of(token);
       return SourceRow{row, reinterpret_cast<const float*>(row + format.scales_at),
                        reinterpret_cast<const float*>(row + format.weights_at)};
@@ -214,7 +227,8 @@ __global__ void __launch_bounds__(kThreads)
       RowClearer<NetworkDispatchParams> clearer(p, memory, number, num_readers);
       clearer.Advance(1, 1);
       ptx::CommitBulkGroup();
-      BringRows(p, inputs, ways, op.epoch, self, host, pipe);
+      EntryRoom* const rooms = reinterpret_cast<EntryRoom*>(memory + kRoomsAt);
+      BringRows(p, inputs, ways, op.epoch, self, host, pipe, rooms[self.warp]);
     }
     pipe.Finish();
   } else if (ok) {

@@ -25,9 +25,53 @@ __device__ inline int32_t FirstEntry(const int32_t* tokens, int32_t begin, int32
   return begin;
 }
 
+// FirstEntry where it is likely among the next few: looks at 128 of them first.
+__device__ inline int32_t NextEntry(const int32_t* tokens, int32_t begin, int32_t end,
+                                    int32_t token) {
+  constexpr int kLooks = 4;
+  const int32_t lane = threadIdx.x % 32;
+  bool is_below[kLooks];
+#pragma unroll
+  for (int i = 0; i < kLooks; ++i) {
+    const int32_t at = begin + 32 * i + lane;
+    is_below[i] = at < end && tokens[at] < token;
+  }
+  int32_t num_below = 0;
+#pragma unroll
+  for (int i = 0; i < kLooks; ++i) num_below += __popc(__ballot_sync(~0u, is_below[i]));
+  begin += num_below;
+  return num_below < 32 * kLooks ? begin : FirstEntry(tokens, begin, end, token);
+}
+
 // Neighbouring entries of one source rank.
 struct EntryRange {
   int32_t begin, end;
+};
+
+// Where a warp is in the entries of each source rank, if it goes through their tokens in order. It
+// remembers 32 of them, one in each lane.
+class EntryCursors {
+ public:
+  // The entries of rank `source` with tokens from `first` to before `last`. `number` is the
+  // source's in this warp's order. By all lanes.
+  __device__ EntryRange Find(const NetworkRoutes& routes, int32_t source, int32_t number,
+                             int32_t first, int32_t last) {
+    const int32_t* const tokens = routes.recv_token;
+    const int32_t end = routes.recv_start[source + 1];
+    const bool is_known = number < 32 && __shfl_sync(~0u, token_, number % 32) >= 0;
+    const int32_t known = __shfl_sync(~0u, entry_, number % 32);
+    EntryRange range;
+    range.begin = is_known ? known : routes.recv_start[source];
+    if (!is_known || __shfl_sync(~0u, token_, number % 32) != first) {
+      range.begin = NextEntry(tokens, range.begin, end, first);
+    }
+    range.end = NextEntry(tokens, range.begin, end, last);
+    if (static_cast<int32_t>(threadIdx.x % 32) == number) entry_ = range.end, token_ = last;
+    return range;
+  }
+
+ private:
+  int32_t token_ = -1, entry_ = 0;  // the entry is the source's first of this token or a later one
 };
 
 // The `number`-th of `count` shares of the entries from a source rank. All entries of a token are
@@ -81,6 +125,72 @@ struct EntryBatch {
     const uint32_t up_to_lane = lane == 31 ? ~0u : (2u << lane) - 1;
     return lane < count ? __popc(of_heads & up_to_lane) - 1 : plan::kNone;
   }
+};
+
+// Room for a warp's list of entries in shared memory.
+struct EntryRoom {
+  static constexpr int32_t kMost = 128;
+  int32_t rows[kMost];
+  int32_t of[kMost];  // the number of the entry's token in the list
+  int32_t tokens[kMost], starts[kMost + 1];
+};
+
+// The first entries of a range, as many as there is room for, and only whole tokens. By one warp.
+class EntryList {
+ public:
+  __device__ EntryList(const NetworkRoutes& routes, EntryRange range, EntryRoom& room)
+      : room_(room), count_(plan::Min(EntryRoom::kMost, range.end - range.begin)) {
+    constexpr int kLoads = EntryRoom::kMost / 32;
+    const int32_t lane = threadIdx.x % 32;
+    const uint32_t up_to_lane = lane == 31 ? ~0u : (2u << lane) - 1;
+    int32_t token[kLoads], row[kLoads], next = plan::kNone;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int32_t at = range.begin + 32 * i + lane;
+      const bool is_in = 32 * i + lane < count_;
+      token[i] = is_in ? routes.recv_token[at] : plan::kNone;
+      row[i] = is_in ? routes.recv_row[at] : plan::kNone;
+    }
+    if (range.begin + count_ < range.end) next = routes.recv_token[range.begin + count_];
+    __syncwarp();  // the room is free
+    int32_t last = plan::kNone;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int32_t entry = 32 * i + lane;
+      int32_t before = __shfl_up_sync(~0u, token[i], 1);
+      if (lane == 0) before = last;
+      const bool is_in = entry < count_;
+      const uint32_t heads = __ballot_sync(~0u, is_in && token[i] != before);
+      const int32_t number = num_tokens_ + __popc(heads & up_to_lane) - 1;
+      if (is_in) room.rows[entry] = row[i], room.of[entry] = number;
+      if ((heads >> lane & 1) != 0) room.tokens[number] = token[i], room.starts[number] = entry;
+      num_tokens_ += __popc(heads);
+      last = __shfl_sync(~0u, token[i], plan::Min(31, max(count_ - 1 - 32 * i, 0)));
+    }
+    __syncwarp();
+    // A token has at most 32 entries, so one that is cut off is not the first.
+    if (next != plan::kNone && num_tokens_ > 0 && room.tokens[num_tokens_ - 1] == next) {
+      count_ = room.starts[--num_tokens_];
+    }
+    __syncwarp();
+    if (lane == 0) room.starts[num_tokens_] = count_;
+    __syncwarp();
+  }
+
+  __device__ int32_t count() const { return count_; }
+  __device__ int32_t num_tokens() const { return num_tokens_; }
+  // Of the `number`-th token: it, and its entries.
+  __device__ int32_t Token(int32_t number) const { return room_.tokens[number]; }
+  __device__ EntryRange Of(int32_t number) const {
+    return {room_.starts[number], room_.starts[number + 1]};
+  }
+  // Of an entry.
+  __device__ int32_t Row(int32_t entry) const { return room_.rows[entry]; }
+  __device__ int32_t TokenOf(int32_t entry) const { return room_.tokens[room_.of[entry]]; }
+
+ private:
+  EntryRoom& room_;
+  int32_t count_, num_tokens_ = 0;
 };
 
 // Lane i gets the place of the i-th bit of `mask`, or 0. By one warp.

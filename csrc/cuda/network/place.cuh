@@ -1,4 +1,8 @@
-// How a rank places its rows, from the choices of all ranks (plan.cu).
+// How a rank counts and places its rows, from the choices of all ranks (plan.cu).
+//
+// The tokens of all ranks make one sequence, in batches of 32. Each warp has neighbouring batches,
+// and each block neighbouring warps. So what a warp must know of the batches before its own are
+// sums over whole blocks and over earlier warps of its block.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +13,7 @@
 namespace jax_ep::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = kNetworkPlanWarps;
 constexpr int kThreads = kWarps * 32;
 
 __device__ PlanMemory MemoryOf(const NetworkPlanParams& p, int32_t index) {
@@ -28,6 +32,28 @@ struct Sizes {
         columns(num_local + 1) {}
 };
 
+// The batches of a warp, out of those of all ranks.
+struct Batches {
+  int32_t of_rank, total, begin, end;
+  __device__ Batches(const NetworkPlanParams& p, const Sizes& sizes)
+      : of_rank(max((p.num_tokens + 31) / 32, 1)), total(of_rank * sizes.num_ranks) {
+    const int32_t num_warps = gridDim.x * kWarps;
+    const int32_t each = (total + num_warps - 1) / num_warps;
+    begin = plan::Min((blockIdx.x * kWarps + threadIdx.x / 32) * each, total);
+    end = plan::Min(begin + each, total);
+  }
+};
+
+// Counts of rows by column: of each warp's batches, and of each block's. Written by CountKernel.
+struct Counts {
+  int32_t* scratch;
+  int32_t columns;
+  __device__ int32_t* OfWarp(int32_t block, int32_t warp) const {
+    return scratch + (int64_t{block} * (kWarps + 1) + warp) * columns;
+  }
+  __device__ int32_t* OfBlock(int32_t block) const { return OfWarp(block, kWarps); }
+};
+
 // Where this rank reads a rank's choices.
 __device__ const int16_t* ChoicesOf(const NetworkPlanParams& p, int32_t turn, int32_t rank) {
   const int32_t host = rank / p.network.shape.host_ranks;
@@ -35,164 +61,252 @@ __device__ const int16_t* ChoicesOf(const NetworkPlanParams& p, int32_t turn, in
   return host == p.network.host ? memory.out(turn, host) : memory.in(turn, host);
 }
 
-// The local expert of a choice, if it is on this rank.
-__device__ int32_t LocalOf(const NetworkPlanParams& p, const Sizes& sizes, const int16_t* choice) {
-  const int32_t local = int32_t{*static_cast<const volatile int16_t*>(choice)} -
-                        p.network.node.rank * sizes.num_local;
-  return local >= 0 && local < sizes.num_local ? local : plan::kNone;
+// The choices of 32 tokens, of which each lane has one.
+struct Batch {
+  const int16_t* choices;  // [K], of this lane's token, in shared memory
+  int32_t first_expert;    // of this rank, as choices count
+  uint32_t here;           // bit k: the k-th choice is on this rank
+
+  // The batch of a rank's tokens from `begin` on. `room`, in shared memory, is for 32 * K choices
+  // and free. By one warp.
+  __device__ Batch(const NetworkPlanParams& p, const Sizes& sizes, const int16_t* of_rank,
+                   int32_t begin, int16_t* room)
+      : choices(room + threadIdx.x % 32 * p.top_k),
+        first_expert(p.network.node.rank * sizes.num_local),
+        here(0) {
+    constexpr int kPerVector = sizeof(uint4) / sizeof(int16_t);
+    const int32_t lane = threadIdx.x % 32, num_tokens = plan::Min(32, p.num_tokens - begin);
+    // A message has room for whole vectors, and every batch begins with one.
+    const int16_t* const from = of_rank + int64_t{begin} * p.top_k;
+    for (int32_t at = lane * kPerVector; at < num_tokens * p.top_k; at += 32 * kPerVector) {
+      *reinterpret_cast<uint4*>(room + at) = ptx::LoadCacheGlobal(from + at);
+    }
+    __syncwarp();
+    for (int32_t k = 0; lane < num_tokens && k < p.top_k; ++k) {
+      const int32_t local = Local(k);
+      if (local >= 0 && local < sizes.num_local) here |= 1u << k;
+    }
+  }
+
+  // The local expert of a choice that is on this rank.
+  __device__ int32_t Local(int32_t k) const { return choices[k] - first_expert; }
+};
+
+// Calls `visit(k)` for each bit of a mask.
+template <typename Visit>
+__device__ __forceinline__ void ForBits(uint32_t mask, Visit&& visit) {
+  for (; mask != 0; mask &= mask - 1) visit(__ffs(static_cast<int>(mask)) - 1);
 }
 
 // Shared memory of a block of PlaceKernel.
 struct PlaceMemory {
-  int32_t* before;  // [R, columns]: rows that earlier ranks have for a column
   int32_t* demand;  // [columns]
   int32_t* counts;  // [L], kept
   int32_t* sizes;   // [L], with padding
   int32_t* starts;  // [L], first rows
-  int32_t* first;   // [R + 1], first entry of each rank
   // Of each warp:
-  int32_t* running;  // [columns], rows of the rank so far
+  int16_t* room;     // [32, K]
+  int32_t* running;  // [columns], rows so far, of all ranks
   uint32_t* lanes;   // [L], lanes whose token wants the expert; zero between batches
-  int32_t* locals;   // [32, K], experts here that the tokens of a batch want
 
   __device__ PlaceMemory(char* memory, const Sizes& s, int32_t top_k, int32_t warp) {
-    before = reinterpret_cast<int32_t*>(memory);
-    demand = before + s.num_ranks * s.columns;
+    room = reinterpret_cast<int16_t*>(memory) + warp * 32 * top_k;
+    demand = reinterpret_cast<int32_t*>(memory + int64_t{kWarps} * 32 * top_k * sizeof(int16_t));
     counts = demand + s.columns;
     sizes = counts + s.num_local;
     starts = sizes + s.num_local;
-    first = starts + s.num_local;
-    running = first + s.num_ranks + 1 + warp * (s.columns + s.num_local + 32 * top_k);
+    running = starts + s.num_local + warp * (s.columns + s.num_local);
     lanes = reinterpret_cast<uint32_t*>(running + s.columns);
-    locals = running + s.columns + s.num_local;
   }
 };
 
 size_t PlaceSharedBytes(const NetworkPlanParams& p) {
   const Sizes s(p);
-  return sizeof(int32_t) * (size_t(s.num_ranks) * s.columns + s.columns + 3 * s.num_local +
-                            s.num_ranks + 1 + kWarps * (s.columns + s.num_local + 32 * p.top_k));
+  return sizeof(int16_t) * kWarps * 32 * p.top_k +
+         sizeof(int32_t) * (s.columns + 3 * s.num_local + kWarps * (s.columns + s.num_local));
 }
 
-// Lays out this rank's rows, the same in every block.
-__device__ void LayOut(const NetworkPlanParams& p, const Sizes& sizes, const PlaceMemory& m) {
-  for (int32_t l = threadIdx.x; l < sizes.columns; l += kThreads) {
-    int32_t sum = 0;
-    for (int32_t r = 0; r < sizes.num_ranks; ++r) {
-      m.before[r * sizes.columns + l] = sum;
-      sum += p.scratch[int64_t{r} * sizes.columns + l];
-    }
-    m.demand[l] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0 && p.layout == plan::Layout::kExpert) {
-    plan::LayOutExperts(m.demand, sizes.num_local, p.expert_capacity, p.alignment, p.capacity,
-                        m.counts, m.sizes, m.starts);
-  }
-  __syncthreads();
-  // Entries of each rank, then where they begin.
-  for (int32_t r = threadIdx.x; r < sizes.num_ranks; r += kThreads) {
-    const int32_t* const wanted = p.scratch + int64_t{r} * sizes.columns;
-    const int32_t* const before = m.before + r * sizes.columns;
-    int32_t kept = 0;
-    if (p.layout == plan::Layout::kToken) {
-      kept = max(plan::Min(p.capacity - before[sizes.num_local], wanted[sizes.num_local]), 0);
-    }
-    for (int32_t l = 0; p.layout == plan::Layout::kExpert && l < sizes.num_local; ++l) {
-      kept += max(plan::Min(m.counts[l] - before[l], wanted[l]), 0);
-    }
-    m.first[r + 1] = kept;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    m.first[0] = 0;
-    for (int32_t r = 0; r < sizes.num_ranks; ++r) m.first[r + 1] += m.first[r];
-  }
-  __syncthreads();
-}
-
-// The rows of one rank, in order. By one warp.
-__device__ void PlaceRows(const NetworkPlanParams& p, const Sizes& sizes, const PlaceMemory& m,
-                          const int16_t* choices, int32_t rank) {
+// Where the rows of each expert begin, and how many it keeps: plan::LayOutExperts. Up to the
+// capacity, a multiple of the alignment, an expert's first row is the sum of what those before it
+// want, and past it nothing is kept; so the sums need no loop over experts. By one warp.
+__device__ void LayOutRows(const NetworkPlanParams& p, const Sizes& sizes, const PlaceMemory& m) {
   const int32_t lane = threadIdx.x % 32;
-  const uint32_t earlier = (1u << lane) - 1;
-  for (int32_t l = lane; l < sizes.columns; l += 32) {
-    m.running[l] = m.before[rank * sizes.columns + l];
-  }
-  for (int32_t l = lane; l < sizes.num_local; l += 32) m.lanes[l] = 0;
-  __syncwarp();
-  int32_t entry = m.first[rank];
-  for (int32_t begin = 0; begin < p.num_tokens; begin += 32) {
-    const int32_t token = begin + lane;
-    const int32_t num_tokens = plan::Min(32, p.num_tokens - begin);
-    for (int32_t i = lane; i < num_tokens * p.top_k; i += 32) {
-      m.locals[i] = LocalOf(p, sizes, choices + int64_t{begin} * p.top_k + i);
-    }
-    __syncwarp();
-    const int32_t* const wanted = m.locals + lane * p.top_k;
-    const int32_t num_choices = lane < num_tokens ? p.top_k : 0;
-    // Which lanes want which expert.
-    bool is_here = false;
-    for (int32_t k = 0; k < num_choices; ++k) {
-      const int32_t local = wanted[k];
-      if (local == plan::kNone) continue;
-      is_here = true;
-      if (p.layout == plan::Layout::kExpert) atomicOr(&m.lanes[local], 1u << lane);
-    }
-    const uint32_t here = __ballot_sync(~0u, is_here);
-    if (here == 0) continue;
-    const int32_t position = m.running[sizes.num_local] + __popc(here & earlier);
-    const auto row_of = [&](int32_t local) {
-      if (p.layout == plan::Layout::kToken) return plan::TokenRow(p.capacity, position);
-      return plan::ExpertRow(m.starts[local], m.counts[local],
-                             m.running[local] + __popc(m.lanes[local] & earlier));
-    };
-    // How many entries this lane's token has, and where they begin.
-    int32_t count = 0;
-    for (int32_t k = 0; k < num_choices; ++k) {
-      const int32_t local = wanted[k];
-      if (local == plan::kNone || row_of(local) == plan::kNone) continue;
-      count = p.layout == plan::Layout::kToken ? 1 : count + 1;
-    }
-    int32_t up_to = count;
+  int32_t start = 0;
+  for (int32_t first = 0; first < sizes.num_local; first += 32) {
+    const int32_t l = first + lane;
+    int32_t wanted = 0, rows = 0;
+    if (l < sizes.num_local) wanted = plan::Min(m.demand[l], p.expert_capacity);
+    if (wanted > 0)
+      rows = plan::Min(plan::RoundUp(plan::Min(wanted, p.capacity), p.alignment), p.capacity);
+    int32_t up_to = rows;
     for (int32_t offset = 1; offset < 32; offset *= 2) {
       const int32_t other = __shfl_up_sync(~0u, up_to, offset);
-      if (lane >= offset) up_to += other;
+      if (lane >= offset) up_to = plan::Min(up_to + other, p.capacity);
     }
-    const int32_t first = entry + up_to - count;
-    for (int32_t k = 0; count > 0 && k < num_choices; ++k) {
-      const int32_t local = wanted[k];
-      const int32_t row = local == plan::kNone ? plan::kNone : row_of(local);
-      if (row == plan::kNone) continue;
-      int32_t at = first;
-      if (p.layout == plan::Layout::kToken) {
-        p.expert_idx[int64_t{row} * p.top_k + k] = local;
-        atomicAdd(&p.counts[local], 1);
-      } else {  // after those of the token's experts with lower numbers
-        for (int32_t j = 0; j < num_choices; ++j) {
-          const int32_t other = wanted[j];
-          at += other != plan::kNone && other < local && row_of(other) != plan::kNone;
-        }
-      }
-      p.recv_token[at] = token;
-      p.recv_row[at] = row;
-      const int32_t of_source = p.layout == plan::Layout::kToken ? 0 : k;
-      p.recv_src[row] =
-          plan::EncodeSource(p.layout, {rank, token, of_source}, p.num_tokens, p.top_k);
+    int32_t before = __shfl_up_sync(~0u, up_to, 1);
+    before = plan::Min(start + (lane == 0 ? 0 : before), p.capacity);
+    if (l < sizes.num_local) {
+      const int32_t count = plan::Min(wanted, p.capacity - before);
+      m.starts[l] = before;
+      m.counts[l] = count;
+      m.sizes[l] = plan::RoundUp(count, p.alignment);
     }
-    entry += __shfl_sync(~0u, up_to, 31);
-    __syncwarp();
-    // The lowest lane that wants an expert counts for all.
-    for (int32_t k = 0; p.layout == plan::Layout::kExpert && k < num_choices; ++k) {
-      const int32_t local = wanted[k];
-      if (local == plan::kNone) continue;
-      const uint32_t wanting = m.lanes[local];
-      if (wanting == 0 || (wanting & earlier) != 0) continue;
-      m.running[local] += __popc(wanting);
-      m.lanes[local] = 0;
+    start = plan::Min(start + __shfl_sync(~0u, up_to, 31), p.capacity);
+  }
+}
+
+// Lays out this rank's rows, the same in every block, and finds the rows before each warp's.
+__device__ void LayOut(const NetworkPlanParams& p, const Sizes& sizes, const Counts& counts,
+                       const PlaceMemory& m) {
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int32_t* const before_block = m.running - warp * (sizes.columns + sizes.num_local);  // warp 0's
+  for (int32_t l = threadIdx.x; l < sizes.columns; l += kThreads) {
+    int32_t before = 0, all = 0;
+#pragma unroll 8
+    for (int32_t block = 0; block < gridDim.x; ++block) {
+      const int32_t count = __ldcg(counts.OfBlock(block) + l);
+      all += count;
+      if (block < blockIdx.x) before += count;
     }
-    if (lane == 0) m.running[sizes.num_local] += __popc(here);
-    __syncwarp();
+    m.demand[l] = all;
+    before_block[l] = before;
+  }
+  for (int32_t l = lane; l < sizes.num_local; l += 32) m.lanes[l] = 0;
+  __syncthreads();
+  if (p.layout == plan::Layout::kToken) {
+    for (int32_t l = threadIdx.x; l < sizes.num_local; l += kThreads) m.counts[l] = 0;
+  } else if (warp == kWarps - 1) {
+    LayOutRows(p, sizes, m);
+  }
+  for (int32_t l = lane; warp > 0 && l < sizes.columns; l += 32) {
+    int32_t sum = before_block[l];
+#pragma unroll 4
+    for (int32_t w = 0; w < warp; ++w) sum += __ldcg(counts.OfWarp(blockIdx.x, w) + l);
+    m.running[l] = sum;
+  }
+  __syncthreads();
+}
+
+// The sum over the lanes before this one; `all` becomes that over all lanes.
+__device__ __forceinline__ int32_t SumBefore(int32_t value, int32_t& all) {
+  const int32_t lane = threadIdx.x % 32;
+  int32_t up_to = value;
+  for (int32_t offset = 1; offset < 32; offset *= 2) {
+    const int32_t other = __shfl_up_sync(~0u, up_to, offset);
+    if (lane >= offset) up_to += other;
+  }
+  all = __shfl_sync(~0u, up_to, 31);
+  return up_to - value;
+}
+
+// Entries before this warp's batches: the rows so far that are kept.
+__device__ int32_t FirstEntryOfWarp(const NetworkPlanParams& p, const Sizes& sizes,
+                                    const PlaceMemory& m) {
+  if (p.layout == plan::Layout::kToken) return plan::Min(m.running[sizes.num_local], p.capacity);
+  int32_t sum = 0, all;
+  for (int32_t l = threadIdx.x % 32; l < sizes.num_local; l += 32) {
+    sum += plan::Min(m.running[l], m.counts[l]);
+  }
+  SumBefore(sum, all);
+  return all;
+}
+
+// What all lanes know of a batch that is placed.
+struct Position {
+  int32_t rank, begin;  // the first token
+  int32_t entry;        // the first one
+};
+
+__device__ __forceinline__ void WriteEntry(const NetworkPlanParams& p, const Position& at,
+                                           int32_t entry, int32_t row, int32_t k) {
+  const int32_t token = at.begin + static_cast<int32_t>(threadIdx.x % 32);
+  p.recv_token[entry] = token;
+  p.recv_row[entry] = row;
+  p.recv_src[row] = plan::EncodeSource(p.layout, {at.rank, token, k}, p.num_tokens, p.top_k);
+}
+
+// Places the rows of a batch, layout "token". Returns the number of entries.
+__device__ int32_t PlaceTokens(const NetworkPlanParams& p, const Sizes& sizes, const PlaceMemory& m,
+                               const Batch& batch, const Position& at) {
+  const int32_t lane = threadIdx.x % 32;
+  const uint32_t earlier = (1u << lane) - 1, here = __ballot_sync(~0u, batch.here != 0);
+  int32_t& running = m.running[sizes.num_local];
+  int32_t row = plan::kNone;
+  if (batch.here != 0) row = plan::TokenRow(p.capacity, running + __popc(here & earlier));
+  const uint32_t kept = __ballot_sync(~0u, row != plan::kNone);
+  if (row != plan::kNone) {
+    WriteEntry(p, at, at.entry + __popc(kept & earlier), row, 0);
+    ForBits(batch.here, [&](int32_t k) {
+      const int32_t local = batch.Local(k);
+      p.expert_idx[int64_t{row} * p.top_k + k] = local;
+      atomicAdd(&m.counts[local], 1);
+    });
+  }
+  __syncwarp();
+  if (lane == 0) running += __popc(here);
+  __syncwarp();
+  return __popc(kept);
+}
+
+// The same in layout "expert".
+__device__ int32_t PlaceChoices(const NetworkPlanParams& p, const PlaceMemory& m,
+                                const Batch& batch, const Position& at) {
+  const uint32_t earlier = (1u << threadIdx.x % 32) - 1;
+  ForBits(batch.here,
+          [&](int32_t k) { atomicOr(&m.lanes[batch.Local(k)], 1u << threadIdx.x % 32); });
+  __syncwarp();
+  const auto row_of = [&](int32_t local) {
+    const int32_t position = m.running[local] + __popc(m.lanes[local] & earlier);
+    return plan::ExpertRow(m.starts[local], m.counts[local], position);
+  };
+  uint32_t kept = 0;
+  ForBits(batch.here, [&](int32_t k) {
+    if (row_of(batch.Local(k)) != plan::kNone) kept |= 1u << k;
+  });
+  int32_t num_entries;
+  const int32_t first = at.entry + SumBefore(__popc(kept), num_entries);
+  ForBits(kept, [&](int32_t k) {
+    const int32_t local = batch.Local(k);
+    int32_t entry = first;  // after those of the token's experts with lower numbers
+    ForBits(kept, [&](int32_t j) { entry += batch.Local(j) < local ? 1 : 0; });
+    WriteEntry(p, at, entry, row_of(local), k);
+  });
+  __syncwarp();
+  // The lowest lane that wants an expert counts for all.
+  ForBits(batch.here, [&](int32_t k) {
+    const int32_t local = batch.Local(k);
+    const uint32_t wanting = m.lanes[local];
+    if (wanting == 0 || (wanting & earlier) != 0) return;
+    m.running[local] += __popc(wanting);
+    m.lanes[local] = 0;
+  });
+  __syncwarp();
+  return num_entries;
+}
+
+// Places the rows of a warp's batches.
+__device__ void PlaceRows(const NetworkPlanParams& p, const Sizes& sizes, const PlaceMemory& m,
+                          int32_t turn) {
+  const Batches batches(p, sizes);
+  Position at{0, 0, FirstEntryOfWarp(p, sizes, m)};
+  for (int32_t i = batches.begin; i < batches.end; ++i) {
+    at.rank = i / batches.of_rank;
+    at.begin = (i - at.rank * batches.of_rank) * 32;
+    if (at.begin == 0 && threadIdx.x % 32 == 0) p.recv_start[at.rank] = at.entry;
+    const Batch batch(p, sizes, ChoicesOf(p, turn, at.rank), at.begin, m.room);
+    if (__any_sync(~0u, batch.here != 0)) {
+      at.entry += p.layout == plan::Layout::kToken ? PlaceTokens(p, sizes, m, batch, at)
+                                                   : PlaceChoices(p, m, batch, at);
+    }
+    __syncwarp();  // the room is free
+    if (i + 1 == batches.total && threadIdx.x % 32 == 0) {
+      p.recv_start[sizes.num_ranks] = at.entry;
+    }
+  }
+  if (p.layout != plan::Layout::kToken) return;
+  __syncthreads();  // this block's counts are complete
+  for (int32_t l = threadIdx.x; l < sizes.num_local; l += kThreads) {
+    if (m.counts[l] != 0) atomicAdd(&p.counts[l], m.counts[l]);
   }
 }
 

@@ -1,10 +1,8 @@
 // The plan between hosts, in three kernels:
 //
 //   choose  cleans this rank's choices, and sorts them by host
-//   count   sends them; counts how many rows each rank of the group has for each expert here
+//   count   sends them; counts how many rows there will be for each expert here
 //   place   gives every row its place, and lists the rows of each rank: the routes
-//
-// A warp does the choices of one rank at a time, 32 tokens by 32.
 
 #include <algorithm>
 
@@ -111,13 +109,29 @@ __device__ bool ForwardChoices(const NetworkPlanParams& p, int32_t turn, uint64_
   return __all_sync(~0u, ok);
 }
 
+// Shared memory of a block of CountKernel.
+struct CountMemory {
+  int16_t* room;      // [kWarps, 32, K]
+  int32_t* counters;  // [kWarps, columns]
+  PeerInputs* inputs;
+
+  __host__ __device__ CountMemory(char* memory, const Sizes& sizes, int32_t top_k)
+      : room(reinterpret_cast<int16_t*>(memory)),
+        counters(reinterpret_cast<int32_t*>(room + kWarps * 32 * top_k)),
+        inputs(reinterpret_cast<PeerInputs*>(counters + (kWarps * sizes.columns + 1) / 2 * 2)) {}
+};
+
+size_t CountSharedBytes(const NetworkPlanParams& p) {
+  const CountMemory memory(nullptr, Sizes(p), p.top_k);
+  return reinterpret_cast<size_t>(memory.inputs + 1);
+}
+
 __global__ void __launch_bounds__(kThreads)
     CountKernel(const __grid_constant__ NetworkPlanParams p) {
   extern __shared__ __align__(128) char memory[];
-  PeerInputs& inputs = *reinterpret_cast<PeerInputs*>(memory);
-  int32_t* const counters = reinterpret_cast<int32_t*>(memory + sizeof(PeerInputs));
   const NetworkParams& network = p.network;
   const Sizes sizes(p);
+  const CountMemory shared(memory, sizes, p.top_k);
   const OpNumbers op = BeginOp(network.node);
   const int32_t turn = Turn(p), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint64_t word = ChunkWord(op.epoch, network.node.tag, 0);
@@ -125,43 +139,42 @@ __global__ void __launch_bounds__(kThreads)
     Publish(network.node, op, {nullptr, nullptr, nullptr});
     SendChoices(p, turn, word);
   }
-  if (!WaitInputs(network.node, op, inputs)) return;
-  if (blockIdx.x == 0 && warp == 0 && !ForwardChoices(p, turn, word)) return;
-  int32_t* const own_counters = counters + warp * sizes.columns;
-  for (int32_t i = warp * gridDim.x + blockIdx.x; i < sizes.num_ranks; i += kWarps * gridDim.x) {
-    // Those of this host come first.
-    const int32_t rank = (network.host * network.shape.host_ranks + i) % sizes.num_ranks;
-    const int32_t host = rank / network.shape.host_ranks;
+  if (!WaitInputs(network.node, op, *shared.inputs)) return;
+  bool ok = blockIdx.x > 0 || warp > 0 || ForwardChoices(p, turn, word);
+  int32_t* const counters = shared.counters + warp * sizes.columns;
+  for (int32_t l = lane; l < sizes.columns; l += 32) counters[l] = 0;
+  __syncwarp();
+  const Batches batches(p, sizes);
+  int32_t arrived = plan::kNone;  // rank whose choices are here
+  for (int32_t i = batches.begin; ok && i < batches.end; ++i) {
+    const int32_t rank = i / batches.of_rank, host = rank / network.shape.host_ranks;
     const int32_t index = rank % network.shape.host_ranks;
-    bool ok = true;
-    if (lane == 0 && host != network.host && kMutation != kWithoutChunk) {
+    const bool waits = rank != arrived && host != network.host && kMutation != kWithoutChunk;
+    if (waits && lane == 0) {
       ok = WaitWord(network, MemoryOf(p, network.node.rank).ready(index, turn, host), word,
                     WordKind::kChunkReady, network.host * network.shape.host_ranks + index);
     }
-    if (!__shfl_sync(~0u, ok, 0)) return;
-    for (int32_t l = lane; l < sizes.columns; l += 32) own_counters[l] = 0;
-    __syncwarp();
-    const int16_t* const choices = ChoicesOf(p, turn, rank);
-    for (int32_t token = lane; token < p.num_tokens; token += 32) {
-      bool is_here = false;
-      for (int32_t k = 0; k < p.top_k; ++k) {
-        const int32_t local = LocalOf(p, sizes, choices + int64_t{token} * p.top_k + k);
-        if (local == plan::kNone) continue;
-        is_here = true;
-        atomicAdd(&own_counters[local], 1);
-      }
-      if (is_here) atomicAdd(&own_counters[sizes.num_local], 1);
-    }
-    __syncwarp();
-    for (int32_t l = lane; l < sizes.columns; l += 32) {
-      p.scratch[int64_t{rank} * sizes.columns + l] = own_counters[l];
-    }
-    __syncwarp();
+    ok = __shfl_sync(~0u, ok, 0);
+    if (!ok) break;
+    arrived = rank;
+    const Batch batch(p, sizes, ChoicesOf(p, turn, rank), (i - rank * batches.of_rank) * 32,
+                      shared.room + warp * 32 * p.top_k);
+    ForBits(batch.here, [&](int32_t k) { atomicAdd(&counters[batch.Local(k)], 1); });
+    const uint32_t here = __ballot_sync(~0u, batch.here != 0);
+    if (lane == 0) counters[sizes.num_local] += __popc(here);
+    __syncwarp();  // the room is free
   }
-}
-
-size_t CountSharedBytes(const NetworkPlanParams& p) {
-  return sizeof(PeerInputs) + sizeof(int32_t) * kWarps * Sizes(p).columns;
+  __syncthreads();
+  const Counts counts{p.scratch, sizes.columns};
+  for (int32_t l = threadIdx.x; l < sizes.columns; l += kThreads) {
+    int32_t sum = 0;
+    for (int32_t w = 0; w < kWarps; ++w) {
+      const int32_t count = shared.counters[w * sizes.columns + l];
+      counts.OfWarp(blockIdx.x, w)[l] = count;
+      sum += count;
+    }
+    counts.OfBlock(blockIdx.x)[l] = sum;
+  }
 }
 
 // Place ------------------------------------------------------------------------------------------
@@ -174,7 +187,6 @@ __device__ void WriteCounts(const NetworkPlanParams& p, const Sizes& sizes, cons
     if (by_expert) p.counts[l] = m.counts[l];
     p.group_sizes[l] = by_expert ? m.sizes[l] : __ldcg(&p.counts[l]);
   }
-  for (int32_t r = threadIdx.x; r <= sizes.num_ranks; r += kThreads) p.recv_start[r] = m.first[r];
   __syncthreads();
   if (threadIdx.x != 0) return;
   int32_t num_dropped = 0;
@@ -209,10 +221,8 @@ __global__ void __launch_bounds__(kThreads)
   // After a failure the counts may have any value.
   const bool ok = __syncthreads_and(ptx::LoadAcquireSystem(&Own(network.node).failed) == 0u);
   if (ok) {
-    LayOut(p, sizes, shared);
-    for (int32_t r = warp * gridDim.x + blockIdx.x; r < sizes.num_ranks; r += kWarps * gridDim.x) {
-      PlaceRows(p, sizes, shared, ChoicesOf(p, turn, r), r);
-    }
+    LayOut(p, sizes, {p.scratch, sizes.columns}, shared);
+    PlaceRows(p, sizes, shared, turn);
   }
   EndOp(
       network.node, op.epoch,
@@ -245,9 +255,10 @@ bool FitsNetworkPlan(const NetworkPlanParams& params) {
 }
 
 cudaError_t LaunchNetworkPlan(const NetworkPlanParams& params, cudaStream_t stream) {
-  ChooseKernel<<<params.num_blocks, kThreads, 0, stream>>>(params);
-  CountKernel<<<params.num_blocks, kThreads, CountSharedBytes(params), stream>>>(params);
-  PlaceKernel<<<params.num_blocks, kThreads, PlaceSharedBytes(params), stream>>>(params);
+  const int32_t num_blocks = plan::Min(params.num_blocks, kNetworkPlanBlocks);
+  ChooseKernel<<<num_blocks, kThreads, 0, stream>>>(params);
+  CountKernel<<<num_blocks, kThreads, CountSharedBytes(params), stream>>>(params);
+  PlaceKernel<<<num_blocks, kThreads, PlaceSharedBytes(params), stream>>>(params);
   return cudaGetLastError();
 }
 

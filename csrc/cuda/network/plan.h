@@ -63,6 +63,9 @@ class PlanMemory {
   int64_t message_bytes_;
 };
 
+constexpr int kNetworkPlanBlocks = 64;  // at most
+constexpr int kNetworkPlanWarps = 16;   // of a block
+
 // Symbols as in plan/routing.h.
 struct NetworkPlanParams {
   NetworkParams network;
@@ -86,7 +89,7 @@ struct NetworkPlanParams {
   int32_t* demand;          // [L]
   int32_t* num_dropped;     // [1]
   int32_t* num_invalid;     // [1]
-  int32_t* scratch;         // [R, L + 1]; only this rank uses it
+  int32_t* scratch;         // [kNetworkPlanBlocks, kNetworkPlanWarps + 1, L + 1], for counts
   int32_t num_blocks;
 };
 
@@ -117,8 +120,8 @@ inline NetworkPlanParams NetworkParamsOf(const ops::NetworkPlanArgs& args) {
 }
 
 // Number of int32 in NetworkPlanParams::scratch.
-inline int64_t NetworkPlanScratchSize(int64_t num_ranks, int64_t num_local_experts) {
-  return num_ranks * (num_local_experts + 1);
+inline int64_t NetworkPlanScratchSize(int64_t num_local_experts) {
+  return int64_t{kNetworkPlanBlocks} * (kNetworkPlanWarps + 1) * (num_local_experts + 1);
 }
 
 // Three kernels, of which the first waits for nobody. On failure counts are -1, and there are no

@@ -39,7 +39,7 @@ class HostEntries {
   }
 
  private:
-  static constexpr int kStep = 4;  // entries, or a few more, so that no token is cut
+  static constexpr int kStep = 16;  // entries, or a few more, so that no token is cut
 
   const NetworkParams& network_;
   const NetworkRoutes& routes_;
@@ -71,19 +71,17 @@ __device__ bool ReadChunks(const NetworkParams& network, const NetworkRoutes& ro
                            uint64_t epoch, TeamMember& self, Bring&& bring, Meanwhile&& meanwhile) {
   const NetworkShape& shape = network.shape;
   const int32_t window_tokens = WindowTokens(shape, chunk_row_bytes);
+  EntryCursors cursors;
   const auto read = [&](const Way& way, int32_t turn, int32_t n, int32_t window) {
     const int32_t index = (network.node.rank + turn) % shape.host_ranks;
     const int32_t source = way.host * shape.host_ranks + index;
     const int32_t first = window * window_tokens;
-    const int32_t last = routes.recv_start[source + 1];
-    EntryRange entries;
-    entries.begin = FirstEntry(routes.recv_token, routes.recv_start[source], last, first);
-    entries.end = FirstEntry(routes.recv_token, entries.begin, last, first + window_tokens);
+    const EntryRange entries = cursors.Find(routes, source, turn, first, first + window_tokens);
     const ChunkReader chunks(network, way, index, epoch);
     while (!chunks.IsHere(n, window) && meanwhile()) {
     }
     if (!chunks.Wait(n, window)) return false;
-    TestDelay(network.node.rank, epoch, 4);
+    TestDelay(network.node.rank, epoch, 4, self.warp);
     const char* const chunk = chunks.Memory(n);
     uint32_t tokens = 0;
     if (threadIdx.x % 32 == 0) tokens = __ldcg(reinterpret_cast<const uint32_t*>(chunk));

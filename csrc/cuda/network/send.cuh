@@ -39,17 +39,20 @@ struct SentRows {
   int32_t chunk_row_bytes;  // of a row in a chunk, with what goes with it
 
   __device__ bool GoesTo(int64_t token, int32_t host) const {
+    const int32_t first = host * experts_per_host;
+    bool goes = false;
+#pragma unroll 8  // without an early end, so that the loads do not wait for each other
     for (int32_t k = 0; k < top_k; ++k) {
       const int32_t expert = topk[token * top_k + k];
-      if (expert >= 0 && expert / experts_per_host == host) return true;
+      goes |= expert >= first && expert - first < experts_per_host;
     }
-    return false;
+    return goes;
   }
 };
 
 // Sends the chunks of the block's ways, by a team; each of its warps packs a share of the pieces.
-// `add(token, row)` writes what goes with the row of a token, of which `row` is the place in a
-// chunk. False once the group has failed.
+// `add(size, nth_token, out)` writes a warp's share of what goes with the rows of a chunk, whose
+// first one is at `out`; lane i has the i-th token. False once the group has failed.
 template <typename Add>
 __device__ bool SendRows(const NetworkParams& network, const SentRows& sent, const Ways& ways,
                          uint64_t epoch, TeamMember& self, Pipe& pipe, Add&& add) {
@@ -60,7 +63,7 @@ __device__ bool SendRows(const NetworkParams& network, const SentRows& sent, con
     const ChunkSender sender(network, way, epoch);
     const int32_t first = window * window_tokens;
     if (!sender.WaitSlot(n, window)) return false;
-    TestDelay(network.node.rank, epoch, 3);
+    TestDelay(network.node.rank, epoch, 3, self.warp);
     const int32_t count = plan::Min(window_tokens, sent.num_tokens - first);
     const uint32_t tokens = __ballot_sync(~0u, lane < count && sent.GoesTo(first + lane, way.host));
     const int32_t size = __popc(tokens);
@@ -69,7 +72,7 @@ __device__ bool SendRows(const NetworkParams& network, const SentRows& sent, con
     char* const out = chunk + sizeof(ChunkHeader);
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
     const int32_t num_items = size * pieces.count, first_item = self.TakeShare(num_items);
-    const auto item = [&](int32_t i) { return first_item + i * self.num_warps; };
+    const auto item = [&](int32_t i) { return first_item + i * self.num_workers; };
     pipe.Run(
         self.ShareOf(num_items, first_item),
         [&](int32_t i) { return pieces.Bytes(item(i) % pieces.count); },
@@ -84,9 +87,7 @@ __device__ bool SendRows(const NetworkParams& network, const SentRows& sent, con
           ptx::BulkStore(out + item(i) / pieces.count * sent.chunk_row_bytes + pieces.Offset(piece),
                          stage, pieces.Bytes(piece));
         });
-    for (int32_t i = self.warp; i < size; i += self.num_warps) {
-      add(__shfl_sync(~0u, nth_token, i), out + i * sent.chunk_row_bytes);
-    }
+    add(size, nth_token, out);
     pipe.Finish();
     bool ok = true;
     if (self.IsTeller(network.node, ok)) {

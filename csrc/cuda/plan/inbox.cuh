@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/core/divide.h"
 #include "cuda/plan/common.cuh"
 
 namespace jax_ep::cuda {
@@ -17,16 +18,6 @@ constexpr size_t kMaxPushBytes = 226 << 10;
 constexpr size_t kGoodPushBytes = 190 << 10;
 // Counts, positions and slot numbers have 16 bits.
 constexpr int64_t kMaxCount = 0xffff;
-
-// x / divisor as a product: for x below 2^16 and divisors up to 2^12.
-struct Divider {
-  uint32_t factor;
-
-  static Divider By(int32_t divisor) { return {~0u / static_cast<uint32_t>(divisor)}; }
-  __device__ __forceinline__ int32_t operator()(int32_t x) const {
-    return static_cast<int32_t>(__umulhi(static_cast<uint32_t>(x) + 1, factor));
-  }
-};
 
 // x / divisor for all x from 0 and divisors from 1 to 2^31 - 1.
 struct WideDivider {

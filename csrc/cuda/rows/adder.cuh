@@ -71,23 +71,24 @@ __device__ __forceinline__ void AddStrips(const Term* terms, int32_t at, int32_t
   }
 }
 
-template <typename T, bool kWeighted, int kTerms>
+// A number of terms known at compile time: kStrips strips at a time, then fewer.
+template <typename T, bool kWeighted, int kTerms, int kStrips>
 __device__ __forceinline__ void AddFew(const Term* terms, int32_t begin, int32_t end,
                                        char* output) {
-  constexpr int kStrips = kTerms <= 2 ? 4 : kTerms <= kAdderLoads / 2 ? 2 : 1;
   int32_t at = begin + threadIdx.x % 32 * 16;
-  if (kStrips > 1) {
 #pragma unroll 1
-    for (; begin + kStrips * kStripBytes <= end; begin += kStrips * kStripBytes) {
-      AddStrips<T, kWeighted, kTerms, kStrips>(terms, at, end, output);
-      at += kStrips * kStripBytes;
-    }
+  for (; begin + (kStrips > 1 ? kStrips * kStripBytes : 1) <= end; begin += kStrips * kStripBytes) {
+    AddStrips<T, kWeighted, kTerms, kStrips>(terms, at, end, output);
+    at += kStrips * kStripBytes;
   }
-#pragma unroll 1
-  for (; begin < end; begin += kStripBytes) {
-    AddStrips<T, kWeighted, kTerms, 1>(terms, at, end, output);
-    at += kStripBytes;
+  if constexpr (kStrips > 1) {
+    AddFew<T, kWeighted, kTerms, (kStrips > 4 ? kStrips / 2 : 1)>(terms, begin, end, output);
   }
+}
+
+// The strips of so many terms that are loaded at a time: a power of two.
+__host__ __device__ constexpr int StripsOf(int terms, int loads) {
+  return terms <= loads / 8 ? 8 : terms <= loads / 4 ? 4 : terms <= loads / 2 ? 2 : 1;
 }
 
 template <typename T, bool kWeighted>
@@ -115,16 +116,20 @@ __device__ __forceinline__ void AddMany(const Term* terms, int32_t count, int32_
   }
 }
 
+namespace {
+
 // Adds bytes `begin` to `end` (multiples of 16) of the terms, and stores the rounded sum at the
-// same bytes of `output`. Called by all lanes together; a lane stores what it loaded.
-template <typename T, bool kWeighted>
+// same bytes of `output`. Called by all lanes together; a lane stores what it loaded. It has up to
+// kLoads loads in flight: a kernel of few warps needs many. (Each file has its own function, which
+// takes no more registers than the file's kernels may have.)
+template <typename T, bool kWeighted, int kLoads = kAdderLoads>
 __device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t begin, int32_t end,
                                       char* output) {
   ptx::CompilerFence();  // a term may be what this lane has stored
   switch (count) {
 #define JAX_EP_ADD_FEW(N) \
   case N:                 \
-    return AddFew<T, kWeighted, N>(terms, begin, end, output)
+    return AddFew<T, kWeighted, N, StripsOf(N, kLoads)>(terms, begin, end, output)
     JAX_EP_ADD_FEW(1);
     JAX_EP_ADD_FEW(2);
     JAX_EP_ADD_FEW(3);
@@ -139,4 +144,5 @@ __device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t 
   }
 }
 
+}  // namespace
 }  // namespace jax_ep::cuda

@@ -1,10 +1,9 @@
 // float8_e4m3fn rows with one scale per 128 channels; the arithmetic of jax_ep.quantize, to the
 // bit.
 
-#include <cuda_fp8.h>
-
 #include <algorithm>
 
+#include "cuda/rows/float8.cuh"
 #include "cuda/rows/quantize.h"
 #include "cuda/rows/vectors.cuh"
 
@@ -12,19 +11,6 @@ namespace jax_ep::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kThreadsPerBlock128 = 128 / kVector;  // threads that share a scale
-constexpr float kMax = 448.0f;
-constexpr float kInverseMax = 1.0f / 448.0f;
-constexpr float kSmallestAmax = 1e-30f;
-
-// The least power of two not below x (positive and normal); NaN stays NaN.
-__device__ __forceinline__ float RoundUpToPowerOfTwo(float x) {
-  if (isnan(x)) return x;
-  return __uint_as_float((__float_as_uint(x) + 0x7FFFFFu) & 0x7F800000u);
-}
-
-// Like fminf(fmaxf(...)), but NaN stays NaN.
-__device__ __forceinline__ float Clip(float x) { return x > kMax ? kMax : (x < -kMax ? -kMax : x); }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) QuantizeKernel(QuantizeParams p) {
@@ -38,31 +24,10 @@ __global__ void __launch_bounds__(kThreads) QuantizeKernel(QuantizeParams p) {
     const bool inside = i < num_vectors;
     float channels[kVector] = {};
     if (inside) Unpack(LoadVector(x + i * kVector), channels);
-    // Compared as integers, magnitudes keep their order and NaN is above infinity.
-    uint32_t amax_bits = 0;
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      amax_bits = max(amax_bits, __float_as_uint(channels[j]) & 0x7FFFFFFFu);
-    }
-#pragma unroll
-    for (int offset = kThreadsPerBlock128 / 2; offset > 0; offset /= 2) {
-      amax_bits = max(amax_bits, __shfl_xor_sync(~0u, amax_bits, offset));
-    }
-    const float amax = __uint_as_float(amax_bits);
-    float scale = __fmul_rn(amax < kSmallestAmax ? kSmallestAmax : amax, kInverseMax);
-    if (p.ue8m0) scale = RoundUpToPowerOfTwo(scale);
-    const float inverse = __frcp_rn(scale);
-    uint16_t pairs[kVector / 2];
-#pragma unroll
-    for (int j = 0; j < kVector; j += 2) {
-      const float2 pair = make_float2(Clip(__fmul_rn(channels[j], inverse)),
-                                      Clip(__fmul_rn(channels[j + 1], inverse)));
-      pairs[j / 2] = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
-    }
+    const Float8Vector quantized = ToFloat8(channels, p.ue8m0);
     if (!inside) continue;
-    values[i] =
-        make_uint2(pairs[0] | uint32_t{pairs[1]} << 16, pairs[2] | uint32_t{pairs[3]} << 16);
-    if (i % kThreadsPerBlock128 == 0) p.scales[i / kThreadsPerBlock128] = scale;
+    values[i] = quantized.values;
+    if (i % kThreadsOfScale == 0) p.scales[i / kThreadsOfScale] = quantized.scale;
   }
 }
 
@@ -88,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) DequantizeKernel(DequantizeParams p)
         const int32_t v = v0 + 32 * n;
         if (v >= num_vectors) continue;
         packed[n] = __ldcg(&values[v]);
-        scale[n] = __ldcg(&scales[v / kThreadsPerBlock128]);
+        scale[n] = __ldcg(&scales[v / kThreadsOfScale]);
       }
       __syncwarp();  // all are read before any is overwritten
 #pragma unroll
@@ -96,15 +61,7 @@ __global__ void __launch_bounds__(kThreads) DequantizeKernel(DequantizeParams p)
         const int32_t v = v0 + 32 * n;
         if (v >= num_vectors) continue;
         float channels[kVector];
-#pragma unroll
-        for (int j = 0; j < kVector; j += 2) {
-          const uint32_t word = j < 4 ? packed[n].x : packed[n].y;
-          const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(
-              static_cast<__nv_fp8x2_storage_t>(word >> (j % 4 * 8)), __NV_E4M3);
-          const float2 both = __half22float2(__half2(pair));
-          channels[j] = __fmul_rn(both.x, scale[n]);
-          channels[j + 1] = __fmul_rn(both.y, scale[n]);
-        }
+        FromFloat8({packed[n], scale[n]}, channels);
         StoreVector(channels_out + v * kVector, Pack<T>(channels));
       }
     }

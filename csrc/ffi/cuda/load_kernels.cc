@@ -1,5 +1,7 @@
 #include "ffi/cuda/load_kernels.h"
 
+#include "cuda/decode/combine.h"
+#include "cuda/decode/dispatch.h"
 #include "cuda/measure/clock.h"
 #include "cuda/node/combine.h"
 #include "cuda/node/combine_vjp.h"
@@ -18,6 +20,8 @@ std::optional<std::string> LoadKernels(int device) {
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCombine(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCombineVjp(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadQuantize(), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadDecodeDispatch(), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadDecodeCombine(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadClock(), device);
   return std::nullopt;
 }

@@ -30,8 +30,7 @@ ffi::Error NetworkPlan(cudaStream_t stream, int32_t device, const NetworkPlanAtt
   params.num_blocks = group.node.NumBlocks(attrs.group, kBlocks);
   params.scratch = static_cast<int32_t*>(buffers.scratch.untyped_data());
   CheckScratch(check, buffers.scratch,
-               cuda::NetworkPlanScratchSize(args.shape.num_ranks, args.shape.num_local_experts()) *
-                   sizeof(int32_t));
+               cuda::NetworkPlanScratchSize(args.shape.num_local_experts()) * sizeof(int32_t));
   check.Attribute("num_experts", cuda::FitsNetworkPlan(params),
                   "a plan that the group's messages and the GPU's shared memory have room for",
                   args.shape.num_experts);

@@ -245,6 +245,17 @@ int CountAtBarrier(bool value) {
   return block.barrier_result;
 }
 
+void SyncSome(int barrier, int count) {
+  Block& block = *current_block;
+  if (barrier < 1 || barrier > 15 || count % 32 != 0) Abort("barrier %d of %d", barrier, count);
+  const uint64_t phase = block.some_phase[barrier];
+  if (++block.num_at_some[barrier] == count) {
+    block.num_at_some[barrier] = 0;
+    ++block.some_phase[barrier];
+  }
+  while (block.some_phase[barrier] == phase) Yield();
+}
+
 void ArriveAtCluster() {
   Grid& grid = *current_block->grid;
   if (grid.config.grid.x > 16) Abort("a cluster of %u blocks", grid.config.grid.x);

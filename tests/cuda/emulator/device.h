@@ -48,6 +48,8 @@ struct Block {
   std::vector<Copy> copies;
   uint64_t turns = 0, stalled_until = 0;
   int num_running, num_at_barrier = 0, num_true = 0, barrier_result = 0;
+  int num_at_some[16] = {};  // SyncSome
+  uint64_t some_phase[16] = {};
 };
 
 struct Grid {

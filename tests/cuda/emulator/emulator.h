@@ -52,6 +52,9 @@ uint64_t Exchange(Combine combine, uint32_t mask, uint64_t value, uint32_t argum
 // Waits for all threads of the block; returns the number of those with a value other than 0.
 int CountAtBarrier(bool value);
 
+// Waits for `count` threads of the block at one of its 16 barriers.
+void SyncSome(int barrier, int count);
+
 // The barrier of the cluster, which is the whole grid here: no kernel has more than one cluster.
 void ArriveAtCluster();
 void WaitForCluster();

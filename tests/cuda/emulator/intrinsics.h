@@ -111,6 +111,7 @@ T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32) {
 
 // Memory ------------------------------------------------------------------------------------------
 
+inline void __threadfence_block() { emulator::SometimesYield(2); }
 inline void __threadfence() { emulator::SometimesYield(2); }
 inline void __threadfence_system() { emulator::SometimesYield(2); }
 inline void __nanosleep(uint32_t ns) { emulator::Sleep(ns); }

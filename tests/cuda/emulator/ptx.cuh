@@ -57,11 +57,31 @@ inline void StoreRelaxedSystem(uint64_t* address, uint64_t first, uint64_t secon
   *static_cast<volatile uint64_t*>(address + 1) = second;
 }
 
+inline uint4 LoadRelaxedSystem16(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulator::Abort("16 bytes at %p", address);
+  emulator::CheckGlobal(address, 16, "a load of 16 bytes");
+  emulator::Yield();
+  return *static_cast<const uint4*>(address);
+}
+inline void StoreRelaxedSystem16(void* address, uint4 value) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulator::Abort("16 bytes at %p", address);
+  emulator::CheckGlobal(address, 16, "a store of 16 bytes");
+  emulator::SometimesYield(2);
+  *static_cast<uint4*>(address) = value;
+}
+
 inline void FenceAcquireReleaseSystem() { emulator::SometimesYield(2); }
 
 inline uint64_t GlobalTimer() {
   emulator::Yield();
   return emulator::Nanoseconds();
+}
+
+// Barriers of some warps of a block ---------------------------------------------------------------
+
+template <int kBarrier>
+void SyncWarps(int num_threads) {
+  emulator::SyncSome(kBarrier, num_threads);
 }
 
 // Clusters of blocks -----------------------------------------------------------------------------

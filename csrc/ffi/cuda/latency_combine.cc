@@ -1,0 +1,45 @@
+// Handler of target jax_ep_latency_combine: a combine of latency mode.
+
+#include "cuda/decode/combine.h"
+#include "cuda/decode/dispatch.h"
+#include "ffi/cuda/device_call.h"
+
+namespace jax_ep {
+
+namespace ffi = ::xla::ffi;
+
+namespace {
+
+ffi::Error LatencyCombine(cudaStream_t stream, int32_t device, const LatencyCombineAttrs& attrs,
+                          const DeviceLatencyCombineBuffers& buffers) {
+  Checker check("combine");
+  ops::CombineArgs args{};
+  CheckCall(check, attrs, buffers, args);
+  if (check.ok() && args.values != nullptr) {
+    check.Fail("argument values", "none in latency mode", Describe(buffers.values));
+  }
+  if (!check.ok()) return check.error();
+  DeviceGroup group;
+  if (auto error = PrepareGroup(attrs.group, buffers.coords, device, cuda::OpKind::kCombine,
+                                AgreedOn(args), group);
+      error.failure()) {
+    return error;
+  }
+  cuda::DecodeCombineParams params = cuda::ParamsOfDecode(args);
+  params.group = group.params;
+  params.inboxes = group.member->inboxes;
+  const ops::Geometry& geometry = args.geometry;
+  params.num_blocks = group.NumBlocks(
+      attrs.group, cuda::UsefulDecodeBlocks(geometry.num_ranks, geometry.num_tokens));
+  if (const char* expected = cuda::ObstacleOf(params)) {
+    check.Fail("mode='latency'", expected, Describe(buffers.y) + " and " + Describe(buffers.topk));
+    return check.error();
+  }
+  return ToError(cuda::LaunchDecodeCombine(params, stream), "combine");
+}
+
+}  // namespace
+
+JAX_EP_DEFINE_DEVICE_CALL(jax_ep_latency_combine_execute, LatencyCombine, LATENCY_COMBINE);
+
+}  // namespace jax_ep

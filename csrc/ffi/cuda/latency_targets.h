@@ -1,0 +1,29 @@
+// The XLA FFI targets of latency mode, which only GPUs have, stated once (compare ffi/targets.h).
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+// clang-format off
+#define JAX_EP_LATENCY_FFI_TARGETS(X) \
+  X(jax_ep_latency_dispatch)          \
+  X(jax_ep_latency_combine)
+// clang-format on
+
+#define JAX_EP_LATENCY_TARGET_DECLARE(name) \
+  extern "C" XLA_FFI_Error* name##_execute(XLA_FFI_CallFrame* call_frame);
+JAX_EP_LATENCY_FFI_TARGETS(JAX_EP_LATENCY_TARGET_DECLARE)
+#undef JAX_EP_LATENCY_TARGET_DECLARE
+
+namespace jax_ep {
+
+struct LatencyTargetInfo {
+  const char* name;
+  XLA_FFI_Handler* execute;
+};
+
+#define JAX_EP_LATENCY_TARGET_INFO(name) {#name, name##_execute},
+inline constexpr LatencyTargetInfo kLatencyTargets[] = {
+    JAX_EP_LATENCY_FFI_TARGETS(JAX_EP_LATENCY_TARGET_INFO)};
+#undef JAX_EP_LATENCY_TARGET_INFO
+
+}  // namespace jax_ep

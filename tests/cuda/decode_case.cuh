@@ -1,0 +1,139 @@
+// Shared by decode_test and decode_failures_test: the ops of latency mode on the ranks of
+// kernels_case.cuh, with inboxes that just suffice.
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/decode/combine.h"
+#include "cuda/decode/dispatch.h"
+#include "kernels_case.cuh"
+#include "kernels_ops.cuh"
+
+namespace {
+
+// What kernels_case.cuh does not know of the workload.
+struct DecodeWorkload : Workload {
+  ops::Quantization quantization;
+  bool dense, has_weights;
+  int expert_capacity;
+
+  explicit DecodeWorkload(const Options& options) : Workload(options) {
+    const std::string cast = options.Text("cast", "");
+    quantization = cast.empty()      ? ops::Quantization::kNone
+                   : cast == "ue8m0" ? ops::Quantization::kFp8Ue8m0
+                                     : ops::Quantization::kFp8;
+    dense = options.Int("dense", 0) != 0;
+    has_weights = options.Int("weights", 1) != 0;
+    expert_capacity = options.Int("expert_capacity", std::numeric_limits<int32_t>::max());
+  }
+  bool HasRowScales() const { return fp8 || (Casts() && !dense); }
+  bool Casts() const { return quantization != ops::Quantization::kNone; }
+  size_t RowBytes() const { return size_t(C) * H * (HasRowScales() ? 1 : width); }
+};
+
+// Changes routes: none at all for some ranks, or all to the first experts.
+inline void ChangeRoutes(const DecodeWorkload& w, const Options& options,
+                         std::vector<Rank>& ranks) {
+  const int masked = options.Int("masked", 0);  // of every so many ranks one has no tokens
+  const std::string routes = options.Text("routes", "all");
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    for (int32_t& id : ranks[r].topk_idx.host) {
+      if (masked != 0 && r % masked == 0) id = -1;
+      if (routes == "first" && id >= 0) id %= w.L;
+      if (routes == "few" && id >= 0) id = id % 2 == 0 ? 0 : id;
+    }
+    CHECK_CUDA(cudaSetDevice(ranks[r].device));
+    ranks[r].topk_idx.ToDevice();
+  }
+}
+
+inline ops::PlanArgs DecodePlanArgs(const DecodeWorkload& w, const Rank& k, bool on_host) {
+  ops::PlanArgs args = on_host ? PlanArgsOf(w, k, OnHost()) : PlanArgsOf(w, k, OnDevice());
+  args.shape.expert_capacity = w.expert_capacity;
+  return args;
+}
+
+inline ops::DispatchArgs DecodeDispatchArgs(const DecodeWorkload& w, const Rank& k, bool on_host) {
+  ops::DispatchArgs args =
+      on_host ? DispatchArgsOf(w, k, OnHost()) : DispatchArgsOf(w, k, OnDevice());
+  args.quantization = w.quantization;
+  args.dense_output = w.dense;
+  if (w.HasRowScales()) {
+    args.row_scales = const_cast<float*>(on_host ? k.row_scales.host.data() : k.row_scales.device);
+  }
+  if (!w.has_weights) args.weights = args.row_weights = nullptr;
+  return args;
+}
+
+inline ops::CombineArgs DecodeCombineArgs(const DecodeWorkload& w, const Rank& k, bool on_host) {
+  ops::CombineArgs args = on_host ? CombineArgsOf(w, k, OnHost()) : CombineArgsOf(w, k, OnDevice());
+  args.values = args.home = nullptr;
+  if (w.weighted) {
+    args.row_weights = on_host ? k.d_weights.host.data() : k.d_weights.device;
+  }
+  return args;
+}
+
+inline cuda::DecodeDispatchParams DecodeDispatchOf(const DecodeWorkload& w, const Rank& k,
+                                                   const cuda::DecodeInboxes& inboxes) {
+  cuda::DecodeDispatchParams params =
+      cuda::ParamsOf(DecodePlanArgs(w, k, false), DecodeDispatchArgs(w, k, false));
+  params.group = GroupOf(k, cuda::OpKind::kDispatch);
+  params.inboxes = inboxes;
+  params.num_blocks = BlocksOf(w, k);
+  return params;
+}
+
+inline cuda::DecodeCombineParams DecodeCombineOf(const DecodeWorkload& w, const Rank& k,
+                                                 const cuda::DecodeInboxes& inboxes) {
+  cuda::DecodeCombineParams params = cuda::ParamsOfDecode(DecodeCombineArgs(w, k, false));
+  params.group = GroupOf(k, cuda::OpKind::kCombine);
+  ++params.group.tag;
+  params.inboxes = inboxes;
+  params.num_blocks = BlocksOf(w, k);
+  return params;
+}
+
+// The inboxes of all ranks, zeros; the kernels are loaded.
+inline cuda::DecodeInboxes MakeInboxes(const DecodeWorkload& w, const std::vector<Rank>& ranks) {
+  cuda::DecodeInboxes inboxes{};
+  inboxes.half_words = std::max(DecodeDispatchOf(w, ranks[0], inboxes).slots.NumWords(),
+                                DecodeCombineOf(w, ranks[0], inboxes).slots.NumWords());
+  const size_t bytes =
+      sizeof(cuda::DecodeInbox) + 2 * inboxes.half_words * sizeof(cuda::StampedWord);
+  for (const Rank& k : ranks) {
+    CHECK_CUDA(cudaSetDevice(k.device));
+    void* memory = nullptr;
+    CHECK_CUDA(cudaMalloc(&memory, bytes));
+    CHECK_CUDA(cudaMemset(memory, 0, bytes));
+    inboxes.of[k.group.rank] = static_cast<cuda::DecodeInbox*>(memory);
+    CHECK_CUDA(cuda::LoadDecodeDispatch());
+    CHECK_CUDA(cuda::LoadDecodeCombine());
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
+  return inboxes;
+}
+
+// Memory for the rows that a combine takes, which are random.
+inline void FillCombine(const DecodeWorkload& w, Rank& k, std::mt19937& generator) {
+  CHECK_CUDA(cudaSetDevice(k.device));
+  for (size_t i = 0; i < k.d_rows.host.size() / w.width; ++i) {
+    const uint32_t bits = generator();
+    if (w.width == 4) {
+      const float value = float(bits) / 4e9f - 0.5f;
+      std::memcpy(&k.d_rows.host[4 * i], &value, 4);
+    } else {
+      const uint16_t value = (w.dtype == "bf16" ? 0x3F00 : 0x3800) | (bits & 0x80FF);
+      std::memcpy(&k.d_rows.host[2 * i], &value, 2);
+    }
+  }
+  k.d_rows.ToDevice();
+  for (float& weight : k.d_weights.host) weight = float(generator()) / 4e9f;
+  k.d_weights.ToDevice();
+  if (w.HasRowScales() && !w.fp8) k.row_scales.Resize(size_t(w.C) * w.H / 128);
+}
+
+}  // namespace

@@ -1,0 +1,202 @@
+// Runs the ops of latency mode for several ranks without XLA, bit by bit against the CPU backend.
+//
+//   decode_test [steps=3] [masked=0 (of so many ranks one has no tokens)] [routes=all|first|few]
+//               [cast=fp8|ue8m0] [dense=0|1] [weights=1] [expert_capacity=]
+//               [epoch=0 (of the op before the first)] [order=steps|ops] [time=0 (ops of a graph)]
+//
+// and what kernels_test takes for its workload. Each step is a dispatch, with its plan, and a
+// combine. It has inputs and results of its own, and no rank waits on the host between steps. With
+// order=ops all combines come after all dispatches.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/combine.h"
+#include "cpu/dispatch.h"
+#include "cpu/plan.h"
+#include "decode_case.cuh"
+
+namespace {
+
+int num_wrong = 0;
+
+template <typename T>
+void Compare(const char* what, int step, int rank, const Buffer<T>& buffer, size_t count) {
+  const std::vector<T> got = buffer.FromDevice();
+  size_t wrong = 0, first = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (std::memcmp(&got[i], &buffer.host[i], sizeof(T)) != 0 && wrong++ == 0) first = i;
+  }
+  if (wrong == 0) return;
+  std::printf("WRONG %s of rank %d in step %d: %zu of %zu, first at %zu\n", what, rank, step, wrong,
+              count, first);
+  ++num_wrong;
+}
+
+template <typename T>
+void Compare(const char* what, int step, int rank, const Buffer<T>& buffer) {
+  Compare(what, step, rank, buffer, buffer.host.size());
+}
+
+template <typename ArgsOf, typename WorkOf>
+void RunOnCpu(std::vector<Rank>& ranks, ArgsOf args_of, WorkOf work_of) {
+  using Args = decltype(args_of(ranks[0]));
+  std::vector<Args> args;
+  for (const Rank& k : ranks) args.push_back(args_of(k));
+  std::vector<const Args*> pointers;
+  for (const Args& of_rank : args) pointers.push_back(&of_rank);
+  cpu::RowWork work = work_of(pointers);
+  work.run(0, work.num_rows);
+}
+
+void Check(const DecodeWorkload& w, int step, std::vector<Rank>& ranks) {
+  RunOnCpu(ranks, [&](const Rank& k) { return DecodePlanArgs(w, k, true); }, cpu::PlanWork);
+  RunOnCpu(ranks, [&](const Rank& k) { return DecodeDispatchArgs(w, k, true); }, cpu::DispatchWork);
+  RunOnCpu(ranks, [&](const Rank& k) { return DecodeCombineArgs(w, k, true); }, cpu::CombineWork);
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    const Rank& k = ranks[r];
+    CHECK_CUDA(cudaSetDevice(k.device));
+    const auto compare = [&](const char* what, const auto& buffer) {
+      Compare(what, step, static_cast<int>(r), buffer);
+    };
+    compare("topk", k.topk);
+    compare("dest_row", k.dest_row);
+    compare("recv_rows", k.recv_rows);
+    compare("recv_src", k.recv_src);
+    if (!w.by_expert) compare("expert_idx", k.expert_idx);
+    compare("group_sizes", k.group_sizes);
+    compare("counts", k.counts);
+    compare("demand", k.demand);
+    compare("num_dropped", k.num_dropped);
+    compare("num_invalid", k.num_invalid);
+    Compare("rows", step, static_cast<int>(r), k.rows, w.RowBytes());
+    if (w.HasRowScales()) compare("row_scales", k.row_scales);
+    if (w.has_weights) compare("row_weights", k.row_weights);
+    compare("y", k.y);
+  }
+}
+
+// The time of an op, by a graph of `count` of them on every rank.
+template <typename Launch>
+void Time(const char* name, std::vector<Rank>& ranks, int count, Launch&& launch) {
+  std::vector<cudaGraphExec_t> graphs(ranks.size());
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    cudaGraph_t graph;
+    CHECK_CUDA(cudaSetDevice(ranks[r].device));
+    CHECK_CUDA(cudaStreamBeginCapture(ranks[r].stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < count; ++i) launch(ranks[r]);
+    CHECK_CUDA(cudaStreamEndCapture(ranks[r].stream, &graph));
+    CHECK_CUDA(cudaGraphInstantiate(&graphs[r], graph, 0));
+    CHECK_CUDA(cudaGraphUpload(graphs[r], ranks[r].stream));
+    CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
+  }
+  float slowest = 0;
+  for (int turn = 0; turn < 2; ++turn) {
+    std::vector<std::thread> threads;
+    for (size_t r = 0; r < ranks.size(); ++r) {
+      threads.emplace_back([&, r] {
+        CHECK_CUDA(cudaSetDevice(ranks[r].device));
+        CHECK_CUDA(cudaEventRecord(ranks[r].begin, ranks[r].stream));
+        CHECK_CUDA(cudaGraphLaunch(graphs[r], ranks[r].stream));
+        CHECK_CUDA(cudaEventRecord(ranks[r].end, ranks[r].stream));
+        CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    slowest = 0;
+    for (const Rank& k : ranks) {
+      float ms = 0;
+      CHECK_CUDA(cudaEventElapsedTime(&ms, k.begin, k.end));
+      slowest = std::max(slowest, ms);
+    }
+  }
+  std::printf("  %-12s %8.2f us\n", name, slowest * 1e3 / count);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);  // streams that wait for each other
+  const Options options(argc, argv);
+  DecodeWorkload w(options);
+  std::mt19937 generator(options.Int("seed", 1));
+  const int num_steps = options.Int("steps", 3);
+  std::vector<std::vector<Rank>> steps(num_steps);
+  const int given_capacity = w.C;
+  for (std::vector<Rank>& ranks : steps) {
+    ranks = MakeRanks(w, generator);
+    ChangeRoutes(w, options, ranks);
+    if (given_capacity == 0) w.C = std::max({w.C, w.alignment, NeededCapacity(w, ranks)});
+  }
+  Prepare(w, options, steps[0], generator);
+  for (std::vector<Rank>& ranks : steps) {
+    for (int r = 0; r < w.R; ++r) {
+      if (&ranks != &steps[0]) {
+        CHECK_CUDA(cudaSetDevice(ranks[r].device));
+        ranks[r].stream = steps[0][r].stream;
+        ranks[r].group = steps[0][r].group;
+        FillRank(w, ranks[r], generator);
+      }
+      FillCombine(w, ranks[r], generator);
+    }
+  }
+  const cuda::DecodeInboxes inboxes = MakeInboxes(w, steps[0]);
+  if (const char* obstacle = cuda::ObstacleOf(DecodeDispatchOf(w, steps[0][0], inboxes))) {
+    std::printf("expected %s\n", obstacle);
+    return 2;
+  }
+  const uint64_t epoch = std::strtoull(options.Text("epoch", "0").c_str(), nullptr, 0);
+  const std::vector<uint64_t> epochs(cuda::kMaxDecodeBlocks, epoch);
+  for (const Rank& k : steps[0]) {
+    CHECK_CUDA(cudaSetDevice(k.device));
+    CHECK_CUDA(cudaMemcpy(inboxes.of[k.group.rank]->epochs, epochs.data(), epochs.size() * 8,
+                          cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaDeviceSynchronize());
+  }
+  std::printf("R=%d T=%d K=%d E=%d H=%d C=%d %s %s blocks=%d\n", w.R, w.T, w.K, w.E, w.H, w.C,
+              w.by_expert ? "expert" : "token", w.dtype.c_str(), w.blocks);
+  const auto dispatch = [&](const Rank& k) {
+    CHECK_CUDA(cuda::LaunchDecodeDispatch(DecodeDispatchOf(w, k, inboxes), k.stream));
+  };
+  const auto combine = [&](const Rank& k) {
+    CHECK_CUDA(cuda::LaunchDecodeCombine(DecodeCombineOf(w, k, inboxes), k.stream));
+  };
+  std::vector<std::thread> threads;
+  for (int r = 0; r < w.R; ++r) {
+    threads.emplace_back([&, r] {
+      CHECK_CUDA(cudaSetDevice(steps[0][r].device));
+      const bool apart = options.Text("order", "steps") == "ops";
+      for (const std::vector<Rank>& ranks : steps) {
+        dispatch(ranks[r]);
+        if (!apart) combine(ranks[r]);
+      }
+      for (const std::vector<Rank>& ranks : steps) {
+        if (apart) combine(ranks[r]);
+      }
+      CHECK_CUDA(cudaStreamSynchronize(steps[0][r].stream));
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const Rank& k : steps[0]) {
+    const cuda::ErrorRecord& error = *k.error;
+    if (error.set == 0) continue;
+    std::printf("WRONG: rank %u failed: kind %u peer %u op %u word %u expected %llx seen %llx\n",
+                error.rank, error.kind, error.peer, error.op, error.word,
+                (unsigned long long)error.expected, (unsigned long long)error.seen);
+    ++num_wrong;
+  }
+  for (int step = 0; step < num_steps; ++step) Check(w, step, steps[step]);
+  if (const int count = options.Int("time", 0)) {
+    Time("dispatch", steps[0], count, dispatch);
+    Time("combine", steps[0], count, combine);
+  }
+  std::printf(num_wrong == 0 ? "  all right\n" : "  %d WRONG\n", num_wrong);
+  return num_wrong == 0 ? 0 : 1;
+}

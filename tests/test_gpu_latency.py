@@ -1,0 +1,102 @@
+"""Latency mode on GPUs: the bits of the oracle, and thousands of replayed steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jax_ep
+import oracle
+import problems
+import routings
+import shapes
+from spmd import fields, make_group, ranks_at_most, stacked_jit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs GPUs"),
+]
+
+LATENCY = jax_ep.DispatchConfig(mode="latency")
+CASES = [case.on(jax.device_count()) for case in shapes.COVERING + shapes.USUAL if case.ranks > 1]
+STEPS = 10_000
+
+
+def program(case: shapes.Case, group: jax_ep.Group):
+    """Dispatch and combine in latency mode, as one function."""
+
+    def run(x: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        rows: Any = x["x"]
+        if "x_scales" in x:
+            rows = jax_ep.Quantized(rows, x["x_scales"])
+        weights = x["topk_weights"] if case.weighted else None
+        out = jax_ep.dispatch(
+            rows, x["topk_idx"], weights, group=group, config=LATENCY, **case.dispatch_arguments
+        )
+        fused = x["row_weights"] if case.fused else None
+        y = jax_ep.combine(x["rows"], out.handle, group=group, weights=fused, config=LATENCY)
+        found = fields(out.handle) | {"y": y}
+        if isinstance(out.tokens, jax_ep.Quantized):
+            found |= {f"x.{name}": leaf for name, leaf in out.tokens._asdict().items()}
+        else:
+            found["x.rows"] = out.tokens
+        if out.weights is not None:
+            found["weights"] = out.weights
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case):
+    group = make_group(case.ranks, "cuda", latency_tokens=16, latency_hidden=1024)
+    run = stacked_jit(program(case, group), group.mesh)
+    for pattern in routings.PATTERNS:
+        problem = problems.make(case, pattern)
+        found = run(problem.inputs)
+        expected = {n: a for n, a in problem.expected.items() if not n.startswith("x_again")}
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            oracle.assert_same(found[name], array, f"{name}, pattern {pattern}, {case}")
+    group.check()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "layout"),
+    [(128, 7168, "token"), (128, 7168, "expert"), (8, 2048, "expert"), (1, 4096, "token")],
+)
+def test_many_steps_with_changing_routes(tokens, hidden, layout):
+    """Each step has other rows, other routes and other masked tokens, and must be right."""
+    ranks, top_k, local = ranks_at_most(8), 8, 16
+    experts = ranks * local
+    group = make_group(ranks, "cuda", latency_tokens=tokens, latency_hidden=2 * hidden)
+
+    def run(x, idx):
+        def step(wrong, i):
+            now = jnp.mod(x + i, 1024.0)
+            ids = (idx + 5 * i) % experts
+            masked = (jnp.arange(tokens) + i) % 7 == 0
+            ids = jnp.where(masked[:, None], -1, ids)
+            out = jax_ep.dispatch(
+                now, ids, group=group, num_experts=experts, layout=layout, config=LATENCY
+            )
+            y = jax_ep.combine(out.tokens, out.handle, group=group, config=LATENCY)
+            there = jax.nn.one_hot(ids // local, ranks).max(axis=1).sum(axis=-1)
+            times = there if layout == "token" else jnp.where(masked, 0, top_k)
+            return wrong + jnp.sum(y != now * times[:, None]), None
+
+        first = jnp.zeros((), jnp.int32) + jnp.sum(idx) * 0
+        return lax.scan(step, first, jnp.arange(STEPS))[0][None]
+
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 1024, (ranks, tokens, hidden)).astype(np.float32)
+    start = rng.integers(0, experts, (ranks, tokens, 1))
+    idx = ((start + 3 * np.arange(top_k)) % experts).astype(np.int32)  # distinct: 3 * 8 < experts
+    wrong = stacked_jit(run, group.mesh)(x, idx)
+    group.check()
+    assert not np.any(wrong), wrong

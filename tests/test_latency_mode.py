@@ -1,0 +1,226 @@
+"""Latency mode: the same results as throughput mode, its errors, and what it calls on GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+import oracle
+import routings
+from jax_ep import _cpu
+from spmd import make_group, need_devices, ranks_at_most, stacked_jit
+
+RANKS, TOKENS, TOP_K, EXPERTS, HIDDEN = ranks_at_most(2), 12, 3, 8, 128
+LATENCY = jax_ep.DispatchConfig(mode="latency")
+
+
+def data(seed: int = 0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((RANKS, TOKENS, HIDDEN)).astype(np.float32)
+    idx = routings.zipf(rng, RANKS, TOKENS, TOP_K, EXPERTS)
+    return x, rng.random(idx.shape).astype(np.float32), idx
+
+
+def make(backend: str = "reference", **kwargs: Any) -> jax_ep.Group:
+    sizes = {"latency_tokens": TOKENS, "latency_hidden": 2 * HIDDEN}
+    return make_group(RANKS, backend, **sizes | kwargs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "expert", "capacity": 16, "alignment": 4},
+        {"layout": "token", "quantization": "fp8"},
+    ],
+    ids=["expert", "token"],
+)
+def test_results_and_gradients_are_those_of_throughput_mode(backend, options):
+    group = make(backend)
+    fused = options["layout"] == "expert"
+
+    def run(config, x, weights, idx):
+        out = jax_ep.dispatch(
+            x, idx, weights, group=group, num_experts=EXPERTS, config=config, **options
+        )
+        y = jax_ep.combine(
+            out.tokens,
+            out.handle,
+            group=group,
+            weights=out.weights if fused else None,
+            config=config,
+        )
+        return jnp.sum(y**2), (y, out.tokens, out.weights, out.handle)
+
+    def both(x, weights, idx):
+        found = []
+        for config in (LATENCY, jax_ep.DispatchConfig(mode="throughput")):
+            step = jax.grad(lambda *a, c=config: run(c, *a), argnums=(0, 1), has_aux=True)
+            gradients, results = step(x, weights, idx)
+            found.append((gradients, results))
+        return found
+
+    inputs = data()
+    latency, throughput = stacked_jit(both, group.mesh)(*inputs)
+    for got, want in zip(jax.tree.leaves(latency), jax.tree.leaves(throughput), strict=True):
+        oracle.assert_same(got, want, "latency mode")
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(latency))
+
+
+def test_a_group_has_latency_mode_or_not():
+    plain = make_group(RANKS, "reference")
+    group = make()
+    assert group is make() and group is not plain and group.id != plain.id
+    assert (group.latency_tokens, group.latency_hidden) == (TOKENS, 2 * HIDDEN)
+    assert (plain.latency_tokens, plain.latency_hidden) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "text"),
+    [
+        ((513, 64), ValueError, "latency_tokens: expected 0 to 512, got 513"),
+        ((-1, 64), ValueError, "latency_tokens: expected 0 to 512, got -1"),
+        ((8, 2**20 + 1), ValueError, "latency_hidden: expected 0 to 1048576"),
+        ((8, 0), ValueError, "expected both or neither, got 8 and 0"),
+        ((8.0, 64), TypeError, "latency_tokens: expected a Python int, got float"),
+        ((8, True), TypeError, "latency_hidden: expected a Python int, got bool"),
+    ],
+)
+def test_sizes_that_no_group_has(sizes, error, text):
+    with pytest.raises(error, match=f"jax_ep.create_group: argument.*{text}"):
+        make(latency_tokens=sizes[0], latency_hidden=sizes[1])
+
+
+def test_no_group_on_several_hosts():
+    with pytest.raises(
+        ValueError, match="expected 0 where a group spans hosts, got 12 with 2 hosts"
+    ):
+        make(ranks_per_host=RANKS // 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hidden", "top_k", "text"),
+    [
+        (
+            {"latency_tokens": 0, "latency_hidden": 0},
+            HIDDEN,
+            TOP_K,
+            r"argument config: .*group without inboxes.*mode='latency'.*"
+            r"create_group\(..., latency_tokens=12, latency_hidden=256\)",
+        ),
+        (
+            {"latency_tokens": 11},
+            HIDDEN,
+            TOP_K,
+            "at most 11 tokens a rank in mode 'latency', got 12",
+        ),
+        ({}, HIDDEN + 4, TOP_K, "at most 256 channels of 16 bits in mode 'latency', got 264"),
+    ],
+)
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_what_latency_mode_has_no_room_for(op, sizes, hidden, top_k, text):
+    group = make(**sizes)
+
+    def run(x, idx):
+        config = LATENCY if op == "dispatch" else None
+        out = jax_ep.dispatch(x, idx, group=group, num_experts=EXPERTS, config=config)
+        return jax_ep.combine(out.tokens, out.handle, group=group, config=LATENCY)
+
+    mapped = jax.shard_map(
+        run, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    x = jax.ShapeDtypeStruct((RANKS * TOKENS, hidden), jnp.float32)
+    idx = jax.ShapeDtypeStruct((RANKS * TOKENS, top_k), jnp.int32)
+    with pytest.raises(ValueError, match=f"jax_ep.{op}: .*{text}"):
+        jax.eval_shape(mapped, x, idx)
+
+
+def test_more_entries_than_latency_mode_takes():
+    need_devices(5)
+    group = make_group(5, "reference", latency_tokens=512, latency_hidden=8)
+
+    def run(x, idx):
+        return jax_ep.dispatch(x, idx, group=group, num_experts=40, config=LATENCY).tokens
+
+    mapped = jax.shard_map(
+        run, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    x = jax.ShapeDtypeStruct((5 * 512, 8), jnp.bfloat16)
+    for top_k in (25, 26):
+        idx = jax.ShapeDtypeStruct((5 * 512, top_k), jnp.int32)
+        if top_k == 25:
+            jax.eval_shape(mapped, x, idx)
+            continue
+        with pytest.raises(ValueError, match=r"at most 65536 entries of topk_idx.*got 66560"):
+            jax.eval_shape(mapped, x, idx)
+
+
+def native_calls(jaxpr: Any) -> list[dict[str, Any]]:
+    """The parameters of all our calls in a program."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "jax_ep_call":
+            found.append(equation.params)
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found += native_calls(inner)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["expert", "token"])
+def test_calls_on_gpus(layout):
+    """One call an op, with the lists of its target; gradients call throughput mode."""
+    if not _cpu.build_info()["with_cuda"]:
+        pytest.skip("this build is without the GPU backend: no nvcc, or JAX_EP_CUDA=OFF")
+    wanted = importlib.import_module("jax_ep._cuda").latency_signatures()
+    group = dataclasses.replace(make(), backend="cuda")
+
+    def loss(x, weights, idx):
+        out = jax_ep.dispatch(
+            x, idx, weights, group=group, num_experts=EXPERTS, layout=layout, config=LATENCY
+        )
+        again = jax_ep.dispatch(x, handle=out.handle, group=group, config=LATENCY)
+        weights = out.weights if layout == "expert" else None
+        y = jax_ep.combine(
+            out.tokens + again.tokens, out.handle, group=group, weights=weights, config=LATENCY
+        )
+        return y.sum()
+
+    x, weights, idx = (array.reshape(-1, array.shape[-1]) for array in data())
+    mapped = jax.shard_map(
+        lambda *a: jax.grad(loss, argnums=(0, 1))(*a),
+        mesh=group.mesh,
+        in_specs=P("expert"),
+        out_specs=P("expert"),
+        check_vma=False,
+    )
+    calls = native_calls(jax.make_jaxpr(mapped)(x, weights, idx).jaxpr)
+    targets = [call["target"] for call in calls]
+    assert targets.count("jax_ep_latency_dispatch") == 1
+    assert targets.count("jax_ep_latency_combine") == 1
+    backward = ["jax_ep_combine_vjp" if layout == "expert" else "jax_ep_dispatch"]
+    backward += ["jax_ep_combine"] * 2  # of both dispatches
+    assert targets.count("jax_ep_plan") == 0
+    assert sorted(t for t in targets if "latency" not in t) == sorted(
+        ["jax_ep_dispatch", *backward]
+    )
+    for call in calls:
+        if call["target"] not in wanted:
+            continue
+        lists = wanted[call["target"]]
+        assert len(call["absent"]) == len(lists["operands"])
+        assert len(call["results"]) == len(lists["results"])
+        # In the order of all ops in line, which the region's lowering adds operand and result for.
+        assert call["ordered"] and not call["scratch"]
+        assert (lists["after"], lists["scratch"]) == (["after"], ["token"])
+        names = [name for name, _ in call["attributes"]] + ["ordinal"]
+        assert sorted(names) == sorted(lists["attributes"])
+        assert dict(call["attributes"])["num_sms"] == 0  # as many as it has use for
