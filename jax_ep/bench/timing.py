@@ -112,8 +112,8 @@ class Chain:
         repeat: Samples.
         grows: Whether a loop's number of turns is data (CPU).
         options: Compiler options.
-        calls: Custom calls that an op consists of, by their names on one host, each as often as it occurs. They show whether
-            the compiler has dropped or merged some.
+        calls: Custom calls that an op consists of, by their names on one host, each as often as it
+            occurs. They show whether the compiler has dropped or merged some.
         completed: A function that gives the number of ops that the group has completed, as each
             rank here counts them; None where nobody counts.
         largest: A function that gives the largest of the processes' numbers; all call it together.
