@@ -80,14 +80,14 @@ ENVIRONMENT = {
     ),
     "JAX_EP_NETWORK_BYTES": (
         "run",
-        "Bytes of memory on each GPU for all groups that span hosts; 512 MiB by default. "
+        "Bytes of memory on each GPU for all groups that span hosts; 1 GiB by default. "
         "[network.md](network.md) says what a group takes. All processes need the same values of this "
         "and the next three.",
     ),
     "JAX_EP_NETWORK_CHUNK_BYTES": (
         "run",
         "Bytes of the chunks in which rows travel between hosts, a multiple of 1024 and at least 8192; "
-        "128 KiB by default. A row may have 1024 bytes less at most.",
+        "256 KiB by default. A row may have 1024 bytes less at most.",
     ),
     "JAX_EP_NETWORK_LANES": (
         "run",

@@ -194,6 +194,16 @@ def _routing(_: dict[str, Any], results: list[Record]) -> str:
     return _table(_OP_HEAD, map(_op_row, records), "routing")
 
 
+def _latency(_: dict[str, Any], results: list[Record]) -> str:
+    records = [r for r in results if r.get("mode") == "latency" and r["op"] in _OPS]
+    return _table(_OP_HEAD, map(_op_row, records), "decode")
+
+
+def _hosts(_: dict[str, Any], results: list[Record]) -> str:
+    records = [r for r in results if r.get("hosts", 1) > 1 and r["op"] in _OPS]
+    return _table(_OP_HEAD, map(_op_row, records), "baselines --hosts 2")
+
+
 def _exchange(_: dict[str, Any], results: list[Record]) -> str:
     records = [r for r in results if r["op"] == "exchange"]
     rows = [[*_op_row(r)[:-1], _failure(r)] for r in records]
@@ -235,12 +245,15 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "parts": _parts,
     "memory": _memory,
     "routing": _routing,
+    "latency": _latency,
+    "hosts": _hosts,
     "exchange": _exchange,
     "layer": _layer,
     "grouped_dot": kernels.grouped_dot,
     "loads": kernels.loads,
     "kernels": kernels.kernels,
 }
+_OPS = ("plan", "dispatch", "combine")
 _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/s, correct"
 
 

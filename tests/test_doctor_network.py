@@ -216,7 +216,7 @@ def test_names(machine, tmp_path):
          "NVSHMEM_IB_ENABLE_RELAXED_ORDERING", "overtake its data"),
         ({"NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo"},
          "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME", "do not find this one"),
-        ({"NVSHMEM_SYMMETRIC_SIZE": "1M"}, "NVSHMEM_SYMMETRIC_SIZE", "less than the 536870912 bytes"),
+        ({"NVSHMEM_SYMMETRIC_SIZE": "1M"}, "NVSHMEM_SYMMETRIC_SIZE", "less than the 1073741824 bytes"),
         ({"NVSHMEM_DISABLE_NVLS": "0"}, "NVSHMEM_DISABLE_NVLS", "does not use"),
     ],
 )  # fmt: skip
@@ -302,11 +302,11 @@ def test_room_for_a_group(monkeypatch):
     for name in settings_of_groups.DEFAULTS:
         monkeypatch.delenv(name, raising=False)
     found = network._memory(8, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".6"})
-    assert found.status == "ok" and "takes 162 MiB" in found.detail and "is .6" in found.detail
+    assert found.status == "ok" and "takes 322 MiB" in found.detail and "is .6" in found.detail
     monkeypatch.setenv("JAX_EP_NETWORK_BYTES", "1000000")
     found = network._memory(8, {})
     assert found.status == "fail"
-    assert found.mend == "set JAX_EP_NETWORK_BYTES to 169915392 or more"
+    assert found.mend == "set JAX_EP_NETWORK_BYTES to 337687552 or more"
     monkeypatch.setenv("JAX_EP_NETWORK_BYTES", "much")
     assert network._memory(8, {}).status == "fail"
 

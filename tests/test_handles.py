@@ -123,8 +123,8 @@ def test_hosts_with_unlike_networks(tmp_path):
             "[3, 4, 6]"
         )
         assert one["settings"] == (
-            "the processes differ in the settings of the network: process 2 has [3, 131072, 262144, "
-            "536870912], process 3 has [5, 131072, 262144, 536870912]"
+            "the processes differ in the settings of the network: process 2 has [3, 262144, 262144, "
+            "1073741824], process 3 has [5, 262144, 262144, 1073741824]"
         )
         assert "process 3" in one["dead"] and "gone" in one["dead"]
         assert one["seconds"] < 20  # of 60

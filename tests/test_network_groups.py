@@ -139,8 +139,8 @@ def test_a_group_gets_its_part(library, monkeypatch):
     hosts = [[0, 1], [2, 3]]
     for group_id in (7, 8):
         network.add(group_id, 5, hosts)
-    start = ("start", 5, 2, 4, b"\x01job", 512 << 20)
-    part = (5, 1, hosts, 32, 128 << 10, 256 << 10)
+    start = ("start", 5, 2, 4, b"\x01job", 1 << 30)
+    part = (5, 1, hosts, 32, 256 << 10, 256 << 10)
     assert library.calls == [
         start,
         ("add_network", 7, *part, 0),

@@ -73,6 +73,8 @@ def test_other_tables():
         record(op="ceiling", name="device_put", logical_gbs=391.0),
         record(op="plan", wire_gbs=0.0),
         record(routing="zipf"),
+        record(mode="latency", tokens=7),
+        record(hosts=2),
         record(op="exchange", name="jax.lax.all_to_all"),
         record(op="exchange", name="broken", median_us=None, correct=False, error="it | broke"),
         record(**layer, name="jax_ep", median_us=1000.0),
@@ -92,6 +94,7 @@ def test_other_tables():
     text = page.render(page.TEMPLATE.read_text(), targets, results)
     assert "<!-- table" not in text and text.count("No results are committed yet") == 1  # targets
     assert "device_put | 391.0 |" in text
+    assert "T=7 latency |" in text and " as 2 hosts, " in text
     assert "| plain | 2500.0 | 2.50 |" in text
     assert "it / broke" in text
     assert "| 1.0 | 2.0 | 3.0 |" in text  # memory

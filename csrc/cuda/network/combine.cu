@@ -74,8 +74,7 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
       char* const sum = format.Of(part, rows.tokens(), bit);
       const EntryRange of_token = rows.Of(bit);
       TakeRows<kWeighted>(p, self, of_token, format.ValuesOf(sum));
-      AddTerms<T, kWeighted, kSumLoads>(self.terms, of_token.end - of_token.begin, 0, p.row_bytes,
-                                        sum);
+      AddTerms<T, kWeighted>(self.terms, of_token.end - of_token.begin, 0, p.row_bytes, sum);
       __syncwarp();
     }
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(part) = {rows.tokens()};

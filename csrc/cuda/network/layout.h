@@ -37,7 +37,7 @@ namespace jax_ep::cuda {
 
 constexpr int kMaxHosts = 64;
 // Chunks in flight from a rank to one host in one lane.
-constexpr int kChunkSlots = 4;
+constexpr int kChunkSlots = 2;
 
 // The sizes that all ranks of a group agree on.
 struct NetworkShape {

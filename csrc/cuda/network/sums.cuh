@@ -12,8 +12,6 @@
 
 namespace jax_ep::cuda {
 
-constexpr int kSumLoads = 16;  // of a lane, in flight at a time
-
 // A row in a chunk or a part, followed by the values that go home.
 struct SumRow {
   int32_t values_at, bytes;
@@ -188,7 +186,7 @@ class TokenSum {
         __syncwarp();
         MergeValues(terms, count, values, has_values ? here : nullptr);
       }
-      AddTerms<T, kWeighted, kSumLoads>(terms, count, 0, p_.row_bytes, output);
+      AddTerms<T, kWeighted>(terms, count, 0, p_.row_bytes, output);
       __syncwarp();
     }
   }

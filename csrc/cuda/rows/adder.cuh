@@ -87,8 +87,8 @@ __device__ __forceinline__ void AddFew(const Term* terms, int32_t begin, int32_t
 }
 
 // The strips of so many terms that are loaded at a time: a power of two.
-__host__ __device__ constexpr int StripsOf(int terms, int loads) {
-  return terms <= loads / 8 ? 8 : terms <= loads / 4 ? 4 : terms <= loads / 2 ? 2 : 1;
+__host__ __device__ constexpr int StripsOf(int terms) {
+  return terms <= 1 ? kAdderLoads : terms <= 2 ? kAdderLoads / 2 : terms <= 4 ? kAdderLoads / 4 : 1;
 }
 
 template <typename T, bool kWeighted>
@@ -119,17 +119,16 @@ __device__ __forceinline__ void AddMany(const Term* terms, int32_t count, int32_
 namespace {
 
 // Adds bytes `begin` to `end` (multiples of 16) of the terms, and stores the rounded sum at the
-// same bytes of `output`. Called by all lanes together; a lane stores what it loaded. It has up to
-// kLoads loads in flight: a kernel of few warps needs many. (Each file has its own function, which
-// takes no more registers than the file's kernels may have.)
-template <typename T, bool kWeighted, int kLoads = kAdderLoads>
+// same bytes of `output`. Called by all lanes together; a lane stores what it loaded. (Each file
+// has its own function, which takes no more registers than the file's kernels may have.)
+template <typename T, bool kWeighted>
 __device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t begin, int32_t end,
                                       char* output) {
   ptx::CompilerFence();  // a term may be what this lane has stored
   switch (count) {
 #define JAX_EP_ADD_FEW(N) \
   case N:                 \
-    return AddFew<T, kWeighted, N, StripsOf(N, kLoads)>(terms, begin, end, output)
+    return AddFew<T, kWeighted, N, StripsOf(N)>(terms, begin, end, output)
     JAX_EP_ADD_FEW(1);
     JAX_EP_ADD_FEW(2);
     JAX_EP_ADD_FEW(3);
