@@ -13,7 +13,7 @@
 namespace jax_ep::cuda {
 namespace {
 
-constexpr int kMovers = 16;  // warps  // warps  // warps
+constexpr int kMovers = 16;  // warps
 constexpr int kThreads = (kRouters + kMovers) * 32;
 
 // The work of one mover. All methods are called by all lanes together.
