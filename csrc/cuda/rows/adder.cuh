@@ -116,14 +116,12 @@ __device__ __forceinline__ void AddMany(const Term* terms, int32_t count, int32_
   }
 }
 
-namespace {
-
 // Adds bytes `begin` to `end` (multiples of 16) of the terms, and stores the rounded sum at the
 // same bytes of `output`. Called by all lanes together; a lane stores what it loaded. (Each file
 // has its own function, which takes no more registers than the file's kernels may have.)
 template <typename T, bool kWeighted>
-__device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t begin, int32_t end,
-                                      char* output) {
+static __device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t begin,
+                                             int32_t end, char* output) {
   ptx::CompilerFence();  // a term may be what this lane has stored
   switch (count) {
 #define JAX_EP_ADD_FEW(N) \
@@ -143,5 +141,4 @@ __device__ __noinline__ void AddTerms(const Term* terms, int32_t count, int32_t 
   }
 }
 
-}  // namespace
 }  // namespace jax_ep::cuda
