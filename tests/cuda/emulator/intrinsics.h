@@ -133,6 +133,12 @@ EMULATOR_LDCG_VECTOR(uint2)
 EMULATOR_LDCG_VECTOR(uint4)
 #undef EMULATOR_LDCG_VECTOR
 
+template <typename T>
+void __stcs(T* address, T value) {
+  emulator::CheckGlobal(address, sizeof(T), "__stcs");
+  *address = value;
+}
+
 // One fiber runs at a time, so no other access comes between.
 namespace emulator {
 template <typename T, typename Change>
