@@ -82,8 +82,8 @@ def answer(monkeypatch, **of_process_1):
 @pytest.mark.parametrize(("hosts", "lanes"), [(2, 32), (8, 8), (64, 1)])
 def test_settings_fit_the_number_of_hosts(hosts, lanes):
     settings = network.settings_for(hosts)
-    assert settings == network.Settings(lanes, 128 << 10, 256 << 10)
-    assert settings.max_choices == 128 << 10 and settings.max_row_bytes == (127 << 10)
+    assert settings == network.Settings(lanes, 256 << 10, 256 << 10)
+    assert settings.max_choices == 128 << 10 and settings.max_row_bytes == (255 << 10)
 
 
 def test_settings_come_from_the_environment(monkeypatch):
