@@ -136,4 +136,19 @@ inline void FillCombine(const DecodeWorkload& w, Rank& k, std::mt19937& generato
   if (w.HasRowScales() && !w.fp8) k.row_scales.Resize(size_t(w.C) * w.H / 128);
 }
 
+// Calls `visit` with the name and the buffer of each leaf of a handle.
+template <typename OfRank, typename Visit>
+void VisitHandle(const DecodeWorkload& w, OfRank& k, Visit&& visit) {
+  visit("topk", k.topk);
+  visit("dest_row", k.dest_row);
+  visit("recv_rows", k.recv_rows);
+  visit("recv_src", k.recv_src);
+  if (!w.by_expert) visit("expert_idx", k.expert_idx);
+  visit("group_sizes", k.group_sizes);
+  visit("counts", k.counts);
+  visit("demand", k.demand);
+  visit("num_dropped", k.num_dropped);
+  visit("num_invalid", k.num_invalid);
+}
+
 }  // namespace

@@ -23,6 +23,7 @@
 #include "cuda/core/test_hooks.cuh"
 #include "cuda/plan/plan.h"
 #include "decode_case.cuh"
+#include "outcome.cuh"
 #include "transport/error_text.h"
 
 namespace {
@@ -32,16 +33,6 @@ using cuda::OpKind;
 using cuda::WordKind;
 
 constexpr size_t kGuard = 64;  // elements after each result that nobody may write
-constexpr int kUntouched = 0xAB;
-int num_wrong = 0;
-
-void Expect(bool holds, int rank, const char* what) {
-  if (holds) return;
-  std::printf("WRONG on rank %d: %s\n", rank, what);
-  ++num_wrong;
-}
-
-__global__ void ReadTime(uint64_t* time) { *time = cuda::ptx::GlobalTimer(); }
 
 OpKind OpNamed(const std::string& name) {
   return name == "combine" ? OpKind::kCombine : OpKind::kDispatch;
@@ -50,16 +41,7 @@ OpKind OpNamed(const std::string& name) {
 template <typename Visit>
 void VisitResults(OpKind op, const DecodeWorkload& w, Rank& k, Visit&& visit) {
   if (op == OpKind::kCombine) return visit("y", k.y);
-  visit("topk", k.topk);
-  visit("dest_row", k.dest_row);
-  visit("recv_rows", k.recv_rows);
-  visit("recv_src", k.recv_src);
-  if (!w.by_expert) visit("expert_idx", k.expert_idx);
-  visit("group_sizes", k.group_sizes);
-  visit("counts", k.counts);
-  visit("demand", k.demand);
-  visit("num_dropped", k.num_dropped);
-  visit("num_invalid", k.num_invalid);
+  VisitHandle(w, k, visit);
   visit("rows", k.rows);
   visit("row_weights", k.row_weights);
   if (w.HasRowScales()) visit("row_scales", k.row_scales);
@@ -239,14 +221,7 @@ class Test {
     Expect(error.op == static_cast<uint32_t>(op), r, "op of the record");
     Expect(times[1] - times[0] < limit_ns, r, "ended late");
     VisitResults(op, w_, k, [&](const char* name, const auto& buffer) {
-      const auto got = buffer.FromDevice();
-      const auto* bytes = reinterpret_cast<const unsigned char*>(got.data());
-      const auto* end = bytes + (got.size() - kGuard) * sizeof(got[0]);
-      const auto* guard_end = bytes + got.size() * sizeof(got[0]);
-      const auto is = [](int value) { return [=](int byte) { return byte == value; }; };
-      Expect(std::all_of(bytes, end, is(0xff)), r, (std::string(name) + ": no poison").c_str());
-      Expect(std::all_of(end, guard_end, is(kUntouched)), r,
-             (std::string(name) + ": written past the end").c_str());
+      ExpectPoison(r, name, buffer, kGuard);
     });
   }
 

@@ -66,16 +66,7 @@ void Check(const DecodeWorkload& w, int step, std::vector<Rank>& ranks) {
     const auto compare = [&](const char* what, const auto& buffer) {
       Compare(what, step, static_cast<int>(r), buffer);
     };
-    compare("topk", k.topk);
-    compare("dest_row", k.dest_row);
-    compare("recv_rows", k.recv_rows);
-    compare("recv_src", k.recv_src);
-    if (!w.by_expert) compare("expert_idx", k.expert_idx);
-    compare("group_sizes", k.group_sizes);
-    compare("counts", k.counts);
-    compare("demand", k.demand);
-    compare("num_dropped", k.num_dropped);
-    compare("num_invalid", k.num_invalid);
+    VisitHandle(w, k, compare);
     Compare("rows", step, static_cast<int>(r), k.rows, w.RowBytes());
     if (w.HasRowScales()) compare("row_scales", k.row_scales);
     if (w.has_weights) compare("row_weights", k.row_weights);

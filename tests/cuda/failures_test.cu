@@ -28,21 +28,12 @@
 #include "failures_case.cuh"
 #include "kernels_case.cuh"
 #include "kernels_ops.cuh"
+#include "outcome.cuh"
 #include "transport/error_text.h"
 
 namespace {
 
 constexpr size_t kGuard = 64;  // elements after each result that nobody may write
-constexpr int kUntouched = 0xAB;
-int num_wrong = 0;
-
-void Expect(bool holds, int rank, const char* what) {
-  if (holds) return;
-  std::printf("WRONG on rank %d: %s\n", rank, what);
-  ++num_wrong;
-}
-
-__global__ void ReadTime(uint64_t* time) { *time = cuda::ptx::GlobalTimer(); }
 
 // The host's reaction when it finds that the process of a peer is gone.
 __global__ void ReportLost(cuda::ErrorRecord* error, int peer) {
@@ -337,14 +328,7 @@ class Test {
   void CheckResults(OpKind op, Rank& k) {
     const int r = k.group.rank;
     VisitResults(op, w_, k, [&](const char* name, const auto& buffer) {
-      const auto got = buffer.FromDevice();
-      const auto* bytes = reinterpret_cast<const unsigned char*>(got.data());
-      const auto* end = bytes + (got.size() - kGuard) * sizeof(got[0]);
-      const auto* guard_end = bytes + got.size() * sizeof(got[0]);
-      const auto is = [](int value) { return [=](int byte) { return byte == value; }; };
-      Expect(std::all_of(bytes, end, is(0xff)), r, (std::string(name) + ": no poison").c_str());
-      Expect(std::all_of(end, guard_end, is(kUntouched)), r,
-             (std::string(name) + ": written past the end").c_str());
+      ExpectPoison(r, name, buffer, kGuard);
     });
   }
 

@@ -26,19 +26,9 @@
 #include "kernels_case.cuh"
 #include "kernels_ops.cuh"
 #include "network_case.cuh"
+#include "outcome.cuh"
 
 namespace {
-
-constexpr int kUntouched = 0xAB;
-int num_wrong = 0;
-
-void Expect(bool holds, int rank, const char* what) {
-  if (holds) return;
-  std::printf("WRONG on rank %d: %s\n", rank, what);
-  ++num_wrong;
-}
-
-__global__ void ReadTime(uint64_t* time) { *time = cuda::ptx::GlobalTimer(); }
 
 class Test {
  public:
@@ -181,13 +171,8 @@ class Test {
     Expect(error.peer < uint32_t(w_.R), r, "peer of the record");
     Expect(error.op == static_cast<uint32_t>(op), r, "op of the record");
     Expect(times[1] - times[0] < limit_ns, r, "ended late");
-    VisitResults(op, w_, k, [&](const char* name, const auto& buffer) {
-      const auto got = buffer.FromDevice();
-      const auto* bytes = reinterpret_cast<const unsigned char*>(got.data());
-      const auto* end = bytes + got.size() * sizeof(got[0]);
-      Expect(std::all_of(bytes, end, [](int byte) { return byte == 0xff; }), r,
-             (std::string(name) + ": no poison").c_str());
-    });
+    VisitResults(op, w_, k,
+                 [&](const char* name, const auto& buffer) { ExpectPoison(r, name, buffer); });
   }
 
   const Workload& w_;

@@ -24,18 +24,12 @@
 #include "cuda/core/ptx.cuh"
 #include "kernels_case.cuh"
 #include "kernels_ops.cuh"
+#include "outcome.cuh"
 
 namespace {
 
 constexpr uint64_t kLong = 5'000'000'000;  // ns
 constexpr size_t kGuard = 4096;            // elements after a result that nobody may write
-int num_wrong = 0;
-
-void Expect(bool holds, int rank, const char* what) {
-  if (holds) return;
-  std::printf("WRONG on rank %d: %s\n", rank, what);
-  ++num_wrong;
-}
 
 __global__ void Spin(uint64_t ns) {
   const uint64_t begin = cuda::ptx::GlobalTimer();

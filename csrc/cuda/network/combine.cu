@@ -4,8 +4,9 @@
 // In a block, *makers* add this rank's rows of each token into parts, one for each way and each
 // other forwarder; *adders* add, as the forwarder, their own rows and the parts of the other ranks
 // of the host, and send the sums home; *homes* add what came of all hosts, with their own host's
-// rows and parts, which they read themselves. The warps of such a team take the tokens of a chunk
-// in turn; the last one to finish tells. A rank that is alone on its host has no makers.
+// rows and parts, which they read themselves. In such a team the first warp tells others what the
+// team has done, and the rest take the tokens of a chunk in turn. A rank that is alone on its host
+// has no makers.
 
 #include "cuda/core/sync.cuh"
 #include "cuda/network/chunks.cuh"
@@ -20,7 +21,7 @@ namespace {
 
 using plan::Layout;
 
-constexpr int kWarps = 16;  // more would leave sums too few registers
+constexpr int kWarps = 16;  // with 32, of half as many registers each, it is slower
 constexpr int kThreads = kWarps * 32;
 constexpr int kMaxHomes = 9;  // warps
 

@@ -118,13 +118,6 @@ struct EntryBatch {
       if (lane >= count) token = plan::kNone;
     }
   }
-
-  // Which of the bits of `heads` the lane's entry belongs to; -1 past `count`.
-  __device__ int32_t NumberIn(uint32_t of_heads) const {
-    const int32_t lane = threadIdx.x % 32;
-    const uint32_t up_to_lane = lane == 31 ? ~0u : (2u << lane) - 1;
-    return lane < count ? __popc(of_heads & up_to_lane) - 1 : plan::kNone;
-  }
 };
 
 // Room for a warp's list of entries in shared memory.

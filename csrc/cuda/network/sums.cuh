@@ -111,8 +111,8 @@ __device__ void TakeRows(const NetworkCombineParams& p, const SumMember& self, E
 
 // The sum of one of a window's tokens on this host, and then, for homes, of all hosts.
 //
-// A rank's sum is a part. This rank's own part is only made if there are others too. In its place
-// in memory, because then it may be the chunk's or y, it is read again by the lanes that wrote it.
+// A rank's sum is a part. This rank's own part is only made if there are others too; the lanes that
+// wrote it read it again.
 // A sum of one term is left out where a later sum has the term instead: that one begins with +0 as
 // well, so that it is the same.
 template <typename T, bool kWeighted, bool kAtHome>

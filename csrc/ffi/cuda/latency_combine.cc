@@ -1,8 +1,7 @@
 // Handler of target jax_ep_latency_combine: a combine of latency mode.
 
 #include "cuda/decode/combine.h"
-#include "cuda/decode/dispatch.h"
-#include "ffi/cuda/device_call.h"
+#include "ffi/cuda/latency_call.h"
 
 namespace jax_ep {
 
@@ -25,17 +24,9 @@ ffi::Error LatencyCombine(cudaStream_t stream, int32_t device, const LatencyComb
       error.failure()) {
     return error;
   }
-  cuda::DecodeCombineParams params = cuda::ParamsOfDecode(args);
-  params.group = group.params;
-  params.inboxes = group.member->inboxes;
-  const ops::Geometry& geometry = args.geometry;
-  params.num_blocks = group.NumBlocks(
-      attrs.group, cuda::UsefulDecodeBlocks(geometry.num_ranks, geometry.num_tokens));
-  if (const char* expected = cuda::ObstacleOf(params)) {
-    check.Fail("mode='latency'", expected, Describe(buffers.y) + " and " + Describe(buffers.topk));
-    return check.error();
-  }
-  return ToError(cuda::LaunchDecodeCombine(params, stream), "combine");
+  return LaunchLatency(check, group, attrs.group, args.geometry, cuda::ParamsOfDecode(args),
+                       cuda::LaunchDecodeCombine, "combine",
+                       Describe(buffers.y) + " and " + Describe(buffers.topk), stream);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Handler of target jax_ep_latency_dispatch: a dispatch of latency mode, with its plan.
 
-#include "cuda/decode/dispatch.h"
-#include "ffi/cuda/device_call.h"
+#include "ffi/cuda/latency_call.h"
 
 namespace jax_ep {
 
@@ -26,17 +25,9 @@ ffi::Error LatencyDispatch(cudaStream_t stream, int32_t device, const LatencyDis
       error.failure()) {
     return error;
   }
-  cuda::DecodeDispatchParams params = cuda::ParamsOf(plan, args);
-  params.group = group.params;
-  params.inboxes = group.member->inboxes;
-  const ops::Geometry& geometry = args.geometry;
-  params.num_blocks = group.NumBlocks(
-      attrs.group, cuda::UsefulDecodeBlocks(geometry.num_ranks, geometry.num_tokens));
-  if (const char* expected = cuda::ObstacleOf(params)) {
-    check.Fail("mode='latency'", expected, Describe(buffers.x) + " and " + Describe(buffers.topk));
-    return check.error();
-  }
-  return ToError(cuda::LaunchDecodeDispatch(params, stream), "dispatch");
+  return LaunchLatency(check, group, attrs.group, args.geometry, cuda::ParamsOf(plan, args),
+                       cuda::LaunchDecodeDispatch, "dispatch",
+                       Describe(buffers.x) + " and " + Describe(buffers.topk), stream);
 }
 
 }  // namespace
