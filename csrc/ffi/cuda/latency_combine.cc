@@ -26,7 +26,7 @@ ffi::Error LatencyCombine(cudaStream_t stream, int32_t device, const LatencyComb
   }
   return LaunchLatency(check, group, attrs.group, args.geometry, cuda::ParamsOfDecode(args),
                        cuda::LaunchDecodeCombine, "combine",
-                       Describe(buffers.y) + " and " + Describe(buffers.topk), stream);
+                       buffers.y, buffers.topk, stream);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ ffi::Error LatencyDispatch(cudaStream_t stream, int32_t device, const LatencyDis
   }
   return LaunchLatency(check, group, attrs.group, args.geometry, cuda::ParamsOf(plan, args),
                        cuda::LaunchDecodeDispatch, "dispatch",
-                       Describe(buffers.x) + " and " + Describe(buffers.topk), stream);
+                       buffers.x, buffers.topk, stream);
 }
 
 }  // namespace
