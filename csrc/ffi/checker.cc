@@ -1,7 +1,6 @@
 #include "ffi/checker.h"
 
 #include <algorithm>
-#include <sstream>
 
 namespace jax_ep {
 
@@ -9,17 +8,43 @@ namespace ffi = ::xla::ffi;
 
 namespace {
 
+std::string NameOf(ffi::DataType dtype) {
+  switch (dtype) {
+#define JAX_EP_NAME_OF(name) \
+  case ffi::DataType::name:  \
+    return #name;
+    JAX_EP_NAME_OF(PRED)
+    JAX_EP_NAME_OF(S8)
+    JAX_EP_NAME_OF(S16)
+    JAX_EP_NAME_OF(S32)
+    JAX_EP_NAME_OF(S64)
+    JAX_EP_NAME_OF(U8)
+    JAX_EP_NAME_OF(U16)
+    JAX_EP_NAME_OF(U32)
+    JAX_EP_NAME_OF(U64)
+    JAX_EP_NAME_OF(F16)
+    JAX_EP_NAME_OF(BF16)
+    JAX_EP_NAME_OF(F32)
+    JAX_EP_NAME_OF(F64)
+    JAX_EP_NAME_OF(F8E4M3FN)
+    JAX_EP_NAME_OF(F8E5M2)
+#undef JAX_EP_NAME_OF
+    default:
+      return "dtype number " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+// Without streams: XLA's plugin for GPUs brings parts of a C++ library of its own into the process,
+// and a stream that is made of parts of both crashes.
 template <typename Dims>
 std::string Describe(ffi::DataType dtype, const Dims& dims) {
-  std::ostringstream text;
-  text << dtype << "[";
+  std::string text = NameOf(dtype) + "[";
   const char* separator = "";
   for (int64_t dim : dims) {
-    text << separator << dim;
+    text += separator + std::to_string(dim);
     separator = ",";
   }
-  text << "]";
-  return text.str();
+  return text + "]";
 }
 
 }  // namespace

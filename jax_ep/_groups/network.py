@@ -34,7 +34,9 @@ DEFAULTS = {
     "JAX_EP_NETWORK_LANES": 0,  # between two ranks; 0 is for enough
     "JAX_EP_NETWORK_CHOICES": 128 * _KIB,  # tokens times top_k, at most
 }
-_LANES_OF_ALL_HOSTS = 64  # lanes of a rank, where JAX_EP_NETWORK_LANES does not say
+# Lanes of a rank to all other hosts, where JAX_EP_NETWORK_LANES does not say: one for each block of
+# the largest op that pays. A block without a lane has little to do.
+_LANES_OF_ALL_HOSTS = 64
 _CHUNK_UNIT = 1024  # bytes
 _ROW_ROOM = 1024  # bytes of a chunk that its header and what goes with a row take at most
 _END_TIMEOUT_S = 20.0  # for all processes to end
@@ -59,7 +61,9 @@ class Settings:
     @classmethod
     def of(cls, values: Mapping[str, int], num_hosts: int) -> Settings:
         """Those of a group of ``num_hosts`` hosts, from the values of the variables."""
-        lanes = values["JAX_EP_NETWORK_LANES"] or max(1, _LANES_OF_ALL_HOSTS // num_hosts)
+        lanes = values["JAX_EP_NETWORK_LANES"] or max(
+            1, _LANES_OF_ALL_HOSTS // max(num_hosts - 1, 1)
+        )
         message_bytes = -(-2 * values["JAX_EP_NETWORK_CHOICES"] // 128) * 128
         return cls(lanes, values["JAX_EP_NETWORK_CHUNK_BYTES"], message_bytes)
 

@@ -39,6 +39,7 @@ struct CombineMemory {
   PeerInputs inputs;  // for WaitInputs, which gives nothing here
   Term terms[kWarps][kMaxTerms];
   Term hosts[kMaxHomes][kMaxHosts];
+  HostSum sums[kMaxHomes][kMaxWindow];
   int32_t starts[kWarps][kMaxWindow];
   uint32_t done[kWarps];
 };
@@ -144,7 +145,7 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
     for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_workers) {
       const int32_t bit = __shfl_sync(~0u, nth_bit, i);
       char* const sum = format.Of(chunk, tokens, bit);
-      token_sum.Add(bit, sum, format.ValuesOf(sum), [](int32_t) { return nullptr; });
+      token_sum.AddHere(bit, sum, format.ValuesOf(sum));
     }
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
     bool ok = true;
@@ -179,6 +180,23 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     const WindowRows rows(p.routes,
                           cursors.Find(p.routes, this_rank, turn, first, first + window_tokens),
                           first, self.starts);
+    uint32_t tokens_of_lane;
+    if (!WaitParts(network, here, word, rows.tokens(), tokens_of_lane)) return false;
+    TestDelay(network.node.rank, epoch, 5, self.warp);
+    const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
+    const TokenSum<T, kWeighted, true> token_sum(p, format, self, rows, here, tokens_of_lane);
+    const auto values_of = [&](int64_t token) {
+      return p.values != nullptr ? reinterpret_cast<uint32_t*>(p.home) + token * p.top_k : nullptr;
+    };
+    // The rows of this host come first: there is time for them while those of others are under way.
+    const int32_t first_bit = self.TakeShare(count);
+    for (int32_t bit = first_bit; bit < count; bit += self.num_workers) {
+      const int64_t token = first + bit;
+      const HostSum sum = token_sum.AddHere(bit, static_cast<char*>(p.y) + token * p.row_bytes,
+                                            values_of(token));
+      if (lane == 0) self.sums[bit] = sum;
+    }
+    __syncwarp();
     // Each lane waits for some of the other hosts.
     static_assert(kMaxHosts == 64);
     uint32_t sent[2] = {};
@@ -194,22 +212,15 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
       }
       if (ok) sent[i] = __ldcg(reinterpret_cast<const uint32_t*>(own.in(at)));
     }
-    uint32_t tokens_of_lane;
     if (!__all_sync(~0u, ok)) return false;
-    if (!WaitParts(network, here, word, rows.tokens(), tokens_of_lane)) return false;
-    TestDelay(network.node.rank, epoch, 5, self.warp);
-    const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
-    const TokenSum<T, kWeighted, true> token_sum(p, format, self, rows, here, tokens_of_lane);
-    for (int32_t bit = self.TakeShare(count); bit < count; bit += self.num_workers) {
+    for (int32_t bit = first_bit; bit < count; bit += self.num_workers) {
       const int64_t token = first + bit;
-      uint32_t* values = nullptr;
-      if (p.values != nullptr) values = reinterpret_cast<uint32_t*>(p.home) + token * p.top_k;
-      token_sum.Add(bit, static_cast<char*>(p.y) + token * p.row_bytes, values,
-                    [&](int32_t host) -> const char* {
-                      const uint32_t of_host = host < 32 ? sent[0] : sent[1];
-                      if ((of_host >> bit & 1) == 0) return nullptr;
-                      return format.Of(own.in({host, way.lane, here.slot}), of_host, bit);
-                    });
+      token_sum.AddHosts(self.sums[bit], static_cast<char*>(p.y) + token * p.row_bytes,
+                         values_of(token), [&](int32_t host) -> const char* {
+                           const uint32_t of_host = host < 32 ? sent[0] : sent[1];
+                           if ((of_host >> bit & 1) == 0) return nullptr;
+                           return format.Of(own.in({host, way.lane, here.slot}), of_host, bit);
+                         });
     }
     if (!self.IsTeller(network.node, ok)) return ok;
     TellPartsDone(network, here, word);
@@ -254,6 +265,7 @@ __global__ void __launch_bounds__(kThreads)
     self.terms = shared.terms[warp];
     self.hosts = shared.hosts[self.warp % kMaxHomes];
     self.starts = shared.starts[warp];
+    self.sums = shared.sums[self.warp % kMaxHomes];
     return self;
   };
   if (!ok) {

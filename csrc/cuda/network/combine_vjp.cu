@@ -14,6 +14,7 @@
 #include "cuda/network/read.cuh"
 #include "cuda/network/send.cuh"
 #include "cuda/network/team.cuh"
+#include "cuda/rows/clear.cuh"
 #include "cuda/rows/gradients.cuh"
 #include "cuda/rows/pipe.cuh"
 
@@ -166,8 +167,11 @@ __device__ void ReadAll(const NetworkCombineVjpParams& p, const PeerInputs& inpu
       });
     });
   };
-  for (int32_t c = number; c < p.capacity; c += num_readers) {
-    if (p.recv_src[c] < 0 || row_bytes == 0) FillGradients<T>(p, c, 0u);
+  if (row_bytes == 0) {
+    for (int32_t c = number; c < p.capacity; c += num_readers) FillGradients<T>(p, c, 0u);
+  } else {
+    ForEachUnused(p.recv_src, p.capacity, number, num_readers,
+                  [&](int32_t c) { FillGradients<T>(p, c, 0u); });
   }
   const auto from_chunk = [&](EntryRange entries, const ChunkRows& rows) {
     Differentiate<T>(p, self, pipe, entries, [&](int32_t token) { return rows.Of(token); });

@@ -167,13 +167,13 @@ __device__ void BringRows(const NetworkDispatchParams& p, const PeerInputs& inpu
 __device__ void ClearUnused(const NetworkDispatchParams& p, int32_t warp, int32_t num_warps) {
   const int32_t lane = threadIdx.x % 32;
   const int32_t num_weights = p.weights == nullptr ? 0 : (p.layout == Layout::kToken ? p.top_k : 1);
-  for (int64_t row = warp; row < p.capacity; row += num_warps) {
-    if (p.recv_src[row] >= 0) continue;
+  if (num_weights == 0 && p.scales_per_row == 0) return;
+  ForEachUnused(p.recv_src, p.capacity, warp, num_warps, [&](int64_t row) {
     for (int32_t j = lane; j < p.scales_per_row; j += 32) {
       p.row_scales[row * p.scales_per_row + j] = 0.0f;
     }
     for (int32_t k = lane; k < num_weights; k += 32) p.row_weights[row * num_weights + k] = 0.0f;
-  }
+  });
 }
 
 // The result of a failed dispatch: NaN in every row.

@@ -29,11 +29,18 @@ struct SumRow {
   }
 };
 
+// The sum of a token on this host, or a part or a row that is the same; null if it has none.
+struct HostSum {
+  const char* row;
+  bool has_values;  // whether the values of this host are where they have to be
+};
+
 // One warp of a team.
 struct SumMember : TeamMember {
   Term* terms;      // [kMaxTerms]
   Term* hosts;      // [kMaxHosts], of a home
   int32_t* starts;  // [kMaxWindow]
+  HostSum* sums;    // [kMaxWindow], of a home: those of its own host
 };
 
 // This rank's rows of the tokens of a window.
@@ -123,20 +130,18 @@ class TokenSum {
                       const WindowRows& rows, SlotIndex at, uint32_t tokens_of_lane)
       : p_(p), format_(format), self_(self), rows_(rows), at_(at), tokens_(tokens_of_lane) {}
 
-  // The sum of the `bit`-th token goes to `sum`, and its values to `values`, if there are any. At
-  // home, `host_row(h)` is the sum of another host, or null; called by lane h % 32.
-  template <typename HostRow>
-  __device__ void Add(int32_t bit, char* sum, uint32_t* values, HostRow&& host_row) const {
+  // Adds the rows of the `bit`-th token on this host. The sum goes to `sum`, unless it is left out,
+  // and its values to `values`, if there are any.
+  __device__ HostSum AddHere(int32_t bit, char* sum, uint32_t* values) const {
     const NetworkParams& network = p_.network;
     const int32_t lane = threadIdx.x % 32, rank = network.node.rank;
     const uint32_t have = __ballot_sync(~0u, tokens_ >> bit & 1);
     const bool is_mine = (have >> rank & 1) != 0, is_alone = __popc(have) == 1;
     char* const part = format_.Of(network.Own().part(rank, at_), rows_.tokens(), bit);
     const char* mine = part;     // this rank's part, or a row that is the same
-    const char* here = nullptr;  // the sum of this host, or a part that is the same
-    bool has_values = false;     // those of this host are where they have to be
+    HostSum here{nullptr, false};
 #pragma unroll 1
-    for (int32_t step = kRows; step <= kHosts; ++step) {
+    for (int32_t step = kRows; step <= kParts; ++step) {
       const Term* terms = self_.terms;
       int32_t count = 0;
       char* output = sum;
@@ -147,16 +152,15 @@ class TokenSum {
         const bool is_row = !kWeighted && count == 1;
         if (is_alone) {
           TakeRows<kWeighted>(p_, self_, entries, values);
-          here = kAtHome && is_row ? terms[0].row : sum;
-          has_values = true;
-          if (here != sum) continue;
+          here = {kAtHome && is_row ? terms[0].row : sum, true};
+          if (here.row != sum) continue;
         } else {
           TakeRows<kWeighted>(p_, self_, entries, format_.ValuesOf(part));
           output = part;
           if (is_row && values == nullptr) mine = terms[0].row;
           if (mine != part) continue;
         }
-      } else if (step == kParts) {
+      } else {
         if (have == 0 || (is_alone && is_mine)) continue;
         __syncwarp();  // the terms are free
         if ((have >> lane & 1) != 0) {
@@ -165,34 +169,43 @@ class TokenSum {
           self_.terms[__popc(have & ((1u << lane) - 1))] = {row, 1.0f};
         }
         __syncwarp();
-        count = __popc(have), here = sum;
+        count = __popc(have), here = {sum, false};
         if (kAtHome && is_alone) {
-          here = terms[0].row;
+          here.row = terms[0].row;
           continue;
         }
         MergeValues(terms, count, values);
-        has_values = true;
-      } else {
-        if (!kAtHome) break;
-        terms = self_.hosts;
-        for (int32_t first = 0; first < network.shape.num_hosts; first += 32) {
-          const int32_t host = first + lane;
-          const char* row = host == network.host ? here : nullptr;
-          if (host < network.shape.num_hosts && host != network.host) row = host_row(host);
-          const uint32_t sent = __ballot_sync(~0u, row != nullptr);
-          if (row != nullptr) self_.hosts[count + __popc(sent & ((1u << lane) - 1))] = {row, 1.0f};
-          count += __popc(sent);
-        }
-        __syncwarp();
-        MergeValues(terms, count, values, has_values ? here : nullptr);
+        here.has_values = true;
       }
       AddTerms<T, kWeighted>(terms, count, 0, p_.row_bytes, output);
       __syncwarp();
     }
+    return here;
+  }
+
+  // Adds the sums of all hosts, of which `here` is that of this one. `host_row(h)` is that of
+  // another host, or null; called by lane h % 32.
+  template <typename HostRow>
+  __device__ void AddHosts(HostSum here, char* sum, uint32_t* values, HostRow&& host_row) const {
+    const NetworkParams& network = p_.network;
+    const int32_t lane = threadIdx.x % 32;
+    int32_t count = 0;
+    for (int32_t first = 0; first < network.shape.num_hosts; first += 32) {
+      const int32_t host = first + lane;
+      const char* row = host == network.host ? here.row : nullptr;
+      if (host < network.shape.num_hosts && host != network.host) row = host_row(host);
+      const uint32_t sent = __ballot_sync(~0u, row != nullptr);
+      if (row != nullptr) self_.hosts[count + __popc(sent & ((1u << lane) - 1))] = {row, 1.0f};
+      count += __popc(sent);
+    }
+    __syncwarp();
+    MergeValues(self_.hosts, count, values, here.has_values ? here.row : nullptr);
+    AddTerms<T, kWeighted>(self_.hosts, count, 0, p_.row_bytes, sum);
+    __syncwarp();
   }
 
  private:
-  enum Step : int32_t { kRows, kParts, kHosts };
+  enum Step : int32_t { kRows, kParts };
 
   // Values: each is that of the one term that has it, and zero in the others. Those of the term
   // `known` are in `values` already.

@@ -228,12 +228,11 @@ __device__ void BringScales(const DispatchParams& p, const PeerInputs& inputs, i
 
 // Helpers: zeros for the scales of rows that have no source.
 __device__ void ClearUnusedScales(const DispatchParams& p, int32_t warp, int32_t num_warps) {
-  for (int64_t row = warp; row < p.capacity; row += num_warps) {
-    if (p.recv_src[row] >= 0) continue;
+  ForEachUnused(p.recv_src, p.capacity, warp, num_warps, [&](int64_t row) {
     for (int32_t j = threadIdx.x % 32; j < p.scales_per_row; j += 32) {
       p.row_scales[row * p.scales_per_row + j] = 0.0f;
     }
-  }
+  });
 }
 
 // The result of a failed dispatch: NaN in every row.

@@ -10,6 +10,22 @@ namespace jax_ep::cuda {
 
 constexpr int kZeroBytes = 8 << 10;
 
+// Calls `visit(row)` for a warp's share of the rows without a source, with the same row in all of
+// its lanes. The warp looks at 32 rows at a time: one by one, it would spend more time waiting for
+// what tells it that a row has a source than others spend moving rows.
+template <typename Visit>
+__device__ __forceinline__ void ForEachUnused(const int32_t* recv_src, int32_t capacity,
+                                              int32_t warp, int32_t num_warps, Visit&& visit) {
+  const int32_t lane = threadIdx.x % 32;
+#pragma unroll 2
+  for (int64_t base = int64_t{warp} * 32; base < capacity; base += int64_t{num_warps} * 32) {
+    const bool is_unused = base + lane < capacity && recv_src[base + lane] < 0;
+    for (uint32_t left = __ballot_sync(~0u, is_unused); left != 0; left &= left - 1) {
+      visit(base + __ffs(static_cast<int>(left)) - 1);
+    }
+  }
+}
+
 // Clears one warp's share of the rows without a source, a little at a time. Neighbouring rows
 // belong to different warps, because unused rows are neighbours.
 template <typename Params>
