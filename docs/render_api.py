@@ -80,7 +80,7 @@ ENVIRONMENT = {
     ),
     "JAX_EP_NETWORK_BYTES": (
         "run",
-        "Bytes of memory on each GPU for all groups that span hosts; 1 GiB by default. "
+        "Bytes of memory on each GPU for all groups that span hosts; 2 GiB by default. "
         "[network.md](network.md) says what a group takes. All processes need the same values of this "
         "and the next three.",
     ),
@@ -92,7 +92,7 @@ ENVIRONMENT = {
     "JAX_EP_NETWORK_LANES": (
         "run",
         "Lanes between two ranks of different hosts, each with chunks of its own; 0, the default, "
-        "takes 64 divided by the number of hosts, or one.",
+        "takes 64 divided by the number of other hosts, or one.",
     ),
     "JAX_EP_NETWORK_CHOICES": (
         "run",

@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"(<!-- memory: .*? -->\n).*?(<!-- end of memory -->)", re.D
 def table() -> str:
     """Bytes of a group with the default settings, whatever the environment says."""
     lines = [
-        "| hosts | ranks | lanes | MiB of each GPU | groups in 1 GiB |",
+        "| hosts | ranks | lanes | MiB of each GPU | groups in 2 GiB |",
         "| --- | --- | --- | --- | --- |",
     ]
     for num_hosts in _HOSTS:

@@ -131,7 +131,7 @@ def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch):
     for record in found:
         records.check(record)
     assert [(r["tokens"], r["correct"]) for r in found] == [(7, False), (6, True)]
-    assert "a process ended without a word" in found[0]["error"]
+    assert found[0]["error"] == "process 0 was ended by SIGKILL"
     assert "failed" in table.row(found[0])[-1]
 
 
@@ -257,3 +257,6 @@ def test_the_reason_of_a_failure_is_the_first_exception():
     )
     assert reason(["a\n\nb\n", ""]) == "a | b"
     assert "without a word" in reason([""])
+    gone = "jax_ep.CommunicationError: rank 1: the process of rank 0 is gone."
+    assert reason(["Fatal", gone], [-11, None]) == f"process 0 was ended by SIGSEGV | {gone}"
+    assert reason([gone, told], [1, 1]).startswith("RuntimeError: no NVSHMEM")

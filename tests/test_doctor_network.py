@@ -216,7 +216,7 @@ def test_names(machine, tmp_path):
          "NVSHMEM_IB_ENABLE_RELAXED_ORDERING", "overtake its data"),
         ({"NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo"},
          "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME", "do not find this one"),
-        ({"NVSHMEM_SYMMETRIC_SIZE": "1M"}, "NVSHMEM_SYMMETRIC_SIZE", "less than the 1073741824 bytes"),
+        ({"NVSHMEM_SYMMETRIC_SIZE": "1M"}, "NVSHMEM_SYMMETRIC_SIZE", "less than the 2147483648 bytes"),
         ({"NVSHMEM_DISABLE_NVLS": "0"}, "NVSHMEM_DISABLE_NVLS", "does not use"),
     ],
 )  # fmt: skip

@@ -50,6 +50,41 @@ def layer(group: jax_ep.Group, layout: str = "expert"):
     return jax.shard_map(run, mesh=group.mesh, in_specs=(P("expert"),) * 3, out_specs=P("expert"))
 
 
+def test_a_wrong_call_of_a_native_target_is_an_error():
+    """Its text is made in a process that has XLA's plugin for GPUs too."""
+    group = jax_ep.create_group(make_mesh(), backend="cuda")
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.int32)
+        for shape in [
+            (4, 2),
+            (4, 2),
+            (8, 2),
+            (16,),
+            (0, 2),
+            *3 * [(8,)],
+            *2 * [(1,)],
+            (4096,),
+            (1,),
+        ]
+    ]
+    integers = {"num_ranks": RANKS, "num_experts": EXPERTS, "layout": 0}
+    integers |= {"num_sms": 0, "channel": 0, "ordinal": 0, "alignment": 8, "expert_capacity": 64}
+    attributes = {name: np.int32(value) for name, value in integers.items()}
+    attributes |= {"group_id": np.int64(group.id), "timeout_ms": np.int64(1000)}
+
+    def run(idx):
+        none = jnp.zeros((1,), jnp.int32)
+        coords = jnp.stack([jax.lax.axis_index("expert"), 0])
+        return jax.ffi.ffi_call("jax_ep_plan", shapes)(idx, coords, none, **attributes)
+
+    program = jax.shard_map(
+        run, mesh=group.mesh, in_specs=P(), out_specs=P("expert"), check_vma=False
+    )
+    wanted = r"jax_ep.plan: argument topk_idx: expected S32\[4,2\], got F32\[4,2\]"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=wanted):
+        jax.block_until_ready(jax.jit(program)(jnp.zeros((4, 2), jnp.float32)))
+
+
 @pytest.mark.parametrize("layout", ["expert", "token"])
 def test_replayed_steps_with_changing_routes(layout):
     """Many steps of one program, two groups interleaved, under scan: each as the reference's."""

@@ -124,7 +124,7 @@ def test_hosts_with_unlike_networks(tmp_path):
         )
         assert one["settings"] == (
             "the processes differ in the settings of the network: process 2 has [3, 262144, 262144, "
-            "1073741824], process 3 has [5, 262144, 262144, 1073741824]"
+            "2147483648], process 3 has [5, 262144, 262144, 2147483648]"
         )
         assert "process 3" in one["dead"] and "gone" in one["dead"]
         assert one["seconds"] < 20  # of 60

@@ -79,7 +79,7 @@ def answer(monkeypatch, **of_process_1):
     monkeypatch.setattr(meetings, "meet", meet)
 
 
-@pytest.mark.parametrize(("hosts", "lanes"), [(2, 32), (8, 8), (64, 1)])
+@pytest.mark.parametrize(("hosts", "lanes"), [(2, 64), (8, 9), (64, 1)])
 def test_settings_fit_the_number_of_hosts(hosts, lanes):
     settings = network.settings_for(hosts)
     assert settings == network.Settings(lanes, 256 << 10, 256 << 10)
@@ -139,15 +139,15 @@ def test_a_group_gets_its_part(library, monkeypatch):
     hosts = [[0, 1], [2, 3]]
     for group_id in (7, 8):
         network.add(group_id, 5, hosts)
-    start = ("start", 5, 2, 4, b"\x01job", 1 << 30)
-    part = (5, 1, hosts, 32, 256 << 10, 256 << 10)
+    start = ("start", 5, 2, 4, b"\x01job", 2 << 30)
+    part = (5, 1, hosts, 64, 256 << 10, 256 << 10)
     assert library.calls == [
         start,
         ("add_network", 7, *part, 0),
         start,
         ("add_network", 8, *part, 1000),
     ]
-    assert network.settings_of(8).num_lanes == 32
+    assert network.settings_of(8).num_lanes == 64
 
 
 def test_an_error_of_a_process_is_raised_in_all(library, monkeypatch):

@@ -29,7 +29,7 @@ from jax_ep._groups import meetings
 
 _KIB, _MIB = 1 << 10, 1 << 20
 DEFAULTS = {
-    "JAX_EP_NETWORK_BYTES": 1024 * _MIB,  # of memory in each process, for all groups
+    "JAX_EP_NETWORK_BYTES": 2048 * _MIB,  # of memory in each process, for all groups
     "JAX_EP_NETWORK_CHUNK_BYTES": 256 * _KIB,  # of what travels at a time
     "JAX_EP_NETWORK_LANES": 0,  # between two ranks; 0 is for enough
     "JAX_EP_NETWORK_CHOICES": 128 * _KIB,  # tokens times top_k, at most

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from jax_ep.bench import records
@@ -30,7 +30,9 @@ from jax_ep.bench.cases import Case
 _POLL_S = 0.1
 _STDERR_LINES = 3
 _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*", re.MULTILINE)
-_OF_ANOTHER = re.compile(r"UNAVAILABLE|CANCELLED|DEADLINE_EXCEEDED|heartbeat")
+_OF_ANOTHER = re.compile(
+    r"UNAVAILABLE|CANCELLED|DEADLINE_EXCEEDED|heartbeat|process of rank \d+ is gone"
+)
 _GPU_SHARE = 0.9  # of a GPU's memory, for XLA
 
 Progress = Callable[[str], None]
@@ -108,17 +110,21 @@ def run(job: Job, *, timeout: float, progress: Progress) -> Iterator[dict[str, A
             part = dataclasses.replace(
                 job, cases=left, output=str(where / "records"), coordinator=_free_address()
             )
-            finished, ended_well = yield from _attempt(part, where, timeout, progress)
-            if ended_well or finished == len(left):
+            finished, statuses = yield from _attempt(part, where, timeout, progress)
+            if all(status == 0 for status in statuses) or finished == len(left):
                 return
-            yield _failure(part, left[finished], where)
+            yield _failure(part, left[finished], where, statuses)
             left = left[finished + 1 :]
 
 
 def _attempt(
     job: Job, where: pathlib.Path, timeout: float, progress: Progress
-) -> Generator[dict[str, Any], None, tuple[int, bool]]:
-    """Run processes until all end or one fails; gives (number of finished cases, all went well)."""
+) -> Generator[dict[str, Any], None, tuple[int, list[int | None]]]:
+    """Run processes until all end or one fails.
+
+    Gives the number of finished cases, and the exit status of each process, None of those that were
+    still running.
+    """
     path = where / "job.json"
     job.save(path)
     output = pathlib.Path(job.output)
@@ -151,9 +157,9 @@ def _attempt(
             seen = len(complete)
             if finished < len(job.cases):
                 progress(name_of(job.cases[finished]))
-            failed = any(worker.returncode not in (None, 0) for worker in workers)
-            if failed or not any(running) or time.monotonic() - moved > timeout:
-                return finished, not failed and not any(running)
+            statuses = [worker.returncode for worker in workers]
+            if any(statuses) or not any(running) or time.monotonic() - moved > timeout:
+                return finished, statuses
             time.sleep(_POLL_S)
     finally:
         for worker in workers:
@@ -183,12 +189,17 @@ def _environment(job: Job) -> dict[str, str]:
     return environment
 
 
-def reason(outputs: list[str]) -> str:
-    """Why processes ended, from what they wrote: their exceptions, else their last lines.
+def reason(outputs: list[str], statuses: Sequence[int | None] = ()) -> str:
+    """Why processes ended: the signals that ended some, and what they wrote.
 
-    Exceptions that only tell that another process is gone come last.
+    That is their exceptions, else their last lines. Exceptions that only tell that another process is
+    gone come last.
     """
-    found = []
+    found = [
+        f"process {index} was ended by {signal.Signals(-status).name}"
+        for index, status in enumerate(statuses)
+        if status is not None and status < 0
+    ]
     for text in outputs:
         found += [match.group() for match in _EXCEPTION.finditer(text)][-1:]
     if found:
@@ -200,10 +211,12 @@ def reason(outputs: list[str]) -> str:
     return " | ".join(lines)[-400:] or "a process ended without a word, or took too long"
 
 
-def _failure(job: Job, case: Case, where: pathlib.Path) -> dict[str, Any]:
+def _failure(
+    job: Job, case: Case, where: pathlib.Path, statuses: Sequence[int | None]
+) -> dict[str, Any]:
     """The record of a case at which a process died or was given up."""
     names = [where / f"stderr-{index}" for index in range(job.processes)]
-    error = reason([name.read_text(errors="replace") for name in names])
+    error = reason([name.read_text(errors="replace") for name in names], statuses)
     record: dict[str, Any] = dict.fromkeys(
         ("median_us", "p10_us", "p90_us", "wire_gbs", "logical_gbs", "ceiling_gbs", "num_sms")
     )

@@ -188,7 +188,27 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     const auto values_of = [&](int64_t token) {
       return p.values != nullptr ? reinterpret_cast<uint32_t*>(p.home) + token * p.top_k : nullptr;
     };
-    // The rows of this host come first: there is time for them while those of others are under way.
+    // Each lane waits for some of the other hosts.
+    static_assert(kMaxHosts == 64);
+    uint32_t sent[2] = {};
+    bool ok = true;
+    const auto wait_hosts = [&] {
+#pragma unroll
+      for (int32_t i = 0; i < 2; ++i) {
+        const SlotIndex at{lane + 32 * i, way.lane, here.slot};
+        if (at.host >= shape.num_hosts || at.host == network.host) continue;
+        if (kMutation != kWithoutHome) {
+          ok = ok && WaitWord(network, own.arrived(at), word, WordKind::kChunkArrived,
+                              network.Peer(at.host, network.node.rank));
+          if (ok) Accept(network, at, word);
+        }
+        if (ok) sent[i] = __ldcg(reinterpret_cast<const uint32_t*>(own.in(at)));
+      }
+      return __all_sync(~0u, ok);
+    };
+    // Where there is much to add here, that comes first, while chunks of others are under way.
+    const bool adds_first = p.layout == Layout::kExpert;
+    if (!adds_first && !wait_hosts()) return false;
     const int32_t first_bit = self.TakeShare(count);
     for (int32_t bit = first_bit; bit < count; bit += self.num_workers) {
       const int64_t token = first + bit;
@@ -197,22 +217,7 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
       if (lane == 0) self.sums[bit] = sum;
     }
     __syncwarp();
-    // Each lane waits for some of the other hosts.
-    static_assert(kMaxHosts == 64);
-    uint32_t sent[2] = {};
-    bool ok = true;
-#pragma unroll
-    for (int32_t i = 0; i < 2; ++i) {
-      const SlotIndex at{lane + 32 * i, way.lane, here.slot};
-      if (at.host >= shape.num_hosts || at.host == network.host) continue;
-      if (kMutation != kWithoutHome) {
-        ok = ok && WaitWord(network, own.arrived(at), word, WordKind::kChunkArrived,
-                            network.Peer(at.host, network.node.rank));
-        if (ok) Accept(network, at, word);
-      }
-      if (ok) sent[i] = __ldcg(reinterpret_cast<const uint32_t*>(own.in(at)));
-    }
-    if (!__all_sync(~0u, ok)) return false;
+    if (adds_first && !wait_hosts()) return false;
     for (int32_t bit = first_bit; bit < count; bit += self.num_workers) {
       const int64_t token = first + bit;
       token_sum.AddHosts(self.sums[bit], static_cast<char*>(p.y) + token * p.row_bytes,
