@@ -38,6 +38,16 @@ class Ticket:
     op: Literal["dispatch", "combine"] = dataclasses.field(metadata={"static": True})
     opened: Opened = dataclasses.field(metadata={"static": True})
 
+    @property
+    def free_sms(self) -> int | None:
+        """SMs of a GPU that the op in flight, and its gradient, leave to work beside them.
+
+        It is for ``grouped_dot(num_sms=ticket.free_sms)``. Ops that were in flight on other channels
+        when this one started are counted too, so take the last of several tickets. None where no SM
+        is held: on CPU, with the reference, and where the start half does all the work.
+        """
+        return self.opened.free_sms
+
 
 def dispatch_start(
     x: Array | Quantized, *args: Any, group: Group, after: Ticket | None = None, **kwargs: Any

@@ -1,4 +1,7 @@
-"""How many blocks the grouped matmuls of a lowered program run on, read from the kernels themselves."""
+"""How many blocks the grouped matmuls of a program run on, read from the kernels themselves.
+
+The text may be that of a lowered program or of a compiled one.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ def blocks_of_kernels(text: str) -> list[int]:
 
 
 def modules_of_kernels(text: str) -> list[str]:
-    """The bytes of the kernels in a module, as they are written there."""
-    return re.findall(r'custom_call @mosaic_gpu_v2\(.* module = "([^"]*)"', text)
+    """The bytes of the kernels in a program, as they are written there."""
+    return re.findall(r'\bmosaic_gpu_v2\b.* module = "([^"]*)"', text)
 
 
 def _bytes(written: str) -> bytes:
