@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 import spmd
+from jax_ep._grouped_dot import api
 
 pytestmark = pytest.mark.usefixtures("in_float32")
 
@@ -90,6 +91,21 @@ def test_num_sms_means_nothing_without_kernels():
     wants, gots = (step(n, *given, jnp.asarray(d_out, jnp.float32)) for n in (None, 3))
     for got, want in zip(gots, wants, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("sms", "in_order"), [({"d_lhs": 3}, True), ({"d_lhs": 3, "d_rhs": 3}, False), ({}, False)]
+)
+def test_the_gradient_that_leaves_sms_comes_first(sms, in_order):
+    """XLA is told so where only that of the rows leaves them."""
+    bounds, sizes = api.ProductSms(**sms), jnp.zeros(2, jnp.int32)
+
+    def step(lhs, rhs):
+        out, pull = jax.vjp(lambda a, b: api.grouped_dot_on(bounds, a, b, sizes), lhs, rhs)
+        return pull(out)
+
+    found = str(jax.make_jaxpr(step)(jnp.zeros((4, 8)), jnp.zeros((2, 8, 4))))
+    assert ("optimization_barrier" in found) == in_order
 
 
 def test_bfloat16_sums_in_float32():
