@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -183,8 +185,11 @@ def test_fewer_sms_under_vmap_and_in_exports(monkeypatch):
     mapped = jax.vmap(functools.partial(step, 20))
     text = lowered_for_gpus(mapped, lhs, rhs, sizes)
     assert blocks_of_kernels(text) == [20] * 3
-    exported = jax.export.export(jax.jit(mapped), platforms=["cuda"])(lhs, rhs, sizes)
-    assert blocks_of_kernels(exported.mlir_module()) == [20] * 3
+    # Exports have kernels in a form for other versions, whose grid this version may not read.
+    launch = importlib.import_module("jax_ep._grouped_dot.hopper.launch")
+    with mock.patch.object(launch, "pallas_kernel", wraps=launch.pallas_kernel) as lowered:
+        jax.export.export(jax.jit(mapped), platforms=["cuda"])(lhs, rhs, sizes)
+    assert [call.args[1] for call in lowered.call_args_list] == [20] * 3
 
 
 @pytest.mark.gpu
