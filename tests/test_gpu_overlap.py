@@ -1,9 +1,14 @@
-"""Ops in flight on GPUs: the same bits as ops in line, over many steps, with two at once."""
+"""Ops in flight on GPUs: the same bits as ops in line, over many steps, with two at once.
+
+And kernels that leave them SMs, which give the same bits on any number of SMs.
+"""
 
 from __future__ import annotations
 
 import functools
 import pathlib
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 import oracle
 import routings
-from jax_ep._groups import gpu_side
+from jax_ep import _compat
+from jax_ep._groups import gpu_side, tuning
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +31,15 @@ pytestmark = [
 RANKS = min(jax.device_count(), 2)  # ops run with one rank too, and then wait for nobody
 TOKENS, TOP_K, EXPERTS, HIDDEN = 256, 4, 16, 1024
 STEPS = 1000
+
+# XLA's autotuner chooses algorithms of matmuls by their times, for each program anew, and so may give
+# equal matmuls of two programs other bits. With these, cuBLAS chooses by shape. Compiled without a GPU
+# (jaxlib 0.11.2), layers in flight and in line then have the same dense matmuls: shapes, epilogues and
+# algorithms.
+BY_SHAPE = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+# Kernels of a CUDA graph may be one event of a profile, so the programs of profiles have no graphs.
+WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}
+needs_hopper = pytest.mark.skipif(not _compat.targets_hopper(), reason="needs a Hopper GPU")
 
 
 def make_group(**options) -> jax_ep.Group:
@@ -130,7 +145,8 @@ def test_layers_give_the_bits_of_layers_in_line(overlap):
             y, aux = jax_ep.moe(x, params, group=group, num_experts=EXPERTS, top_k=TOP_K, **options)
             return jnp.sin(y.astype(jnp.float32)).sum() + aux.aux_loss, (y, aux)
 
-        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        step = jax.jit(value_and_grad, compiler_options=BY_SHAPE)
         (_, (y, aux)), grads = step(x, params)
         return y, aux, *grads
 
@@ -168,3 +184,119 @@ def test_ops_in_flight_are_beside_the_program_in_a_profile(tmp_path: pathlib.Pat
                     lines["matmul"].add(line.name)
     assert lines["rows"] and lines["matmul"], lines
     assert not lines["rows"] & lines["matmul"], lines
+
+
+@needs_hopper
+def test_grouped_dot_gives_the_same_bits_on_any_number_of_sms():
+    """Forward and both gradients: on one SM, on those that an op leaves, and on all."""
+    rng = np.random.default_rng(3)
+    sizes = jnp.array([100, 0, 700, 1], jnp.int32)
+    given = [
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((1000, 256), (4, 256, 256), (1000, 256))
+    ]
+
+    def run(num_sms, lhs, rhs, d_out):
+        def product(lhs, rhs):
+            return jax_ep.grouped_dot(lhs, rhs, sizes, num_sms=num_sms)
+
+        out, pull = jax.vjp(product, lhs, rhs)
+        return out, *pull(d_out)
+
+    wants = jax.jit(functools.partial(run, None))(*given)
+    assert all(np.abs(np.asarray(want, np.float32)).max() > 0 for want in wants)
+    for num_sms in 1, 108:
+        gots = jax.jit(functools.partial(run, num_sms))(*given)
+        for got, want, name in zip(gots, wants, ("out", "d_lhs", "d_rhs"), strict=True):
+            oracle.assert_same(np.asarray(got), np.asarray(want), f"{name} on {num_sms} SMs")
+
+
+class Event(NamedTuple):
+    """A kernel in a profile.
+
+    Attributes:
+        line: The stream that it ran on.
+        name: Its name.
+        blocks: The first number of its grid; 0 where the profile does not say.
+        start: When it began, in nanoseconds.
+        end: When it had ended.
+    """
+
+    line: str
+    name: str
+    blocks: int
+    start: float
+    end: float
+
+    @property
+    def is_op(self) -> bool:
+        """Whether it moves rows."""
+        return "Dispatch" in self.name or "Combine" in self.name
+
+    def overlaps(self, other: Event) -> bool:
+        """Whether both ran at the same time."""
+        return min(self.end, other.end) > max(self.start, other.start)
+
+
+def kernels_of(folder: pathlib.Path) -> dict[str, list[Event]]:
+    """The kernels of a profile, by GPU."""
+    (path,) = folder.rglob("*.xplane.pb")
+    found: dict[str, list[Event]] = {}
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        lines = (line for line in plane.lines if line.name.startswith("Stream"))
+        found[plane.name] = [event_of(line.name, event) for line in lines for event in line.events]
+    return found
+
+
+def event_of(line: str, event: Any) -> Event:
+    """An event of a profile."""
+    details = dict(event.stats).get("kernel_details", "")
+    grid = re.search(r"grid:(\d+)", str(details))
+    blocks = int(grid[1]) if grid else 0
+    return Event(line, event.name, blocks, event.start_ns, event.start_ns + event.duration_ns)
+
+
+@needs_hopper
+def test_experts_run_beside_the_op_that_they_leave_sms(tmp_path: pathlib.Path):
+    """In time: each kernel with fewer blocks than SMs runs while an op does, on another stream.
+
+    Kernels that took all SMs would not be such kernels, and would run before or after the op.
+    """
+    steps, tokens, hidden = 5, 8192, 2048
+    group = make_group()
+    all_sms = _compat.num_multiprocessors()
+    blocks = all_sms - tuning.default_num_sms("token", all_sms)
+    params = jax_ep.init_moe_params(
+        jax.random.key(0),
+        hidden=hidden,
+        intermediate=hidden,
+        num_experts=EXPERTS,
+        dtype=jnp.bfloat16,
+    )
+    x = jax.random.normal(jax.random.key(1), (RANKS * tokens, hidden), jnp.bfloat16)
+
+    def loss(x, params):
+        options = {"group": group, "num_experts": EXPERTS, "top_k": TOP_K, "overlap": "chunks"}
+        y, aux = jax_ep.moe(x, params, **options)
+        return jnp.sin(y.astype(jnp.float32)).sum() + aux.aux_loss
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=WITHOUT_GRAPHS)
+    jax.block_until_ready(step(x, params))
+    with jax.profiler.trace(str(tmp_path)):
+        for _ in range(steps):
+            jax.block_until_ready(step(x, params))
+    group.check()
+    of_gpus = [events for events in kernels_of(tmp_path).values() if events]
+    assert len(of_gpus) == RANKS
+    for events in of_gpus:
+        ops = [event for event in events if event.is_op]
+        leaving = [event for event in events if event.blocks == blocks and not event.is_op]
+        # One beside each of four ops: two in each pass.
+        assert len(ops) >= 8 * steps and len(leaving) == 4 * steps, sorted(
+            {(event.name[:40], event.blocks) for event in events}
+        )
+        beside = [event for event in leaving if any(event.overlaps(op) for op in ops)]
+        assert len(beside) >= 0.75 * len(leaving), (leaving, ops)
+        assert not {event.line for event in beside} & {op.line for op in ops}

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 import spmd
+from jax_ep._grouped_dot import api
 
 pytestmark = pytest.mark.usefixtures("in_float32")
 
@@ -76,6 +77,37 @@ def test_values_and_gradients(case):
     assert not np.any(gots[0][unused]) and not np.any(gots[1][unused])
 
 
+def test_num_sms_means_nothing_without_kernels():
+    rows, sizes = SIZES["tiles"]
+    lhs, rhs, d_out, _ = problem(rows, sizes)
+    given = [jnp.asarray(a, jnp.float32) for a in (lhs, rhs)]
+
+    def run(num_sms, lhs, rhs, d_out):
+        on_some = functools.partial(jax_ep.grouped_dot, num_sms=num_sms)
+        out, pull = jax.vjp(lambda a, b: on_some(a, b, jnp.array(sizes, jnp.int32)), lhs, rhs)
+        return out, *pull(d_out)
+
+    step = jax.jit(run, static_argnums=0)
+    wants, gots = (step(n, *given, jnp.asarray(d_out, jnp.float32)) for n in (None, 3))
+    for got, want in zip(gots, wants, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("sms", "in_order"), [({"d_lhs": 3}, True), ({"d_lhs": 3, "d_rhs": 3}, False), ({}, False)]
+)
+def test_the_gradient_that_leaves_sms_comes_first(sms, in_order):
+    """XLA is told so where only that of the rows leaves them."""
+    bounds, sizes = api.ProductSms(**sms), jnp.zeros(2, jnp.int32)
+
+    def step(lhs, rhs):
+        out, pull = jax.vjp(lambda a, b: api.grouped_dot_on(bounds, a, b, sizes), lhs, rhs)
+        return pull(out)
+
+    found = str(jax.make_jaxpr(step)(jnp.zeros((4, 8)), jnp.zeros((2, 8, 4))))
+    assert ("optimization_barrier" in found) == in_order
+
+
 def test_bfloat16_sums_in_float32():
     rows, sizes = 600, (600,)
     lhs = jnp.ones((rows, 512), jnp.bfloat16)
@@ -137,3 +169,8 @@ def test_errors():
         TypeError, match="argument rhs: expected dtype float32 as lhs, got dtype bf"
     ):
         jax_ep.grouped_dot(lhs, jnp.zeros((2, 8, 4), jnp.bfloat16), sizes)
+    rhs = jnp.zeros((2, 8, 4))
+    text = "jax_ep.grouped_dot: argument num_sms: expected a positive int or None, got "
+    for wrong, error, got in ((0, ValueError, "0"), (True, TypeError, "bool")):
+        with pytest.raises(error, match=text + got):
+            jax_ep.grouped_dot(lhs, rhs, sizes, num_sms=wrong)

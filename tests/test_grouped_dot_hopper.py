@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ import jax_ep
 from jax_ep import _compat
 from jax_ep._grouped_dot import hopper
 from jax_ep._grouped_dot.hopper.tile_table import tile_table
+from kernel_grids import blocks_of_kernels, modules_of_kernels
 from test_grouped_dot import SIZES, numpy_grouped_dot, problem, with_gradients
 
 needs_hopper = pytest.mark.skipif(not _compat.targets_hopper(), reason="needs a Hopper GPU")
@@ -98,7 +101,9 @@ def test_equal_calls_are_lowered_once(monkeypatch, dtype):
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
         text = lowered_for_gpus(step, lhs, [rhs] * layers, sizes)
         names = ["call @rows_by_matrices", "call @rows_by_rows"]
-        return kernels_in(text), [len(re.findall(rf"{name}(_\d+)?\(", text)) for name in names]
+        return modules_of_kernels(text), [
+            len(re.findall(rf"{name}(_\d+)?\(", text)) for name in names
+        ]
 
     kernels, calls = lowered(1)
     assert len(set(kernels)) == 3 and calls == [2, 1]
@@ -107,11 +112,6 @@ def test_equal_calls_are_lowered_once(monkeypatch, dtype):
 
 def lowered_for_gpus(function, *given):
     return jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def kernels_in(text):
-    """The bytes of the kernels in a module, as they are written there."""
-    return re.findall(r'custom_call @mosaic_gpu_v2\(.* module = "([^"]*)"', text)
 
 
 def products(lhs, rhs, d_out, sizes):
@@ -130,7 +130,7 @@ def operands():
 def kernels_alone(operands):
     """The kernels of ``products`` with nothing around. Each takes seconds to lower."""
     hopper.custom_call.cache_clear()
-    kernels = kernels_in(lowered_for_gpus(products, *operands))
+    kernels = modules_of_kernels(lowered_for_gpus(products, *operands))
     assert len(kernels) == 2
     return kernels
 
@@ -159,7 +159,37 @@ def test_kernels_know_nothing_of_what_is_around(operands, kernels_alone, around)
             check_vma=around.startswith("checked"),
         )
     with setting:
-        assert kernels_in(lowered_for_gpus(function, *given)) == kernels_alone
+        assert modules_of_kernels(lowered_for_gpus(function, *given)) == kernels_alone
+
+
+def step(num_sms, lhs, rhs, sizes):
+    """A product and its gradients."""
+    out, pull = jax.vjp(lambda *a: jax_ep.grouped_dot(*a, sizes, num_sms=num_sms), lhs, rhs)
+    return out, *pull(out)
+
+
+@pytest.mark.parametrize(("num_sms", "blocks"), [(None, 132), (108, 108), (1, 1), (1000, 132)])
+def test_kernels_run_on_as_many_sms_as_they_may_occupy(monkeypatch, num_sms, blocks):
+    """All three products; more SMs than the GPU has are all of them."""
+    monkeypatch.setattr(_compat, "targets_hopper", lambda: True)
+    given = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in [(136, 128), (2, 128, 128)]]
+    sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
+    text = lowered_for_gpus(functools.partial(step, num_sms), *given, sizes)
+    assert blocks_of_kernels(text) == [blocks] * 3
+
+
+def test_fewer_sms_under_vmap_and_in_exports(monkeypatch):
+    monkeypatch.setattr(_compat, "targets_hopper", lambda: True)
+    lhs, rhs = (jax.ShapeDtypeStruct(s, "bfloat16") for s in [(3, 136, 128), (3, 2, 128, 128)])
+    sizes = jax.ShapeDtypeStruct((3, 2), jnp.int32)
+    mapped = jax.vmap(functools.partial(step, 20))
+    text = lowered_for_gpus(mapped, lhs, rhs, sizes)
+    assert blocks_of_kernels(text) == [20] * 3
+    # Exports have kernels in a form for other versions, whose grid this version may not read.
+    launch = importlib.import_module("jax_ep._grouped_dot.hopper.launch")
+    with mock.patch.object(launch, "pallas_kernel", wraps=launch.pallas_kernel) as lowered:
+        jax.export.export(jax.jit(mapped), platforms=["cuda"])(lhs, rhs, sizes)
+    assert [call.args[1] for call in lowered.call_args_list] == [20] * 3
 
 
 @pytest.mark.gpu

@@ -13,7 +13,9 @@ import jax_ep
 import oracle
 import spmd
 from jax_ep import routing
+from jax_ep._grouped_dot.api import ProductSms
 from jax_ep._moe import exchange
+from jax_ep._moe.experts import Beside, products
 from jax_ep._ops.combine import combine
 from jax_ep._ops.dispatch import dispatch
 from jax_ep._ops.flights import Opened
@@ -94,6 +96,43 @@ def test_weight_gradients_are_those_of_the_same_chunks_in_sequence(native_backen
     assert order[:6] == ["dispatch", "dispatch", "combine", "dispatch", "combine", "combine"]
     for got, want in zip(jax.tree.leaves(overlapped), jax.tree.leaves(in_sequence), strict=True):
         oracle.assert_same(got, want, "result")
+
+
+def test_experts_that_leave_sms_give_the_same_bits(native_backend, monkeypatch):
+    """Their products come in an order of their own."""
+    y, aux, dx, d_params = whole(native_backend)
+    monkeypatch.setattr(exchange, "_beside", lambda tickets: Beside(108, len(tickets)))
+    jax.clear_caches()  # moe's programs are found by their settings
+    got_y, got_aux, got_dx, got_params = run_layer(native_backend, overlap="chunks")
+    jax.clear_caches()
+    oracle.assert_same(got_y, y, "y")
+    oracle.assert_same(got_dx, dx, "dx")
+    assert got_aux.aux_loss == aux.aux_loss
+    for got, want in zip(jax.tree.leaves(got_params), jax.tree.leaves(d_params), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+ALL = ProductSms()
+SMS = {  # of gate, up and down, by the width of the experts, with 108 SMs left
+    2048: [ProductSms(108), ALL, ProductSms(d_lhs=108)],
+    512: [ProductSms(108), ProductSms(108), ProductSms(d_lhs=108, d_rhs=108)],
+    256: [ProductSms(108, 108, 108)] * 3,
+}
+
+
+@pytest.mark.parametrize("width", SMS)
+def test_which_products_leave_sms(width):
+    """As many as take the time of the op: those of the gate, and backward of the down projection."""
+    dots = products(None, Beside(108, 1), width)
+    assert [dot.args[0] for dot in (dots.gate, dots.up, dots.down)] == SMS[width]
+    assert dots.in_order == (width == 2048)
+    two_ops = products(None, Beside(108, 2), width * 2)
+    assert [dot.args[0] for dot in (two_ops.gate, two_ops.up, two_ops.down)] == SMS[width]
+
+
+def test_no_product_leaves_sms_to_nothing():
+    assert set(products(None, Beside(), 2048)) == {jax_ep.grouped_dot, False}
+    assert products(own := lambda *_: None, Beside(108, 1), 2048) == (own, own, own, False)
 
 
 def first_two(logits, bias):

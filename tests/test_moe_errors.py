@@ -49,7 +49,10 @@ def one_expert(logits, bias):
             {"token_axes": ("data",)},
             "token_axes: expected the axes of the group, .'expert',., among",
         ),
-        ({"overlap": "shared_expert"}, "overlap: expected None without a shared expert"),
+        (
+            {"overlap": "shared_expert"},
+            "overlap: expected None or .chunks. without a shared expert",
+        ),
         ({"top_k": 9}, "top_k: expected 1 to 8 experts a token, got 9"),
         ({"num_experts": 7}, "num_experts: expected a positive multiple of the group's 2 ranks"),
         (

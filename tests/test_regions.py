@@ -18,6 +18,8 @@ import jax_ep
 from jax_ep._backends import region
 from jax_ep._groups import gpu_side
 from jax_ep._groups.topology import Topology
+from jax_ep._groups.tuning import Key
+from jax_ep._moe import exchange
 from jax_ep._ops import flights, overlap
 from spmd import make_mesh, shard
 
@@ -186,6 +188,58 @@ def test_after_shares_a_channel():
     rows = [call for call in calls_of(run) if "dispatch" in call.target]
     assert [(call.channel, call.num_sms) for call in rows] == [(1, 70)] * 3
     assert [call.after for call in rows[1:]] == [call.result for call in rows[:-1]]
+
+
+def test_tickets_say_which_sms_are_free():
+    """All of an H200's that ops in flight leave, on whatever channels; a shared GPU is divided."""
+    group, config = make_group(channels=2), jax_ep.DispatchConfig(num_sms=70)
+    shared = make_group(2, topology=dataclasses.replace(ONE_HOST, gpus=(("one", "one"),)))
+    gpu_side._blocks_of_groups[2] = SMS // 2
+    key = Key(jax.devices()[0].device_kind, 2, "combine", "expert", "float32", HIDDEN, TOKENS)
+    tuned = make_group(3, tuning={key: 90})
+    free = []
+
+    def run(x, idx):
+        first = dispatch_pair(group, x, idx, config=config)
+        beside = dispatch_pair(group, x + 1, idx, config=config)
+        behind = dispatch_pair(group, x + 2, idx, after=first)
+        tickets = [first, beside, behind]
+        outs = [jax_ep.dispatch_done(ticket) for ticket in tickets]
+        for options in {"group": shared}, {"group": tuned}, {"group": group, "layout": "token"}:
+            ticket = dispatch_pair(options.pop("group"), x, idx, **options)
+            tickets.append(ticket)
+            outs.append(jax_ep.dispatch_done(ticket))
+        free.extend(ticket.free_sms for ticket in tickets)
+        return sum(out.tokens.sum() for out in outs) + x
+
+    calls_of(run)
+    # The op behind the first one has 64 SMs by default. Half of a GPU has 66, and room for 50 of them.
+    # A dispatch's gradient is a combine, which has 90 in one group.
+    assert free == [132 - 70, 132 - 70 - 30, 132 - 64 - 30, 66 - 50, 132 - 90, 132 - 24]
+
+
+@pytest.mark.parametrize("num_chunks", [2, 3])
+@pytest.mark.parametrize("num_sms", [None, 12])
+def test_chunks_leave_sms_to_experts(num_chunks, num_sms):
+    """Ops beside experts take few SMs, the others all of theirs; experts hear what is left."""
+    group, told = make_group(), []
+    config = None if num_sms is None else jax_ep.DispatchConfig(num_sms=num_sms)
+    few, all_sms = num_sms or 24, num_sms or 64
+
+    def experts(out, beside):
+        told.append(beside)
+        return out.tokens * 2
+
+    def run(x, idx):
+        options = {"group": group, "num_experts": EXPERTS, "config": config}
+        weights = jnp.ones(idx.shape)
+        flying = {"in_flight": True, "num_chunks": num_chunks}
+        return exchange.exchange(x, idx, weights, experts, **flying, **options).y
+
+    rows = [call for call in calls_of(run) if "_async" in call.target]
+    assert [call.num_sms for call in rows] == [all_sms, *[few] * (2 * num_chunks - 2), all_sms]
+    assert [beside.num_ops for beside in told] == [1, *[2] * (num_chunks - 2), 1]
+    assert {beside.free_sms for beside in told} == {132 - few}
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])

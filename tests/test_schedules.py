@@ -37,7 +37,7 @@ def compiled():
     version = versions[0]
     if version != jaxlib.__version__:
         pytest.skip(f"{PLUGIN} is of version {version}, and jaxlib of {jaxlib.__version__}")
-    names = ["same text", "grouped_dot", "chunks", "shared_expert"]
+    names = ["same text", "grouped_dot", "chunks", "kernels", "shared_expert"]
     names.append("chunks without regions")  # the last one: it takes them away
     paths = [str(PROGRAM.parents[2]), *places]
     run = subprocess.run(
@@ -75,6 +75,14 @@ def test_chunks_hide_rows_behind_experts(compiled):
     for before, after in itertools.pairwise(kinds):
         assert ops.index(f"done {before}") < ops.index(f"start {after}")
     assert not {"dispatch", "combine"} & set(ops)  # none is in line
+
+
+def test_experts_leave_an_op_its_sms(compiled):
+    """In both passes the first kernel beside an op leaves it 24 SMs of 132; no other kernel does."""
+    ops = compiled["kernels"]["ops"]
+    for kind in "dispatch 2", "combine 1", "dispatch 4", "combine 3":
+        assert beside(ops, kind)[0] == "grouped_dot 108", kind
+    assert ops.count("grouped_dot 108") == 4 and ops.count("grouped_dot 132") == 2 * 9 - 4
 
 
 def test_nothing_overlaps_without_regions(compiled):

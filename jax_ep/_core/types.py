@@ -38,8 +38,8 @@ class DispatchConfig:
             a GPU, brought into 2 to 100 (all but 32 of its SMs, shared by the ranks on it). None
             takes the number that
             ``python -m jax_ep.tune`` found for this GPU, group size and shape, else 64 in layout
-            "expert" and 24 in layout "token" (less where 32 SMs would not stay free). Has no meaning
-            on CPU.
+            "expert" and 24 in layout "token" (less where 32 SMs would not stay free). Ops beside the
+            experts of ``moe(overlap="chunks")`` take 24 instead. Has no meaning on CPU.
         mode: "throughput" (prefill and training), "latency" (decode: few tokens, one launch an op) or
             "auto", which takes "throughput" so far. "latency" takes a group on one host that was made
             with ``create_group(latency_tokens=, latency_hidden=)``, and at most 512 tokens a rank and

@@ -10,6 +10,7 @@ the product itself and the gradient of the matrices.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -29,10 +30,28 @@ logger = logging.getLogger("jax_ep")
 _TILE = 128  # rows; 64 to 256 are equally fast, more wastes work on groups of few rows
 
 
+@dataclasses.dataclass(frozen=True)
+class ProductSms:
+    """SMs that the kernels of a grouped product and of its gradients may occupy; None for all.
+
+    Attributes:
+        forward: Of the product itself.
+        d_lhs: Of the gradient of the rows. If this one has fewer SMs than that of the matrices, it
+            comes first, because it is beside an op that was started just before.
+        d_rhs: Of the gradient of the matrices.
+    """
+
+    forward: int | None = None
+    d_lhs: int | None = None
+    d_rhs: int | None = None
+
+
 def grouped_dot(
     lhs: Float[Array, "rows inner"],
     rhs: Float[Array, "groups inner outer"],
     group_sizes: Int32[Array, " groups"],
+    *,
+    num_sms: int | None = None,
 ) -> Float[Array, "rows outer"]:
     """Multiply each group of rows with the matrix of its group.
 
@@ -51,22 +70,39 @@ def grouped_dot(
     With other channels a loop runs, and a warning says so once. The kernels make float32 products
     of three products of bfloat16 halves, exact to about 2⁻¹⁶ of the operands.
 
-    This is the default of ``jax_ep.moe``, which also takes another function with these arguments
-    and this result, such as ``jax.lax.ragged_dot``.
+    The kernels run one block on each streaming multiprocessor (SM) until all is done. So an op in
+    flight beside them finds no SM, unless ``num_sms`` leaves it some (``Ticket.free_sms``).
+
+    This is the default of ``jax_ep.moe``, which also takes another function with the first three
+    arguments and this result, such as ``jax.lax.ragged_dot``.
 
     Args:
         lhs: ``[C, H]`` rows, those of a group side by side.
         rhs: ``[L, H, F]`` matrices, in the dtype of ``lhs``.
         group_sizes: ``[L]`` int32 rows of each group, such as ``Dispatched.group_sizes``; their sum
             is at most C.
+        num_sms: SMs that the kernels may occupy, those of the gradients too; 1 or more. None, and
+            any number from that of the GPU on, takes all. It never changes results, and has no
+            meaning where no kernel runs.
 
     Returns:
         ``[C, F]`` in the dtype of ``lhs``.
 
     Raises:
-        TypeError: if the dtypes of ``lhs`` and ``rhs`` differ.
-        ValueError: if the shapes do not fit each other.
+        TypeError: if the dtypes of ``lhs`` and ``rhs`` differ, or if ``num_sms`` is no int.
+        ValueError: if the shapes do not fit each other, or if ``num_sms`` is below 1.
     """
+    _check_num_sms(num_sms)
+    return grouped_dot_on(ProductSms(num_sms, num_sms, num_sms), lhs, rhs, group_sizes)
+
+
+def grouped_dot_on(
+    sms: ProductSms,
+    lhs: Float[Array, "rows inner"],
+    rhs: Float[Array, "groups inner outer"],
+    group_sizes: Int32[Array, " groups"],
+) -> Float[Array, "rows outer"]:
+    """``grouped_dot`` whose products have numbers of SMs of their own."""
     op = "grouped_dot"
     if lhs.dtype != rhs.dtype:
         raise arguments.type_error(
@@ -83,23 +119,38 @@ def grouped_dot(
         )
     operands = batched_alike(lhs, rhs, group_sizes)
     axes = frozenset[str]().union(*map(_compat.varying_axes, operands))
-    return _grouped_dot(*(_compat.cast_varying(x, axes) for x in operands))
+    return _grouped_dot(sms, *(_compat.cast_varying(x, axes) for x in operands))
 
 
-@jax.custom_vjp
-def _grouped_dot(lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-    return _rows_by_matrices(lhs, rhs, group_sizes, contract=0)
+def _check_num_sms(num_sms: Any) -> None:
+    if num_sms is None:
+        return
+    wanted, fix = ("a positive int or None", "pass the number of SMs that it may occupy")
+    if not arguments.is_int(num_sms):
+        got = type(num_sms).__name__
+        raise arguments.type_error("grouped_dot", "num_sms", wanted, got, fix)
+    if num_sms < 1:
+        raise arguments.value_error("grouped_dot", "num_sms", wanted, num_sms, fix)
 
 
-def _grouped_dot_fwd(lhs: Array, rhs: Array, group_sizes: Array) -> tuple[Array, Any]:
-    return _grouped_dot(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_dot(sms: ProductSms, lhs: Array, rhs: Array, group_sizes: Array) -> Array:
+    return _rows_by_matrices(lhs, rhs, group_sizes, contract=0, num_sms=sms.forward)
+
+
+def _grouped_dot_fwd(
+    sms: ProductSms, lhs: Array, rhs: Array, group_sizes: Array
+) -> tuple[Array, Any]:
+    return _grouped_dot(sms, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
 @_compat.backward
-def _grouped_dot_bwd(residuals: Any, d_out: Array) -> tuple[Array, Array, None]:
+def _grouped_dot_bwd(sms: ProductSms, residuals: Any, d_out: Array) -> tuple[Array, Array, None]:
     lhs, rhs, group_sizes = residuals
-    d_lhs = _rows_by_matrices(d_out, rhs, group_sizes, contract=1)
-    return d_lhs, _rows_by_rows(lhs, d_out, group_sizes), None
+    d_lhs = _rows_by_matrices(d_out, rhs, group_sizes, contract=1, num_sms=sms.d_lhs)
+    if sms.d_lhs is not None and sms.d_rhs is None:
+        d_lhs, d_out = lax.optimization_barrier((d_lhs, d_out))
+    return d_lhs, _rows_by_rows(lhs, d_out, group_sizes, num_sms=sms.d_rhs), None
 
 
 _grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
@@ -111,13 +162,14 @@ def _rows_by_matrices(
     group_sizes: Int32[Array, " groups"],
     *,
     contract: int,
+    num_sms: int | None,
 ) -> Float[Array, "rows outer"]:
     """Each row times its group's matrix; ``contract`` is the axis of the matrix that is summed."""
     loop = functools.partial(_loop_rows_by_matrices, contract=contract)
     kernels = _kernels(lhs.dtype, len(lhs), lhs.shape[1], rhs.shape[2 - contract])
     if kernels is None:
         return loop(lhs, rhs, group_sizes)
-    fast = functools.partial(kernels.rows_by_matrices, contract=contract)
+    fast = functools.partial(kernels.rows_by_matrices, contract=contract, num_sms=num_sms)
     return lax.platform_dependent(lhs, rhs, group_sizes, cuda=fast, default=loop)
 
 
@@ -125,14 +177,15 @@ def _rows_by_rows(
     lhs: Float[Array, "rows inner"],
     d_out: Float[Array, "rows outer"],
     group_sizes: Int32[Array, " groups"],
+    *,
+    num_sms: int | None,
 ) -> Float[Array, "groups inner outer"]:
     """``lhs.T @ d_out`` over the rows of each group."""
     kernels = _kernels(lhs.dtype, len(lhs), lhs.shape[1], d_out.shape[1])
     if kernels is None:
         return _loop_rows_by_rows(lhs, d_out, group_sizes)
-    return lax.platform_dependent(
-        lhs, d_out, group_sizes, cuda=kernels.rows_by_rows, default=_loop_rows_by_rows
-    )
+    fast = functools.partial(kernels.rows_by_rows, num_sms=num_sms)
+    return lax.platform_dependent(lhs, d_out, group_sizes, cuda=fast, default=_loop_rows_by_rows)
 
 
 def _kernels(dtype: Any, rows: int, inner: int, outer: int) -> Any:

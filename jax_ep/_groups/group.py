@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -147,6 +148,40 @@ def sms_of(
     if tuned is None:
         return default_num_sms(layout, sm_count)
     return clamp_num_sms(tuned, sm_count)
+
+
+def sms_of_passes(
+    group: Group, moves: Mapping[TunedOp, str], *, requested: int | None, **what: Any
+) -> int:
+    """The SMs that an op occupies at most, itself or as the op that its gradient is.
+
+    Args:
+        group: The group.
+        moves: Both ops, and what each moves (``rows`` of ``sms_of``).
+        requested: As in ``sms_of``.
+        **what: The other arguments of ``sms_of``.
+    """
+    return max(
+        sms_of(group, op=op, rows=rows, requested=requested, **what) for op, rows in moves.items()
+    )
+
+
+def link_sms_of(group: Group) -> int:
+    """The SMs of an op whose time is hidden: as many as keep a link busy, and no more.
+
+    More of them, as ops in layout "expert" take by default, write rows to memory sooner. But compute
+    beside the op would lose these SMs for longer than that saves.
+    """
+    return default_num_sms("token", _compat.multiprocessor_count(group.mesh.devices.flat[0]))
+
+
+def free_sms_of(group: Group, taken: int) -> int:
+    """The SMs that ops which take that many leave to compute of the same rank; 1 or more.
+
+    A rank may count on all SMs of its GPU, divided by the ranks that share it.
+    """
+    sharing = group.topology.ranks_per_gpu or 1
+    return max(_compat.num_multiprocessors() // sharing - taken, 1)
 
 
 def latency_sms_of(group: Group, *, num_tokens: int, requested: int | None = None) -> int:

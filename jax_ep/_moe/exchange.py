@@ -5,12 +5,17 @@ With chunks, the ops are in flight in this order, each over the experts of the c
     dispatch 0 | dispatch 1 | combine 0 | dispatch 2 | combine 1 | ... | combine n - 1
                | experts 0    | experts 1              | experts 2 ...
 
-All share one channel of the group, so each has the whole link and all its SMs, and at most two chunks
-of rows are there at once. The backward pass goes the other way along the same order.
+All share one channel of the group, so each has the whole link, and at most two chunks of rows are
+there at once. The backward pass goes the other way along the same order.
+
+On GPUs the first dispatch and the last combine are beside no experts, in both passes, so they take all
+their SMs. Those between them take only the SMs that keep the link busy, and the experts are told how
+many that leaves them (``Beside``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,12 +25,15 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ep._core.capacity import round_up
-from jax_ep._core.types import Dispatched
+from jax_ep._core.types import DispatchConfig, Dispatched, is_latency, without_latency
+from jax_ep._groups.group import Group, link_sms_of
+from jax_ep._moe.experts import Beside
 from jax_ep._ops.combine import combine
 from jax_ep._ops.dispatch import dispatch
+from jax_ep._ops.flights import why_in_line
 from jax_ep._ops.overlap import Ticket, combine_done, combine_start, dispatch_done, dispatch_start
 
-Experts = Callable[[Dispatched], Float[Array, "rows hidden"]]
+Experts = Callable[[Dispatched, Beside], Float[Array, "rows hidden"]]
 
 
 class Exchanged(NamedTuple):
@@ -60,7 +68,7 @@ def exchange(
         x: As in ``dispatch``, as are the next two.
         topk_idx: The experts of each token.
         topk_weights: Their weights.
-        experts: Computes on the rows that came.
+        experts: Computes on the rows that came, beside what it is told.
         in_flight: Whether the ops are in flight, so that independent work may run beside them.
         num_chunks: In how many parts, of equal numbers of tokens up to one; fewer if there are fewer
             tokens.
@@ -70,29 +78,52 @@ def exchange(
     group = options["group"]
     if not in_flight:
         out = dispatch(x, topk_idx, topk_weights, **options)
-        return _exchanged([out], [combine(experts(out), out.handle, group=group)])
+        return _exchanged([out], [combine(experts(out, Beside()), out.handle, group=group)])
     sizes = chunk_sizes(len(x), num_chunks)
     # The transpose of a split joins the parts. That of slices would add zeros to them.
     parts = zip(*(_split(array, sizes) for array in (x, topk_idx, topk_weights)), strict=True)
     bounds = [options | capacity_of_chunk(options, size, len(x)) for size in sizes]
     waiting = list(zip(parts, bounds, strict=True))
 
+    config: DispatchConfig | None = options.get("config")
+    hidden = config_of_hidden(config, group)
+
     def start(after: Ticket | None) -> Ticket:
         part, bounded = waiting.pop(0)
-        return dispatch_start(*part, after=after, **bounded)
+        how = {"config": config if after is None else hidden}
+        return dispatch_start(*part, after=after, **(bounded | how))
 
-    outs, combines = [], []
+    outs: list[Dispatched] = []
+    combines: list[Ticket] = []
     dispatches = [start(None)]
     last = dispatches[0]
-    for _ in sizes:
+    for index in range(len(sizes)):
+        beside = combines[-1:]
         if waiting:
             last = start(last)
             dispatches.append(last)
+            beside.append(last)
         out = dispatch_done(dispatches.pop(0))
-        last = combine_start(experts(out), out.handle, group=group, after=last)
+        rows = experts(out, _beside(beside))
+        how = without_latency(hidden if index + 1 < len(sizes) else config)
+        last = combine_start(rows, out.handle, group=group, after=last, config=how)
         outs.append(out)
         combines.append(last)
     return _exchanged(outs, [combine_done(ticket) for ticket in combines])
+
+
+def config_of_hidden(config: DispatchConfig | None, group: Group) -> DispatchConfig | None:
+    """How an op that is beside experts uses the machine: as ``config`` says, else with few SMs."""
+    flies = group.backend == "cuda" and why_in_line(group, latency=is_latency(config)) is None
+    if not flies or (config is not None and config.num_sms is not None):
+        return config
+    return dataclasses.replace(config or DispatchConfig(), num_sms=link_sms_of(group))
+
+
+def _beside(tickets: list[Ticket]) -> Beside:
+    """What experts are beside while these are in flight, one after the other."""
+    free = [ticket.free_sms for ticket in tickets if ticket.free_sms is not None]
+    return Beside(min(free), len(free)) if free else Beside()
 
 
 def chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:

@@ -2,33 +2,99 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from jax_ep._core.types import Dispatched, Quantized
+from jax_ep._grouped_dot.api import ProductSms, grouped_dot, grouped_dot_on
 from jax_ep._moe.params import MoEParams, SharedExpert
 
 GroupedDot = Callable[[Array, Array, Array], Array]
 Activation = Callable[[Array], Array]
 
+# An op takes about as long as a grouped product of its rows with this many columns, on H200s: dispatch
+# with 8 ranks over NVLink. With fewer ranks it is less, because fewer rows cross a link.
+_COLUMNS_OF_AN_OP = 1024
+
+
+class Beside(NamedTuple):
+    """The ops in flight beside the experts of a chunk, in either pass.
+
+    Attributes:
+        free_sms: The SMs that they leave to the experts; None where they hold none.
+        num_ops: How many there are, one after the other.
+    """
+
+    free_sms: int | None = None
+    num_ops: int = 0
+
+
+class Products(NamedTuple):
+    """The grouped products of gated MLPs, in the order in which they run.
+
+    Attributes:
+        gate: Of the gate.
+        up: Of the up projection.
+        down: Of the down projection.
+        in_order: Whether the first has to come before the second.
+    """
+
+    gate: GroupedDot
+    up: GroupedDot
+    down: GroupedDot
+    in_order: bool = False
+
+
+def products(own: GroupedDot | None, beside: Beside, intermediate: int) -> Products:
+    """The products of experts of that width F, some of which leave SMs to the ops beside them.
+
+    An op is usually shorter than the experts. So only the first products of each pass leave SMs, as
+    many as take the time of the ops; the others take all.
+
+    Args:
+        own: The user's own function, which then makes all of them and leaves no SMs; None for
+            ``jax_ep.grouped_dot``.
+        beside: What is beside the experts.
+        intermediate: F.
+    """
+    if own is not None:
+        return Products(own, own, own)
+    free = beside.free_sms
+    if free is None:
+        return Products(grouped_dot, grouped_dot, grouped_dot)
+    leaving = -(-beside.num_ops * _COLUMNS_OF_AN_OP // max(intermediate, 1))
+    second, third = (free if leaving >= number else None for number in (2, 3))
+    # Backward the down projection comes first: the gradient of its rows, then that of its matrices.
+    gate, up, down = (
+        functools.partial(grouped_dot_on, sms)
+        for sms in (
+            ProductSms(forward=free, d_lhs=third, d_rhs=third),
+            ProductSms(forward=second, d_lhs=third, d_rhs=third),
+            ProductSms(forward=third, d_lhs=free, d_rhs=second),
+        )
+    )
+    return Products(gate, up, down, in_order=second is None)
+
 
 def apply_experts(
-    out: Dispatched, params: MoEParams, grouped_dot: GroupedDot, activation: Activation
+    out: Dispatched, params: MoEParams, dots: Products, activation: Activation
 ) -> Float[Array, "rows hidden"]:
     """The outputs of the local experts for the rows that came, weighted."""
     rows, weights = out.tokens, out.weights
     assert weights is not None and not isinstance(rows, Quantized)  # as was asked of dispatch
     gate, up, down = (w.astype(rows.dtype) for w in (params.gate, params.up, params.down))
-    gated = _gated(
-        grouped_dot(rows, gate, out.group_sizes),
-        grouped_dot(rows, up, out.group_sizes),
-        activation,
-    )
+    gated = dots.gate(rows, gate, out.group_sizes)
+    if dots.in_order:
+        rows, gated = lax.optimization_barrier((rows, gated))
+    gated = _gated(gated, dots.up(rows, up, out.group_sizes), activation)
     # The down projection is linear: its few input channels are cheaper to weight than its outputs.
-    weighted = (gated * weights[:, None]).astype(rows.dtype)
-    return grouped_dot(weighted, down, out.group_sizes)
+    weighted = (gated * weights[:, None]).astype(out.tokens.dtype)
+    return dots.down(weighted, down, out.group_sizes)
 
 
 def shared_inner(

@@ -18,14 +18,15 @@ from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._core.numerics import expert_ids
 from jax_ep._core.types import DispatchConfig, Dispatched, ScaleFormat
-from jax_ep._grouped_dot.api import grouped_dot as default_grouped_dot
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
 from jax_ep._moe.exchange import exchange
 from jax_ep._moe.experts import (
     Activation,
+    Beside,
     GroupedDot,
     apply_experts,
+    products,
     shared_inner,
     shared_outputs,
 )
@@ -67,7 +68,7 @@ class _Settings:
     num_used_experts: int
     router: Router | Callable[..., Routing]
     token_axes: tuple[str, ...]
-    grouped_dot: GroupedDot
+    grouped_dot: GroupedDot | None
     overlap: Overlap | None
     num_chunks: int
     activation: Activation
@@ -154,10 +155,14 @@ def moe(
             make ``num_experts`` a multiple of the group's size: they are never chosen and are left
             out of ``aux_loss``, and their weights have gradient zero. ``capacity_factor`` still
             counts ``num_experts``. None: all exist.
-        grouped_dot: Replaces ``jax_ep.grouped_dot``.
+        grouped_dot: Replaces ``jax_ep.grouped_dot``. Only the default leaves SMs to ops in flight, so a
+            function of your own that occupies all SMs of a GPU hides no op.
         overlap: What XLA may compute while rows are in flight, as ``dispatch_start`` says.
             "shared_expert": the shared expert. "chunks": also the experts, for another chunk of this
-            rank's tokens, forward and backward.
+            rank's tokens, forward and backward. On GPUs these experts leave SMs to the ops beside them:
+            the first grouped products of each pass, as many of them as take about the time of the ops.
+            And ops beside experts take 24 SMs, unless ``config`` gives a number. The matmuls of the
+            shared expert are XLA's, and take all SMs.
         num_chunks: For "chunks": into how many chunks the tokens of a rank are split, 2 or more. More
             of them hide more, but read the experts' weights more often, and each costs the fixed times
             of two ops. Where no row is dropped, outputs and the gradient of ``x`` are those without
@@ -216,8 +221,8 @@ def moe(
     resolved = _resolve_router(router)
     checks.check_router_inputs(router_inputs, resolved, x.shape[:-1])
     checks.check_placement(group, x, params, mask, router_inputs)
-    grouped_dot = default_grouped_dot if grouped_dot is None else grouped_dot
-    checks.check_function("grouped_dot", grouped_dot)
+    if grouped_dot is not None:
+        checks.check_function("grouped_dot", grouped_dot)
     checks.check_function("activation", activation)
     options: dict[str, Any] = {
         "alignment": alignment,
@@ -301,14 +306,15 @@ def _on_one_rank(
     if params.shared is not None:
         inner = shared_inner(x, params.shared, settings.activation)
 
-    def experts(out: Dispatched) -> Array:
+    def experts(out: Dispatched, beside: Beside) -> Array:
         nonlocal inner
         if settings.overlap == "shared_expert":
             # So the first half of the shared expert comes before the experts, which leaves it no
             # better place than beside the dispatch; the second half is for the combine.
             tokens, inner = lax.optimization_barrier((out.tokens, inner))
             out = dataclasses.replace(out, tokens=tokens)
-        return apply_experts(out, params, settings.grouped_dot, settings.activation)
+        dots = products(settings.grouped_dot, beside, params.gate.shape[-1])
+        return apply_experts(out, params, dots, settings.activation)
 
     out = exchange(
         x,

@@ -51,7 +51,7 @@ class LayerSettings:
         router_init: Likewise for the router.
         partition_names: Mesh axes, or logical names, of the weights' dimensions.
         token_axes: Mesh axes that tokens are split over; None for all but tensor and pipeline axes.
-        grouped_dot: Replaces ``jax_ep.grouped_dot``.
+        grouped_dot: Replaces ``jax_ep.grouped_dot``, which alone leaves SMs to ops in flight.
         overlap: What may run while rows are in flight: "shared_expert", or "chunks" of other tokens.
         num_chunks: For "chunks": into how many chunks the tokens of a rank are split.
         activation: Activation function of the gate.

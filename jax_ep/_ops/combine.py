@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jax_ep._core import arguments
 from jax_ep._core.flight import Flight
 from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
-from jax_ep._groups.group import Group, latency_sms_of, sms_of
+from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
 from jax_ep._ops import checks, flights, gpu_room, gradients
 
@@ -107,11 +107,11 @@ def combine_by(
     if is_latency(config):
         num_sms = latency_sms_of(group, num_tokens=num_tokens, requested=requested)
     else:
-        num_sms = sms_of(
+        name = rows_name(rows.dtype)
+        num_sms = sms_of_passes(
             group,
-            op="combine",
+            {"combine": name, "dispatch": name},
             layout=handle.layout,
-            rows=rows_name(rows.dtype),
             hidden=rows.shape[1],
             num_tokens=num_tokens,
             requested=requested,

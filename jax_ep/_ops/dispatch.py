@@ -24,7 +24,7 @@ from jax_ep._core.types import (
     Quantized,
     ScaleFormat,
 )
-from jax_ep._groups.group import Group, latency_sms_of, sms_of
+from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
 from jax_ep._ops import checks, flights, gpu_room, gradients
 
@@ -219,11 +219,11 @@ def dispatch_by(
     if handle is None:
         num_sms = latency_sms_of(group, num_tokens=num_tokens, requested=requested)
     else:
-        num_sms = sms_of(
+        moved = rows_name(values.dtype, quantize_as, dense_output)
+        num_sms = sms_of_passes(
             group,
-            op="dispatch",
+            {"dispatch": moved, "combine": rows_name(values.dtype)},
             layout=handle.layout,
-            rows=rows_name(values.dtype, quantize_as, dense_output),
             hidden=values.shape[1],
             num_tokens=num_tokens,
             requested=requested,

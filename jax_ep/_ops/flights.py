@@ -19,10 +19,11 @@ from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._core.flight import IN_LINE, Flight
 from jax_ep._groups import gpu_side
-from jax_ep._groups.group import Group
+from jax_ep._groups.group import Group, free_sms_of
 from jax_ep._groups.room import MOST_CHANNELS
 
-# How an op is issued, given the SMs that it takes if it can, and whether latency mode runs it.
+# How an op is issued, given the SMs that it or its gradient takes if it can, and whether latency mode
+# runs it.
 Issue = Callable[[int, bool], Flight]
 
 _FEWEST_SMS = 2
@@ -37,8 +38,10 @@ class Opened:
     Attributes:
         group_id: Of its group.
         channel: The channel that it holds.
-        num_sms: The SMs that it may occupy.
+        num_sms: The SMs that it may occupy, it or its gradient.
         trace: The trace that it was started in.
+        free_sms: The SMs that it leaves to compute, with the ops on other channels that were in flight
+            when it started; None where it holds none.
         is_open: Whether it is not done yet.
     """
 
@@ -46,6 +49,7 @@ class Opened:
     channel: int
     num_sms: int
     trace: Any
+    free_sms: int | None = None
     is_open: bool = True
 
 
@@ -65,7 +69,7 @@ def take_off(
     Args:
         op: For errors.
         group: Its group.
-        num_sms: The SMs that it takes if it can.
+        num_sms: The SMs that it or its gradient takes if it can.
         after: An op that begins before this one, which takes over its channel.
         latency: Whether latency mode runs it.
 
@@ -103,10 +107,13 @@ def take_off(
     if group.backend == "cuda":
         most = min(most, gpu_side.max_blocks(group.id))
     opened = Opened(group.id, channel, most, _compat.trace_state())
-    _all.add(opened)
     if why := why_in_line(group, latency=latency):
         _warn_of_start(why)
         flight = dataclasses.replace(flight, channel=0)
+    elif group.backend == "cuda":
+        taken = most + sum(_taken_beside(channel).values())
+        opened.free_sms = free_sms_of(group, taken)
+    _all.add(opened)
     return flight, opened
 
 
@@ -136,14 +143,20 @@ def _limited(group: Group, channel: int, num_sms: int) -> Flight:
     """A flight whose SMs fit beside those of ops on other channels, of any group."""
     if group.backend != "cuda":
         return dataclasses.replace(IN_LINE, channel=channel)
-    taken: dict[int, int] = {}
-    for other in _in_flight():
-        if other.channel != channel:
-            taken[other.channel] = max(taken.get(other.channel, 0), other.num_sms)
+    taken = _taken_beside(channel)
     if not taken:
         return Flight(channel)
     left = max(gpu_side.max_blocks(group.id) - sum(taken.values()), _FEWEST_SMS)
     return Flight(channel, left if left < num_sms else None)
+
+
+def _taken_beside(channel: int) -> dict[int, int]:
+    """The SMs that ops in flight on other channels may occupy, by channel."""
+    taken: dict[int, int] = {}
+    for other in _in_flight():
+        if other.channel != channel:
+            taken[other.channel] = max(taken.get(other.channel, 0), other.num_sms)
+    return taken
 
 
 @functools.cache

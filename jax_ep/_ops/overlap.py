@@ -38,6 +38,16 @@ class Ticket:
     op: Literal["dispatch", "combine"] = dataclasses.field(metadata={"static": True})
     opened: Opened = dataclasses.field(metadata={"static": True})
 
+    @property
+    def free_sms(self) -> int | None:
+        """SMs of a GPU that the op in flight, and its gradient, leave to work beside them.
+
+        It is for ``grouped_dot(num_sms=ticket.free_sms)``. Ops that were in flight on other channels
+        when this one started are counted too, so take the last of several tickets. None where no SM
+        is held: on CPU, with the reference, and where the start half does all the work.
+        """
+        return self.opened.free_sms
+
 
 def dispatch_start(
     x: Array | Quantized, *args: Any, group: Group, after: Ticket | None = None, **kwargs: Any
@@ -61,6 +71,21 @@ def dispatch_start(
     graph). On CPU, ops never block a thread, so XLA runs independent work beside each of them. Where
     a group of GPUs spans hosts or copies its operands (``python -m jax_ep.doctor`` says so), and in
     mode "latency", the start half does all the work, and a warning says so once.
+
+    The op needs streaming multiprocessors (SMs) of its own. But a large matmul, XLA's as well as
+    ``grouped_dot``, runs one block on each SM of the GPU until all of it is done. If the matmul begins
+    first, the op waits for its end, and nothing is hidden. If the op begins first, the blocks that find
+    no SM run in a second wave, and the matmul takes about twice as long. ``grouped_dot`` can leave the
+    op its SMs::
+
+        ticket = jax_ep.dispatch_start(x, topk_idx, topk_weights, group=group, num_experts=E)
+        rows = jax_ep.grouped_dot(rows, matrices, group_sizes, num_sms=ticket.free_sms)
+        out = jax_ep.dispatch_done(ticket)
+
+    Only work that is about as long as the op should leave SMs: longer work loses them for its whole
+    time. An op whose time is hidden may take fewer SMs itself (``DispatchConfig(num_sms=24)``).
+    ``moe(overlap="chunks")`` does both. XLA's matmuls leave no SMs, so several short ones are better
+    beside an op than one that is long: at most one of them waits or makes the op wait.
 
     A group has ``create_group(channels=)`` channels, 1 by default, and an op in flight holds one until
     its done half is called; so two in flight at once take ``channels=2``, unless one comes ``after=``

@@ -26,7 +26,7 @@ class Case:
     Attributes:
         op: "plan", "dispatch" (with its plan), "dispatch_cached" (along a handle), "combine",
             "round_trip" (dispatch and combine), "exchange" (XLA's own exchange of rows, one way),
-            "layer" (forward and backward) or "overlap" (an op in flight beside a matmul).
+            "layer" (forward and backward) or "overlap" (an op in flight beside compute).
         layout: "expert" or "token".
         dtype: Dtype of the tokens, before any quantization.
         quantization: "none"; "quantized": the rows given and received are ``Quantized``; "fp8":
@@ -38,7 +38,7 @@ class Case:
         hidden: H.
         top_k: K.
         experts: E over all ranks.
-        intermediate: Width F of an expert (op "layer"), or of the matmul's result ("overlap").
+        intermediate: Width F of an expert (op "layer"), or of the compute's result ("overlap").
         alignment: Rows of an expert are padded to a multiple of it (layout "expert").
         num_sms: SMs that the op may occupy; None takes the tuned number or the default.
         mode: As in ``DispatchConfig``.

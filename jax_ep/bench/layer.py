@@ -104,12 +104,15 @@ def with_jax_ep(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
 def in_chunks(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
     """The layer on dispatch and combine in flight; both chunks have room for any routing."""
     from jax_ep._moe.exchange import exchange
+    from jax_ep._moe.experts import Beside, apply_experts, products
+    from jax_ep._moe.params import MoEParams
 
-    def through(out: jax_ep.Dispatched) -> Array:
-        assert out.weights is not None and not isinstance(out.tokens, jax_ep.Quantized)
-        rows = _gated(out.tokens, experts, out.group_sizes, jax_ep.grouped_dot)
-        rows = (rows * out.weights[:, None]).astype(out.tokens.dtype)
-        return jax_ep.grouped_dot(rows, experts.down, out.group_sizes)
+    router = jnp.zeros((experts.gate.shape[1], sizes.experts))  # which nothing reads
+    params = MoEParams(router, *experts)
+
+    def through(out: jax_ep.Dispatched, beside: Beside) -> Array:
+        dots = products(None, beside, experts.gate.shape[-1])
+        return apply_experts(out, params, dots, jax.nn.silu)
 
     out = exchange(
         *inputs,

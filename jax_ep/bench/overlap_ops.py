@@ -1,4 +1,8 @@
-"""Ops in flight: each alone, a matmul alone, and both, and what share of the op's time is hidden.
+"""Ops in flight: each alone, compute alone, and both, and what share of the op's time is hidden.
+
+The compute is a matmul of XLA's, or ``grouped_dot`` of the same number of operations over a few wide
+experts. The latter either takes all SMs, as XLA's does, or leaves the op those that it takes. In both
+cases the share is that of ``grouped_dot`` alone on all SMs, so it counts what leaving SMs costs.
 
 All of these programs hold a small all-reduce of XLA's own, since its scheduler looks for work to hide
 ops behind only in programs that do. It is timed too and subtracted. Where there is one rank, XLA drops
@@ -27,15 +31,19 @@ from jax_ep.bench.session import Session
 from jax_ep.bench.timing import Spread, Step
 
 MATMUL, NOTHING = "matmul", "all-reduce"
+GROUPED = "grouped_dot"
+LEAVING = f"{GROUPED} with SMs left free"
 IN_FLIGHT = ("dispatch", "combine")
-BESIDE = " beside matmul"
-ARMS = (NOTHING, MATMUL, *IN_FLIGHT, *(op + BESIDE for op in IN_FLIGHT))
+BESIDE = " beside "
+ARMS = (NOTHING, MATMUL, *IN_FLIGHT, *(op + BESIDE + MATMUL for op in IN_FLIGHT))
+GROUPED_ARMS = (GROUPED, *(op + BESIDE + by for op in IN_FLIGHT for by in (GROUPED, LEAVING)))
+_EXPERTS = 16  # of grouped_dot, over all ranks
 
 
 def measure(session: Session, case: Case) -> dict[str, Any]:
     """The record of one arm, named by ``case.name``; that of both has the share that is hidden."""
     problem, arm = session.problem(case), case.name or NOTHING
-    op = arm.removesuffix(BESIDE)
+    op, compute = _parts(arm)
     inputs = _inputs(session, case, problem)
     measured = _time(session, case, inputs, arm)
     overhead = _kept(session, case, inputs, NOTHING)
@@ -60,12 +68,17 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         scratch_bytes=memory.scratch_bytes(measured.text),
         error=wrong or why_in_line(session.group),
     )
-    if arm.endswith(BESIDE) and record["median_us"] is not None:
-        alone, compute = (
-            _kept(session, case, inputs, name).median - overhead.median for name in (op, MATMUL)
-        )
-        record["share_hidden"] = float((alone + compute - spread.median) / min(alone, compute))
+    if op in IN_FLIGHT and compute and record["median_us"] is not None:
+        names = op, GROUPED if compute == LEAVING else compute
+        alone = [_kept(session, case, inputs, name).median - overhead.median for name in names]
+        record["share_hidden"] = float((sum(alone) - spread.median) / min(alone))
     return record
+
+
+def _parts(arm: str) -> tuple[str, str]:
+    """What an arm has in flight, if it is one of ``IN_FLIGHT``, and what it computes, or ""."""
+    op, _, compute = arm.partition(BESIDE)
+    return op, op if op in (MATMUL, GROUPED) else compute
 
 
 def _kept(session: Session, case: Case, inputs: Any, arm: str) -> Spread:
@@ -77,7 +90,7 @@ def _kept(session: Session, case: Case, inputs: Any, arm: str) -> Spread:
 
 
 def _time(session: Session, case: Case, inputs: Any, arm: str) -> timing.Measured:
-    op, native_ops = arm.removesuffix(BESIDE), session.group.backend != "reference"
+    op, native_ops = _parts(arm)[0], session.group.backend != "reference"
     calls: tuple[str, ...] = ()
     if op in IN_FLIGHT and native_ops:
         beside = session.on_gpu and why_in_line(session.group) is None
@@ -90,15 +103,22 @@ def _time(session: Session, case: Case, inputs: Any, arm: str) -> timing.Measure
 
 def _step(session: Session, case: Case, arm: str) -> Step:
     axis = session.mesh.axis_names
-    op = arm.removesuffix(BESIDE)
+    op, compute = _parts(arm)
 
     def run(inputs: Any) -> Any:
         x, handle, _, weight = inputs
-        results = []
-        if op in IN_FLIGHT:
-            results.append(_in_flight(session, case, op, inputs))
-        if arm == MATMUL or arm.endswith(BESIDE):
+        results, free_sms = [], None
+        if op in IN_FLIGHT:  # XLA places its halves
+            ticket = _start(session, case, op, inputs)
+            free_sms = ticket.free_sms
+            done = jax_ep.dispatch_done(ticket).tokens if op == "dispatch" else None
+            results.append(jax_ep.combine_done(ticket) if done is None else done)
+        if compute == MATMUL:
             results.append(x @ weight)
+        elif compute:
+            sizes = jnp.full((len(weight),), len(x) // len(weight), jnp.int32)
+            num_sms = free_sms if compute == LEAVING else None
+            results.append(jax_ep.grouped_dot(x, weight, sizes, num_sms=num_sms))
         element = handle.topk_idx[:1, :1].astype(jnp.float32)
         return *results, lax.psum(element, axis)
 
@@ -114,20 +134,22 @@ def _step(session: Session, case: Case, arm: str) -> Step:
     return Step(run, link)
 
 
-def _in_flight(session: Session, case: Case, op: str, inputs: Any) -> jax.Array:
-    """An op between its halves; XLA places them."""
+def _start(session: Session, case: Case, op: str, inputs: Any) -> jax_ep.Ticket:
+    """The start half of an op."""
     x, handle, rows, _ = inputs
-    group = session.group
+    how: dict[str, Any] = {"group": session.group, "config": config(case)}
     if op == "dispatch":
-        ticket = jax_ep.dispatch_start(x, handle=handle, group=group, config=config(case))
-        return jax_ep.dispatch_done(ticket).tokens
-    return jax_ep.combine_done(jax_ep.combine_start(rows, handle, group=group, config=config(case)))
+        return jax_ep.dispatch_start(x, handle=handle, **how)
+    return jax_ep.combine_start(rows, handle, **how)
 
 
 def _inputs(session: Session, case: Case, problem: Problem) -> Any:
-    """Tokens, a handle, rows that come home, and the matrix of the matmul, for each rank."""
+    """Tokens, a handle, rows that come home, and what the compute multiplies with, on each rank."""
     assert case.intermediate is not None
-    shape = (session.ranks * case.hidden, case.intermediate)
+    shape: tuple[int, ...] = (session.ranks * case.hidden, case.intermediate)
+    if _parts(case.name or NOTHING)[1] in (GROUPED, LEAVING):
+        local = max(min(_EXPERTS // session.ranks, case.tokens), 1)
+        shape = (session.ranks * local, case.hidden, case.intermediate)
 
     @functools.partial(jax.jit, out_shardings=session.sharding)
     def make_weight(key: jax.Array) -> jax.Array:

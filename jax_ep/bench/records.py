@@ -42,8 +42,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
 OPTIONAL: dict[str, tuple[type, ...]] = {
     "name": (str,),  # the implementation, if not jax_ep's own kernels
     "hosts": (int,),  # logical hosts that the ranks are split into; one, if it is not there
-    "intermediate": (int,),  # width of an expert (op "layer") or a matmul ("overlap")
-    # Of the shorter of op and matmul, the share that ran while the other did (op "overlap").
+    "intermediate": (int,),  # width of an expert (op "layer") or of the compute ("overlap")
+    # Of the shorter of op and compute, the share that ran while the other did (op "overlap").
     "share_hidden": (float,),
     "capacity": (str,),  # room: "exact" for the rows that come, "default" for any routing
     # Where ranks share memory: at least what all ranks of a GPU (on CPU, of the machine) read and

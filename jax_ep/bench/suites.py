@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jax_ep._core.types import Layout
 from jax_ep.bench import layer, ops, overlap_ops, peers
@@ -26,7 +26,7 @@ def suite(name: str, machine: Machine) -> list[Case]:
     * "decode": 1 to 512 tokens a rank, 128 above all, in latency mode and as by default.
     * "routing": dispatch and combine under every routing pattern.
     * "layer": forward and backward of whole layers, in several implementations.
-    * "overlap": ops in flight, each alone and beside a matmul; layers in chunks.
+    * "overlap": ops in flight, each alone and beside a matmul or grouped_dot; layers in chunks.
     * "smoke": a little of everything, for any machine.
     """
     return list(dict.fromkeys(_SUITES[name](machine)))
@@ -72,8 +72,12 @@ def layers(base: Case, intermediate: int) -> list[Case]:
 
 def overlaps(base: Case, width: int) -> list[Case]:
     """Ops in flight on a workload, beside a matmul of ``[T, H] x [H, width]``."""
+    return _arms(base, width, overlap_ops.ARMS)
+
+
+def _arms(base: Case, width: int, names: Sequence[str]) -> list[Case]:
     base = dataclasses.replace(base, op="overlap", intermediate=width)
-    return [dataclasses.replace(base, name=name) for name in overlap_ops.ARMS]
+    return [dataclasses.replace(base, name=name) for name in names]
 
 
 def _of(base: Case, names: tuple[Op, ...], **changes: object) -> list[Case]:
@@ -194,6 +198,7 @@ def _overlap(machine: Machine) -> list[Case]:
         wide = dataclasses.replace(wide, intermediate=128)
     return [
         *(case for at in _LAYOUTS for case in overlaps(dataclasses.replace(base, layout=at), 2048)),
+        *_arms(dataclasses.replace(base, layout="token"), 2048, overlap_ops.GROUPED_ARMS),
         *(
             dataclasses.replace(wide, name=name, capacity="default")
             for name in ("jax_ep", layer.CHUNKS.name)
@@ -214,6 +219,7 @@ def _smoke(machine: Machine) -> list[Case]:
         *exchanges(_SMALL),
         *layers(dataclasses.replace(_SMALL, dtype="float32"), intermediate=64),
         *overlaps(dataclasses.replace(_SMALL, dtype="float32"), width=64),
+        *_arms(dataclasses.replace(_SMALL, dtype="float32"), 64, overlap_ops.GROUPED_ARMS[-1:]),
     ]
 
 

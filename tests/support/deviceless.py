@@ -79,12 +79,14 @@ class Op:
         kind: Its opcode; for a custom call, the target.
         operands: Names of what it is given.
         region: What an asynchronous call runs: the target of the custom call in it, else "".
+        text: What stands behind its opcode.
     """
 
     name: str
     kind: str
     operands: tuple[str, ...]
     region: str
+    text: str
 
 
 def schedule(text: str) -> list[Op]:
@@ -112,5 +114,6 @@ def schedule(text: str) -> list[Op]:
         operands = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
         is_call = opcode in ("call-start", "async-start")
         region = target_in(called[1]) if is_call and called else ""
-        ops.append(Op(name, target[1] if target else opcode, tuple(operands), region))
+        kind = target[1] if target else opcode
+        ops.append(Op(name, kind, tuple(operands), region, rest))
     return ops

@@ -5,7 +5,8 @@
 Names are those of ``PROGRAMS``. Each line of the output is an object with "name" and what came of it:
 "ops", the interesting instructions of the entry computation in order. An op in flight is "start
 dispatch 1" and, later, "done dispatch 1", numbered by kind in the order of starts; an op in line is
-"plan", a matmul is "matmul". Or "found", what was looked for in lowered programs.
+"plan", a matmul is "matmul", and a kernel of ``grouped_dot`` on n blocks is "grouped_dot n". Or
+"found", what was looked for in lowered programs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+import kernel_grids
 from jax_ep import _compat
 from jax_ep._backends import region
 from jax_ep._core import libraries
@@ -34,17 +36,20 @@ from jax_ep._groups import create, gpu_side
 RANKS, TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2, 512, 256, 512, 8, 2
 
 
-def layer(**options):
-    """Output and gradients of ``moe`` over H200s, with a matmul in place of each grouped one.
+def matmul(rows, matrices, sizes):
+    """A matmul in place of a grouped one, which XLA compiles sooner.
 
-    XLA compiles them sooner. It would merge matmuls of both chunks with the same matrix, which
-    ``grouped_dot`` never has, so the matrices depend on the group sizes.
+    XLA would merge matmuls of both chunks with the same matrix, which ``grouped_dot`` never has, so
+    the matrix depends on the group sizes.
     """
-    options["grouped_dot"] = lambda rows, matrices, sizes: (
-        rows @ (matrices[0] * sizes.sum().astype(rows.dtype))
-    )
+    return rows @ (matrices[0] * sizes.sum().astype(rows.dtype))
+
+
+def layer(*, grouped_dot=matmul, hidden=HIDDEN, intermediate=INTERMEDIATE, **options):
+    """Output and gradients of ``moe`` over H200s."""
+    options["grouped_dot"] = grouped_dot
     group = jax_ep.create_group(MESH, "expert")
-    shared = INTERMEDIATE if options.pop("shared", False) else None
+    shared = intermediate if options.pop("shared", False) else None
 
     def loss(x, params):
         y, aux = jax_ep.moe(x, params, group=group, num_experts=EXPERTS, top_k=TOP_K, **options)
@@ -53,8 +58,8 @@ def layer(**options):
     shapes = jax.eval_shape(
         lambda: jax_ep.init_moe_params(
             jax.random.key(0),
-            hidden=HIDDEN,
-            intermediate=INTERMEDIATE,
+            hidden=hidden,
+            intermediate=intermediate,
             num_experts=EXPERTS,
             shared_intermediate=shared,
             dtype=jnp.bfloat16,
@@ -63,7 +68,7 @@ def layer(**options):
     specs = jax_ep.moe_partition_specs(shapes, group=group)
     given = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(MESH, spec)),
-        (jax.ShapeDtypeStruct((RANKS * TOKENS, HIDDEN), jnp.bfloat16), shapes),
+        (jax.ShapeDtypeStruct((RANKS * TOKENS, hidden), jnp.bfloat16), shapes),
         (P("expert"), specs),
     )
     return jax.value_and_grad(loss, argnums=(0, 1)), given
@@ -136,6 +141,10 @@ PROGRAMS = {
     "same text": same_text_as_on_real_gpus,
     "grouped_dot": grouped_dots,
     "chunks": lambda: schedule_of(*layer(overlap="chunks")),
+    # With as many channels inside as outside, few kernels differ.
+    "kernels": lambda: schedule_of(
+        *layer(overlap="chunks", grouped_dot=None, hidden=1024, intermediate=1024)
+    ),
     "shared_expert": lambda: schedule_of(*layer(overlap="shared_expert", shared=True)),
     "chunks without regions": lambda: schedule_of(*layer_without_regions(overlap="chunks")),
 }
@@ -154,8 +163,11 @@ def interesting(ops: list[deviceless.Op]) -> list[str]:
             shown.append(f"done {started[op.operands[0]]}")
         elif op.kind.startswith("jax_ep_"):
             shown.append(op.kind.removeprefix("jax_ep_"))
-        elif op.kind == "mosaic_gpu_v2" or "matmul" in op.kind:
-            shown.append("grouped_dot" if "mosaic" in op.kind else "matmul")
+        elif op.kind == "mosaic_gpu_v2":
+            (blocks,) = kernel_grids.blocks_of_kernels(op.kind + op.text)
+            shown.append(f"grouped_dot {blocks}")
+        elif "matmul" in op.kind:
+            shown.append("matmul")
     return shown
 
 

@@ -1,9 +1,9 @@
 """Grouped matmuls as kernels for Hopper GPUs, in Pallas's Mosaic GPU dialect.
 
-Both kernels are persistent: each streaming multiprocessor runs one block, in which one warpgroup
-loads tiles and two multiply. JAX's own matmul for Hopper (``hopper_matmul_mgpu``) does the same,
-and the kernels use its pipeline. They add the schedule: the rows of a tile follow from the group
-sizes, which only the GPU knows.
+Both kernels are persistent: each streaming multiprocessor that they may occupy runs one block, in
+which one warpgroup loads tiles and two multiply. JAX's own matmul for Hopper
+(``hopper_matmul_mgpu``) does the same, and the kernels use its pipeline. They add the schedule: the
+rows of a tile follow from the group sizes, which only the GPU knows.
 
 ``by_matrices`` multiplies rows with the matrices of their groups, by a table of tiles that XLA
 makes (``tile_table``). ``by_rows`` multiplies the rows of each group with other rows, for the

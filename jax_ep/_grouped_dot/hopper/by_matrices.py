@@ -28,7 +28,7 @@ from jax_ep._grouped_dot.hopper.tiles import Tiles, default_tiles
 
 # Under jit, Pallas traces and lowers it (which takes a second) once for each shape in a program and
 # not once for each call.
-@functools.partial(jax.jit, static_argnames=("contract", "tiles"))
+@functools.partial(jax.jit, static_argnames=("contract", "tiles", "num_sms"))
 def rows_by_matrices(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -36,6 +36,7 @@ def rows_by_matrices(
     *,
     contract: int,
     tiles: Tiles | None = None,
+    num_sms: int | None = None,
 ) -> jax.Array:
     """Each row times its group's matrix; ``contract`` is the axis of the matrix that is summed.
 
@@ -45,6 +46,7 @@ def rows_by_matrices(
         group_sizes: ``[groups]`` int32.
         contract: 0 or 1: which of a and b is inner.
         tiles: How to cut the work; None picks by shape.
+        num_sms: SMs that it may occupy; None for all.
 
     Returns:
         ``[rows, outer]`` in the dtype of ``lhs``; zeros past the last group.
@@ -56,7 +58,7 @@ def rows_by_matrices(
         rhs_high, rhs_low = halves(rhs)
         lhs = jnp.concatenate([high, high, low], axis=1)
         rhs = jnp.concatenate([rhs_high, rhs_low, rhs_high], axis=1 + contract)
-    return _product(lhs, rhs, group_sizes, contract, dtype, tiles)
+    return _product(lhs, rhs, group_sizes, contract, dtype, tiles, num_sms)
 
 
 def _product(
@@ -66,6 +68,7 @@ def _product(
     contract: int,
     dtype: Any,
     tiles: Tiles | None,
+    num_sms: int | None,
 ) -> jax.Array:
     (rows, inner), outer = lhs.shape, rhs.shape[2 - contract]
     tiles = (tiles or default_tiles(dtype, by_matrices=True)).for_columns(outer)
@@ -73,7 +76,7 @@ def _product(
     table = tile_table(group_sizes, len(lhs), tiles.m)
     kernel = _Kernel(contract, inner, outer, len(table[0]), lhs.dtype, dtype, tiles)
     out_type = jax.ShapeDtypeStruct((len(lhs), outer), dtype)
-    return launch(kernel, out_type, *table, lhs, rhs)[:rows]
+    return launch(kernel, out_type, *table, lhs, rhs, num_sms=num_sms)[:rows]
 
 
 @dataclasses.dataclass(frozen=True)

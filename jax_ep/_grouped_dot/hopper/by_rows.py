@@ -25,9 +25,14 @@ from jax_ep._grouped_dot.hopper.pipeline import (
 from jax_ep._grouped_dot.hopper.tiles import Tiles, default_tiles
 
 
-@functools.partial(jax.jit, static_argnames=("tiles",))
+@functools.partial(jax.jit, static_argnames=("tiles", "num_sms"))
 def rows_by_rows(
-    lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array, *, tiles: Tiles | None = None
+    lhs: jax.Array,
+    d_out: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    tiles: Tiles | None = None,
+    num_sms: int | None = None,
 ) -> jax.Array:
     """``lhs.T @ d_out`` over the rows of each group.
 
@@ -36,11 +41,14 @@ def rows_by_rows(
         d_out: ``[rows, outer]``.
         group_sizes: ``[groups]`` int32.
         tiles: How to cut the work; None picks by shape.
+        num_sms: SMs that it may occupy; None for all.
 
     Returns:
         ``[groups, inner, outer]`` in the dtype of ``lhs``; zeros for empty groups.
     """
-    product = functools.partial(_product, group_sizes=group_sizes, dtype=lhs.dtype, tiles=tiles)
+    product = functools.partial(
+        _product, group_sizes=group_sizes, dtype=lhs.dtype, tiles=tiles, num_sms=num_sms
+    )
     if lhs.dtype == jnp.float32:
         high, low = halves(lhs)
         d_high, d_low = halves(d_out)
@@ -49,7 +57,13 @@ def rows_by_rows(
 
 
 def _product(
-    lhs: jax.Array, d_out: jax.Array, *, group_sizes: jax.Array, dtype: Any, tiles: Tiles | None
+    lhs: jax.Array,
+    d_out: jax.Array,
+    *,
+    group_sizes: jax.Array,
+    dtype: Any,
+    tiles: Tiles | None,
+    num_sms: int | None,
 ) -> jax.Array:
     inner, outer, groups = lhs.shape[1], d_out.shape[1], group_sizes.shape[0]
     tiles = (tiles or default_tiles(dtype, by_matrices=False)).for_columns(outer)
@@ -58,7 +72,7 @@ def _product(
     starts = ends - group_sizes.astype(jnp.int32)
     kernel = _Kernel(groups, len(lhs), inner, outer, lhs.dtype, dtype, tiles)
     out_type = jax.ShapeDtypeStruct((groups, inner, outer), dtype)
-    return launch(kernel, out_type, starts, ends, lhs, d_out)
+    return launch(kernel, out_type, starts, ends, lhs, d_out, num_sms=num_sms)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,11 +28,19 @@ def pad_rows(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, -x.shape[0] % _ROW_MULTIPLE), (0, 0)))
 
 
-def launch(kernel: Kernel, out: jax.ShapeDtypeStruct, *operands: jax.Array) -> jax.Array:
-    """Runs the body of ``kernel`` in one block on each streaming multiprocessor."""
+def launch(
+    kernel: Kernel, out: jax.ShapeDtypeStruct, *operands: jax.Array, num_sms: int | None
+) -> jax.Array:
+    """Runs the body of ``kernel`` in one block on each SM, or on ``num_sms`` of them if that is less.
+
+    A block takes every n-th tile, n being the number of blocks, which may be any from 1 on. So each
+    tile is computed in the same way, whatever the number.
+    """
     axes = frozenset[str]().union(*map(_compat.varying_axes, operands))
     operands = tuple(_compat.cast_varying(x, axes) for x in operands)
-    return _launch_p.bind(*operands, kernel=kernel, out=out, blocks=_compat.num_multiprocessors())
+    blocks = _compat.num_multiprocessors()
+    blocks = blocks if num_sms is None else min(num_sms, blocks)
+    return _launch_p.bind(*operands, kernel=kernel, out=out, blocks=blocks)
 
 
 def _abstract(*operands: Any, kernel: Kernel, out: jax.ShapeDtypeStruct, blocks: int) -> Any:
