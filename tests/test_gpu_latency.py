@@ -15,6 +15,7 @@ import oracle
 import problems
 import routings
 import shapes
+from jax_ep.bench import clock, timing
 from spmd import fields, make_group, ranks_at_most, stacked_jit
 
 pytestmark = [
@@ -100,3 +101,37 @@ def test_many_steps_with_changing_routes(tokens, hidden, layout):
     wrong = stacked_jit(run, group.mesh)(x, idx)
     group.check()
     assert not np.any(wrong), wrong
+
+
+def test_a_late_rank_delays_only_the_op_that_waits_for_it():
+    """A long wait looks across PCIe whether a peer is gone; later ops must not pay for that."""
+    ranks, tokens, hidden, top_k, local = ranks_at_most(2), 128, 1024, 8, 16
+    experts, before, timed = ranks * local, 5, 40
+    group = make_group(ranks, "cuda", latency_tokens=tokens, latency_hidden=2 * hidden)
+
+    def run(x, idx):
+        is_last = lax.axis_index("expert") == ranks - 1
+        turns = jnp.where(is_last, 2000, 0)  # milliseconds, each turn being at least a launch
+        spent = lax.fori_loop(0, turns, lambda _, v: jnp.cos(v), x[0])
+        ids, stamps = timing.after(idx, spent), []
+        for op in range(before + timed):
+            if op == before:
+                ids, stamp = clock.read(ids)
+                stamps.append(stamp)
+            out = jax_ep.dispatch(
+                x, ids, group=group, num_experts=experts, layout="token", config=LATENCY
+            )
+            ids = timing.after(ids, out.tokens)
+        stamps.append(clock.read(ids)[1])
+        return jnp.stack(stamps)
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ranks, tokens, hidden)).astype(np.float32)
+    idx = rng.integers(0, local, (ranks, tokens, 1)) + 3 * np.arange(top_k)
+    program = stacked_jit(run, group.mesh)
+    for _ in range(3):  # the first run also loads kernels
+        stamps = program(x, idx.astype(np.int32) % experts)
+    group.check()
+    for of_rank in np.asarray(stamps):
+        start, end = clock.microseconds(of_rank)
+        assert (end - start) / timed < 150, f"{(end - start) / timed:.0f} us an op"

@@ -112,6 +112,16 @@ __device__ __noinline__ void ReportWait(const Params& p, DecodeOp op, WordKind w
   Fail(group, ErrorKind::kPeerLost, word, peer_lost, op.stamp(), seen, waited_ns);
 }
 
+// Whether it is this thread's turn to look across PCIe whether a peer is gone: about one thread's a
+// millisecond. If all threads that wait did so, their loads would take longer than many ops. The
+// peers would wait for that and do the same, and so on in every op.
+template <typename Params>
+__device__ __forceinline__ bool TakesLook(const Params& p, uint64_t now) {
+  const uint32_t time = static_cast<uint32_t>(now >> 20);
+  uint32_t* const looked = &OwnInbox(p).looked;
+  return __ldcg(looked) != time && atomicExch(looked, time) != time;
+}
+
 // Bounds a wait for words of a peer. The waiting loop has no call in it, so that calls take no
 // registers from it.
 class DecodeWait {
@@ -123,13 +133,10 @@ class DecodeWait {
     uint64_t flag;
     if (ptx::LoadAcquireSystem(&Own(p.group).failed) != 0u) return false;
     if (OtherOp(p, op, peer, flag) != WordKind::kNone) return false;
-    if (spins_ % 1024 == 0) {  // across PCIe, so less often
-      const bool is_lost = ptx::LoadAcquireSystem(&p.group.error->lost_peer) != 0u;
-      if (is_lost && lost_) return false;
-      lost_ = is_lost;  // another look may still find what it sent before it ended
-    }
+    if (is_lost_) return false;  // and nothing has come since that the peer had sent before
     const uint64_t now = ptx::GlobalTimer();
     if (begin_ == 0) begin_ = now;
+    is_lost_ = TakesLook(p, now) && ptx::LoadAcquireSystem(&p.group.error->lost_peer) != 0u;
     const uint64_t limit =
         PhaseOf(word) == Phase::kArrival ? p.group.arrival_timeout_ns : p.group.op_timeout_ns;
     return now - begin_ <= limit;
@@ -144,7 +151,7 @@ class DecodeWait {
 
  private:
   uint32_t spins_ = 0;
-  bool lost_ = false;
+  bool is_lost_ = false;  // a peer was gone when this wait looked last
   uint64_t begin_ = 0;
 };
 

@@ -40,6 +40,8 @@ struct DecodeInbox {
   // op does not have count with it (EndDecode).
   uint64_t epochs[kMaxDecodeBlocks];
   uint32_t busy[kMaxDecodeBlocks];
+  // When a thread that waits has last looked whether a peer is gone, in 2^20 ns, and padding.
+  uint32_t looked, unused[31];
   // Rank r writes entry r at the beginning of each op: the op's tag.
   StampedWord hello[2][kMaxRanks];
 

@@ -212,8 +212,8 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     const int32_t first_bit = self.TakeShare(count);
     for (int32_t bit = first_bit; bit < count; bit += self.num_workers) {
       const int64_t token = first + bit;
-      const HostSum sum = token_sum.AddHere(bit, static_cast<char*>(p.y) + token * p.row_bytes,
-                                            values_of(token));
+      const HostSum sum =
+          token_sum.AddHere(bit, static_cast<char*>(p.y) + token * p.row_bytes, values_of(token));
       if (lane == 0) self.sums[bit] = sum;
     }
     __syncwarp();

@@ -138,7 +138,7 @@ class TokenSum {
     const uint32_t have = __ballot_sync(~0u, tokens_ >> bit & 1);
     const bool is_mine = (have >> rank & 1) != 0, is_alone = __popc(have) == 1;
     char* const part = format_.Of(network.Own().part(rank, at_), rows_.tokens(), bit);
-    const char* mine = part;     // this rank's part, or a row that is the same
+    const char* mine = part;  // this rank's part, or a row that is the same
     HostSum here{nullptr, false};
 #pragma unroll 1
     for (int32_t step = kRows; step <= kParts; ++step) {

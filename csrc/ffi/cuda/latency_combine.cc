@@ -25,8 +25,7 @@ ffi::Error LatencyCombine(cudaStream_t stream, int32_t device, const LatencyComb
     return error;
   }
   return LaunchLatency(check, group, attrs.group, args.geometry, cuda::ParamsOfDecode(args),
-                       cuda::LaunchDecodeCombine, "combine",
-                       buffers.y, buffers.topk, stream);
+                       cuda::LaunchDecodeCombine, "combine", buffers.y, buffers.topk, stream);
 }
 
 }  // namespace

@@ -26,8 +26,7 @@ ffi::Error LatencyDispatch(cudaStream_t stream, int32_t device, const LatencyDis
     return error;
   }
   return LaunchLatency(check, group, attrs.group, args.geometry, cuda::ParamsOf(plan, args),
-                       cuda::LaunchDecodeDispatch, "dispatch",
-                       buffers.x, buffers.topk, stream);
+                       cuda::LaunchDecodeDispatch, "dispatch", buffers.x, buffers.topk, stream);
 }
 
 }  // namespace
