@@ -56,17 +56,17 @@ class Row:
         if self.record is None:
             return NOT_MEASURED
         if self.us is None:
-            return "wrong or failed"
+            return no_figure(self.record)
         return f"{self.us:.1f}{at_sms(self.record['num_sms'])}"
 
 
 def rows(targets: dict[str, Any], results: list[Record]) -> list[Row]:
-    """A row for each target. The last of several records counts, from the newest file."""
+    """A row for each target. Of several records the last with a figure counts, from the newest file."""
     found = []
     for figure in targets["figures"]:
         match = {**figure["match"], **targets["peers"]["conditions"]}
         records = [r for r in ours(results) if matches(r, match)]
-        last = records[-1] if records else None
+        last = next((r for r in reversed(records) if good(r)), records[-1] if records else None)
         found.append(Row(figure, last, peers_of(targets, figure["match"])))
     return found
 
@@ -84,6 +84,11 @@ def _cells(row: Row) -> list[str]:
         f"{row.ratio:.2f}" if row.ratio else "–",
         *(f"{row.figure['target_us']:g}", floor(row.figure)),
     ]
+
+
+def no_figure(record: Record) -> str:
+    """What stands in the place of a figure that does not count."""
+    return "too noisy" if record["correct"] and record["median_us"] is None else "wrong or failed"
 
 
 def at_sms(count: int | None) -> str:

@@ -94,7 +94,7 @@ def _targets(targets: dict[str, Any], results: list[Record]) -> str:
 
 def _verdict(record: Record, figure: dict[str, Any], slack: float) -> str:
     if not good(record):
-        return "wrong or failed"
+        return headline.no_figure(record)
     budget = figure["max_num_sms"]
     if budget is not None and (record["num_sms"] or 0) > budget:
         return f"over the budget of {budget} SMs"
@@ -204,6 +204,15 @@ def _hosts(_: dict[str, Any], results: list[Record]) -> str:
     return _table(_OP_HEAD, map(_op_row, records), "baselines --hosts 2")
 
 
+def _overlap(_: dict[str, Any], results: list[Record]) -> str:
+    """Ops in flight, alone and beside compute."""
+    rows = []
+    for r in (r for r in results if r["op"] == "overlap"):
+        hidden = f"{r['share_hidden']:.0%}" if "share_hidden" in r else ""
+        rows.append([_where(r), f"{r['name']}, {r['layout']}", _us(r), _spread(r), hidden])
+    return _table("machine, what, us, p10 to p90, hidden", rows, "overlap")
+
+
 def _exchange(_: dict[str, Any], results: list[Record]) -> str:
     records = [r for r in results if r["op"] == "exchange"]
     rows = [[*_op_row(r)[:-1], _failure(r)] for r in records]
@@ -247,6 +256,7 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "routing": _routing,
     "latency": _latency,
     "hosts": _hosts,
+    "overlap": _overlap,
     "exchange": _exchange,
     "layer": _layer,
     "grouped_dot": kernels.grouped_dot,

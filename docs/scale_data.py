@@ -73,10 +73,12 @@ DEVIATIONS: dict[tuple[str | int, ...], str] = {
 
 def skipped(record: Record) -> str | None:
     """Why a record is not compared; None if it is."""
-    if record["op"] in ("ceiling", "link", "exchange", "layer", "round_trip"):
+    if record["op"] in ("ceiling", "link", "exchange", "layer", "round_trip", "overlap"):
         return f"op {record['op']}: no op of the model"
     if record["op"] in ("grouped_dot", "loads", "kernel"):
         return f"op {record['op']}: no whole op"
+    if record.get("mode") == "latency":
+        return "latency mode: the model has kernels of throughput mode"
     if record["routing"] not in ("uniform", "group-limited"):
         return f"routing {record['routing']}: not what the model expects of tokens"
     if not record["gpus"] or record["gpus"] < record["ranks"]:
