@@ -185,5 +185,9 @@ def free_sms_of(group: Group, taken: int) -> int:
 
 
 def latency_sms_of(group: Group, *, num_tokens: int, requested: int | None = None) -> int:
-    """``sms_of`` an op of latency mode, which has use for a block for each token of the group."""
-    return 0 if group.backend != "cuda" else requested or group.size * num_tokens
+    """``sms_of`` an op of latency mode, which has use for a block for each token of the group.
+
+    As ``UsefulDecodeBlocks`` of ``csrc/cuda/decode/dispatch.cu``: a few blocks also clear unused rows.
+    """
+    fewest = 16
+    return 0 if group.backend != "cuda" else requested or max(group.size * num_tokens, fewest)

@@ -15,7 +15,7 @@ import jax_ep
 from jax_ep._backends import native
 from jax_ep._core.types import Dispatched, Handle, Quantized
 from jax_ep._groups import gpu_side, tuning
-from jax_ep._groups.group import sms_of
+from jax_ep._groups.group import latency_sms_of, sms_of
 from jax_ep._ops import gradients
 from jax_ep.bench import expected, memory, timing, traffic
 from jax_ep.bench.cases import Case
@@ -104,10 +104,9 @@ def _num_sms(session: Session, case: Case) -> int | None:
     if case.op in ("plan", "combine"):
         op = "plan" if case.op == "plan" else "combine"
     if case.mode == "latency" and case.op in _LATENCY_TARGETS:
-        wanted = case.num_sms or session.ranks * case.tokens
-        if session.group.backend != "cuda":
-            return wanted
-        return max(min(wanted, gpu_side.max_blocks(session.group_of(case).id)), 2)
+        group = session.group_of(case)
+        wanted = latency_sms_of(group, num_tokens=case.tokens, requested=case.num_sms)
+        return max(min(wanted, gpu_side.max_blocks(group.id)), 2) if wanted else None
     wanted = sms_of(
         session.group,
         op=op,

@@ -279,7 +279,8 @@ const char* ObstacleOf(const DecodeDispatchParams& p) {
 }
 
 int32_t UsefulDecodeBlocks(int32_t num_ranks, int32_t num_tokens) {
-  return std::clamp(num_ranks * num_tokens, 2, kMaxDecodeBlocks);
+  constexpr int kFewest = 16;  // a few also clear unused rows
+  return std::clamp(num_ranks * num_tokens, kFewest, kMaxDecodeBlocks);
 }
 
 cudaError_t LoadDecodeDispatch() {
