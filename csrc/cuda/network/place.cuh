@@ -44,14 +44,15 @@ struct Batches {
   }
 };
 
-// Counts of rows by column: of each warp's batches, and of each block's. Written by CountKernel.
+// Counts of rows by column: of the batches of a block, and of those of its warps before each warp.
+// Written by CountKernel.
 struct Counts {
   int32_t* scratch;
   int32_t columns;
-  __device__ int32_t* OfWarp(int32_t block, int32_t warp) const {
+  __device__ int32_t* BeforeWarp(int32_t block, int32_t warp) const {
     return scratch + (int64_t{block} * (kWarps + 1) + warp) * columns;
   }
-  __device__ int32_t* OfBlock(int32_t block) const { return OfWarp(block, kWarps); }
+  __device__ int32_t* OfBlock(int32_t block) const { return BeforeWarp(block, kWarps); }
 };
 
 // Where this rank reads a rank's choices.
@@ -161,12 +162,19 @@ __device__ void LayOut(const NetworkPlanParams& p, const Sizes& sizes, const Cou
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int32_t* const before_block = m.running - warp * (sizes.columns + sizes.num_local);  // warp 0's
   for (int32_t l = threadIdx.x; l < sizes.columns; l += kThreads) {
+    constexpr int kAtOnce = 32;  // loads in flight
     int32_t before = 0, all = 0;
-#pragma unroll 8
-    for (int32_t block = 0; block < gridDim.x; ++block) {
-      const int32_t count = __ldcg(counts.OfBlock(block) + l);
-      all += count;
-      if (block < blockIdx.x) before += count;
+    for (int32_t first = 0; first < gridDim.x; first += kAtOnce) {
+      int32_t count[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        count[i] = first + i < gridDim.x ? __ldcg(counts.OfBlock(first + i) + l) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        all += count[i];
+        if (first + i < blockIdx.x) before += count[i];
+      }
     }
     m.demand[l] = all;
     before_block[l] = before;
@@ -178,11 +186,9 @@ __device__ void LayOut(const NetworkPlanParams& p, const Sizes& sizes, const Cou
   } else if (warp == kWarps - 1) {
     LayOutRows(p, sizes, m);
   }
-  for (int32_t l = lane; warp > 0 && l < sizes.columns; l += 32) {
-    int32_t sum = before_block[l];
 #pragma unroll 4
-    for (int32_t w = 0; w < warp; ++w) sum += __ldcg(counts.OfWarp(blockIdx.x, w) + l);
-    m.running[l] = sum;
+  for (int32_t l = lane; warp > 0 && l < sizes.columns; l += 32) {
+    m.running[l] = before_block[l] + __ldcg(counts.BeforeWarp(blockIdx.x, warp) + l);
   }
   __syncthreads();
 }

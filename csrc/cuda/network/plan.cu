@@ -1,7 +1,8 @@
 // The plan between hosts, in three kernels:
 //
-//   choose  cleans this rank's choices, and sorts them by host
-//   count   sends them; counts how many rows there will be for each expert here
+//   choose  cleans this rank's choices, and sorts them by host: into the memory of the counterpart
+//           there, where this device reaches it
+//   count   sends the others, and tells that they are there; counts the rows for each expert here
 //   place   gives every row its place, and lists the rows of each rank: the routes
 
 #include <algorithm>
@@ -20,25 +21,55 @@ constexpr int kMostShared = 220 << 10;
 
 // Choose -----------------------------------------------------------------------------------------
 
+// Where the choices for a host go first. On the way there is no more to do if this device reaches
+// its counterpart's memory: the next kernel tells that they are there.
+__device__ int16_t* MessageFor(const NetworkPlanParams& p, int32_t turn, int32_t host) {
+  const NetworkParams& network = p.network;
+  char* const there = network.counterparts[host].memory;
+  if (host == network.host || there == nullptr) {
+    return MemoryOf(p, network.node.rank).out(turn, host);
+  }
+  return PlanMemory(there, network.shape, p.message_bytes).in(turn, network.host);
+}
+
+size_t ChooseSharedBytes(const NetworkPlanParams& p) {
+  return sizeof(int16_t) * kWarps * 32 * p.top_k;
+}
+
 __global__ void __launch_bounds__(kThreads)
     ChooseKernel(const __grid_constant__ NetworkPlanParams p) {
+  extern __shared__ __align__(128) char memory[];  // int16_t [kWarps, 32, K]
   const Sizes sizes(p);
   const NetworkShape& shape = p.network.shape;
-  const PlanMemory own = MemoryOf(p, p.network.node.rank);
   const int32_t thread = blockIdx.x * kThreads + threadIdx.x, num_threads = gridDim.x * kThreads;
   const int32_t turn = Turn(p), per_host = sizes.num_local * shape.host_ranks;
+  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int16_t* const of_warp = reinterpret_cast<int16_t*>(memory) + warp * 32 * p.top_k;
   int32_t num_invalid = 0;
-  for (int32_t token = thread; token < p.num_tokens; token += num_threads) {
-    const int64_t at = int64_t{token} * p.top_k;
+  // A warp takes 32 tokens at a time, whose choices are whole vectors.
+  const int32_t first = (warp * gridDim.x + blockIdx.x) * 32;
+  for (int32_t begin = first; begin < p.num_tokens; begin += num_threads) {
+    const int64_t at = int64_t{begin + lane} * p.top_k;
+    const bool is_token = begin + lane < p.num_tokens;
     int32_t* const topk = p.topk + at;
-    num_invalid += plan::SanitizeToken(p.topk_idx + at, p.top_k, p.num_experts, topk);
+    if (is_token) {
+      num_invalid += plan::SanitizeToken(p.topk_idx + at, p.top_k, p.num_experts, topk);
+    }
+    const int32_t bytes = plan::Min(32, p.num_tokens - begin) * p.top_k * sizeof(int16_t);
     for (int32_t host = 0; host < shape.num_hosts; ++host) {
-      int16_t* const choices = own.out(turn, host) + at;
-      for (int32_t k = 0; k < p.top_k; ++k) {
+      for (int32_t k = 0; is_token && k < p.top_k; ++k) {
         const int32_t expert = topk[k];
         const bool is_there = expert >= 0 && expert / per_host == host;
-        choices[k] = static_cast<int16_t>(is_there ? expert - host * per_host : plan::kNone);
+        of_warp[lane * p.top_k + k] =
+            static_cast<int16_t>(is_there ? expert - host * per_host : plan::kNone);
       }
+      __syncwarp();
+      int16_t* const message = MessageFor(p, turn, host) + int64_t{begin} * p.top_k;
+      for (int32_t offset = lane * 16; offset < bytes; offset += 32 * 16) {
+        *reinterpret_cast<uint4*>(reinterpret_cast<char*>(message) + offset) =
+            *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(of_warp) + offset);
+      }
+      __syncwarp();
     }
   }
   if (num_invalid != 0) atomicAdd(&Own(p.network.node).num_invalid, num_invalid);
@@ -55,17 +86,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // Count ------------------------------------------------------------------------------------------
 
-// Copies this rank's choices for a counterpart into memory that this device reaches. By one block.
-__device__ void CopyChoices(const int16_t* from, int16_t* to, int64_t count) {
-  const int64_t bytes = count * static_cast<int64_t>(sizeof(int16_t));
-  for (int64_t at = int64_t{threadIdx.x} * 16; at < bytes; at += int64_t{kThreads} * 16) {
-    const char* const source = reinterpret_cast<const char*>(from) + at;
-    *reinterpret_cast<uint4*>(reinterpret_cast<char*>(to) + at) =
-        *reinterpret_cast<const uint4*>(source);
-  }
-}
-
-// Sends this rank's choices to other hosts: one message each, by one block.
+// Sends this rank's choices to other hosts, one message each, or tells that they are there. By one
+// block.
 __device__ void SendChoices(const NetworkPlanParams& p, int32_t turn, uint64_t word) {
   const NetworkParams& network = p.network;
   const PlanMemory own = MemoryOf(p, network.node.rank);
@@ -83,9 +105,6 @@ __device__ void SendChoices(const NetworkPlanParams& p, int32_t turn, uint64_t w
       continue;
     }
     const PlanMemory there(to.memory, network.shape, p.message_bytes);
-    CopyChoices(own.out(turn, host), there.in(turn, network.host), count);
-    ptx::FenceAcquireReleaseSystem();
-    __syncthreads();
     if (threadIdx.x == 0) ptx::StoreReleaseSystem(there.arrived(turn, network.host), word);
   }
 }
@@ -169,9 +188,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int32_t l = threadIdx.x; l < sizes.columns; l += kThreads) {
     int32_t sum = 0;
     for (int32_t w = 0; w < kWarps; ++w) {
-      const int32_t count = shared.counters[w * sizes.columns + l];
-      counts.OfWarp(blockIdx.x, w)[l] = count;
-      sum += count;
+      counts.BeforeWarp(blockIdx.x, w)[l] = sum;
+      sum += shared.counters[w * sizes.columns + l];
     }
     counts.OfBlock(blockIdx.x)[l] = sum;
   }
@@ -256,7 +274,7 @@ bool FitsNetworkPlan(const NetworkPlanParams& params) {
 
 cudaError_t LaunchNetworkPlan(const NetworkPlanParams& params, cudaStream_t stream) {
   const int32_t num_blocks = plan::Min(params.num_blocks, kNetworkPlanBlocks);
-  ChooseKernel<<<num_blocks, kThreads, 0, stream>>>(params);
+  ChooseKernel<<<num_blocks, kThreads, ChooseSharedBytes(params), stream>>>(params);
   CountKernel<<<num_blocks, kThreads, CountSharedBytes(params), stream>>>(params);
   PlaceKernel<<<num_blocks, kThreads, PlaceSharedBytes(params), stream>>>(params);
   return cudaGetLastError();
