@@ -175,7 +175,7 @@ def examine(machine, environ, *, mps_runs=False, folder=None) -> dict[str, Findi
         ("NVSHMEM_IB_TRAFFIC_CLASS", "106", "256", "expected a number from 0 to 255"),
         ("NVSHMEM_IB_GID_INDEX", "3", "0", "no address of that index, but 1 (IB/RoCE v1), 3 (RoCE"),
         ("NVSHMEM_IB_ENABLE_IBGDA", "1", "2", "expected 0 or 1"),
-        ("NVSHMEM_SYMMETRIC_SIZE", "1.5g", "1.5x", "expected a size"),
+        ("NVSHMEM_SYMMETRIC_SIZE", "2.5g", "2.5x", "expected a size"),
         ("NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME", "eth", "bond", "no interface is left of eth0, ib0, lo"),
         ("NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME", "^lo", "=eth", "no interface is left"),
         ("NVSHMEM_DEBUG", "INFO", "LOUD", "expected one of VERSION"),
@@ -226,7 +226,7 @@ def test_values_together(machine, environ, name, text):
 
 
 def test_nothing_to_say(machine):
-    environ = {"NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_SYMMETRIC_SIZE": "1G", "PATH": "/bin"}
+    environ = {"NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_SYMMETRIC_SIZE": "2G", "PATH": "/bin"}
     assert {found.status for found in examine(machine, environ).values()} == {"ok"}
 
 
@@ -302,11 +302,11 @@ def test_room_for_a_group(monkeypatch):
     for name in settings_of_groups.DEFAULTS:
         monkeypatch.delenv(name, raising=False)
     found = network._memory(8, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".6"})
-    assert found.status == "ok" and "takes 322 MiB" in found.detail and "is .6" in found.detail
+    assert found.status == "ok" and "takes 642 MiB" in found.detail and "is .6" in found.detail
     monkeypatch.setenv("JAX_EP_NETWORK_BYTES", "1000000")
     found = network._memory(8, {})
     assert found.status == "fail"
-    assert found.mend == "set JAX_EP_NETWORK_BYTES to 337687552 or more"
+    assert found.mend == "set JAX_EP_NETWORK_BYTES to 673275904 or more"
     monkeypatch.setenv("JAX_EP_NETWORK_BYTES", "much")
     assert network._memory(8, {}).status == "fail"
 

@@ -116,7 +116,7 @@ def test_wrong_settings_are_an_obstacle(name, value, text, library, monkeypatch)
         ({"unavailable": "NVSHMEM did not load"}, "in process 1 NVSHMEM did not load"),
         ({"devices": 2}, "process 1 has 2 GPUs, and groups that span hosts need one process for"),
         ({"version": [3, 4, 6]}, "differ in NVSHMEM's version: process 3 has [3, 4, 5], process 1"),
-        ({"settings": [1, 2, 3, 4]}, "differ in the settings of the network: process 3 has [32,"),
+        ({"settings": [1, 2, 3, 4]}, "differ in the settings of the network: process 3 has [64,"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

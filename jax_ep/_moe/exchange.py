@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from jax_ep._core.capacity import round_up
 from jax_ep._core.types import DispatchConfig, Dispatched, is_latency, without_latency
@@ -55,7 +55,7 @@ class Exchanged(NamedTuple):
 def exchange(
     x: Float[Array, "tokens hidden"],
     topk_idx: Int32[Array, "tokens top_k"],
-    topk_weights: Float32[Array, "tokens top_k"],
+    topk_weights: Float[Array, "tokens top_k"],
     experts: Experts,
     *,
     in_flight: bool = False,
