@@ -19,9 +19,8 @@ import decode_moe
 import jax_ep
 import machine
 from byte_lm import cluster, data
-from byte_lm.config import RunConfig
+from byte_lm.checkpoint import Checkpoints
 from byte_lm.decoding import Decoder
-from byte_lm.run import Run
 from byte_lm.training import Trainer, TrainState
 from conftest import PLATFORM
 from spmd import make_mesh, native_calls, ranks_at_most, run_python
@@ -48,28 +47,28 @@ def mesh() -> jax.sharding.Mesh:
 
 
 class Trained(NamedTuple):
-    """A model that has seen some text, and how it came about.
+    """A model, and how it came about.
 
     Attributes:
-        steps: Number and total of each step of its training.
+        steps: State, number and total of each step of its training.
     """
 
     corpus: data.Corpus
     trainer: Trainer
     state: TrainState
     origin: str
-    steps: list[tuple[int, int]]
+    steps: list[tuple[TrainState, int, int]]
 
 
 @pytest.fixture(scope="module")
 def trained(text, mesh) -> Trained:
+    """Its steps change nothing: those of ``test_example_train.py`` do, and take long to compile."""
     corpus = data.load(text, min_bytes=TRAIN.seq_len + 1)
     absent, steps = pathlib.Path("/no/such/run"), []
-    step_on = Trainer.step_on
 
-    def note(*args: Any, step: int, total_steps: int) -> Any:
-        steps.append((step, total_steps))
-        return step_on(*args, step=step, total_steps=total_steps)
+    def note(_: Trainer, state: TrainState, __: Any, *, step: int, total_steps: int) -> Any:
+        steps.append((state, step, total_steps))
+        return state, None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step_on", note)
@@ -91,7 +90,7 @@ def decoder(mesh) -> Decoder:
 
 def test_trains_where_there_is_no_checkpoint(trained):
     assert trained.origin == "trained for 3 steps only, as there is no checkpoint in /no/such/run"
-    assert trained.steps == [(1, 3), (2, 3), (3, 3)]
+    assert [numbers for _, *numbers in trained.steps] == [[1, 3], [2, 3], [3, 3]]
 
 
 def test_each_byte_is_what_the_model_predicts(trained, decoder):
@@ -164,9 +163,10 @@ def test_texts_that_do_not_split():
 @pytest.mark.skipif(PLATFORM != "cpu", reason="the number of devices is set on CPU only")
 def test_command_line(trained, mesh, text, tmp_path):
     """It loads the checkpoint of a run and prints texts, speed and the share of communication."""
-    corpus, trainer, *_ = trained
-    with Run(trainer, corpus, RunConfig(out=tmp_path, steps=1)) as run:
-        run.train()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    settings = {"model": dataclasses.asdict(MODEL), "train": dataclasses.asdict(TRAIN)}
+    checkpoints.save(1, trained.steps[0][0], settings)
+    checkpoints.close()
     script = pathlib.Path(decode_moe.__file__)
     arguments = f"--run {tmp_path} --data {text} --devices 2 --batch-size 4 --new-bytes 3 --show 1"
     flags = machine.compiler_flags()
