@@ -145,10 +145,10 @@ def stages(gpus: int) -> list[Stage]:
             [
                 "{python} -m jax_ep.tune --ranks 2 --processes 2 --cache {work}/tuning.json"
                 " --tokens 4096 --layout token,expert --quantization none --repeat 20"
-                " --num-sms 8,16,24,32,48,64,80,100 --crossover 128,256,512"
+                " --num-sms 8,16,24,32,48,64,80,100 --crossover 256,512"
             ],
             "other",
-            45,
+            25,
             90,
             "tune",
             ranks=2,
