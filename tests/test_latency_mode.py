@@ -16,7 +16,7 @@ import jax_ep
 import oracle
 import routings
 from jax_ep import _cpu
-from spmd import make_group, need_devices, ranks_at_most, stacked_jit
+from spmd import make_group, native_calls, need_devices, ranks_at_most, stacked_jit
 
 RANKS, TOKENS, TOP_K, EXPERTS, HIDDEN = ranks_at_most(2), 12, 3, 8, 128
 LATENCY = jax_ep.DispatchConfig(mode="latency")
@@ -160,19 +160,6 @@ def test_more_entries_than_latency_mode_takes():
             continue
         with pytest.raises(ValueError, match=r"at most 65536 entries of topk_idx.*got 66560"):
             jax.eval_shape(mapped, x, idx)
-
-
-def native_calls(jaxpr: Any) -> list[dict[str, Any]]:
-    """The parameters of all our calls in a program."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "jax_ep_call":
-            found.append(equation.params)
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                found += native_calls(inner)
-    return found
 
 
 @pytest.mark.parametrize("layout", ["expert", "token"])

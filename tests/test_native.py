@@ -20,7 +20,7 @@ from jax_ep import _cpu, reference
 from jax_ep._backends import native
 from jax_ep._core import libraries
 from native import EXPERTS, HIDDEN, RANKS, TOKENS, UNBOUNDED, indices, plan
-from spmd import make_group, ranks_at_most, shard, stacked_jit
+from spmd import make_group, native_calls, ranks_at_most, shard, stacked_jit
 
 pytestmark = pytest.mark.one_process("the native CPU backend serves groups of one process")
 
@@ -48,17 +48,6 @@ def test_targets_have_both_stages():
     for name, stages in _cpu.targets().items():
         assert name.startswith("jax_ep_")
         assert stages.keys() == {"instantiate", "execute"}
-
-
-def native_calls(jaxpr):
-    """The calls of native targets in a program, as JAX traces it."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "jax_ep_call":
-            yield equation.params
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from native_calls(inner)
 
 
 def test_calls_have_the_signatures_of_their_targets():

@@ -1,4 +1,4 @@
-"""Numbers of SMs: the default, the cache and how a group uses it, the search. Needs no GPU."""
+"""What is tuned: the defaults, the cache and how a group uses it, the search. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ from jax_ep import _compat, tune
 from jax_ep._backends import native
 from jax_ep._groups import tuning
 from jax_ep._groups.group import sms_of
-from jax_ep._groups.tuning import Key
+from jax_ep._groups.tuning import CrossoverKey, Key
 from jax_ep.bench.cases import Case
 from spmd import make_group as make_real_group
 from spmd import run_python
 
 KEY = Key("cpu", 2, "dispatch", "token", "bfloat16", 7168, 4096)
+CROSSOVER = CrossoverKey("cpu", 2, "dispatch", "token", "bfloat16", 7168)
 
 
 def entry(num_sms=20, **changes):
     fields = {**dataclasses.asdict(KEY), "num_sms": num_sms, "median_us": 187.0}
+    return {**fields, "versions": {"jax_ep": jax_ep.__version__}, **changes}
+
+
+def crossover(most_tokens=64, **changes):
+    fields = {**dataclasses.asdict(CROSSOVER), "most_tokens": most_tokens}
     return {**fields, "versions": {"jax_ep": jax_ep.__version__}, **changes}
 
 
@@ -107,6 +113,19 @@ def test_cache_round_trip(cache):
     tuning.save(cache, [entry(), entry(16, layout="expert")])
     assert tuning.load() == {KEY: 20, dataclasses.replace(KEY, layout="expert"): 16}
     assert [path.name for path in cache.parent.iterdir()] == ["tuning.json"]
+    tuning.save(cache, [entry()], [crossover(), crossover(0, op="combine")])
+    combine = dataclasses.replace(CROSSOVER, op="combine")
+    assert tuning.load() == {KEY: 20, CROSSOVER: 64, combine: 0}
+    tuning.save(cache, [], [crossover()])
+    assert tuning.load() == {CROSSOVER: 64}
+
+
+def test_caches_without_crossovers_are_read(cache):
+    """Those of versions without latency mode."""
+    cache.parent.mkdir()
+    cache.write_text(json.dumps({"format": 1, "entries": [entry()]}))
+    assert tuning.load() == {KEY: 20}
+    assert tuning.contents_of(cache.read_text()).crossovers == []
 
 
 def test_cache_path(monkeypatch, tmp_path):
@@ -124,6 +143,11 @@ BAD = {
     "it has no list of entries": '{"format": 1}',
     "not the fields of a key": json.dumps({"format": 1, "entries": [entry(ranks="two")]}),
     "no positive number": json.dumps({"format": 1, "entries": [entry(0)]}),
+    "no list of crossovers": '{"format": 1, "entries": [], "crossovers": 1}',
+    "not the fields of a key: {'most_tokens'": json.dumps(
+        {"format": 1, "entries": [], "crossovers": [{"most_tokens": 1}]}
+    ),
+    "no number of tokens": json.dumps({"format": 1, "entries": [], "crossovers": [crossover(-1)]}),
     "which jax_ep it is for": json.dumps({"format": 1, "entries": [entry(versions={})]}),
     "it was made for jax_ep 0.0.0": json.dumps(
         {"format": 1, "entries": [entry(versions={"jax_ep": "0.0.0"})]}
@@ -158,7 +182,7 @@ jax.distributed.initialize(address, 2, index, coordinator_bind_address=address i
 mesh = jax.sharding.Mesh(jax.devices(), ("expert",))
 assert mesh.size == 2
 table = tuning.agreed_table(mesh, "test")
-print(sorted((key.device_kind, value) for key, value in table.items()))
+print(sorted((type(key).__name__, key.device_kind, value) for key, value in table.items()))
 jax.distributed.shutdown()
 """
 
@@ -173,7 +197,8 @@ def test_processes_take_the_table_of_rank_0(tmp_path, monkeypatch):
     workers = []
     for index in range(2):
         path = tmp_path / f"{index}.json"
-        tuning.save(path, [entry(20 + index, device_kind=f"host {index}")])
+        host = {"device_kind": f"host {index}"}
+        tuning.save(path, [entry(20 + index, **host)], [crossover(64 + index, **host)])
         environment = {
             **os.environ,
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
@@ -185,7 +210,7 @@ def test_processes_take_the_table_of_rank_0(tmp_path, monkeypatch):
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         )
     outputs = [worker.communicate(timeout=120)[0].strip() for worker in workers]
-    assert outputs == ["[('host 0', 20)]"] * 2
+    assert outputs == ["[('CrossoverKey', 'host 0', 64), ('Key', 'host 0', 20)]"] * 2
 
 
 def record(num_sms, median_us, **changes):
@@ -196,6 +221,7 @@ def record(num_sms, median_us, **changes):
         "layout": "token",
         "dtype": "bfloat16",
         "quantization": "none",
+        "mode": "auto",
         "hidden": 7168,
         "tokens": 4000,
         "num_sms": num_sms,
@@ -217,6 +243,8 @@ def test_search_takes_the_fewest_sms_that_are_as_good():
             record(4, 50.0, name="reference"),
             record(32, 150.0, quantization="fp8"),
             record(32, 1.0, op="ceiling"),
+            record(2, 1.0, mode="latency"),
+            record(2, 1.0, mode="throughput"),
         ]
     )
     assert [(e["num_sms"], e["rows"], e["tokens"]) for e in found] == [
@@ -224,8 +252,12 @@ def test_search_takes_the_fewest_sms_that_are_as_good():
         (32, "bfloat16 as fp8", 4096),
     ]
     assert tuning.key_of(found[0]) == KEY
-    kept = [entry(99), entry(98, device_kind="other")]
-    assert [e["num_sms"] for e in tune.merged(kept, found)] == [98, 16, 32]
+    kept = tuning.Contents(
+        [entry(99), entry(98, device_kind="other")], [crossover(1), crossover(2, op="combine")]
+    )
+    merged = tune.merged(kept, tuning.Contents(found, [crossover(3)]))
+    assert [e["num_sms"] for e in merged.entries] == [98, 16, 32]
+    assert [e["most_tokens"] for e in merged.crossovers] == [2, 3]
 
 
 def test_a_search_that_is_ended_has_written_what_it_finished(cache, monkeypatch):
@@ -246,7 +278,7 @@ def test_a_search_that_is_ended_has_written_what_it_finished(cache, monkeypatch)
     monkeypatch.setattr(tune, "measure", measure)
     monkeypatch.setattr(tune, "count_gpus", lambda: 2)
     with pytest.raises(KeyboardInterrupt):
-        tune.main(tokens="4096", num_sms="16,24", quantization="none", layout="token")
+        tune.main(tokens="4096", num_sms="16,24", quantization="none", layout="token", crossover="")
     assert saved == [set(), {KEY}, {KEY}]
 
 
@@ -285,21 +317,34 @@ def test_search_writes_what_groups_read(cache, monkeypatch, capsys):
     def measure(job, **_):
         asked.extend(job.cases)
         return [
-            record(c.num_sms, 100.0 + c.num_sms, op=c.op, layout=c.layout, tokens=c.tokens)
+            record(
+                c.num_sms,
+                100.0 + (c.num_sms or c.tokens * {"latency": 2, "throughput": 1}[c.mode]),
+                op=c.op,
+                layout=c.layout,
+                tokens=c.tokens,
+                mode=c.mode,
+            )
             for c in job.cases
         ]
 
     monkeypatch.setattr(tune, "measure", measure)
     monkeypatch.setattr(tune, "count_gpus", lambda: 2)
-    search = functools.partial(tune.main, quantization="none", layout="token")
+    search = functools.partial(tune.main, quantization="none", layout="token", crossover="")
     search(tokens="4096", num_sms="16,24")
     assert len(asked) == 4
     assert tuning.load() == {KEY: 16, dataclasses.replace(KEY, op="combine"): 16}
     search(tokens="128", num_sms="8")
     assert tuning.load()[KEY] == 16
     assert tuning.load()[dataclasses.replace(KEY, tokens=128)] == 8
+    search(tokens="", num_sms="", crossover="1,64")  # modes only
+    assert [tuning.load()[key] for key in (KEY, CROSSOVER)] == [16, 0]
+    search(tokens="4096", num_sms="12")
+    assert [tuning.load()[key] for key in (KEY, CROSSOVER)] == [12, 0]
     cache.write_text("{")
     search(tokens="4096", num_sms="12")
     assert tuning.load()[KEY] == 12
+    assert CROSSOVER not in tuning.load()
     out = " ".join(capsys.readouterr().out.split())
     assert "is replaced" in out and "written to" in out
+    assert "1: 102.0 / 101.0" in out

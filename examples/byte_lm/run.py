@@ -23,7 +23,7 @@ from byte_lm.interrupt import Interrupt
 from byte_lm.pace import Decision, Pace
 from byte_lm.progress import figures_text, make_bar, rate_text
 from byte_lm.report import Metrics, plot
-from byte_lm.training import Figures, Trainer, TrainState, learning_rate
+from byte_lm.training import Figures, Trainer, TrainState
 
 _PROVISIONAL_STEPS = 10_000  # of a run by time, until its first steps have been timed
 _IN_FLIGHT = 2  # steps whose figures are not fetched yet, so that devices need not wait for us
@@ -236,17 +236,13 @@ class Run:
         return _Start(state, found, steps, minutes, progress["seconds"])
 
     def _train_step(self) -> None:
-        config = self._trainer.config
-        batch = self._corpus.batch(
-            seed=config.seed, step=self.step, batch_size=config.batch_size, seq_len=config.seq_len
-        )
-        rate = learning_rate(
-            config,
-            step=self.step + 1,
-            total_steps=max(self.total_steps or _PROVISIONAL_STEPS, self.step + 1),
-        )
-        self.state, figures = self._trainer.step(self.state, self._trainer.put(batch), rate)
         self.step += 1
+        self.state, figures = self._trainer.step_on(
+            self.state,
+            self._corpus,
+            step=self.step,
+            total_steps=max(self.total_steps or _PROVISIONAL_STEPS, self.step),
+        )
         self._pending.append((self.step, figures))
         self._fetch_figures(but=_IN_FLIGHT)
 

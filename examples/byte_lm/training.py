@@ -19,6 +19,7 @@ from jaxtyping import Array, Float32, Int32
 
 import jax_ep
 from byte_lm.config import ModelConfig, TrainConfig
+from byte_lm.data import Corpus
 from byte_lm.model import ByteLM
 
 BATCH_AXES = ("data", "expert")
@@ -160,6 +161,17 @@ class Trainer:
     def initial_state(self) -> TrainState:
         """A fresh state, each array made on the devices that hold it."""
         return jax.jit(self._initial_state, out_shardings=self._shardings)()
+
+    def step_on(
+        self, state: TrainState, corpus: Corpus, *, step: int, total_steps: int
+    ) -> tuple[TrainState, Figures]:
+        """``step`` on the batch and at the learning rate of step number ``step``, from 1 on."""
+        config = self.config
+        batch = corpus.batch(
+            seed=config.seed, step=step - 1, batch_size=config.batch_size, seq_len=config.seq_len
+        )
+        rate = learning_rate(config, step=step, total_steps=total_steps)
+        return self.step(state, self.put(batch), rate)
 
     def put(self, batch: Int32[np.ndarray, "batch seq"]) -> Int32[Array, "batch seq"]:
         """A batch that every process has, split over the mesh."""

@@ -80,10 +80,10 @@ def create_group(
         channels: Ops that may be in flight at once, between ``dispatch_start`` and ``dispatch_done``;
             1 to 3. On GPUs of one host each takes 45 MiB of every GPU, beside the 45 MiB that every
             group takes.
-        latency_tokens: The most tokens T of a rank for ``DispatchConfig(mode="latency")``, at most 512;
-            0 is for groups without that mode. On GPUs each rank then has an inbox of
-            32·(6·R·T + (R − 1)·T·W) + 4224 bytes, with W = 152·⌈2H / 1792⌉ + 16: 20 MB for R = 2 and
-            142 MB for R = 8, with T = 512 and H = 7168.
+        latency_tokens: The most tokens T of a rank in latency mode (``DispatchConfig``), at most 512.
+            With it, ops of few tokens take that mode by default; 0 is for groups without it. On GPUs
+            each rank then has an inbox of 32·(6·R·T + (R − 1)·T·W) + 4224 bytes, with
+            W = 152·⌈2H / 1792⌉ + 16: 20 MB for R = 2 and 142 MB for R = 8, with T = 512 and H = 7168.
         latency_hidden: The most channels H of a row in that mode; those of float32 rows count twice.
 
     The devices may be compile-only, as those of ``jax.experimental.topologies``: then the group is

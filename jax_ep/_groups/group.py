@@ -15,6 +15,8 @@ from jax_ep._errors import from_text
 from jax_ep._groups.failures import failure
 from jax_ep._groups.topology import Topology
 from jax_ep._groups.tuning import (
+    DEFAULT_CROSSOVERS,
+    CrossoverKey,
     Key,
     Table,
     TunedOp,
@@ -43,7 +45,7 @@ class Group:
         topology: Which ranks share a host, which a process and, on GPUs, which a GPU.
         latency_tokens: The most tokens of a rank that latency mode has room for; 0: there is none.
         latency_hidden: The most channels likewise, of 16 bits.
-        tuning: The numbers of SMs that ``python -m jax_ep.tune`` found for these GPUs.
+        tuning: The numbers of SMs and of tokens that ``python -m jax_ep.tune`` found for these GPUs.
         channels: Ops that may be in flight at once (``dispatch_start``).
     """
 
@@ -182,6 +184,26 @@ def free_sms_of(group: Group, taken: int) -> int:
     """
     sharing = group.topology.ranks_per_gpu or 1
     return max(_compat.num_multiprocessors() // sharing - taken, 1)
+
+
+def crossover_of(
+    group: Group, *, op: Literal["dispatch", "combine"], layout: Layout, rows: str, hidden: int
+) -> int:
+    """The most tokens of a rank that an op takes latency mode for where that fits.
+
+    Args:
+        group: The group.
+        op: The op.
+        layout: Its layout.
+        rows: What it moves, by ``rows_name``.
+        hidden: H.
+
+    Returns:
+        The tuned number, else that of ``DEFAULT_CROSSOVERS``.
+    """
+    kind = group.mesh.devices.flat[0].device_kind
+    found = group.tuning.get(CrossoverKey(kind, group.size, op, layout, rows, hidden))
+    return DEFAULT_CROSSOVERS[op] if found is None else found
 
 
 def latency_sms_of(group: Group, *, num_tokens: int, requested: int | None = None) -> int:

@@ -1,15 +1,21 @@
-"""How many SMs an op takes: what ``python -m jax_ep.tune`` found here, else an analytic default.
+"""How many SMs an op takes, and up to how many tokens latency mode: what was found, or defaults.
 
-The number becomes an attribute of the op when it is traced, so it must be the same on all ranks. A
-group reads the cache when it is created; where its mesh spans processes, all take the table of the
-process of rank 0.
+``python -m jax_ep.tune`` finds both. They decide, while an op is traced, which call it is and which
+attributes that has, so they must be the same on all ranks. A group reads the cache when it is created;
+where its mesh spans processes, all take the table of the process of rank 0.
 
 The cache is a JSON file, ``$JAX_EP_TUNING_CACHE`` or ``jax_ep/tuning.json`` in the user's cache
 directory (``$XDG_CACHE_HOME``, else ``~/.cache``)::
 
     {"format": 1, "entries": [{"device_kind": "NVIDIA H200", "ranks": 2, "op": "dispatch",
         "layout": "token", "rows": "bfloat16", "hidden": 7168, "tokens": 4096, "num_sms": 20,
-        "median_us": 187.0, "versions": {"jax_ep": "0.1.0", "jax": "0.11.2"}}]}
+        "median_us": 187.0, "versions": {"jax_ep": "0.1.0", "jax": "0.11.2"}}],
+     "crossovers": [{"device_kind": "NVIDIA H200", "ranks": 2, "op": "dispatch",
+        "layout": "token", "rows": "bfloat16", "hidden": 7168, "most_tokens": 512,
+        "median_us": {"128": {"latency": 14.9, "throughput": 25.9}},
+        "versions": {"jax_ep": "0.1.0", "jax": "0.11.2"}}]}
+
+A file may lack "crossovers", as those of versions without latency mode do.
 """
 
 from __future__ import annotations
@@ -19,8 +25,8 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -33,6 +39,8 @@ TunedOp = Literal["plan", "dispatch", "combine"]
 CACHE_VARIABLE = "JAX_EP_TUNING_CACHE"
 _FORMAT = 1
 _DEFAULT_SMS = {"expert": 64, "token": 24}
+# The most tokens of a rank for which latency mode was faster (two H200s, H = 7168, top-8, "token").
+DEFAULT_CROSSOVERS = {"dispatch": 512, "combine": 256}
 _FREE_SMS = 32  # for kernels that wait too, such as NCCL's, and for compute
 _FEWEST_SMS = 2
 _BROADCAST_TIMEOUT_S = 600.0
@@ -65,7 +73,40 @@ class Key:
     tokens: int
 
 
-Table = Mapping[Key, int]
+@dataclasses.dataclass(frozen=True)
+class CrossoverKey:
+    """What a crossover between latency and throughput mode holds for; its value is a number of tokens.
+
+    Attributes:
+        device_kind: As JAX names the GPU.
+        ranks: R of the group.
+        op: "dispatch" or "combine".
+        layout: "expert" or "token".
+        rows: What is moved, by ``rows_name``.
+        hidden: H.
+    """
+
+    device_kind: str
+    ranks: int
+    op: str
+    layout: str
+    rows: str
+    hidden: int
+
+
+Table = Mapping[Key | CrossoverKey, int]
+
+
+class Contents(NamedTuple):
+    """The entries of a cache, as its JSON has them.
+
+    Attributes:
+        entries: Numbers of SMs.
+        crossovers: Numbers of tokens up to which latency mode is faster.
+    """
+
+    entries: list[dict[str, Any]]
+    crossovers: list[dict[str, Any]]
 
 
 def default_num_sms(layout: Layout, sm_count: int | None) -> int:
@@ -117,7 +158,7 @@ def cache_path() -> pathlib.Path:
     return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "jax_ep/tuning.json"
 
 
-def load(path: pathlib.Path | None = None) -> dict[Key, int]:
+def load(path: pathlib.Path | None = None) -> dict[Key | CrossoverKey, int]:
     """The table of a cache file; empty, with one warning, if the file cannot be used."""
     path = cache_path() if path is None else path
     try:
@@ -128,14 +169,14 @@ def load(path: pathlib.Path | None = None) -> dict[Key, int]:
         _warn(path, str(error))
         return {}
     try:
-        return _table(entries_of(text))
+        return _table(contents_of(text))
     except ValueError as error:
         _warn(path, str(error))
         return {}
 
 
-def entries_of(text: str) -> list[dict[str, Any]]:
-    """The entries of a cache's text, all of them checked.
+def contents_of(text: str) -> Contents:
+    """The entries in a cache's text, all of them checked.
 
     Raises:
         ValueError: where it is not one of ours.
@@ -146,32 +187,48 @@ def entries_of(text: str) -> list[dict[str, Any]]:
         raise ValueError(f"it is not JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"it is no cache of format {_FORMAT}")
-    entries = content.get("entries")
-    if not isinstance(entries, list):
-        raise ValueError("it has no list of entries")
-    for entry in entries:
-        if not isinstance(entry, dict) or not all(
-            type(entry.get(field.name)) is (int if field.type == "int" else str)
-            for field in dataclasses.fields(Key)
-        ):
-            raise ValueError(f"an entry has not the fields of a key: {entry!r}")
+    lists = {"entries": content.get("entries"), "crossovers": content.get("crossovers", [])}
+    for name, entries in lists.items():
+        if not isinstance(entries, list):
+            raise ValueError(f"it has no list of {name}")
+    found = Contents(**lists)
+    for entry in found.entries:
+        _check_entry(entry, Key)
         if type(entry.get("num_sms")) is not int or entry["num_sms"] < 1:
             raise ValueError(f"an entry's num_sms is no positive number: {entry!r}")
-        if not isinstance(entry.get("versions"), dict) or "jax_ep" not in entry["versions"]:
-            raise ValueError(f"an entry does not say which jax_ep it is for: {entry!r}")
-        if entry["versions"]["jax_ep"] != __version__:
-            raise ValueError(
-                f"it was made for jax_ep {entry['versions']['jax_ep']}, and this is {__version__}"
-            )
-    return entries
+    for entry in found.crossovers:
+        _check_entry(entry, CrossoverKey)
+        if type(entry.get("most_tokens")) is not int or entry["most_tokens"] < 0:
+            raise ValueError(f"an entry's most_tokens is no number of tokens: {entry!r}")
+    return found
 
 
-def save(path: pathlib.Path, entries: list[dict[str, Any]]) -> None:
+def _check_entry(entry: Any, key: type[Key | CrossoverKey]) -> None:
+    """Raise ``ValueError`` unless ``entry`` has the fields of a key and is of this version."""
+    if not isinstance(entry, dict) or not all(
+        type(entry.get(field.name)) is (int if field.type == "int" else str)
+        for field in dataclasses.fields(key)
+    ):
+        raise ValueError(f"an entry has not the fields of a key: {entry!r}")
+    if not isinstance(entry.get("versions"), dict) or "jax_ep" not in entry["versions"]:
+        raise ValueError(f"an entry does not say which jax_ep it is for: {entry!r}")
+    if entry["versions"]["jax_ep"] != __version__:
+        raise ValueError(
+            f"it was made for jax_ep {entry['versions']['jax_ep']}, and this is {__version__}"
+        )
+
+
+def save(
+    path: pathlib.Path, entries: list[dict[str, Any]], crossovers: Sequence[dict[str, Any]] = ()
+) -> None:
     """Write a cache; readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n  ".join(json.dumps(entry) for entry in entries)
+    lists = ", ".join(
+        f'"{name}": [\n  ' + ",\n  ".join(json.dumps(entry) for entry in found) + "\n]"
+        for name, found in (("entries", entries), ("crossovers", crossovers))
+    )
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(f'{{"format": {_FORMAT}, "entries": [\n  {lines}\n]}}\n')
+    partial.write_text(f'{{"format": {_FORMAT}, {lists}}}\n')
     partial.replace(path)
 
 
@@ -180,7 +237,13 @@ def key_of(entry: Mapping[str, Any]) -> Key:
     return Key(**{field.name: entry[field.name] for field in dataclasses.fields(Key)})
 
 
-def agreed_table(mesh: jax.sharding.Mesh, name: str) -> dict[Key, int]:
+def crossover_key_of(entry: Mapping[str, Any]) -> CrossoverKey:
+    """What a crossover holds for."""
+    fields = dataclasses.fields(CrossoverKey)
+    return CrossoverKey(**{field.name: entry[field.name] for field in fields})
+
+
+def agreed_table(mesh: jax.sharding.Mesh, name: str) -> dict[Key | CrossoverKey, int]:
     """The table of the process of ``mesh``'s first device, in all processes of the mesh.
 
     Args:
@@ -192,14 +255,19 @@ def agreed_table(mesh: jax.sharding.Mesh, name: str) -> dict[Key, int]:
         return load()
     text = None
     if jax.process_index() == first:
-        pairs = [(dataclasses.asdict(key), value) for key, value in load().items()]
-        text = json.dumps(pairs)
+        rows = [
+            (type(key).__name__, dataclasses.asdict(key), value) for key, value in load().items()
+        ]
+        text = json.dumps(rows)
     told = _compat.broadcast_text(f"jax_ep/tuning/{name}", text, timeout=_BROADCAST_TIMEOUT_S)
-    return {Key(**fields): value for fields, value in json.loads(told)}
+    kinds = {kind.__name__: kind for kind in (Key, CrossoverKey)}
+    return {kinds[kind](**fields): value for kind, fields, value in json.loads(told)}
 
 
-def _table(entries: list[dict[str, Any]]) -> dict[Key, int]:
-    return {key_of(entry): entry["num_sms"] for entry in entries}
+def _table(contents: Contents) -> dict[Key | CrossoverKey, int]:
+    table: dict[Key | CrossoverKey, int] = {}
+    table |= {key_of(entry): entry["num_sms"] for entry in contents.entries}
+    return table | {crossover_key_of(entry): entry["most_tokens"] for entry in contents.crossovers}
 
 
 def _warn(path: pathlib.Path, reason: str) -> None:

@@ -13,7 +13,7 @@ from jax_ep._core.flight import Flight
 from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import checks, flights, gpu_room, gradients
+from jax_ep._ops import checks, flights, gpu_room, gradients, modes
 
 
 def combine(
@@ -53,7 +53,8 @@ def combine(
         weights: ``[C]`` factors of the rows (layout "expert"), such as the ``weights`` that dispatch
             returned; float32, or bfloat16 or float16, which is cast to it. None sums the rows as
             they are. It is cheaper to multiply by the weights before the down projection.
-        config: How to use the machine; None takes the defaults.
+        config: How to use the machine; None takes the defaults. The default mode, "auto", takes
+            "latency" for few tokens in groups made for it, whatever mode the dispatch had.
 
     Returns:
         ``[T, H]`` in the dtype of ``rows``; zero for tokens without rows.
@@ -78,6 +79,7 @@ def combine_by(
     weights: Float[Array, " capacity"] | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Handle], Handle] = lambda handle: handle,
+    in_flight: bool = False,
 ) -> Float[Array, "tokens hidden"]:
     """``combine``, issued as ``issue`` says, along ``order(handle)``."""
     op = "combine"
@@ -97,6 +99,17 @@ def combine_by(
             f"shape {rows.shape}",
             "keep padding and unused rows in place",
         )
+    name = rows_name(rows.dtype)
+    config = modes.choose(
+        "combine",
+        rows,
+        handle.topk_idx,
+        group=group,
+        layout=handle.layout,
+        moved=name,
+        config=config,
+        in_flight=in_flight,
+    )
     gpu_room.check_latency_fits(op, "rows", rows, handle.topk_idx, group, config)
     if not is_latency(config):
         gpu_room.check_sums_fit(op, "rows", rows, handle.layout, group)
@@ -107,7 +120,6 @@ def combine_by(
     if is_latency(config):
         num_sms = latency_sms_of(group, num_tokens=num_tokens, requested=requested)
     else:
-        name = rows_name(rows.dtype)
         num_sms = sms_of_passes(
             group,
             {"combine": name, "dispatch": name},

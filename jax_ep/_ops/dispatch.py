@@ -26,7 +26,7 @@ from jax_ep._core.types import (
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import checks, flights, gpu_room, gradients
+from jax_ep._ops import checks, flights, gpu_room, gradients, modes
 
 Output = Literal["dense", "quantized"]
 
@@ -113,8 +113,9 @@ def dispatch(
             It holds the routes and the capacities, so leave out ``topk_idx`` and
             ``capacity_factor``. ``num_experts``, ``layout``, ``alignment`` and ``capacity`` may be
             left out too; else they must equal those of the handle.
-        config: How to use the machine; None takes the defaults. With ``mode="latency"`` and a new plan,
-            GPUs plan and dispatch in one launch; along a handle they dispatch as in "throughput".
+        config: How to use the machine; None takes the defaults. In mode "latency", which the default
+            "auto" takes for few tokens in groups made for it, and with a new plan, GPUs plan and
+            dispatch in one launch; along a handle they dispatch as in "throughput".
 
     Returns:
         What this rank received, with C rows.
@@ -164,6 +165,7 @@ def dispatch_by(
     handle: Handle | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Any], Any] = lambda routes: routes,
+    in_flight: bool = False,
 ) -> Dispatched:
     """``dispatch``, issued as ``issue`` says, along ``order(routes)``: of a handle, or ``topk_idx``."""
     op = "dispatch"
@@ -172,6 +174,8 @@ def dispatch_by(
     arguments.check_rows(op, "x", x)
     values = x.values if isinstance(x, Quantized) else x
     quantize_as = _check_quantization(op, x, quantization, output, scale_format)
+    dense_output = output != "quantized"
+    moved = rows_name(values.dtype, quantize_as, dense_output)
     if handle is None:
         checks.check_topk_idx(op, topk_idx, values.shape[0])
         assert topk_idx is not None  # for the type checker: check_topk_idx raises if it is None
@@ -186,6 +190,16 @@ def dispatch_by(
             checks.check_capacity_factor(op, capacity_factor, layout, capacity)
         elif capacity is not None:
             checks.check_capacity(op, capacity, layout, alignment)
+        config = modes.choose(
+            "dispatch",
+            values,
+            topk_idx,
+            group=group,
+            layout=layout,
+            moved=moved,
+            config=config,
+            in_flight=in_flight,
+        )
         asked = gradients.PlanOptions(
             group, num_experts, layout, capacity=capacity, alignment=alignment, config=config
         )
@@ -214,12 +228,10 @@ def dispatch_by(
     assert ids is not None
     checks.check_topk_weights(op, topk_weights, ids.shape)
     topk_weights = None if topk_weights is None else topk_weights.astype(jnp.float32)
-    dense_output = output != "quantized"
     num_tokens, requested = values.shape[0], None if config is None else config.num_sms
     if handle is None:
         num_sms = latency_sms_of(group, num_tokens=num_tokens, requested=requested)
     else:
-        moved = rows_name(values.dtype, quantize_as, dense_output)
         num_sms = sms_of_passes(
             group,
             {"dispatch": moved, "combine": rows_name(values.dtype)},

@@ -40,9 +40,8 @@ def check_latency_fits(
     """Latency mode, if it is asked for, has room for such rows; on all platforms alike."""
     if not is_latency(config):
         return
-    num_tokens, top_k = topk_idx.shape
+    num_tokens, channels = topk_idx.shape[0], _latency_channels(rows)
     sizes = f"latency_tokens={num_tokens}, latency_hidden="
-    channels = rows.shape[1] * max(rows.dtype.itemsize // 2, 1)
     if group.latency_tokens == 0:
         raise arguments.value_error(
             op,
@@ -51,12 +50,7 @@ def check_latency_fits(
             "mode='latency'",
             f"make the group with create_group(..., {sizes}{channels})",
         )
-    limits_of = (
-        ("tokens a rank", num_tokens, group.latency_tokens),
-        ("channels of 16 bits", channels, group.latency_hidden),
-        ("entries of topk_idx over all ranks", group.size * num_tokens * top_k, MOST_ENTRIES),
-    )
-    for what, size, most in limits_of:
+    for what, size, most in _latency_limits(rows, topk_idx, group):
         if size > most:
             raise arguments.value_error(
                 op,
@@ -70,6 +64,30 @@ def check_latency_fits(
         raise arguments.value_error(
             op, argument, "rows with channels in mode 'latency'", 0, "use mode='throughput'"
         )
+
+
+def fits_latency(rows: jax.Array, topk_idx: jax.Array, group: Group) -> bool:
+    """Whether latency mode has room for such rows, and anything to do."""
+    if topk_idx.shape[0] == 0 or _latency_channels(rows) == 0:
+        return False
+    return all(size <= most for _, size, most in _latency_limits(rows, topk_idx, group))
+
+
+def _latency_channels(rows: jax.Array) -> int:
+    """Channels of 16 bits that inboxes of latency mode need for a row."""
+    return rows.shape[1] * max(rows.dtype.itemsize // 2, 1)
+
+
+def _latency_limits(
+    rows: jax.Array, topk_idx: jax.Array, group: Group
+) -> tuple[tuple[str, int, int], ...]:
+    """What latency mode has bounds for: its name, its size here, and the bound."""
+    num_tokens, top_k = topk_idx.shape
+    return (
+        ("tokens a rank", num_tokens, group.latency_tokens),
+        ("channels of 16 bits", _latency_channels(rows), group.latency_hidden),
+        ("entries of topk_idx over all ranks", group.size * num_tokens * top_k, MOST_ENTRIES),
+    )
 
 
 def check_chunk_fits(op: str, argument: str, rows: jax.Array, group: Group) -> None:

@@ -70,7 +70,8 @@ def dispatch_start(
     statistics (jaxlib 0.10.2 and 0.11.2). An op in flight is not part of a command buffer (CUDA
     graph). On CPU, ops never block a thread, so XLA runs independent work beside each of them. Where
     a group of GPUs spans hosts or copies its operands (``python -m jax_ep.doctor`` says so), and in
-    mode "latency", the start half does all the work, and a warning says so once.
+    mode "latency", the start half does all the work, and a warning says so once. Mode "auto" is
+    "throughput" here, however few the tokens are.
 
     The op needs streaming multiprocessors (SMs) of its own. But a large matmul, XLA's as well as
     ``grouped_dot``, runs one block on each SM of the GPU until all of it is done. If the matmul begins
@@ -107,7 +108,9 @@ def dispatch_start(
         TypeError, ValueError: as ``dispatch``; ValueError also where all channels are held.
     """
     begin = _Start("dispatch_start", group, after)
-    out = dispatch_by(begin.issue, x, *args, group=group, order=begin.order, **kwargs)
+    out = dispatch_by(
+        begin.issue, x, *args, group=group, order=begin.order, in_flight=True, **kwargs
+    )
     return Ticket(out, op="dispatch", opened=begin.opened)
 
 
@@ -153,7 +156,14 @@ def combine_start(
     """
     begin = _Start("combine_start", group, after)
     y = combine_by(
-        begin.issue, rows, handle, group=group, weights=weights, config=config, order=begin.order
+        begin.issue,
+        rows,
+        handle,
+        group=group,
+        weights=weights,
+        config=config,
+        order=begin.order,
+        in_flight=True,
     )
     return Ticket(y, op="combine", opened=begin.opened)
 

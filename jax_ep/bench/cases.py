@@ -41,7 +41,8 @@ class Case:
         intermediate: Width F of an expert (op "layer"), or of the compute's result ("overlap").
         alignment: Rows of an expert are padded to a multiple of it (layout "expert").
         num_sms: SMs that the op may occupy; None takes the tuned number or the default.
-        mode: As in ``DispatchConfig``.
+        mode: As in ``DispatchConfig``; groups have room for latency mode only where this is "latency",
+            so "auto" is "throughput".
         weights: Whether top-k weights travel with the rows.
         capacity: "exact": room for exactly the rows that come; "default": room for any routing.
         name: The implementation; None is jax_ep.

@@ -284,6 +284,19 @@ def count_calls(compiled_text: str, targets: Sequence[str]) -> dict[str, int]:
     return {t: text.count(f'custom_call_target="{t}"') for t in targets}
 
 
+def native_calls(jaxpr: Any) -> list[dict[str, Any]]:
+    """The parameters of all our native calls in a program, as JAX traces it."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "jax_ep_call":
+            found.append(equation.params)
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found += native_calls(inner)
+    return found
+
+
 def run_python(*arguments: str, timeout: float, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a fresh interpreter that finds the same jax_ep; the test fails if it hangs."""
     path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])

@@ -145,7 +145,7 @@ def stages(gpus: int) -> list[Stage]:
             [
                 "{python} -m jax_ep.tune --ranks 2 --processes 2 --cache {work}/tuning.json"
                 " --tokens 4096 --layout token,expert --quantization none --repeat 20"
-                " --num-sms 8,16,24,32,48,64,80,100"
+                " --num-sms 8,16,24,32,48,64,80,100 --crossover 256,512"
             ],
             "other",
             25,

@@ -1,0 +1,49 @@
+"""The mode that an op takes where ``DispatchConfig(mode="auto")`` leaves it open."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from jax_ep._core.types import DispatchConfig, Layout
+from jax_ep._groups.group import Group, crossover_of
+from jax_ep._ops import gpu_room
+
+
+def choose(
+    op: Literal["dispatch", "combine"],
+    rows: jax.Array,
+    topk_idx: jax.Array,
+    *,
+    group: Group,
+    layout: Layout,
+    moved: str,
+    config: DispatchConfig | None,
+    in_flight: bool,
+) -> DispatchConfig | None:
+    """``config``, with mode "latency" where it says "auto" and latency mode fits and is faster.
+
+    It depends on shapes, on the group and on the tuning table, in which all ranks agree; so all ranks
+    choose alike, on all platforms.
+
+    Args:
+        op: "dispatch" with a new plan, or "combine".
+        rows: ``[T, H]`` or ``[C, H]``, what moves.
+        topk_idx: ``[T, K]``.
+        group: The group.
+        layout: "expert" or "token".
+        moved: What moves, by ``tuning.rows_name``.
+        config: As the user gave it, checked.
+        in_flight: Whether a start half begins the op. Latency mode runs one op at a time, in line
+            with the program, so nothing would overlap.
+    """
+    if in_flight or (config is not None and config.mode != "auto"):
+        return config
+    if not gpu_room.fits_latency(rows, topk_idx, group):
+        return config
+    most = crossover_of(group, op=op, layout=layout, rows=moved, hidden=rows.shape[1])
+    if topk_idx.shape[0] > most:
+        return config
+    return dataclasses.replace(config or DispatchConfig(), mode="latency")
