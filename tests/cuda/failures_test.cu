@@ -229,8 +229,9 @@ class Test {
       const bool fails = r == f.failing;
       const cuda::ErrorRecord& error = *k.error;
       if (fails && !f.FailsItself()) {
-        // Where only some of its warps stop, the others wait like those of its peers.
-        noticed |= f.stops && error.set != 0 && error.kind == static_cast<uint32_t>(f.kind);
+        // Where it only leaves something out, it may wait as well, for a peer that waits for that.
+        noticed |= (f.stops || f.withholds) && error.set != 0 &&
+                   error.kind == static_cast<uint32_t>(f.kind);
         continue;
       }
       if (fails && f.concurrent) {  // either op may have come first
