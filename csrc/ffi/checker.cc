@@ -34,8 +34,8 @@ std::string NameOf(ffi::DataType dtype) {
   }
 }
 
-// Without streams: XLA's plugin for GPUs brings parts of a C++ library of its own into the process,
-// and a stream that is made of parts of both crashes.
+// Without streams: with XLA's plugin for GPUs in the process, a std::ostringstream crashed here,
+// probably because the plugin brings parts of a C++ library of its own.
 template <typename Dims>
 std::string Describe(ffi::DataType dtype, const Dims& dims) {
   std::string text = NameOf(dtype) + "[";
