@@ -29,7 +29,7 @@ import numpy as np
 import typer
 from jaxtyping import Int32
 
-from byte_lm import cluster, data
+from byte_lm import cluster, data, options
 from byte_lm.config import ModelConfig, RunConfig, TrainConfig
 
 # jax starts on the devices that the command line asks for, so it is imported after parsing it.
@@ -66,27 +66,11 @@ def main(
     latency: Annotated[
         bool, typer.Option(help="Make room for latency mode, which ranks of one host have.")
     ] = True,
-    devices: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of this process.", show_default="8 on CPU, or all GPUs"),
-    ] = None,
-    data_parallel: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help='Size of the mesh axis "data".', show_default="2 of 4 devices or more"
-        ),
-    ] = None,
-    coordinator: Annotated[
-        str | None,
-        typer.Option(help="host:port of process 0, where several processes work together."),
-    ] = None,
-    num_processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes.", show_default="1")
-    ] = None,
-    process_id: Annotated[
-        int | None,
-        typer.Option(min=0, help="Number of this process, from 0.", show_default="0"),
-    ] = None,
+    devices: options.Devices = None,
+    data_parallel: options.DataParallel = None,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
 ) -> None:
     """Generate text with the model that train_moe.py trained."""
     try:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from byte_lm import cluster, data
+from byte_lm import cluster, data, options
 from byte_lm.config import (
     DEFAULT_MINUTES,
     Balance,
@@ -69,16 +69,8 @@ def main(
         typer.Option(min=1, help="Steps between checkpoints.", show_default="one minute"),
     ] = None,
     prompt: Annotated[str, typer.Option(help="Beginning of the text sample.")] = RunConfig.prompt,
-    devices: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of this process.", show_default="8 on CPU, or all GPUs"),
-    ] = None,
-    data_parallel: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help='Size of the mesh axis "data".', show_default="2 of 4 devices or more"
-        ),
-    ] = None,
+    devices: options.Devices = None,
+    data_parallel: options.DataParallel = None,
     ranks_per_host: Annotated[
         int | None,
         typer.Option(
@@ -87,18 +79,9 @@ def main(
             show_default="those that share one",
         ),
     ] = None,
-    coordinator: Annotated[
-        str | None,
-        typer.Option(help="host:port of process 0, where several processes train together."),
-    ] = None,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes that train together.", show_default="1"),
-    ] = None,
-    process_id: Annotated[
-        int | None,
-        typer.Option(min=0, help="Number of this process, from 0.", show_default="0"),
-    ] = None,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
     num_layers: Annotated[
         int, typer.Option(min=1, help="Blocks of attention and experts.")
     ] = ModelConfig.num_layers,

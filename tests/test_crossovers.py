@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-import jax_ep
 from jax_ep import tune
 from jax_ep._groups import tuning
 from jax_ep._groups.tuning import CrossoverKey
 from jax_ep.bench.cases import Case
+from tuning_records import record
 
 CROSSOVER = CrossoverKey("cpu", 2, "dispatch", "token", "bfloat16", 7168)
-
-
-def record(num_sms, median_us, **changes):
-    fields = {
-        "device": "cpu",
-        "ranks": 2,
-        "op": "dispatch",
-        "layout": "token",
-        "dtype": "bfloat16",
-        "quantization": "none",
-        "mode": "auto",
-        "hidden": 7168,
-        "tokens": 128,
-        "num_sms": num_sms,
-        "median_us": median_us,
-        "correct": True,
-        "versions": {"jax_ep": jax_ep.__version__},
-    }
-    return {**fields, **changes}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from jax_ep._groups.tuning import CrossoverKey, Key
 from jax_ep.bench.cases import Case
 from spmd import make_group as make_real_group
 from spmd import run_python
+from tuning_records import record
 
 KEY = Key("cpu", 2, "dispatch", "token", "bfloat16", 7168, 4096)
 CROSSOVER = CrossoverKey("cpu", 2, "dispatch", "token", "bfloat16", 7168)
@@ -211,25 +212,6 @@ def test_processes_take_the_table_of_rank_0(tmp_path, monkeypatch):
         )
     outputs = [worker.communicate(timeout=120)[0].strip() for worker in workers]
     assert outputs == ["[('CrossoverKey', 'host 0', 64), ('Key', 'host 0', 20)]"] * 2
-
-
-def record(num_sms, median_us, **changes):
-    fields = {
-        "device": "cpu",
-        "ranks": 2,
-        "op": "dispatch",
-        "layout": "token",
-        "dtype": "bfloat16",
-        "quantization": "none",
-        "mode": "auto",
-        "hidden": 7168,
-        "tokens": 4000,
-        "num_sms": num_sms,
-        "median_us": median_us,
-        "correct": True,
-        "versions": {"jax_ep": jax_ep.__version__},
-    }
-    return {**fields, **changes}
 
 
 def test_search_takes_the_fewest_sms_that_are_as_good():
