@@ -34,6 +34,12 @@ OTHER_FIELDS = {
 PEER_FIELDS = {"lib", "op", "ranks", "T", "H", "K", "E", "sms", "us", "p10", "p90", "tag"}
 # The values of optional fields that a record leaves out.
 DEFAULTS = {"capacity": "exact"}
+# What was measured, and where. A later record takes the place of one that agrees in these fields.
+_SUBJECT = (
+    *("op", "name", "layout", "dtype", "quantization", "mode", "routing", "capacity", "tokens"),
+    *("hidden", "top_k", "experts", "num_sms", "intermediate"),
+    *("ranks", "gpus", "hosts", "processes", "device"),
+)
 _ROWS = {"none": "bf16", "quantized": "fp8", "fp8": "fp8cast"}  # in the ops of the peers' files
 
 
@@ -79,6 +85,18 @@ def load_results(folder: pathlib.Path) -> list[Record]:
                 raise ValueError(f"{path}: {error}") from error
             found.append(record)
     return found
+
+
+def newest(results: list[Record]) -> list[Record]:
+    """The records without those of jax_ep.bench that a later run has measured again."""
+    found: dict[Any, Record] = {}
+    for number, record in enumerate(results):
+        known = record["op"] not in OTHER_FIELDS
+        subject = tuple(record.get(field, DEFAULTS.get(field)) for field in _SUBJECT)
+        key = subject if known else number
+        found.pop(key, None)  # so that it has the place of the later one
+        found[key] = record
+    return list(found.values())
 
 
 def load_targets(path: pathlib.Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from performance_data import (
     load_results,
     load_targets,
     matches,
+    newest,
     ours,
 )
 
@@ -335,7 +336,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail if one is out of date")
     parser.add_argument("--redraw", action="store_true", help="draw the picture in any case")
     options = parser.parse_args()
-    targets, results = load_targets(TARGETS), load_results(RESULTS)
+    targets, results = load_targets(TARGETS), newest(load_results(RESULTS))
     rows, machine = headline.rows(targets, results), _machine(targets)
     texts = {
         PAGE: render(TEMPLATE.read_text(), targets, results),

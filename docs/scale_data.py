@@ -8,13 +8,13 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from performance_data import DEFAULTS, RESULTS, ROOT, Record
+from performance_data import DEFAULTS, RESULTS, ROOT, Record, newest
 
 from jax_ep.bench import records as bench_records
 from jax_ep.scale import H200, Machine, Workload, predict
 
 PUBLISHED = ROOT / "benchmarks" / "published.json"
-FITTED = "2xH200-2026-11-29-1-process.json"
+FITTED = "2xH200-2026-11-30-1-process.json"
 KERNELS = "kernels_h200.json"
 SHARED = "h200-shared-2026-11-29-baselines.json"
 MEASURED_SLACK, PUBLISHED_SLACK = 0.15, 0.25
@@ -59,14 +59,16 @@ _TWO_HOSTS = (
     "With 8 and with 16 SMs alike, the NIC carries 31 to 38 of its 47 GB/s and NVLink at most 220 of "
     "its 335, so the kernel is the bound and no link. The model has no such bound for other libraries."
 )
+_EXPERT_PLAN = (
+    "The plan is fitted in layout token. In layout expert it also gives each of a token's choices its "
+    "row, which takes 2 us with 4096 tokens."
+)
 _EXPERT_128 = ("expert", "none", "uniform", "exact", 128)
 # Figures that the model misses by more than it should, by kind, with the reason.
 DEVIATIONS: dict[tuple[str | int, ...], str] = {
-    **{
-        ("combine", "token", "none", "uniform", "exact", tokens): _FEW_ROWS
-        for tokens in (1, 8, 32, 64, 128)
-    },
+    ("combine", "token", "none", "uniform", "exact", 128): _FEW_ROWS,
     **{(op, *_EXPERT_128): _FEW_EXPERT_ROWS for op in ("dispatch", "dispatch_cached", "combine")},
+    ("plan", "expert", "none", "uniform", "exact", 4096): _EXPERT_PLAN,
     ("Hybrid-EP", 16, "combine"): _TWO_HOSTS,
 }
 
@@ -91,10 +93,14 @@ def skipped(record: Record) -> str | None:
 
 
 def load(folder: pathlib.Path = RESULTS) -> Iterator[tuple[str, Record]]:
-    """All committed records, each with the name of its file."""
-    for path in sorted(folder.glob("*.json")):
-        for record in json.loads(path.read_text()):
-            yield path.name, {**DEFAULTS, **record}
+    """The committed records that no later run has measured again, each with the name of its file."""
+    found = [
+        (path.name, {**DEFAULTS, **record})
+        for path in sorted(folder.glob("*.json"))
+        for record in json.loads(path.read_text())
+    ]
+    kept = {id(record) for record in newest([record for _, record in found])}
+    yield from ((name, record) for name, record in found if id(record) in kept)
 
 
 def workload_of(record: Record) -> Workload:

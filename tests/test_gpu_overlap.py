@@ -6,6 +6,8 @@ And kernels that leave them SMs, which give the same bits on any number of SMs.
 from __future__ import annotations
 
 import functools
+import gzip
+import json
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -238,23 +240,31 @@ class Event(NamedTuple):
 
 
 def kernels_of(folder: pathlib.Path) -> dict[str, list[Event]]:
-    """The kernels of a profile, by GPU."""
-    (path,) = folder.rglob("*.xplane.pb")
+    """The kernels of a profile, by GPU.
+
+    From the profile's JSON: ``jax.profiler.ProfileData`` ended the process where it read the details of
+    some kernels (jaxlib 0.11.2).
+    """
+    (path,) = folder.rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    called = [event for event in events if event.get("ph") == "M"]
+    planes = {e["pid"]: e["args"]["name"] for e in called if e["name"] == "process_name"}
+    lines = {(e["pid"], e["tid"]): e["args"]["name"] for e in called if e["name"] == "thread_name"}
     found: dict[str, list[Event]] = {}
-    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        lines = (line for line in plane.lines if line.name.startswith("Stream"))
-        found[plane.name] = [event_of(line.name, event) for line in lines for event in line.events]
+    for event in events:
+        plane = planes.get(event.get("pid"), "")
+        line = lines.get((event.get("pid"), event.get("tid")), "")
+        if event.get("ph") == "X" and plane.startswith("/device:GPU") and line.startswith("Stream"):
+            found.setdefault(plane, []).append(event_of(line, event))
     return found
 
 
-def event_of(line: str, event: Any) -> Event:
-    """An event of a profile."""
-    details = dict(event.stats).get("kernel_details", "")
-    grid = re.search(r"grid:(\d+)", str(details))
+def event_of(line: str, event: dict[str, Any]) -> Event:
+    """An event of a profile; its times are in microseconds."""
+    grid = re.search(r"grid:(\d+)", str(event.get("args", {}).get("kernel_details", "")))
     blocks = int(grid[1]) if grid else 0
-    return Event(line, event.name, blocks, event.start_ns, event.start_ns + event.duration_ns)
+    start, end = 1e3 * event["ts"], 1e3 * (event["ts"] + event["dur"])
+    return Event(line, event["name"], blocks, start, end)
 
 
 @needs_hopper

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import jax_ep
 import oracle
 import routings
+import schedule
 import shapes
 from spmd import flat, here, make_group, put, ranks_at_most, shard, stacked_jit
 
@@ -106,22 +105,6 @@ def test_independent_work_between_the_halves(backend):
     np.testing.assert_allclose(shared, np.tanh(x), rtol=1e-5)
 
 
-def chained(text: str, target: str) -> bool:
-    """Whether one of two calls of ``target`` in a compiled module depends on the other."""
-    operands = {}
-    calls = []
-    for name, rest in re.findall(r"^\s+(?:ROOT )?%(\S+) = (.*)$", text, re.MULTILINE):
-        operands[name] = re.findall(r"%([\w.-]+)", rest.partition(", metadata=")[0])
-        if f'custom_call_target="{target}"' in rest:
-            calls.append(name)
-    assert len(calls) == 2, calls
-
-    def needs(name: str, wanted: str) -> bool:
-        return any(o == wanted or needs(o, wanted) for o in operands.get(name, ()))
-
-    return needs(calls[0], calls[1]) or needs(calls[1], calls[0])
-
-
 @pytest.mark.parametrize("order", ["free", "after"])
 def test_after_orders_ops(order, backend):
     """``after=`` makes an op wait for an earlier one; without it, nothing does."""
@@ -143,7 +126,7 @@ def test_after_orders_ops(order, backend):
     if backend != "reference" and here(group.mesh):
         given = put((flat(x), flat(idx)), group.mesh)
         text = call.jitted.lower(*given).compile().as_text()
-        assert chained(text, "jax_ep_dispatch") == (order == "after")
+        assert schedule.chained(text, "jax_ep_dispatch") == (order == "after")
 
 
 def trace(run):

@@ -40,6 +40,15 @@ def test_unknown_tables_and_records_say_so(tmp_path):
     assert page.load_results(tmp_path) == [record(), loads()]
 
 
+def test_later_records_take_the_place_of_earlier_ones():
+    first, other, later = record(), record(processes=2), record(median_us=7.0)
+    failed = record(median_us=None, error="too noisy")
+    found = data.newest([first, loads(), other, loads(), later])
+    assert found == [loads(), other, loads(), later]
+    assert data.newest([first, failed]) == [failed]  # what is true now
+    assert data.newest([first, record(name="other")]) == [first, record(name="other")]
+
+
 def test_readme_has_the_rows_that_are_marked():
     text = f"before\n{headline.START}\nold\n{headline.END}\nafter\n"
     made = headline.readme(text, targets, [record(processes=2)])

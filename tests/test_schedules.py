@@ -37,7 +37,7 @@ def compiled():
     version = versions[0]
     if version != jaxlib.__version__:
         pytest.skip(f"{PLUGIN} is of version {version}, and jaxlib of {jaxlib.__version__}")
-    names = ["same text", "grouped_dot", "chunks", "kernels", "shared_expert"]
+    names = ["same text", "free", "after", "grouped_dot", "chunks", "kernels", "shared_expert"]
     names.append("chunks without regions")  # the last one: it takes them away
     paths = [str(PROGRAM.parents[2]), *places]
     run = subprocess.run(
@@ -75,6 +75,10 @@ def test_chunks_hide_rows_behind_experts(compiled):
     for before, after in itertools.pairwise(kinds):
         assert ops.index(f"done {before}") < ops.index(f"start {after}")
     assert not {"dispatch", "combine"} & set(ops)  # none is in line
+
+
+def test_after_orders_ops_in_flight(compiled):
+    assert not compiled["free"]["found"] and compiled["after"]["found"]
 
 
 def test_experts_leave_an_op_its_sms(compiled):

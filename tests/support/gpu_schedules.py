@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 import kernel_grids
+import schedule
 from jax_ep import _compat
 from jax_ep._backends import region
 from jax_ep._core import libraries
@@ -83,7 +84,29 @@ def layer_without_regions(**options):
 
 def schedule_of(program, given) -> dict[str, Any]:
     text = deviceless.lowered(program, *given).compile().as_text()
-    return {"ops": interesting(deviceless.schedule(text))}
+    return {"ops": interesting(schedule.schedule(text))}
+
+
+def two_in_flight(*, after: bool) -> dict[str, Any]:
+    """Whether the second of two dispatches in flight waits for the first."""
+    group = jax_ep.create_group(MESH, "expert", channels=2)
+
+    def run(x, idx):
+        options = {"group": group, "num_experts": EXPERTS}
+        first = jax_ep.dispatch_start(x, idx, **options)
+        order = {"after": first} if after else {}
+        second = jax_ep.dispatch_start(x + 1, idx, **options, **order)
+        return [jax_ep.dispatch_done(ticket).tokens for ticket in (first, second)]
+
+    mapped = jax.shard_map(
+        run, mesh=MESH, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    given = [
+        jax.ShapeDtypeStruct((RANKS * 8, last), dtype, sharding=NamedSharding(MESH, P("expert")))
+        for last, dtype in ((128, jnp.float32), (TOP_K, jnp.int32))
+    ]
+    text = deviceless.lowered(mapped, *given).compile().as_text()
+    return {"found": schedule.chained(text, "jax_ep_dispatch")}
 
 
 def same_text_as_on_real_gpus() -> dict[str, Any]:
@@ -139,6 +162,8 @@ def flat(made: tuple[Any, Any]) -> tuple[Any, ...]:
 
 PROGRAMS = {
     "same text": same_text_as_on_real_gpus,
+    "free": lambda: two_in_flight(after=False),
+    "after": lambda: two_in_flight(after=True),
     "grouped_dot": grouped_dots,
     "chunks": lambda: schedule_of(*layer(overlap="chunks")),
     # With as many channels inside as outside, few kernels differ.
@@ -150,7 +175,7 @@ PROGRAMS = {
 }
 
 
-def interesting(ops: list[deviceless.Op]) -> list[str]:
+def interesting(ops: list[schedule.Op]) -> list[str]:
     """What the module's docstring says, of a schedule."""
     shown, started, counts = [], {}, {}
     for op in ops:

@@ -88,10 +88,10 @@ def stages(gpus: int) -> list[Stage]:
     """
     for_nccl = 1 if machine.NCCL_SHARES_GPUS else 2
     return [
-        Stage("build", [f"bash -c '{_BUILD}'"], "build", 24, 150, "build"),
-        Stage("build_loads", [f"bash -c '{_LOADS}'"], "build", 24, 150, "build"),
+        Stage("build", [f"bash -c '{_BUILD}'"], "build", 60, 150, "build"),
+        Stage("build_loads", [f"bash -c '{_LOADS}'"], "build", 60, 150, "build"),
         _bench(2, gpus, 170, 190),
-        _bench(1, gpus, 145, 220),
+        _bench(1, gpus, 116, 220),
         Stage(
             "bench_loads",
             ["{binaries}/loads --json {work}/loads.json"],
@@ -106,7 +106,7 @@ def stages(gpus: int) -> list[Stage]:
             "collectives",
             [f"{_PYTEST} -s -rs tests/test_gpu_collectives.py"],
             "tests",
-            52,
+            45,
             130,
             "collectives",
             gpus=for_nccl,
