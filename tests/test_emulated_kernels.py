@@ -216,28 +216,38 @@ _NETWORK_FAILURES = [
 _NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 15, 20, 104)
 
 
+class Binaries:
+    """Programs of tests/cuda on the emulator, each built when a test first asks for it."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._built: set[str] = set()
+
+    def __truediv__(self, name: str) -> pathlib.Path:
+        if name not in self._built:
+            script = _ROOT / "cuda" / "emulator" / "build.sh"
+            more = ["--more"] if self._built else []
+            done = subprocess.run(
+                ["bash", script, *more, self._folder, name],
+                env=os.environ | {"PYTHON": sys.executable},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            self._built.add(name)
+        return self._folder / name
+
+
 @pytest.fixture(scope="module")
-def binaries(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> Binaries:
     missing = [name for name in ("g++", "bash") if shutil.which(name) is None]
     missing += [
         name for name in ("cuda_runtime_api.h", "cuda_fp8.h") if not (_HEADERS / name).exists()
     ]
     if missing and not _cpu.build_info()["with_cuda"]:
         pytest.skip(f"the emulator of kernels needs {', '.join(missing)}")
-    folder = tmp_path_factory.mktemp("emulator")
-    script = _ROOT / "cuda" / "emulator" / "build.sh"
-    names = ["kernels_test", "stress_test", "plan_test", "failures_test", "races_test"]
-    names += ["decode_test", "decode_failures_test"]
-    names += ["network_test", "network_plan_test", "network_failures_test"]
-    done = subprocess.run(
-        ["bash", script, folder, *names],
-        env=os.environ | {"PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return Binaries(tmp_path_factory.mktemp("emulator"))
 
 
 def _run(
@@ -285,45 +295,45 @@ def _expect_noticed(program: pathlib.Path, arguments: str, mutation: int) -> Non
 
 
 @pytest.mark.parametrize("arguments", _KERNELS)
-def test_kernels_give_what_the_cpu_backend_gives(binaries: pathlib.Path, arguments: str) -> None:
+def test_kernels_give_what_the_cpu_backend_gives(binaries: Binaries, arguments: str) -> None:
     _run_well(binaries / "kernels_test", f"{_SMALL} {arguments}")
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("arguments", _SHORT_RINGS)
-def test_sums_through_a_short_ring(binaries: pathlib.Path, arguments: str, seed: int) -> None:
+def test_sums_through_a_short_ring(binaries: Binaries, arguments: str, seed: int) -> None:
     given = f"{_SMALL} layout=expert plan=pull {arguments}"
     _run_well(binaries / "kernels_test", given, seed=seed, slots=_SHORT_RINGS[arguments])
 
 
 @pytest.mark.parametrize("seed", range(1, 3))
 @pytest.mark.parametrize("arguments", _LITTLE_ROOM)
-def test_few_blocks_at_a_time(binaries: pathlib.Path, arguments: str, seed: int) -> None:
+def test_few_blocks_at_a_time(binaries: Binaries, arguments: str, seed: int) -> None:
     """As if other kernels had most SMs and waited for something themselves."""
     given = f"{_SMALL} plan=pull {arguments} blocks=4"
     _run_well(binaries / "kernels_test", given, seed=seed, blocks=_LITTLE_ROOM[arguments])
 
 
 @pytest.mark.parametrize("arguments", _STEPS)
-def test_steps_in_which_everything_changes(binaries: pathlib.Path, arguments: str) -> None:
+def test_steps_in_which_everything_changes(binaries: Binaries, arguments: str) -> None:
     _run_well(binaries / "stress_test", f"{_STRESS} {arguments}")
 
 
-def test_failed_plans(binaries: pathlib.Path) -> None:
+def test_failed_plans(binaries: Binaries) -> None:
     """Ranks at other ops, absent, failed before or in another place: errors, no endless waits."""
     done = _run_well(binaries / "plan_test", "check=0 time=0 failures=1")
     assert done.stdout.count(": right") == 10, done.stdout
 
 
 @pytest.mark.parametrize("arguments", _FAILURES)
-def test_failures_of_a_rank(binaries: pathlib.Path, arguments: str) -> None:
+def test_failures_of_a_rank(binaries: Binaries, arguments: str) -> None:
     """Its peers end in time, with a record and poison; later ops end at once."""
     given = f"{_SMALL} hidden=264 {arguments}"
     _run_well(binaries / "failures_test", given, slots=_FAILURES[arguments])
 
 
 @pytest.mark.parametrize("arguments", _OWN_FAILURES)
-def test_failures_that_a_rank_tells(binaries: pathlib.Path, arguments: str) -> None:
+def test_failures_that_a_rank_tells(binaries: Binaries, arguments: str) -> None:
     """The same, also of peers that were nearly done when they were told."""
     for seed in range(1, 5):
         given = f"{_SMALL} hidden=264 {arguments}"
@@ -332,7 +342,7 @@ def test_failures_that_a_rank_tells(binaries: pathlib.Path, arguments: str) -> N
 
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("arguments", _RACES)
-def test_failures_that_may_come_too_late(binaries: pathlib.Path, arguments: str, seed: int) -> None:
+def test_failures_that_may_come_too_late(binaries: Binaries, arguments: str, seed: int) -> None:
     """Whenever peers notice: right results, or poison with a record, and no writes elsewhere.
 
     If no rank fails, no kernel uses an old address."""
@@ -340,7 +350,7 @@ def test_failures_that_may_come_too_late(binaries: pathlib.Path, arguments: str,
 
 
 @pytest.mark.parametrize("arguments", [race for race in _RACES if "race=wrap" in race])
-def test_an_epoch_cannot_number_addresses(binaries: pathlib.Path, arguments: str) -> None:
+def test_an_epoch_cannot_number_addresses(binaries: Binaries, arguments: str) -> None:
     """A word has 16 bits of the epoch, which are the same 65536 ops later."""
     given = f"{_SMALL} hidden=264 {arguments}"
     done = _run(binaries / "races_test", given, mutation=_NUMBER_BY_EPOCH)
@@ -350,44 +360,44 @@ def test_an_epoch_cannot_number_addresses(binaries: pathlib.Path, arguments: str
 
 
 @pytest.mark.parametrize("mutation", _MUTATIONS)
-def test_a_missing_wait_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
+def test_a_missing_wait_is_noticed(binaries: Binaries, mutation: int) -> None:
     _expect_noticed(binaries / "stress_test", f"{_STRESS} {_MUTATIONS[mutation]}", mutation)
 
 
 @pytest.mark.parametrize("arguments", emulated_decode.STEPS)
-def test_latency_mode(binaries: pathlib.Path, arguments: str) -> None:
+def test_latency_mode(binaries: Binaries, arguments: str) -> None:
     _run_well(binaries / "decode_test", arguments)
 
 
 @pytest.mark.parametrize("arguments", emulated_decode.FAILURES)
-def test_failures_in_latency_mode(binaries: pathlib.Path, arguments: str) -> None:
+def test_failures_in_latency_mode(binaries: Binaries, arguments: str) -> None:
     _run_well(binaries / "decode_failures_test", arguments)
 
 
 @pytest.mark.parametrize("mutation", emulated_decode.MUTATIONS)
-def test_a_mutation_of_latency_mode_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
+def test_a_mutation_of_latency_mode_is_noticed(binaries: Binaries, mutation: int) -> None:
     _expect_noticed(binaries / "decode_test", emulated_decode.MUTATIONS[mutation], mutation)
 
 
 @pytest.mark.parametrize("seed", range(1, 3))
 @pytest.mark.parametrize("arguments", _NETWORK)
-def test_hosts_on_a_late_network(binaries: pathlib.Path, arguments: str, seed: int) -> None:
+def test_hosts_on_a_late_network(binaries: Binaries, arguments: str, seed: int) -> None:
     """Results are right to the bit, and each row crosses once to each host that needs it."""
     _run_well(binaries / "network_test", f"{arguments} seed={seed}", seed=seed)
 
 
 @pytest.mark.parametrize("arguments", _NETWORK_PLANS)
-def test_plans_between_hosts(binaries: pathlib.Path, arguments: str) -> None:
+def test_plans_between_hosts(binaries: Binaries, arguments: str) -> None:
     _run_well(binaries / "network_plan_test", arguments)
 
 
 @pytest.mark.parametrize("arguments", _NETWORK_FAILURES)
-def test_failures_between_hosts(binaries: pathlib.Path, arguments: str) -> None:
+def test_failures_between_hosts(binaries: Binaries, arguments: str) -> None:
     """All ranks of all hosts end in time, with a record and poison; later ops end at once."""
     _run_well(binaries / "network_failures_test", f"hosts=3 ranks=6 {arguments}")
 
 
 @pytest.mark.parametrize("mutation", _NETWORK_MUTATIONS)
-def test_a_missing_wait_between_hosts_is_noticed(binaries: pathlib.Path, mutation: int) -> None:
+def test_a_missing_wait_between_hosts_is_noticed(binaries: Binaries, mutation: int) -> None:
     arguments = "layout=expert tokens=60 blocks=1 steps=4 timeout=1"
     _expect_noticed(binaries / "network_test", arguments, mutation)
