@@ -136,8 +136,8 @@ def dispatch(
         config: Has no meaning here.
 
     Returns:
-        ``[C, H]`` rows (unused ones zero) and their weights, ``[C]`` in layout "expert", ``[C, K]``
-        in layout "token", or None.
+        ``[C, H]`` rows (unused ones zero, or NaN where they are undefined) and their weights, ``[C]``
+        in layout "expert", ``[C, K]`` in layout "token", or None.
     """
     if scale_format is not None and not isinstance(x, Quantized):
         quantized = quantize(x, scale_format=scale_format)
@@ -147,15 +147,16 @@ def dispatch(
     x = lax.optimization_barrier(x)  # so that the way x was computed does not matter
     used = handle.recv_src >= 0
     slot = jnp.maximum(handle.recv_src, 0)
-    top_k = handle.topk_idx.shape[1]
-    token = slot // top_k if handle.layout == "expert" else slot
+    token = slot // handle.topk_idx.shape[1] if handle.layout == "expert" else slot
 
-    def fetch(values: Array) -> Array:
+    def fetch(values: Array, unused: float = 0.0) -> Array:
         everyone = _all_gather(values, group).reshape(-1, *values.shape[1:])
         rows = jnp.take(everyone, token, axis=0, mode="clip")
-        return jnp.where(used[:, None], rows, jnp.zeros((), rows.dtype))
+        return jnp.where(used[:, None], rows, jnp.asarray(unused, rows.dtype))
 
-    out = Quantized(fetch(x.values), fetch(x.scales)) if isinstance(x, Quantized) else fetch(x)
+    values, scales = x if isinstance(x, Quantized) else (x, None)
+    rows = fetch(values, jnp.nan if handle.keeps_unused else 0.0)
+    out = rows if scales is None else Quantized(rows, fetch(scales))
     if weights is None:
         return out, None
     if handle.expert_idx is not None:
@@ -253,7 +254,7 @@ def combine_vjp(
         config: Has no meaning here.
 
     Returns:
-        ``[C, H]`` in the row dtype and ``[C]`` float32; zero for unused rows.
+        ``[C, H]`` in the row dtype and ``[C]`` float32; for unused rows as in ``dispatch``.
     """
     rows, row_weights = lax.optimization_barrier((rows, row_weights))  # as in combine
     arrived, _ = dispatch(dy, None, handle, group=group)
@@ -261,7 +262,7 @@ def combine_vjp(
     used = handle.recv_src >= 0
     gradient = arrived.astype(jnp.float32)
     weighted = keep(gradient * row_weights[:, None], _zero(handle))
-    d_rows = jnp.where(used[:, None], round_to(weighted, rows.dtype), jnp.zeros((), rows.dtype))
+    d_rows = jnp.where(used[:, None], round_to(weighted, rows.dtype), arrived.astype(rows.dtype))
     products = keep(gradient * rows.astype(jnp.float32), _zero(handle))
     missing = -products.shape[1] % _LANES
     blocks = jnp.pad(products, ((0, 0), (0, missing))).reshape(len(products), -1, _LANES)

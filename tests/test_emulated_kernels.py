@@ -45,6 +45,9 @@ _KERNELS = [
     # More terms than are loaded at a time; a ring of one slot.
     "layout=expert ranks=1 hidden=136 experts=24 topk=20 dtype=f32 plan=pull",
     "layout=expert ranks=4 hidden=3000000 tokens=2 experts=4 topk=2 alignment=1 plan=pull",
+    # Many unused rows, which stay as they are.
+    "layout=expert ranks=3 hidden=1032 capacity=704 weighted=1 keeps_unused=1 plan=pull",
+    "layout=token ranks=2 hidden=1024 fp8=1 capacity=300 keeps_unused=1 plan=pull",
 ]
 # The same with this many slots of the ring, for rows in one, two and four parts.
 _SHORT_RINGS = {
@@ -182,6 +185,7 @@ _NETWORK = [
     "layout=token hosts=3 ranks=6 blocks=4 lanes=1 tokens=101 hidden=16",
     "layout=expert hosts=3 ranks=6 capacity=64 tokens=60 blocks=3",
     "layout=expert hosts=2 ranks=2 tokens=0",
+    "layout=expert hosts=2 ranks=4 tokens=20 capacity=240 keeps_unused=1",
     "layout=expert hosts=2 ranks=4 tokens=1 blocks=3 capacity=8",
     # Some or all hosts reach each other's memory.
     "layout=token direct=1 fp8=1 hidden=384",

@@ -141,6 +141,8 @@ def run_changed(op, change, results=None, **attributes):
     kinds = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results or RESULTS[op]]
     if op == "dispatch":
         attributes = {"quantization": np.int32(0), "dense_output": np.int32(0)} | attributes
+    if op != "combine":
+        attributes = {"unused_rows": np.int32(0)} | attributes
 
     def body(idx):
         operands = change(raw_operands(op, group, idx))

@@ -38,7 +38,7 @@ Status RowGradient(const std::vector<const ops::CombineVjpArgs*>& ranks, int64_t
   }
   T* d_row = static_cast<T*>(args.d_rows) + row * hidden;
   if (encoded == plan::kNone) {
-    std::memset(d_row, 0, geometry.row_bytes());
+    std::memset(d_row, ops::UnusedByte(args.unused_rows), geometry.row_bytes());
     args.d_weights[row] = 0.0f;
     return Status();
   }

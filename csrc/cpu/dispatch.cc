@@ -10,7 +10,8 @@
 namespace jax_ep::cpu {
 namespace {
 
-// Fills row `row` of `dest` from token `token` of `source`, or with zeros where `source` is null.
+// Fills row `row` of `dest` from token `token` of `source`, or as an unused one where `source` is
+// null.
 void MoveRow(const ops::DispatchArgs& dest, int64_t row, const ops::DispatchArgs* source,
              int64_t token) {
   const ops::Geometry& geometry = dest.geometry;
@@ -21,7 +22,7 @@ void MoveRow(const ops::DispatchArgs& dest, int64_t row, const ops::DispatchArgs
   auto* out = static_cast<std::byte*>(dest.rows) + row * row_bytes;
   float* out_scales = dest.row_scales == nullptr ? nullptr : dest.row_scales + row * num_blocks;
   if (source == nullptr) {
-    std::memset(out, 0, row_bytes);
+    std::memset(out, ops::UnusedByte(dest.unused_rows), row_bytes);
     if (out_scales != nullptr) std::memset(out_scales, 0, num_blocks * sizeof(float));
     return;
   }

@@ -236,6 +236,12 @@ void Decode(Checker& check, const PlanAttrs& attrs, const NetworkPlanBuffers& bu
 
 namespace {
 
+ops::UnusedRows CheckUnusedRows(Checker& check, int32_t unused_rows) {
+  check.Attribute("unused_rows", unused_rows == 0 || unused_rows == 1, "0 (zeros) or 1 (undefined)",
+                  unused_rows);
+  return static_cast<ops::UnusedRows>(unused_rows);
+}
+
 // Checks the payload: x, its scales, and the rows that come of them.
 void CheckPayload(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x,
                   ffi::AnyBuffer scales, ffi::AnyBuffer rows, ffi::AnyBuffer row_scales,
@@ -246,6 +252,7 @@ void CheckPayload(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x,
                   "0 (none), 1 (float32 scales) or 2 (ue8m0 scales)", attrs.quantization);
   args.quantization = static_cast<ops::Quantization>(attrs.quantization);
   args.dense_output = attrs.dense_output != 0;
+  args.unused_rows = CheckUnusedRows(check, attrs.unused_rows);
 
   const bool quantize = args.quantization != ops::Quantization::kNone;
   const bool quantized_input = geometry.dtype == ops::DType::kFloat8E4M3FN;
@@ -325,6 +332,7 @@ void DecodeCombineVjp(Checker& check, const CombineVjpAttrs& attrs, const Buffer
                       ops::CombineVjpArgs& args) {
   ops::Geometry& geometry = args.geometry;
   check.Attribute("layout", attrs.group.layout == 0, "0 (expert)", attrs.group.layout);
+  args.unused_rows = CheckUnusedRows(check, attrs.unused_rows);
   args.handle = CheckHandle(check, attrs.group, buffers, geometry);
   if (!check.ok()) return;
   CheckSummableRows(check, "rows", buffers.rows, geometry.capacity, geometry);
@@ -368,7 +376,9 @@ void Decode(Checker& check, const LatencyDispatchAttrs& attrs,
   const DispatchBuffers of_rows{JAX_EP_DISPATCH_OPERANDS(JAX_EP_SAME_BUFFER)
                                     JAX_EP_DISPATCH_RESULTS(JAX_EP_SAME_BUFFER)};
 #undef JAX_EP_SAME_BUFFER
-  Decode(check, DispatchAttrs{attrs.group, attrs.quantization, attrs.dense_output}, of_rows, args);
+  Decode(check,
+         DispatchAttrs{attrs.group, attrs.quantization, attrs.dense_output, attrs.unused_rows},
+         of_rows, args);
 }
 
 }  // namespace jax_ep

@@ -8,6 +8,7 @@ namespace jax_ep::ops {
 // One rank's operands and results.
 struct CombineVjpArgs {
   Geometry geometry;
+  UnusedRows unused_rows;
   const void* dy;            // [T, H] cotangents of combine's result
   const void* rows;          // [C, H] as combine had them
   const float* row_weights;  // [C] as combine had them

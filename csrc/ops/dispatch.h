@@ -20,7 +20,8 @@ constexpr int32_t kScaleBlock = 128;
 struct DispatchArgs {
   Geometry geometry;  // dtype is that of x
   Quantization quantization;
-  bool dense_output;     // with quantization: rows are rounded to fp8 and come in x's dtype
+  bool dense_output;  // with quantization: rows are rounded to fp8 and come in x's dtype
+  UnusedRows unused_rows;
   const void* x;         // [T, H]
   const float* scales;   // [T, H / 128], or null; x is float8_e4m3fn exactly when given
   const float* weights;  // [T, K], or null

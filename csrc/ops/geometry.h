@@ -14,6 +14,14 @@ constexpr int64_t ByteWidth(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : (dtype == DType::kFloat8E4M3FN ? 1 : 2);
 }
 
+// What rows without a source become. kUndefined: their bytes say nothing, so that kernels need not
+// write them; the CPU backend makes them NaN, to show who reads them. Their weights and scales are
+// zeros all the same.
+enum class UnusedRows : int32_t { kZero = 0, kUndefined = 1 };
+
+// Every byte of such a row on CPU; 0xff is NaN in every dtype of rows.
+constexpr int UnusedByte(UnusedRows rows) { return rows == UnusedRows::kZero ? 0 : 0xff; }
+
 // Symbols as in plan/routing.h; H is the hidden size.
 struct Geometry {
   int32_t num_ranks;    // R

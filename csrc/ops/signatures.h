@@ -41,8 +41,9 @@
 #define JAX_EP_PLAN_AFTER(X) X(after)
 #define JAX_EP_PLAN_SCRATCH(X) X(scratch) X(token)
 
-// quantization is an ops::Quantization, dense_output 0 or 1.
-#define JAX_EP_DISPATCH_ATTRIBUTES(X) X(int32_t, quantization) X(int32_t, dense_output)
+// quantization is an ops::Quantization, dense_output 0 or 1, unused_rows an ops::UnusedRows.
+#define JAX_EP_DISPATCH_ATTRIBUTES(X) \
+  X(int32_t, quantization) X(int32_t, dense_output) X(int32_t, unused_rows)
 #define JAX_EP_DISPATCH_OPERANDS(X) \
   X(x) X(scales) X(weights) JAX_EP_HANDLE_OPERANDS(X) X(coords)
 #define JAX_EP_DISPATCH_RESULTS(X) X(rows) X(row_scales) X(row_weights)
@@ -56,7 +57,7 @@
 #define JAX_EP_COMBINE_AFTER(X) X(after)
 #define JAX_EP_COMBINE_SCRATCH(X) X(token)
 
-#define JAX_EP_COMBINE_VJP_ATTRIBUTES(X)
+#define JAX_EP_COMBINE_VJP_ATTRIBUTES(X) X(int32_t, unused_rows)
 #define JAX_EP_COMBINE_VJP_OPERANDS(X) \
   X(dy) X(rows) X(row_weights) JAX_EP_HANDLE_OPERANDS(X) X(coords)
 #define JAX_EP_COMBINE_VJP_RESULTS(X) X(d_rows) X(d_weights)
@@ -84,7 +85,7 @@
 #define JAX_EP_NETWORK_COMBINE_AFTER(X) X(after)
 #define JAX_EP_NETWORK_COMBINE_SCRATCH(X) X(token)
 
-#define JAX_EP_NETWORK_COMBINE_VJP_ATTRIBUTES(X)
+#define JAX_EP_NETWORK_COMBINE_VJP_ATTRIBUTES(X) JAX_EP_COMBINE_VJP_ATTRIBUTES(X)
 #define JAX_EP_NETWORK_COMBINE_VJP_OPERANDS(X) \
   X(dy) X(rows) X(row_weights) JAX_EP_NETWORK_HANDLE_OPERANDS(X) X(coords)
 #define JAX_EP_NETWORK_COMBINE_VJP_RESULTS(X) JAX_EP_COMBINE_VJP_RESULTS(X)

@@ -26,6 +26,7 @@ from jax_ep._core.types import (
     Layout,
     Quantized,
     ScaleFormat,
+    UnusedRows,
     is_latency,
     without_latency,
 )
@@ -153,6 +154,7 @@ def dispatch(
         scratch=[jax.ShapeDtypeStruct((scratch,), jnp.uint8)],
         quantization=np.int32(_QUANTIZATIONS[scale_format]),
         dense_output=np.int32(dense_output),
+        unused_rows=np.int32(handle.keeps_unused),
     )
     out = Quantized(tokens, row_scales) if quantized else tokens
     return out, row_weights if weights is not None else None
@@ -169,6 +171,7 @@ def latency_dispatch(
     capacity: int,
     alignment: int,
     expert_capacity: int,
+    unused_rows: UnusedRows,
     scale_format: ScaleFormat | None,
     dense_output: bool,
     config: DispatchConfig,
@@ -200,11 +203,11 @@ def latency_dispatch(
         expert_capacity=np.int32(expert_capacity),
         quantization=np.int32(_QUANTIZATIONS[scale_format]),
         dense_output=np.int32(dense_output),
+        unused_rows=np.int32(unused_rows == "undefined" and alignment == 1),
     )
     tokens, row_scales, row_weights, *of_handle = results
-    handle = shapes_of.handle_of(
-        of_handle, list(shapes), absent, group_id=group.id, alignment=alignment, **fields
-    )
+    of_plan = {"group_id": group.id, "alignment": alignment, "unused_rows": unused_rows}
+    handle = shapes_of.handle_of(of_handle, list(shapes), absent, **of_plan, **fields)
     out = Quantized(tokens, row_scales) if quantized else tokens
     return out, row_weights if weights is not None else None, handle
 
@@ -285,6 +288,7 @@ def combine_vjp(
             rows=tuning.rows_name(rows.dtype),
             flight=flight,
         ),
+        unused_rows=np.int32(handle.keeps_unused),
     )
     return d_rows, d_weights
 

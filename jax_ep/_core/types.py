@@ -10,6 +10,7 @@ from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 
 Layout = Literal["expert", "token"]
 ScaleFormat = Literal["f32", "ue8m0"]
+UnusedRows = Literal["zero", "undefined"]
 Mode = Literal["auto", "throughput", "latency"]
 
 _MAX_NUM_SMS = 2**31 - 1  # an int32 attribute of the ops; GPUs have far fewer
@@ -126,6 +127,7 @@ class Handle:
         layout: "expert" or "token".
         capacity: Rows C of each rank.
         alignment: Group sizes are multiples of it (layout "expert").
+        unused_rows: What rows past the last group hold: "zero" or "undefined".
     """
 
     topk_idx: Int32[Array, "tokens top_k"]
@@ -146,6 +148,12 @@ class Handle:
     layout: Layout = dataclasses.field(metadata={"static": True})
     capacity: int = dataclasses.field(metadata={"static": True})
     alignment: int = dataclasses.field(metadata={"static": True})
+    unused_rows: UnusedRows = dataclasses.field(default="zero", metadata={"static": True})
+
+    @property
+    def keeps_unused(self) -> bool:
+        """Whether ops need not write unused rows: none of them pads a group."""
+        return self.unused_rows == "undefined" and self.alignment == 1
 
 
 @jax.tree_util.register_dataclass
@@ -154,7 +162,8 @@ class Dispatched:
     """What one rank received.
 
     Attributes:
-        tokens: ``[C, H]`` rows (or ``Quantized`` rows); padding and unused rows are zero.
+        tokens: ``[C, H]`` rows (or ``Quantized`` rows). Padding is zero, and so are unused rows, but
+            for those past the last group with ``unused_rows="undefined"``.
         weights: The top-k weight of each row: ``[C]`` in layout "expert", ``[C, K]`` in layout
             "token"; None when none were given.
         handle: The plan, for ``combine`` and for another ``dispatch`` along the same routes. All that

@@ -323,6 +323,8 @@ def _on_one_rank(
         experts,
         in_flight=settings.overlap is not None,
         num_chunks=settings.num_chunks,
+        # Experts of jax_ep's own go by group sizes. A product of the user's own gets zeros.
+        unused_rows="undefined" if settings.grouped_dot is None else "zero",
         group=settings.group,
         num_experts=settings.num_experts,
         **dict(settings.dispatch),

@@ -23,6 +23,7 @@ from jax_ep._core.types import (
     Layout,
     Quantized,
     ScaleFormat,
+    UnusedRows,
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
@@ -50,6 +51,7 @@ def dispatch(
     quantization: Literal["fp8"] | None = None,
     output: Output | None = None,
     scale_format: ScaleFormat = "f32",
+    unused_rows: UnusedRows | None = None,
     handle: Handle | None = None,
     config: DispatchConfig | None = None,
 ) -> Dispatched:
@@ -109,10 +111,16 @@ def dispatch(
         output: With fp8: "dense" (default for arrays) gives rows in the dtype of ``x``, "quantized"
             (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have no gradient.
         scale_format: "f32" or "ue8m0", as in ``jax_ep.quantize``.
+        unused_rows: What the rows past the last group (layout "token": past the last row that came)
+            hold. "zero" (the default): zeros. "undefined": anything, NaN too, so that GPUs need not
+            write them; with room for any routing, most rows may be unused. Their weights are zeros all
+            the same. Choose it if what reads the rows goes by ``group_sizes``, as ``grouped_dot``
+            does. The handle keeps it, for the gradient of ``combine`` too, whose unused rows are
+            then as undefined.
         handle: The handle of an earlier dispatch, to send along the same routes without a new plan.
             It holds the routes and the capacities, so leave out ``topk_idx`` and
-            ``capacity_factor``. ``num_experts``, ``layout``, ``alignment`` and ``capacity`` may be
-            left out too; else they must equal those of the handle.
+            ``capacity_factor``. ``num_experts``, ``layout``, ``alignment``, ``capacity`` and
+            ``unused_rows`` may be left out too; else they must equal those of the handle.
         config: How to use the machine; None takes the defaults. In mode "latency", which the default
             "auto" takes for few tokens in groups made for it, and with a new plan, GPUs plan and
             dispatch in one launch; along a handle they dispatch as in "throughput".
@@ -142,6 +150,7 @@ def dispatch(
         quantization=quantization,
         output=output,
         scale_format=scale_format,
+        unused_rows=unused_rows,
         handle=handle,
         config=config,
     )
@@ -162,6 +171,7 @@ def dispatch_by(
     quantization: Literal["fp8"] | None = None,
     output: Output | None = None,
     scale_format: ScaleFormat = "f32",
+    unused_rows: UnusedRows | None = None,
     handle: Handle | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Any], Any] = lambda routes: routes,
@@ -174,6 +184,7 @@ def dispatch_by(
     arguments.check_rows(op, "x", x)
     values = x.values if isinstance(x, Quantized) else x
     quantize_as = _check_quantization(op, x, quantization, output, scale_format)
+    arguments.check_one_of(op, "unused_rows", unused_rows, (None, "zero", "undefined"))
     dense_output = output != "quantized"
     moved = rows_name(values.dtype, quantize_as, dense_output)
     if handle is None:
@@ -201,7 +212,13 @@ def dispatch_by(
             in_flight=in_flight,
         )
         asked = gradients.PlanOptions(
-            group, num_experts, layout, capacity=capacity, alignment=alignment, config=config
+            group,
+            num_experts,
+            layout,
+            capacity=capacity,
+            alignment=alignment,
+            config=config,
+            unused_rows=unused_rows or "zero",
         )
         gpu_room.check_latency_fits(op, "x", values, topk_idx, group, config)
         with_room = _with_room(op, asked, topk_idx.shape, capacity_factor)
@@ -215,6 +232,7 @@ def dispatch_by(
         checks.check_as_in_handle(op, "layout", layout, handle.layout)
         checks.check_as_in_handle(op, "alignment", alignment, handle.alignment)
         checks.check_as_in_handle(op, "capacity", capacity, handle.capacity)
+        checks.check_as_in_handle(op, "unused_rows", unused_rows, handle.unused_rows)
         if handle.topk_idx.shape[0] != values.shape[0]:
             raise arguments.value_error(
                 op,

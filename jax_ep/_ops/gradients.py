@@ -30,6 +30,7 @@ from jax_ep._core.types import (
     Layout,
     Quantized,
     ScaleFormat,
+    UnusedRows,
     is_latency,
     without_latency,
 )
@@ -51,6 +52,7 @@ class PlanOptions:
         alignment: Group sizes are multiples of it.
         expert_capacity: Rows that an expert keeps at most.
         config: How to use the machine.
+        unused_rows: What rows past the last group hold; kept in the handle.
     """
 
     group: Group
@@ -60,6 +62,7 @@ class PlanOptions:
     alignment: int
     expert_capacity: int = INT32_MAX
     config: DispatchConfig | None = None
+    unused_rows: UnusedRows = "zero"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,9 @@ def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle
         handle = _empty_plan(options, topk_idx)
     else:
         arguments = _fields(options) | {"config": without_latency(options.config)}
+        unused_rows = arguments.pop("unused_rows")
         handle = _BACKENDS[options.group.backend].plan(topk_idx, **arguments)
+        handle = dataclasses.replace(handle, unused_rows=unused_rows)
     return _match(handle, topk_idx)
 
 
@@ -365,6 +370,7 @@ def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Hand
         layout=layout,
         capacity=capacity,
         alignment=options.alignment,
+        unused_rows=options.unused_rows,
     )
 
 

@@ -136,6 +136,8 @@ int main(int argc, char** argv) {
         FillRank(w, ranks[r], generator);
       }
       FillCombine(w, ranks[r], generator);
+      CHECK_CUDA(cudaSetDevice(ranks[r].device));
+      w.Poison(ranks[r].rows);
     }
   }
   const cuda::DecodeInboxes inboxes = MakeInboxes(w, steps[0]);

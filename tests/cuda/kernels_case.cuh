@@ -105,6 +105,7 @@ struct Workload {
   cuda::RowType type;
   ops::DType row_dtype;
   int width;  // bytes of an element of a row
+  ops::UnusedRows unused_rows;
 
   // C is 0 unless it is given.
   explicit Workload(const Options& options) {
@@ -130,6 +131,16 @@ struct Workload {
                                  : ops::DType::kBFloat16;
     type = cuda::RowTypeOf(row_dtype);
     width = cuda::ByteWidth(type);
+    unused_rows =
+        options.Int("keeps_unused", 0) != 0 ? ops::UnusedRows::kUndefined : ops::UnusedRows::kZero;
+  }
+
+  // Fills rows that an op will write, with what the CPU backend puts into those that it may leave
+  // out.
+  template <typename Rows>
+  void Poison(Rows& rows) const {
+    const int byte = unused_rows == ops::UnusedRows::kUndefined ? 0xFF : 0xAB;
+    CHECK_CUDA(cudaMemset(rows.device, byte, rows.host.size()));
   }
 
   bool HasVjp() const {

@@ -74,6 +74,7 @@ ops::DispatchArgs DispatchArgsOf(const Workload& w, const Rank& k, Place at) {
   return {GeometryOf(w, w.fp8 ? ops::DType::kFloat8E4M3FN : w.row_dtype),
           ops::Quantization::kNone,
           false,
+          w.unused_rows,
           at.Input(k.x),
           w.fp8 ? at(k.scales) : nullptr,
           at(k.weights),
@@ -96,13 +97,8 @@ ops::CombineArgs CombineArgsOf(const Workload& w, const Rank& k, Place at) {
 
 template <typename Place>
 ops::CombineVjpArgs CombineVjpArgsOf(const Workload& w, const Rank& k, Place at) {
-  return {GeometryOf(w, w.row_dtype),
-          at.Input(k.dy),
-          at(k.rows),
-          at(k.row_weights),
-          HandleOf(k, at),
-          at(k.d_rows),
-          at(k.d_weights)};
+  return {GeometryOf(w, w.row_dtype), w.unused_rows,   at.Input(k.dy), at(k.rows),
+          at(k.row_weights),          HandleOf(k, at), at(k.d_rows),   at(k.d_weights)};
 }
 
 inline cuda::PlanParams PlanParamsOf(const Workload& w, const Rank& k) {

@@ -5,7 +5,7 @@
 //                [blocks=24] [more_blocks=0 (of each rank than of the one before)]
 //                [ranks=2] [alignment=128] [capacity=0 (what is received, rounded up)] [repeat=20]
 //                [plan=auto|push|pull] [dtype=bf16|f32|f16] [fp8=0|1] [timeout=5 (seconds)]
-//                [check=1] [sets=1] [weighted=0|1 (combine)]
+//                [check=1] [sets=1] [weighted=0|1 (combine)] [keeps_unused=0|1]
 //
 // With several sets, consecutive launches read equal inputs from different memory. So, as with new
 // data, the inputs are not in the L2 cache, and their addresses are not in the TLB.
@@ -180,6 +180,11 @@ int main(int argc, char** argv) {
   };
   const double rows_over_link = double(T) * (R - 1);
   const bool has_vjp = w.HasVjp();
+  for (Rank& rank : ranks) {
+    CHECK_CUDA(cudaSetDevice(rank.device));
+    w.Poison(rank.rows);
+    w.Poison(rank.d_rows);
+  }
   time("plan", run_plan, 0);
   time("dispatch", run_dispatch, rows_over_link * (fp8 ? H + H / 32 : H * width));
   if (has_vjp) {

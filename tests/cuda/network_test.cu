@@ -96,7 +96,7 @@ class Test {
     const auto& w = w_;
     Carry(traffic::DispatchRowBytes(w.H * (w.fp8 ? 1 : w.width), w.fp8 ? w.H / 128 : 0, w.K));
     for (Rank& rank : ranks_) {
-      Poison(rank.rows);
+      w.Poison(rank.rows);
       Poison(rank.row_scales);
       Poison(rank.row_weights);
     }
@@ -149,7 +149,7 @@ class Test {
         cpu::CombineVjpWork);
     Carry(traffic::DispatchRowBytes(w.H * w.width, 0, 0));
     for (Rank& rank : ranks_) {
-      Poison(rank.d_rows);
+      w.Poison(rank.d_rows);
       Poison(rank.d_weights);
     }
     for (int r = 0; r < w.R; ++r) {

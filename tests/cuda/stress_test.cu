@@ -265,9 +265,9 @@ int main(int argc, char** argv) {
       group.tag = 2;
       const int32_t row_bytes = s.hidden * 4;
       const cuda::DispatchParams dispatch_params{
-          group,        s.layout, s.tokens, kTopK,   s.capacity, num_rows,    row_bytes,
-          row_bytes,    0,        k.x,      nullptr, nullptr,    k.recv_rows, k.recv_src,
-          k.expert_idx, k.rows,   nullptr,  nullptr, blocks};
+          group,  s.layout, s.tokens, kTopK,   s.capacity, num_rows,    row_bytes,  row_bytes,
+          0,      false,    k.x,      nullptr, nullptr,    k.recv_rows, k.recv_src, k.expert_idx,
+          k.rows, nullptr,  nullptr,  blocks};
       CHECK_CUDA(cuda::LaunchDispatch(dispatch_params, k.stream));
       // Like a donated input: no peer may read it any more.
       CHECK_CUDA(cudaMemsetAsync(k.x, 0xff, size_t(s.tokens) * row_bytes, k.stream));

@@ -11,6 +11,7 @@ STEPS = [
     for given in (
         "layout=expert ranks=2 hidden=2056 weighted=1",
         "layout=token ranks=2 hidden=264 more_blocks=1",
+        "layout=expert ranks=2 hidden=264 capacity=400 keeps_unused=1",
         "layout=expert ranks=3 hidden=1032 masked=2 dtype=f16",
         "layout=token ranks=3 hidden=2048 capacity=50",
         "layout=expert ranks=3 hidden=136 capacity=48 weighted=1",

@@ -259,6 +259,7 @@ DecodeDispatchParams ParamsOf(const ops::PlanArgs& plan, const ops::DispatchArgs
       params.cast && !params.dense ? geometry.hidden : static_cast<int32_t>(geometry.row_bytes());
   params.scales_per_row =
       params.cast || args.scales != nullptr ? geometry.hidden / ops::kScaleBlock : 0;
+  params.keeps_unused = args.unused_rows == ops::UnusedRows::kUndefined;
   params.x = args.x;
   params.scales = args.scales;
   params.weights = args.weights;

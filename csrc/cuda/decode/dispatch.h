@@ -32,6 +32,7 @@ struct DecodeDispatchParams {
   bool cast;               // to float8
   bool ue8m0;              // the scales of the cast are powers of two
   bool dense;              // rows that were cast become x's type again
+  bool keeps_unused;       // rows without a source stay as they are
   const void* x;           // [T, H]
   const float* scales;     // [T, S] of x, or null
   const float* weights;    // [T, K], or null

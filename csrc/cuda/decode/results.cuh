@@ -145,7 +145,8 @@ class RouteWriter {
     }
     uint4* words =
         reinterpret_cast<uint4*>(static_cast<char*>(p_.rows) + int64_t{row} * p_.out_row_bytes);
-    for (int32_t i = lane; i < p_.out_row_bytes / 16; i += 32) words[i] = make_uint4(0, 0, 0, 0);
+    const int32_t num_words = p_.keeps_unused ? 0 : p_.out_row_bytes / 16;
+    for (int32_t i = lane; i < num_words; i += 32) words[i] = make_uint4(0, 0, 0, 0);
     if (p_.row_scales != nullptr) {
       for (int32_t i = lane; i < p_.scales_per_row; i += 32) {
         p_.row_scales[int64_t{row} * p_.scales_per_row + i] = 0.0f;

@@ -171,7 +171,7 @@ __device__ void ReadAll(const NetworkCombineVjpParams& p, const PeerInputs& inpu
     for (int32_t c = number; c < p.capacity; c += num_readers) FillGradients<T>(p, c, 0u);
   } else {
     ForEachUnused(p.recv_src, p.capacity, number, num_readers,
-                  [&](int32_t c) { FillGradients<T>(p, c, 0u); });
+                  [&](int32_t c) { ClearGradients<T>(p, c); });
   }
   const auto from_chunk = [&](EntryRange entries, const ChunkRows& rows) {
     Differentiate<T>(p, self, pipe, entries, [&](int32_t token) { return rows.Of(token); });

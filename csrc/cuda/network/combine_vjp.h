@@ -22,6 +22,7 @@ struct NetworkCombineVjpParams {
   int32_t experts_per_host;  // E / P
   int32_t capacity;          // C
   int32_t hidden;            // H; a row is a multiple of 16 bytes
+  bool keeps_unused;         // gradients of rows without a source stay as they are
   const void* dy;            // [T, H], this rank's
   const void* rows;          // [C, H]
   const float* row_weights;  // [C]
@@ -42,6 +43,7 @@ inline NetworkCombineVjpParams NetworkParamsOf(const ops::CombineVjpArgs& args) 
   params.top_k = geometry.top_k;
   params.capacity = geometry.capacity;
   params.hidden = geometry.hidden;
+  params.keeps_unused = args.unused_rows == ops::UnusedRows::kUndefined;
   params.dy = args.dy;
   params.rows = args.rows;
   params.row_weights = args.row_weights;

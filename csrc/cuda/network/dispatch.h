@@ -24,6 +24,7 @@ struct NetworkDispatchParams {
   int32_t row_bytes;          // of a row as it travels; a multiple of 16
   int64_t row_stride;         // bytes from one row of `rows` to the next; row_bytes or more
   int32_t scales_per_row;     // float32 that travel with each row; 0 without scales
+  bool keeps_unused;          // rows without a source stay as they are
   const void* x;              // [T, H], this rank's
   const float* scales;        // [T, scales_per_row], or null
   const float* weights;       // [T, K], or null
@@ -49,6 +50,7 @@ inline NetworkDispatchParams NetworkParamsOf(const ops::DispatchArgs& args) {
   params.row_bytes = static_cast<int32_t>(geometry.row_bytes());
   params.row_stride = geometry.row_bytes();
   params.scales_per_row = args.scales != nullptr ? geometry.hidden / ops::kScaleBlock : 0;
+  params.keeps_unused = args.unused_rows == ops::UnusedRows::kUndefined;
   params.x = args.x;
   params.scales = args.scales;
   params.weights = args.weights;

@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
   }
   const int32_t first = blockIdx.x * num_warps + warp;
   for (int32_t c = first; c < p.capacity; c += gridDim.x * num_warps) {
-    if (p.recv_src[c] < 0) FillGradients<T>(p, c, 0u);  // it has no source
+    if (p.recv_src[c] < 0) ClearGradients<T>(p, c);
   }
   EndOp(p.group, op.epoch, [&] {
     for (int32_t c = warp; c < p.capacity; c += num_warps) FillGradients<T>(p, c, ~0u);

@@ -22,6 +22,7 @@ struct CombineVjpParams {
   const void* dy;            // [T, H], this rank's
   const void* rows;          // [C, H]
   const float* row_weights;  // [C]
+  bool keeps_unused;         // gradients of rows without a source stay as they are
   const int32_t* recv_rows;  // [R * T, M]
   const int32_t* recv_src;   // [C]
   void* d_rows;              // [C, H]
@@ -39,6 +40,7 @@ inline CombineVjpParams ParamsOf(const ops::CombineVjpArgs& args) {
   params.num_rows = geometry.rows_per_source();
   params.capacity = geometry.capacity;
   params.hidden = geometry.hidden;
+  params.keeps_unused = args.unused_rows == ops::UnusedRows::kUndefined;
   params.dy = args.dy;
   params.rows = args.rows;
   params.row_weights = args.row_weights;

@@ -34,8 +34,8 @@ class RowClearer {
   __device__ RowClearer(const Params& p, const char* zeros, int32_t warp, int32_t num_warps)
       : p_(p), zeros_(zeros), warp_(warp), num_warps_(num_warps) {
     const int32_t share = warp < p.capacity ? (p.capacity - warp - 1) / num_warps + 1 : 0;
-    num_steps_ = (share + 31) / 32;
-    next_is_unused_ = IsUnused(0);
+    num_steps_ = p.keeps_unused ? 0 : (share + 31) / 32;
+    next_is_unused_ = num_steps_ > 0 && IsUnused(0);
   }
 
   // Goes on until `done` of `total` parts of the work are done. The stores are in each lane's

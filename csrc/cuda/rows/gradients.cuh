@@ -48,4 +48,11 @@ __device__ void FillGradients(const Params& p, int32_t c, uint32_t bits) {
   if (threadIdx.x % 32 == 0) p.d_weights[c] = __uint_as_float(bits);
 }
 
+// The gradients of row c, which has no source: zeros, or that of its weight alone. By one warp.
+template <typename T, typename Params>
+__device__ void ClearGradients(const Params& p, int32_t c) {
+  if (!p.keeps_unused) return FillGradients<T>(p, c, 0u);
+  if (threadIdx.x % 32 == 0) p.d_weights[c] = 0.0f;
+}
+
 }  // namespace jax_ep::cuda
