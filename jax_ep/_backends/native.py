@@ -28,6 +28,7 @@ from jax_ep._core.types import (
     ScaleFormat,
     UnusedRows,
     is_latency,
+    keeps_unused,
     without_latency,
 )
 from jax_ep._groups import gpu_side, network, tuning
@@ -203,7 +204,7 @@ def latency_dispatch(
         expert_capacity=np.int32(expert_capacity),
         quantization=np.int32(_QUANTIZATIONS[scale_format]),
         dense_output=np.int32(dense_output),
-        unused_rows=np.int32(unused_rows == "undefined" and alignment == 1),
+        unused_rows=np.int32(keeps_unused(unused_rows, alignment)),
     )
     tokens, row_scales, row_weights, *of_handle = results
     of_plan = {"group_id": group.id, "alignment": alignment, "unused_rows": unused_rows}

@@ -78,6 +78,11 @@ class DispatchConfig:
             )
 
 
+def keeps_unused(unused_rows: UnusedRows, alignment: int) -> bool:
+    """Whether ops leave unused rows as they are: it was asked for, and none of them pads a group."""
+    return unused_rows == "undefined" and alignment == 1
+
+
 def is_latency(config: DispatchConfig | None) -> bool:
     """Whether ``config`` asks for latency mode."""
     return config is not None and config.mode == "latency"
@@ -152,8 +157,8 @@ class Handle:
 
     @property
     def keeps_unused(self) -> bool:
-        """Whether ops need not write unused rows: none of them pads a group."""
-        return self.unused_rows == "undefined" and self.alignment == 1
+        """Whether ops along it leave unused rows as they are."""
+        return keeps_unused(self.unused_rows, self.alignment)
 
 
 @jax.tree_util.register_dataclass

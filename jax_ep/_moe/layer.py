@@ -156,7 +156,9 @@ def moe(
             out of ``aux_loss``, and their weights have gradient zero. ``capacity_factor`` still
             counts ``num_experts``. None: all exist.
         grouped_dot: Replaces ``jax_ep.grouped_dot``. Only the default leaves SMs to ops in flight, so a
-            function of your own that occupies all SMs of a GPU hides no op.
+            function of your own that occupies all SMs of a GPU hides no op. Its rows past the last
+            group, and their cotangents, are zeros. Those of the default, which reads none of them,
+            are undefined, so that GPUs need not clear them.
         overlap: What XLA may compute while rows are in flight, as ``dispatch_start`` says.
             "shared_expert": the shared expert. "chunks": also the experts, for another chunk of this
             rank's tokens, forward and backward. On GPUs these experts leave SMs to the ops beside them:

@@ -114,9 +114,9 @@ def dispatch(
         unused_rows: What the rows past the last group (layout "token": past the last row that came)
             hold. "zero" (the default): zeros. "undefined": anything, NaN too, so that GPUs need not
             write them; with room for any routing, most rows may be unused. Their weights are zeros all
-            the same. Choose it if what reads the rows goes by ``group_sizes``, as ``grouped_dot``
-            does. The handle keeps it, for the gradient of ``combine`` too, whose unused rows are
-            then as undefined.
+            the same, and so are the rows if ``alignment`` is more than 1. Choose it if what reads the
+            rows goes by ``group_sizes``, as ``grouped_dot`` does. The handle keeps it for the gradient
+            of ``combine`` too, whose unused rows are then as undefined.
         handle: The handle of an earlier dispatch, to send along the same routes without a new plan.
             It holds the routes and the capacities, so leave out ``topk_idx`` and
             ``capacity_factor``. ``num_experts``, ``layout``, ``alignment``, ``capacity`` and
