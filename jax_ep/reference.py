@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32
 
+from jax_ep._core.capacity import share_room
 from jax_ep._core.numerics import keep, round_to
 from jax_ep._core.quantize import dequantize, quantize
 from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
@@ -70,7 +71,9 @@ def plan(
     wanted = (routes[:, :, None] == experts[None, None]).any(axis=1)  # [R·T, E]
     demand = wanted.sum(axis=0, dtype=jnp.int32).reshape(group.size, num_local)
     if layout == "expert":
-        counts, group_sizes, starts = _expert_groups(demand, capacity, alignment, expert_capacity)
+        counts = share_room(jnp.minimum(demand, expert_capacity), capacity, alignment)
+        group_sizes = (counts + alignment - 1) // alignment * alignment
+        starts = jnp.cumsum(group_sizes, axis=1) - group_sizes
         position = jnp.take_along_axis(_exclusive_cumsum(wanted), jnp.maximum(routes, 0), axis=1)
         kept = (routes >= 0) & (position < counts.reshape(-1)[routes])
         dest_row = jnp.where(kept, starts.reshape(-1)[routes] + position, -1)  # [R·T, K]
@@ -307,28 +310,6 @@ def _sanitise(
 def _exclusive_cumsum(flags: Bool[Array, "sources columns"]) -> Int32[Array, "sources columns"]:
     flags = flags.astype(jnp.int32)
     return jnp.cumsum(flags, axis=0) - flags
-
-
-def _expert_groups(
-    demand: Int32[Array, "ranks local_experts"],
-    capacity: int,
-    alignment: int,
-    expert_capacity: int,
-) -> tuple[
-    Int32[Array, "ranks local_experts"],
-    Int32[Array, "ranks local_experts"],
-    Int32[Array, "ranks local_experts"],
-]:
-    """Kept rows, padded group sizes and group starts of every rank's local experts."""
-
-    def admit(start: Array, wanted: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-        kept = jnp.minimum(jnp.minimum(wanted, expert_capacity), capacity - start)
-        padded = (kept + alignment - 1) // alignment * alignment
-        return start + padded, (kept, padded, start)
-
-    first = jnp.zeros_like(demand[:, 0])
-    _, (counts, group_sizes, starts) = lax.scan(admit, first, demand.T)
-    return counts.T, group_sizes.T, starts.T
 
 
 def _sources(

@@ -32,6 +32,9 @@ _KERNELS = [
     "layout=token ranks=2 hidden=1024 fp8=1 plan=pull",
     "layout=expert ranks=1 hidden=264 plan=pull",
     "layout=expert ranks=3 hidden=136 capacity=48 plan=pull",
+    "layout=expert ranks=3 hidden=136 capacity=48 plan=push",
+    "layout=expert ranks=2 hidden=16 experts=140 topk=6 tokens=60 capacity=64 alignment=1 plan=push",
+    "layout=expert ranks=2 hidden=16 experts=140 topk=6 tokens=60 capacity=64 plan=pull",
     "layout=expert ranks=4 hidden=7168 tokens=20 plan=pull",
     "layout=expert ranks=2 hidden=24 tokens=300 topk=12 blocks=1",
     # Gradients by one warp at a time; one token; no more rows than warps; rows without a source.
@@ -195,6 +198,7 @@ _NETWORK_PLANS = [
     "layout=expert",
     "layout=token",
     "layout=expert hosts=3 ranks=6 capacity=64 tokens=101",
+    "layout=expert hosts=2 ranks=4 experts=160 topk=8 tokens=50 capacity=72",
     "layout=token hosts=2 ranks=2 capacity=30 blocks=1",
     "layout=expert hosts=4 ranks=8 experts=32 topk=8 tokens=33 masked=1 expert_capacity=7",
     "layout=token masked=2 tokens=1",

@@ -195,6 +195,17 @@ BAD_DISPATCH: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
         {"capacity_factor": 1.0, "layout": "token"},
         V, "capacity_factor", "None with layout='token' / 1.0 / capacity",
     ),
+    "capacity and rank factor": (
+        {"capacity": 128, "rank_capacity_factor": 1.0},
+        V, "rank_capacity_factor", "one of capacity and rank_capacity_factor / both / each rank",
+    ),
+    "rank factor in layout token": (
+        {"rank_capacity_factor": 1.0, "layout": "token"},
+        V, "rank_capacity_factor", "None with layout='token' / 1.0 / capacity",
+    ),
+    "rank factor 0": (
+        {"rank_capacity_factor": 0}, V, "rank_capacity_factor", "positive number / 0 / 1.0",
+    ),
     "factor 0": ({"capacity_factor": 0}, V, "capacity_factor", "positive number / 0 / 1.0"),
     "factor -1": ({"capacity_factor": -1.0}, V, "capacity_factor", "positive number / -1.0 / 1.0"),
     "factor nan": (
@@ -225,7 +236,7 @@ BAD_DISPATCH: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "group none": ({"group": None}, T, "group", "a Group / NoneType / jax_ep.create_group"),
     "config": ({"config": {"num_sms": 8}}, T, "config", "DispatchConfig / dict / "),
     "too many rows": (
-        {"layout": "token", "capacity": 2**31 - 1}, V, "x", "2147483647 / 4294967294 / capacity",
+        {"layout": "token", "capacity": 2**31 - 1}, V, "x", "2147483646 / 4294967294 / capacity",
     ),
 }  # fmt: skip
 
@@ -255,6 +266,10 @@ BAD_AGAIN: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "handle and factor": (
         {"capacity_factor": 1.0},
         V, "capacity_factor", "None…handle= / a value / leave",
+    ),
+    "rank factor with handle": (
+        {"rank_capacity_factor": 1.0},
+        V, "rank_capacity_factor", "None…handle= / a value / leave",
     ),
     "handle and tokens": ({"x": array((3, HIDDEN))}, V, "x", "4 tokens / 3 tokens / handle"),
     "handle type": ({"handle": 3}, T, "handle", "jax_ep.Handle / int / .handle"),

@@ -55,7 +55,10 @@ def draws(draw: st.DrawFn) -> Draw:
     multiple = alignment if layout == "expert" else 1
     bounds = [st.just({}), st.integers(1, 16).map(lambda n: {"capacity": n * multiple})]
     if layout == "expert":
-        bounds.append(st.floats(0.01, 0.7).map(lambda f: {"capacity_factor": f}))
+        factor = st.floats(0.01, 0.7)
+        bounds.append(factor.map(lambda f: {"capacity_factor": f}))
+        bounds.append(factor.map(lambda f: {"rank_capacity_factor": f}))
+        bounds.append(factor.map(lambda f: {"capacity_factor": f, "rank_capacity_factor": 0.4}))
     return Draw(
         ranks=ranks,
         tokens=draw(st.integers(0, 17)),

@@ -149,6 +149,8 @@ def first_two(logits, bias):
         ({"capacity": 10}, 5 + 3 + 3),
         # Each expert keeps ceil(0.5 * RANKS * t * K / E) = 2, 1, 1 of RANKS * t rows.
         ({"capacity_factor": 0.5}, 2 * (2 + 1 + 1)),
+        # Rank 0 keeps ceil(0.7 * t * K) = 5, 3, 3 rows.
+        ({"rank_capacity_factor": 0.7}, 5 + 3 + 3),
     ],
 )
 def test_bounds_divide_among_chunks(bound, kept, native_backend):

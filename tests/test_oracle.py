@@ -103,17 +103,32 @@ def test_token_layout():
     assert plan.source(1, 1) == (0, 2, 0)
 
 
-def test_a_capacity_starves_the_last_expert_first():
+def test_experts_share_a_capacity():
     plan = make_plan("expert", alignment=2, capacity=4)
     check(
         plan,
-        counts=[[3, 0], [2, 2]],
-        group_sizes=[[4, 0], [2, 2]],
+        counts=[[2, 2], [2, 2]],
+        group_sizes=[[2, 2], [2, 2]],
         demand=[[3, 2], [2, 2]],
-        num_dropped=[[2], [0]],
-        dest_row=[[[0, 0], [-1, 1], [2, -1]], [[1, 3], [2, -1], [-1, -1]]],
-        recv_src=[[0, 3, 8, -1], [1, 6, 4, 7]],
+        num_dropped=[[1], [0]],
+        dest_row=[[[0, 0], [2, 1], [2, -1]], [[1, 3], [-1, -1], [-1, 3]]],
+        recv_src=[[0, 3, 2, 11], [1, 6, 4, 7]],
     )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "alignment", "capacity", "kept"),
+    [
+        ([5, 1, 9, 0], 1, 15, [5, 1, 9, 0]),
+        ([5, 1, 9, 0], 1, 12, [5, 1, 6, 0]),
+        ([5, 1, 9, 6], 1, 12, [4, 1, 4, 3]),  # two more than three each go to the lowest ids
+        ([5, 1, 9, 6], 2, 12, [4, 1, 4, 2]),  # 4 + 2 + 4 + 2 with padding
+        ([5, 1, 9, 6], 4, 12, [4, 1, 4, 0]),
+        ([7, 7, 7], 8, 8, [7, 0, 0]),
+    ],
+)
+def test_room_is_dealt_evenly(wanted, alignment, capacity, kept):
+    assert oracle.deal_room(wanted, alignment, capacity) == kept
 
 
 def test_a_capacity_in_token_layout_drops_the_last_rows():
@@ -188,9 +203,9 @@ def test_dispatch_and_weights():
 
 def test_values_go_home():
     plan = make_plan("expert", alignment=2, capacity=4)
-    values = np.array([[1, 2, 3, 99], [5, 6, 7, 8]], np.float32)
+    values = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
     np.testing.assert_array_equal(
-        oracle.send_home(values, plan), [[[1, 5], [0, 2], [7, 0]], [[6, 8], [3, 0], [0, 0]]]
+        oracle.send_home(values, plan), [[[1, 5], [3, 2], [7, 0]], [[6, 8], [0, 0], [0, 4]]]
     )
     by_token = make_plan("token", capacity=2)
     values = np.arange(8, dtype=np.float32).reshape(2, 2, 2)

@@ -101,11 +101,11 @@ def test_plan_by_token():
 def test_plan_with_little_room():
     check(
         make_plan("expert", 4),
-        counts=[[3, 0], [2, 2]],
-        group_sizes=[[4, 0], [2, 2]],
-        num_dropped=[[2], [0]],
-        recv_src=[[0, 3, 8, -1], [1, 6, 4, 7]],
-        dest_row=[[[0, 0], [-1, 1], [2, -1]], [[1, 3], [2, -1], [-1, -1]]],
+        counts=[[2, 2], [2, 2]],
+        group_sizes=[[2, 2], [2, 2]],
+        num_dropped=[[1], [0]],
+        recv_src=[[0, 3, 2, 11], [1, 6, 4, 7]],
+        dest_row=[[[0, 0], [2, 1], [2, -1]], [[1, 3], [-1, -1], [-1, 3]]],
     )
     check(
         make_plan("expert", 4, alignment=1, expert_capacity=1),

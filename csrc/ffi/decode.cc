@@ -51,8 +51,8 @@ void CheckExtents(Checker& check, const GroupAttrs& attrs, int64_t num_tokens, i
     check.Fail("argument topk", "at least one entry, and fewer than 2^31 over all ranks",
                std::to_string(num_entries));
   }
-  if (attrs.num_ranks * capacity > kMaxIndex) {
-    check.Fail("argument recv_src", "fewer than 2^31 rows over all ranks",
+  if (attrs.num_ranks * capacity >= kMaxIndex) {
+    check.Fail("argument recv_src", "fewer than 2^31 - 1 rows over all ranks",
                std::to_string(attrs.num_ranks * capacity));
   }
 }

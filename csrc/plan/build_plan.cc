@@ -36,14 +36,60 @@ void CountDropped(const PlanShape& shape, const RankPlan& rank) {
                         std::accumulate(rank.counts, rank.counts + num_local_experts, 0);
 }
 
+// How the experts of a rank share its room: see RoomShare. `demand` is that of each local expert.
+RoomShare ShareRoom(const PlanShape& shape, const int32_t* demand) {
+  const int32_t num_local_experts = shape.num_local_experts(), capacity = shape.capacity;
+  const auto size_of = [&](int32_t local) {
+    return GroupSize(Min(demand[local], shape.expert_capacity), shape.alignment, capacity);
+  };
+  // The sum of all groups if none of them has more than `level` rows.
+  const auto sum_at = [&](int32_t level) {
+    int32_t sum = 0;
+    for (int32_t local = 0; local < num_local_experts; ++local) {
+      sum = AddSizes(sum, Min(size_of(local), level), capacity);
+    }
+    return sum;
+  };
+  if (sum_at(capacity + 1) <= capacity) return RoomShare{capacity, 0};
+  int32_t low = 0, high = capacity / shape.alignment;  // in groups of the alignment; `low` fits
+  while (low < high) {
+    const int32_t middle = high - (high - low) / 2;
+    if (sum_at(middle * shape.alignment) <= capacity) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  RoomShare share{low * shape.alignment, 0};
+  int32_t left = (capacity - sum_at(share.level)) / shape.alignment;
+  for (int32_t local = 0; left > 0; ++local) {
+    if (size_of(local) <= share.level) continue;
+    --left;
+    share.cut = local + 1;
+  }
+  return share;
+}
+
+// Lays out the local experts of a rank one after the other, in the order of their ids. `starts`
+// gets the first row of each.
+void LayOutExperts(const PlanShape& shape, const RankPlan& rank, int32_t* starts /*[L]*/) {
+  const RoomShare share = ShareRoom(shape, rank.demand);
+  int32_t start = 0;
+  for (int32_t local = 0; local < shape.num_local_experts(); ++local) {
+    const int32_t wanted = Min(rank.demand[local], shape.expert_capacity);
+    rank.counts[local] = Min(wanted, share.LimitOf(local, shape.alignment));
+    rank.group_sizes[local] = RoundUp(rank.counts[local], shape.alignment);
+    starts[local] = start;
+    start += rank.group_sizes[local];
+  }
+}
+
 void PlaceExpertRows(const PlanShape& shape, const std::vector<RankPlan>& ranks) {
   const int32_t num_local_experts = shape.num_local_experts();
   const int32_t rows_per_source = shape.rows_per_source();
   std::vector<int32_t> starts(shape.num_experts);
   for (int32_t r = 0; r < shape.num_ranks; ++r) {
-    LayOutExperts(ranks[r].demand, num_local_experts, shape.expert_capacity, shape.alignment,
-                  shape.capacity, ranks[r].counts, ranks[r].group_sizes,
-                  starts.data() + int64_t{r} * num_local_experts);
+    LayOutExperts(shape, ranks[r], starts.data() + int64_t{r} * num_local_experts);
     CountDropped(shape, ranks[r]);
   }
 

@@ -66,6 +66,21 @@ JAX_EP_HOST_DEVICE int32_t FirstOnSameRank(const int32_t* topk /*[K]*/, int32_t 
   return first;
 }
 
+// How the local experts of a rank share its room in layout "expert": each keeps its demand, or at
+// most `level` rows. The remainder, which is less than one more aligned group for each expert, goes
+// to the experts with the lowest ids: those below `cut` may have `alignment` rows more.
+//
+// Without a bound every expert keeps its demand. If not all rows fit, `level` is the highest
+// multiple of the alignment for which all groups fit, so no expert starves because of its id.
+struct RoomShare {
+  int32_t level;
+  int32_t cut;
+
+  JAX_EP_HOST_DEVICE int32_t LimitOf(int32_t local_expert, int32_t alignment) const {
+    return local_expert < cut ? level + alignment : level;
+  }
+};
+
 // The rows of one local expert in layout "expert".
 struct ExpertRows {
   int32_t count;       // rows kept
@@ -73,28 +88,17 @@ struct ExpertRows {
   int32_t start;       // first row
 };
 
-// Gives the next local expert, in the order of ids, its rows. The rows of the experts before it end
-// at `start`. `capacity` is a multiple of `alignment`, so `start` is one too.
-JAX_EP_HOST_DEVICE ExpertRows NextExpertRows(int32_t demand, int32_t expert_capacity,
-                                             int32_t alignment, int32_t capacity, int32_t start) {
-  const int32_t count = Min(Min(demand, expert_capacity), capacity - start);
-  return ExpertRows{count, RoundUp(count, alignment), start};
+// The size of a group with `wanted` rows, or some size above the capacity if it is that large.
+// `capacity` is a multiple of `alignment`.
+JAX_EP_HOST_DEVICE int32_t GroupSize(int32_t wanted, int32_t alignment, int32_t capacity) {
+  return wanted > capacity ? capacity + 1 : RoundUp(wanted, alignment);
 }
 
-// Lays out all local experts of a rank one after the other.
-JAX_EP_HOST_DEVICE void LayOutExperts(const int32_t* demand /*[L]*/, int32_t num_local_experts,
-                                      int32_t expert_capacity, int32_t alignment, int32_t capacity,
-                                      int32_t* counts /*[L]*/, int32_t* group_sizes /*[L]*/,
-                                      int32_t* starts /*[L]*/) {
-  int32_t offset = 0;
-  for (int32_t local = 0; local < num_local_experts; ++local) {
-    const ExpertRows rows =
-        NextExpertRows(demand[local], expert_capacity, alignment, capacity, offset);
-    counts[local] = rows.count;
-    group_sizes[local] = rows.group_size;
-    starts[local] = rows.start;
-    offset += rows.group_size;
-  }
+// a + b, or some number above `capacity` if it is that large. For a and b up to capacity + 1.
+JAX_EP_HOST_DEVICE int32_t AddSizes(int32_t a, int32_t b, int32_t capacity) {
+  const uint32_t sum = static_cast<uint32_t>(a) + static_cast<uint32_t>(b);
+  const uint32_t most = static_cast<uint32_t>(capacity) + 1;
+  return static_cast<int32_t>(sum < most ? sum : most);
 }
 
 // Row of the entry at `position` among all that want one expert, ordered by (source rank, token);

@@ -234,16 +234,16 @@ def check_dispatch_options(
     alignment: Any,
     capacity: Any,
     capacity_factor: Any,
+    rank_capacity_factor: Any,
     quantization: Any,
     scale_format: Any,
     config: Any,
 ) -> None:
     """The options for ``dispatch`` are static values, so that ``jax.jit`` can hash them."""
     op_checks.check_layout("moe", "expert", alignment)
-    if capacity_factor is not None:
-        op_checks.check_capacity_factor("moe", capacity_factor, "expert", capacity)
-    elif capacity is not None:
-        op_checks.check_capacity("moe", capacity, "expert", alignment)
+    op_checks.check_bounds(
+        "moe", capacity, capacity_factor, rank_capacity_factor, "expert", alignment
+    )
     arguments.check_one_of("moe", "quantization", quantization, (None, "fp8"))
     check_scale_format("moe", scale_format)
     arguments.check_config("moe", config)

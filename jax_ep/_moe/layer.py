@@ -94,6 +94,7 @@ def moe(
     alignment: int = 1,
     capacity: int | None = None,
     capacity_factor: float | None = None,
+    rank_capacity_factor: float | None = None,
     quantization: Literal["fp8"] | None = None,
     scale_format: ScaleFormat = "f32",
     config: DispatchConfig | None = None,
@@ -176,6 +177,8 @@ def moe(
             rounded up to ``alignment``, and rows that do not fit into one find no room in another.
         capacity_factor: As in ``dispatch``, bounds the rows of each expert; in each chunk by its
             number of tokens.
+        rank_capacity_factor: As in ``dispatch``, bounds the rows of each rank; likewise. 1.25, say,
+            bounds memory with few rows lost: buffers have 1.25 times the rows of even routing.
         quantization: As in ``dispatch``: "fp8" sends rows in 8 bits (and back in the dtype of
             ``x``); gradients are straight-through. H is a multiple of 128.
         scale_format: As in ``dispatch``.
@@ -230,6 +233,7 @@ def moe(
         "alignment": alignment,
         "capacity": capacity,
         "capacity_factor": capacity_factor,
+        "rank_capacity_factor": rank_capacity_factor,
         "quantization": quantization,
         "scale_format": scale_format,
         "config": config,

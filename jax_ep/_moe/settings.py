@@ -58,6 +58,7 @@ class LayerSettings:
         alignment: Rows of each expert are padded to a multiple of it.
         capacity: Rows of each rank.
         capacity_factor: Bounds the rows of each expert.
+        rank_capacity_factor: Bounds the rows of each rank.
         quantization: "fp8" sends rows in 8 bits.
         scale_format: Format of their scales.
         config: How to use the machine.
@@ -86,6 +87,7 @@ class LayerSettings:
     alignment: int = 1
     capacity: int | None = None
     capacity_factor: float | None = None
+    rank_capacity_factor: float | None = None
     quantization: Literal["fp8"] | None = None
     scale_format: ScaleFormat = "f32"
     config: DispatchConfig | None = None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jax_ep import _compat
 from jax_ep._core import arguments, limits
-from jax_ep._core.capacity import INT32_MAX
+from jax_ep._core.capacity import INT32_MAX, MAX_CAPACITY
 from jax_ep._core.types import Handle, Layout
 from jax_ep._groups.group import Group
 
@@ -189,43 +189,74 @@ def check_capacity(op: str, capacity: Any, layout: Layout, alignment: int) -> No
         )
 
 
+def check_bounds(
+    op: str,
+    capacity: Any,
+    capacity_factor: object,
+    rank_capacity_factor: object,
+    layout: Layout,
+    alignment: int,
+) -> None:
+    """Each bound on rows is a possible one, and ``capacity`` stands alone."""
+    if capacity_factor is not None:
+        check_capacity_factor(op, capacity_factor, layout, capacity)
+    if rank_capacity_factor is not None:
+        check_rank_capacity_factor(op, rank_capacity_factor, layout, capacity)
+    if capacity is not None:
+        check_capacity(op, capacity, layout, alignment)
+
+
 def check_capacity_factor(
     op: str, capacity_factor: object, layout: Layout, capacity: object
 ) -> None:
-    """``capacity_factor`` is a positive number, alone, in layout "expert"."""
+    """``capacity_factor`` is a positive number, without ``capacity``, in layout "expert"."""
+    _check_factor(op, "capacity_factor", capacity_factor, layout, capacity, "each expert")
+
+
+def check_rank_capacity_factor(
+    op: str, rank_capacity_factor: object, layout: Layout, capacity: object
+) -> None:
+    """``rank_capacity_factor`` is such a number too."""
+    _check_factor(op, "rank_capacity_factor", rank_capacity_factor, layout, capacity, "each rank")
+
+
+def _check_factor(
+    op: str, name: str, factor: object, layout: Layout, capacity: object, whose: str
+) -> None:
     if capacity is not None:
         raise arguments.value_error(
             op,
-            "capacity_factor",
-            "one of capacity and capacity_factor",
+            name,
+            f"one of capacity and {name}",
             "both",
-            "capacity bounds the rows of a rank, capacity_factor those of each expert",
+            f"capacity is the number of rows of a rank, {name} a bound relative to the share that "
+            f"{whose} has under even routing",
         )
     if layout != "expert":
         raise arguments.value_error(
             op,
-            "capacity_factor",
+            name,
             "None with layout='token', whose rows belong to no one expert",
-            repr(capacity_factor),
+            repr(factor),
             "bound the rows with capacity, or use layout='expert'",
         )
-    if not isinstance(capacity_factor, (int, float)) or not 0 < capacity_factor <= INT32_MAX:
+    if not isinstance(factor, (int, float)) or not 0 < factor <= INT32_MAX:
         raise arguments.value_error(
             op,
-            "capacity_factor",
+            name,
             f"a Python int or float, a positive number of at most {INT32_MAX}",
-            repr(capacity_factor),
-            "1.0 gives each expert room for its share under even routing",
+            repr(factor),
+            f"1.0 gives {whose} room for its share under even routing",
         )
 
 
 def check_int32_indices(op: str, *, sources: int, top_k: int, rows: int) -> None:
     """Row and slot numbers over the whole group fit int32."""
-    if max(sources * top_k, rows) > INT32_MAX:
+    if max(sources * top_k, rows) > MAX_CAPACITY:
         raise arguments.value_error(
             op,
             "x",
-            f"ranks x tokens x top_k and ranks x capacity of at most {INT32_MAX}",
+            f"ranks x tokens x top_k and ranks x capacity of at most {MAX_CAPACITY}",
             f"{sources * top_k} and {rows}",
             "send fewer tokens at a time or bound the capacity",
         )

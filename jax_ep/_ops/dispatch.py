@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,7 +11,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Integer
 
 from jax_ep._core import arguments
-from jax_ep._core.capacity import lossless_capacity, round_up, rows_per_expert
 from jax_ep._core.flight import Flight
 from jax_ep._core.numerics import expert_ids
 from jax_ep._core.quantize import check_scale_format
@@ -27,14 +25,13 @@ from jax_ep._core.types import (
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import checks, flights, gpu_room, gradients, modes
+from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, modes
 
 Output = Literal["dense", "quantized"]
 
 # None in the signature stands for these. With a handle, an argument that is None is the handle's.
 _DEFAULT_LAYOUT: Layout = "expert"
 _DEFAULT_ALIGNMENT = 1
-_MOST_LOSSLESS_ROWS = 1 << 20  # that a default may have where the group spans hosts
 
 
 def dispatch(
@@ -48,6 +45,7 @@ def dispatch(
     alignment: int | None = None,
     capacity: int | None = None,
     capacity_factor: float | None = None,
+    rank_capacity_factor: float | None = None,
     quantization: Literal["fp8"] | None = None,
     output: Output | None = None,
     scale_format: ScaleFormat = "f32",
@@ -103,10 +101,18 @@ def dispatch(
             tiles of one expert; the default capacity then grows by up to L·(alignment − 1) rows.
         capacity: Rows C of the result. None: room that always suffices, N = R·T·min(K, L) and
             C = roundup(N + min(L, N)·(alignment − 1), alignment), or R·T in layout "token". With
-            less room, the rows that come first are kept, so the last local experts lose rows first.
+            less room, experts share it evenly: each keeps what comes to it up to a level, which is the
+            highest multiple of ``alignment`` for which all rows fit. ``alignment`` rows more go to
+            each of the experts with the lowest ids that lose some, as far as there is room. Of an
+            expert (in layout "token", of a rank), the rows that come first in the order above are kept.
             Where the group spans hosts, more than 2^20 rows must be asked for.
         capacity_factor: Instead of ``capacity``, layout "expert": every expert keeps at most
             ``ceil(capacity_factor · R·T·K / E)`` rows.
+        rank_capacity_factor: Instead of ``capacity``, layout "expert": C is
+            ``ceil(rank_capacity_factor · T·K)`` rounded up to ``alignment``, or the room that always
+            suffices if that is less. T·K rows come to each rank under even routing. Experts with many
+            rows take the room that others leave, so at the same memory fewer rows are lost than with
+            ``capacity_factor``; it may be given beside it.
         quantization: "fp8": rows travel as float8_e4m3fn with one scale per 128 channels.
         output: With fp8: "dense" (default for arrays) gives rows in the dtype of ``x``, "quantized"
             (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have no gradient.
@@ -147,6 +153,7 @@ def dispatch(
         alignment=alignment,
         capacity=capacity,
         capacity_factor=capacity_factor,
+        rank_capacity_factor=rank_capacity_factor,
         quantization=quantization,
         output=output,
         scale_format=scale_format,
@@ -168,6 +175,7 @@ def dispatch_by(
     alignment: int | None = None,
     capacity: int | None = None,
     capacity_factor: float | None = None,
+    rank_capacity_factor: float | None = None,
     quantization: Literal["fp8"] | None = None,
     output: Output | None = None,
     scale_format: ScaleFormat = "f32",
@@ -197,10 +205,7 @@ def dispatch_by(
         alignment = _DEFAULT_ALIGNMENT if alignment is None else alignment
         checks.check_layout(op, layout, alignment)
         gpu_room.check_choices_fit(op, topk_idx, group)
-        if capacity_factor is not None:
-            checks.check_capacity_factor(op, capacity_factor, layout, capacity)
-        elif capacity is not None:
-            checks.check_capacity(op, capacity, layout, alignment)
+        checks.check_bounds(op, capacity, capacity_factor, rank_capacity_factor, layout, alignment)
         config = modes.choose(
             "dispatch",
             values,
@@ -211,23 +216,33 @@ def dispatch_by(
             config=config,
             in_flight=in_flight,
         )
-        asked = gradients.PlanOptions(
+        rows, rows_of_expert = bounds.room(
+            op,
+            bounds.Bounds(capacity, capacity_factor, rank_capacity_factor),
+            group=group,
+            num_experts=num_experts,
+            layout=layout,
+            alignment=alignment,
+            shape=topk_idx.shape,
+        )
+        plan_options = gradients.PlanOptions(
             group,
             num_experts,
             layout,
-            capacity=capacity,
+            capacity=rows,
             alignment=alignment,
+            expert_capacity=rows_of_expert,
             config=config,
             unused_rows=unused_rows or "zero",
         )
         gpu_room.check_latency_fits(op, "x", values, topk_idx, group, config)
-        with_room = _with_room(op, asked, topk_idx.shape, capacity_factor)
         if not gradients.takes_one_launch(group, config, topk_idx.shape[0]):
-            handle = _name(gradients.plan(with_room, topk_idx), "jax_ep.handle")
+            handle = _name(gradients.plan(plan_options, topk_idx), "jax_ep.handle")
     else:
         checks.check_handle(op, handle, group)
         checks.check_not_given(op, "topk_idx", topk_idx)
         checks.check_not_given(op, "capacity_factor", capacity_factor)
+        checks.check_not_given(op, "rank_capacity_factor", rank_capacity_factor)
         checks.check_as_in_handle(op, "num_experts", num_experts, handle.num_experts)
         checks.check_as_in_handle(op, "layout", layout, handle.layout)
         checks.check_as_in_handle(op, "alignment", alignment, handle.alignment)
@@ -271,7 +286,7 @@ def dispatch_by(
     if handle is None:
         x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)
         tokens, weights, handle = gradients.plan_and_dispatch(
-            with_room, options, x, topk_weights, order(topk_idx)
+            plan_options, options, x, topk_weights, order(topk_idx)
         )
         handle = _name(handle, "jax_ep.handle")
     else:
@@ -281,63 +296,6 @@ def dispatch_by(
         tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")
     return Dispatched(tokens=tokens, weights=weights, handle=handle)
-
-
-def _check_lossless(op: str, rows: int, group: Group) -> None:
-    """Where the group spans hosts, room for any routing is not taken without being asked for."""
-    if len(group.topology.hosts) > 1 and rows > _MOST_LOSSLESS_ROWS:
-        raise arguments.value_error(
-            op,
-            "capacity",
-            f"a number of rows: where a group spans hosts, the default has {_MOST_LOSSLESS_ROWS} rows "
-            "at most",
-            f"None, and room for any routing takes {rows} rows on each rank",
-            "pass capacity_factor=1.25, say, or capacity=",
-        )
-
-
-def _with_room(
-    op: str,
-    options: gradients.PlanOptions,
-    shape: tuple[int, ...],
-    capacity_factor: float | None,
-) -> gradients.PlanOptions:
-    """Options whose capacity is a number: the one that was asked for, or room that suffices.
-
-    Args:
-        op: For errors.
-        options: As the user gave them, checked.
-        shape: ``[T, K]`` of the tokens of a rank.
-        capacity_factor: As the user gave it, checked.
-    """
-    group, layout, alignment = options.group, options.layout, options.alignment
-    num_tokens, top_k = shape
-    num_local = options.num_experts // group.size
-    lossless = lossless_capacity(
-        num_ranks=group.size,
-        num_tokens=num_tokens,
-        top_k=top_k,
-        num_local_experts=num_local,
-        layout=layout,
-        alignment=alignment,
-    )
-    expert_capacity, capacity = options.expert_capacity, options.capacity
-    if capacity_factor is not None:
-        wanted = rows_per_expert(
-            capacity_factor=capacity_factor,
-            num_ranks=group.size,
-            num_tokens=num_tokens,
-            top_k=top_k,
-            num_experts=options.num_experts,
-        )
-        expert_capacity = min(wanted, group.size * num_tokens)
-        capacity = min(lossless, num_local * round_up(expert_capacity, alignment))
-    elif capacity is None:
-        _check_lossless(op, lossless, group)
-        capacity = lossless
-    rows = group.size * capacity
-    checks.check_int32_indices(op, sources=group.size * num_tokens, top_k=top_k, rows=rows)
-    return dataclasses.replace(options, capacity=capacity, expert_capacity=expert_capacity)
 
 
 def _check_quantization(

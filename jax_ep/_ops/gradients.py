@@ -48,7 +48,7 @@ class PlanOptions:
         group: The group.
         num_experts: Over the whole group.
         layout: "expert" or "token".
-        capacity: Rows of each rank; None until ``dispatch`` has put a number there.
+        capacity: Rows of each rank.
         alignment: Group sizes are multiples of it.
         expert_capacity: Rows that an expert keeps at most.
         config: How to use the machine.
@@ -58,7 +58,7 @@ class PlanOptions:
     group: Group
     num_experts: int
     layout: Layout
-    capacity: int | None
+    capacity: int
     alignment: int
     expert_capacity: int = INT32_MAX
     config: DispatchConfig | None = None
@@ -345,7 +345,6 @@ def _match(results: Any, like: Any) -> Any:
 def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Handle:
     """The plan of no tokens, which needs no communication."""
     top_k, layout, capacity = topk_idx.shape[1], options.layout, options.capacity
-    assert capacity is not None
     num_local = options.num_experts // options.group.size
     none = functools.partial(jnp.full, fill_value=-1, dtype=jnp.int32)
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)

@@ -15,6 +15,7 @@ STEPS = [
         "layout=expert ranks=3 hidden=1032 masked=2 dtype=f16",
         "layout=token ranks=3 hidden=2048 capacity=50",
         "layout=expert ranks=3 hidden=136 capacity=48 weighted=1",
+        "layout=expert ranks=2 tokens=13 topk=6 experts=80 hidden=136 capacity=40 alignment=1",
         "layout=expert ranks=2 hidden=136 routes=first",
         "layout=expert ranks=2 hidden=136 routes=few epoch=0xfffffffe steps=5",
         "layout=token ranks=2 hidden=136 epoch=0xffffffff steps=4",

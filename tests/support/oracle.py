@@ -42,6 +42,7 @@ def limits(
     alignment: int,
     capacity: int | None = None,
     capacity_factor: float | None = None,
+    rank_capacity_factor: float | None = None,
 ) -> Limits:
     """The capacity that the arguments of ``dispatch`` stand for."""
     if layout == "token":
@@ -50,11 +51,15 @@ def limits(
     rows = num_ranks * num_tokens * min(top_k, local_experts)
     padding = min(local_experts, rows) * (alignment - 1)
     lossless = round_up(rows + padding, alignment)
+    bounds, per_expert = [lossless], INT32_MAX
     if capacity_factor is not None:
         pairs = num_ranks * num_tokens * top_k
         per_expert = math.ceil(capacity_factor * pairs / num_experts)
-        return Limits(min(lossless, local_experts * round_up(per_expert, alignment)), per_expert)
-    return Limits(lossless if capacity is None else capacity, INT32_MAX)
+        bounds.append(local_experts * round_up(per_expert, alignment))
+    if rank_capacity_factor is not None:
+        rows = math.ceil(rank_capacity_factor * num_tokens * top_k)
+        bounds.append(round_up(rows, alignment))
+    return Limits(min(bounds) if capacity is None else capacity, per_expert)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,14 +168,32 @@ def plan(
     return out
 
 
+def deal_room(wanted: list[int], alignment: int, capacity: int) -> list[int]:
+    """How many of the rows that they want the experts of a rank keep.
+
+    Room is dealt in rounds. In each, an expert that wants more rows than it has gets ``alignment``
+    more, those with the lowest ids first, until there is no room left.
+    """
+    room = [0] * len(wanted)
+    left = capacity // alignment
+    while left > 0 and any(w > r for w, r in zip(wanted, room, strict=True)):
+        for local, rows in enumerate(wanted):
+            if rows > room[local] and left > 0:
+                room[local] += alignment
+                left -= 1
+    return [min(pair) for pair in zip(wanted, room, strict=True)]
+
+
 def _plan_experts(out: Plan, rank: int, alignment: int, bounds: Limits) -> None:
     _, num_tokens, top_k = out.topk_idx.shape
     local_experts = out.counts.shape[1]
     used = np.zeros(len(out.recv_rows[rank]), np.int32)
     offset = 0
-    for local in range(local_experts):
+    demand = np.bincount(out.topk_idx[out.topk_idx >= 0], minlength=out.num_experts)
+    demand = demand[rank * local_experts :][:local_experts]
+    counts = deal_room(np.minimum(demand, bounds.per_expert).tolist(), alignment, out.capacity)
+    for local, count in enumerate(counts):
         wanted = np.argwhere(out.topk_idx == rank * local_experts + local).tolist()
-        count = min(len(wanted), bounds.per_expert, out.capacity - offset)
         for row, (source, token, k) in enumerate(wanted[:count], start=offset):
             index = source * num_tokens + token
             out.dest_row[source, token, k] = row

@@ -9,6 +9,7 @@
 
 #include "cuda/decode/dispatch.h"
 #include "cuda/decode/ids.cuh"
+#include "cuda/rows/room.cuh"
 
 namespace jax_ep::cuda {
 namespace {
@@ -258,43 +259,46 @@ class Router {
     return count;
   }
 
-  // Layout "expert": the rows of a rank's experts, by one warp. Sums stop at the capacity, beyond
-  // which nothing is kept.
+  // Layout "expert": the rows of a rank's experts, by one warp: see plan::RoomShare.
   __device__ void LayOut(int rank) {
-    const int32_t lane = threadIdx.x % 32;
-    const uint32_t capacity = p_.shape.capacity;
+    const int32_t lane = threadIdx.x % 32, alignment = p_.shape.alignment;
     const bool is_own = rank == p_.group.rank;
-    uint32_t carry = 0;
-    int32_t dropped = 0;
+    const ColumnRows* const columns = columns_ + rank * p_.num_local;
+    plan::RoomShare share{p_.shape.capacity, 0};
+    uint32_t all = 0;  // a bound that is quickly made, and that suffices where nothing is padded
+    for (int32_t l = lane; l < p_.num_local; l += 32) all += columns[l].next & 0xffff;
+    all = __reduce_add_sync(~0u, all);
+    if (all + int64_t{p_.num_local} * (alignment - 1) > p_.shape.capacity) {
+      share = ShareRoom(p_.num_local, alignment, p_.shape.capacity, [&](int32_t l) {
+        const int32_t wanted = plan::Min(columns[l].next & 0xffff, p_.shape.expert_capacity);
+        return plan::GroupSize(wanted, alignment, p_.shape.capacity);
+      });
+    }
+    __syncwarp();
+    int32_t before = 0, dropped = 0;
     for (int32_t l0 = 0; l0 < p_.num_local; l0 += 32) {
       const int32_t l = l0 + lane, column = rank * p_.num_local + l;
       const bool inside = l < p_.num_local;
       const uint32_t counts = inside ? columns_[column].next : 0;
-      const int32_t demand = counts & 0xffff;
-      const plan::ExpertRows alone = plan::NextExpertRows(demand, p_.shape.expert_capacity,
-                                                          p_.shape.alignment, p_.shape.capacity, 0);
-      uint32_t sum = alone.group_size;
+      const int32_t demand = counts & 0xffff, wanted = plan::Min(demand, p_.shape.expert_capacity);
+      const int32_t count = plan::Min(wanted, share.LimitOf(l, alignment));
+      const int32_t size = plan::RoundUp(count, alignment);
+      int32_t sum = size;
       for (int offset = 1; offset < 32; offset *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, sum, offset);
-        if (lane >= offset) sum = sum + other < capacity ? sum + other : capacity;
+        const int32_t other = __shfl_up_sync(~0u, sum, offset);
+        if (lane >= offset) sum += other;
       }
-      uint32_t before = __shfl_up_sync(~0u, sum, 1);
-      before = lane == 0 ? 0 : before;
-      before = before + carry < capacity ? before + carry : capacity;
-      carry = carry + __shfl_sync(~0u, sum, 31);
-      carry = carry < capacity ? carry : capacity;
+      const int32_t start = before + sum - size;
+      before += __shfl_sync(~0u, sum, 31);
       if (!inside) continue;
-      const plan::ExpertRows rows =
-          plan::NextExpertRows(demand, p_.shape.expert_capacity, p_.shape.alignment,
-                               p_.shape.capacity, static_cast<int32_t>(before));
-      columns_[column] = {rows.start + static_cast<int32_t>(counts >> 16), rows.start + rows.count};
+      columns_[column] = {start + static_cast<int32_t>(counts >> 16), start + count};
       if (!is_own) continue;
-      locals_[l] = rows.start + rows.group_size;
-      dropped += demand - rows.count;
+      locals_[l] = start + size;
+      dropped += demand - count;
       if (blockIdx.x != 0) continue;
       p_.plan.demand[l] = demand;
-      p_.plan.counts[l] = rows.count;
-      p_.plan.group_sizes[l] = rows.group_size;
+      p_.plan.counts[l] = count;
+      p_.plan.group_sizes[l] = size;
     }
     if (is_own && dropped != 0) atomicAdd(&shared_.num_dropped, dropped);
   }

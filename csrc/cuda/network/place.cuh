@@ -9,6 +9,7 @@
 
 #include "cuda/core/sync.cuh"
 #include "cuda/network/plan.h"
+#include "cuda/rows/room.cuh"
 
 namespace jax_ep::cuda {
 namespace {
@@ -127,32 +128,33 @@ size_t PlaceSharedBytes(const NetworkPlanParams& p) {
          sizeof(int32_t) * (s.columns + 3 * s.num_local + kWarps * (s.columns + s.num_local));
 }
 
-// Where the rows of each expert begin, and how many it keeps: plan::LayOutExperts. Up to the
-// capacity, a multiple of the alignment, an expert's first row is the sum of what those before it
-// want, and past it nothing is kept; so the sums need no loop over experts. By one warp.
+// Where the rows of each expert begin, and how many it keeps: see plan::RoomShare. By one warp.
 __device__ void LayOutRows(const NetworkPlanParams& p, const Sizes& sizes, const PlaceMemory& m) {
   const int32_t lane = threadIdx.x % 32;
+  const plan::RoomShare share = ShareRoom(sizes.num_local, p.alignment, p.capacity, [&](int32_t l) {
+    const int32_t wanted = plan::Min(m.demand[l], p.expert_capacity);
+    return plan::GroupSize(wanted, p.alignment, p.capacity);
+  });
   int32_t start = 0;
   for (int32_t first = 0; first < sizes.num_local; first += 32) {
     const int32_t l = first + lane;
-    int32_t wanted = 0, rows = 0;
-    if (l < sizes.num_local) wanted = plan::Min(m.demand[l], p.expert_capacity);
-    if (wanted > 0)
-      rows = plan::Min(plan::RoundUp(plan::Min(wanted, p.capacity), p.alignment), p.capacity);
-    int32_t up_to = rows;
+    int32_t count = 0;
+    if (l < sizes.num_local) {
+      const int32_t wanted = plan::Min(m.demand[l], p.expert_capacity);
+      count = plan::Min(wanted, share.LimitOf(l, p.alignment));
+    }
+    const int32_t size = plan::RoundUp(count, p.alignment);
+    int32_t up_to = size;
     for (int32_t offset = 1; offset < 32; offset *= 2) {
       const int32_t other = __shfl_up_sync(~0u, up_to, offset);
-      if (lane >= offset) up_to = plan::Min(up_to + other, p.capacity);
+      if (lane >= offset) up_to += other;
     }
-    int32_t before = __shfl_up_sync(~0u, up_to, 1);
-    before = plan::Min(start + (lane == 0 ? 0 : before), p.capacity);
     if (l < sizes.num_local) {
-      const int32_t count = plan::Min(wanted, p.capacity - before);
-      m.starts[l] = before;
+      m.starts[l] = start + up_to - size;
       m.counts[l] = count;
-      m.sizes[l] = plan::RoundUp(count, p.alignment);
+      m.sizes[l] = size;
     }
-    start = plan::Min(start + __shfl_sync(~0u, up_to, 31), p.capacity);
+    start += __shfl_sync(~0u, up_to, 31);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/plan/lanes.cuh"
+#include "cuda/rows/room.cuh"
 
 namespace jax_ep::cuda {
 namespace {
@@ -191,16 +192,17 @@ __device__ __forceinline__ int32_t SumRanks(const PushParams& params, const Push
   return sum;
 }
 
-// min(a + b, capacity), for a and b up to the capacity.
-__device__ __forceinline__ int32_t AddRows(const PlanParams& p, int32_t a, int32_t b) {
-  const uint32_t sum = static_cast<uint32_t>(a) + static_cast<uint32_t>(b);
-  return static_cast<int32_t>(min(sum, static_cast<uint32_t>(p.capacity)));
-}
-
 __device__ __forceinline__ int32_t AlignRows(const PushParams& params, int32_t count) {
   const int32_t alignment = params.plan.alignment;
   const int32_t past = count - params.shape.by_alignment(count) * alignment;
   return past == 0 ? count : count + (alignment - past);
+}
+
+// plan::GroupSize of an expert with this demand.
+__device__ __forceinline__ int32_t SizeOfGroup(const PushParams& params, int32_t demand) {
+  const int32_t wanted = plan::Min(demand, params.plan.expert_capacity);
+  const int32_t capacity = params.plan.capacity;
+  return wanted > capacity ? capacity + 1 : AlignRows(params, wanted);
 }
 
 // Calls body(task, rank, nth, l) for all experts l of all ranks, each warp for the `nth` 32 experts
@@ -240,14 +242,13 @@ __device__ void SumColumns(const Params& params, const PushMemory& shared) {
       const int32_t demand = SumRanks(params, shared, column, p.group.rank, before);
       shared.demand[column] = demand;
       shared.rows[column].first = before;
-      const int32_t wanted = plan::Min(demand, p.expert_capacity);
-      padded = plan::Min(AlignRows(params, wanted), p.capacity);
+      padded = SizeOfGroup(params, demand);
     }
     int32_t inclusive = padded;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
       const int32_t other = __shfl_up_sync(~0u, inclusive, offset);
-      if (lane >= offset) inclusive = AddRows(p, inclusive, other);
+      if (lane >= offset) inclusive = plan::AddSizes(inclusive, other, p.capacity);
     }
     const int32_t before = __shfl_up_sync(~0u, inclusive, 1);
     if (l < n.num_local) shared.starts[column] = lane == 0 ? 0 : before;
@@ -255,24 +256,51 @@ __device__ void SumColumns(const Params& params, const PushMemory& shared) {
   });
 }
 
-// Where the rows of every expert begin on its rank, and how many are kept: see LayOutExperts. Once
-// the groups reach the capacity, a multiple of the alignment, no room is left for the rest. So a
-// start is the sum of the sizes before it, or the capacity if that is less.
+// The rows of one expert: the first, and how many it may keep.
+struct ExpertRoom {
+  int32_t start, limit;
+};
+
+// Where not all rows of rank r fit: see plan::RoomShare. By a warp, whose lanes have the experts
+// from `first` on, each the one with its number.
+__device__ __noinline__ ExpertRoom RoomOfExperts(const PushParams& params, const int32_t* demand,
+                                                 int32_t first) {
+  const PlanParams& p = params.plan;
+  const int32_t num_local = params.shape.num_local, lane = threadIdx.x % 32;
+  const auto size_of = [&](int32_t l) { return SizeOfGroup(params, demand[l]); };
+  const plan::RoomShare share = ShareRoom(num_local, p.alignment, p.capacity, size_of);
+  const auto kept_of = [&](int32_t l) {
+    return plan::Min(size_of(l), share.LimitOf(l, p.alignment));
+  };
+  const int32_t l = first + lane, size = l < num_local ? kept_of(l) : 0;
+  const int32_t start = SumOfExperts(first, p.capacity, kept_of) + InclusiveWarpSum(size) - size;
+  return {start, share.LimitOf(l, p.alignment)};
+}
+
+// Where the rows of every expert begin on its rank, and how many are kept.
 __device__ void LayOutExpertRows(const PushParams& params, const PushMemory& shared) {
   const PlanParams& p = params.plan;
   const PushShape& n = params.shape;
   ForExperts(params, [&](int32_t i, int32_t r, int32_t nth, int32_t l) {
-    int32_t start = 0;
+    ExpertRoom room{0, p.capacity};
+    int32_t all = 0;
 #pragma unroll 4
-    for (int32_t part = i - nth; part < i; ++part) start = AddRows(p, start, shared.sums[part]);
+    for (int32_t part = 0; part < n.parts; ++part) {
+      if (part == nth) room.start = all;
+      all = plan::AddSizes(all, shared.sums[i - nth + part], p.capacity);
+    }
+    const int32_t column = r * n.num_local + l;
+    if (all > p.capacity) {
+      room = RoomOfExperts(params, shared.demand + r * n.num_local, 32 * nth);
+    } else if (l < n.num_local) {
+      room.start += shared.starts[column];
+    }
     int32_t dropped = 0;
     if (l < n.num_local) {
-      const int32_t column = r * n.num_local + l;
-      start = AddRows(p, start, shared.starts[column]);
       const int32_t demand = shared.demand[column];
-      const int32_t count = plan::Min(plan::Min(demand, p.expert_capacity), p.capacity - start);
-      shared.starts[column] = start;
-      shared.rows[column] = {shared.rows[column].first + start, start + count};
+      const int32_t count = plan::Min(plan::Min(demand, p.expert_capacity), room.limit);
+      shared.starts[column] = room.start;
+      shared.rows[column] = {shared.rows[column].first + room.start, room.start + count};
       if (r == p.group.rank && blockIdx.x == 0) {
         p.counts[l] = count;
         p.group_sizes[l] = AlignRows(params, count);

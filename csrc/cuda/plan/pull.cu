@@ -15,6 +15,7 @@
 
 #include "cuda/plan/common.cuh"
 #include "cuda/plan/pull_shape.cuh"
+#include "cuda/rows/room.cuh"
 
 namespace jax_ep::cuda {
 namespace {
@@ -136,10 +137,8 @@ __device__ int32_t TotalOf(const PlanParams& p, uint64_t epoch, int32_t c, int32
   return total;
 }
 
-// Where the rows of every column begin on its rank, and how many are kept. One warp does a rank.
-// The groups of a rank follow each other. Once they reach the capacity, a multiple of the
-// alignment, no room is left for the rest. So a start is the sum of the sizes before it, or the
-// capacity if that is less.
+// Where the rows of every column begin on its rank, and how many are kept. One warp does a rank,
+// whose groups follow each other: see plan::RoomShare.
 __device__ void LayOutColumns(const PlanParams& p, uint64_t epoch, const PullMemory& shared) {
   if (p.layout == Layout::kToken) {
     for (int32_t r = threadIdx.x; r < p.group.num_ranks; r += kThreads) {
@@ -151,24 +150,27 @@ __device__ void LayOutColumns(const PlanParams& p, uint64_t epoch, const PullMem
   const int32_t num_local = p.num_experts / p.group.num_ranks;
   const int32_t lane = threadIdx.x % 32;
   for (int32_t r = threadIdx.x / 32; r < p.group.num_ranks; r += kThreads / 32) {
+    int32_t* const counts = shared.counts + r * num_local;  // first what they want
+    for (int32_t l = lane; l < num_local; l += 32) {
+      const int32_t demand = TotalOf(p, epoch, r * num_local + l, p.group.num_ranks);
+      if (r == p.group.rank && blockIdx.x == 0) p.demand[l] = demand;
+      counts[l] = plan::Min(demand, p.expert_capacity);
+    }
+    __syncwarp();
+    const plan::RoomShare share = ShareRoom(num_local, p.alignment, p.capacity, [&](int32_t l) {
+      return plan::GroupSize(counts[l], p.alignment, p.capacity);
+    });
     int32_t before = 0;
-    for (int32_t l0 = 0; l0 < num_local; l0 += 32) {
-      const int32_t l = l0 + lane;
-      const int32_t column = r * num_local + l;
-      const int32_t demand = l < num_local ? TotalOf(p, epoch, column, p.group.num_ranks) : 0;
-      const int32_t wanted = plan::Min(demand, p.expert_capacity);
-      const int32_t padded = plan::RoundUp(wanted, p.alignment);
-      const int32_t sum = InclusiveWarpSum(padded);
+    for (int32_t first = 0; first < num_local; first += 32) {
+      const int32_t l = first + lane;
+      const int32_t count = l < num_local ? plan::Min(counts[l], share.LimitOf(l, p.alignment)) : 0;
+      const int32_t size = plan::RoundUp(count, p.alignment), sum = InclusiveWarpSum(size);
       if (l < num_local) {
-        const int32_t start = plan::Min(before + sum - padded, p.capacity);
-        const plan::ExpertRows rows =
-            plan::NextExpertRows(demand, p.expert_capacity, p.alignment, p.capacity, start);
-        shared.starts[column] = rows.start;
-        shared.counts[column] = rows.count;
+        counts[l] = count;
+        shared.starts[r * num_local + l] = before + sum - size;
         if (r == p.group.rank && blockIdx.x == 0) {
-          p.counts[l] = rows.count;
-          p.group_sizes[l] = rows.group_size;
-          p.demand[l] = demand;
+          p.counts[l] = count;
+          p.group_sizes[l] = size;
         }
       }
       before += __shfl_sync(~0u, sum, 31);
