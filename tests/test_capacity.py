@@ -116,4 +116,6 @@ def test_layers_with_room_for_each_rank(native_backend: str) -> None:
     roomy, still_none = step(rank_capacity_factor=2.0)
     _, some = step(rank_capacity_factor=0.5)
     assert none == still_none == 0 < some
-    jax.tree.map(np.testing.assert_array_equal, roomy, free)
+    # Compiled anew, so that XLA may choose other matmuls.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, roomy, free)
