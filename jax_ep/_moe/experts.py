@@ -96,8 +96,8 @@ def apply_experts(
     """The outputs of the local experts for the rows that came, weighted."""
     rows, weights, sizes = out.tokens, out.weights, out.group_sizes
     assert weights is not None and not isinstance(rows, Quantized)  # as was asked of dispatch
-    assert params.up is not None and params.down is not None
-    up, down = params.up.astype(rows.dtype), params.down.astype(rows.dtype)
+    gate, up, down = (_cast(w, rows) for w in (params.gate, params.up, params.down))
+    assert up is not None and down is not None
     expert_of_row = out.expert_of_row if params.has_bias else None
 
     def biased(product: Array, bias: Array | None) -> Array:
@@ -105,9 +105,8 @@ def apply_experts(
             return product
         return add_bias(product, bias, expert_of_row)
 
-    gate = None
-    if params.gate is not None:
-        gate = dots.gate(rows, params.gate.astype(rows.dtype), sizes)
+    if gate is not None:
+        gate = dots.gate(rows, gate, sizes)
         if dots.in_order:
             rows, gate = lax.optimization_barrier((rows, gate))
         gate = biased(gate, params.gate_bias)
@@ -124,8 +123,8 @@ def shared_inner(
     x: Float[Array, "tokens hidden"], shared: SharedExpert, activation: Activation
 ) -> Float[Array, "tokens inner"]:
     """The inner channels of the shared expert."""
-    gate = None if shared.gate is None else x @ shared.gate.astype(x.dtype)
-    return activate(gate, x @ shared.up.astype(x.dtype), activation).astype(x.dtype)
+    gate, up = _cast(shared.gate, x), shared.up.astype(x.dtype)
+    return activate(None if gate is None else x @ gate, x @ up, activation).astype(x.dtype)
 
 
 def shared_outputs(
@@ -133,3 +132,7 @@ def shared_outputs(
 ) -> Float[Array, "tokens hidden"]:
     """The outputs of the shared expert for its inner channels."""
     return inner @ shared.down.astype(inner.dtype)
+
+
+def _cast(weight: Array | None, like: Array) -> Array | None:
+    return None if weight is None else weight.astype(like.dtype)
