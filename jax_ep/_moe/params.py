@@ -272,7 +272,7 @@ def moe_partition_specs(
 def _spec_of_each(specs: Any, tree: Any) -> Any:
     """``tree`` with a spec in place of each leaf, from ``specs``, which may end above the leaves."""
 
-    def of_part(spec: PartitionSpec, part: Any) -> Any:
+    def of_part(spec: Any, part: Any) -> Any:
         return jax.tree.map(lambda _: spec, part)
 
     try:
