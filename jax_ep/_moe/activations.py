@@ -45,6 +45,7 @@ class GatedActivation:
             )
 
     def __call__(self, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+        """``function(gate, up)``."""
         return self.function(gate, up)
 
 

@@ -98,12 +98,14 @@ def apply_experts(
     assert weights is not None and not isinstance(rows, Quantized)  # as was asked of dispatch
     gate, up, down = (_cast(w, rows) for w in (params.gate, params.up, params.down))
     assert up is not None and down is not None
-    expert_of_row = out.expert_of_row if params.has_bias else None
+    biases = (params.gate_bias, params.up_bias, params.down_bias)
+    expert_of_row = None if all(bias is None for bias in biases) else out.expert_of_row
 
-    def biased(product: Array, bias: Array | None) -> Array:
-        if bias is None or expert_of_row is None:
+    def biased(product: Array, bias: Array | None, weights: Array | None = None) -> Array:
+        if bias is None:
             return product
-        return add_bias(product, bias, expert_of_row)
+        assert expert_of_row is not None
+        return add_bias(product, bias, expert_of_row, weights)
 
     if gate is not None:
         gate = dots.gate(rows, gate, sizes)
@@ -114,9 +116,7 @@ def apply_experts(
     # The down projection is linear: its few input channels are cheaper to weight than its outputs.
     weighted = (inner * weights[:, None]).astype(out.tokens.dtype)
     outputs = dots.down(weighted, down, sizes)
-    if params.down_bias is None or expert_of_row is None:
-        return outputs
-    return add_bias(outputs, params.down_bias, expert_of_row, weights).astype(outputs.dtype)
+    return biased(outputs, params.down_bias, weights).astype(outputs.dtype)
 
 
 def shared_inner(

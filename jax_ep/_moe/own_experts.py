@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jax_ep._core import arguments
 from jax_ep._core.types import Dispatched
@@ -49,26 +49,20 @@ class ExpertFunction(Protocol):
 
     def __call__(
         self, rows: Array, group_sizes: Array, expert_of_row: Array, params: Any, /
-    ) -> Array: ...
+    ) -> Array:
+        """The outputs of the experts of this rank, not yet weighted."""
+        ...
 
 
 def apply_own(
     out: Dispatched, function: ExpertFunction, params: Any
 ) -> Float[Array, "rows hidden"]:
     """The outputs of the user's own experts for the rows that came, weighted."""
-    weights, used = out.weights, out.handle.recv_src >= 0
-    assert weights is not None  # as was asked of dispatch
+    assert out.weights is not None  # as was asked of dispatch
     rows = function(out.tokens, out.group_sizes, out.expert_of_row, params)
     _check_rows(rows, out.tokens)
-    return _weighted(rows, weights, used)
-
-
-def _weighted(
-    rows: Float[Array, "rows hidden"], weights: Float[Array, " rows"], used: Bool[Array, " rows"]
-) -> Float[Array, "rows hidden"]:
-    # Where a row is unused, neither what the function made of it nor its cotangent may spread.
-    kept = jnp.where(used[:, None], rows.astype(jnp.float32), 0)
-    return (kept * weights[:, None]).astype(rows.dtype)
+    # Unused rows may be NaN, and then the cotangents of their weights are. Neither is read.
+    return (rows.astype(jnp.float32) * out.weights[:, None]).astype(rows.dtype)
 
 
 def _check_rows(rows: Any, tokens: Array) -> None:

@@ -68,11 +68,6 @@ class MoEParams(NamedTuple):
     down_bias: Float[Array, "experts hidden"] | None = None
     experts: Any = None
 
-    @property
-    def has_bias(self) -> bool:
-        """Whether the experts of jax_ep have any bias."""
-        return any(bias is not None for bias in (self.gate_bias, self.up_bias, self.down_bias))
-
 
 @dataclasses.dataclass(frozen=True)
 class PartitionNames:
