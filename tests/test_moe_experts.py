@@ -344,6 +344,7 @@ class Unhashable:
 V, T = ValueError, TypeError
 
 
+@by_itself
 @pytest.mark.parametrize(
     ("weights", "arguments", "error", "text"),
     [

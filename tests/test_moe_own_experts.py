@@ -510,6 +510,7 @@ def gives(change):
     return {"experts": lambda rows, *_: change(rows)}
 
 
+@by_itself
 @pytest.mark.parametrize(
     ("weights", "options", "error", "text"),
     [
