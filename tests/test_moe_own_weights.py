@@ -1,4 +1,4 @@
-"""The weights of ``jax_ep.moe(experts=)``: how they are split, quantised ones, those of Flax modules."""
+"""The weights of ``jax_ep.moe(experts=)``: how they are split, quantised ones, those of modules."""
 
 from __future__ import annotations
 
