@@ -38,6 +38,9 @@ SECTIONS = {
         "PartitionNames",
         "init_moe_params",
         "moe_partition_specs",
+        "GatedActivation",
+        "clamped_swiglu",
+        "ExpertFunction",
         "grouped_dot",
         "nnx.MoE",
         "nnx.RouterBias",
@@ -58,6 +61,7 @@ MODULES = ["routing", "reference"]
 # Classes that users make themselves; jax_ep makes the others.
 CONSTRUCTED = {
     "DispatchConfig",
+    "GatedActivation",
     "MoEParams",
     "PartitionNames",
     "Quantized",

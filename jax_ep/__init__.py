@@ -17,7 +17,9 @@ from jax_ep._errors import CommunicationError, errors
 from jax_ep._grouped_dot.api import grouped_dot
 from jax_ep._groups.create import create_group
 from jax_ep._groups.group import Group
+from jax_ep._moe.activations import GatedActivation, clamped_swiglu
 from jax_ep._moe.layer import MoEAux, moe
+from jax_ep._moe.own_experts import ExpertFunction
 from jax_ep._moe.params import (
     MoEParams,
     PartitionNames,
@@ -40,6 +42,8 @@ __all__ = [
     "CommunicationError",
     "DispatchConfig",
     "Dispatched",
+    "ExpertFunction",
+    "GatedActivation",
     "Group",
     "Handle",
     "MoEAux",
@@ -49,6 +53,7 @@ __all__ = [
     "SharedExpert",
     "Ticket",
     "__version__",
+    "clamped_swiglu",
     "combine",
     "combine_done",
     "combine_start",

@@ -35,14 +35,18 @@ class MoE(LayerSettings, nn.Module):
     ``jax.device_put(weights, NamedSharding(mesh, jax.P()))``.
 
     Parameters: ``router_kernel``, ``gate``, ``up``, ``down`` and, with a shared expert,
-    ``shared_gate``, ``shared_up``, ``shared_down``. With ``router_bias=True`` the collection
-    "router_bias" holds ``bias`` ``[E]``, state that no gradient and no optimizer touches; move it once
-    a step::
+    ``shared_gate``, ``shared_up``, ``shared_down``; with ``expert_bias=True`` also ``gate_bias``,
+    ``up_bias``, ``down_bias``; with ``gated=False`` none of a gate. With ``router_bias=True`` the
+    collection "router_bias" holds ``bias`` ``[E]``, state that no gradient and no optimizer touches;
+    move it once a step::
 
         _, updated = layer.apply(
             variables, aux.load, method="update_router_bias", mutable=["router_bias"]
         )
         variables = {**variables, **updated}
+
+    For an ``ExpertFunction`` write a module of your own, because only you know its weights: it makes
+    them and a router kernel with ``self.param`` and calls ``jax_ep.moe(experts=)``.
 
     Attributes:
         {settings}
@@ -58,13 +62,19 @@ class MoE(LayerSettings, nn.Module):
         """Make the weights."""
         shapes, specs = self._weights("linen.MoE")
 
-        def param(name: str, init: Initializer, shape: Any, names: Any) -> Array:
+        def param(name: str, init: Initializer, shape: Any, names: Any) -> Any:
+            if shape is None:
+                return None
             named = self.with_partitioning(init, tuple(names))
             boxed = self.param(name, named, shape.shape, shape.dtype, unbox=False)
             if isinstance(boxed, nn.Partitioned):
                 # Without a sharding constraint, which Explicit axes would refuse: moe places them.
                 return boxed.unbox(apply_constraint=False)
             return nn.unbox(boxed)
+
+        def zeros(name: str) -> Any:
+            shape, names = getattr(shapes, name), getattr(specs, name)
+            return param(name, lambda _, *like: jnp.zeros(*like), shape, names)
 
         init = self.kernel_init
         shared = None
@@ -82,6 +92,9 @@ class MoE(LayerSettings, nn.Module):
             up=param("up", init, shapes.up, specs.up),
             down=param("down", init, shapes.down, specs.down),
             shared=shared,
+            gate_bias=zeros("gate_bias"),
+            up_bias=zeros("up_bias"),
+            down_bias=zeros("down_bias"),
         )
         if self.router_bias:
             self.bias = self.variable(

@@ -50,19 +50,30 @@ class MoE(LayerSettings, nnx.Module):
     ``nnx.state(layer)`` has weights and bias; one of ``nnx.state(layer, nnx.Param)`` would forget the
     bias.
 
+    For an ``ExpertFunction`` write a module of your own, because only you know its weights: it holds
+    them and a router kernel as ``nnx.Param``s and calls ``jax_ep.moe(experts=)``::
+
+        def __call__(self, x):
+            weights = {"up": self.up[...], "down": self.down[...]}
+            params = jax_ep.MoEParams(router_kernel=self.router_kernel[...], experts=weights)
+            return jax_ep.moe(x, params, experts=relu_experts, ...)
+
     Args:
         {settings}
         rngs: Source of the "params" keys.
 
     Attributes:
         router_kernel: ``[H, E]``.
-        gate: ``[E, H, F]``.
+        gate: ``[E, H, F]``, or None.
         up: ``[E, H, F]``.
         down: ``[E, F, H]``.
         router_bias: ``RouterBias`` ``[E]``, or None.
         shared_gate: ``[H, S]``, or None, as the next two.
         shared_up: ``[H, S]``.
         shared_down: ``[S, H]``.
+        gate_bias: ``[E, F]``, or None, as the next two.
+        up_bias: ``[E, F]``.
+        down_bias: ``[E, H]``.
 
     Raises:
         TypeError: for a group, ``num_experts`` or ``top_k`` of the wrong type.
@@ -75,9 +86,14 @@ class MoE(LayerSettings, nnx.Module):
         shapes, specs = self._weights("nnx.MoE")
         wants_bias = self.router_bias
 
-        def param(init: Initializer, shape: Any, names: Any) -> nnx.Param:
+        def param(init: Initializer, shape: Any, names: Any) -> Any:
+            if shape is None:
+                return nnx.data(None)
             value = init(rngs.params(), shape.shape, shape.dtype)
             return nnx.Param(value, out_sharding=tuple(names), mesh=self.group.mesh)
+
+        def zeros(shape: Any, names: Any) -> Any:
+            return param(lambda _, *like: jnp.zeros(*like), shape, names)
 
         self.router_kernel = param(self.router_init, shapes.router_kernel, specs.router_kernel)
         self.gate = param(self.kernel_init, shapes.gate, specs.gate)
@@ -85,8 +101,8 @@ class MoE(LayerSettings, nnx.Module):
         self.down = param(self.kernel_init, shapes.down, specs.down)
         self.router_bias = nnx.data(None)
         if wants_bias:
-            zeros = jnp.zeros((self.num_experts,), jnp.float32)
-            self.router_bias = RouterBias(zeros, out_sharding=(None,), mesh=self.group.mesh)
+            even = jnp.zeros((self.num_experts,), jnp.float32)
+            self.router_bias = RouterBias(even, out_sharding=(None,), mesh=self.group.mesh)
         self.shared_gate: Any
         self.shared_up: Any
         self.shared_down: Any
@@ -96,6 +112,9 @@ class MoE(LayerSettings, nnx.Module):
             self.shared_gate = param(self.kernel_init, shapes.shared.gate, specs.shared.gate)
             self.shared_up = param(self.kernel_init, shapes.shared.up, specs.shared.up)
             self.shared_down = param(self.kernel_init, shapes.shared.down, specs.shared.down)
+        self.gate_bias = zeros(shapes.gate_bias, specs.gate_bias)
+        self.up_bias = zeros(shapes.up_bias, specs.up_bias)
+        self.down_bias = zeros(shapes.down_bias, specs.down_bias)
 
     def __call__(
         self,
@@ -118,16 +137,25 @@ class MoE(LayerSettings, nnx.Module):
 
     def params(self) -> MoEParams:
         """The weights as ``jax_ep.moe`` takes them."""
+
+        def value(variable: nnx.Variable | None) -> Any:
+            return None if variable is None else variable[...]
+
         shared = None
-        if self.shared_gate is not None:
-            shared = SharedExpert(self.shared_gate[...], self.shared_up[...], self.shared_down[...])
+        if self.shared_up is not None:
+            shared = SharedExpert(
+                value(self.shared_gate), value(self.shared_up), value(self.shared_down)
+            )
         return MoEParams(
             router_kernel=self.router_kernel[...],
-            gate=self.gate[...],
-            up=self.up[...],
-            down=self.down[...],
-            router_bias=None if self.router_bias is None else self.router_bias[...],
+            gate=value(self.gate),
+            up=value(self.up),
+            down=value(self.down),
+            router_bias=value(self.router_bias),
             shared=shared,
+            gate_bias=value(self.gate_bias),
+            up_bias=value(self.up_bias),
+            down_bias=value(self.down_bias),
         )
 
     def update_router_bias(self, load: Shaped[Array, " experts"], rate: float = 1e-3) -> None:

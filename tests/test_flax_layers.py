@@ -225,8 +225,9 @@ def test_linen_logical_names(native_backend):
 # ---- both
 
 
-def _of_moe() -> dict:
-    return {name: value for name, value in SETTINGS.items() if name != "router_bias"}
+def _of_moe(settings: dict | None = None) -> dict:
+    of_moe = inspect.signature(jax_ep.moe).parameters
+    return {n: value for n, value in (SETTINGS | (settings or {})).items() if n in of_moe}
 
 
 def test_linen_with_the_weights_of_nnx(native_backend):
@@ -251,9 +252,43 @@ def test_settings_are_those_of_moe(layer):
         if name in ("x", "params", "mask", "router_inputs"):  # not of the layer, but of a call
             assert name == "params" or name in inspect.signature(layer.__call__).parameters
             continue
+        if name in ("experts", "expert_specs"):  # a module of one's own makes their weights
+            assert name not in of_layer and "experts=" in layer.__doc__
+            continue
         assert of_layer[name].default == parameter.default, name
         assert f"    {name}: " in layer.__doc__, name
     assert "{settings}" not in layer.__doc__
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_with_biases_and_without_a_gate(gated, native_backend):
+    """Biases start at zero and are trained; both modules have the same weights."""
+    group = make_group(native_backend, AxisType.Explicit)
+    settings = {"gated": gated, "expert_bias": True, "shared_intermediate": 6}
+    settings["activation"] = jax_ep.clamped_swiglu() if gated else jax.nn.gelu
+    x = make_x()
+    with jax.set_mesh(group.mesh):
+        layer, linen = make_nnx(group, **settings), make_linen(group, **settings)
+        biases = ["gate_bias", "up_bias", "down_bias"][not gated :]
+        assert all(not np.any(getattr(layer, name)[...]) for name in biases)
+        assert (layer.gate is None) == (layer.gate_bias is None) == (not gated)
+        assert (layer.shared_gate is None) == (not gated)
+        assert layer.up_bias[...].sharding.spec == P("expert", None)
+        optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=nnx.Param)
+        grads = nnx.jit(nnx.grad(lambda layer, x: jnp.mean(layer(x)[0] ** 2)))(layer, x)
+        optimizer.update(layer, grads)
+        assert all(np.any(getattr(layer, name)[...]) for name in biases)
+        weights = nnx.to_pure_dict(nnx.state(layer))
+        bias = weights.pop("router_bias")
+        shapes = jax.eval_shape(linen.init, jax.random.key(0), x)
+        assert {name: boxed.value.shape for name, boxed in shapes["params"].items()} == {
+            name: w.shape for name, w in weights.items()
+        }
+        specs = nn.get_partition_spec(shapes)["params"]
+        assert specs["down_bias"] == P("expert", None)
+        got = linen.apply({"params": weights, "router_bias": {"bias": bias}}, x)
+        assert same(got, layer(x))
+        assert same(got, jax_ep.moe(x, layer.params(), group=group, **_of_moe(settings)))
 
 
 def test_no_bias_to_update():

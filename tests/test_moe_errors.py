@@ -91,9 +91,9 @@ def test_errors(arguments, text):
             "params: expected jax_ep.MoEParams, got dict; .*init_moe_params",
         ),
         (
-            {"params": make_params()._replace(gate=None)},
+            {"params": make_params()._replace(up=None)},
             TypeError,
-            "params.gate: expected an array, got NoneType; .*init_moe_params",
+            "params.up: expected an array, got NoneType; .*init_moe_params",
         ),
         (
             {"params": make_params()._replace(router_bias=[0.0] * E)},
@@ -103,7 +103,7 @@ def test_errors(arguments, text):
         (
             {"params": make_params()._replace(gate=jnp.zeros(()))},
             ValueError,
-            r"params.gate: expected shape \(8, 8, 0\) .*, got \(\); ",
+            r"params.gate: expected shape \(8, 8, 12\) .*, got \(\); ",
         ),
         ({"router": None}, TypeError, "router: expected 'softmax', .* got NoneType; leave it out"),
         ({"router": 3}, TypeError, "router: expected 'softmax', .* a function, got int; leave"),

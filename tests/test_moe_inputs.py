@@ -92,7 +92,7 @@ V, T = ValueError, TypeError
             V,
             r"params.shared.down: expected shape \(6, 8\) .*, got \(8, 6\); ",
         ),
-        (with_shared(gate=jnp.zeros(())), V, r"params.shared.gate: expected shape \(8, 0\) "),
+        (with_shared(gate=jnp.zeros(())), V, r"params.shared.gate: expected shape \(8, 6\) "),
     ],
 )
 def test_wrong_arguments(arguments, error, text):

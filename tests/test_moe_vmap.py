@@ -101,6 +101,43 @@ def test_stages_on_an_axis_of_the_mesh(mapped, native_backend):
     check_stages(layer_step, native_backend, {"x": make_x(), "params": make_params()}, mapped)
 
 
+def scaled_experts(rows, group_sizes, expert_of_row, params):
+    up, down, scale = params
+    scale = scale.at[expert_of_row].get(mode="fill", fill_value=0)
+    inner = jnp.tanh(jax_ep.grouped_dot(rows, up, group_sizes)) * scale[:, None]
+    return jax_ep.grouped_dot(inner, down, group_sizes)
+
+
+@functools.cache
+def experts_step(own, backend, in_axes, **of_vmap):
+    group = make_group(backend)
+    options = {"experts": scaled_experts} if own else {"activation": jax_ep.clamped_swiglu(0.8)}
+
+    def loss(arrays):
+        layer = functools.partial(jax_ep.moe, group=group, **options, **SETTINGS)
+        y, aux = jax.vmap(layer, in_axes=in_axes, **of_vmap)(arrays["x"], arrays["params"])
+        return jnp.sum(y**2) + aux.aux_loss.sum(), (y, aux)
+
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    return lambda x, params: step({"x": x, "params": params})
+
+
+@pytest.mark.parametrize("mapped", [("x", "params"), ("x",), ("params",)], ids=" ".join)
+@pytest.mark.parametrize("own", [False, True])
+def test_other_experts_on_an_axis_of_the_mesh(own, mapped, native_backend):
+    """Experts with biases, and experts of the user's own."""
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), (STAGES, *shape)) / 2  # noqa: E731
+    params = make_params()._replace(shared=None)
+    if own:
+        weights = (draw(3, E, H, F), draw(4, E, F, H), draw(5, E))
+        params = jax_ep.MoEParams(params.router_kernel, experts=weights)
+    else:
+        biases = {"gate_bias": draw(3, E, F), "up_bias": draw(4, E, F), "down_bias": draw(5, E, H)}
+        params = params._replace(**biases)
+    make_step = functools.partial(experts_step, own)
+    check_stages(make_step, native_backend, {"x": make_x(), "params": params}, mapped)
+
+
 @functools.cache
 def ops_step(backend, in_axes, **of_vmap):
     group, split = make_group(backend), jax.P("expert")

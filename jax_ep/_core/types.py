@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 
 Layout = Literal["expert", "token"]
@@ -180,6 +181,9 @@ class Dispatched:
         demand: ``[L]`` int32 rows wanted (layout "token": (token, expert) pairs).
         num_dropped: ``[1]`` int32, ``sum(demand) - sum(counts)`` of this rank.
         num_invalid: ``[1]`` int32 entries of this rank's ``topk_idx`` taken as −1.
+        expert_of_row: ``[C]`` int32 local expert of each row (layout "expert" only), computed from
+            ``group_sizes``. Padding has the id of its group, so the rows ``[::alignment]`` give the
+            expert of each block. Rows past the last group have L, since −1 would index the last expert.
     """
 
     tokens: Any  # Array | Quantized; which one, the arguments of dispatch say
@@ -215,3 +219,17 @@ class Dispatched:
     def num_invalid(self) -> Int32[Array, "1"]:
         """Of the handle."""
         return self.handle.num_invalid
+
+    @property
+    def expert_of_row(self) -> Int32[Array, " capacity"]:
+        """Of the group sizes; an ``AttributeError`` in layout "token"."""
+        if self.handle.layout != "expert":
+            raise AttributeError(
+                f"jax_ep.Dispatched: attribute expert_of_row: expected layout 'expert', got "
+                f"{self.handle.layout!r}; read expert_idx, the local experts of each row."
+            )
+        ends = jnp.cumsum(self.group_sizes, dtype=jnp.int32)
+        rows = jnp.arange(self.handle.capacity, dtype=jnp.int32)
+        # One comparison for each row and group, which XLA fuses with the sum. A binary search would be
+        # a loop of kernels.
+        return (rows[:, None] >= ends).sum(axis=1, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""The gated MLPs of a layer: those of the local experts, and the shared one."""
+"""The MLPs of a layer: those of the local experts, and the shared one."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from jax_ep._core.types import Dispatched, Quantized
 from jax_ep._grouped_dot.api import ProductSms, grouped_dot, grouped_dot_on
+from jax_ep._moe.activations import Activation, activate
+from jax_ep._moe.biases import add_bias
 from jax_ep._moe.params import MoEParams, SharedExpert
 
 GroupedDot = Callable[[Array, Array, Array], Array]
-Activation = Callable[[Array], Array]
 
 # An op takes about as long as a grouped product of its rows with this many columns, on H200s: dispatch
 # with 8 ranks over NVLink. With fewer ranks it is less, because fewer rows cross a link.
@@ -35,10 +35,10 @@ class Beside(NamedTuple):
 
 
 class Products(NamedTuple):
-    """The grouped products of gated MLPs, in the order in which they run.
+    """The grouped products of MLPs, in the order in which they run.
 
     Attributes:
-        gate: Of the gate.
+        gate: Of the gate, which experts may be without.
         up: Of the up projection.
         down: Of the down projection.
         in_order: Whether the first has to come before the second.
@@ -50,7 +50,9 @@ class Products(NamedTuple):
     in_order: bool = False
 
 
-def products(own: GroupedDot | None, beside: Beside, intermediate: int) -> Products:
+def products(
+    own: GroupedDot | None, beside: Beside, intermediate: int, *, gated: bool = True
+) -> Products:
     """The products of experts of that width F, some of which leave SMs to the ops beside them.
 
     An op is usually shorter than the experts. So only the first products of each pass leave SMs, as
@@ -61,6 +63,7 @@ def products(own: GroupedDot | None, beside: Beside, intermediate: int) -> Produ
             ``jax_ep.grouped_dot``.
         beside: What is beside the experts.
         intermediate: F.
+        gated: Whether the product of the gate is among them.
     """
     if own is not None:
         return Products(own, own, own)
@@ -78,6 +81,12 @@ def products(own: GroupedDot | None, beside: Beside, intermediate: int) -> Produ
             ProductSms(forward=third, d_lhs=free, d_rhs=second),
         )
     )
+    if not gated:
+        # The first is that of the up projection, and takes what the gate's would.
+        down = functools.partial(
+            grouped_dot_on, ProductSms(forward=second, d_lhs=free, d_rhs=second)
+        )
+        return Products(gate, gate, down)
     return Products(gate, up, down, in_order=second is None)
 
 
@@ -85,24 +94,37 @@ def apply_experts(
     out: Dispatched, params: MoEParams, dots: Products, activation: Activation
 ) -> Float[Array, "rows hidden"]:
     """The outputs of the local experts for the rows that came, weighted."""
-    rows, weights = out.tokens, out.weights
+    rows, weights, sizes = out.tokens, out.weights, out.group_sizes
     assert weights is not None and not isinstance(rows, Quantized)  # as was asked of dispatch
-    gate, up, down = (w.astype(rows.dtype) for w in (params.gate, params.up, params.down))
-    gated = dots.gate(rows, gate, out.group_sizes)
-    if dots.in_order:
-        rows, gated = lax.optimization_barrier((rows, gated))
-    gated = _gated(gated, dots.up(rows, up, out.group_sizes), activation)
+    gate, up, down = (_cast(w, rows) for w in (params.gate, params.up, params.down))
+    assert up is not None and down is not None
+    biases = (params.gate_bias, params.up_bias, params.down_bias)
+    expert_of_row = None if all(bias is None for bias in biases) else out.expert_of_row
+
+    def biased(product: Array, bias: Array | None, weights: Array | None = None) -> Array:
+        if bias is None:
+            return product
+        assert expert_of_row is not None
+        return add_bias(product, bias, expert_of_row, weights)
+
+    if gate is not None:
+        gate = dots.gate(rows, gate, sizes)
+        if dots.in_order:
+            rows, gate = lax.optimization_barrier((rows, gate))
+        gate = biased(gate, params.gate_bias)
+    inner = activate(gate, biased(dots.up(rows, up, sizes), params.up_bias), activation)
     # The down projection is linear: its few input channels are cheaper to weight than its outputs.
-    weighted = (gated * weights[:, None]).astype(out.tokens.dtype)
-    return dots.down(weighted, down, out.group_sizes)
+    weighted = (inner * weights[:, None]).astype(out.tokens.dtype)
+    outputs = dots.down(weighted, down, sizes)
+    return biased(outputs, params.down_bias, weights).astype(outputs.dtype)
 
 
 def shared_inner(
     x: Float[Array, "tokens hidden"], shared: SharedExpert, activation: Activation
 ) -> Float[Array, "tokens inner"]:
     """The inner channels of the shared expert."""
-    gate, up = shared.gate.astype(x.dtype), shared.up.astype(x.dtype)
-    return _gated(x @ gate, x @ up, activation).astype(x.dtype)
+    gate, up = _cast(shared.gate, x), shared.up.astype(x.dtype)
+    return activate(None if gate is None else x @ gate, x @ up, activation).astype(x.dtype)
 
 
 def shared_outputs(
@@ -112,5 +134,5 @@ def shared_outputs(
     return inner @ shared.down.astype(inner.dtype)
 
 
-def _gated(gate: Array, up: Array, activation: Activation) -> Float32[Array, "rows intermediate"]:
-    return activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+def _cast(weight: Array | None, like: Array) -> Array | None:
+    return None if weight is None else weight.astype(like.dtype)

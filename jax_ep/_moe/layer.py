@@ -20,18 +20,14 @@ from jax_ep._core.numerics import expert_ids
 from jax_ep._core.types import DispatchConfig, Dispatched, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
+from jax_ep._moe.activations import Activation
 from jax_ep._moe.exchange import exchange
-from jax_ep._moe.experts import (
-    Activation,
-    Beside,
-    GroupedDot,
-    apply_experts,
-    products,
-    shared_inner,
-    shared_outputs,
-)
+from jax_ep._moe.experts import Beside, GroupedDot, shared_inner, shared_outputs
+from jax_ep._moe.local_experts import LocalExperts
 from jax_ep._moe.nested import nested_shard_map
-from jax_ep._moe.params import MoEParams, moe_partition_specs
+from jax_ep._moe.own_experts import ExpertFunction
+from jax_ep._moe.param_checks import check_experts
+from jax_ep._moe.params import MoEParams
 from jax_ep._moe.placement import join_tokens, place, split_tokens
 from jax_ep._moe.token_axes import resolve_token_axes
 from jax_ep._ops import checks as op_checks
@@ -68,10 +64,9 @@ class _Settings:
     num_used_experts: int
     router: Router | Callable[..., Routing]
     token_axes: tuple[str, ...]
-    grouped_dot: GroupedDot | None
+    experts: LocalExperts
     overlap: Overlap | None
     num_chunks: int
-    activation: Activation
     dispatch: tuple[tuple[str, Any], ...]
 
 
@@ -88,9 +83,11 @@ def moe(
     router_inputs: Any = None,
     num_used_experts: int | None = None,
     grouped_dot: GroupedDot | None = None,
+    experts: ExpertFunction | None = None,
+    expert_specs: Any = None,
     overlap: Overlap | None = None,
     num_chunks: int = 2,
-    activation: Callable[[Array], Array] = jax.nn.silu,
+    activation: Activation = jax.nn.silu,
     alignment: int = 1,
     capacity: int | None = None,
     capacity_factor: float | None = None,
@@ -104,9 +101,9 @@ def moe(
     In pseudocode, for every token::
 
         routing = router(token @ router_kernel, router_bias)             # in float32
-        for expert, weight in zip(routing.topk_idx, routing.topk_weights):
-            up = activation(token @ gate[expert]) * (token @ up[expert])
-            y += (weight * up) @ down[expert]
+        for e, weight in zip(routing.topk_idx, routing.topk_weights):
+            inner = activation(token @ gate[e] + gate_bias[e]) * (token @ up[e] + up_bias[e])
+            y += weight * (inner @ down[e] + down_bias[e])
         y += the same with the shared expert, unweighted
 
     Call it on whole (global) arrays, inside ``jit`` or not, on meshes with Auto or Explicit axes. It
@@ -160,6 +157,10 @@ def moe(
             function of your own that occupies all SMs of a GPU hides no op. Its rows past the last
             group, and their cotangents, are zeros. Those of the default, which reads none of them,
             are undefined, so that GPUs need not clear them.
+        experts: Experts of your own, an ``ExpertFunction``, whose weights are ``params.experts``.
+            They leave SMs to ops in flight only where they pass ``num_sms`` to ``grouped_dot``.
+        expert_specs: How ``params.experts`` is split over the mesh: a pytree of ``PartitionSpec``, or
+            one for all leaves of a part of it. None splits the first dimension, E, over the group.
         overlap: What XLA may compute while rows are in flight, as ``dispatch_start`` says.
             "shared_expert": the shared expert. "chunks": also the experts, for another chunk of this
             rank's tokens, forward and backward. On GPUs these experts leave SMs to the ops beside them:
@@ -171,7 +172,8 @@ def moe(
             of two ops. Where no row is dropped, outputs and the gradient of ``x`` are those without
             chunks. The gradients of the experts' weights are sums over chunks, each rounded to the
             dtype of ``x`` first. ``aux_loss`` and the statistics are those of all tokens.
-        activation: Activation function of the gate.
+        activation: Activation function of the gate, or of ``up`` where experts have no gate; or of
+            both, a ``GatedActivation``. That of the shared expert too.
         alignment: Rows of each expert are padded to a multiple of it, if ``grouped_dot`` needs that.
         capacity: As in ``dispatch``, rows of each rank. Each chunk has the share of its tokens,
             rounded up to ``alignment``, and rows that do not fit into one find no room in another.
@@ -220,15 +222,15 @@ def moe(
     checks.check_num_used(op, num_used_experts, num_experts)
     checks.check_top_k(top_k, num_used_experts or num_experts)
     checks.check_x(x)
-    checks.check_params(params, x.shape[-1], num_experts)
+    local_experts = LocalExperts(activation, grouped_dot, experts)
+    local_experts = check_experts(
+        params, x.shape[-1], num_experts, group, local_experts, expert_specs
+    )
     checks.check_overlap(overlap, num_chunks, params.shared)
     checks.check_mask(mask, x.shape[:-1])
     resolved = _resolve_router(router)
     checks.check_router_inputs(router_inputs, resolved, x.shape[:-1])
     checks.check_placement(group, x, params, mask, router_inputs)
-    if grouped_dot is not None:
-        checks.check_function("grouped_dot", grouped_dot)
-    checks.check_function("activation", activation)
     options: dict[str, Any] = {
         "alignment": alignment,
         "capacity": capacity,
@@ -246,10 +248,9 @@ def moe(
         num_used_experts=num_used_experts or num_experts,
         router=resolved,
         token_axes=resolve_token_axes(token_axes, group),
-        grouped_dot=grouped_dot,
+        experts=local_experts,
         overlap=overlap,
         num_chunks=num_chunks if overlap == "chunks" else 1,
-        activation=activation,
         dispatch=tuple(options.items()),
     )
     return _over_mesh(settings, x, params, mask, router_inputs)
@@ -278,7 +279,7 @@ def _over_mesh(
         mask = split_tokens(mask[..., None], mesh, axes)
     split = functools.partial(split_tokens, mesh=mesh, axes=axes, num_batch=x.ndim - 1)
     router_inputs = jax.tree.map(split, router_inputs)
-    param_specs = moe_partition_specs(params, group=settings.group)
+    param_specs = settings.experts.partition_specs(params, settings.group)
     params = jax.tree.map(lambda p, spec: place(p, mesh, spec), params, param_specs)
     of_tokens: Any = PartitionSpec(axes)
     everywhere: Any = PartitionSpec()
@@ -310,7 +311,7 @@ def _on_one_rank(
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
     inner = None
     if params.shared is not None:
-        inner = shared_inner(x, params.shared, settings.activation)
+        inner = shared_inner(x, params.shared, settings.experts.activation)
 
     def experts(out: Dispatched, beside: Beside) -> Array:
         nonlocal inner
@@ -319,8 +320,7 @@ def _on_one_rank(
             # better place than beside the dispatch; the second half is for the combine.
             tokens, inner = lax.optimization_barrier((out.tokens, inner))
             out = dataclasses.replace(out, tokens=tokens)
-        dots = products(settings.grouped_dot, beside, params.gate.shape[-1])
-        return apply_experts(out, params, dots, settings.activation)
+        return settings.experts.apply(out, params, beside)
 
     out = exchange(
         x,
@@ -329,8 +329,7 @@ def _on_one_rank(
         experts,
         in_flight=settings.overlap is not None,
         num_chunks=settings.num_chunks,
-        # Experts of jax_ep's own go by group sizes. A product of the user's own gets zeros.
-        unused_rows="undefined" if settings.grouped_dot is None else "zero",
+        unused_rows=settings.experts.unused_rows,
         group=settings.group,
         num_experts=settings.num_experts,
         **dict(settings.dispatch),

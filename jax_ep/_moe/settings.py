@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -15,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from jax_ep._core.types import DispatchConfig, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
+from jax_ep._moe.activations import Activation
 from jax_ep._moe.experts import GroupedDot
 from jax_ep._moe.layer import MoEAux, Overlap, RouterLike, moe
 from jax_ep._moe.params import (
@@ -45,6 +45,8 @@ class LayerSettings:
         num_used_experts: Only this many experts exist, those with the lowest ids. None: all.
         router_bias: Whether the router has a selection bias.
         shared_intermediate: S of the shared expert, or None for none.
+        gated: Whether the experts have a gate, the shared one too.
+        expert_bias: Whether the experts have biases, which start at zero; the shared one has none.
         dtype: Dtype of the computation; None takes that of the input.
         param_dtype: Dtype of the weights.
         kernel_init: Function ``(key, shape, dtype)`` that gives the weights of the experts.
@@ -54,7 +56,7 @@ class LayerSettings:
         grouped_dot: Replaces ``jax_ep.grouped_dot``, which alone leaves SMs to ops in flight.
         overlap: What may run while rows are in flight: "shared_expert", or "chunks" of other tokens.
         num_chunks: For "chunks": into how many chunks the tokens of a rank are split.
-        activation: Activation function of the gate.
+        activation: Activation function of the gate, or a ``GatedActivation`` of gate and up.
         alignment: Rows of each expert are padded to a multiple of it.
         capacity: Rows of each rank.
         capacity_factor: Bounds the rows of each expert.
@@ -74,6 +76,8 @@ class LayerSettings:
     num_used_experts: int | None = None
     router_bias: Any = False
     shared_intermediate: int | None = None
+    gated: bool = True
+    expert_bias: bool = False
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = default_init
@@ -83,7 +87,7 @@ class LayerSettings:
     grouped_dot: GroupedDot | None = None
     overlap: Overlap | None = None
     num_chunks: int = 2
-    activation: Callable[[Array], Array] = jax.nn.silu
+    activation: Activation = jax.nn.silu
     alignment: int = 1
     capacity: int | None = None
     capacity_factor: float | None = None
@@ -106,6 +110,8 @@ class LayerSettings:
             intermediate=self.intermediate,
             num_experts=self.num_experts,
             shared_intermediate=self.shared_intermediate,
+            gated=self.gated,
+            expert_bias=self.expert_bias,
             dtype=self.param_dtype,
         )
         return shapes, moe_partition_specs(shapes, group=self.group, names=self.partition_names)

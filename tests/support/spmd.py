@@ -187,7 +187,7 @@ def stacked(x: Any, ranks: int) -> np.ndarray:
 
 
 def fields(value: Any) -> dict[str, jax.Array]:
-    """The arrays of a ``Dispatched``, a ``Handle`` or a ``Quantized`` by name, Nones left out."""
+    """The arrays of a ``Handle`` or a ``Quantized`` by name, Nones left out."""
     if hasattr(value, "_asdict"):
         return value._asdict()
     names = [f.name for f in dataclasses.fields(value)]
