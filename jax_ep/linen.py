@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jax_ep._core import arguments
-from jax_ep._moe.layer import MoEAux
 from jax_ep._moe.params import Initializer, MoEParams, SharedExpert
+from jax_ep._moe.report import MoEAux
 from jax_ep._moe.settings import LayerSettings, says_settings
 from jax_ep.routing import update_bias
 

@@ -10,9 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jax_ep._core import arguments
-from jax_ep._moe.layer import MoEAux
 from jax_ep._moe.params import Initializer, MoEParams, SharedExpert
 from jax_ep._moe.params import default_init as default_init
+from jax_ep._moe.report import MoEAux
 from jax_ep._moe.settings import LayerSettings, says_settings
 from jax_ep.routing import update_bias
 

@@ -6,20 +6,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jax_ep import _compat
 from jax_ep._core import arguments
-from jax_ep._core.numerics import expert_ids
 from jax_ep._core.types import DispatchConfig, Dispatched, ScaleFormat
 from jax_ep._groups.group import Group
-from jax_ep._moe import checks
+from jax_ep._moe import checks, router_checks
 from jax_ep._moe.exchange import exchange
 from jax_ep._moe.experts import (
     Activation,
@@ -33,29 +32,12 @@ from jax_ep._moe.experts import (
 from jax_ep._moe.nested import nested_shard_map
 from jax_ep._moe.params import MoEParams, moe_partition_specs
 from jax_ep._moe.placement import join_tokens, place, split_tokens
+from jax_ep._moe.report import MoEAux, report
+from jax_ep._moe.router import AnyRouter, RouterLike, resolve_router, route
 from jax_ep._moe.token_axes import resolve_token_axes
 from jax_ep._ops import checks as op_checks
-from jax_ep.routing import Router, Routing, expert_load, load_balancing_loss
 
-RouterLike = Literal["softmax", "sigmoid"] | Router | Callable[..., Routing]
 Overlap = Literal["shared_expert", "chunks"]
-
-
-class MoEAux(NamedTuple):
-    """What a mixture-of-experts layer reports besides its output; the same on every device.
-
-    Attributes:
-        aux_loss: Scalar load-balancing loss over all tokens (``routing.load_balancing_loss``), not
-            yet scaled: 1 where all experts are used equally.
-        load: ``[E]`` int32 routes to each expert from all tokens, dropped ones included.
-        num_dropped: Scalar int32, (token, expert) pairs that did not fit the capacity.
-        num_invalid: Scalar int32, entries of a custom router out of range or repeated.
-    """
-
-    aux_loss: Float32[Array, ""]
-    load: Int32[Array, " experts"]
-    num_dropped: Int32[Array, ""]
-    num_invalid: Int32[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +48,7 @@ class _Settings:
     num_experts: int
     top_k: int
     num_used_experts: int
-    router: Router | Callable[..., Routing]
+    router: AnyRouter
     token_axes: tuple[str, ...]
     grouped_dot: GroupedDot | None
     overlap: Overlap | None
@@ -220,8 +202,8 @@ def moe(
     checks.check_params(params, x.shape[-1], num_experts)
     checks.check_overlap(overlap, num_chunks, params.shared)
     checks.check_mask(mask, x.shape[:-1])
-    resolved = _resolve_router(router)
-    checks.check_router_inputs(router_inputs, resolved, x.shape[:-1])
+    resolved = resolve_router(router)
+    router_checks.check_router_inputs(router_inputs, resolved, x.shape[:-1])
     checks.check_placement(group, x, params, mask, router_inputs)
     if grouped_dot is not None:
         checks.check_function("grouped_dot", grouped_dot)
@@ -302,7 +284,15 @@ def _on_one_rank(
     if mask is not None:
         # A masked token may hold NaN, which must not reach the gradient of any weight.
         x, router_inputs = jax.tree.map(functools.partial(_zero_masked, mask), (x, router_inputs))
-    routing = _route(settings, x, params, router_inputs)
+    routing = route(
+        settings.router,
+        x,
+        params.router_kernel,
+        params.router_bias,
+        router_inputs,
+        top_k=settings.top_k,
+        num_used_experts=settings.num_used_experts,
+    )
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
     inner = None
     if params.shared is not None:
@@ -335,21 +325,14 @@ def _on_one_rank(
     if params.shared is not None:
         assert inner is not None
         y = y + shared_outputs(inner, params.shared)
-    # The handle's routes: those of a custom router, less the invalid ones.
-    used = out.topk_idx
-    axes = settings.token_axes
-    load, num_dropped, num_invalid = lax.psum(
-        (
-            expert_load(used, settings.num_experts),
-            out.num_dropped.sum(dtype=jnp.int32),
-            out.num_invalid.sum(dtype=jnp.int32),
-        ),
-        axes,
+    aux = report(
+        out,
+        routing,
+        num_experts=settings.num_experts,
+        num_used_experts=settings.num_used_experts,
+        axis_names=settings.token_axes,
     )
-    aux_loss = load_balancing_loss(
-        used, routing.scores, axis_names=axes, num_used_experts=settings.num_used_experts
-    )
-    return y, MoEAux(aux_loss, load, num_dropped, num_invalid)
+    return y, aux
 
 
 def _zero_masked(
@@ -357,40 +340,3 @@ def _zero_masked(
 ) -> Shaped[Array, "tokens ..."]:
     """``x`` with zeros in the place of masked tokens."""
     return jnp.where(lax.expand_dims(mask[:, 0], range(1, x.ndim)), x, jnp.zeros((), x.dtype))
-
-
-def _route(
-    settings: _Settings, x: Float[Array, "tokens hidden"], params: MoEParams, inputs: Any
-) -> Routing:
-    """The routes of the tokens, with int32 ids; those of experts that do not exist are invalid."""
-    logits = jnp.dot(
-        x.astype(jnp.float32),
-        params.router_kernel.astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,  # except on CPU, the default has fewer bits
-    )
-    bias = params.router_bias
-    bias = None if bias is None else lax.stop_gradient(bias)
-    router, used = settings.router, settings.num_used_experts
-    if isinstance(router, Router):
-        return router(logits, settings.top_k, bias, num_used_experts=used)
-    logits, bias = logits[:, :used], None if bias is None else bias[:used]
-    routing = router(logits, bias) if inputs is None else router(logits, bias, inputs)
-    checks.check_routing(routing, settings.top_k, logits.shape)
-    topk_idx = expert_ids(routing.topk_idx)
-    return routing._replace(topk_idx=jnp.where(topk_idx < used, topk_idx, settings.num_experts))
-
-
-def _resolve_router(router: RouterLike) -> Router | Callable[..., Routing]:
-    if isinstance(router, str):
-        arguments.check_one_of("moe", "router", router, ("softmax", "sigmoid"))
-        return Router(router)
-    if not callable(router):
-        raise arguments.type_error(
-            "moe",
-            "router",
-            "'softmax', 'sigmoid', a jax_ep.routing.Router or a function",
-            type(router).__name__,
-            "leave it out for 'softmax'",
-        )
-    checks.check_function("router", router)
-    return router

@@ -16,7 +16,7 @@ from jax_ep._core.types import DispatchConfig, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
 from jax_ep._moe.experts import GroupedDot
-from jax_ep._moe.layer import MoEAux, Overlap, RouterLike, moe
+from jax_ep._moe.layer import Overlap, moe
 from jax_ep._moe.params import (
     DEFAULT_NAMES,
     Initializer,
@@ -26,6 +26,8 @@ from jax_ep._moe.params import (
     moe_param_shapes,
     moe_partition_specs,
 )
+from jax_ep._moe.report import MoEAux
+from jax_ep._moe.router import RouterLike
 
 _SETTINGS = "{settings}"
 Class = TypeVar("Class", bound=type)
