@@ -326,8 +326,10 @@ def _on_one_rank(
         assert inner is not None
         y = y + shared_outputs(inner, params.shared)
     aux = report(
-        out,
+        out.topk_idx,  # the handle's: those of a custom router, less the invalid ones
         routing,
+        num_dropped=out.num_dropped,
+        num_invalid=out.num_invalid,
         num_experts=settings.num_experts,
         num_used_experts=settings.num_used_experts,
         axis_names=settings.token_axes,

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from jax_ep._moe.exchange import Exchanged
 from jax_ep.routing import Routing, expert_load, load_balancing_loss
 
 
@@ -30,25 +29,23 @@ class MoEAux(NamedTuple):
 
 
 def report(
-    out: Exchanged,
+    topk_idx: Int32[Array, "tokens top_k"],
     routing: Routing,
     *,
+    num_dropped: Int32[Array, "1"],
+    num_invalid: Int32[Array, "1"],
     num_experts: int,
     num_used_experts: int,
     axis_names: tuple[str, ...],
 ) -> MoEAux:
     """Losses and statistics of the tokens of all ranks along ``axis_names``."""
-    # The handle's routes: those of a custom router, less the invalid ones.
-    used = out.topk_idx
-    load, num_dropped, num_invalid = lax.psum(
-        (
-            expert_load(used, num_experts),
-            out.num_dropped.sum(dtype=jnp.int32),
-            out.num_invalid.sum(dtype=jnp.int32),
-        ),
-        axis_names,
+    counts = (
+        expert_load(topk_idx, num_experts),
+        num_dropped.sum(dtype=jnp.int32),
+        num_invalid.sum(dtype=jnp.int32),
     )
+    load, dropped, invalid = lax.psum(counts, axis_names)
     aux_loss = load_balancing_loss(
-        used, routing.scores, axis_names=axis_names, num_used_experts=num_used_experts
+        topk_idx, routing.scores, axis_names=axis_names, num_used_experts=num_used_experts
     )
-    return MoEAux(aux_loss, load, num_dropped, num_invalid)
+    return MoEAux(aux_loss, load, dropped, invalid)
