@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32
 from jax_ep._core import arguments
 from jax_ep._core.numerics import expert_ids
 from jax_ep._moe import checks, router_checks
+from jax_ep._moe.logits import router_logits
 from jax_ep.routing import Router, Routing
 
 AnyRouter = Router | Callable[..., Routing]
@@ -46,11 +47,7 @@ def route(
     num_used_experts: int,
 ) -> Routing:
     """The routes of the tokens, with int32 ids; those of experts that do not exist are invalid."""
-    logits = jnp.dot(
-        x.astype(jnp.float32),
-        kernel.astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,  # except on CPU, the default has fewer bits
-    )
+    logits = router_logits(x, kernel)
     bias = None if bias is None else lax.stop_gradient(bias)
     num_experts, used = kernel.shape[1], num_used_experts
     if isinstance(router, Router):
