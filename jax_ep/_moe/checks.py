@@ -179,9 +179,8 @@ def _check_shared(shared: Any, hidden: int) -> None:
             )
 
 
-def check_placement(group: Group, x: Any, params: MoEParams, mask: Any, router_inputs: Any) -> None:
+def check_placement(group: Group, **named: Any) -> None:
     """Arrays that were put on devices lie on those of the group, in the same order."""
-    named = {"x": x, "mask": mask, "params": params, "router_inputs": router_inputs}
     for path, array in jax.tree_util.tree_leaves_with_path(named):
         reason = why_not_usable(array, group.mesh)
         if reason is not None:

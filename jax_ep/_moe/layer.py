@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped, UInt32
 
 from jax_ep import _compat
 from jax_ep._core import arguments
+from jax_ep._core.noise import seed_of
 from jax_ep._core.types import DispatchConfig, Dispatched, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks, router_checks
@@ -32,10 +33,11 @@ from jax_ep._moe.experts import (
 from jax_ep._moe.nested import nested_shard_map
 from jax_ep._moe.params import MoEParams, moe_partition_specs
 from jax_ep._moe.placement import join_tokens, place, split_tokens
-from jax_ep._moe.report import MoEAux, report
-from jax_ep._moe.router import AnyRouter, RouterLike, resolve_router, route
+from jax_ep._moe.report import MoEAux, Parts, Sequences, report, report_of_no_token
+from jax_ep._moe.router import AnyRouter, Noise, RouterLike, replay, resolve_router, route
 from jax_ep._moe.token_axes import resolve_token_axes
 from jax_ep._ops import checks as op_checks
+from jax_ep.routing import Routing
 
 Overlap = Literal["shared_expert", "chunks"]
 
@@ -54,6 +56,7 @@ class _Settings:
     overlap: Overlap | None
     num_chunks: int
     activation: Activation
+    parts: Parts
     dispatch: tuple[tuple[str, Any], ...]
 
 
@@ -68,7 +71,11 @@ def moe(
     token_axes: tuple[str, ...] | None = None,
     mask: Bool[Array, "*batch"] | None = None,
     router_inputs: Any = None,
+    router_key: PRNGKeyArray | None = None,
+    routing: Routing | None = None,
     num_used_experts: int | None = None,
+    sequence_loss: bool = False,
+    return_routing: bool = False,
     grouped_dot: GroupedDot | None = None,
     overlap: Overlap | None = None,
     num_chunks: int = 2,
@@ -133,10 +140,26 @@ def moe(
             zero.
         router_inputs: What a router function needs besides the logits, such as the ids of the
             tokens: a pytree of arrays whose shapes begin with that of ``x`` without H.
+        router_key: Key of ``jax.random`` for the noise of a ``Router`` with ``noise_std``, one for each
+            layer and step. None adds no noise, which is what evaluation wants. The noise of a token
+            follows from the key and the token's place in the batch, so it is the same on any mesh.
+            Inside an enclosing ``shard_map``, fold its ``axis_index`` into the key.
+        routing: Routes to take in place of the router's, such as those of an earlier run
+            (``MoEAux.routing``): ``topk_idx`` ``[..., K]`` of any integer dtype, −1 for no expert,
+            ``topk_weights`` ``[..., K]`` in float32, bfloat16 or float16, and ``scores`` ``[..., E]``
+            or None, all beginning with the shape of ``x`` without H. Gradients of weights and scores
+            flow to these arrays, and ``router_kernel`` gets none. Without scores there is no
+            ``aux_loss``, and there never is a ``z_loss``; both are then None. To replay the choice
+            alone, with weights from the router of today, pass the ids as ``router_inputs`` to a
+            router function that weights them by its logits.
         num_used_experts: Only this many experts exist, those with the lowest ids. The others only
             make ``num_experts`` a multiple of the group's size: they are never chosen and are left
             out of ``aux_loss``, and their weights have gradient zero. ``capacity_factor`` still
             counts ``num_experts``. None: all exist.
+        sequence_loss: Also report ``MoEAux.sequence_loss``. The tokens ``[S, H]`` of ``x`` ``[..., S,
+            H]`` are a sequence, wherever the mesh cuts them. It takes the sums of ``2 E`` numbers for
+            each sequence over all ranks.
+        return_routing: Also report ``MoEAux.routing`` and ``MoEAux.logits``.
         grouped_dot: Replaces ``jax_ep.grouped_dot``. Only the default leaves SMs to ops in flight, so a
             function of your own that occupies all SMs of a GPU hides no op. Its rows past the last
             group, and their cotangents, are zeros. Those of the default, which reads none of them,
@@ -203,8 +226,10 @@ def moe(
     checks.check_overlap(overlap, num_chunks, params.shared)
     checks.check_mask(mask, x.shape[:-1])
     resolved = resolve_router(router)
-    router_checks.check_router_inputs(router_inputs, resolved, x.shape[:-1])
-    checks.check_placement(group, x, params, mask, router_inputs)
+    arrays = {"router_inputs": router_inputs, "router_key": router_key, "routing": routing}
+    parts = Parts.of(routing, sequence_loss=sequence_loss, return_routing=return_routing)
+    router_checks.check_call(resolved, parts, x.shape[:-1], top_k, num_experts, **arrays)
+    checks.check_placement(group, x=x, params=params, mask=mask, **arrays)
     if grouped_dot is not None:
         checks.check_function("grouped_dot", grouped_dot)
     checks.check_function("activation", activation)
@@ -228,9 +253,18 @@ def moe(
         overlap=overlap,
         num_chunks=num_chunks if overlap == "chunks" else 1,
         activation=activation,
+        parts=parts,
         dispatch=tuple(options.items()),
     )
-    return _over_mesh(settings, x, params, mask, router_inputs)
+    return _over_mesh(settings, x, params, mask, **arrays)
+
+
+class _OfTokens(NamedTuple):
+    """Arrays of tokens that go with ``x``, each of them or None."""
+
+    mask: Bool[Array, "tokens 1"] | None
+    router_inputs: Any
+    routing: Routing | None
 
 
 @functools.partial(jax.jit, static_argnums=0)  # op by op, a call outside jit would take seconds
@@ -239,60 +273,69 @@ def _over_mesh(
     x: Float[Array, "*batch hidden"],
     params: MoEParams,
     mask: Bool[Array, "*batch"] | None,
+    *,
     router_inputs: Any,
+    router_key: PRNGKeyArray | None,
+    routing: Routing | None,
 ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
     """Split tokens and weights over the mesh, and run the layer on every device."""
     manual, axes = _compat.manual_axes(), settings.token_axes
     mesh = _compat.context_mesh() if manual else settings.group.mesh
+    batch = x.shape[:-1]
     if x.size == 0:
-        none = jnp.int32(0)
-        load = jnp.zeros((settings.num_experts,), jnp.int32)
-        return jnp.zeros_like(x), MoEAux(jnp.float32(0), load, none, none)
+        sizes = {"num_experts": settings.num_experts, "top_k": settings.top_k}
+        return jnp.zeros_like(x), report_of_no_token(settings.parts, batch, **sizes)
     tokens = split_tokens(x, mesh, axes)
     arguments.check_rows("moe", "x", tokens)
-    if mask is None and tokens.shape[0] != math.prod(x.shape[:-1]):
-        mask = jnp.ones(x.shape[:-1], bool)
+    if mask is None and tokens.shape[0] != math.prod(batch):
+        mask = jnp.ones(batch, bool)
     if mask is not None:
         mask = split_tokens(mask[..., None], mesh, axes)
-    split = functools.partial(split_tokens, mesh=mesh, axes=axes, num_batch=x.ndim - 1)
-    router_inputs = jax.tree.map(split, router_inputs)
+    split = functools.partial(split_tokens, mesh=mesh, axes=axes, num_batch=len(batch))
+    given = _OfTokens(mask, *jax.tree.map(split, (router_inputs, routing)))
+    seed = None if router_key is None else place(seed_of(router_key), mesh, PartitionSpec())
     param_specs = moe_partition_specs(params, group=settings.group)
     params = jax.tree.map(lambda p, spec: place(p, mesh, spec), params, param_specs)
     of_tokens: Any = PartitionSpec(axes)
     everywhere: Any = PartitionSpec()
-    of_inputs = jax.tree.map(lambda _: of_tokens, router_inputs)
-    in_specs = (of_tokens, param_specs, None if mask is None else of_tokens, of_inputs)
-    out_specs = (of_tokens, MoEAux(everywhere, everywhere, everywhere, everywhere))
-    on_one_rank = functools.partial(_on_one_rank, settings)
+    of_given = jax.tree.map(lambda _: of_tokens, given)
+    in_specs = (of_tokens, param_specs, of_given, None if seed is None else everywhere)
+    out_specs = (of_tokens, settings.parts.fill(everywhere, everywhere, of_tokens))
+    on_one_rank = functools.partial(_on_one_rank, settings, Sequences.of(x.shape))
     if manual:
         rest = [name for name in mesh.axis_names if name not in manual]
         run = nested_shard_map(on_one_rank, axes=rest, in_specs=in_specs, out_specs=out_specs)
     else:
         run = jax.shard_map(on_one_rank, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    y, aux = run(tokens, params, mask, router_inputs)
-    return join_tokens(y, x, mesh), aux
+    y, aux = run(tokens, params, given, seed)
+    join = functools.partial(join_tokens, like=x, mesh=mesh, channels=False)
+    routes, logits = jax.tree.map(join, (aux.routing, aux.logits))
+    return join_tokens(y, x, mesh), aux._replace(routing=routes, logits=logits)
 
 
 def _on_one_rank(
     settings: _Settings,
+    sequences: Sequences,
     x: Float[Array, "tokens hidden"],
     params: MoEParams,
-    mask: Bool[Array, "tokens 1"] | None,
-    router_inputs: Any,
+    given: _OfTokens,
+    seed: UInt32[Array, "2"] | None,
 ) -> tuple[Float[Array, "tokens hidden"], MoEAux]:
     """The layer for this rank's tokens and this rank's experts."""
+    mask, token_idx = given.mask, None
     if mask is not None:
         # A masked token may hold NaN, which must not reach the gradient of any weight.
-        x, router_inputs = jax.tree.map(functools.partial(_zero_masked, mask), (x, router_inputs))
-    routing = route(
-        settings.router,
-        x,
-        params.router_kernel,
-        params.router_bias,
-        router_inputs,
-        top_k=settings.top_k,
-        num_used_experts=settings.num_used_experts,
-    )
+        x, given = jax.tree.map(functools.partial(_zero_masked, mask), (x, given))
+    if seed is not None or settings.parts.sequence_loss:
+        token_idx = lax.axis_index(settings.token_axes) * len(x) + jnp.arange(len(x))
+    sizes: dict[str, Any] = {"num_experts": settings.num_experts}
+    sizes["num_used_experts"] = settings.num_used_experts
+    if given.routing is not None:
+        routing, logits = replay(given.routing, **sizes)
+    else:
+        noise = None if seed is None or token_idx is None else Noise(seed, token_idx)
+        from_these = (x, params.router_kernel, params.router_bias, given.router_inputs, noise)
+        routing, logits = route(settings.router, *from_these, top_k=settings.top_k, **sizes)
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
     inner = None
     if params.shared is not None:
@@ -328,11 +371,15 @@ def _on_one_rank(
     aux = report(
         out.topk_idx,  # the handle's: those of a custom router, less the invalid ones
         routing,
+        logits,
+        None if mask is None else mask[:, 0],
         num_dropped=out.num_dropped,
         num_invalid=out.num_invalid,
-        num_experts=settings.num_experts,
-        num_used_experts=settings.num_used_experts,
         axis_names=settings.token_axes,
+        parts=settings.parts,
+        sequences=sequences,
+        token_idx=token_idx,
+        **sizes,
     )
     return y, aux
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from jax_ep._core import arguments
+from jax_ep._core.noise import add_noise
 from jax_ep._core.numerics import expert_ids
 from jax_ep._moe import checks, router_checks
 from jax_ep._moe.logits import router_logits
@@ -19,11 +20,35 @@ AnyRouter = Router | Callable[..., Routing]
 RouterLike = Literal["softmax", "sigmoid"] | AnyRouter
 
 
+class Noise(NamedTuple):
+    """What the noise of a training step follows from.
+
+    Attributes:
+        seed: From ``seed_of``, the same on all ranks.
+        token_idx: ``[T]`` indices of this rank's tokens among those of all ranks.
+    """
+
+    seed: UInt32[Array, "2"]
+    token_idx: Int32[Array, " tokens"]
+
+
+class Routed(NamedTuple):
+    """Routes, and what they were made from.
+
+    Attributes:
+        routing: With int32 ids; those of experts that do not exist are invalid.
+        logits: ``[T, E]`` without noise; None where no router ran.
+    """
+
+    routing: Routing
+    logits: Float32[Array, "tokens experts"] | None
+
+
 def resolve_router(router: Any) -> AnyRouter:
     """The router that ``moe`` was given, where a name stands for one; an error if it is none."""
     if isinstance(router, str):
         arguments.check_one_of("moe", "router", router, ("softmax", "sigmoid"))
-        return Router(router)
+        return Router("softmax" if router == "softmax" else "sigmoid")
     if not callable(router):
         raise arguments.type_error(
             "moe",
@@ -42,18 +67,33 @@ def route(
     kernel: Float[Array, "hidden experts"],
     bias: Float32[Array, " experts"] | None,
     inputs: Any,
+    noise: Noise | None,
     *,
     top_k: int,
+    num_experts: int,
     num_used_experts: int,
-) -> Routing:
-    """The routes of the tokens, with int32 ids; those of experts that do not exist are invalid."""
+) -> Routed:
+    """The routes that the router gives the tokens."""
     logits = router_logits(x, kernel)
     bias = None if bias is None else lax.stop_gradient(bias)
-    num_experts, used = kernel.shape[1], num_used_experts
+    used = num_used_experts
     if isinstance(router, Router):
-        return router(logits, top_k, bias, num_used_experts=used)
-    logits, bias = logits[:, :used], None if bias is None else bias[:used]
-    routing = router(logits, bias) if inputs is None else router(logits, bias, inputs)
-    router_checks.check_routing(routing, top_k, logits.shape)
-    topk_idx = expert_ids(routing.topk_idx)
-    return routing._replace(topk_idx=jnp.where(topk_idx < used, topk_idx, num_experts))
+        seen = logits
+        if noise is not None:
+            seen = add_noise(logits, noise.seed, noise.token_idx, router.noise_std, used)
+        return Routed(router(seen, top_k, bias, num_used_experts=used), logits)
+    seen, bias = logits[:, :used], None if bias is None else bias[:used]
+    routing = router(seen, bias) if inputs is None else router(seen, bias, inputs)
+    router_checks.check_routing(routing, top_k, seen.shape)
+    return Routed(_only_used(routing, used, num_experts), logits)
+
+
+def replay(routing: Routing, *, num_experts: int, num_used_experts: int) -> Routed:
+    """The routes that ``moe`` was given, in place of those of a router."""
+    return Routed(_only_used(routing, num_used_experts, num_experts), None)
+
+
+def _only_used(routing: Routing, num_used_experts: int, num_experts: int) -> Routing:
+    """Ids as int32, and those of experts that do not exist out of range."""
+    idx = expert_ids(routing.topk_idx)
+    return routing._replace(topk_idx=jnp.where(idx < num_used_experts, idx, num_experts))
