@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import jax_ep
 import spmd
 from jax_ep import routing
 
 by_itself = pytest.mark.one_process("calls the losses with arrays of one process")
-of_layer = [pytest.mark.needs_collectives, pytest.mark.usefixtures("in_float32")]
 
 E, K = 8, 2
 IDX = jnp.zeros((4, K), jnp.int32)
@@ -199,3 +201,199 @@ def test_sequence_loss_of_the_experts_that_exist():
 def test_errors(call, error, text):
     with pytest.raises(error, match=rf"jax_ep\.routing\..*{text}"):
         call(jnp.zeros((4, E)))
+
+
+# ---- what the layer reports
+
+H, F = 8, 4
+
+
+def make_params(experts: int = E) -> jax_ep.MoEParams:
+    sizes = {"hidden": H, "intermediate": F, "num_experts": experts}
+    return jax_ep.init_moe_params(jax.random.key(0), **sizes)
+
+
+def make_group(backend: str, axis_type: AxisType = AxisType.Auto) -> jax_ep.Group:
+    names = ("data", "expert")
+    mesh = spmd.make_mesh(spmd.fit((2, 2), names), names, axis_type)
+    return jax_ep.create_group(mesh, "expert", backend=backend)
+
+
+def dense_losses(x, router_kernel, mask, *, router, used=E):
+    """Both losses of all tokens, on one device."""
+    tokens, present = x.reshape(-1, H), jnp.ones(x.shape[:-1], bool) if mask is None else mask
+    present = present.reshape(-1)
+    logits = (jnp.where(present[:, None], tokens, 0) @ router_kernel)[:, :used]
+    z = jnp.where(present, jax.nn.logsumexp(logits, axis=1) ** 2, 0).sum() / present.sum()
+    scores = router(logits, K).scores
+    shares = scores / scores.sum(axis=1, keepdims=True)
+    best = jax.nn.one_hot(jax.lax.top_k(scores, K)[1], used).sum(axis=1)
+    shape = (-1, x.shape[-2], used)
+    weight = present.reshape(-1, x.shape[-2])[..., None]
+    count = weight.sum(axis=1)
+    per = jnp.maximum(count, 1)
+    f = used * (best.reshape(shape) * weight).sum(axis=1) / (per * K)
+    p = (shares.reshape(shape) * weight).sum(axis=1) / per
+    return jnp.stack([z, (f * p).sum() / (count[:, 0] > 0).sum()])
+
+
+@pytest.mark.needs_collectives
+@pytest.mark.usefixtures("in_float32")
+@by_itself
+@pytest.mark.parametrize(
+    ("shape", "masked", "axis_type", "options"),
+    [
+        ((3, 5, H), True, AxisType.Auto, {}),
+        ((3, 5, H), False, AxisType.Explicit, {"num_used_experts": 6}),
+        ((2, 2, 3, H), True, AxisType.Explicit, {"overlap": "chunks"}),
+        ((7, H), True, AxisType.Auto, {"num_used_experts": 6}),
+    ],
+)
+def test_losses_of_the_layer(shape, masked, axis_type, options, native_backend):
+    """Sequences are cut between ranks, one has no token, and some tokens are padding of the mesh."""
+    group = make_group(native_backend, axis_type)
+    params = make_params()
+    params = params._replace(router_bias=jnp.linspace(-0.3, 0.3, E))  # moves no loss
+    x = jax.random.normal(jax.random.key(1), shape)
+    mask = None
+    if masked:
+        mask = jnp.arange(np.prod(shape[:-1])).reshape(shape[:-1]) % 4 != 1
+        mask = mask.at[(0,) * (len(shape) - 2)].set(mask.ndim == 1)
+    router = routing.Router("sigmoid")
+    used = options.get("num_used_experts", E)
+    if masked:
+        x = jnp.where(mask[..., None], x, jnp.nan)
+
+    def losses(x, kernel):
+        _, aux = jax_ep.moe(
+            x,
+            params._replace(router_kernel=kernel),
+            group=group,
+            num_experts=E,
+            top_k=K,
+            router=router,
+            mask=mask,
+            sequence_loss=True,
+            **options,
+        )
+        return jnp.stack([aux.z_loss, aux.sequence_loss])
+
+    dense = functools.partial(dense_losses, mask=mask, router=router, used=used)
+    got, pull = jax.vjp(jax.jit(losses), x, params.router_kernel)
+    want, pull_dense = jax.vjp(lambda x, kernel: dense(x, kernel), x, params.router_kernel)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for cotangent in jnp.eye(2):
+        (d_x, d_kernel), (want_x, want_kernel) = (f(cotangent) for f in (pull, pull_dense))
+        assert np.abs(want_kernel).max() > 1e-3
+        np.testing.assert_allclose(d_kernel, want_kernel, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(d_x, want_x, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.needs_collectives
+@pytest.mark.usefixtures("in_float32")
+@by_itself
+def test_losses_in_scan_remat_and_an_outer_shard_map(native_backend):
+    """Each stage reports the losses of its own tokens, and its router gets their gradients."""
+    names = ("stage", "expert")
+    mesh = spmd.make_mesh(spmd.fit((2, 2), names), names)
+    group = jax_ep.create_group(mesh, "expert", backend=native_backend)
+    params, stages = make_params(), mesh.shape["stage"]
+    x = jax.random.normal(jax.random.key(2), (stages, 3, 5, H))
+    router = routing.Router()
+
+    def layer(x, kernel):
+        aux = jax_ep.moe(
+            x,
+            params._replace(router_kernel=kernel),
+            group=group,
+            num_experts=E,
+            top_k=K,
+            sequence_loss=True,
+        )[1]
+        return jnp.stack([aux.z_loss, aux.sequence_loss])
+
+    def stage(x, kernel):
+        def body(total, _):
+            return total + jax.checkpoint(layer)(x[0], kernel), None
+
+        start = jax.lax.pcast(jnp.zeros(2), "stage", to="varying")
+        return jax.lax.scan(body, start, None, length=2)[0][None]
+
+    run = jax.shard_map(
+        stage,
+        mesh=mesh,
+        in_specs=(P("stage"), P()),
+        out_specs=P("stage"),
+        axis_names={"stage"},
+    )
+
+    def dense(x, kernel):
+        one = functools.partial(dense_losses, mask=None, router=router)
+        return 2 * jnp.stack([one(part, kernel) for part in x])
+
+    weights = jnp.arange(1.0, 1 + 2 * stages).reshape(stages, 2)
+    step = lambda f: jax.value_and_grad(  # noqa: E731
+        lambda *a: jnp.sum(f(*a) * weights), argnums=(0, 1)
+    )
+    got, gradients = jax.jit(step(run))(x, params.router_kernel)
+    want, want_gradients = step(dense)(x, params.router_kernel)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.needs_collectives
+@by_itself
+def test_losses_of_no_token(native_backend):
+    group = make_group(native_backend)
+    layer = functools.partial(jax_ep.moe, group=group, num_experts=E, top_k=K, sequence_loss=True)
+    for shape in ((0, 5, H), (3, 0, H), (0, H)):
+        aux = layer(jnp.zeros(shape), make_params())[1]
+        assert aux.z_loss == 0 and aux.sequence_loss == 0 and aux.aux_loss == 0
+    aux = layer(jnp.ones((2, 3, H)), make_params(), mask=jnp.zeros((2, 3), bool))[1]
+    assert aux.z_loss == 0 and aux.sequence_loss == 0
+
+
+@pytest.mark.needs_collectives
+@by_itself
+def test_a_program_pays_only_for_the_losses_it_takes(native_backend):
+    """The default has no sums of sequences, and XLA drops a z-loss that nothing reads."""
+    group = make_group(native_backend)
+    x, params = jnp.ones((3, 5, H)), make_params()
+
+    def compiled(take, **options):
+        def run(x, params):
+            y, aux = jax_ep.moe(x, params, group=group, num_experts=E, top_k=K, **options)
+            return y, take(aux)
+
+        return jax.jit(run).lower(x, params).compile().as_text()
+
+    all_reduces = lambda text: text.count(" all-reduce(")  # noqa: E731
+    loads = compiled(lambda aux: aux.load)
+    assert "log(" not in loads and "logsumexp" not in loads
+    with_z = compiled(lambda aux: aux.z_loss)
+    assert "logsumexp" in with_z or "log(" in with_z
+    sums = f"f32[3,{E}]"  # of each of three sequences
+    assert sums not in compiled(lambda aux: aux)
+    with_sequences = compiled(lambda aux: aux, sequence_loss=True)
+    assert sums in with_sequences
+    assert all_reduces(loads) < all_reduces(with_sequences)
+
+
+@pytest.mark.needs_collectives
+@by_itself
+def test_flax_layers_report_them(native_backend):
+    group, x = make_group(native_backend), jnp.ones((3, 5, H))
+    settings = {"num_experts": E, "top_k": K, "group": group, "sequence_loss": True}
+    layer = jax_ep.nnx.MoE(H, F, rngs=nnx.Rngs(0), **settings)
+    variables = {"params": nnx.to_pure_dict(nnx.state(layer))}
+    of_linen = jax_ep.linen.MoE(H, F, **settings).apply(variables, x)[1]
+    of_nnx = layer(x)[1]
+    want = jax_ep.moe(x, layer.params(), **settings)[1]
+    for name in ("z_loss", "sequence_loss"):
+        assert getattr(want, name) > 0
+        assert getattr(of_nnx, name) == getattr(of_linen, name) == getattr(want, name)
+    with pytest.raises(
+        TypeError, match=r"jax_ep.moe: argument sequence_loss: expected True .* int"
+    ):
+        jax_ep.moe(x, layer.params(), **settings | {"sequence_loss": 1})

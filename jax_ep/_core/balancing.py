@@ -124,7 +124,7 @@ def sequence_balancing_loss(
     num_tokens = jnp.zeros((num_sequences,), jnp.int32).at[sequence_idx].add(1, mode="drop")
     if axis_names:
         sums, counts, num_tokens = lax.psum((sums, counts, num_tokens), tuple(axis_names))
-    losses = _loss_of_sums(sums, counts, num_tokens)
+    losses = jax.vmap(_loss_of_sums)(sums, counts, num_tokens)
     num_present = (num_tokens > 0).sum(dtype=jnp.int32).astype(jnp.float32)
     return losses.sum() / jnp.maximum(num_present, 1)
 
@@ -249,15 +249,15 @@ def _shares(
 
 
 def _loss_of_sums(
-    score_sums: Float32[Array, "*sets experts"],
-    counts: Int32[Array, "*sets experts"],
-    num_tokens: Int32[Array, "*sets"],
-) -> Float32[Array, "*sets"]:
-    """The load-balancing loss of each set of tokens, from the sums over it."""
+    score_sums: Float32[Array, " experts"],
+    counts: Int32[Array, " experts"],
+    num_tokens: Int32[Array, ""],
+) -> Float32[Array, ""]:
+    """The load-balancing loss of some tokens, from the sums over them."""
     counts, num_tokens = counts.astype(jnp.float32), num_tokens.astype(jnp.float32)
-    fraction = counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1)
-    mean_share = score_sums / jnp.maximum(num_tokens[..., None], 1)
-    return counts.shape[-1] * jnp.sum(fraction * mean_share, axis=-1)
+    fraction = counts / jnp.maximum(counts.sum(), 1)
+    mean_share = score_sums / jnp.maximum(num_tokens, 1)
+    return counts.shape[0] * jnp.sum(fraction * mean_share)
 
 
 def _check_sequences(op: str, sequence_idx: Any, num_sequences: Any, num_tokens: int) -> None:

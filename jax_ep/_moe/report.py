@@ -69,8 +69,8 @@ class Parts(NamedTuple):
     routing: bool
 
     @classmethod
-    def of(cls, routing: Routing | None, *, sequence_loss: bool, return_routing: bool) -> Parts:
-        """What a call asks for that may have given the routes itself."""
+    def of(cls, routing: Any, *, sequence_loss: Any, return_routing: Any) -> Parts:
+        """Those of a call of ``moe`` with these arguments, which are not checked yet."""
         has_scores = not isinstance(routing, Routing) or routing.scores is not None
         return cls(has_scores, routing is None, sequence_loss, return_routing)
 
