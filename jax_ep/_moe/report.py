@@ -35,11 +35,11 @@ class MoEAux(NamedTuple):
             (``routing.sequence_balancing_loss``) of the K experts of the largest scores. None without
             ``sequence_loss=True``.
         routing: The routes that were taken, split and shaped as ``x`` is: ``topk_idx`` ``[..., K]``,
-            −1 for none, ``topk_weights`` ``[..., K]``, 0 there, and ``scores`` ``[..., E]``. The
-            layer gives the same output for them as its ``routing``. None without
+            −1 for none, ``topk_weights`` ``[..., K]``, 0 there, and ``scores`` ``[..., E]``, 0 for
+            masked tokens. With them as ``routing``, the layer gives the same output. None without
             ``return_routing=True``.
-        logits: ``[..., E]`` float32, without noise. None without ``return_routing=True``, and for
-            routes that ``moe`` was given.
+        logits: ``[..., E]`` float32, without noise, 0 for masked tokens. None without
+            ``return_routing=True``, and for routes that ``moe`` was given.
     """
 
     # The types are those of calls with a router; only a call without one has neither of two losses.
@@ -161,6 +161,7 @@ def report(
         weights = jnp.where(topk_idx >= 0, routing.topk_weights, 0)
         if scores is not None:  # those of a custom router are of the experts that exist
             scores = jnp.pad(scores, ((0, 0), (0, num_experts - scores.shape[1])))
+            scores = scores if mask is None else jnp.where(mask[:, None], scores, 0)
         routes = Routing(topk_idx, weights, scores)
     return MoEAux(
         aux_loss=aux_loss,
