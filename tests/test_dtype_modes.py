@@ -93,6 +93,11 @@ def test_layers_without_rank_promotion(backend):
             bias = routing.update_bias(params.router_bias, aux.load)
             params = params._replace(router_bias=bias)
             x = x + y * aux.aux_loss
+        noisy = {"router": routing.Router(noise_std=0.5), "router_key": jax.random.key(0)}
+        ask = {"sequence_loss": True, "return_routing": True}
+        y, aux = jax_ep.moe(x.astype(jnp.bfloat16), params, **noisy, **ask, **common)
+        again, _ = jax_ep.moe(x, params, routing=aux.routing, **ask, **common)
+        x = (x + y + again) * (aux.sequence_loss + aux.z_loss)
         return jax_ep.moe(x, params, quantization="fp8", num_used_experts=3, **common)[0].sum()
 
     with jax.numpy_rank_promotion("raise"):

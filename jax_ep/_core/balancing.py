@@ -59,7 +59,10 @@ def load_balancing_loss(
     if axis_names:
         names = tuple(axis_names)
         score_sums, counts, num_tokens = lax.psum((score_sums, counts, num_tokens), names)
-    return _loss_of_sums(score_sums, counts, num_tokens)
+    counts, num_tokens = counts.astype(jnp.float32), num_tokens.astype(jnp.float32)
+    fraction = counts / jnp.maximum(counts.sum(), 1)
+    mean_share = score_sums / jnp.maximum(num_tokens, 1)
+    return counts.shape[0] * jnp.sum(fraction * mean_share)
 
 
 def sequence_balancing_loss(
@@ -124,9 +127,11 @@ def sequence_balancing_loss(
     num_tokens = jnp.zeros((num_sequences,), jnp.int32).at[sequence_idx].add(1, mode="drop")
     if axis_names:
         sums, counts, num_tokens = lax.psum((sums, counts, num_tokens), tuple(axis_names))
-    losses = jax.vmap(_loss_of_sums)(sums, counts, num_tokens)
-    num_present = (num_tokens > 0).sum(dtype=jnp.int32).astype(jnp.float32)
-    return losses.sum() / jnp.maximum(num_present, 1)
+    counts, num_present = counts.astype(jnp.float32), (num_tokens > 0).sum(dtype=jnp.int32)
+    fraction = counts / jnp.maximum(counts.sum(axis=1, keepdims=True), 1)
+    mean_share = sums / jnp.maximum(num_tokens.astype(jnp.float32), 1)[:, None]
+    losses = experts * jnp.sum(fraction * mean_share, axis=1)
+    return losses.sum() / jnp.maximum(num_present.astype(jnp.float32), 1)
 
 
 def router_z_loss(
@@ -246,18 +251,6 @@ def _shares(
     """The share of each expert in the scores of a token; zeros for tokens that are not present."""
     shares = scores / (scores.sum(axis=1, keepdims=True) + _EPSILON)
     return jnp.where(present[:, None], shares, 0.0)
-
-
-def _loss_of_sums(
-    score_sums: Float32[Array, " experts"],
-    counts: Int32[Array, " experts"],
-    num_tokens: Int32[Array, ""],
-) -> Float32[Array, ""]:
-    """The load-balancing loss of some tokens, from the sums over them."""
-    counts, num_tokens = counts.astype(jnp.float32), num_tokens.astype(jnp.float32)
-    fraction = counts / jnp.maximum(counts.sum(), 1)
-    mean_share = score_sums / jnp.maximum(num_tokens, 1)
-    return counts.shape[0] * jnp.sum(fraction * mean_share)
 
 
 def _check_sequences(op: str, sequence_idx: Any, num_sequences: Any, num_tokens: int) -> None:

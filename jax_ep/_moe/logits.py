@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float, Float32
 
 from jax_ep import _compat
+from jax_ep._core.batching import batched_alike
 from jax_ep._core.numerics import round_to
 
 _PARTS = 3  # bfloat16 numbers in a float32: 24 significant bits, of which each takes 8
@@ -38,71 +39,82 @@ def router_logits(
     wide = kernel.astype(jnp.float32)
     if x.dtype != jnp.bfloat16:
         return _highest(x.astype(jnp.float32), wide)
+    x, wide = batched_alike(x, wide)
     axes = _compat.varying_axes(x) | _compat.varying_axes(wide)
     x, wide = (_compat.cast_varying(operand, axes) for operand in (x, wide))
-    return _logits(1 if kernel.dtype == jnp.bfloat16 else _PARTS, x, wide)
+    return _product(1 if kernel.dtype == jnp.bfloat16 else _PARTS, 1, x, wide)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logits(
-    kernel_parts: int,
-    x: BFloat16[Array, "tokens hidden"],
-    kernel: Float32[Array, "hidden experts"],
-) -> Float32[Array, "tokens experts"]:
-    """The product of ``x`` and a kernel that is the sum of so many bfloat16 numbers."""
-    return _by_parts(x, _split(kernel, kernel_parts))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
+    parts: int, contract: int, x: BFloat16[Array, "a b"], wide: Float32[Array, "inner c"]
+) -> Float32[Array, "outer c"]:
+    """``x``, whose axis ``contract`` is summed, times a sum of so many bfloat16 arrays.
+
+    No operand is transposed, so XLA need not fold that into the product.
+    """
+    product = lax.dot_general(
+        x,
+        jnp.concatenate(_split(wide, parts), axis=1),
+        (((contract,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    results = lax.split(product, [wide.shape[1]] * parts, axis=1)
+    return functools.reduce(jnp.add, reversed(results))  # the smallest first
 
 
-def _logits_fwd(kernel_parts: int, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _logits(kernel_parts, x, kernel), (x, kernel)
+def _product_fwd(
+    parts: int, contract: int, x: Array, wide: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _product(parts, contract, x, wide), (x, wide)
 
 
 @_compat.backward
-def _logits_bwd(
-    kernel_parts: int, residuals: tuple[Array, Array], d_logits: Array
+def _product_bwd(
+    parts: int, contract: int, residuals: tuple[Array, Array], d_out: Array
 ) -> tuple[Array, Array]:
-    x, kernel = residuals
-    d_x = _by_wide(kernel_parts, d_logits, kernel).astype(x.dtype)
-    return d_x, _logits(_PARTS, x.T, d_logits)
+    x, wide = residuals
+    pair = ((_PARTS, d_out), (parts, wide))
+    (lhs_parts, lhs), (rhs_parts, rhs) = pair if contract == 1 else reversed(pair)
+    d_x = _by_transposed((lhs_parts, rhs_parts), lhs, rhs).astype(x.dtype)
+    return d_x, _product(_PARTS, 1 - contract, x, d_out)
 
 
-_logits.defvjp(_logits_fwd, _logits_bwd)
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_wide(
-    kernel_parts: int,
-    d_logits: Float32[Array, "tokens experts"],
-    kernel: Float32[Array, "hidden experts"],
-) -> Float32[Array, "tokens hidden"]:
-    """``d_logits @ kernel.T``, exact to float32; its own gradients are those of second derivatives."""
-    d_parts, parts = _split(d_logits, _PARTS), _split(kernel, kernel_parts)
+def _by_transposed(
+    parts: tuple[int, int], lhs: Float32[Array, "a inner"], rhs: Float32[Array, "b inner"]
+) -> Float32[Array, "a b"]:
+    """``lhs @ rhs.T``, of sums of so many bfloat16 arrays; its gradient is for second derivatives."""
+    lhs_parts, rhs_parts = _split(lhs, parts[0]), _split(rhs, parts[1])
     # Products of parts below 2⁻²⁴ of the whole are left out. The smallest come first.
-    pairs = [(i, j) for i in range(_PARTS) for j in range(kernel_parts) if i + j < _PARTS]
+    pairs = [(i, j) for i in range(parts[0]) for j in range(parts[1]) if i + j < _PARTS]
     pairs.sort(key=sum, reverse=True)
     return lax.dot_general(
-        jnp.concatenate([d_parts[i] for i, _ in pairs], axis=1),
-        jnp.concatenate([parts[j] for _, j in pairs], axis=1),
+        jnp.concatenate([lhs_parts[i] for i, _ in pairs], axis=1),
+        jnp.concatenate([rhs_parts[j] for _, j in pairs], axis=1),
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
 
 
-def _by_wide_fwd(
-    kernel_parts: int, d_logits: Array, kernel: Array
+def _by_transposed_fwd(
+    parts: tuple[int, int], lhs: Array, rhs: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _by_wide(kernel_parts, d_logits, kernel), (d_logits, kernel)
+    return _by_transposed(parts, lhs, rhs), (lhs, rhs)
 
 
 @_compat.backward
-def _by_wide_bwd(
-    kernel_parts: int, residuals: tuple[Array, Array], cotangent: Array
+def _by_transposed_bwd(
+    parts: tuple[int, int], residuals: tuple[Array, Array], d_out: Array
 ) -> tuple[Array, Array]:
-    d_logits, kernel = residuals
-    return _highest(cotangent, kernel), _highest(cotangent.T, d_logits)
+    lhs, rhs = residuals
+    return _highest(d_out, rhs), _highest(d_out.T, lhs)
 
 
-_by_wide.defvjp(_by_wide_fwd, _by_wide_bwd)
+_by_transposed.defvjp(_by_transposed_fwd, _by_transposed_bwd)
 
 
 def _highest(lhs: Float32[Array, "a b"], rhs: Float32[Array, "b c"]) -> Float32[Array, "a c"]:
@@ -117,17 +129,3 @@ def _split(x: Float32[Array, "rows columns"], count: int) -> list[BFloat16[Array
         x = x - part.astype(jnp.float32)
         parts.append(part)
     return parts
-
-
-def _by_parts(
-    lhs: BFloat16[Array, "rows inner"], parts: list[BFloat16[Array, "inner columns"]]
-) -> Float32[Array, "rows columns"]:
-    """``lhs`` times the sum of ``parts``, as one product whose results are added."""
-    product = lax.dot_general(
-        lhs,
-        jnp.concatenate(parts, axis=1),
-        (((1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    results = lax.split(product, [parts[0].shape[1]] * len(parts), axis=1)
-    return functools.reduce(jnp.add, reversed(results))  # the smallest first
