@@ -49,16 +49,15 @@ def router_logits(
 def _product(
     parts: int, contract: int, x: BFloat16[Array, "a b"], wide: Float32[Array, "inner c"]
 ) -> Float32[Array, "outer c"]:
-    """``x``, whose axis ``contract`` is summed, times a sum of so many bfloat16 arrays.
-
-    No operand is transposed, so XLA need not fold that into the product.
-    """
-    product = lax.dot_general(
-        x,
-        jnp.concatenate(_split(wide, parts), axis=1),
-        (((contract,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    """``x``, whose axis ``contract`` is summed, times a sum of so many bfloat16 arrays."""
+    columns = jnp.concatenate(_split(wide, parts), axis=1)
+    dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+    if contract == 1:
+        product = dot(x, columns, (((1,), (0,)), ((), ())))
+    else:
+        # With a batch of one product. XLA's CPU compiler (jaxlib 0.11.2) cannot run what vmap makes of
+        # a plain one whose second factor alone is mapped.
+        product = dot(x[None], columns[None], (((1,), (1,)), ((0,), (0,))))[0]
     results = lax.split(product, [wide.shape[1]] * parts, axis=1)
     return functools.reduce(jnp.add, reversed(results))  # the smallest first
 
