@@ -327,7 +327,8 @@ def _on_one_rank(
         # A masked token may hold NaN, which must not reach the gradient of any weight.
         x, given = jax.tree.map(functools.partial(_zero_masked, mask), (x, given))
     if seed is not None or settings.parts.sequence_loss:
-        token_idx = lax.axis_index(settings.token_axes) * len(x) + jnp.arange(len(x))
+        first = lax.axis_index(settings.token_axes) * len(x)
+        token_idx = first + jnp.arange(len(x), dtype=jnp.int32)
     sizes: dict[str, Any] = {"num_experts": settings.num_experts}
     sizes["num_used_experts"] = settings.num_used_experts
     if given.routing is not None:
