@@ -143,8 +143,8 @@ def router_z_loss(
 ) -> Float32[Array, ""]:
     """The mean over the tokens of ``logsumexp(logits) ** 2``: it keeps logits small.
 
-    The router z-loss of ST-MoE (arXiv:2202.08906, section 3, equation 5; scaled by 1e-3 there). Small
-    logits are rounded less, and scores do not saturate. Only two numbers are summed over ranks.
+    The router z-loss of ST-MoE (Zoph et al. 2022, arXiv:2202.08906, section 3; scaled by 1e-3 there).
+    Small logits are rounded less, and scores do not saturate. Two numbers are summed over ranks.
 
     Args:
         logits: ``[T, E]`` of any float dtype.

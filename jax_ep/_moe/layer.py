@@ -156,9 +156,9 @@ def moe(
             make ``num_experts`` a multiple of the group's size: they are never chosen and are left
             out of ``aux_loss``, and their weights have gradient zero. ``capacity_factor`` still
             counts ``num_experts``. None: all exist.
-        sequence_loss: Also report ``MoEAux.sequence_loss``. The tokens ``[S, H]`` of ``x`` ``[..., S,
-            H]`` are a sequence, wherever the mesh cuts them. It takes the sums of ``2 E`` numbers for
-            each sequence over all ranks.
+        sequence_loss: Also report ``MoEAux.sequence_loss``. The second-to-last dimension of ``x`` is
+            that of a sequence, wherever the mesh cuts it; tokens ``[T, H]`` are one sequence. All
+            ranks then sum ``2 E`` numbers for each sequence.
         return_routing: Also report ``MoEAux.routing`` and ``MoEAux.logits``.
         grouped_dot: Replaces ``jax_ep.grouped_dot``. Only the default leaves SMs to ops in flight, so a
             function of your own that occupies all SMs of a GPU hides no op. Its rows past the last

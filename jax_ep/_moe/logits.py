@@ -1,7 +1,8 @@
 """The product of tokens and router kernel, exact to float32.
 
 Routes must not depend on the precision of a product, so logits are sums in float32 of products that
-lose nothing. For tokens in float32 or float16 that is a product at ``Precision.HIGHEST``.
+lose nothing. For tokens in float32 or float16 that is a product at ``Precision.HIGHEST``, because the
+default has fewer bits except on CPU.
 
 Tokens in bfloat16 have 8 significant bits. A kernel in float32 has 24, and is the sum of three
 bfloat16 numbers of 8 bits each. So three bfloat16 products, which tensor cores add up in float32,
@@ -35,7 +36,7 @@ _PARTS = 3  # bfloat16 numbers in a float32: 24 significant bits, of which each 
 def router_logits(
     x: Float[Array, "tokens hidden"], kernel: Float[Array, "hidden experts"]
 ) -> Float32[Array, "tokens experts"]:
-    """``x @ kernel`` in float32, with a gradient that is as exact."""
+    """``x @ kernel`` in float32, with gradients that are as exact."""
     wide = kernel.astype(jnp.float32)
     if x.dtype != jnp.bfloat16:
         return _highest(x.astype(jnp.float32), wide)
@@ -117,7 +118,7 @@ _by_transposed.defvjp(_by_transposed_fwd, _by_transposed_bwd)
 
 
 def _highest(lhs: Float32[Array, "a b"], rhs: Float32[Array, "b c"]) -> Float32[Array, "a c"]:
-    return jnp.dot(lhs, rhs, precision=lax.Precision.HIGHEST)  # the default has fewer bits on GPUs
+    return jnp.dot(lhs, rhs, precision=lax.Precision.HIGHEST)
 
 
 def _split(x: Float32[Array, "rows columns"], count: int) -> list[BFloat16[Array, "rows columns"]]:
