@@ -198,8 +198,10 @@ def test_a_replay_gives_the_same_bits(options, axis_type, native_backend):
     again, replayed = layer(x, moved, routing=aux.routing, **asked)
     np.testing.assert_array_equal(again, y)
     assert replayed.z_loss is None and replayed.logits is None
-    for name in ("aux_loss", "sequence_loss", "load", "num_dropped", "num_invalid", "routing"):
+    for name in ("load", "num_dropped", "num_invalid", "routing"):
         same(getattr(replayed, name), getattr(aux, name))
+    for name in ("aux_loss", "sequence_loss"):  # sums whose bits depend on what XLA fuses
+        np.testing.assert_allclose(getattr(replayed, name), getattr(aux, name), rtol=1e-6)
     if "capacity_factor" in options:
         assert aux.num_dropped > 0
     bare = aux.routing._replace(scores=None)
