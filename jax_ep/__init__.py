@@ -18,7 +18,7 @@ from jax_ep._grouped_dot.api import grouped_dot
 from jax_ep._groups.create import create_group
 from jax_ep._groups.group import Group
 from jax_ep._moe.activations import GatedActivation, clamped_swiglu
-from jax_ep._moe.layer import MoEAux, moe
+from jax_ep._moe.layer import moe
 from jax_ep._moe.own_experts import ExpertFunction
 from jax_ep._moe.params import (
     MoEParams,
@@ -27,6 +27,7 @@ from jax_ep._moe.params import (
     init_moe_params,
     moe_partition_specs,
 )
+from jax_ep._moe.report import MoEAux
 from jax_ep._ops.combine import combine
 from jax_ep._ops.dispatch import dispatch
 from jax_ep._ops.overlap import Ticket, combine_done, combine_start, dispatch_done, dispatch_start

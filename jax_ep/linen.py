@@ -8,13 +8,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from jax_ep._core import arguments
-from jax_ep._moe.layer import MoEAux
 from jax_ep._moe.params import Initializer, MoEParams, SharedExpert
+from jax_ep._moe.report import MoEAux
 from jax_ep._moe.settings import LayerSettings, says_settings
-from jax_ep.routing import update_bias
+from jax_ep.routing import Router, Routing, update_bias
 
 
 @says_settings
@@ -107,6 +107,8 @@ class MoE(LayerSettings, nn.Module):
         *,
         mask: Bool[Array, "*batch"] | None = None,
         router_inputs: Any = None,
+        router_key: PRNGKeyArray | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
         """Run the layer; see ``jax_ep.moe``.
 
@@ -114,12 +116,26 @@ class MoE(LayerSettings, nn.Module):
             x: ``[..., H]``.
             mask: Boolean, the shape of ``x`` without H: False keeps a token from the experts.
             router_inputs: Arrays of the tokens for a router function, as in ``jax_ep.moe``.
+            router_key: Key for the noise of a router with ``noise_std``. None takes one of the stream
+                "router", as in ``layer.apply(variables, x, rngs={"router": key})``, and without that
+                stream adds no noise.
+            routing: Routes to take in place of the router's, as in ``jax_ep.moe``.
 
         Returns:
             ``[..., H]`` in the layer's dtype, and the statistics.
         """
         bias = self.bias.value if self.router_bias else None
-        return self._run(x, self.params._replace(router_bias=bias), mask, router_inputs)
+        noisy = isinstance(self.router, Router) and self.router.noise_std > 0
+        if router_key is None and routing is None and noisy and self.has_rng("router"):
+            router_key = self.make_rng("router")
+        return self._run(
+            x,
+            self.params._replace(router_bias=bias),
+            mask=mask,
+            router_inputs=router_inputs,
+            router_key=router_key,
+            routing=routing,
+        )
 
     def update_router_bias(self, load: Shaped[Array, " experts"], rate: float = 1e-3) -> None:
         """Move the router's bias towards even load (``routing.update_bias``).

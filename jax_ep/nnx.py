@@ -7,14 +7,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from jax_ep._core import arguments
-from jax_ep._moe.layer import MoEAux
 from jax_ep._moe.params import Initializer, MoEParams, SharedExpert
 from jax_ep._moe.params import default_init as default_init
+from jax_ep._moe.report import MoEAux
 from jax_ep._moe.settings import LayerSettings, says_settings
-from jax_ep.routing import update_bias
+from jax_ep.routing import Routing, update_bias
 
 
 class RouterBias(nnx.Variable):
@@ -122,6 +122,8 @@ class MoE(LayerSettings, nnx.Module):
         *,
         mask: Bool[Array, "*batch"] | None = None,
         router_inputs: Any = None,
+        router_key: PRNGKeyArray | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
         """Run the layer; see ``jax_ep.moe``.
 
@@ -129,11 +131,21 @@ class MoE(LayerSettings, nnx.Module):
             x: ``[..., H]``.
             mask: Boolean, the shape of ``x`` without H: False keeps a token from the experts.
             router_inputs: Arrays of the tokens for a router function, as in ``jax_ep.moe``.
+            router_key: Key for the noise of a router with ``noise_std``, such as ``rngs.router()`` of
+                the ``nnx.Rngs`` of a training step. None adds none.
+            routing: Routes to take in place of the router's, as in ``jax_ep.moe``.
 
         Returns:
             ``[..., H]`` in the layer's dtype, and the statistics.
         """
-        return self._run(x, self.params(), mask, router_inputs)
+        return self._run(
+            x,
+            self.params(),
+            mask=mask,
+            router_inputs=router_inputs,
+            router_key=router_key,
+            routing=routing,
+        )
 
     def params(self) -> MoEParams:
         """The weights as ``jax_ep.moe`` takes them."""

@@ -9,16 +9,30 @@ Symbols: T tokens, E experts, K top-k.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+import math
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from jax_ep._core import arguments
-from jax_ep._core.balancing import check_num_used, expert_load, load_balancing_loss, update_bias
+from jax_ep._core.balancing import (
+    check_num_used,
+    expert_load,
+    load_balancing_loss,
+    router_z_loss,
+    sequence_balancing_loss,
+    update_bias,
+)
+from jax_ep._core.noise import add_noise, seed_of
+from jax_ep._core.top_k import (
+    Routing,
+    Scoring,
+    check_logits,
+    group_limited_top_k,
+    sigmoid_top_k,
+    softmax_top_k,
+)
 
 __all__ = [
     "Router",
@@ -26,190 +40,14 @@ __all__ = [
     "expert_load",
     "group_limited_top_k",
     "load_balancing_loss",
+    "router_z_loss",
+    "sequence_balancing_loss",
     "sigmoid_top_k",
     "softmax_top_k",
     "update_bias",
 ]
 
 Kind = Literal["softmax", "sigmoid", "group_limited"]
-Scoring = Literal["sigmoid", "softmax"]
-
-# Added to the sum of the chosen scores before dividing by it: sigmoids may all be zero.
-_EPSILON = 1e-20
-
-
-class Routing(NamedTuple):
-    """The routes of T tokens.
-
-    Attributes:
-        topk_idx: ``[T, K]`` int32 experts, the best first.
-        topk_weights: ``[T, K]`` float32 factors of their outputs.
-        scores: ``[T, E]`` float32 scores of all experts, without the selection bias.
-    """
-
-    topk_idx: Int32[Array, "tokens top_k"]
-    topk_weights: Float32[Array, "tokens top_k"]
-    scores: Float32[Array, "tokens experts"]
-
-
-def softmax_top_k(
-    logits: Float[Array, "tokens experts"],
-    k: int,
-    *,
-    bias: Float32[Array, " experts"] | None = None,
-    renormalize: bool = True,
-    scale: float = 1.0,
-    num_used_experts: int | None = None,
-) -> Routing:
-    """The k experts of the largest softmax probability.
-
-    Example: logits ``log([0.5, 0.3, 0.2])`` and ``k=2`` give experts ``[0, 1]`` with weights
-    ``[0.5, 0.3] / 0.8``.
-
-    Args:
-        logits: ``[T, E]`` of any float dtype.
-        k: Experts per token.
-        bias: ``[E]`` added to the scores for the choice only; it has no gradient.
-        renormalize: Divide the weights by their sum over the k experts. With ``k=1`` all weights are
-            then 1 and the router learns nothing from them.
-        scale: Factor of the weights.
-        num_used_experts: Only this many experts exist, those with the lowest ids. The others are
-            never chosen and have score 0. None: all exist.
-
-    Returns:
-        The routes.
-
-    Raises:
-        TypeError: if ``logits`` is no array, or ``k`` or ``num_used_experts`` no int.
-        ValueError: if ``logits`` is not ``[T, E]``, ``num_used_experts`` not from 1 to E, or ``k`` not
-            from 1 to the number of experts that exist.
-    """
-    op = "routing.softmax_top_k"
-    _check_logits(op, logits)
-    experts = logits.shape[1]
-    logits, bias = _used(op, logits, bias, num_used_experts)
-    _check_k(op, k, logits.shape[1])
-    scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    return _choose(scores, _selection(scores, bias), k, renormalize, scale, experts)
-
-
-def sigmoid_top_k(
-    logits: Float[Array, "tokens experts"],
-    k: int,
-    *,
-    bias: Float32[Array, " experts"] | None = None,
-    renormalize: bool = True,
-    scale: float = 1.0,
-    num_used_experts: int | None = None,
-) -> Routing:
-    """The k experts of the largest sigmoid score.
-
-    Args:
-        logits: ``[T, E]`` of any float dtype.
-        k: Experts per token.
-        bias: ``[E]`` added to the scores for the choice only; it has no gradient.
-        renormalize: Divide the weights by their sum over the k experts.
-        scale: Factor of the weights.
-        num_used_experts: Only this many experts exist, those with the lowest ids. The others are
-            never chosen and have score 0. None: all exist.
-
-    Returns:
-        The routes.
-
-    Raises:
-        TypeError: if ``logits`` is no array, or ``k`` or ``num_used_experts`` no int.
-        ValueError: if ``logits`` is not ``[T, E]``, ``num_used_experts`` not from 1 to E, or ``k`` not
-            from 1 to the number of experts that exist.
-    """
-    op = "routing.sigmoid_top_k"
-    _check_logits(op, logits)
-    experts = logits.shape[1]
-    logits, bias = _used(op, logits, bias, num_used_experts)
-    _check_k(op, k, logits.shape[1])
-    scores = jax.nn.sigmoid(logits.astype(jnp.float32))
-    return _choose(scores, _selection(scores, bias), k, renormalize, scale, experts)
-
-
-def group_limited_top_k(
-    logits: Float[Array, "tokens experts"],
-    k: int,
-    *,
-    num_groups: int,
-    top_groups: int,
-    bias: Float32[Array, " experts"] | None = None,
-    renormalize: bool = True,
-    scale: float = 1.0,
-    scoring: Scoring = "sigmoid",
-    num_used_experts: int | None = None,
-) -> Routing:
-    """The k best experts of the best groups: bounds the hosts that a token goes to.
-
-    The router of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2). Experts form ``num_groups`` equal
-    groups of consecutive ids; where a group is the experts of one host, no token goes to more than
-    ``top_groups`` hosts. In pseudocode, for each token::
-
-        score = sigmoid(logits)                        # the weights come from these
-        selection = score + bias                       # the choice is made with these
-        group_score[g] = sum of the two largest selection scores in group g
-        experts = the k largest selection scores within the top_groups best groups
-        weights = score[experts] / sum(score[experts]) * scale
-
-    Args:
-        logits: ``[T, E]`` of any float dtype.
-        k: Experts per token.
-        num_groups: Groups that the experts are split into; divides the number of experts that exist.
-        top_groups: Groups that a token may use; they must have k experts.
-        bias: ``[E]`` added to the scores for the choice only; it has no gradient.
-        renormalize: Divide the weights by their sum over the k experts.
-        scale: Factor of the weights (DeepSeek-V3: 2.5).
-        scoring: "sigmoid", or "softmax" for the router of DeepSeek-V2 (arXiv:2405.04434, section
-            2.2.2): softmax scores, and the score of a group is its largest selection score.
-        num_used_experts: Only this many experts exist, those with the lowest ids, and form the
-            groups. The others are never chosen and have score 0. None: all exist.
-
-    Returns:
-        The routes.
-
-    Raises:
-        TypeError: if ``logits`` is no array, or ``k`` or ``num_used_experts`` no int.
-        ValueError: if the sizes do not fit each other; the text says what would.
-    """
-    op = "routing.group_limited_top_k"
-    _check_logits(op, logits)
-    all_experts = logits.shape[1]
-    logits, bias = _used(op, logits, bias, num_used_experts)
-    _check_k(op, k, logits.shape[1])
-    tokens, experts = logits.shape
-    arguments.check_one_of(op, "scoring", scoring, ("sigmoid", "softmax"))
-    if num_groups < 1 or experts % num_groups:
-        raise arguments.value_error(
-            op,
-            "num_groups",
-            f"a divisor of the {experts} experts",
-            num_groups,
-            "give every group the same number of experts",
-        )
-    size = experts // num_groups
-    if not 1 <= top_groups <= num_groups or k > top_groups * size:
-        raise arguments.value_error(
-            op,
-            "top_groups",
-            f"1 to {num_groups} groups, of {size} experts each, with {k} experts among them",
-            top_groups,
-            "raise top_groups or lower k",
-        )
-    logits = logits.astype(jnp.float32)
-    scores = jax.nn.sigmoid(logits) if scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    selection = _selection(scores, bias)
-    grouped = selection.reshape(tokens, num_groups, size)
-    counted = min(2, size) if scoring == "sigmoid" else 1
-    group_scores = lax.top_k(grouped, counted)[0].sum(axis=-1)  # [T, num_groups]
-    best = lax.top_k(group_scores, top_groups)[1]
-    allowed = (best[:, :, None] == jnp.arange(num_groups)[None, None]).any(
-        axis=1
-    )  # [T, num_groups]
-    selection = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
-    return _choose(scores, selection, k, renormalize, scale, all_experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +61,11 @@ class Router:
         num_groups: "group_limited" only: see ``group_limited_top_k``.
         top_groups: "group_limited" only.
         scoring: "group_limited" only.
+        noise_std: Standard deviation of Gaussian noise on the logits, which lets tokens try experts
+            that they would not choose (Shazeer et al. 2017, arXiv:1701.06538, section 2.1, without
+            the learned scale). It takes a key, which a training step gives; without one, as in
+            evaluation, there is no noise. As there, the choice, the weights and the scores are all
+            made from the logits with noise.
     """
 
     kind: Kind = "softmax"
@@ -231,11 +74,13 @@ class Router:
     num_groups: int | None = None
     top_groups: int | None = None
     scoring: Scoring = "sigmoid"
+    noise_std: float = 0.0
 
     def __post_init__(self) -> None:
         arguments.check_one_of(
             "routing.Router", "kind", self.kind, ("softmax", "sigmoid", "group_limited")
         )
+        self._check_noise_std()
         grouped = self.num_groups is not None and self.top_groups is not None
         if self.kind == "group_limited" and not grouped:
             raise arguments.value_error(
@@ -246,6 +91,15 @@ class Router:
                 "pass routing.Router('group_limited', num_groups=8, top_groups=4) or the like",
             )
 
+    def _check_noise_std(self) -> None:
+        std: Any = self.noise_std
+        wanted, fix = "a finite number, 0 or more", "pass the standard deviation as a Python float"
+        if isinstance(std, bool) or not isinstance(std, int | float):
+            got = type(std).__name__
+            raise arguments.type_error("routing.Router", "noise_std", wanted, got, fix)
+        if not (math.isfinite(std) and std >= 0):
+            raise arguments.value_error("routing.Router", "noise_std", wanted, std, fix)
+
     def __call__(
         self,
         logits: Float[Array, "tokens experts"],
@@ -253,8 +107,41 @@ class Router:
         bias: Float32[Array, " experts"] | None = None,
         *,
         num_used_experts: int | None = None,
+        key: PRNGKeyArray | None = None,
+        token_idx: Int32[Array, " tokens"] | None = None,
     ) -> Routing:
-        """Route tokens to their ``k`` experts, of the first ``num_used_experts``."""
+        """Route tokens to their ``k`` experts.
+
+        Args:
+            logits: ``[T, E]`` of any float dtype.
+            k: Experts per token.
+            bias: ``[E]`` added to the scores for the choice only; it has no gradient.
+            num_used_experts: Only this many experts exist, those with the lowest ids. None: all.
+            key: Key of ``jax.random`` for the noise; None for no noise.
+            token_idx: ``[T]`` int32 indices of these tokens in the whole batch, which the noise of each
+                depends on. None stands for 0 to T − 1.
+
+        Returns:
+            The routes.
+
+        Raises:
+            TypeError: if ``logits`` is no array, or ``k`` or ``num_used_experts`` no int.
+            ValueError: if the sizes do not fit each other, or if there is a key for a router without
+                noise.
+        """
+        if key is not None:
+            op = "routing.Router"
+            if self.noise_std == 0:
+                raise arguments.value_error(
+                    op, "key", "None without noise", "a key", "set noise_std, or leave the key out"
+                )
+            check_logits(op, logits)
+            used = logits.shape[1] if num_used_experts is None else num_used_experts
+            check_num_used(op, used, logits.shape[1])
+            if token_idx is None:
+                token_idx = jnp.arange(logits.shape[0], dtype=jnp.int32)
+            logits = logits.astype(jnp.float32)
+            logits = add_noise(logits, seed_of(key), token_idx, self.noise_std, used)
         if self.kind == "group_limited":
             assert self.num_groups is not None and self.top_groups is not None  # __post_init__
             return group_limited_top_k(
@@ -277,74 +164,3 @@ class Router:
             scale=self.scale,
             num_used_experts=num_used_experts,
         )
-
-
-def _used(
-    op: str, logits: Array, bias: Array | None, num_used_experts: int | None
-) -> tuple[Array, Array | None]:
-    """Logits and bias of the experts that exist."""
-    if num_used_experts is None:
-        return logits, bias
-    check_num_used(op, num_used_experts, logits.shape[1])
-    return logits[:, :num_used_experts], None if bias is None else bias[:num_used_experts]
-
-
-def _selection(
-    scores: Float32[Array, "tokens experts"], bias: Float32[Array, " experts"] | None
-) -> Float32[Array, "tokens experts"]:
-    """What the choice is made by; no gradient flows through a choice."""
-    return lax.stop_gradient(scores if bias is None else scores + bias[None])
-
-
-def _check_logits(op: str, logits: Any) -> None:
-    if not isinstance(logits, jax.Array | np.ndarray):
-        raise arguments.type_error(
-            op, "logits", "an array", type(logits).__name__, "convert it first"
-        )
-    if logits.ndim != 2:
-        raise arguments.value_error(
-            op,
-            "logits",
-            "two dimensions, [tokens, experts]",
-            f"shape {logits.shape}",
-            "flatten the leading dimensions into tokens",
-        )
-
-
-def _check_k(op: str, k: Any, num_experts: int) -> None:
-    if not arguments.is_int(k):
-        raise arguments.type_error(
-            op, "k", "a Python int", type(k).__name__, "pass the number of experts of a token"
-        )
-    if not 1 <= k <= num_experts:
-        raise arguments.value_error(
-            op,
-            "k",
-            f"1 to {num_experts}, the number of experts",
-            k,
-            "a token can go to each expert once",
-        )
-
-
-def _choose(
-    scores: Float32[Array, "tokens experts"],
-    selection: Float32[Array, "tokens experts"],
-    k: int,
-    renormalize: bool,
-    scale: float,
-    num_experts: int,
-) -> Routing:
-    """The k experts with the largest selection score, weighted by their score.
-
-    Those past the last of the ``num_experts`` that has a score do not exist; their score is 0.
-    """
-    topk_idx = lax.top_k(selection, k)[1]  # of equal scores the one at the lowest index
-    weights = jnp.take_along_axis(scores, topk_idx, axis=1)
-    if renormalize:
-        weights = weights / (weights.sum(axis=1, keepdims=True) + _EPSILON)
-    if scale != 1.0:
-        weights = weights * scale
-    missing = num_experts - scores.shape[1]
-    return Routing(
-        topk_idx, weights, jnp.pad(scores, ((0, 0), (0, missing))) if missing else scores
-    )

@@ -52,7 +52,7 @@ else:
 
 # These answer wrong calls with errors that name the fix, so no type checker may come first.
 _CHECKED_BY_HAND = {"_ops.dispatch", "_ops.combine", "_ops.overlap", "_groups.create", "_moe.layer"}
-_CHECKED_BY_HAND |= {"_core.quantize", "_core.balancing", "routing", "nnx", "linen"}
+_CHECKED_BY_HAND |= {"_core.quantize", "_core.balancing", "_core.top_k", "routing", "nnx", "linen"}
 _CHECKED_BY_HAND |= {"_moe.activations", "_moe.local_experts"}
 # JAX rebuilds these pytrees with leaves of any kind (specs, sentinels, batched arrays).
 _PYTREES = {"_core.types"}

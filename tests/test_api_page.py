@@ -40,7 +40,8 @@ def test_layers_have_their_arguments(name):
     assert [n for n in given if n.isidentifier()] == [
         n for n in wanted if n not in ("parent", "name")
     ]
-    assert f"#### `jax_ep.{name}.MoE.__call__(x, *, mask=None, router_inputs=None)`" in PAGE
+    of_call = "x, *, mask=None, router_inputs=None, router_key=None, routing=None"
+    assert f"#### `jax_ep.{name}.MoE.__call__({of_call})`" in PAGE
     assert f"#### `jax_ep.{name}.MoE.update_router_bias(load, rate=0.001)`" in PAGE
 
 

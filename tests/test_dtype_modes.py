@@ -26,6 +26,12 @@ OPTIONS = {
     "sigmoid": {"router": "sigmoid", "capacity_factor": 1.0, "overlap": "shared_expert"},
     "groups": {"router": routing.Router("group_limited", num_groups=2, top_groups=1, scale=2.0)},
     "fp8": {"quantization": "fp8"},
+    "noise": {
+        "router": routing.Router(noise_std=0.5),
+        "router_key": jax.random.key(2),
+        "sequence_loss": True,
+        "return_routing": True,
+    },
 }
 
 
@@ -44,7 +50,12 @@ def test_layer(options, native_backend):
     def loss(x, params):
         arguments = {"group": group, "num_experts": E, "top_k": K} | OPTIONS[options]
         y, aux = jax_ep.moe(x, params, **arguments)
-        return jnp.sum(y.astype(jnp.float32) ** 2) + aux.aux_loss, (y, aux)
+        losses = aux.aux_loss + aux.z_loss
+        if aux.routing is not None:
+            again = {"router": "softmax", "router_key": None, "routing": aux.routing}
+            y, replayed = jax_ep.moe(x, params, **arguments | again)
+            losses += replayed.sequence_loss
+        return jnp.sum(y.astype(jnp.float32) ** 2) + losses, (y, aux)
 
     step = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     want = jax.jit(step)(x, params)
@@ -52,7 +63,8 @@ def test_layer(options, native_backend):
         with setting():
             found = jax.jit(step)(x, params)
         (_, (y, aux)), (dx, _) = found
-        assert [leaf.dtype for leaf in aux] == [jnp.float32, jnp.int32, jnp.int32, jnp.int32]
+        assert [leaf.dtype for leaf in aux[:4]] == [jnp.float32, jnp.int32, jnp.int32, jnp.int32]
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(aux)} == {"float32", "int32"}
         assert y.dtype == dx.dtype == jnp.bfloat16
         for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
             assert got.dtype == wanted.dtype
@@ -93,6 +105,11 @@ def test_layers_without_rank_promotion(backend):
             bias = routing.update_bias(params.router_bias, aux.load)
             params = params._replace(router_bias=bias)
             x = x + y * aux.aux_loss
+        noisy = {"router": routing.Router(noise_std=0.5), "router_key": jax.random.key(0)}
+        ask = {"sequence_loss": True, "return_routing": True}
+        y, aux = jax_ep.moe(x.astype(jnp.bfloat16), params, **noisy, **ask, **common)
+        again, _ = jax_ep.moe(x, params, routing=aux.routing, **ask, **common)
+        x = (x + y + again) * (aux.sequence_loss + aux.z_loss)
         return jax_ep.moe(x, params, quantization="fp8", num_used_experts=3, **common)[0].sum()
 
     with jax.numpy_rank_promotion("raise"):

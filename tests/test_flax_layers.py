@@ -249,7 +249,8 @@ def test_settings_are_those_of_moe(layer):
     of_moe = inspect.signature(jax_ep.moe).parameters
     of_layer = inspect.signature(layer.__init__).parameters
     for name, parameter in of_moe.items():
-        if name in ("x", "params", "mask", "router_inputs"):  # not of the layer, but of a call
+        of_call = ("x", "params", "mask", "router_inputs", "router_key", "routing")
+        if name in of_call:  # not of the layer
             assert name == "params" or name in inspect.signature(layer.__call__).parameters
             continue
         if name in ("experts", "expert_specs"):  # a module of one's own makes their weights

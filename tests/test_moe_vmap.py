@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 import jax_ep
 import spmd
+from jax_ep import routing
 
 pytestmark = [
     pytest.mark.needs_collectives,
@@ -136,6 +137,42 @@ def test_other_experts_on_an_axis_of_the_mesh(own, mapped, native_backend):
         params = params._replace(**biases)
     make_step = functools.partial(experts_step, own)
     check_stages(make_step, native_backend, {"x": make_x(), "params": params}, mapped)
+
+
+@functools.cache
+def router_step(backend, in_axes, **of_vmap):
+    """Noise, both losses of the router, the logits of bfloat16 tokens, and routes taken again."""
+    group, noisy = make_group(backend), routing.Router("sigmoid", noise_std=0.5)
+    ask = {"sequence_loss": True, "return_routing": True}
+
+    def layer(x, params):
+        x = x.astype(jnp.bfloat16)
+        noise = {"router": noisy, "router_key": jax.random.key(3)}
+        _, aux = jax_ep.moe(x, params, group=group, **noise, **ask, **SETTINGS)
+        routes = aux.routing._replace(topk_weights=aux.routing.topk_weights**2)
+        y, again = jax_ep.moe(x, params, group=group, routing=routes, **ask, **SETTINGS)
+        # The backward pass of the experts is in bfloat16, and tests of layers have seen it.
+        weights = aux.routing.topk_weights.sum() + aux.z_loss + again.sequence_loss
+        return jax.lax.stop_gradient(y.astype(jnp.float32)), weights
+
+    def loss(kernel, arrays):
+        params = arrays["params"]._replace(router_kernel=kernel)
+        y, weights = jax.vmap(layer, in_axes=in_axes, **of_vmap)(arrays["x"], params)
+        return weights.sum(), (y, weights)
+
+    step = jax.jit(jax.grad(loss, has_aux=True))
+
+    def run(x, params):
+        d_kernel, values = step(params.router_kernel, {"x": x, "params": params})
+        return {"params": d_kernel}, values
+
+    return run
+
+
+@pytest.mark.parametrize("mapped", [("x", "params"), ("x",), ("params",)], ids=" ".join)
+def test_routers_on_an_axis_of_the_mesh(mapped, native_backend):
+    """The gradient is that of the router's weights."""
+    check_stages(router_step, native_backend, {"x": make_x(), "params": make_params()}, mapped)
 
 
 @functools.cache

@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped, UInt32
 
 from jax_ep import _compat
 from jax_ep._core import arguments
-from jax_ep._core.numerics import expert_ids
+from jax_ep._core.noise import seed_of
 from jax_ep._core.types import DispatchConfig, Dispatched, ScaleFormat
 from jax_ep._groups.group import Group
-from jax_ep._moe import checks
+from jax_ep._moe import checks, router_checks
 from jax_ep._moe.activations import Activation
 from jax_ep._moe.exchange import exchange
 from jax_ep._moe.experts import Beside, GroupedDot, shared_inner, shared_outputs
@@ -29,29 +28,13 @@ from jax_ep._moe.own_experts import ExpertFunction
 from jax_ep._moe.param_checks import check_experts
 from jax_ep._moe.params import MoEParams
 from jax_ep._moe.placement import join_tokens, place, split_tokens
+from jax_ep._moe.report import MoEAux, Parts, Sequences, report, report_of_no_token
+from jax_ep._moe.router import AnyRouter, Noise, RouterLike, replay, resolve_router, route
 from jax_ep._moe.token_axes import resolve_token_axes
 from jax_ep._ops import checks as op_checks
-from jax_ep.routing import Router, Routing, expert_load, load_balancing_loss
+from jax_ep.routing import Routing
 
-RouterLike = Literal["softmax", "sigmoid"] | Router | Callable[..., Routing]
 Overlap = Literal["shared_expert", "chunks"]
-
-
-class MoEAux(NamedTuple):
-    """What a mixture-of-experts layer reports besides its output; the same on every device.
-
-    Attributes:
-        aux_loss: Scalar load-balancing loss over all tokens (``routing.load_balancing_loss``), not
-            yet scaled: 1 where all experts are used equally.
-        load: ``[E]`` int32 routes to each expert from all tokens, dropped ones included.
-        num_dropped: Scalar int32, (token, expert) pairs that did not fit the capacity.
-        num_invalid: Scalar int32, entries of a custom router out of range or repeated.
-    """
-
-    aux_loss: Float32[Array, ""]
-    load: Int32[Array, " experts"]
-    num_dropped: Int32[Array, ""]
-    num_invalid: Int32[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +45,12 @@ class _Settings:
     num_experts: int
     top_k: int
     num_used_experts: int
-    router: Router | Callable[..., Routing]
+    router: AnyRouter
     token_axes: tuple[str, ...]
     experts: LocalExperts
     overlap: Overlap | None
     num_chunks: int
+    parts: Parts
     dispatch: tuple[tuple[str, Any], ...]
 
 
@@ -81,7 +65,11 @@ def moe(
     token_axes: tuple[str, ...] | None = None,
     mask: Bool[Array, "*batch"] | None = None,
     router_inputs: Any = None,
+    router_key: PRNGKeyArray | None = None,
+    routing: Routing | None = None,
     num_used_experts: int | None = None,
+    sequence_loss: bool = False,
+    return_routing: bool = False,
     grouped_dot: GroupedDot | None = None,
     experts: ExpertFunction | None = None,
     expert_specs: Any = None,
@@ -149,10 +137,26 @@ def moe(
             zero.
         router_inputs: What a router function needs besides the logits, such as the ids of the
             tokens: a pytree of arrays whose shapes begin with that of ``x`` without H.
+        router_key: Key of ``jax.random`` for the noise of a ``Router`` with ``noise_std``, one for each
+            layer and step. None adds no noise, which is what evaluation wants. The noise of a token
+            follows from the key and the token's place in the batch, so it is the same on any mesh.
+            Inside an enclosing ``shard_map``, fold its ``axis_index`` into the key.
+        routing: Routes to take in place of the router's, such as those of an earlier run
+            (``MoEAux.routing``): ``topk_idx`` ``[..., K]`` of any integer dtype, −1 for no expert,
+            ``topk_weights`` ``[..., K]`` in float32, bfloat16 or float16, and ``scores`` ``[..., E]``
+            or None, all beginning with the shape of ``x`` without H. Gradients of weights and scores
+            flow to these arrays, and ``router_kernel`` gets none. Without scores there is no
+            ``aux_loss``, and there never is a ``z_loss``; both are then None. To replay the choice
+            alone, with weights from the router of today, pass the ids as ``router_inputs`` to a
+            router function that weights them by its logits.
         num_used_experts: Only this many experts exist, those with the lowest ids. The others only
             make ``num_experts`` a multiple of the group's size: they are never chosen and are left
             out of ``aux_loss``, and their weights have gradient zero. ``capacity_factor`` still
             counts ``num_experts``. None: all exist.
+        sequence_loss: Also report ``MoEAux.sequence_loss``. The second-to-last dimension of ``x`` is
+            that of a sequence, wherever the mesh cuts it; tokens ``[T, H]`` are one sequence. All
+            ranks then sum ``2 E`` numbers for each sequence.
+        return_routing: Also report ``MoEAux.routing`` and ``MoEAux.logits``.
         grouped_dot: Replaces ``jax_ep.grouped_dot``. Only the default leaves SMs to ops in flight, so a
             function of your own that occupies all SMs of a GPU hides no op. Its rows past the last
             group, and their cotangents, are zeros. Those of the default, which reads none of them,
@@ -228,9 +232,11 @@ def moe(
     )
     checks.check_overlap(overlap, num_chunks, params.shared)
     checks.check_mask(mask, x.shape[:-1])
-    resolved = _resolve_router(router)
-    checks.check_router_inputs(router_inputs, resolved, x.shape[:-1])
-    checks.check_placement(group, x, params, mask, router_inputs)
+    resolved = resolve_router(router)
+    arrays = {"router_inputs": router_inputs, "router_key": router_key, "routing": routing}
+    parts = Parts.of(routing, sequence_loss=sequence_loss, return_routing=return_routing)
+    router_checks.check_call(resolved, parts, x.shape[:-1], top_k, num_experts, **arrays)
+    checks.check_placement(group, x=x, params=params, mask=mask, **arrays)
     options: dict[str, Any] = {
         "alignment": alignment,
         "capacity": capacity,
@@ -251,9 +257,18 @@ def moe(
         experts=local_experts,
         overlap=overlap,
         num_chunks=num_chunks if overlap == "chunks" else 1,
+        parts=parts,
         dispatch=tuple(options.items()),
     )
-    return _over_mesh(settings, x, params, mask, router_inputs)
+    return _over_mesh(settings, x, params, mask, **arrays)
+
+
+class _OfTokens(NamedTuple):
+    """Arrays of tokens that go with ``x``, each of them or None."""
+
+    mask: Bool[Array, "tokens 1"] | None
+    router_inputs: Any
+    routing: Routing | None
 
 
 @functools.partial(jax.jit, static_argnums=0)  # op by op, a call outside jit would take seconds
@@ -262,52 +277,70 @@ def _over_mesh(
     x: Float[Array, "*batch hidden"],
     params: MoEParams,
     mask: Bool[Array, "*batch"] | None,
+    *,
     router_inputs: Any,
+    router_key: PRNGKeyArray | None,
+    routing: Routing | None,
 ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
     """Split tokens and weights over the mesh, and run the layer on every device."""
     manual, axes = _compat.manual_axes(), settings.token_axes
     mesh = _compat.context_mesh() if manual else settings.group.mesh
+    batch = x.shape[:-1]
     if x.size == 0:
-        none = jnp.int32(0)
-        load = jnp.zeros((settings.num_experts,), jnp.int32)
-        return jnp.zeros_like(x), MoEAux(jnp.float32(0), load, none, none)
+        sizes = {"num_experts": settings.num_experts, "top_k": settings.top_k}
+        return jnp.zeros_like(x), report_of_no_token(settings.parts, batch, **sizes)
     tokens = split_tokens(x, mesh, axes)
     arguments.check_rows("moe", "x", tokens)
-    if mask is None and tokens.shape[0] != math.prod(x.shape[:-1]):
-        mask = jnp.ones(x.shape[:-1], bool)
+    if mask is None and tokens.shape[0] != math.prod(batch):
+        mask = jnp.ones(batch, bool)
     if mask is not None:
         mask = split_tokens(mask[..., None], mesh, axes)
-    split = functools.partial(split_tokens, mesh=mesh, axes=axes, num_batch=x.ndim - 1)
-    router_inputs = jax.tree.map(split, router_inputs)
+    split = functools.partial(split_tokens, mesh=mesh, axes=axes, num_batch=len(batch))
+    given = _OfTokens(mask, *jax.tree.map(split, (router_inputs, routing)))
+    seed = None if router_key is None else place(seed_of(router_key), mesh, PartitionSpec())
     param_specs = settings.experts.partition_specs(params, settings.group)
     params = jax.tree.map(lambda p, spec: place(p, mesh, spec), params, param_specs)
     of_tokens: Any = PartitionSpec(axes)
     everywhere: Any = PartitionSpec()
-    of_inputs = jax.tree.map(lambda _: of_tokens, router_inputs)
-    in_specs = (of_tokens, param_specs, None if mask is None else of_tokens, of_inputs)
-    out_specs = (of_tokens, MoEAux(everywhere, everywhere, everywhere, everywhere))
-    on_one_rank = functools.partial(_on_one_rank, settings)
+    of_given = jax.tree.map(lambda _: of_tokens, given)
+    in_specs = (of_tokens, param_specs, of_given, None if seed is None else everywhere)
+    out_specs = (of_tokens, settings.parts.fill(everywhere, everywhere, of_tokens))
+    on_one_rank = functools.partial(_on_one_rank, settings, Sequences.of(x.shape))
     if manual:
         rest = [name for name in mesh.axis_names if name not in manual]
         run = nested_shard_map(on_one_rank, axes=rest, in_specs=in_specs, out_specs=out_specs)
     else:
         run = jax.shard_map(on_one_rank, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    y, aux = run(tokens, params, mask, router_inputs)
-    return join_tokens(y, x, mesh), aux
+    y, aux = run(tokens, params, given, seed)
+    join = functools.partial(join_tokens, like=x, mesh=mesh, channels=False)
+    routes, logits = jax.tree.map(join, (aux.routing, aux.logits))
+    return join_tokens(y, x, mesh), aux._replace(routing=routes, logits=logits)
 
 
 def _on_one_rank(
     settings: _Settings,
+    sequences: Sequences,
     x: Float[Array, "tokens hidden"],
     params: MoEParams,
-    mask: Bool[Array, "tokens 1"] | None,
-    router_inputs: Any,
+    given: _OfTokens,
+    seed: UInt32[Array, "2"] | None,
 ) -> tuple[Float[Array, "tokens hidden"], MoEAux]:
     """The layer for this rank's tokens and this rank's experts."""
+    mask, token_idx = given.mask, None
     if mask is not None:
         # A masked token may hold NaN, which must not reach the gradient of any weight.
-        x, router_inputs = jax.tree.map(functools.partial(_zero_masked, mask), (x, router_inputs))
-    routing = _route(settings, x, params, router_inputs)
+        x, given = jax.tree.map(functools.partial(_zero_masked, mask), (x, given))
+    if seed is not None or settings.parts.sequence_loss:
+        first = lax.axis_index(settings.token_axes) * len(x)
+        token_idx = first + jnp.arange(len(x), dtype=jnp.int32)
+    sizes: dict[str, Any] = {"num_experts": settings.num_experts}
+    sizes["num_used_experts"] = settings.num_used_experts
+    if given.routing is not None:
+        routing, logits = replay(given.routing, **sizes)
+    else:
+        noise = None if seed is None or token_idx is None else Noise(seed, token_idx)
+        from_these = (x, params.router_kernel, params.router_bias, given.router_inputs, noise)
+        routing, logits = route(settings.router, *from_these, top_k=settings.top_k, **sizes)
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
     inner = None
     if params.shared is not None:
@@ -338,21 +371,20 @@ def _on_one_rank(
     if params.shared is not None:
         assert inner is not None
         y = y + shared_outputs(inner, params.shared)
-    # The handle's routes: those of a custom router, less the invalid ones.
-    used = out.topk_idx
-    axes = settings.token_axes
-    load, num_dropped, num_invalid = lax.psum(
-        (
-            expert_load(used, settings.num_experts),
-            out.num_dropped.sum(dtype=jnp.int32),
-            out.num_invalid.sum(dtype=jnp.int32),
-        ),
-        axes,
+    aux = report(
+        out.topk_idx,  # the handle's: those of a custom router, less the invalid ones
+        routing,
+        logits,
+        None if mask is None else mask[:, 0],
+        num_dropped=out.num_dropped,
+        num_invalid=out.num_invalid,
+        axis_names=settings.token_axes,
+        parts=settings.parts,
+        sequences=sequences,
+        token_idx=token_idx,
+        **sizes,
     )
-    aux_loss = load_balancing_loss(
-        used, routing.scores, axis_names=axes, num_used_experts=settings.num_used_experts
-    )
-    return y, MoEAux(aux_loss, load, num_dropped, num_invalid)
+    return y, aux
 
 
 def _zero_masked(
@@ -360,40 +392,3 @@ def _zero_masked(
 ) -> Shaped[Array, "tokens ..."]:
     """``x`` with zeros in the place of masked tokens."""
     return jnp.where(lax.expand_dims(mask[:, 0], range(1, x.ndim)), x, jnp.zeros((), x.dtype))
-
-
-def _route(
-    settings: _Settings, x: Float[Array, "tokens hidden"], params: MoEParams, inputs: Any
-) -> Routing:
-    """The routes of the tokens, with int32 ids; those of experts that do not exist are invalid."""
-    logits = jnp.dot(
-        x.astype(jnp.float32),
-        params.router_kernel.astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,  # except on CPU, the default has fewer bits
-    )
-    bias = params.router_bias
-    bias = None if bias is None else lax.stop_gradient(bias)
-    router, used = settings.router, settings.num_used_experts
-    if isinstance(router, Router):
-        return router(logits, settings.top_k, bias, num_used_experts=used)
-    logits, bias = logits[:, :used], None if bias is None else bias[:used]
-    routing = router(logits, bias) if inputs is None else router(logits, bias, inputs)
-    checks.check_routing(routing, settings.top_k, logits.shape)
-    topk_idx = expert_ids(routing.topk_idx)
-    return routing._replace(topk_idx=jnp.where(topk_idx < used, topk_idx, settings.num_experts))
-
-
-def _resolve_router(router: RouterLike) -> Router | Callable[..., Routing]:
-    if isinstance(router, str):
-        arguments.check_one_of("moe", "router", router, ("softmax", "sigmoid"))
-        return Router(router)
-    if not callable(router):
-        raise arguments.type_error(
-            "moe",
-            "router",
-            "'softmax', 'sigmoid', a jax_ep.routing.Router or a function",
-            type(router).__name__,
-            "leave it out for 'softmax'",
-        )
-    checks.check_function("router", router)
-    return router

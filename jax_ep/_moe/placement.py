@@ -87,16 +87,25 @@ def split_tokens(
 
 
 def join_tokens(
-    tokens: Shaped[Array, "tokens channels"],
+    tokens: Shaped[Array, "tokens entries"],
     like: Shaped[Array, "*batch channels"],
     mesh: Mesh | AbstractMesh,
-) -> Shaped[Array, "*batch channels"]:
-    """The inverse of ``split_tokens``, for tokens that came from ``like``."""
-    num_tokens = math.prod(like.shape[:-1])
+    *,
+    channels: bool = True,
+) -> Shaped[Array, "*batch entries"]:
+    """The inverse of ``split_tokens``, for tokens that came from ``like``.
+
+    The batch is placed as that of ``like``, and so are the entries if they are its ``channels``.
+    """
+    batch, entries = like.shape[:-1], tokens.shape[1]
+    num_tokens = math.prod(batch)
     if num_tokens != tokens.shape[0]:
         tokens = place(tokens, mesh, PartitionSpec())[:num_tokens]
-    y = _reshape(tokens, like.shape, mesh, _leading_spec(like, mesh, like.ndim - 1))
-    return place(y, mesh, _spec(like)) if _explicit_axes(mesh) else y
+    y = _reshape(tokens, (*batch, entries), mesh, _leading_spec(like, mesh, like.ndim - 1))
+    if not _explicit_axes(mesh):
+        return y
+    spec = _spec(like)
+    return place(y, mesh, spec if channels else PartitionSpec(*spec[: len(batch)]))
 
 
 def _reshape(

@@ -9,14 +9,14 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jax_ep._core.types import DispatchConfig, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
 from jax_ep._moe.activations import Activation
 from jax_ep._moe.experts import GroupedDot
-from jax_ep._moe.layer import MoEAux, Overlap, RouterLike, moe
+from jax_ep._moe.layer import Overlap, moe
 from jax_ep._moe.params import (
     DEFAULT_NAMES,
     Initializer,
@@ -26,6 +26,8 @@ from jax_ep._moe.params import (
     moe_param_shapes,
     moe_partition_specs,
 )
+from jax_ep._moe.report import MoEAux
+from jax_ep._moe.router import RouterLike
 
 _SETTINGS = "{settings}"
 Class = TypeVar("Class", bound=type)
@@ -53,6 +55,8 @@ class LayerSettings:
         router_init: Likewise for the router.
         partition_names: Mesh axes, or logical names, of the weights' dimensions.
         token_axes: Mesh axes that tokens are split over; None for all but tensor and pipeline axes.
+        sequence_loss: Whether the statistics have the loss within each sequence.
+        return_routing: Whether the statistics have routes and logits of the tokens.
         grouped_dot: Replaces ``jax_ep.grouped_dot``, which alone leaves SMs to ops in flight.
         overlap: What may run while rows are in flight: "shared_expert", or "chunks" of other tokens.
         num_chunks: For "chunks": into how many chunks the tokens of a rank are split.
@@ -84,6 +88,8 @@ class LayerSettings:
     router_init: Initializer = default_init
     partition_names: PartitionNames = DEFAULT_NAMES
     token_axes: tuple[str, ...] | None = None
+    sequence_loss: bool = False
+    return_routing: bool = False
     grouped_dot: GroupedDot | None = None
     overlap: Overlap | None = None
     num_chunks: int = 2
@@ -120,13 +126,12 @@ class LayerSettings:
         self,
         x: Float[Array, "*batch hidden"],
         params: MoEParams,
-        mask: Bool[Array, "*batch"] | None,
-        router_inputs: Any,
+        **of_call: Any,
     ) -> tuple[Float[Array, "*batch hidden"], MoEAux]:
-        """``jax_ep.moe`` with these settings."""
+        """``jax_ep.moe`` with these settings and the arguments of a call."""
         x = x if self.dtype is None else x.astype(self.dtype)
         settings = {name: getattr(self, name) for name in _OF_MOE}
-        return moe(x, params, mask=mask, router_inputs=router_inputs, **settings)
+        return moe(x, params, **of_call, **settings)
 
 
 _OF_MOE = [
