@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,17 +81,17 @@ def share_room(
             bounded, np.uint32(0), lambda a, b: jnp.minimum(a + b, too_many), dimensions=(1,)
         )
 
-    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # in groups of the alignment; those of ``low`` fit
+    # No loop of JAX's: under vmap with spmd_axis_name, one that reads arrays from outside fails (0.10.2
+    # to 0.12.0).
+    most = capacity // alignment
+    low = sizes[:, 0] - sizes[:, 0]  # in groups of the alignment; those of ``low`` fit
+    high = low + np.uint32(most)
+    for _ in range(most.bit_length()):
         middle = high - (high - low) // 2
         fits = sum_at(middle * np.uint32(alignment)) <= capacity
-        return jnp.where(fits, middle, low), jnp.where(fits, high, jnp.maximum(middle, 1) - 1)
-
-    none = jnp.zeros_like(sizes[:, 0])
-    most = capacity // alignment
-    steps = most.bit_length()
-    level, _ = lax.fori_loop(0, steps, halve, (none, none + np.uint32(most)))
-    level = level * np.uint32(alignment)
+        high = jnp.where(fits, high, jnp.maximum(middle, 1) - 1)
+        low = jnp.where(fits, middle, low)
+    level = low * np.uint32(alignment)
     left = (np.uint32(capacity) - sum_at(level)) // np.uint32(alignment)
     want_more = sizes > level[:, None]
     order = jnp.cumsum(want_more, axis=1, dtype=jnp.uint32)
