@@ -82,25 +82,27 @@ MESHES = {
 @pytest.mark.parametrize(
     ("mesh", "axis_type", "weights", "options"),
     [
-        ("data-expert-tensor", AxisType.Auto, {"bias": True}, {}),
+        ("data-expert-tensor", AxisType.Auto, {"bias": True}, {"mask": True}),
         ("data-expert-tensor", AxisType.Explicit, {"bias": True}, {"overlap": "chunks"}),
         ("tensor-expert-data", AxisType.Auto, {}, {"overlap": "shared_expert"}),
         ("tensor-expert-data", AxisType.Explicit, {"shared": False}, {"num_used_experts": 3}),
-        ("expert-tensor", AxisType.Auto, {"bias": True, "gated": False}, {"num_chunks": 3}),
+        (
+            "expert-tensor",
+            AxisType.Auto,
+            {"bias": True, "gated": False},
+            {"overlap": "chunks", "num_chunks": 3, "mask": True},
+        ),
         ("expert-tensor", AxisType.Auto, {"bias": True}, {"grouped_dot": by_expert}),
         ("one-position", AxisType.Explicit, {"bias": True}, {}),
-        ("one-rank", AxisType.Auto, {"bias": True}, {}),
-        ("two-axes", AxisType.Auto, {"bias": True}, {"rank_capacity_factor": 2.0}),
+        ("one-rank", AxisType.Auto, {"bias": True}, {"mask": True, "sequence_loss": True}),
+        ("two-axes", AxisType.Auto, {"bias": True}, {"capacity": 40, "return_routing": True}),
     ],
 )
-@pytest.mark.parametrize("masked", [False, True])
-def test_same_as_dense(mesh, axis_type, weights, options, masked, native_backend):
+def test_same_as_dense(mesh, axis_type, weights, options, native_backend):
     """Outputs, statistics and all gradients; with 15 tokens some rank has a masked one anyway."""
-    if masked and mesh not in ("data-expert-tensor", "one-rank"):
-        pytest.skip("a mask makes little difference")
     group = make_group(native_backend, *MESHES[mesh], axis_type)
-    x = make_x(3, 5)
-    mask = jnp.arange(15).reshape(3, 5) % 4 != 1 if masked else None
+    x, options = make_x(3, 5), dict(options)
+    mask = jnp.arange(15).reshape(3, 5) % 4 != 1 if options.pop("mask", False) else None
     layer = functools.partial(jax_ep.moe, group=group, mask=mask, **LAYER, **options)
     used = options.get("num_used_experts")
     dense = functools.partial(dense_layer, top_k=K, mask=mask, num_used_experts=used)
@@ -117,7 +119,9 @@ def test_weights_that_are_stored_split(axis_type, native_backend):
     how = {"group": group, "names": names, "tensor_axis": "tensor"}
     specs = jax_ep.moe_partition_specs(params, **how)
     assert specs.up == P("expert", "data", "tensor") and specs.down == P("expert", "tensor", "data")
-    placed = jax.tree.map(lambda w, s: jax.device_put(w, NamedSharding(group.mesh, s)), params, specs)
+    placed = jax.tree.map(
+        lambda w, s: jax.device_put(w, NamedSharding(group.mesh, s)), params, specs
+    )
     assert placed.up.addressable_shards[0].data.shape == (E // 2, H // 2, F // 2)
     layer = functools.partial(jax_ep.moe, group=group, **LAYER)
     with jax.set_mesh(group.mesh):
@@ -149,6 +153,12 @@ def test_partition_specs():
     assert specs.up == P("expert", None, ("tensor", "data"))
 
 
+def even_dot(rows, weights, group_sizes):
+    """A product of rows of which each local expert has as many."""
+    of_each = rows.reshape(len(weights), -1, rows.shape[1])
+    return jnp.einsum("lch,lhf->lcf", of_each, weights).reshape(len(rows), -1)
+
+
 def flops(jaxpr) -> int:
     """Multiplications and additions of all matrix products of one device, as JAX traces them."""
     total = 0
@@ -166,16 +176,17 @@ def flops(jaxpr) -> int:
 def training_step(group, tensor_axis):
     """A step on routes that are given, so that there are no products of a router, and its arguments."""
     params, x = make_params(), make_x(16)
+    axes = group.axis_names
     idx = jnp.arange(16 * K, dtype=jnp.int32).reshape(16, K) % E
     routes = routing.Routing(idx, jnp.full(idx.shape, 0.5), None)
 
     def loss(x, params):
-        options = {"num_experts": E, "top_k": K, "routing": routes, "grouped_dot": by_expert}
-        return jax_ep.moe(x, params, group=group, tensor_axis=tensor_axis, **options)[0].sum()
+        options = {"num_experts": E, "top_k": K, "routing": routes, "grouped_dot": even_dot}
+        options |= {"group": group, "tensor_axis": tensor_axis, "token_axes": axes}
+        return jax_ep.moe(x, params, capacity=16 * K // group.size, **options)[0].sum()
 
     specs = jax_ep.moe_partition_specs(params, group=group, tensor_axis=tensor_axis)
     put = lambda a, spec: jax.device_put(a, NamedSharding(group.mesh, spec))  # noqa: E731
-    axes = tuple(name for name in group.mesh.axis_names if name != "tensor")
     arguments = put(x, P(axes)), jax.tree.map(put, params, specs)
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), arguments
 
@@ -197,9 +208,10 @@ def test_no_product_is_repeated(native_backend):
             text = compiled.as_text()
             assert "all-reduce" in text and "all-gather" not in text
     wanted, counted = work[(4,), None]
-    # Forward and backward, gate, up and down: all rows with all local experts, and the shared expert.
-    rows, local, tokens = 16 * K, E // 4, 16 // 4
-    assert wanted == 3 * 3 * 2 * H * (rows * local * F + tokens * S)
+    rows, tokens = 16 * K // 4, 16 // 4
+    assert wanted == 3 * 3 * 2 * H * (
+        rows * F + tokens * S
+    )  # of gate, up and down; and backward twice
     assert work[(2, 2), "tensor"][0] == wanted
     assert work[(2, 2), None][0] == 2 * wanted
     assert work[(2, 2), "tensor"][1] < 1.2 * counted < 0.8 * work[(2, 2), None][1]
@@ -226,3 +238,276 @@ def test_what_crosses_the_axis(native_backend):
 
     look(run.trace(*arguments).jaxpr)
     assert sorted(sums) == [(8, H), (8, H)]  # the routes that are given have no gradient here
+
+
+def scaled_experts(rows, group_sizes, expert_of_row, params):
+    """The part of the outputs that follows from this position's channels; the bias once."""
+    inner = jnp.tanh(jax_ep.grouped_dot(rows, params["up"], group_sizes))
+    outputs = jax_ep.grouped_dot(inner, params["down"], group_sizes)
+    bias = jnp.where(jax.lax.axis_index("tensor") == 0, params["bias"], 0)
+    return outputs + bias.at[expert_of_row].get(mode="fill", fill_value=0)
+
+
+def test_own_experts(native_backend):
+    """Their function returns a part of the sum."""
+    group = make_group(native_backend)
+    weights = {"up": draw(1, E, H, F), "down": draw(2, E, F, H), "bias": draw(3, E, H)}
+    specs = {"up": P("expert", None, "tensor"), "down": P("expert", "tensor"), "bias": P("expert")}
+    options = {"experts": scaled_experts, "expert_specs": specs}
+    layer = functools.partial(jax_ep.moe, group=group, **LAYER, **options)
+
+    def dense(x, params):
+        own = params.experts
+
+        def expert(tokens, index):
+            return jnp.tanh(tokens @ own["up"][index]) @ own["down"][index] + own["bias"][index]
+
+        return dense_layer(x, params, top_k=K, expert=expert)
+
+    empty = dict.fromkeys(("gate", "up", "down"))
+    params = make_params()._replace(experts=weights, **empty)
+    check_same(layer, dense, make_x(3, 5), params, mesh=group.mesh)
+
+
+def test_own_router_reports_what_is_wrong(native_backend):
+    """Counts of dropped pairs and invalid choices are not those of all positions together."""
+    group = make_group(native_backend)
+
+    def router(logits, bias):
+        idx = jnp.tile(jnp.array([0, E], jnp.int32), (len(logits), 1))
+        return routing.Routing(idx, jnp.full(idx.shape, 0.5), jax.nn.softmax(logits))
+
+    layer = functools.partial(jax_ep.moe, group=group, router=router, capacity=4, **LAYER)
+    _, aux = spmd.whole_jit(layer, group.mesh)(make_x(16), make_params())
+    # Each of the two groups has 8 tokens, all for expert 0, whose rank has 4 rows.
+    assert aux.num_invalid == 16 and aux.num_dropped == 2 * (8 - 4)
+    np.testing.assert_array_equal(aux.load, [16, 0, 0, 0])
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization": "fp8"}], ids=str)
+def test_half_precision(options, native_backend):
+    """In bfloat16, and with rows in 8 bits, about what one position computes."""
+    group, hidden = make_group(native_backend), 128
+    x = make_x(16, hidden=hidden).astype(jnp.bfloat16)
+    params = make_params(bias=True, hidden=hidden)
+    step_on = lambda axis: step(  # noqa: E731
+        functools.partial(
+            jax_ep.moe,
+            group=group,
+            **LAYER | {"tensor_axis": axis, "token_axes": TOKEN_AXES},
+            **options,
+        )
+    )
+    got, want = (spmd.whole_jit(step_on(axis), group.mesh)(x, params) for axis in ("tensor", None))
+    assert got[0].dtype == jnp.bfloat16
+    for found, expected in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        found, expected = (np.asarray(a, np.float32) for a in (found, expected))
+        atol = 0.03 * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=0.03, atol=atol)
+
+
+TOKEN_AXES = ("data", "expert")
+
+
+@by_itself
+def test_rematerialised(native_backend):
+    """In a scan over blocks that save what the ops give, nothing is sent or added twice."""
+    group = make_group(native_backend)
+    params, x = make_params(bias=True), make_x(16)
+    stacked = jax.tree.map(lambda w: jnp.stack([w, w * 0.75]), params)
+    names = ("jax_ep.handle", "jax_ep.dispatch", "jax_ep.combine")
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def loss(layer, wrap, x, stacked):
+        def block(x, params):
+            y, aux = layer(x, params)
+            return x + jnp.tanh(y), aux[0]
+
+        y, losses = jax.lax.scan(wrap(block), x, stacked)
+        return jnp.sum(y * jnp.sin(jnp.arange(y.size).reshape(y.shape))) + losses.sum()
+
+    layer = functools.partial(jax_ep.moe, group=group, **LAYER)
+    found = functools.partial(loss, layer, functools.partial(jax.checkpoint, policy=policy))
+    dense = functools.partial(loss, functools.partial(dense_layer, top_k=K), lambda block: block)
+    dense = lambda *a, f=dense: f(*a)  # noqa: E731
+    compiled = jax.jit(jax.grad(found, argnums=(0, 1))).lower(x, stacked).compile()
+    got = compiled(x, stacked)
+    if native_backend != "reference":
+        targets = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")
+        counts = spmd.count_calls(compiled.as_text(), targets)
+        assert counts == {"jax_ep_plan": 1, "jax_ep_dispatch": 2, "jax_ep_combine": 2}
+    want = jax.jit(jax.grad(dense, argnums=(0, 1)))(x, stacked)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@by_itself
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_inside_a_stage(axis_type, native_backend):
+    """In a ``shard_map`` over the stages of a pipeline, which share one router."""
+    names = ("stage", "expert", "tensor")
+    group = make_group(native_backend, (2, 2, 2), names, axis_type)
+    params, x = make_params(bias=True), make_x(2, 10)
+    kernel = params.router_kernel
+    split = jax.tree.map(lambda w: jnp.stack([w, w * 0.75]), params._replace(router_kernel=None))
+    mask = np.arange(10) % 3 != 1
+
+    def objective(run, x, kernel, split):
+        y, aux_loss = run(x, kernel, split)
+        target = jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        return jnp.sum(y * target) + aux_loss.sum(), y
+
+    def stage(x, kernel, split):
+        own = jax.tree.map(lambda w: w[0], split)._replace(router_kernel=kernel)
+        y, aux = jax_ep.moe(x[0], own, group=group, mask=mask, **LAYER)
+        return y[None], aux.aux_loss[None]
+
+    on_stages = jax.shard_map(
+        stage,
+        mesh=group.mesh,
+        in_specs=(P("stage"), P(), P("stage")),
+        out_specs=P("stage"),
+        axis_names={"stage"},
+    )
+
+    def dense(x, kernel, split):
+        def stage(x, own):
+            own = own._replace(router_kernel=kernel)
+            y, (aux_loss, _) = dense_layer(x, own, top_k=K, mask=mask)
+            return y, aux_loss
+
+        return jax.vmap(stage)(x, split)
+
+    step = lambda run: jax.jit(  # noqa: E731
+        jax.value_and_grad(functools.partial(objective, run), argnums=(0, 1, 2), has_aux=True)
+    )
+    put = lambda a, spec: jax.device_put(a, NamedSharding(group.mesh, spec))  # noqa: E731
+    got = step(on_stages)(put(x, P("stage")), put(kernel, P()), put(split, P("stage")))
+    want = step(dense)(x, kernel, split)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@by_itself
+@pytest.mark.parametrize("flax", ["nnx", "linen"])
+def test_flax_layers(flax, native_backend):
+    """Their weights are made split, and their output is that of ``moe``."""
+    from flax import linen, nnx
+
+    group, x = make_group(native_backend), make_x(16)
+    settings = {"group": group, "shared_intermediate": S, "expert_bias": True} | LAYER
+    if flax == "nnx":
+        layer = jax_ep.nnx.MoE(H, F, rngs=nnx.Rngs(0), **settings)
+        up, params = layer.up[...], layer.params()
+        assert up.addressable_shards[0].data.shape == (E // 2, H, F // 2)
+        y, _ = layer(x)
+    else:
+        layer = jax_ep.linen.MoE(H, F, **settings)
+        variables = layer.init(jax.random.key(0), x)
+        specs = linen.get_partition_spec(variables)["params"]
+        assert specs["up"] == P("expert", None, "tensor")
+        assert specs["shared_down"] == P("tensor", None)
+        weights = linen.unbox(variables)["params"]
+        shared = jax_ep.SharedExpert(*(weights.pop(f"shared_{n}") for n in ("gate", "up", "down")))
+        params = jax_ep.MoEParams(**weights, shared=shared)
+        y, _ = layer.apply(variables, x)
+    want, _ = dense_layer(x, jax.device_get(params), top_k=K)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    assert np.abs(want).max() > 0
+
+
+@by_itself
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (
+            {"tensor_axis": "model"},
+            ValueError,
+            "tensor_axis: expected an axis of the mesh .*'model'",
+        ),
+        ({"tensor_axis": "expert"}, ValueError, "tensor_axis: expected an axis that is not one of"),
+        (
+            {"tensor_axis": ("tensor",)},
+            TypeError,
+            r"tensor_axis: expected one axis .*\('tensor',\)",
+        ),
+        (
+            {"token_axes": ("tensor", "expert")},
+            ValueError,
+            "token_axes: expected axes without the tensor_axis, 'tensor', got",
+        ),
+        (
+            {"params": make_params},
+            ValueError,
+            "params.up: expected inner channels F that are a multiple of the 3 .*got F = 16; pad",
+        ),
+        (
+            {
+                "params": lambda: jax_ep.MoEParams(
+                    make_params().router_kernel, experts=draw(0, E, H)
+                )
+            },
+            ValueError,
+            "expert_specs: expected a spec that names tensor_axis='tensor'",
+        ),
+    ],
+)
+def test_errors(arguments, error, text):
+    size = 3 if "multiple of the 3" in text else 2
+    group = make_group("reference", (2, size), ("expert", "tensor"))
+    arguments = LAYER | arguments
+    params = arguments.pop("params", make_params)()
+    own = {} if params.experts is None else {"experts": scaled_experts}
+    with pytest.raises(error, match=f"jax_ep.moe: argument {text}"):
+        jax_ep.moe(make_x(4), params, group=group, **own, **arguments)
+
+
+@by_itself
+def test_more_errors():
+    group = make_group("reference", (2, 3), ("expert", "tensor"))
+    params = make_params()
+    padded = jax.tree.map(lambda shape: jnp.zeros(shape), {"up": (E, H, 6), "down": (E, 6, H)})
+    params = params._replace(gate=None, **padded)
+    params = params._replace(shared=params.shared._replace(gate=None))
+    with pytest.raises(ValueError, match=r"params.shared.up: expected inner channels S .*S = 8"):
+        jax_ep.moe(make_x(4), params, group=group, **LAYER)
+    with pytest.raises(
+        ValueError, match="moe_partition_specs: argument tensor_axis: expected an ax"
+    ):
+        jax_ep.moe_partition_specs(params, group=group, tensor_axis="expert")
+    with pytest.raises(
+        ValueError, match="linen.MoE: argument params.up: expected inner channels F"
+    ):
+        jax_ep.linen.MoE(H, F, group=group, **LAYER).init(jax.random.key(0), make_x(4))
+    entered = jax.shard_map(
+        lambda x: jax_ep.moe(x, make_params(), group=group, **LAYER)[0],
+        mesh=group.mesh,
+        in_specs=P("tensor"),
+        out_specs=P("tensor"),
+        axis_names={"tensor"},
+    )
+    with pytest.raises(
+        ValueError, match=r"tensor_axis: expected no axis that .* \('tensor',\), got"
+    ):
+        jax.eval_shape(entered, make_x(6))
+
+
+@by_itself
+def test_any_name_and_no_warning(caplog, monkeypatch):
+    """The axis is none of the tokens', whatever its name, and nothing says that work is repeated."""
+    from jax_ep._moe import token_axes
+
+    monkeypatch.setattr(token_axes, "_warned", set())
+    for name in ("tensor", "inner"):
+        group = make_group("reference", (2, 2, 2), ("data", "expert", name))
+        seen = []
+
+        def router(logits, bias, seen=seen):
+            seen.append(len(logits))
+            return routing.softmax_top_k(logits, K)
+
+        options = LAYER | {"tensor_axis": name, "router": router}
+        run = functools.partial(jax_ep.moe, group=group, **options)
+        jax.eval_shape(run, make_x(16), make_params())
+        assert seen == [4]
+    assert not caplog.messages
