@@ -20,7 +20,7 @@ from jax_ep._core.types import DispatchConfig, Dispatched, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks, router_checks
 from jax_ep._moe.activations import Activation
-from jax_ep._moe.exchange import exchange
+from jax_ep._moe.exchange import Exchanged, exchange
 from jax_ep._moe.experts import Beside, GroupedDot, shared_inner, shared_outputs
 from jax_ep._moe.local_experts import LocalExperts
 from jax_ep._moe.nested import nested_shard_map
@@ -377,7 +377,7 @@ def _on_one_rank(
     if params.shared is not None:
         assert inner is not None
         out = out._replace(y=out.y + shared_outputs(inner, params.shared))
-    out = add_parts(out, settings.tensor_axis)
+    out = Exchanged(*add_parts(*out, tensor_axis=settings.tensor_axis))
     aux = report(
         out.topk_idx,  # the handle's: those of a custom router, less the invalid ones
         routing,

@@ -20,7 +20,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jax_ep import _compat
-from jax_ep._moe.exchange import Exchanged
 
 Tree = TypeVar("Tree")
 
@@ -42,11 +41,13 @@ def once(
     return jnp.where(lax.axis_index(tensor_axis) == 0, bias, jnp.zeros_like(bias))
 
 
-def add_parts(parts: Exchanged, tensor_axis: str | None) -> Exchanged:
-    """The sum of the outputs over the axis; routes and counts, which are the same along it."""
+def add_parts(
+    y: Float[Array, "tokens hidden"], *same: Array, tensor_axis: str | None
+) -> tuple[Array, ...]:
+    """The sum of the outputs over the axis, then integers that are the same along it."""
     if tensor_axis is None:
-        return parts
+        return y, *same
     # With this name, a rematerialised block that saves what combine gives does not add again.
-    y = checkpoint_name(lax.psum(parts.y, tensor_axis), "jax_ep.combine")
-    # Equal values, but JAX does not know that. Their maximum tells it, and they are few.
-    return Exchanged(y, *lax.pmax(parts[1:], tensor_axis))
+    y = checkpoint_name(lax.psum(y, tensor_axis), "jax_ep.combine")
+    # JAX does not know that the integers are equal. Their maximum tells it, and they are few.
+    return y, *lax.pmax(same, tensor_axis)
