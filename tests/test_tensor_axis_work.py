@@ -88,26 +88,27 @@ def test_no_product_is_repeated(native_backend):
     assert work[(2, 2), "tensor"][1] < 1.2 * counted < 0.8 * work[(2, 2), None][1]
 
 
+def sums_over_tensor(jaxpr) -> list[tuple[int, ...]]:
+    """The shapes of all arrays but scalars that collectives add or gather over "tensor"."""
+    found = []
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name.startswith(
+            ("psum", "all_gather", "all_to_all", "reduce_scatter")
+        ) and "tensor" in params.get("axes", params.get("axis_name")):
+            found += [v.aval.shape for v in equation.invars if v.aval.ndim]
+        for inner in jax.tree.leaves(list(params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            found += sums_over_tensor(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
 def test_what_crosses_the_axis(native_backend):
-    """One sum of [T, H] forward, one backward with [T, K] beside it; rows and weights do not."""
+    """One sum of [T, H] forward and one backward; neither rows nor weights."""
     group = make_group(native_backend, (2, 2), ("expert", "tensor"))
     run, arguments = training_step(group, "tensor")
-    sums = []
-
-    def look(jaxpr):
-        for equation in jaxpr.eqns:
-            name = equation.primitive.name
-            if name.startswith(("psum", "all_gather", "all_to_all", "reduce_scatter")):
-                axes = equation.params.get("axes", equation.params.get("axis_name"))
-                if "tensor" in axes:
-                    sums.extend(v.aval.shape for v in equation.invars if v.aval.ndim)
-            for inner in jax.tree.leaves(list(equation.params.values())):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    look(inner)
-
-    look(run.trace(*arguments).jaxpr)
-    assert sorted(sums) == [(8, H), (8, H)]  # the routes that are given have no gradient here
+    # The given routes need no gradient, so their weights have none here.
+    assert sums_over_tensor(run.trace(*arguments).jaxpr) == [(8, H), (8, H)]
 
 
 def test_rematerialised(native_backend):
@@ -129,8 +130,12 @@ def test_rematerialised(native_backend):
     layer = functools.partial(jax_ep.moe, group=group, **LAYER)
     found = functools.partial(loss, layer, functools.partial(jax.checkpoint, policy=policy))
     dense = functools.partial(loss, functools.partial(dense_layer, top_k=K), lambda block: block)
-    dense = lambda *a, f=dense: f(*a)  # noqa: E731
-    compiled = jax.jit(jax.grad(found, argnums=(0, 1))).lower(x, stacked).compile()
+    traced = jax.jit(jax.grad(found, argnums=(0, 1))).trace(x, stacked)
+    # Outputs, and backward the gradients of tokens, of top-k weights and of the bias that all have.
+    tokens, bias = 16 // 4, (E // 2, H)
+    sums = [(tokens, H), (tokens, H), (tokens, K), bias]
+    assert sorted(sums_over_tensor(traced.jaxpr)) == sorted(sums)
+    compiled = traced.lower().compile()
     got = compiled(x, stacked)
     if native_backend != "reference":
         targets = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")
