@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
 
 from jax_ep import _compat
 from jax_ep._core import arguments
@@ -20,16 +20,19 @@ from jax_ep._core.types import DispatchConfig, Dispatched, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks, router_checks
 from jax_ep._moe.activations import Activation
-from jax_ep._moe.exchange import exchange
+from jax_ep._moe.exchange import Exchanged, exchange
 from jax_ep._moe.experts import Beside, GroupedDot, shared_inner, shared_outputs
 from jax_ep._moe.local_experts import LocalExperts
 from jax_ep._moe.nested import nested_shard_map
+from jax_ep._moe.of_tokens import OfTokens, zero_masked
 from jax_ep._moe.own_experts import ExpertFunction
 from jax_ep._moe.param_checks import check_experts
 from jax_ep._moe.params import MoEParams
 from jax_ep._moe.placement import join_tokens, place, split_tokens
 from jax_ep._moe.report import MoEAux, Parts, Sequences, report, report_of_no_token
 from jax_ep._moe.router import AnyRouter, Noise, RouterLike, replay, resolve_router, route
+from jax_ep._moe.tensor_axis import add_parts, vary
+from jax_ep._moe.tensor_checks import check_axis, check_not_entered
 from jax_ep._moe.token_axes import resolve_token_axes
 from jax_ep._ops import checks as op_checks
 from jax_ep.routing import Routing
@@ -47,6 +50,7 @@ class _Settings:
     num_used_experts: int
     router: AnyRouter
     token_axes: tuple[str, ...]
+    tensor_axis: str | None
     experts: LocalExperts
     overlap: Overlap | None
     num_chunks: int
@@ -63,6 +67,7 @@ def moe(
     top_k: int,
     router: RouterLike = "softmax",
     token_axes: tuple[str, ...] | None = None,
+    tensor_axis: str | None = None,
     mask: Bool[Array, "*batch"] | None = None,
     router_inputs: Any = None,
     router_key: PRNGKeyArray | None = None,
@@ -130,7 +135,13 @@ def moe(
             takes all axes of the mesh, those of the group last, but for axes that an enclosing
             ``shard_map`` has entered and for those whose names stand for tensor or pipeline
             parallelism: "tensor", "model", "tp", "mp", "stage", "stages", "pipeline", "pipe", "pp".
-            Ranks along the latter repeat the work, which a warning says once.
+            Ranks along the latter repeat the work, which a warning says once, and along
+            ``tensor_axis``, which is never among them, they divide it.
+        tensor_axis: A mesh axis that divides F of the experts and S of the shared expert, multiples
+            of its size. Positions along it have the same tokens, and send them to their groups each
+            for itself. Each computes with its part of the inner channels, and the outputs are added
+            over the axis in the dtype of ``x``. The activation works channel by channel. No weight is
+            gathered if it is split as ``moe_partition_specs(tensor_axis=)`` says. None: no such axis.
         mask: Boolean, the shape of ``x`` without H. A token with False is set to zero before
             anything reads it, so even NaN in it does no harm. It goes to no expert and is in no
             statistics and no gradient. Its output is that of the shared expert for zeros, which is
@@ -226,7 +237,9 @@ def moe(
     checks.check_num_used(op, num_used_experts, num_experts)
     checks.check_top_k(top_k, num_used_experts or num_experts)
     checks.check_x(x)
-    local_experts = LocalExperts(activation, grouped_dot, experts)
+    check_axis(op, tensor_axis, group)
+    check_not_entered(tensor_axis)
+    local_experts = LocalExperts(activation, grouped_dot, experts, tensor_axis)
     local_experts = check_experts(
         params, x.shape[-1], num_experts, group, local_experts, expert_specs
     )
@@ -253,7 +266,8 @@ def moe(
         top_k=top_k,
         num_used_experts=num_used_experts or num_experts,
         router=resolved,
-        token_axes=resolve_token_axes(token_axes, group),
+        token_axes=resolve_token_axes(token_axes, group, tensor_axis),
+        tensor_axis=tensor_axis,
         experts=local_experts,
         overlap=overlap,
         num_chunks=num_chunks if overlap == "chunks" else 1,
@@ -261,14 +275,6 @@ def moe(
         dispatch=tuple(options.items()),
     )
     return _over_mesh(settings, x, params, mask, **arrays)
-
-
-class _OfTokens(NamedTuple):
-    """Arrays of tokens that go with ``x``, each of them or None."""
-
-    mask: Bool[Array, "tokens 1"] | None
-    router_inputs: Any
-    routing: Routing | None
 
 
 @functools.partial(jax.jit, static_argnums=0)  # op by op, a call outside jit would take seconds
@@ -296,7 +302,7 @@ def _over_mesh(
     if mask is not None:
         mask = split_tokens(mask[..., None], mesh, axes)
     split = functools.partial(split_tokens, mesh=mesh, axes=axes, num_batch=len(batch))
-    given = _OfTokens(mask, *jax.tree.map(split, (router_inputs, routing)))
+    given = OfTokens(mask, *jax.tree.map(split, (router_inputs, routing)))
     seed = None if router_key is None else place(seed_of(router_key), mesh, PartitionSpec())
     param_specs = settings.experts.partition_specs(params, settings.group)
     params = jax.tree.map(lambda p, spec: place(p, mesh, spec), params, param_specs)
@@ -322,14 +328,14 @@ def _on_one_rank(
     sequences: Sequences,
     x: Float[Array, "tokens hidden"],
     params: MoEParams,
-    given: _OfTokens,
+    given: OfTokens,
     seed: UInt32[Array, "2"] | None,
 ) -> tuple[Float[Array, "tokens hidden"], MoEAux]:
     """The layer for this rank's tokens and this rank's experts."""
     mask, token_idx = given.mask, None
     if mask is not None:
         # A masked token may hold NaN, which must not reach the gradient of any weight.
-        x, given = jax.tree.map(functools.partial(_zero_masked, mask), (x, given))
+        x, given = jax.tree.map(functools.partial(zero_masked, mask), (x, given))
     if seed is not None or settings.parts.sequence_loss:
         first = lax.axis_index(settings.token_axes) * len(x)
         token_idx = first + jnp.arange(len(x), dtype=jnp.int32)
@@ -342,6 +348,7 @@ def _on_one_rank(
         from_these = (x, params.router_kernel, params.router_bias, given.router_inputs, noise)
         routing, logits = route(settings.router, *from_these, top_k=settings.top_k, **sizes)
     topk_idx = routing.topk_idx if mask is None else jnp.where(mask, routing.topk_idx, -1)
+    x, topk_weights = vary((x, routing.topk_weights), settings.tensor_axis)
     inner = None
     if params.shared is not None:
         inner = shared_inner(x, params.shared, settings.experts.activation)
@@ -358,7 +365,7 @@ def _on_one_rank(
     out = exchange(
         x,
         topk_idx,
-        routing.topk_weights,
+        topk_weights,
         experts,
         in_flight=settings.overlap is not None,
         num_chunks=settings.num_chunks,
@@ -367,10 +374,10 @@ def _on_one_rank(
         num_experts=settings.num_experts,
         **dict(settings.dispatch),
     )
-    y = out.y
     if params.shared is not None:
         assert inner is not None
-        y = y + shared_outputs(inner, params.shared)
+        out = out._replace(y=out.y + shared_outputs(inner, params.shared))
+    out = Exchanged(*add_parts(*out, tensor_axis=settings.tensor_axis))
     aux = report(
         out.topk_idx,  # the handle's: those of a custom router, less the invalid ones
         routing,
@@ -384,11 +391,4 @@ def _on_one_rank(
         token_idx=token_idx,
         **sizes,
     )
-    return y, aux
-
-
-def _zero_masked(
-    mask: Bool[Array, "tokens 1"], x: Shaped[Array, "tokens ..."]
-) -> Shaped[Array, "tokens ..."]:
-    """``x`` with zeros in the place of masked tokens."""
-    return jnp.where(lax.expand_dims(mask[:, 0], range(1, x.ndim)), x, jnp.zeros((), x.dtype))
+    return out.y, aux

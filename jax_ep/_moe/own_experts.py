@@ -30,8 +30,10 @@ class ExpertFunction(Protocol):
 
     Such a function makes the outputs of the experts, and ``moe`` multiplies them with the top-k
     weights. It runs inside ``jax.shard_map`` over the mesh of the group, so it may use collectives.
-    With ``overlap="chunks"`` it runs once for each chunk. Rows that do not belong to a token are
-    zeros; the function may return anything for them, even NaN, and their cotangents are zeros.
+    With ``tensor_axis`` it returns its part of a sum over that axis, over which ``expert_specs`` splits
+    at least one of the weights; it adds what all positions have, such as a bias, on one of them. With
+    ``overlap="chunks"`` it runs once for each chunk. Rows that do not belong to a token are zeros; the
+    function may return anything for them, even NaN, and their cotangents are zeros.
 
     JAX keeps a program for each function, which it finds by hash and equality. So define it once, and
     pass arrays in ``params.experts`` rather than closing over them.

@@ -55,7 +55,10 @@ def check_experts(
     intermediate = up.shape[-1] if up is not None and up.ndim else 0
     _check_shapes(params, hidden, num_experts, intermediate)
     _check_shared(params.shared, hidden, experts.activation)
+    check_widths("moe", params, experts.tensor_axis, group)
     specs = _check_own(params, num_experts, group, expert_specs) if own else ()
+    if own and experts.tensor_axis is not None:
+        _check_names_axis(specs, experts.tensor_axis)
     return dataclasses.replace(experts, specs=specs)
 
 
@@ -223,6 +226,47 @@ def _check_own(
     return flat
 
 
+def check_widths(op: str, params: MoEParams, tensor_axis: str | None, group: Group) -> None:
+    """The inner channels of experts and shared expert can be split over the axis."""
+    if tensor_axis is None:
+        return
+    size = group.mesh.shape[tensor_axis]
+    shared = params.shared
+    widths = {
+        "params.up": ("F", params.up),
+        "params.shared.up": ("S", None if shared is None else shared.up),
+    }
+    for name, (symbol, weight) in widths.items():
+        if weight is not None and weight.shape[-1] % size:
+            raise arguments.value_error(
+                op,
+                name,
+                f"inner channels {symbol} that are a multiple of the {size} positions along "
+                f"tensor_axis={tensor_axis!r}",
+                f"{symbol} = {weight.shape[-1]}",
+                "pad them with zeros, or use a mesh with a smaller axis",
+            )
+
+
+def _check_names_axis(specs: tuple[PartitionSpec, ...], tensor_axis: str) -> None:
+    """Some spec splits over the axis, or each position would add the whole outputs to the sum."""
+    if any(tensor_axis in _axes(entry) for spec in specs for entry in spec):
+        return
+    raise arguments.value_error(
+        "moe",
+        "expert_specs",
+        f"a spec that names tensor_axis={tensor_axis!r}, because the outputs of experts= are added "
+        "over this axis",
+        specs,
+        "split the weights over it, and let the function return its part of the sum",
+    )
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The axes that an entry of a spec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def _check_spec(name: str, leaf: Any, spec: Any, group: Group) -> None:
     """``leaf`` can be split as ``spec`` says."""
     if not isinstance(spec, PartitionSpec):
@@ -234,7 +278,7 @@ def _check_spec(name: str, leaf: Any, spec: Any, group: Group) -> None:
             "write jax.P('expert') or the like",
         )
     sizes = {a: n for a, n in group.mesh.shape.items() if a not in _compat.manual_axes()}
-    names = [() if n is None else (n,) if isinstance(n, str) else tuple(n) for n in spec]
+    names = [_axes(entry) for entry in spec]
     unknown = [axis for each in names for axis in each if axis not in sizes]
     if unknown:
         raise arguments.value_error(

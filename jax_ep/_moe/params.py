@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from jax_ep._core import arguments
 from jax_ep._groups.group import Group
+from jax_ep._moe.tensor_checks import check_axis
 
 AxisName = str | tuple[str, ...] | None
 Initializer = Callable[..., Array]
@@ -78,7 +79,8 @@ class PartitionNames:
             names save no memory unless logical rules map them to those axes.
         hidden: For example "data", to store the weights split further (as FSDP does). They are
             gathered while the layer runs.
-        intermediate: Likewise for F of the experts and S of the shared expert.
+        intermediate: Likewise for F of the experts and S of the shared expert. None stands for the
+            tensor axis, where there is one.
     """
 
     experts: AxisName = None
@@ -213,6 +215,7 @@ def moe_partition_specs(
     *,
     group: Group,
     names: PartitionNames = DEFAULT_NAMES,
+    tensor_axis: str | None = None,
     expert_specs: Any = None,
 ) -> MoEParams:
     """A ``PartitionSpec`` for each weight: experts over the axes of the group.
@@ -226,7 +229,12 @@ def moe_partition_specs(
         params: The weights or their shapes; only which of them are None matters, and the structure of
             ``experts``.
         group: The group that the layer runs on.
-        names: Axes of the other dimensions, if they are to be split too.
+        names: Axes of the other dimensions, if they are to be split too. Where XLA has to gather
+            weights, it does so in their dtype. To gather the experts' weights in the dtype of ``x``,
+            cast them before the call of ``moe``; then their gradients are also summed over the token
+            axes in that dtype.
+        tensor_axis: As in ``moe``: splits F of the experts and S of the shared expert, unless
+            ``names.intermediate`` does. None splits neither.
         expert_specs: Specs of ``params.experts``, as in ``moe``: a pytree of them, or one for all
             leaves of a part of the tree. None splits the first dimension of each leaf.
 
@@ -234,10 +242,14 @@ def moe_partition_specs(
         ``MoEParams`` of specs.
 
     Raises:
-        ValueError: if ``expert_specs`` has another structure than ``params.experts``.
+        TypeError: if ``tensor_axis`` is no name.
+        ValueError: if ``expert_specs`` has another structure than ``params.experts``, or if
+            ``tensor_axis`` is not in the mesh or is an axis of the group.
     """
+    check_axis("moe_partition_specs", tensor_axis, group)
     experts = group_axis(group) if names.experts is None else names.experts
-    hidden, intermediate = names.hidden, names.intermediate
+    hidden = names.hidden
+    intermediate = tensor_axis if names.intermediate is None else names.intermediate
 
     def split(like: Any, *dimensions: AxisName) -> Any:
         return None if like is None else PartitionSpec(*dimensions)

@@ -17,6 +17,7 @@ from jax_ep._moe import checks
 from jax_ep._moe.activations import Activation
 from jax_ep._moe.experts import GroupedDot
 from jax_ep._moe.layer import Overlap, moe
+from jax_ep._moe.param_checks import check_widths
 from jax_ep._moe.params import (
     DEFAULT_NAMES,
     Initializer,
@@ -28,6 +29,7 @@ from jax_ep._moe.params import (
 )
 from jax_ep._moe.report import MoEAux
 from jax_ep._moe.router import RouterLike
+from jax_ep._moe.tensor_checks import check_axis
 
 _SETTINGS = "{settings}"
 Class = TypeVar("Class", bound=type)
@@ -55,6 +57,7 @@ class LayerSettings:
         router_init: Likewise for the router.
         partition_names: Mesh axes, or logical names, of the weights' dimensions.
         token_axes: Mesh axes that tokens are split over; None for all but tensor and pipeline axes.
+        tensor_axis: Mesh axis that F and S are split over, in the layer and in its weights.
         sequence_loss: Whether the statistics have the loss within each sequence.
         return_routing: Whether the statistics have routes and logits of the tokens.
         grouped_dot: Replaces ``jax_ep.grouped_dot``, which alone leaves SMs to ops in flight.
@@ -88,6 +91,7 @@ class LayerSettings:
     router_init: Initializer = default_init
     partition_names: PartitionNames = DEFAULT_NAMES
     token_axes: tuple[str, ...] | None = None
+    tensor_axis: str | None = None
     sequence_loss: bool = False
     return_routing: bool = False
     grouped_dot: GroupedDot | None = None
@@ -111,6 +115,7 @@ class LayerSettings:
             num_used_experts=self.num_used_experts,
             top_k=self.top_k,
         )
+        check_axis(op, self.tensor_axis, self.group)
         shapes = moe_param_shapes(
             hidden=self.hidden,
             intermediate=self.intermediate,
@@ -120,7 +125,9 @@ class LayerSettings:
             expert_bias=self.expert_bias,
             dtype=self.param_dtype,
         )
-        return shapes, moe_partition_specs(shapes, group=self.group, names=self.partition_names)
+        check_widths(op, shapes, self.tensor_axis, self.group)
+        how: dict[str, Any] = {"names": self.partition_names, "tensor_axis": self.tensor_axis}
+        return shapes, moe_partition_specs(shapes, group=self.group, **how)
 
     def _run(
         self,

@@ -20,23 +20,27 @@ logger = logging.getLogger("jax_ep")
 _warned: set[tuple[Any, ...]] = set()
 
 
-def resolve_token_axes(token_axes: Any, group: Group) -> tuple[str, ...]:
+def resolve_token_axes(
+    token_axes: Any, group: Group, tensor_axis: str | None = None
+) -> tuple[str, ...]:
     """The axes that ``moe`` splits tokens over, those of the group last by default.
 
     Args:
         token_axes: Names that the caller gave. None stands for all axes of the mesh but those whose
-            names are in ``SHARED_TOKEN_AXES`` and those that an enclosing ``shard_map`` has
-            entered.
+            names are in ``SHARED_TOKEN_AXES``, those that an enclosing ``shard_map`` has entered
+            and the tensor axis.
         group: The group of the layer.
+        tensor_axis: The axis along which ranks divide the work for the same tokens, or None.
 
     Raises:
         TypeError: for anything but a sequence of names.
-        ValueError: if an axis is missing in the mesh, repeated or already entered, or if one of the
-            group's axes is left out.
+        ValueError: if an axis is missing in the mesh, repeated, already entered or the tensor axis,
+            or if one of the group's axes is left out.
     """
     names, manual = group.mesh.axis_names, _compat.manual_axes()
     if token_axes is None:
-        outside = [name for name in group.other_axes if name not in manual]
+        left_out = (*manual, tensor_axis)
+        outside = [name for name in group.other_axes if name not in left_out]
         split = [name for name in outside if name.lower() not in SHARED_TOKEN_AXES]
         _warn_of_repeats(group, split, [name for name in outside if name not in split])
         return (*split, *group.axis_names)
@@ -53,6 +57,14 @@ def resolve_token_axes(token_axes: Any, group: Group) -> tuple[str, ...]:
             f"axes of the mesh {names}, each once",
             token_axes,
             "name the axes that tokens are to be split over",
+        )
+    if tensor_axis in token_axes:
+        raise arguments.value_error(
+            "moe",
+            "token_axes",
+            f"axes without the tensor_axis, {tensor_axis!r}",
+            token_axes,
+            "leave it out of one of the two: ranks along the tensor axis have the same tokens",
         )
     if not set(group.axis_names) <= set(token_axes):
         raise arguments.value_error(
@@ -77,7 +89,7 @@ def resolve_token_axes(token_axes: Any, group: Group) -> tuple[str, ...]:
 def _warn_of_repeats(group: Group, split: list[str], axes: list[str]) -> None:
     """Say once for each kind of mesh that ranks along ``axes`` work on the same tokens."""
     axes = [name for name in axes if group.mesh.shape[name] > 1]
-    key = (*group.mesh.shape.items(), group.axis_names)
+    key = (*group.mesh.shape.items(), group.axis_names, tuple(axes))
     if not axes or key in _warned:
         return
     _warned.add(key)
