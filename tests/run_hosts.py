@@ -47,6 +47,8 @@ NVSHMEM = {
     # Memory of many groups has to fit, and small chunks go round their slots more often.
     "JAX_EP_NETWORK_CHUNK_BYTES": str(64 << 10),
     "JAX_EP_NETWORK_LANES": "3",
+    # So that eight ranks fit one GPU, with this memory, XLA's arenas and their contexts.
+    "JAX_EP_NETWORK_BYTES": str(1 << 30),
 }
 
 

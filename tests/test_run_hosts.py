@@ -61,6 +61,7 @@ def test_variables_without_a_network():
         "LD_PRELOAD": "nccl.so",
         "JAX_EP_NETWORK_CHUNK_BYTES": "65536",
         "JAX_EP_NETWORK_LANES": "3",
+        "JAX_EP_NETWORK_BYTES": "1073741824",
         "JAX_EP_TEST_PLATFORM": "cuda",
         "JAX_EP_TEST_RANKS_PER_HOST": "3",
         "NVSHMEM_REMOTE_TRANSPORT": "none",

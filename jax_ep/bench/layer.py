@@ -92,6 +92,7 @@ def with_jax_ep(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
         num_experts=sizes.experts,
         alignment=1,
         capacity=sizes.capacity,
+        unused_rows="undefined",  # the experts go by group sizes
         config=sizes.config,
     )
     assert out.weights is not None
