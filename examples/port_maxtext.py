@@ -53,15 +53,17 @@ class Config:
 # [router]
 def router_of(config) -> routing.Router:
     """The router that MaxText's options describe."""
-    if config.decoder_block != "deepseek":  # Mixtral, Qwen3: softmax over the chosen experts
-        return routing.Router("softmax")
-    scale = config.routed_scaling_factor
-    if config.routed_score_func == "softmax":  # DeepSeek-V2
+    kind, scale = (config.decoder_block, config.routed_score_func), config.routed_scaling_factor
+    if kind in (("mixtral", ""), ("qwen3_moe", "")) and not config.routed_bias:
+        return routing.Router("softmax")  # over the chosen experts
+    if kind == ("deepseek", "softmax") and not config.routed_bias:  # DeepSeek-V2
         return routing.Router("softmax", renormalize=False, scale=scale)
-    if config.n_routing_groups == -1:
+    if kind == ("deepseek", "sigmoid") and config.n_routing_groups == -1:
         return routing.Router("sigmoid", scale=scale)
-    groups = {"num_groups": config.n_routing_groups, "top_groups": config.topk_routing_group}
-    return routing.Router("group_limited", scale=scale, **groups)  # DeepSeek-V3
+    if kind == ("deepseek", "sigmoid"):  # DeepSeek-V3
+        groups = {"num_groups": config.n_routing_groups, "top_groups": config.topk_routing_group}
+        return routing.Router("group_limited", scale=scale, **groups)
+    raise ValueError(f"router_of: no Router is that of {config}; pass routes to the layer.")
 
 
 def activation_of(config):
@@ -105,33 +107,33 @@ class RoutedMoE(nnx.Module):
             self.wi_1_bias = param((experts, inner), ("exp", None))
             self.wo_bias = param((experts, hidden), ("exp", None))
         # [group]
-        self.group = jax_ep.create_group(mesh, "expert")
+        self.group = jax_ep.create_group(mesh, "expert")  # in __init__; every process calls it
         # [end]
 
     # [call]
     def __call__(self, inputs, routes=None):
         """Output, load-balancing loss and update of the bias, as MaxText's layer gives them."""
-        config = self.config
-        names = {"gate_bias": self.wi_0_bias, "up_bias": self.wi_1_bias, "down_bias": self.wo_bias}
+        config, factor = self.config, self.config.ragged_buffer_factor
+        biases = {"gate_bias": self.wi_0_bias, "up_bias": self.wi_1_bias, "down_bias": self.wo_bias}
         params = jax_ep.MoEParams(
             router_kernel=self.gate.kernel[...],
             router_bias=self.gate.bias[...].astype("float32") if config.routed_bias else None,
             gate=self.wi_0[...],
             up=self.wi_1[...],
             down=self.wo[...],
-            **{name: bias[...] for name, bias in names.items() if bias is not None},
+            **{name: bias[...] for name, bias in biases.items() if bias is not None},
         )
+        how = {"router": router_of(config)} if routes is None else {"routing": routes}
         y, aux = jax_ep.moe(
             inputs.astype(config.dtype),
             params,
             group=self.group,
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
-            router=router_of(config),
-            routing=routes,
+            **how,
             activation=activation_of(config),
             token_axes=("data", "fsdp", "expert", "tensor"),
-            rank_capacity_factor=config.ragged_buffer_factor if config.ragged_buffer_factor > 0 else None,
+            rank_capacity_factor=factor if factor > 0 else None,
             sequence_loss=True,
         )
         weight = config.load_balance_loss_weight * config.num_experts_per_tok
@@ -145,8 +147,15 @@ class RoutedMoE(nnx.Module):
 
 
 # [routes]
+def routes_with_bias(layer, inputs):
+    """Routes of gpt-oss: the bias is a part of the logits, so it has a gradient."""
+    logits = inputs.astype("float32") @ layer.gate.kernel[...] + layer.gate.bias[...]
+    chosen, selected_experts = jax.lax.top_k(logits, layer.config.num_experts_per_tok)
+    return routing.Routing(selected_experts, jax.nn.softmax(chosen), jax.nn.softmax(logits))
+
+
 def routes_by_hash(layer, inputs, input_ids, tid2eid):
-    """Routes that a table ``[vocabulary, K]`` gives, as in the first layers of DeepSeek-V4."""
+    """Routes that a table ``[vocabulary, K]`` gives for the id of each token."""
     scores = jax.nn.sigmoid(inputs.astype("float32") @ layer.gate.kernel[...])
     selected_experts = tid2eid[input_ids]
     weights = jnp.take_along_axis(scores, selected_experts, axis=-1)
