@@ -33,6 +33,7 @@ class Block(nn.Module):
     group: jax_ep.Group
 
     def setup(self) -> None:
+        """Make the parts of the block."""
         self.attention = nn.MultiHeadDotProductAttention(HEADS)
         # before: self.mlp = MLP(INTERMEDIATE)
         self.moe = jax_ep.linen.MoE(
@@ -48,12 +49,14 @@ class Block(nn.Module):
         )
 
     def __call__(self, x, mask):
+        """Outputs of the tokens ``x`` ``[B, S, H]``, and what the layer reports."""
         x = x + self.attention(x)
         # before: return x + self.mlp(x)
         y, aux = self.moe(x, mask=mask)  # takes its noise from make_rng("router")
         return x + y, aux
 
     def update_router_bias(self, load):
+        """Move the router's bias towards even load."""
         self.moe.update_router_bias(load, rate=1e-3)
 
 
@@ -66,12 +69,14 @@ class Model(nn.Module):
     group: jax_ep.Group
 
     def setup(self) -> None:
+        """Make the blocks, each of which is computed again in the backward pass."""
         remat_block = nn.remat(Block, policy=save_plan)
         self.embed = nn.Embed(VOCABULARY, HIDDEN)
         self.blocks = [remat_block(self.group) for _ in range(NUM_BLOCKS)]
         self.head = nn.Dense(VOCABULARY)
 
     def __call__(self, ids):
+        """Logits of the tokens ``ids`` ``[B, S]``, and what each block reports."""
         x, auxes = self.embed(ids), []
         for block in self.blocks:
             x, aux = block(x, ids != PAD)
@@ -79,6 +84,7 @@ class Model(nn.Module):
         return self.head(x), auxes
 
     def update_router_biases(self, loads):
+        """Move the biases of all routers, given ``aux.load`` of each block."""
         for block, load in zip(self.blocks, loads, strict=True):
             block.update_router_bias(load)
 

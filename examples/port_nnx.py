@@ -52,6 +52,7 @@ class Block(nnx.Module):
 
     @functools.partial(nnx.remat, policy=save_plan)
     def __call__(self, x, mask, router_key):
+        """Outputs of the tokens ``x`` ``[B, S, H]``, and what the layer reports."""
         x = x + self.attention(x)
         # before: return x + self.mlp(x)
         y, aux = self.moe(x, mask=mask, router_key=router_key)

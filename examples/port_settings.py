@@ -107,7 +107,9 @@ def main() -> None:
         # [end]
         group.check()
         change = jnp.abs(y.astype(jnp.float32) - before.astype(jnp.float32)).max()
-        print(f"{name}: {dropped:.1%} of the rows dropped, largest change of an output {change:.3f}")
+        print(
+            f"{name}: {dropped:.1%} of the rows dropped, largest change of an output {change:.3f}"
+        )
         before = y
 
 

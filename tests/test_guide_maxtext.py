@@ -102,7 +102,7 @@ def dense(name: str, config, weights, x, ids):
     y = dense_routed.experts(x, routes.weights, params, combined)
     lb_loss = updates = None
     if config.load_balance_loss_weight > 0:
-        if config.routed_score_func == "sigmoid":  # DeepSeek's, of the best scores without bias
+        if config.routed_score_func:  # DeepSeek's, of the best scores without bias
             lb_loss = dense_routed.report(routes, top_k).sequence_loss * top_k
         else:  # MaxText's: tokens of an expert and its probability, averaged over a sequence
             density, probability = routes.chosen.mean(1), jax.nn.softmax(logits).mean(1)
@@ -163,8 +163,12 @@ def test_parameters_are_those_of_maxtext():
     E, H, F = 8, 16, 12
     assert shapes == {
         "gate": {"kernel": (H, E), "bias": (E,)},
-        **{"wi_0": (E, H, F), "wi_1": (E, H, F), "wo": (E, F, H)},
-        **{"wi_0_bias": (E, F), "wi_1_bias": (E, F), "wo_bias": (E, H)},
+        "wi_0": (E, H, F),
+        "wi_1": (E, H, F),
+        "wo": (E, F, H),
+        "wi_0_bias": (E, F),
+        "wi_1_bias": (E, F),
+        "wo_bias": (E, H),
     }
     assert layer.wo[...].sharding.spec == jax.P("expert", "tensor", "fsdp")
 
@@ -172,7 +176,10 @@ def test_parameters_are_those_of_maxtext():
 def test_buffer_factor_bounds_the_rows():
     layer, x, _ = make("mixtral")
     want, lb_loss, _ = layer(x)
-    roomy, small = make("mixtral", ragged_buffer_factor=8.0), make("mixtral", ragged_buffer_factor=0.5)
+    roomy, small = (
+        make("mixtral", ragged_buffer_factor=8.0),
+        make("mixtral", ragged_buffer_factor=0.5),
+    )
     np.testing.assert_array_equal(roomy[0](x)[0], want)
     y, small_loss, _ = small[0](x)
     changed = np.any(y != want, axis=-1)
@@ -185,7 +192,9 @@ def test_buffer_factor_bounds_the_rows():
     ids=str,
 )
 def test_routers_that_jax_ep_has_not_are_errors(options):
-    with pytest.raises(ValueError, match="router_of: no Router is that of .*pass routes to the layer"):
+    with pytest.raises(
+        ValueError, match=r"router_of: no Router is that of .*pass routes to the layer"
+    ):
         maxtext.router_of(dataclasses.replace(maxtext.Config(), **options))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -39,7 +40,12 @@ def dense(x, weights: dict[str, Any], bias, mask) -> tuple[jax.Array, jax_ep.MoE
     y = dense_routed.experts(jnp.where(real, x, 0), routes.weights * real, weights)
     report = dense_routed.report(routes, 2, mask)
     return y, jax_ep.MoEAux(
-        report.aux_loss, report.load, jnp.int32(0), jnp.int32(0), report.z_loss, report.sequence_loss
+        report.aux_loss,
+        report.load,
+        jnp.int32(0),
+        jnp.int32(0),
+        report.z_loss,
+        report.sequence_loss,
     )
 
 
@@ -145,10 +151,16 @@ class DenseLinen(nn.Module):
         return dense(x, weights, bias, mask)
 
 
-def test_linen_model_is_the_dense_model(monkeypatch):
+@functools.cache
+def linen_model():
     mesh = make_mesh()
     ids, labels = linen.make_batch(mesh)
     _, model, _, (variables, _) = linen.make(mesh, ids)
+    return model, variables, ids, labels
+
+
+def test_linen_model_is_the_dense_model(monkeypatch):
+    model, variables, ids, labels = linen_model()
     params = variables["params"]
     assert params["blocks_0"]["moe"]["gate"].sharding.spec == jax.P("expert", "data", None)
     E = variables["router_bias"]["blocks_0"]["moe"]["bias"].size
@@ -160,21 +172,26 @@ def test_linen_model_is_the_dense_model(monkeypatch):
         variables = {**variables, **biases}
     assert np.abs(variables["router_bias"]["blocks_1"]["moe"]["bias"]).max() > 0.04
 
-    def step(params, biases, ids, labels):
-        grad_fn = jax.value_and_grad(linen.loss_fn, argnums=1, has_aux=True)
-        return grad_fn(model, params, biases, ids, labels)
+    def compiled(*arguments):
+        def step(params, biases, ids, labels):
+            grad_fn = jax.value_and_grad(linen.loss_fn, argnums=1, has_aux=True)
+            return grad_fn(model, params, biases, ids, labels)
+
+        lowered = jax.jit(step).lower(*arguments)
+        return lowered.compile(), "jax_ep_dispatch" in lowered.as_text()
 
     arguments = (params, {"router_bias": variables["router_bias"]}, ids, labels)
-    found = jax.jit(step)(*arguments)
+    step, dispatches = compiled(*arguments)
+    found = step(*arguments)
     monkeypatch.setattr(jax_ep.linen, "MoE", DenseLinen)
-    jax.clear_caches()  # the model is the same, but its layer is another
-    check(found, jax.jit(step)(*jax.device_get(arguments)))
+    arguments = jax.device_get(arguments)
+    dense_step, dense_dispatches = compiled(*arguments)
+    assert dispatches and not dense_dispatches
+    check(found, dense_step(*arguments))
 
 
 def test_linen_takes_noise_from_the_stream():
-    mesh = make_mesh()
-    ids, labels = linen.make_batch(mesh)
-    _, model, _, (variables, _) = linen.make(mesh, ids)
+    model, variables, ids, labels = linen_model()
     params, biases = variables["params"], {"router_bias": variables["router_bias"]}
 
     @jax.jit
@@ -193,7 +210,7 @@ def test_program_trains_and_resumes(program, monkeypatch, capsys):
     devices = len(make_mesh().devices.flat)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     *losses, last, again = program.main()
-    assert len(losses) == 4 and all(a > b for a, b in zip(losses, losses[1:] + [last], strict=True))
+    assert len(losses) == 4 and all(a > b for a, b in zip(losses, [*losses[1:], last], strict=True))
     np.testing.assert_allclose(again, last, rtol=1e-6)
     assert "step 3: loss" in capsys.readouterr().out
 

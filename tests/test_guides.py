@@ -1,4 +1,4 @@
-"""docs/guides/: pages that show what runs, and what the guide of settings says about memory and rows."""
+"""docs/guides/: pages that show what runs; and what the guide of settings says about rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def test_links_lead_somewhere(path):
 
 
 def test_each_part_of_a_program_is_shown():
-    shown = {match.group(2, 3) for page in GUIDES for match in pages._CODE.finditer(page.read_text())}
+    shown = {
+        match.group(2, 3) for page in GUIDES for match in pages._CODE.finditer(page.read_text())
+    }
     parts = {
         (path.name, name)
         for path in PROGRAMS
@@ -151,7 +153,7 @@ def test_what_each_policy_saves(names, calls):
     layer = layer_that_saves(names, group, num_experts)
     sizes = {"hidden": settings.HIDDEN, "intermediate": settings.INTERMEDIATE}
     sizes |= {"top_k": settings.TOP_K, "num_experts": num_experts, "ranks": group.size}
-    rows, size = settings.memory(tokens=32, factor=1.25, **sizes)
+    rows, _ = settings.memory(tokens=32, factor=1.25, **sizes)
     saved = saved_bytes(layer, x, params, mask, rows * group.size)
     of_dispatch = rows * group.size * settings.HIDDEN * 2
     if names is None:  # at least gate, up and product, and the rows that came

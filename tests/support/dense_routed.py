@@ -1,6 +1,6 @@
-"""A layer of experts with any router, written out densely and without jax_ep: every expert for every token.
+"""A layer of experts with any router, written out densely: every expert for every token.
 
-It takes tokens ``[B, S, H]`` and the losses of a router are written as their papers state them.
+It knows nothing of jax_ep. Losses are written as their papers state them.
 """
 
 from __future__ import annotations
