@@ -68,6 +68,20 @@ def check(found, want) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def check_loss(result, logits, ids, labels) -> None:
+    """The loss is what the guides say: padding has no part in it, and each loss its factor."""
+    loss, auxes = jax.device_get(result)
+    real = np.asarray(ids) != 0
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    want = -np.take_along_axis(log_p, np.asarray(labels)[..., None], -1)[..., 0][real].mean()
+    assert 0 < real.sum() < real.size and len(auxes) == 2
+    for aux in auxes:
+        assert aux.load.sum() == 2 * real.sum()
+        want += 1e-2 * aux.aux_loss + 1e-3 * aux.z_loss + 1e-4 * aux.sequence_loss
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+
+
 # ---- NNX
 
 
@@ -106,7 +120,10 @@ def test_nnx_model_is_the_dense_model():
         block.moe = DenseNNX(block.moe)
     nnx.update(plain, jax.device_put(jax.device_get(nnx.state(plain)), jax.devices()[0]))
     ids, labels = jax.device_get((ids, labels))
-    check(found, nnx.jit(step)(plain, ids, labels))
+    want = nnx.jit(step)(plain, ids, labels)
+    check(found, want)
+    logits, _ = nnx.jit(lambda model, ids: model(ids))(plain, ids)
+    check_loss(want[0], np.asarray(logits), ids, labels)
 
 
 def test_nnx_step_moves_weights_and_biases():
@@ -187,7 +204,11 @@ def test_linen_model_is_the_dense_model(monkeypatch):
     arguments = jax.device_get(arguments)
     dense_step, dense_dispatches = compiled(*arguments)
     assert dispatches and not dense_dispatches
-    check(found, dense_step(*arguments))
+    want = dense_step(*arguments)
+    check(found, want)
+    params, biases, ids, labels = arguments
+    logits, _ = jax.jit(lambda *a: model.apply(*a))({"params": params, **biases}, ids)
+    check_loss(want[0], np.asarray(logits), ids, labels)
 
 
 def test_linen_takes_noise_from_the_stream():

@@ -171,7 +171,10 @@ def test_what_each_policy_saves(names, calls):
 
 @pytest.mark.usefixtures("in_float32")
 def test_settings_change_what_the_guide_says():
-    """Remat and room for all change nothing, 1.25 drops what does not fit, fp8 rounds rows."""
+    """Remat changes nothing, a bound drops what does not fit, fp8 rounds rows.
+
+    A quarter of the tokens is padding, so with 0.5 there is less room than even routing needs.
+    """
     group = make_group()
     data = settings.make_data(group, jnp.float32)
     num_experts = 4 * group.size
@@ -190,8 +193,8 @@ def test_settings_change_what_the_guide_says():
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, again_grads, grads)
 
-    bounded, aux, _ = run(settings.make_layer(group, num_experts, rank_capacity_factor=1.25))
-    rows = np.ceil(1.25 * 32 * settings.TOP_K)
+    bounded, aux, _ = run(settings.make_layer(group, num_experts, rank_capacity_factor=0.5))
+    rows = np.ceil(0.5 * 32 * settings.TOP_K)
     excess = np.maximum(np.asarray(aux.load).reshape(group.size, -1).sum(1) - rows, 0)
     assert aux.num_dropped == excess.sum() > 0
     assert 0 < np.any(bounded != y, axis=-1).sum() <= excess.sum()
