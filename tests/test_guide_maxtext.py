@@ -180,9 +180,9 @@ def test_buffer_factor_bounds_the_rows():
         make("mixtral", ragged_buffer_factor=8.0),
         make("mixtral", ragged_buffer_factor=0.5),
     )
-    np.testing.assert_array_equal(roomy[0](x)[0], want)
+    np.testing.assert_allclose(roomy[0](x)[0], want, rtol=1e-5, atol=1e-5)
     y, small_loss, _ = small[0](x)
-    changed = np.any(y != want, axis=-1)
+    changed = np.any(np.abs(y - want) > 1e-3, axis=-1)
     assert 0 < changed.sum() < changed.size and small_loss == lb_loss
 
 

@@ -189,15 +189,16 @@ def test_settings_change_what_the_guide_says():
     y, aux, grads = run(plain)
     assert aux.load.sum() == data[2].sum() * settings.TOP_K and aux.num_dropped == 0
     again, _, again_grads = run(settings.make_layer(group, num_experts))
-    np.testing.assert_array_equal(again, y)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    close(again, y)
     jax.tree.map(close, again_grads, grads)
 
     bounded, aux, _ = run(settings.make_layer(group, num_experts, rank_capacity_factor=0.5))
     rows = np.ceil(0.5 * 32 * settings.TOP_K)
     excess = np.maximum(np.asarray(aux.load).reshape(group.size, -1).sum(1) - rows, 0)
     assert aux.num_dropped == excess.sum() > 0
-    assert 0 < np.any(bounded != y, axis=-1).sum() <= excess.sum()
+    changed = np.any(np.abs(bounded - y) > 1e-3, axis=-1)  # products of other shapes round otherwise
+    assert 0 < changed.sum() <= excess.sum()
 
     rounded, _, rounded_grads = run(settings.make_layer(group, num_experts, quantization="fp8"))
     assert 0 < np.abs(rounded - y).max() < 0.1 * np.abs(y - data[0]).max()
