@@ -197,7 +197,8 @@ def test_settings_change_what_the_guide_says():
     rows = np.ceil(0.5 * 32 * settings.TOP_K)
     excess = np.maximum(np.asarray(aux.load).reshape(group.size, -1).sum(1) - rows, 0)
     assert aux.num_dropped == excess.sum() > 0
-    changed = np.any(np.abs(bounded - y) > 1e-3, axis=-1)  # products of other shapes round otherwise
+    # Products of other shapes may round otherwise.
+    changed = np.any(np.abs(bounded - y) > 1e-3, axis=-1)
     assert 0 < changed.sum() <= excess.sum()
 
     rounded, _, rounded_grads = run(settings.make_layer(group, num_experts, quantization="fp8"))
