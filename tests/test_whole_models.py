@@ -47,6 +47,7 @@ SHOWN = {
     ),
 }
 PAGES = ["README.md", "docs/api.md", "docs/network.md", "jax_ep", "examples/moe_layer.py"]
+PAGES += ["docs/guides/flax_nnx.md", "docs/guides/flax_linen.md"]
 STEPS, RATE, BATCH, LENGTH = 3, 0.5, 8, 3
 
 
