@@ -1,4 +1,4 @@
-"""The product of tokens and router kernel, exact to float32.
+"""The product of tokens and router kernel, in float32.
 
 Routes must not depend on the precision of a product, so logits are sums in float32 of products that
 lose nothing. For tokens in float32 or float16 that is a product at ``Precision.HIGHEST``, because the
@@ -14,7 +14,8 @@ The gradient of the kernel is such a product too: ``x.T @ d_logits`` with the pa
 that of the tokens, ``d_logits @ kernel.T``, both factors have three parts. Six products of parts are
 large enough to reach a float32, and they are again one, along a contraction of six times the experts.
 By the rates of an H200, about 800 TFLOP/s in bfloat16 and 60 in float32, that takes half the time of a
-product in float32.
+product in float32. What is lost is what tensor cores round when they add: there, the relative error of
+logits of 7168 channels is 8e-6 (root mean square), that of a float32 product 1e-6.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _PARTS = 3  # bfloat16 numbers in a float32: 24 significant bits, of which each 
 def router_logits(
     x: Float[Array, "tokens hidden"], kernel: Float[Array, "hidden experts"]
 ) -> Float32[Array, "tokens experts"]:
-    """``x @ kernel`` in float32, with gradients that are as exact."""
+    """``x @ kernel`` in float32, and gradients that are made in the same way."""
     wide = kernel.astype(jnp.float32)
     if x.dtype != jnp.bfloat16:
         return _highest(x.astype(jnp.float32), wide)
