@@ -38,6 +38,7 @@ def compiled():
     if version != jaxlib.__version__:
         pytest.skip(f"{PLUGIN} is of version {version}, and jaxlib of {jaxlib.__version__}")
     names = ["same text", "free", "after", "grouped_dot", "chunks", "kernels", "shared_expert"]
+    names.append("memory")  # on a mesh of its own
     names.append("chunks without regions")  # the last one: it takes them away
     paths = [str(PROGRAM.parents[2]), *places]
     run = subprocess.run(
@@ -100,6 +101,13 @@ def test_the_shared_expert_hides_the_dispatch(compiled):
     ops = compiled["shared_expert"]["ops"]
     assert "matmul" in beside(ops, "dispatch 1")
     assert not {"dispatch", "combine"} & set(ops)
+
+
+def test_memory_follows_the_room_for_rows(compiled):
+    """With 8 ranks, room for a quarter more rows than come under even routing takes as much more."""
+    found = compiled["memory"]["found"]
+    assert found["exact"] < found["rank"] <= 1.27 * found["exact"]
+    assert found["default"] > 1.5 * found["exact"]
 
 
 def test_programs_are_those_of_real_gpus(compiled):

@@ -52,6 +52,7 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         correct=not wrong,
         name=arm.name,
         scratch_bytes=memory.scratch_bytes(measured.text),
+        temporary_bytes=measured.temporary_bytes,
         error=wrong or None,
     )
 

@@ -49,6 +49,8 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     # Where ranks share memory: at least what all ranks of a GPU (on CPU, of the machine) read and
     # write. Then ceiling_gbs is that of the memory.
     "memory_gbs": (float, type(None)),
+    # Of the whole program (op "layer"), by XLA's analysis; the scratch memory is part of it.
+    "temporary_bytes": (int,),
     "error": (str,),  # why there is no figure, or what was wrong with the result
 }
 # A figure above its ceiling times this is taken to be wrong.

@@ -145,6 +145,7 @@ class Session(Ranks):
         name: str | None = None,
         workspace_bytes: int = 0,
         scratch_bytes: int = 0,
+        temporary_bytes: int | None = None,
         staged: bool = False,
         error: str | None = None,
         op: str | None = None,
@@ -200,6 +201,8 @@ class Session(Ranks):
             record["memory_gbs"] = rate(traffic.memory // max(self.gpus, 1))
         if name is not None:
             record["name"] = name
+        if temporary_bytes is not None:
+            record["temporary_bytes"] = temporary_bytes
         if case.intermediate is not None:
             record["intermediate"] = case.intermediate
         if error is None:

@@ -26,7 +26,8 @@ def table(found: list[dict[str, Any]]) -> rich.table.Table:
 CAPTION = (
     "us: median device time of the slowest rank. GB/s: bytes between ranks over a link, or, where "
     "ranks share memory, read and written there by all of them; ceiling: the fastest way in this run "
-    "(op ceiling); logical: bytes that stay on their rank counted too. MiB: workspace + scratch."
+    "(op ceiling); logical: bytes that stay on their rank counted too. MiB: workspace + scratch; of a "
+    "layer, all temporaries of its program."
 )
 
 
@@ -34,7 +35,8 @@ def row(record: dict[str, Any]) -> list[str]:
     """The cells of a record."""
     if record["median_us"] is None:
         return [records.label(record), *[""] * 7, "too noisy" if record["correct"] else "failed"]
-    memory = (record["workspace_bytes"] + record["scratch_bytes"]) / _MIB
+    temporary = record.get("temporary_bytes", record["scratch_bytes"])
+    memory = (record["workspace_bytes"] + temporary) / _MIB
     hidden = f", {record['share_hidden']:.0%} hidden" if "share_hidden" in record else ""
     return [
         records.label(record) + hidden,

@@ -94,6 +94,8 @@ class Measured:
         last_set: Number of the set that this op was given.
         text: The compiled program.
         ops: Ops that were run in all.
+        temporary_bytes: What XLA allocates besides arguments and results, as the compiler counts; None
+            where it does not say.
     """
 
     spread: Spread
@@ -101,6 +103,7 @@ class Measured:
     last_set: int
     text: str
     ops: int
+    temporary_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +233,7 @@ def _loop(step: Step, sets: Sequence[Any], mesh: jax.sharding.Mesh, chain: Chain
         for _ in range(2):
             result = None
             result, samples = run(turns)
-        return Measured(Spread.of(samples), result, 0, compiled.as_text(), 2 * turns)
+        return _of_loop(compiled, samples, result, 2 * turns)
     turns, begin = _even(2 + _FEWEST_SAMPLES), time.monotonic()
     result, samples = run(turns)
     ran = turns
@@ -244,8 +247,14 @@ def _loop(step: Step, sets: Sequence[Any], mesh: jax.sharding.Mesh, chain: Chain
         samples = intervals[:usable].reshape(-1, group).mean(axis=1)
         over = turns == _MOST_TURNS or time.monotonic() - begin > _LOOP_SECONDS
         if chain.largest(float(Spread.of(samples).is_noise)) == 0 or chain.largest(float(over)):
-            return Measured(Spread.of(samples), result, 0, compiled.as_text(), ran)
+            return _of_loop(compiled, samples, result, ran)
         group *= 2
+
+
+def _of_loop(compiled: Any, samples: np.ndarray, result: Any, ops: int) -> Measured:
+    needs = compiled.memory_analysis()
+    temporary = None if needs is None else int(needs.temp_size_in_bytes)
+    return Measured(Spread.of(samples), result, 0, compiled.as_text(), ops, temporary)
 
 
 def _even(turns: int) -> int:

@@ -19,8 +19,15 @@ __global__ void PlanKernel(Layout layout, int32_t num_ranks, int32_t num_tokens,
   const int32_t num_local_experts = num_experts / num_ranks;
   const int32_t token = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
   if (token == 0) {
-    LayOutExperts(demand, num_local_experts, expert_capacity, alignment, capacity, counts,
-                  group_sizes, starts);
+    const RoomShare share{capacity, 0};  // as if all rows fit
+    int32_t start = 0;
+    for (int32_t local = 0; local < num_local_experts; ++local) {
+      const int32_t wanted = Min(demand[local], expert_capacity);
+      counts[local] = Min(wanted, share.LimitOf(local, alignment));
+      group_sizes[local] = GroupSize(counts[local], alignment, capacity);
+      starts[local] = start;
+      start = AddSizes(start, group_sizes[local], capacity);
+    }
   }
   if (token >= num_tokens) return;
   const int32_t first_entry = token * top_k;

@@ -10,6 +10,7 @@ module (``gpu_schedules.py``).
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -49,18 +50,25 @@ device_description_str: "NVIDIA H200 141GB HBM3e"
 
 def gpu_devices(count: int) -> list[Any]:
     """Compile-only H200s of one host."""
+    from jax._src.lib import _jax
+
+    _load_plugin()
+    options = {"target_config": _H200, "topology": f"1x1x{count}"}  # slices x hosts x GPUs
+    topology: Any = _jax.get_default_c_api_topology("cuda", "", options)
+    return topology._make_compile_only_devices()
+
+
+@functools.cache
+def _load_plugin() -> None:
     from jax._src import xla_bridge
-    from jax._src.lib import _jax, xla_client
+    from jax._src.lib import xla_client
 
     bridge: Any = xla_bridge
     bridge.discover_pjrt_plugins()  # loads the plugin and registers its FFI extension ...
     bridge.discover_pjrt_plugins = lambda: None  # ... once
     xla_client.initialize_pjrt_plugin("cuda")
-    options = {"target_config": _H200, "topology": f"1x1x{count}"}  # slices x hosts x GPUs
-    topology: Any = _jax.get_default_c_api_topology("cuda", "", options)
     canonical = bridge.canonicalize_platform
     bridge.canonicalize_platform = lambda p: "cuda" if p in ("gpu", "cuda") else canonical(p)
-    return topology._make_compile_only_devices()
 
 
 def lowered(function: Any, *arguments: Any) -> Any:

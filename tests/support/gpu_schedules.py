@@ -154,6 +154,24 @@ def grouped_dots() -> dict[str, Any]:
     return {"found": counts}
 
 
+def memory_by_room() -> dict[str, Any]:
+    """MiB of temporaries of a layer over 8 H200s, forward and backward, by the room for its rows."""
+    global MESH, RANKS
+    RANKS, tokens = 8, TOKENS
+    MESH = Mesh(np.array(deviceless.gpu_devices(RANKS)), ("expert",))
+    bounds = {
+        "exact": {"capacity": tokens * TOP_K},
+        "rank": {"rank_capacity_factor": 1.25},
+        "default": {},
+    }
+    sizes = {"grouped_dot": None, "hidden": 1024, "intermediate": 1024}
+    found = {}
+    for name, bound in bounds.items():
+        compiled = deviceless.lowered(*flat(layer(**sizes, **bound))).compile()
+        found[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return {"found": found}
+
+
 def flat(made: tuple[Any, Any]) -> tuple[Any, ...]:
     """A program and its arguments."""
     program, given = made
@@ -170,6 +188,7 @@ PROGRAMS = {
     "kernels": lambda: schedule_of(
         *layer(overlap="chunks", grouped_dot=None, hidden=1024, intermediate=1024)
     ),
+    "memory": memory_by_room,
     "shared_expert": lambda: schedule_of(*layer(overlap="shared_expert", shared=True)),
     "chunks without regions": lambda: schedule_of(*layer_without_regions(overlap="chunks")),
 }
