@@ -132,7 +132,8 @@ class RoutedMoE(nnx.Module):
             top_k=config.num_experts_per_tok,
             **how,
             activation=activation_of(config),
-            token_axes=("data", "fsdp", "expert", "tensor"),
+            token_axes=("data", "fsdp", "expert"),
+            tensor_axis="tensor",
             rank_capacity_factor=factor if factor > 0 else None,
             sequence_loss=True,
         )
