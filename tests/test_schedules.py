@@ -17,9 +17,13 @@ import sys
 import jaxlib
 import pytest
 
+from jax_ep._core import libraries
+
 pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
 pytestmark = pytest.mark.one_process("compiles programs, and runs none")
 
+# Why NVSHMEM's library, with which groups that span hosts are compiled, does not load here, or None.
+NO_NETWORK = libraries._load_nvshmem()
 PROGRAM = pathlib.Path(__file__).parent / "support" / "gpu_schedules.py"
 PLUGIN = "jax-cuda13-plugin"
 
@@ -38,8 +42,8 @@ def compiled():
     if version != jaxlib.__version__:
         pytest.skip(f"{PLUGIN} is of version {version}, and jaxlib of {jaxlib.__version__}")
     names = ["same text", "free", "after", "grouped_dot", "chunks", "kernels", "shared_expert"]
-    names.append("memory")  # on a mesh of its own
-    names.append("chunks without regions")  # the last one: it takes them away
+    names.append("chunks without regions")  # which takes them away for good
+    names += ["memory", *(["hosts"] if NO_NETWORK is None else [])]  # on meshes of their own
     paths = [str(PROGRAM.parents[2]), *places]
     run = subprocess.run(
         [sys.executable, str(PROGRAM), *names],
@@ -108,6 +112,17 @@ def test_memory_follows_the_room_for_rows(compiled):
     found = compiled["memory"]["found"]
     assert found["exact"] < found["rank"] <= 1.27 * found["exact"]
     assert found["default"] > 1.5 * found["exact"]
+
+
+def test_groups_that_span_hosts_compile_too(compiled):
+    """Hosts are the processes of the topology."""
+    if NO_NETWORK is not None:
+        pytest.skip(NO_NETWORK)
+    found = compiled["hosts"]["found"]
+    wanted = "Group(expert=8, ranks_per_host=2, backend='cuda', transport='nvshmem')"
+    assert found["group"] == wanted
+    passes = ["plan", "dispatch", "combine", "dispatch", "combine"]
+    assert found["calls"] == [f"jax_ep_network_{op}" for op in passes]
 
 
 def test_programs_are_those_of_real_gpus(compiled):

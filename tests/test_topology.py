@@ -16,7 +16,7 @@ import jax_ep
 import oracle
 import routings
 from jax_ep._core import libraries
-from jax_ep._groups import create, gpu_side, meetings, network
+from jax_ep._groups import create, gpu_side, meetings, network, places
 from jax_ep._groups.room import Room
 from jax_ep._groups.topology import Topology, most_on_a_gpu
 from spmd import make_group, make_mesh, need_devices, stacked_jit
@@ -83,13 +83,13 @@ def test_hosts_are_those_of_each_group(axes, num_hosts, devices_per_process, mon
     monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
     monkeypatch.setattr(network, "obstacle", lambda *_: None)
     instances = create._instances(mesh, (axes,) if isinstance(axes, str) else axes)
-    topology, reason = create._place_gpus(mesh, instances, None, "auto")
+    topology, reason = places.place_gpus(instances, None, "auto")
     assert len(topology.hosts) == num_hosts
     if num_hosts > 1 and devices_per_process > 1:
         assert reason is not None and "one process for each GPU" in reason
     else:
         assert reason is None
-    _, reason = create._place_gpus(mesh, instances, None, "peer" if num_hosts > 1 else "nvshmem")
+    _, reason = places.place_gpus(instances, None, "peer" if num_hosts > 1 else "nvshmem")
     assert (
         reason is not None and ("spans 4 hosts" if num_hosts > 1 else "within one host") in reason
     )
@@ -108,7 +108,7 @@ def test_uneven_hosts_are_refused(hosts, monkeypatch):
     monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
     monkeypatch.setattr(network, "obstacle", lambda *_: None)
     instances = create._instances(mesh, ("expert",))
-    topology, reason = create._place_gpus(mesh, instances, None, "auto")
+    topology, reason = places.place_gpus(instances, None, "auto")
     if hosts == "aabb bbaa":
         assert topology.ranks_per_host == 2 and reason is None
     else:
@@ -126,7 +126,7 @@ def test_logical_hosts_lie_within_hosts(ranks_per_host, is_wrong, monkeypatch):
     monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
     monkeypatch.setattr(network, "obstacle", lambda *_: None)
     instances = create._instances(mesh, ("expert",))
-    _, reason = create._place_gpus(mesh, instances, ranks_per_host, "auto")
+    _, reason = places.place_gpus(instances, ranks_per_host, "auto")
     if is_wrong:
         assert reason is not None and "4 ranks_per_host are on several hosts" in reason
     else:

@@ -29,7 +29,7 @@ def why_unavailable(backend: str = "cpu", *, compile_only: bool = False) -> str 
             start.
     """
     if backend == "nvshmem":
-        obstacle = why_unavailable("cuda") or _load_nvshmem()
+        obstacle = why_unavailable("cuda", compile_only=compile_only) or _load_nvshmem()
         if obstacle is not None:
             return obstacle
     try:

@@ -14,14 +14,14 @@ import numpy as np
 
 from jax_ep import _compat
 from jax_ep._core import libraries
-from jax_ep._groups import gpu_side, hosts, latency_mode, network, tuning
+from jax_ep._groups import gpu_side, latency_mode, network, places, tuning
 from jax_ep._groups.failures import failure
 from jax_ep._groups.group import Group
+from jax_ep._groups.places import Transport
 from jax_ep._groups.room import Room, check_channels
 from jax_ep._groups.topology import Gpus, Topology
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
-Transport = Literal["auto", "peer", "nvshmem"]
 
 _DEFAULT_TIMEOUT_S = 600.0
 _SHORTEST_TIMEOUT_S = 1e-3  # native ops count milliseconds
@@ -88,7 +88,9 @@ def create_group(
 
     The devices may be compile-only, as those of ``jax.experimental.topologies``: then the group is
     made for Hopper GPUs without their being there, programs lower to the same text as on real ones,
-    and can be compiled but not run.
+    and can be compiled but not run. So memory and schedule of a training step on a pod can be planned
+    on a laptop. The processes of such devices count as hosts. A group that spans hosts needs NVSHMEM's
+    library for that too, and the settings of the network (docs/network.md) are those of this process.
 
     Returns:
         The group.
@@ -168,7 +170,9 @@ def create_group(
                 table = tuning.agreed_table(mesh, str(group_id))
                 gpus = gpu_side.create(group_id, ranks, topology, float(timeout), room)
             topology = dataclasses.replace(topology, gpus=gpus)
-            if len(topology.hosts) > 1:
+            if len(topology.hosts) > 1 and compile_only:
+                network.imagine(group_id, len(topology.hosts))
+            elif len(topology.hosts) > 1:
                 _add_network(group_id, instances, topology)
         group = Group(
             mesh=mesh,
@@ -302,7 +306,7 @@ def _choose(
     elif native == "cpu":
         reason = _why_not_cpu(topology, transport)
     else:
-        topology, reason = _place_gpus(mesh, instances, ranks_per_host, transport)
+        topology, reason = places.place_gpus(instances, ranks_per_host, transport)
     if reason is None:
         assert native is not None
         return native, topology, None
@@ -318,72 +322,6 @@ def _why_not_cpu(topology: Topology, transport: Transport) -> str | None:
     if topology.spans_processes:
         return "the group spans several processes, which the cpu backend cannot do yet"
     return libraries.why_unavailable("cpu")
-
-
-def _place_gpus(
-    mesh: jax.sharding.Mesh,
-    instances: np.ndarray,
-    ranks_per_host: int | None,
-    transport: Transport,
-) -> tuple[Topology, str | None]:
-    """Where the ranks of GPUs are, and why the backend "cuda" cannot serve them, or None."""
-    topology = Topology.of(instances, ranks_per_host)
-    kinds = {_compat.compute_capability(device) for device in mesh.devices.flat}
-    if kinds != {"9.0"}:
-        return topology, (
-            f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
-        )
-    if _compat.is_compile_only(mesh.devices.flat[0]):
-        return _imagine_gpus(instances, ranks_per_host, transport)
-    unavailable = libraries.why_unavailable("cuda")
-    if len(topology.all_processes) > 1:
-        unavailable = gpu_side.obstacle(topology, unavailable)
-    if unavailable is None and ranks_per_host is None:
-        found = hosts.ranks_per_host(topology)
-        if found is None:
-            return topology, (
-                "the hosts of its groups have different numbers of ranks, or ranks of a host are not "
-                "neighbours; order the mesh so that each host has as many ranks of a group, one after "
-                "the other"
-            )
-        topology = Topology.of(instances, found)
-    if unavailable is None and hosts.splits_hosts(topology):
-        return topology, (
-            f"its {topology.ranks_per_host} ranks_per_host are on several hosts; leave it out, or give "
-            "at most as many as each host has"
-        )
-    return topology, unavailable or _why_no_transport(topology, transport)
-
-
-def _imagine_gpus(
-    instances: np.ndarray, ranks_per_host: int | None, transport: Transport
-) -> tuple[Topology, str | None]:
-    """``_place_gpus`` of compile-only GPUs, whose processes are their hosts."""
-    topology = Topology.of(instances, ranks_per_host)
-    if topology.spans_processes or len(topology.hosts) > 1 or transport == "nvshmem":
-        return topology, "programs of groups that span hosts cannot be compiled without GPUs yet"
-    return topology, libraries.why_unavailable("cuda", compile_only=True)
-
-
-def _why_no_transport(topology: Topology, transport: Transport) -> str | None:
-    """Why ranks of these hosts cannot reach each other as they should, or None."""
-    num_hosts = len(topology.hosts)
-    if num_hosts == 1:
-        if transport != "nvshmem":
-            return None
-        return (
-            "each of its groups lies within one host, whose ranks reach each other's memory; give "
-            "ranks_per_host to split it into logical hosts"
-        )
-    if transport == "peer":
-        return f"the group spans {num_hosts} hosts"
-    if topology.ranks_per_process > 1:
-        return (
-            f"the group spans {num_hosts} hosts, which takes one process for each GPU, and a process "
-            "has several"
-        )
-    obstacle = network.obstacle(tuple(topology.all_processes), num_hosts)
-    return obstacle and f"the group spans {num_hosts} hosts, and {obstacle}"
 
 
 def _instances(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -18,9 +20,14 @@ def ranks_per_host(topology: Topology) -> int | None:
     if not topology.spans_processes or jax.process_index() not in topology.all_processes:
         return topology.ranks_per_host
     found = meetings.facts_of(topology.all_processes)
+    return ranks_by_host(topology, lambda process: found[process]["host"])
+
+
+def ranks_by_host(topology: Topology, host_of: Callable[[int], Any]) -> int | None:
+    """``ranks_per_host`` where ``host_of(process)`` tells hosts apart."""
     sizes = set()
     for row in topology.processes:
-        hosts = [found[process]["host"] for process in row]
+        hosts = [host_of(process) for process in row]
         runs = [len(list(ranks)) for _, ranks in itertools.groupby(hosts)]
         if len(runs) > len(set(hosts)):
             return None

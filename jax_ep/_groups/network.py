@@ -170,6 +170,11 @@ def _settings_list(num_hosts: int) -> list[int]:
     return [*dataclasses.astuple(settings), setting("JAX_EP_NETWORK_BYTES")]
 
 
+def imagine(group_id: int, num_hosts: int) -> None:
+    """``add`` for GPUs that programs are compiled for, with the settings of this process."""
+    _settings_of_groups[group_id] = settings_for(num_hosts)
+
+
 def add(group_id: int, device: int, hosts: list[list[int]]) -> None:
     """Add the network to a group whose ranks of this host have been made; in all processes at once.
 

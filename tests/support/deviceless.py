@@ -48,12 +48,13 @@ device_description_str: "NVIDIA H200 141GB HBM3e"
 """
 
 
-def gpu_devices(count: int) -> list[Any]:
-    """Compile-only H200s of one host."""
+def gpu_devices(count: int, hosts: int = 1) -> list[Any]:
+    """Compile-only H200s, as many on each host, one after the other."""
     from jax._src.lib import _jax
 
     _load_plugin()
-    options = {"target_config": _H200, "topology": f"1x1x{count}"}  # slices x hosts x GPUs
+    # The topology is slices x hosts x GPUs of each host.
+    options = {"target_config": _H200, "topology": f"1x{hosts}x{count // hosts}"}
     topology: Any = _jax.get_default_c_api_topology("cuda", "", options)
     return topology._make_compile_only_devices()
 

@@ -156,11 +156,9 @@ def grouped_dots() -> dict[str, Any]:
 
 def memory_by_room() -> dict[str, Any]:
     """MiB of temporaries of a layer over 8 H200s, forward and backward, by the room for its rows."""
-    global MESH, RANKS
-    RANKS, tokens = 8, TOKENS
-    MESH = Mesh(np.array(deviceless.gpu_devices(RANKS)), ("expert",))
+    take_devices(8)
     bounds = {
-        "exact": {"capacity": tokens * TOP_K},
+        "exact": {"capacity": TOKENS * TOP_K},
         "rank": {"rank_capacity_factor": 1.25},
         "default": {},
     }
@@ -170,6 +168,22 @@ def memory_by_room() -> dict[str, Any]:
         compiled = deviceless.lowered(*flat(layer(**sizes, **bound))).compile()
         found[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
     return {"found": found}
+
+
+def across_hosts() -> dict[str, Any]:
+    """The group of 8 H200s on 4 hosts, and the calls of a layer's step."""
+    take_devices(8, hosts=4)
+    group = jax_ep.create_group(MESH, "expert")
+    compiled = deviceless.lowered(*flat(layer())).compile()
+    kinds = [op.kind for op in schedule.schedule(compiled.as_text())]
+    return {"found": {"group": repr(group), "calls": [k for k in kinds if "jax_ep_" in k]}}
+
+
+def take_devices(count: int, hosts: int = 1) -> None:
+    """What follows is compiled for so many GPUs."""
+    global MESH, RANKS
+    RANKS = count
+    MESH = Mesh(np.array(deviceless.gpu_devices(count, hosts)), ("expert",))
 
 
 def flat(made: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -189,6 +203,7 @@ PROGRAMS = {
         *layer(overlap="chunks", grouped_dot=None, hidden=1024, intermediate=1024)
     ),
     "memory": memory_by_room,
+    "hosts": across_hosts,
     "shared_expert": lambda: schedule_of(*layer(overlap="shared_expert", shared=True)),
     "chunks without regions": lambda: schedule_of(*layer_without_regions(overlap="chunks")),
 }
@@ -216,6 +231,6 @@ def interesting(ops: list[schedule.Op]) -> list[str]:
 
 
 if __name__ == "__main__":
-    MESH = Mesh(np.array(deviceless.gpu_devices(RANKS)), ("expert",))
+    take_devices(RANKS)
     for name in sys.argv[1:]:
         print(json.dumps({"name": name} | PROGRAMS[name]()), flush=True)
