@@ -183,10 +183,13 @@ def moe(
             And ops beside experts take 24 SMs, unless ``config`` gives a number. The matmuls of the
             shared expert are XLA's, and take all SMs.
         num_chunks: For "chunks": into how many chunks the tokens of a rank are split, 2 or more. More
-            of them hide more, but read the experts' weights more often, and each costs the fixed times
-            of two ops. Where no row is dropped, outputs and the gradient of ``x`` are those without
-            chunks. The gradients of the experts' weights are sums over chunks, each rounded to the
-            dtype of ``x`` first. ``aux_loss`` and the statistics are those of all tokens.
+            of them hide more, but read the experts' weights more often, add their gradients, and each
+            costs the fixed times of two ops. On H200s of one host that costs more than it hides, so
+            take chunks where rows cross a network. XLA hides ops only in programs that hold one of its
+            own collectives, as layers over several ranks do. Where no row is dropped, outputs and the
+            gradient of ``x`` are those without chunks. The gradients of the experts' weights are sums
+            over chunks, each rounded to the dtype of ``x`` first. ``aux_loss`` and the statistics are
+            those of all tokens.
         activation: Activation function of the gate, or of ``up`` where experts have no gate; or of
             both, a ``GatedActivation``. That of the shared expert too.
         alignment: Rows of each expert are padded to a multiple of it, if ``grouped_dot`` needs that.
