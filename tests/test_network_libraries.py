@@ -11,7 +11,7 @@ import pytest
 
 import jax_ep
 from jax_ep._core import libraries
-from jax_ep._groups import create
+from jax_ep._groups import create, network, places
 from jax_ep._groups.topology import Topology
 from spmd import make_mesh
 
@@ -84,7 +84,7 @@ def test_version_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(libraries.importlib, "import_module", lambda name: modules[name])
     monkeypatch.setattr(libraries, "_load_nvshmem", lambda: None)
     ask = libraries.why_unavailable.__wrapped__
-    monkeypatch.setattr(libraries, "why_unavailable", lambda backend: None)
+    monkeypatch.setattr(libraries, "why_unavailable", lambda backend, **_: None)
     assert ask("nvshmem") == said
 
 
@@ -95,11 +95,11 @@ TWO_HOSTS = Topology(hosts=((0,), (1,)), processes=((0, 1),))
 @pytest.fixture
 def obstacle(monkeypatch):
     """GPUs of two hosts, on which NVSHMEM has this obstacle."""
-    monkeypatch.setattr(create.network, "obstacle", lambda processes, num_hosts: WHY)
+    monkeypatch.setattr(network, "obstacle", lambda processes, num_hosts: WHY)
     monkeypatch.setattr(create, "_warned", set())
 
     def choose(mesh, instances, ranks_per_host, backend, transport):
-        return "reference", TWO_HOSTS, create._why_no_transport(TWO_HOSTS, transport)
+        return "reference", TWO_HOSTS, places._why_no_transport(TWO_HOSTS, transport)
 
     monkeypatch.setattr(create, "_choose", choose)
 
