@@ -38,7 +38,7 @@ def make_x() -> jax.Array:
     return jax.random.normal(jax.random.key(1), (STAGES, 7, H))
 
 
-def check_stages(make_step, backend, arrays, mapped):
+def check_stages(make_step, backend, arrays, mapped, rtol=1e-5, atol=1e-4):
     """Values and gradients are those of a plain ``vmap``, where nothing is shared.
 
     Args:
@@ -48,6 +48,8 @@ def check_stages(make_step, backend, arrays, mapped):
         arrays: Of all stages, by name.
         mapped: Names of those of which each stage has its own. Stages share the first element of the
             others, whose gradients are then sums over the stages.
+        rtol: How near they are, relatively ...
+        atol: ... and absolutely.
     """
     plain = make_step(backend, (0,) * len(arrays))
     in_axes = tuple(0 if name in mapped else None for name in arrays)
@@ -68,7 +70,7 @@ def check_stages(make_step, backend, arrays, mapped):
     step = make_step(backend, in_axes, spmd_axis_name="stage")
     found = step(*all_arrays(lambda leaf: leaf[0]))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((summed, values)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(summed))
 
 
@@ -172,7 +174,9 @@ def router_step(backend, in_axes, **of_vmap):
 @pytest.mark.parametrize("mapped", [("x", "params"), ("x",), ("params",)], ids=" ".join)
 def test_routers_on_an_axis_of_the_mesh(mapped, native_backend):
     """The gradient is that of the router's weights."""
-    check_stages(router_step, native_backend, {"x": make_x(), "params": make_params()}, mapped)
+    arrays = {"x": make_x(), "params": make_params()}
+    # In bfloat16, whose last bit XLA may round in another way in another program (jaxlib 0.10.2 does).
+    check_stages(router_step, native_backend, arrays, mapped, rtol=2**-6, atol=2**-5)
 
 
 @functools.cache
