@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 import spmd
 from dense_experts import check_same, dense_layer, step
+from expert_layers import E, F, H, K, S, check_in_stages, check_scanned, make_group
 from jax_ep._grouped_dot.api import ProductSms
 from jax_ep._moe.biases import add_bias
 from jax_ep._moe.experts import Beside, products
@@ -24,9 +25,16 @@ pytestmark = [
 ]
 by_itself = pytest.mark.one_process("calls the layer with arrays of one process")
 
-H, F, E, K, S = 8, 12, 4, 2, 8
 SWIGLU = jax_ep.clamped_swiglu(limit=0.8, alpha=1.5)  # a limit that some channels reach
 BILINEAR = jax_ep.GatedActivation(lambda gate, up: gate * up)
+
+
+def swiglu_layer(group):
+    return functools.partial(jax_ep.moe, group=group, num_experts=E, top_k=K, activation=SWIGLU)
+
+
+def dense_swiglu(x, params):
+    return dense_layer(x, params, top_k=K, activation=SWIGLU)
 
 
 def at_zero(x):
@@ -57,14 +65,6 @@ def make_params(*, gated=True, biases="", shared=False, seed=0):
 
 def make_x(*shape: int, dtype=jnp.float32) -> jax.Array:
     return jax.random.normal(jax.random.key(1), (*shape, H), dtype)
-
-
-def make_group(ranks, backend, axis_type=AxisType.Auto):
-    """A group of so many ranks; "2x2" has two groups of two."""
-    names = ("data", "expert")
-    sizes = (2, 2) if ranks == "2x2" else (1, ranks)
-    sizes = tuple(2 if size == 3 else size for size in spmd.fit(sizes, names))
-    return spmd.create_group(spmd.make_mesh(sizes, names, axis_type), "expert", backend=backend)
 
 
 ALL = "gate up down"
@@ -172,67 +172,15 @@ def first_two(logits, bias):
 @pytest.mark.parametrize("saved", [(), ("jax_ep.handle", "jax_ep.dispatch", "jax_ep.combine")])
 def test_scan_over_checkpointed_layers(saved, native_backend):
     group = make_group("2x2", native_backend, AxisType.Explicit)
-    policy = jax.checkpoint_policies.save_only_these_names(*saved)
-
-    def network(layer, x, params):
-        def block(x, params):
-            y, aux = layer(x, params)
-            return x + y, tuple(aux[:2])
-
-        x, (losses, loads) = jax.lax.scan(jax.checkpoint(block, policy=policy), x, params)
-        return x, (losses.sum(), loads.sum(0))
-
     layers = [make_params(biases=ALL, seed=seed) for seed in range(2)]
-    layer = functools.partial(jax_ep.moe, group=group, num_experts=E, top_k=K, activation=SWIGLU)
-    dense = functools.partial(dense_layer, top_k=K, activation=SWIGLU)
-    check_same(
-        functools.partial(network, layer),
-        functools.partial(network, dense),
-        make_x(2, 3),
-        jax.tree.map(lambda *a: jnp.stack(a), *layers),
-        mesh=group.mesh,
-        tolerance=1e-4,
-    )
+    check_scanned(swiglu_layer(group), dense_swiglu, layers, mesh=group.mesh, saved=saved)
 
 
 @by_itself
 def test_inside_another_shard_map(native_backend):
     """As a stage of a pipeline, whose weights are its own."""
-    names = ("stage", "expert")
-    mesh = spmd.make_mesh(spmd.fit((2, 2), names), names)
-    group = jax_ep.create_group(mesh, "expert", backend=native_backend)
-    stages = [make_params(biases=ALL, seed=seed) for seed in range(mesh.shape["stage"])]
-    params = jax.tree.map(lambda *a: jnp.stack(a), *stages)
-
-    def stage(x, params):
-        y, aux = jax_ep.moe(
-            x[0],
-            jax.tree.map(lambda w: w[0], params),
-            group=group,
-            num_experts=E,
-            top_k=K,
-            activation=SWIGLU,
-        )
-        return y[None], (aux.aux_loss[None], aux.load[None])
-
-    mapped = jax.shard_map(
-        stage,
-        mesh=mesh,
-        in_specs=(P("stage"), P("stage")),
-        out_specs=P("stage"),
-        axis_names={"stage"},
-    )
-
-    def layer(x, params):
-        y, (losses, loads) = mapped(x, params)
-        return y, (losses.sum(), loads)
-
-    def dense(x, params):
-        one = functools.partial(dense_layer, top_k=K, activation=SWIGLU)
-        y, (losses, loads) = jax.vmap(one)(x, params)
-        return y, (losses.sum(), loads)
-
-    check_same(layer, dense, make_x(len(stages), 5), params, mesh=mesh)
+    stage = lambda s: make_params(biases=ALL, seed=s)  # noqa: E731
+    check_in_stages(swiglu_layer, dense_swiglu, stage, native_backend)
 
 
 @by_itself

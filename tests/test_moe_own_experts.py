@@ -7,46 +7,29 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-import spmd
 from dense_experts import check_same, dense_layer
+from expert_layers import (
+    E,
+    F,
+    H,
+    K,
+    check_in_stages,
+    check_scanned,
+    draw,
+    make_group,
+    make_x,
+    own_params,
+)
 
 pytestmark = [
     pytest.mark.needs_collectives,  # the layer sums its statistics over the mesh
     pytest.mark.usefixtures("in_float32"),
 ]
 by_itself = pytest.mark.one_process("calls the layer with arrays of one process")
-
-H, F, E, K, S = 8, 12, 4, 2, 8
-
-
-def draw(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape) / 2
-
-
-def make_group(ranks, backend, axis_type=AxisType.Auto):
-    """A group of so many ranks; "2x2" has two groups of two."""
-    names = ("data", "expert")
-    sizes = (2, 2) if ranks == "2x2" else (1, ranks)
-    sizes = tuple(2 if size == 3 else size for size in spmd.fit(sizes, names))
-    return spmd.create_group(spmd.make_mesh(sizes, names, axis_type), "expert", backend=backend)
-
-
-def make_params(experts, *, shared=False, hidden=H, seed=0) -> jax_ep.MoEParams:
-    shared_up = draw(1, hidden, S)
-    return jax_ep.MoEParams(
-        router_kernel=draw(seed, hidden, E),
-        shared=jax_ep.SharedExpert(shared_up, -shared_up, draw(2, S, hidden)) if shared else None,
-        experts=experts,
-    )
-
-
-def make_x(*shape: int) -> jax.Array:
-    return 2 * draw(9, *shape, H)
 
 
 # ---- experts that square, with a scale for each expert and a matrix that all have
@@ -81,6 +64,12 @@ def dense_square(x, params, **options):
     return dense_layer(x, params, top_k=K, expert=expert, **options)
 
 
+def square_layer(group, **options):
+    of_layer = {"num_experts": E, "top_k": K, "expert_specs": SQUARE_SPECS} | options
+    of_layer.setdefault("experts", square_experts)
+    return functools.partial(jax_ep.moe, group=group, **of_layer)
+
+
 def poisoned_experts(rows, group_sizes, expert_of_row, params):
     """NaN in every row that is all zeros, and in rows of no expert."""
     out = square_experts(rows, group_sizes, expert_of_row, params)
@@ -109,17 +98,9 @@ OPTIONS = {
 
 def check_square(group, options, *, experts=square_experts, seed=3, **more):
     known = {n: options[n] for n in ("activation", "mask", "num_used_experts") if n in options}
-    layer = functools.partial(
-        jax_ep.moe,
-        group=group,
-        num_experts=E,
-        top_k=K,
-        experts=experts,
-        expert_specs=SQUARE_SPECS,
-        **options,
-    )
+    layer = square_layer(group, experts=experts, **options)
     dense = functools.partial(dense_square, **known)
-    params = make_params(square_weights(seed), shared=True)
+    params = own_params(square_weights(seed), shared=True)
     check_same(layer, dense, make_x(3, 5), params, mesh=group.mesh)
 
 
@@ -161,7 +142,7 @@ def test_gradients_of_unused_rows_are_not_read(option, native_backend):
     layer = functools.partial(
         jax_ep.moe, group=group, num_experts=E, top_k=K, experts=log_experts, **OPTIONS[option]
     )
-    check_same(layer, dense, make_x(3, 5), make_params(1 + draw(3, E)), mesh=group.mesh)
+    check_same(layer, dense, make_x(3, 5), own_params(1 + draw(3, E)), mesh=group.mesh)
 
 
 @by_itself
@@ -169,10 +150,10 @@ def test_gradients_of_unused_rows_are_not_read(option, native_backend):
 def test_dispatch_clears_unused_rows(own, native_backend):
     group = make_group(2, native_backend)
     if native_backend == "reference":
-        pytest.skip("reads the calls of native targets")
+        pytest.skip("the reference, in place of a native backend here, has no native calls to read")
     experts = square_experts if own else None
     sizes = {"hidden": H, "intermediate": F, "num_experts": E}
-    params = make_params(square_weights())
+    params = own_params(square_weights())
     if not own:
         params = jax_ep.init_moe_params(jax.random.key(0), **sizes)
 
@@ -192,69 +173,11 @@ def test_dispatch_clears_unused_rows(own, native_backend):
 @pytest.mark.parametrize("saved", [(), ("jax_ep.handle", "jax_ep.dispatch", "jax_ep.combine")])
 def test_scan_over_checkpointed_layers(saved, native_backend):
     group = make_group("2x2", native_backend, AxisType.Explicit)
-    policy = jax.checkpoint_policies.save_only_these_names(*saved)
-
-    def network(layer, x, params):
-        def block(x, params):
-            y, aux = layer(x, params)
-            return x + y, tuple(aux[:2])
-
-        x, (losses, loads) = lax.scan(jax.checkpoint(block, policy=policy), x, params)
-        return x, (losses.sum(), loads.sum(0))
-
-    layers = [make_params(square_weights(3 + seed), seed=seed) for seed in range(2)]
-    layer = functools.partial(
-        jax_ep.moe,
-        group=group,
-        num_experts=E,
-        top_k=K,
-        experts=square_experts,
-        expert_specs=SQUARE_SPECS,
-    )
-    check_same(
-        functools.partial(network, layer),
-        functools.partial(network, dense_square),
-        make_x(2, 3),
-        jax.tree.map(lambda *a: jnp.stack(a), *layers),
-        mesh=group.mesh,
-        tolerance=1e-4,
-    )
+    layers = [own_params(square_weights(3 + seed), seed=seed) for seed in range(2)]
+    check_scanned(square_layer(group), dense_square, layers, mesh=group.mesh, saved=saved)
 
 
 @by_itself
 def test_inside_another_shard_map(native_backend):
-    names = ("stage", "expert")
-    mesh = spmd.make_mesh(spmd.fit((2, 2), names), names)
-    group = jax_ep.create_group(mesh, "expert", backend=native_backend)
-    stages = [make_params(square_weights(3 + 5 * s)) for s in range(mesh.shape["stage"])]
-    params = jax.tree.map(lambda *a: jnp.stack(a), *stages)
-
-    def stage(x, params):
-        y, aux = jax_ep.moe(
-            x[0],
-            jax.tree.map(lambda w: w[0], params),
-            group=group,
-            num_experts=E,
-            top_k=K,
-            experts=square_experts,
-            expert_specs=SQUARE_SPECS,
-        )
-        return y[None], (aux.aux_loss[None], aux.load[None])
-
-    mapped = jax.shard_map(
-        stage,
-        mesh=mesh,
-        in_specs=(P("stage"), P("stage")),
-        out_specs=P("stage"),
-        axis_names={"stage"},
-    )
-
-    def layer(x, params):
-        y, (losses, loads) = mapped(x, params)
-        return y, (losses.sum(), loads)
-
-    def dense(x, params):
-        y, (losses, loads) = jax.vmap(dense_square)(x, params)
-        return y, (losses.sum(), loads)
-
-    check_same(layer, dense, make_x(len(stages), 5), params, mesh=mesh)
+    stage = lambda s: own_params(square_weights(3 + 5 * s))  # noqa: E731
+    check_in_stages(square_layer, dense_square, stage, native_backend)

@@ -11,45 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-import spmd
 from dense_experts import check_same, dense_layer
+from expert_layers import E, F, H, K, draw, make_group, make_x, own_params
 
 pytestmark = [
     pytest.mark.needs_collectives,  # the layer sums its statistics over the mesh
     pytest.mark.usefixtures("in_float32"),
 ]
 by_itself = pytest.mark.one_process("calls the layer with arrays of one process")
-
-H, F, E, K, S = 8, 12, 4, 2, 8
-
-
-def draw(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape) / 2
-
-
-def make_group(ranks, backend, axis_type=AxisType.Auto):
-    """A group of so many ranks; "2x2" has two groups of two."""
-    names = ("data", "expert")
-    sizes = (2, 2) if ranks == "2x2" else (1, ranks)
-    sizes = tuple(2 if size == 3 else size for size in spmd.fit(sizes, names))
-    return spmd.create_group(spmd.make_mesh(sizes, names, axis_type), "expert", backend=backend)
-
-
-def make_params(experts, *, shared=False, hidden=H, seed=0) -> jax_ep.MoEParams:
-    shared_up = draw(1, hidden, S)
-    return jax_ep.MoEParams(
-        router_kernel=draw(seed, hidden, E),
-        shared=jax_ep.SharedExpert(shared_up, -shared_up, draw(2, S, hidden)) if shared else None,
-        experts=experts,
-    )
-
-
-def make_x(*shape: int) -> jax.Array:
-    return 2 * draw(9, *shape, H)
 
 
 def gathering_experts(rows, group_sizes, expert_of_row, params):
@@ -78,7 +50,7 @@ def test_weights_split_over_further_axes(native_backend):
         expert = lambda tokens, i: jnp.tanh(tokens @ weights["up"][i]) @ weights["down"][i]  # noqa: E731
         return dense_layer(x, params, top_k=K, expert=expert)
 
-    check_same(layer, dense, make_x(3, 5), make_params(weights), mesh=group.mesh)
+    check_same(layer, dense, make_x(3, 5), own_params(weights), mesh=group.mesh)
 
 
 def int8_experts(rows, group_sizes, expert_of_row, params):
@@ -106,7 +78,7 @@ def test_quantised_weights(ranks, native_backend):
         return dense_layer(x, params, top_k=K, expert=expert)
 
     layer = functools.partial(jax_ep.moe, group=group, num_experts=E, top_k=K, experts=int8_experts)
-    check_same(layer, dense, make_x(3, 5), make_params(weights), mesh=group.mesh)
+    check_same(layer, dense, make_x(3, 5), own_params(weights), mesh=group.mesh)
 
 
 def plain_experts(rows, group_sizes, expert_of_row, params):
@@ -174,7 +146,7 @@ def test_function_without_weights(backend):
     layer = functools.partial(
         jax_ep.moe, group=group, num_experts=E, top_k=K, experts=without_weights
     )
-    check_same(layer, dense, make_x(3, 5), make_params(()), mesh=group.mesh)
+    check_same(layer, dense, make_x(3, 5), own_params(()), mesh=group.mesh)
 
 
 def test_partition_specs():
@@ -182,7 +154,7 @@ def test_partition_specs():
     group = make_group(2, "reference")
     down = (jnp.ones((E, F, H)), jnp.ones(E))
     weights = {"up": jnp.ones((E, H, F)), "down": down, "mixed": jnp.ones((H, H))}
-    params = make_params(weights, shared=True)
+    params = own_params(weights, shared=True)
     specs = jax_ep.moe_partition_specs(params, group=group)
     assert set(jax.tree.leaves(specs.experts)) == {P("expert")} and specs.up is None
     assert jax.tree.structure(specs) == jax.tree.structure(params)

@@ -69,13 +69,10 @@ def softmax_top_k(
         ValueError: if ``logits`` is not ``[T, E]``, ``num_used_experts`` not from 1 to E, or ``k`` not
             from 1 to the number of experts that exist.
     """
-    op = "routing.softmax_top_k"
-    check_logits(op, logits)
-    experts = logits.shape[1]
-    logits, bias = _used(op, logits, bias, num_used_experts)
-    _check_k(op, k, logits.shape[1])
-    scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    return _choose(scores, _selection(scores, bias), k, renormalize, scale, experts)
+    used, bias = _checked("routing.softmax_top_k", logits, k, bias, num_used_experts)
+    scores = jax.nn.softmax(used, axis=-1)
+    selection = _selection(scores, bias)
+    return _choose(scores, selection, k, renormalize, scale, logits.shape[1])
 
 
 def sigmoid_top_k(
@@ -106,13 +103,10 @@ def sigmoid_top_k(
         ValueError: if ``logits`` is not ``[T, E]``, ``num_used_experts`` not from 1 to E, or ``k`` not
             from 1 to the number of experts that exist.
     """
-    op = "routing.sigmoid_top_k"
-    check_logits(op, logits)
-    experts = logits.shape[1]
-    logits, bias = _used(op, logits, bias, num_used_experts)
-    _check_k(op, k, logits.shape[1])
-    scores = jax.nn.sigmoid(logits.astype(jnp.float32))
-    return _choose(scores, _selection(scores, bias), k, renormalize, scale, experts)
+    used, bias = _checked("routing.sigmoid_top_k", logits, k, bias, num_used_experts)
+    scores = jax.nn.sigmoid(used)
+    selection = _selection(scores, bias)
+    return _choose(scores, selection, k, renormalize, scale, logits.shape[1])
 
 
 def group_limited_top_k(
@@ -160,11 +154,8 @@ def group_limited_top_k(
         ValueError: if the sizes do not fit each other; the text says what would.
     """
     op = "routing.group_limited_top_k"
-    check_logits(op, logits)
-    all_experts = logits.shape[1]
-    logits, bias = _used(op, logits, bias, num_used_experts)
-    _check_k(op, k, logits.shape[1])
-    tokens, experts = logits.shape
+    used, bias = _checked(op, logits, k, bias, num_used_experts)
+    tokens, experts = used.shape
     arguments.check_one_of(op, "scoring", scoring, ("sigmoid", "softmax"))
     if num_groups < 1 or experts % num_groups:
         raise arguments.value_error(
@@ -183,8 +174,7 @@ def group_limited_top_k(
             top_groups,
             "raise top_groups or lower k",
         )
-    logits = logits.astype(jnp.float32)
-    scores = jax.nn.sigmoid(logits) if scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    scores = jax.nn.sigmoid(used) if scoring == "sigmoid" else jax.nn.softmax(used, axis=-1)
     selection = _selection(scores, bias)
     grouped = selection.reshape(tokens, num_groups, size)
     counted = min(2, size) if scoring == "sigmoid" else 1
@@ -194,17 +184,20 @@ def group_limited_top_k(
         axis=1
     )  # [T, num_groups]
     selection = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(tokens, experts)
-    return _choose(scores, selection, k, renormalize, scale, all_experts)
+    return _choose(scores, selection, k, renormalize, scale, logits.shape[1])
 
 
-def _used(
-    op: str, logits: Array, bias: Array | None, num_used_experts: int | None
-) -> tuple[Array, Array | None]:
-    """Logits and bias of the experts that exist."""
-    if num_used_experts is None:
-        return logits, bias
-    check_num_used(op, num_used_experts, logits.shape[1])
-    return logits[:, :num_used_experts], None if bias is None else bias[:num_used_experts]
+def _checked(
+    op: str, logits: Array, k: int, bias: Array | None, num_used_experts: int | None
+) -> tuple[Float32[Array, "tokens experts"], Array | None]:
+    """Logits and bias of the experts that exist; an error if they or ``k`` do not fit."""
+    check_logits(op, logits)
+    if num_used_experts is not None:
+        check_num_used(op, num_used_experts, logits.shape[1])
+        logits = logits[:, :num_used_experts]
+        bias = None if bias is None else bias[:num_used_experts]
+    _check_k(op, k, logits.shape[1])
+    return jnp.asarray(logits, jnp.float32), bias
 
 
 def _selection(
