@@ -42,6 +42,7 @@ SECTIONS = {
         "clamped_swiglu",
         "ExpertFunction",
         "grouped_dot",
+        "grouped_mlp",
         "nnx.MoE",
         "nnx.RouterBias",
         "linen.MoE",

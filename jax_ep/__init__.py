@@ -18,6 +18,7 @@ from jax_ep._grouped_dot.api import grouped_dot
 from jax_ep._groups.create import create_group
 from jax_ep._groups.group import Group
 from jax_ep._moe.activations import GatedActivation, clamped_swiglu
+from jax_ep._moe.grouped_mlp import grouped_mlp
 from jax_ep._moe.layer import moe
 from jax_ep._moe.own_experts import ExpertFunction
 from jax_ep._moe.params import (
@@ -65,6 +66,7 @@ __all__ = [
     "dispatch_start",
     "errors",
     "grouped_dot",
+    "grouped_mlp",
     "init_moe_params",
     "linen",
     "moe",

@@ -101,7 +101,7 @@ def test_the_gradient_that_leaves_sms_comes_first(sms, in_order):
     bounds, sizes = api.ProductSms(**sms), jnp.zeros(2, jnp.int32)
 
     def step(lhs, rhs):
-        out, pull = jax.vjp(lambda a, b: api.grouped_dot_on(bounds, a, b, sizes), lhs, rhs)
+        out, pull = jax.vjp(lambda a, b: api.grouped_dot_on(bounds, "zero", a, b, sizes), lhs, rhs)
         return pull(out)
 
     found = str(jax.make_jaxpr(step)(jnp.zeros((4, 8)), jnp.zeros((2, 8, 4))))

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 from jax_ep import _compat
 from jax_ep._grouped_dot import hopper
+from jax_ep._grouped_dot import products as products_of
 from jax_ep._grouped_dot.hopper.tile_table import tile_table
 from kernel_grids import blocks_of_kernels, modules_of_kernels
 from test_grouped_dot import SIZES, numpy_grouped_dot, problem, with_gradients
@@ -29,19 +30,34 @@ DTYPES = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4}
 @pytest.mark.parametrize("case", SIZES)
 @pytest.mark.parametrize("tile", [8, 128])
 def test_tile_table(case, tile):
-    """Every row is in one tile of its group; tiles do not cross the borders of blocks."""
+    """Every row is in one tile of its group, and tiles begin at multiples of 8 rows."""
     rows, sizes = SIZES[case]
-    group, block, first, end = map(np.asarray, tile_table(jnp.array(sizes, jnp.int32), rows, tile))
     owner = np.full(rows, -1)
     owner[: sum(sizes)] = np.repeat(np.arange(len(sizes)), sizes)
-    seen = np.full(rows, -2)
-    for g, b, f, e in zip(group, block, first, end, strict=True):
-        if f == e:
-            continue
-        assert b * tile <= f < e <= (b + 1) * tile
-        assert (seen[f:e] == -2).all()
-        seen[f:e] = g
-    np.testing.assert_array_equal(seen, owner)
+    for with_unused in (True, False):
+        table = tile_table(jnp.array(sizes, jnp.int32), rows, tile, with_unused=with_unused)
+        seen = np.full(rows, -2)
+        for group, begin, first, end in zip(*map(np.asarray, table), strict=True):
+            if first == end:
+                continue
+            assert begin % 8 == 0
+            assert begin <= first < end <= begin + tile
+            assert (seen[first:end] == -2).all()
+            seen[first:end] = group
+        wanted = owner if with_unused else np.where(owner < 0, -2, owner)
+        np.testing.assert_array_equal(seen, wanted)
+
+
+def test_the_table_of_tiles_has_room_for_any_sizes():
+    """Groups of one row more than tiles have, which begin anywhere, need the most tiles."""
+    rng = np.random.default_rng(0)
+    for tile in (8, 64, 128):
+        for _ in range(50):
+            sizes = rng.choice([0, 1, 2, 6, tile - 1, tile, tile + 1, tile + 2], 20)
+            rows = int(sizes.sum()) + 3
+            table = tile_table(jnp.array(sizes, jnp.int32), rows, tile, with_unused=True)
+            _, _, first, end = map(np.asarray, table)
+            assert (end - first).sum() == rows
 
 
 def test_why_not():
@@ -62,21 +78,23 @@ def test_lowers_for_gpus_anywhere(dtype, inner, outer):
     ]
 
     def passes(lhs, rhs, d_out, sizes):
-        kernels = hopper
         return (
-            kernels.rows_by_matrices(lhs, rhs, sizes, contract=0),
-            kernels.rows_by_matrices(d_out, rhs, sizes, contract=1),
-            kernels.rows_by_rows(lhs, d_out, sizes),
+            hopper.rows_by_matrices(lhs, rhs, sizes, contract=0),
+            hopper.rows_by_matrices(d_out, rhs, sizes, contract=1),
+            hopper.rows_by_rows(lhs, d_out, sizes),
+            *hopper.rows_by_pair(lhs, (rhs, rhs), sizes),
+            hopper.sum_of_pair((d_out, d_out), (rhs, rhs), sizes),
+            *hopper.pair_by_rows(lhs, (d_out, d_out), sizes),
         )
 
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
     exported = jax.export.export(jax.jit(passes), platforms=["cuda"])(*given, sizes)
+    of_rows, of_matrices = (1003, outer), (4, inner, outer)
     assert [a.shape for a in exported.out_avals] == [
-        (1003, outer),
-        (1003, inner),
-        (4, inner, outer),
+        *(of_rows, (1003, inner), of_matrices),
+        *(of_rows, of_rows, (1003, inner), of_matrices, of_matrices),
     ]
-    assert exported.mlir_module().count("mosaic_gpu_v2") >= 3
+    assert exported.mlir_module().count("mosaic_gpu_v2") >= 6
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -220,6 +238,45 @@ def test_values_and_gradients(case, width, dtype):
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("case", SIZES)
+def test_pairs(case, width, dtype):
+    """Two products at once, and their gradients; NaN in unused rows reaches nothing."""
+    rows, sizes = SIZES[case]
+    lhs, first, d_first, unused = problem(rows, sizes, *width)
+    _, second, d_second, _ = problem(rows, sizes, *width)
+    second, d_second = second[::-1] + 0.5, d_second[::-1] - 0.5
+    given = [np.float64(jnp.asarray(a, dtype)) for a in (lhs, first, second, d_first, d_second)]
+    lhs, first, second, d_first, d_second = given
+    out, gradients = numpy_grouped_dot(lhs, first, sizes)
+    other_out, other_gradients = numpy_grouped_dot(lhs, second, sizes)
+    d_lhs, d_matrices = gradients(d_first)
+    other_d_lhs, other_d_matrices = other_gradients(d_second)
+    wants = [out, other_out, d_lhs + other_d_lhs, d_matrices, other_d_matrices]
+    lhs[unused] = d_first[unused] = d_second[unused] = np.nan
+    lhs, *both = (jnp.asarray(a, dtype) for a in given)
+    sizes = jnp.array(sizes, jnp.int32)
+    gots = [
+        *hopper.rows_by_pair(lhs, tuple(both[:2]), sizes),
+        hopper.sum_of_pair(tuple(both[2:]), tuple(both[:2]), sizes),
+        *hopper.pair_by_rows(lhs, tuple(both[2:]), sizes),
+    ]
+    for got, want in zip(gots, wants, strict=True):
+        scale = np.abs(want).max() + 1e-9
+        np.testing.assert_allclose(np.float64(got) / scale, want / scale, atol=DTYPES[dtype])
+    assert not any(np.any(got[unused]) for got in gots[:3])
+    without = [
+        *hopper.rows_by_pair(lhs, tuple(both[:2]), sizes, clears=False),
+        hopper.sum_of_pair(tuple(both[2:]), tuple(both[:2]), sizes, clears=False),
+    ]
+    used = slice(0, unused.start)
+    for got, want in zip(without, gots, strict=False):
+        np.testing.assert_array_equal(np.float32(got[used]), np.float32(want[used]))
+
+
+@pytest.mark.gpu
+@needs_hopper
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_transformations(check_vma):
     """Results are the same under shard_map, scan, remat and donation."""
@@ -264,7 +321,7 @@ def test_vmap():
 @needs_hopper
 def test_what_kernels_cannot_do_is_said(caplog):
     """Other widths go through the loop, with a warning."""
-    jax_ep._grouped_dot.api._warn_of_loop.cache_clear()
+    products_of._warn_of_loop.cache_clear()
     out = jax.jit(functools.partial(jax_ep.grouped_dot))(
         jnp.ones((16, 24)), jnp.ones((2, 24, 8)), jnp.array([4, 8], jnp.int32)
     )

@@ -15,7 +15,7 @@ import spmd
 from jax_ep import routing
 from jax_ep._grouped_dot.api import ProductSms
 from jax_ep._moe import exchange
-from jax_ep._moe.experts import Beside, products
+from jax_ep._moe.experts import Beside, Products, products
 from jax_ep._ops.combine import combine
 from jax_ep._ops.dispatch import dispatch
 from jax_ep._ops.flights import Opened
@@ -114,27 +114,27 @@ def test_experts_that_leave_sms_give_the_same_bits(native_backend, monkeypatch):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-ALL = ProductSms()
-SMS = {  # of gate, up and down, by the width of the experts, with 108 SMs left
-    2048: [ProductSms(108), ALL, ProductSms(d_lhs=108)],
-    512: [ProductSms(108), ProductSms(108), ProductSms(d_lhs=108, d_rhs=108)],
-    256: [ProductSms(108, 108, 108)] * 3,
+SMS = {  # of gate and up, and of down, by the width of the experts, with 108 SMs left
+    2048: (ProductSms(108), ProductSms(d_lhs=108)),
+    512: (ProductSms(108), ProductSms(d_lhs=108, d_rhs=108)),
+    256: (ProductSms(108, 108, 108), ProductSms(108, 108, 108)),
 }
 
 
 @pytest.mark.parametrize("width", SMS)
 def test_which_products_leave_sms(width):
-    """As many as take the time of the op: those of the gate, and backward of the down projection."""
+    """As many as take the time of the op: gate and up, and backward of the down projection."""
     dots = products(None, Beside(108, 1), width)
-    assert [dot.args[0] for dot in (dots.gate, dots.up, dots.down)] == SMS[width]
-    assert dots.in_order == (width == 2048)
+    assert (dots.up, dots.down) == SMS[width]
     two_ops = products(None, Beside(108, 2), width * 2)
-    assert [dot.args[0] for dot in (two_ops.gate, two_ops.up, two_ops.down)] == SMS[width]
+    assert (two_ops.up, two_ops.down) == SMS[width]
 
 
 def test_no_product_leaves_sms_to_nothing():
-    assert set(products(None, Beside(), 2048)) == {jax_ep.grouped_dot, False}
-    assert products(own := lambda *_: None, Beside(108, 1), 2048) == (own, own, own, False)
+    all_sms = ProductSms()
+    dots = products(None, Beside(), 2048)
+    assert (dots.up, dots.down) == (all_sms, all_sms)
+    assert products(own := lambda *_: None, Beside(108, 1), 2048) == Products(own)
 
 
 def first_two(logits, bias):

@@ -274,9 +274,8 @@ def test_partition_specs():
 def test_products_of_experts_without_a_gate():
     """The first product leaves SMs, as that of the gate does, and backward the down projection."""
     dots = products(None, Beside(108, 1), 2048, gated=False)
-    assert dots.up.args[0] == ProductSms(108) and dots.down.args[0] == ProductSms(d_lhs=108)
+    assert dots.up == ProductSms(108) and dots.down == ProductSms(d_lhs=108)
     dots = products(None, Beside(108, 2), 1024 * 2, gated=False)
-    assert dots.up.args[0] == ProductSms(108)
+    assert dots.up == ProductSms(108)
     dots = products(None, Beside(108, 1), 512, gated=False)
-    assert dots.down.args[0] == ProductSms(108, 108, 108)
-    assert not dots.in_order
+    assert dots.down == ProductSms(108, 108, 108)

@@ -1,33 +1,29 @@
 """Matmuls of grouped rows, each group with a matrix of its own.
 
 ``jax.lax.ragged_dot`` multiplies every row with every matrix on CPU (and GPU) and masks the
-products of other groups. Here a loop walks over tiles of the rows of each group. Its trip count
-follows from the rows in use, so neither other groups' matrices nor unused rows cost anything.
+products of other groups. Here a loop (``loops.py``) walks over tiles of the rows of each group.
 
 On Hopper GPUs, kernels (``hopper/``) do the same much faster. Forward and backward need only two:
-the product itself and the gradient of the matrices.
+the product itself and the gradient of the matrices. Both have a form for two matrices a group, which
+gate and up projection are (``grouped_dot_pair``): rows are read once, and the gradient of the rows is
+summed where it is computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._core.batching import batched_alike
-
-logger = logging.getLogger("jax_ep")
-
-_TILE = 128  # rows; 64 to 256 are equally fast, more wastes work on groups of few rows
+from jax_ep._core.types import UnusedRows
+from jax_ep._grouped_dot import products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +42,16 @@ class ProductSms:
     d_rhs: int | None = None
 
 
+ALL_SMS = ProductSms()
+
+
 def grouped_dot(
     lhs: Float[Array, "rows inner"],
     rhs: Float[Array, "groups inner outer"],
     group_sizes: Int32[Array, " groups"],
     *,
     num_sms: int | None = None,
+    unused_rows: UnusedRows = "zero",
 ) -> Float[Array, "rows outer"]:
     """Multiply each group of rows with the matrix of its group.
 
@@ -84,221 +84,144 @@ def grouped_dot(
         num_sms: SMs that the kernels may occupy, those of the gradients too; 1 or more. None, and
             any number from that of the GPU on, takes all. It never changes results, and has no
             meaning where no kernel runs.
+        unused_rows: What rows past the last group are, in the result and in the gradient of ``lhs``:
+            "zero", or "undefined", possibly NaN, which GPUs need not write.
 
     Returns:
         ``[C, F]`` in the dtype of ``lhs``.
 
     Raises:
         TypeError: if the dtypes of ``lhs`` and ``rhs`` differ, or if ``num_sms`` is no int.
-        ValueError: if the shapes do not fit each other, or if ``num_sms`` is below 1.
+        ValueError: if the shapes do not fit each other, if ``num_sms`` is below 1, or for another
+            ``unused_rows``.
     """
-    _check_num_sms(num_sms)
-    return grouped_dot_on(ProductSms(num_sms, num_sms, num_sms), lhs, rhs, group_sizes)
+    op = "grouped_dot"
+    check_num_sms(op, num_sms)
+    arguments.check_one_of(op, "unused_rows", unused_rows, ("zero", "undefined"))
+    check_operands(op, "lhs", lhs, "rhs", rhs, group_sizes)
+    sms = ProductSms(num_sms, num_sms, num_sms)
+    return grouped_dot_on(sms, unused_rows, lhs, rhs, group_sizes)
 
 
 def grouped_dot_on(
     sms: ProductSms,
+    unused_rows: UnusedRows,
     lhs: Float[Array, "rows inner"],
     rhs: Float[Array, "groups inner outer"],
     group_sizes: Int32[Array, " groups"],
 ) -> Float[Array, "rows outer"]:
     """``grouped_dot`` whose products have numbers of SMs of their own."""
-    op = "grouped_dot"
-    if lhs.dtype != rhs.dtype:
-        raise arguments.type_error(
-            op, "rhs", f"dtype {lhs.dtype} as lhs", f"dtype {rhs.dtype}", "cast one of them"
-        )
-    groups = group_sizes.shape[0]
-    if lhs.ndim != 2 or rhs.ndim != 3 or rhs.shape[:2] != (groups, lhs.shape[1]):
-        raise arguments.value_error(
-            op,
-            "rhs",
-            f"[groups, inner, outer] for lhs [rows, inner] {lhs.shape} and {groups} groups",
-            f"shape {rhs.shape}",
-            "pass one matrix for each group",
-        )
     operands = batched_alike(lhs, rhs, group_sizes)
     axes = frozenset[str]().union(*map(_compat.varying_axes, operands))
-    return _grouped_dot(sms, *(_compat.cast_varying(x, axes) for x in operands))
+    operands = tuple(_compat.cast_varying(x, axes) for x in operands)
+    return _grouped_dot(sms, unused_rows == "zero", *operands)
 
 
-def _check_num_sms(num_sms: Any) -> None:
+def grouped_dot_pair(
+    sms: ProductSms,
+    unused_rows: UnusedRows,
+    lhs: Float[Array, "rows inner"],
+    rhs: tuple[Float[Array, "groups inner outer"], Float[Array, "groups inner outer"]],
+    group_sizes: Int32[Array, " groups"],
+) -> tuple[Float[Array, "rows outer"], Float[Array, "rows outer"]]:
+    """The products of the same rows with two matrices a group, of one shape.
+
+    Kernels read the rows once, forward and for the gradient of the matrices, and sum both parts of the
+    gradient of the rows in float32. In plain JAX it is ``grouped_dot_on`` twice.
+    """
+    operands = batched_alike(lhs, *rhs, group_sizes)
+    axes = frozenset[str]().union(*map(_compat.varying_axes, operands))
+    lhs, first, second, group_sizes = (_compat.cast_varying(x, axes) for x in operands)
+    return _grouped_dot_pair(sms, unused_rows == "zero", lhs, (first, second), group_sizes)
+
+
+def check_operands(
+    op: str, rows_name: str, rows: Array, name: str, matrices: Array, group_sizes: Array
+) -> None:
+    """Raise the error of a product whose matrices do not fit its rows."""
+    if rows.dtype != matrices.dtype:
+        wanted = f"dtype {rows.dtype} as {rows_name}"
+        raise arguments.type_error(op, name, wanted, f"dtype {matrices.dtype}", "cast one of them")
+    groups = group_sizes.shape[0]
+    if rows.ndim != 2 or matrices.ndim != 3 or matrices.shape[:2] != (groups, rows.shape[1]):
+        raise arguments.value_error(
+            op,
+            name,
+            f"[groups, inner, outer] for {rows_name} [rows, inner] {rows.shape} and {groups} groups",
+            f"shape {matrices.shape}",
+            "pass one matrix for each group",
+        )
+
+
+def check_num_sms(op: str, num_sms: Any) -> None:
+    """Raise the error of a number of SMs that is none."""
     if num_sms is None:
         return
     wanted, fix = ("a positive int or None", "pass the number of SMs that it may occupy")
     if not arguments.is_int(num_sms):
-        got = type(num_sms).__name__
-        raise arguments.type_error("grouped_dot", "num_sms", wanted, got, fix)
+        raise arguments.type_error(op, "num_sms", wanted, type(num_sms).__name__, fix)
     if num_sms < 1:
-        raise arguments.value_error("grouped_dot", "num_sms", wanted, num_sms, fix)
+        raise arguments.value_error(op, "num_sms", wanted, num_sms, fix)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_dot(sms: ProductSms, lhs: Array, rhs: Array, group_sizes: Array) -> Array:
-    return _rows_by_matrices(lhs, rhs, group_sizes, contract=0, num_sms=sms.forward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped_dot(
+    sms: ProductSms, clears: bool, lhs: Array, rhs: Array, group_sizes: Array
+) -> Array:
+    return products.rows_by_matrices(
+        lhs, rhs, group_sizes, contract=0, clears=clears, num_sms=sms.forward
+    )
 
 
 def _grouped_dot_fwd(
-    sms: ProductSms, lhs: Array, rhs: Array, group_sizes: Array
+    sms: ProductSms, clears: bool, lhs: Array, rhs: Array, group_sizes: Array
 ) -> tuple[Array, Any]:
-    return _grouped_dot(sms, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+    return _grouped_dot(sms, clears, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
 @_compat.backward
-def _grouped_dot_bwd(sms: ProductSms, residuals: Any, d_out: Array) -> tuple[Array, Array, None]:
+def _grouped_dot_bwd(
+    sms: ProductSms, clears: bool, residuals: Any, d_out: Array
+) -> tuple[Array, Array, None]:
     lhs, rhs, group_sizes = residuals
-    d_lhs = _rows_by_matrices(d_out, rhs, group_sizes, contract=1, num_sms=sms.d_lhs)
-    if sms.d_lhs is not None and sms.d_rhs is None:
-        d_lhs, d_out = lax.optimization_barrier((d_lhs, d_out))
-    return d_lhs, _rows_by_rows(lhs, d_out, group_sizes, num_sms=sms.d_rhs), None
+    d_lhs = products.rows_by_matrices(
+        d_out, rhs, group_sizes, contract=1, clears=clears, num_sms=sms.d_lhs
+    )
+    d_lhs, d_out = _in_order(sms, d_lhs, d_out)
+    return d_lhs, products.rows_by_rows(lhs, d_out, group_sizes, num_sms=sms.d_rhs), None
 
 
 _grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
 
 
-def _rows_by_matrices(
-    lhs: Float[Array, "rows inner"],
-    rhs: Float[Array, "groups a b"],
-    group_sizes: Int32[Array, " groups"],
-    *,
-    contract: int,
-    num_sms: int | None,
-) -> Float[Array, "rows outer"]:
-    """Each row times its group's matrix; ``contract`` is the axis of the matrix that is summed."""
-    loop = functools.partial(_loop_rows_by_matrices, contract=contract)
-    kernels = _kernels(lhs.dtype, len(lhs), lhs.shape[1], rhs.shape[2 - contract])
-    if kernels is None:
-        return loop(lhs, rhs, group_sizes)
-    fast = functools.partial(kernels.rows_by_matrices, contract=contract, num_sms=num_sms)
-    return lax.platform_dependent(lhs, rhs, group_sizes, cuda=fast, default=loop)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped_dot_pair(
+    sms: ProductSms, clears: bool, lhs: Array, rhs: products.Pair, group_sizes: Array
+) -> products.Pair:
+    return products.rows_by_pair(lhs, rhs, group_sizes, clears=clears, num_sms=sms.forward)
 
 
-def _rows_by_rows(
-    lhs: Float[Array, "rows inner"],
-    d_out: Float[Array, "rows outer"],
-    group_sizes: Int32[Array, " groups"],
-    *,
-    num_sms: int | None,
-) -> Float[Array, "groups inner outer"]:
-    """``lhs.T @ d_out`` over the rows of each group."""
-    kernels = _kernels(lhs.dtype, len(lhs), lhs.shape[1], d_out.shape[1])
-    if kernels is None:
-        return _loop_rows_by_rows(lhs, d_out, group_sizes)
-    fast = functools.partial(kernels.rows_by_rows, num_sms=num_sms)
-    return lax.platform_dependent(lhs, d_out, group_sizes, cuda=fast, default=_loop_rows_by_rows)
+def _grouped_dot_pair_fwd(
+    sms: ProductSms, clears: bool, lhs: Array, rhs: products.Pair, group_sizes: Array
+) -> tuple[products.Pair, Any]:
+    return _grouped_dot_pair(sms, clears, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
-def _kernels(dtype: Any, rows: int, inner: int, outer: int) -> Any:
-    """The module of the kernels for such operands, or None. A warning says why a GPU uses none."""
-    if not _compat.targets_hopper():
-        return None
-    from jax_ep._grouped_dot import hopper as kernels
-
-    reason = kernels.why_not(dtype, rows, inner, outer)
-    if reason is None:
-        return kernels
-    if rows > 0:
-        _warn_of_loop(reason)
-    return None
+@_compat.backward
+def _grouped_dot_pair_bwd(
+    sms: ProductSms, clears: bool, residuals: Any, d_outs: products.Pair
+) -> tuple[Array, products.Pair, None]:
+    lhs, rhs, group_sizes = residuals
+    d_lhs = products.sum_of_pair(d_outs, rhs, group_sizes, clears=clears, num_sms=sms.d_lhs)
+    d_lhs, d_outs = _in_order(sms, d_lhs, d_outs)
+    return d_lhs, products.pair_by_rows(lhs, d_outs, group_sizes, num_sms=sms.d_rhs), None
 
 
-@functools.cache
-def _warn_of_loop(reason: str) -> None:
-    logger.warning("grouped_dot goes through a slow loop, not its GPU kernels: %s", reason)
+_grouped_dot_pair.defvjp(_grouped_dot_pair_fwd, _grouped_dot_pair_bwd)
 
 
-def _loop_rows_by_matrices(
-    lhs: Float[Array, "rows inner"],
-    rhs: Float[Array, "groups a b"],
-    group_sizes: Int32[Array, " groups"],
-    *,
-    contract: int,
-) -> Float[Array, "rows outer"]:
-    """Each row times its group's matrix; ``contract`` is the axis of the matrix that is summed."""
-    rows, outer = lhs.shape[0], rhs.shape[2 - contract]
-    out = _zeros((rows, outer), lhs.dtype, like=lhs)
-    if rows == 0:
-        return out
-
-    def group(out: Array, operands: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        matrix, start, size = operands
-
-        def tile(index: Array, out: Array) -> Array:
-            first, mine = _tile(start, size, index, rows)
-            block = lax.dynamic_slice_in_dim(lhs, first, len(mine))
-            product = lax.dot_general(
-                block,
-                matrix,
-                (((1,), (contract,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            # A tile at the end of its group reaches into rows that other groups write.
-            before = lax.dynamic_slice_in_dim(out, first, len(mine))
-            after = jnp.where(mine[:, None], product.astype(out.dtype), before)
-            return lax.dynamic_update_slice_in_dim(out, after, first, axis=0)
-
-        return _for_each_tile(size, rows, tile, out), None
-
-    return lax.scan(group, out, (rhs, *_bounds(group_sizes)))[0]
-
-
-def _loop_rows_by_rows(
-    lhs: Float[Array, "rows inner"],
-    d_out: Float[Array, "rows outer"],
-    group_sizes: Int32[Array, " groups"],
-) -> Float[Array, "groups inner outer"]:
-    """``lhs.T @ d_out`` over the rows of each group."""
-    (rows, inner), outer = lhs.shape, d_out.shape[1]
-    if rows == 0:
-        return _zeros((group_sizes.shape[0], inner, outer), lhs.dtype, like=lhs)
-
-    def group(_: None, bounds: tuple[Array, Array]) -> tuple[None, Array]:
-        start, size = bounds
-
-        def tile(index: Array, total: Array) -> Array:
-            first, mine = _tile(start, size, index, rows)
-            block = lax.dynamic_slice_in_dim(lhs, first, len(mine))
-            cotangent = lax.dynamic_slice_in_dim(d_out, first, len(mine))
-            # Both are masked, because unused rows may hold NaN, which must not reach the sum.
-            return total + lax.dot_general(
-                jnp.where(mine[:, None], block, 0),
-                jnp.where(mine[:, None], cotangent, 0),
-                (((0,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-
-        total = _zeros((inner, outer), jnp.float32, like=lhs)
-        return None, _for_each_tile(size, rows, tile, total).astype(lhs.dtype)
-
-    return lax.scan(group, None, _bounds(group_sizes))[1]
-
-
-def _bounds(group_sizes: Int32[Array, " groups"]) -> tuple[Array, Array]:
-    """First row and number of rows of each group."""
-    return jnp.cumsum(group_sizes) - group_sizes, group_sizes
-
-
-def _for_each_tile(
-    size: Int32[Array, ""], rows: int, tile: Callable[[Array, Array], Array], carry: Array
-) -> Array:
-    """``carry = tile(index, carry)`` for each tile of a group of ``size`` rows."""
-    height = min(_TILE, rows)
-    # Computed, since vmap with spmd_axis_name fails on a constant where the bound is batched: a
-    # constant has no mesh, so JAX cannot make it vary over the axis (0.10.2 to 0.12.0).
-    first = size - size
-    return lax.fori_loop(first, (size + height - 1) // height, tile, carry)
-
-
-def _tile(
-    start: Int32[Array, ""], size: Int32[Array, ""], index: Int32[Array, ""], rows: int
-) -> tuple[Array, Array]:
-    """First row of a tile, moved up so that it ends within the rows; and a mask of its own rows."""
-    height = min(_TILE, rows)
-    wanted = start + index * height
-    first = jnp.minimum(wanted, rows - height)
-    row = first + jnp.arange(height, dtype=jnp.int32)
-    return first, (row >= wanted) & (row < start + size)
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any, *, like: Array) -> Array:
-    return _compat.cast_varying(jnp.zeros(shape, dtype), _compat.varying_axes(like))
+def _in_order(sms: ProductSms, d_lhs: Array, d_out: Any) -> tuple[Array, Any]:
+    """Both, so that the gradient of the rows comes first if it alone leaves SMs."""
+    if sms.d_lhs is not None and sms.d_rhs is None:
+        return lax.optimization_barrier((d_lhs, d_out))
+    return d_lhs, d_out

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jax import lax
 from jaxtyping import Array, Float
 
-from jax_ep._core.types import Dispatched, Quantized
-from jax_ep._grouped_dot.api import ProductSms, grouped_dot, grouped_dot_on
+from jax_ep._core.types import Dispatched, Quantized, UnusedRows
+from jax_ep._grouped_dot.api import ALL_SMS, ProductSms, grouped_dot_on, grouped_dot_pair
 from jax_ep._moe.activations import Activation, activate
 from jax_ep._moe.biases import add_bias
 from jax_ep._moe.params import MoEParams, SharedExpert
@@ -34,20 +33,39 @@ class Beside(NamedTuple):
     num_ops: int = 0
 
 
-class Products(NamedTuple):
-    """The grouped products of MLPs, in the order in which they run.
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """The grouped products of MLPs.
 
     Attributes:
-        gate: Of the gate, which experts may be without.
-        up: Of the up projection.
-        down: Of the down projection.
-        in_order: Whether the first has to come before the second.
+        own: The user's own function, which then makes all of them and leaves no SMs; None for
+            ``jax_ep.grouped_dot``.
+        up: The SMs of the products with gate and up projection.
+        down: The SMs of the product with the down projection.
+        unused_rows: What rows past the last group are in the results of ``jax_ep.grouped_dot``.
     """
 
-    gate: GroupedDot
-    up: GroupedDot
-    down: GroupedDot
-    in_order: bool = False
+    own: GroupedDot | None = None
+    up: ProductSms = ALL_SMS
+    down: ProductSms = ALL_SMS
+    unused_rows: UnusedRows = "undefined"
+
+    def of_rows(
+        self, rows: Array, gate: Array | None, up: Array, group_sizes: Array
+    ) -> tuple[Array | None, Array]:
+        """The products with the gate, None where there is none, and with the up projection."""
+        if self.own is not None:
+            gated = None if gate is None else self.own(rows, gate, group_sizes)
+            return gated, self.own(rows, up, group_sizes)
+        if gate is None:
+            return None, grouped_dot_on(self.up, self.unused_rows, rows, up, group_sizes)
+        return grouped_dot_pair(self.up, self.unused_rows, rows, (gate, up), group_sizes)
+
+    def of_inner(self, inner: Array, down: Array, group_sizes: Array) -> Array:
+        """The product of the inner channels with the down projection."""
+        if self.own is not None:
+            return self.own(inner, down, group_sizes)
+        return grouped_dot_on(self.down, self.unused_rows, inner, down, group_sizes)
 
 
 def products(
@@ -59,35 +77,21 @@ def products(
     many as take the time of the ops; the others take all.
 
     Args:
-        own: The user's own function, which then makes all of them and leaves no SMs; None for
-            ``jax_ep.grouped_dot``.
+        own: The user's own function, or None.
         beside: What is beside the experts.
         intermediate: F.
-        gated: Whether the product of the gate is among them.
+        gated: Whether the product with the gate is among them, in one kernel with the up projection's.
     """
-    if own is not None:
-        return Products(own, own, own)
     free = beside.free_sms
-    if free is None:
-        return Products(grouped_dot, grouped_dot, grouped_dot)
+    if own is not None or free is None:
+        return Products(own)
     leaving = -(-beside.num_ops * _COLUMNS_OF_AN_OP // max(intermediate, 1))
     second, third = (free if leaving >= number else None for number in (2, 3))
     # Backward the down projection comes first: the gradient of its rows, then that of its matrices.
-    gate, up, down = (
-        functools.partial(grouped_dot_on, sms)
-        for sms in (
-            ProductSms(forward=free, d_lhs=third, d_rhs=third),
-            ProductSms(forward=second, d_lhs=third, d_rhs=third),
-            ProductSms(forward=third, d_lhs=free, d_rhs=second),
-        )
+    return Products(
+        up=ProductSms(forward=free, d_lhs=third, d_rhs=third),
+        down=ProductSms(forward=third if gated else second, d_lhs=free, d_rhs=second),
     )
-    if not gated:
-        # The first is that of the up projection, and takes what the gate's would.
-        down = functools.partial(
-            grouped_dot_on, ProductSms(forward=second, d_lhs=free, d_rhs=second)
-        )
-        return Products(gate, gate, down)
-    return Products(gate, up, down, in_order=second is None)
 
 
 def apply_experts(
@@ -107,15 +111,13 @@ def apply_experts(
         assert expert_of_row is not None
         return add_bias(product, bias, expert_of_row, weights)
 
-    if gate is not None:
-        gate = dots.gate(rows, gate, sizes)
-        if dots.in_order:
-            rows, gate = lax.optimization_barrier((rows, gate))
-        gate = biased(gate, params.gate_bias)
-    inner = activate(gate, biased(dots.up(rows, up, sizes), params.up_bias), activation)
+    gated, product = dots.of_rows(rows, gate, up, sizes)
+    if gated is not None:
+        gated = biased(gated, params.gate_bias)
+    inner = activate(gated, biased(product, params.up_bias), activation)
     # The down projection is linear: its few input channels are cheaper to weight than its outputs.
     weighted = (inner * weights[:, None]).astype(out.tokens.dtype)
-    outputs = dots.down(weighted, down, sizes)
+    outputs = dots.of_inner(weighted, down, sizes)
     return biased(outputs, params.down_bias, weights).astype(outputs.dtype)
 
 

@@ -96,9 +96,13 @@ def with_jax_ep(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
         config=sizes.config,
     )
     assert out.weights is not None
-    rows = _gated(out.tokens, experts, out.group_sizes, jax_ep.grouped_dot)
-    rows = (rows * out.weights[:, None]).astype(x.dtype)
-    rows = jax_ep.grouped_dot(rows, experts.down, out.group_sizes)
+    rows = jax_ep.grouped_mlp(
+        out.tokens,
+        *experts,
+        out.group_sizes,
+        row_weights=out.weights,
+        unused_rows="undefined",  # combine does not read them
+    )
     return jax_ep.combine(rows, out.handle, group=sizes.group, config=sizes.config)
 
 

@@ -49,12 +49,12 @@ class CustomCall:
 
 
 def pallas_kernel(
-    kernel: Kernel, blocks: int, out: jax.ShapeDtypeStruct
-) -> Callable[..., jax.Array]:
+    kernel: Kernel, blocks: int, outs: tuple[jax.ShapeDtypeStruct, ...]
+) -> Callable[..., Any]:
     """A function that launches ``kernel`` in that many blocks, for Pallas to lower."""
     return plgpu.kernel(
         kernel.body,
-        out_type=out,
+        out_type=outs,
         grid=(blocks,),
         grid_names=("sm",),
         num_threads=3,
@@ -65,10 +65,13 @@ def pallas_kernel(
 
 @functools.cache
 def custom_call(
-    kernel: Kernel, blocks: int, out: jax.ShapeDtypeStruct, *operands: jax.ShapeDtypeStruct
+    kernel: Kernel,
+    blocks: int,
+    outs: tuple[jax.ShapeDtypeStruct, ...],
+    *operands: jax.ShapeDtypeStruct,
 ) -> CustomCall | None:
     """The custom call that Pallas lowers a kernel to; None if it lowers it to anything more."""
-    function = jax.jit(pallas_kernel(kernel, blocks, out))
+    function = jax.jit(pallas_kernel(kernel, blocks, outs))
 
     def lower() -> Any:
         with jax.enable_x64(False):  # the kernels' own numbers are int32

@@ -1,4 +1,4 @@
-"""Shared by both kernels: bringing operands into form, and the launch."""
+"""Shared by the kernels: bringing operands into form, and the launch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def pad_rows(x: jax.Array) -> jax.Array:
 
 
 def launch(
-    kernel: Kernel, out: jax.ShapeDtypeStruct, *operands: jax.Array, num_sms: int | None
-) -> jax.Array:
+    kernel: Kernel,
+    *operands: jax.Array,
+    outs: tuple[jax.ShapeDtypeStruct, ...],
+    num_sms: int | None,
+) -> tuple[jax.Array, ...]:
     """Runs the body of ``kernel`` in one block on each SM, or on ``num_sms`` of them if that is less.
 
     A block takes every n-th tile, n being the number of blocks, which may be any from 1 on. So each
@@ -40,47 +43,49 @@ def launch(
     operands = tuple(_compat.cast_varying(x, axes) for x in operands)
     blocks = _compat.num_multiprocessors()
     blocks = blocks if num_sms is None else min(num_sms, blocks)
-    return _launch_p.bind(*operands, kernel=kernel, out=out, blocks=blocks)
+    return tuple(_launch_p.bind(*operands, kernel=kernel, outs=outs, blocks=blocks))
 
 
-def _abstract(*operands: Any, kernel: Kernel, out: jax.ShapeDtypeStruct, blocks: int) -> Any:
+def _abstract(*operands: Any, kernel: Kernel, outs: Sequence[Any], blocks: int) -> Any:
     del kernel, blocks
-    return _compat.aval_like(operands[0], out.shape, out.dtype)
+    return [_compat.aval_like(operands[0], out.shape, out.dtype) for out in outs]
 
 
 def _lower(
     ctx: mlir.LoweringRuleContext,
     *operands: Any,
     kernel: Kernel,
-    out: jax.ShapeDtypeStruct,
+    outs: tuple[jax.ShapeDtypeStruct, ...],
     blocks: int,
 ) -> Any:
     if not ctx.is_forward_compat():  # other versions must understand an exported program
         avals: Sequence[Any] = ctx.avals_in
         given = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals)
-        call = custom_call(kernel, blocks, out, *given)
+        call = custom_call(kernel, blocks, outs, *given)
         if call is not None:
             return jax.ffi.ffi_lowering(call.target)(ctx, *operands, **dict(call.attributes))
-    lower = mlir.lower_fun(pallas_kernel(kernel, blocks, out), multiple_results=False)
+    lower = mlir.lower_fun(pallas_kernel(kernel, blocks, outs), multiple_results=True)
     return lower(ctx, *operands)
 
 
 def _batch(
     operands: Sequence[Any], dims: Sequence[int | None], **params: Any
-) -> tuple[jax.Array, int]:
+) -> tuple[list[jax.Array], list[int]]:
     """One launch for each element, one after the other."""
     mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
 
-    def one(slices: Sequence[jax.Array]) -> jax.Array:
+    def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
         rest = iter(slices)
         return _launch_p.bind(
             *(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)), **params
         )
 
-    return jax.lax.map(one, mapped), 0
+    results = jax.lax.map(one, mapped)
+    return results, [0] * len(results)
 
 
 _launch_p = Primitive("jax_ep_grouped_dot")
+_launch_p.multiple_results = True
 _launch_p.def_abstract_eval(_abstract)
 _launch_p.def_impl(lambda *xs, **params: jax.jit(lambda *ys: _launch_p.bind(*ys, **params))(*xs))
 mlir.register_lowering(_launch_p, _lower, platform="cuda")
