@@ -91,7 +91,7 @@ def test_experts_leave_an_op_its_sms(compiled):
     ops = compiled["kernels"]["ops"]
     for kind in "dispatch 2", "combine 1", "dispatch 4", "combine 3":
         assert beside(ops, kind)[0] == "grouped_dot 108", kind
-    assert ops.count("grouped_dot 108") == 4 and ops.count("grouped_dot 132") == 2 * 9 - 4
+    assert ops.count("grouped_dot 108") == 4 and ops.count("grouped_dot 132") == 2 * 6 - 4
 
 
 def test_nothing_overlaps_without_regions(compiled):
