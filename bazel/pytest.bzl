@@ -10,8 +10,8 @@ def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps
         srcs: The test files.
         support: Modules that tests import, and the entry point tests/support/run_pytest.py.
         data: Files that tests read.
-        once: Files whose tests say the same with every version of Python and JAX, by name, and one test of
-            each. The file's target is tagged "once", and test_samples runs that test alone.
+        once: Files of which a sample is enough with another version of Python and JAX, by name, with the
+            tests of the sample. The file's target is tagged "once", and test_samples runs the samples.
         quick: Files of at most half a minute, by name, which test_quick runs. Their own targets are tagged
             "manual", so a pattern such as //... leaves them out.
         part: Files of which a part runs, by name, and the options of pytest with which their targets
@@ -51,7 +51,7 @@ def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps
         name = "test_samples",
         srcs = [paths[name] for name in once] + support,
         # An error if there is no such test.
-        args = ["'{}::{}'".format(paths[name], once[name]) for name in once],
+        args = ["'{}::{}'".format(paths[name], test) for name in once for test in once[name]],
         shard_count = 2,
         **common
     )
