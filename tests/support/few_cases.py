@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import pytest
 
 # Names of parameters whose values are other parts of JAX or Flax.
-CONCERNED = {"axis_type", "backend", "check_vma", "flax", "transform"}
+CONCERNED = {"axis_type", "backend", "check_vma", "flax"}
 
 Choice = tuple[str, str]  # name of a parameter and the text of its value
 

@@ -2,7 +2,7 @@
 
 Usage: run_pytest.py tests/test_something.py ... [--few-cases] [pytest options]
 
-``--few-cases`` leaves out combinations of parameters (``few_cases.py``).
+``--few-cases`` leaves out most cases of a test with parameters (``few_cases.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Selection:
     """Keeps every n-th test, where Bazel runs n shards of a file, or every n-th file of several.
 
     Attributes:
-        thin: Whether combinations of parameters are left out first.
+        thin: Whether most cases of tests with parameters are left out first.
         found: The files that have a test to run, in any shard.
     """
 
