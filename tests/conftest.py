@@ -36,8 +36,8 @@ if PLATFORM == "cpu":
         flags += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     os.environ["XLA_FLAGS"] = flags.strip()
 
-# Garbage is rarely old here, and looking for old garbage takes a second or more, since JAX keeps millions
-# of objects of the programs that a process has compiled.
+# Garbage is rarely old here, and looking for old garbage takes a second or more, since JAX keeps
+# millions of objects of the programs that a process has compiled.
 gc.set_threshold(700, 10, 500)
 
 import hypothesis  # noqa: E402

@@ -1,4 +1,4 @@
-"""Few cases of each test: one, or as many as take each value of the parameters that JAX's version concerns.
+"""Few cases of each test: one, or one for each value of the parameters that JAX's version concerns.
 
 ``.ci/run`` tests two versions of Python and JAX. On one it runs all cases. On the other it runs these,
 because a difference between versions shows in every case of a test, or in one value of a parameter that
