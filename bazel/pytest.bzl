@@ -1,6 +1,6 @@
 """py_tests that run the files of a pytest suite."""
 
-def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps):
+def pytest_tests(srcs, support, data, once, quick, part, optimized, deps):
     """One py_test for each test file, of all its tests that are not marked slow.
 
     Two more run several files in one process, since Python and JAX take about six seconds to start:
@@ -10,15 +10,14 @@ def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps
         srcs: The test files.
         support: Modules that tests import, and the entry point tests/support/run_pytest.py.
         data: Files that tests read.
-        once: Files whose tests say the same with every version of Python and JAX, by name, and one test of
-            each. The file's target is tagged "once", and test_samples runs that test alone.
-        quick: Files of at most half a minute, by name, which test_quick runs. Their own targets are tagged
+        once: Files of which a sample is enough with another version of Python and JAX, by name, with the
+            tests of the sample. The file's target is tagged "once", and test_samples runs the samples.
+        quick: Files of at most a minute, by name, which test_quick runs. Their own targets are tagged
             "manual", so a pattern such as //... leaves them out.
         part: Files of which a part runs, by name, and the options of pytest with which their targets
             run: those that select some of their tests or make them short.
         optimized: Files that XLA compiles with its defaults, as for users, by name. For the others
             tests/conftest.py has it compile quickly.
-        shards: In how many parts to run a test file, by name, where that is not one.
         deps: Libraries under test.
     """
     common = dict(
@@ -36,7 +35,6 @@ def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps
             srcs = [src] + support,
             args = [src] + part.get(name, ["-m", "'not slow'"]),
             env = {"XLA_FLAGS": "--xla_backend_optimization_level=3"} if name in optimized else {},
-            shard_count = shards.get(name),
             tags = ["once"] if name in once else ["manual"] if name in quick else [],
             **common
         )
@@ -51,7 +49,7 @@ def pytest_tests(srcs, support, data, shards, once, quick, part, optimized, deps
         name = "test_samples",
         srcs = [paths[name] for name in once] + support,
         # An error if there is no such test.
-        args = ["'{}::{}'".format(paths[name], once[name]) for name in once],
+        args = ["'{}::{}'".format(paths[name], test) for name in once for test in once[name]],
         shard_count = 2,
         **common
     )

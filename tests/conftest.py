@@ -11,6 +11,7 @@ Groups that span processes are "cuda" on GPUs and "reference", on XLA's collecti
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -34,6 +35,10 @@ if PLATFORM == "cpu":
         flags += " --xla_backend_optimization_level=0"
         flags += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     os.environ["XLA_FLAGS"] = flags.strip()
+
+# Garbage is rarely old here, and looking for old garbage takes a second or more, since JAX keeps
+# millions of objects of the programs that a process has compiled.
+gc.set_threshold(700, 10, 500)
 
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402

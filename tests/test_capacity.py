@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -20,21 +21,24 @@ from jax_ep._core.capacity import MAX_CAPACITY, share_room
 RANKS, TOKENS, TOP_K, EXPERTS, HIDDEN = 2, 12, 4, 16, 8
 
 
+share = jax.jit(share_room, static_argnums=(1, 2))
+
+
 @pytest.mark.parametrize("alignment", [1, 3, 8])
 def test_room_is_shared_as_if_it_were_dealt(alignment: int) -> None:
     rng = np.random.default_rng(alignment)
-    for _ in range(30):
-        most = rng.choice([3, 30, 3000])
-        wanted = rng.integers(0, most, (2, rng.integers(1, 40)))
-        capacity = alignment * int(rng.integers(1, 60))
-        kept = share_room(jnp.asarray(wanted, jnp.int32), capacity, alignment)
+    for num_experts, most_rows in itertools.product([1, 5, 39], [5, 60]):
+        capacity = alignment * int(rng.integers(1, most_rows))
+        most = rng.choice([3, 30, 3000], (12, 1))
+        wanted = rng.integers(0, most, (12, num_experts), np.int32)
+        kept = share(wanted, capacity, alignment)
         dealt = [oracle.deal_room(row.tolist(), alignment, capacity) for row in wanted]
         np.testing.assert_array_equal(kept, dealt)
 
 
 def test_sums_of_sizes_do_not_overflow() -> None:
     """4096 experts that want 2^30 rows each, in the largest room there is."""
-    kept = np.asarray(share_room(jnp.full((1, 4096), 2**30), MAX_CAPACITY, 1), np.int64)
+    kept = np.asarray(share(jnp.full((1, 4096), 2**30), MAX_CAPACITY, 1), np.int64)
     assert kept.sum() == MAX_CAPACITY and kept.max() - kept.min() == 1
 
 

@@ -243,22 +243,22 @@ def test_linen_with_the_weights_of_nnx(native_backend):
     assert same(got, want) and want[1].load.sum() == 18
 
 
-@pytest.mark.parametrize("layer", [jax_ep.nnx.MoE, jax_ep.linen.MoE])
-def test_settings_are_those_of_moe(layer):
+@pytest.mark.parametrize("flax", [jax_ep.nnx.MoE, jax_ep.linen.MoE])
+def test_settings_are_those_of_moe(flax):
     """Layers have all options of ``moe``, with its names and defaults, and describe them."""
     of_moe = inspect.signature(jax_ep.moe).parameters
-    of_layer = inspect.signature(layer.__init__).parameters
+    of_layer = inspect.signature(flax.__init__).parameters
     for name, parameter in of_moe.items():
         of_call = ("x", "params", "mask", "router_inputs", "router_key", "routing")
         if name in of_call:  # not of the layer
-            assert name == "params" or name in inspect.signature(layer.__call__).parameters
+            assert name == "params" or name in inspect.signature(flax.__call__).parameters
             continue
         if name in ("experts", "expert_specs"):  # a module of one's own makes their weights
-            assert name not in of_layer and "experts=" in layer.__doc__
+            assert name not in of_layer and "experts=" in flax.__doc__
             continue
         assert of_layer[name].default == parameter.default, name
-        assert f"    {name}: " in layer.__doc__, name
-    assert "{settings}" not in layer.__doc__
+        assert f"    {name}: " in flax.__doc__, name
+    assert "{settings}" not in flax.__doc__
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -226,11 +226,11 @@ def test_linen_takes_noise_from_the_stream():
 # ---- both
 
 
-@pytest.mark.parametrize("program", [nnx_model, linen], ids=["nnx", "linen"])
-def test_program_trains_and_resumes(program, monkeypatch, capsys):
+@pytest.mark.parametrize("flax", [nnx_model, linen], ids=["nnx", "linen"])
+def test_program_trains_and_resumes(flax, monkeypatch, capsys):
     devices = len(make_mesh().devices.flat)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    *losses, last, again = program.main()
+    *losses, last, again = flax.main()
     assert len(losses) == 4 and all(a > b for a, b in zip(losses, [*losses[1:], last], strict=True))
     np.testing.assert_allclose(again, last, rtol=1e-6)
     assert "step 3: loss" in capsys.readouterr().out

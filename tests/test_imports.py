@@ -90,16 +90,16 @@ def test_import_after_jax_has_started(before, num_devices, warns):
         assert done.stdout.strip() == "None"  # it has no effect any more
 
 
-@pytest.mark.parametrize("name", ["nnx", "linen"])
-def test_layers_are_lazy(name):
+@pytest.mark.parametrize("flax", ["nnx", "linen"])
+def test_layers_are_lazy(flax):
     code = f"""
 import sys, jax_ep
 assert "flax" not in sys.modules
-layer = jax_ep.{name}.MoE
-assert "flax" in sys.modules and "jax_ep.{name}" in sys.modules
+layer = jax_ep.{flax}.MoE
+assert "flax" in sys.modules and "jax_ep.{flax}" in sys.modules
 print(layer.__module__, layer.__name__)
 """
-    assert run(code) == f"jax_ep.{name} MoE"
+    assert run(code) == f"jax_ep.{flax} MoE"
 
 
 def test_layers_without_flax():

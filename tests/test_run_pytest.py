@@ -1,4 +1,4 @@
-"""Bazel's entry into the suite: files without a test to run; what --each-value keeps."""
+"""Bazel's entry into the suite: files without a test to run; what --few-cases keeps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-import each_value
+import few_cases
 from spmd import run_python
 
 pytestmark = pytest.mark.one_process("its programs have processes of their own")
@@ -64,20 +64,23 @@ def test_files_that_run_together(tmp_path):
 COMBINED = """
 import pytest
 
-@pytest.fixture(params=["p", "q"])
-def fixture(request):
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
     return request.param
 
 @pytest.mark.parametrize("shape", ["a", "b", "c"])
-@pytest.mark.parametrize("dtype, size", [("x", 1), ("y", 1)])
-def test_combined(fixture, shape, dtype, size): ...
-
-@pytest.mark.parametrize(("shape", "dtype"), [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")])
-def test_table(shape, dtype): ...
-
-@pytest.mark.parametrize("shape", ["a", pytest.param("b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["x", "y"])
-def test_slow_cases(shape, dtype): ...
+def test_plain(shape, dtype): ...
+
+@pytest.mark.parametrize("shape", ["a", "b", "c"])
+@pytest.mark.parametrize("axis_type", ["auto", "explicit"])
+def test_combined(backend, shape, axis_type): ...
+
+@pytest.mark.parametrize(("check_vma", "axis_type"), [(0, "p"), (0, "q"), (1, "p"), (1, "r")])
+def test_table(check_vma, axis_type): ...
+
+@pytest.mark.parametrize("axis_type", ["x", pytest.param("y", marks=pytest.mark.slow)])
+def test_slow_cases(axis_type): ...
 
 class TestOne:
     def test_plain(self): ...
@@ -87,32 +90,32 @@ class TestTwo:
 """
 
 
-def test_each_value_in_few_cases(tmp_path):
-    """All parameters' values and all tests, also those that a marker leaves; not all combinations."""
+def test_few_cases(tmp_path):
+    """One case of each test, and each value of the parameters that choose how JAX is used."""
     file = tmp_path / "test_combined.py"
     file.write_text(COMBINED)
     arguments = [str(ENTRY), str(file), "-v", "-m", "not slow", "--rootdir", str(tmp_path)]
     whole = {"TEST_SHARD_INDEX": "0", "TEST_TOTAL_SHARDS": "1"}  # this test may run in a shard
     done = run_python(*arguments, timeout=100, **whole)
-    assert "20 passed, 2 deselected" in done.stdout, done.stdout + done.stderr
-    done = run_python(*arguments, "--each-value", timeout=100, **whole)
-    assert "11 passed, 11 deselected" in done.stdout, done.stdout + done.stderr
-    cases = re.findall(r"::test_combined\[(\w)-(\w)-1-(\w)\] PASSED", done.stdout)
-    assert [set(values) for values in zip(*cases, strict=True)] == [
-        set("pq"),
-        set("xy"),
-        set("abc"),
-    ]
-    slow_cases = re.findall(r"::test_slow_cases\[(.*)\] PASSED", done.stdout)
-    assert slow_cases == ["x-a", "y-a"]
-    assert done.stdout.count("::test_table[") == 4
-    assert "TestOne::test_plain PASSED" in done.stdout
-    assert "TestTwo::test_plain PASSED" in done.stdout
+    assert "25 passed, 1 deselected" in done.stdout, done.stdout + done.stderr
+    done = run_python(*arguments, "--few-cases", timeout=100, **whole)
+    kept = re.findall(r"::(\S+) PASSED", done.stdout)
+    assert kept == [
+        "test_plain[x-a]",
+        "test_combined[reference-auto-a]",
+        "test_combined[cpu-explicit-a]",
+        "test_table[0-p]",
+        "test_table[0-q]",
+        "test_table[1-r]",
+        "test_slow_cases[x]",
+        "TestOne::test_plain",
+        "TestTwo::test_plain",
+    ], done.stdout + done.stderr
 
 
 def test_a_cover_takes_the_case_that_brings_most():
     one, two = frozenset({("a", "0")}), frozenset({("b", "1")})
     both = one | two
-    assert each_value.cover([one, two, both]) == [2]
-    assert each_value.cover([one, two]) == [0, 1]
-    assert each_value.cover([frozenset(), frozenset()]) == [0]
+    assert few_cases.cover([one, two, both]) == [2]
+    assert few_cases.cover([one, two]) == [0, 1]
+    assert few_cases.cover([frozenset(), frozenset()]) == [0]

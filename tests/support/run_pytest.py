@@ -1,8 +1,8 @@
 """Bazel's entry into the suite: runs pytest on the files given, and speaks Bazel's protocols.
 
-Usage: run_pytest.py tests/test_something.py ... [--each-value] [pytest options]
+Usage: run_pytest.py tests/test_something.py ... [--few-cases] [pytest options]
 
-``--each-value`` leaves out combinations of parameters (``each_value.py``).
+``--few-cases`` leaves out most cases of a test with parameters (``few_cases.py``).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import sys
 
 import pytest
 
-import each_value
+import few_cases
 
-_EACH_VALUE = "--each-value"
+_FEW_CASES = "--few-cases"
 
 
 class Selection:
     """Keeps every n-th test, where Bazel runs n shards of a file, or every n-th file of several.
 
     Attributes:
-        thin: Whether combinations of parameters are left out first.
+        thin: Whether most cases of tests with parameters are left out first.
         found: The files that have a test to run, in any shard.
     """
 
@@ -40,7 +40,7 @@ class Selection:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         self.found = list(dict.fromkeys(item.path for item in items))
-        chosen = each_value.thin_out(items) if self.thin else items
+        chosen = few_cases.thin_out(items) if self.thin else items
         if len(self.found) > 1:  # tests of a file share what they compile
             files = self.found[self.index :: self.count]
             mine = [item for item in chosen if item.path in files]
@@ -66,8 +66,8 @@ def main(arguments: list[str]) -> int:
     chosen = os.environ.get("TESTBRIDGE_TEST_ONLY")
     if chosen:
         options += ["-k", chosen]
-    selection = Selection(thin=_EACH_VALUE in arguments)
-    arguments = [argument for argument in arguments if argument != _EACH_VALUE]
+    selection = Selection(thin=_FEW_CASES in arguments)
+    arguments = [argument for argument in arguments if argument != _FEW_CASES]
     status = pytest.main([*options, *arguments], plugins=[selection])
     names = [argument.partition("::")[0] for argument in arguments]
     files = [pathlib.Path(name).resolve() for name in names if name.endswith(".py")]

@@ -1,11 +1,9 @@
-"""Few cases of each test that still try everything: each value of each parameter, not each combination.
-
-Parameters that one table gives together (``parametrize(("x", "y"), ...)``) count as one: all rows
-of it are kept.
+"""Few cases of each test: one, or one for each value of the parameters that JAX's version concerns.
 
 ``.ci/run`` tests two versions of Python and JAX. On one it runs all cases. On the other it runs these,
-because a difference between versions shows in a test or in one value of a parameter, hardly ever in a
-combination of two values alone.
+because a difference between versions shows in every case of a test, or in one value of a parameter that
+chooses how JAX is used (``CONCERNED``). Sizes, dtypes and options of jax_ep choose other arithmetic of
+the same operations.
 """
 
 from __future__ import annotations
@@ -14,20 +12,15 @@ from collections.abc import Iterable
 
 import pytest
 
-Choice = tuple[
-    str, ...
-]  # names of parameters that are given together, and the text of their values
+# Names of parameters whose values are other parts of JAX or Flax.
+CONCERNED = {"axis_type", "backend", "check_vma", "flax"}
+
+Choice = tuple[str, str]  # name of a parameter and the text of its value
 
 
 def _choices(item: pytest.Item) -> frozenset[Choice]:
-    """A row of each table of parameters, and a value of each fixture that has several."""
-    params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-    choices = set()
-    for marker in item.iter_markers("parametrize"):
-        given = marker.args[0] if marker.args else marker.kwargs["argnames"]
-        names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
-        choices.add((*names, *(repr(params.pop(name)) for name in names)))
-    return frozenset(choices | {(name, repr(value)) for name, value in params.items()})
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return frozenset((name, repr(params[name])) for name in CONCERNED & set(params))
 
 
 def cover(cases: Iterable[frozenset[Choice]]) -> list[int]:
