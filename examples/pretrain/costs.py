@@ -85,19 +85,14 @@ class Place:
         on_host = max(1, min(ranks, per_host // stride))
         return cls(-(-ranks // on_host), on_host)
 
-    def gather_s(self, total_bytes: float, machine: scale.Machine = scale.H200) -> float:
-        """Seconds until every rank has ``total_bytes``, of which each had an equal part.
+    def gather(self, total_bytes: float, machine: scale.Machine = scale.H200) -> tuple[float, str]:
+        """Seconds until every rank has ``total_bytes``, of which each had an equal part, and the bound.
 
         They come to each host once, over the NICs of its ranks, and to each rank over NVLink.
         """
         nic = total_bytes * (self.hosts - 1) / self.hosts / self.on_host / machine.nic_gbs
         nvlink = total_bytes * (self.on_host - 1) / self.on_host / machine.nvlink_gbs
-        return max(nic, nvlink) / 1e9
-
-    @property
-    def link(self) -> str:
-        """What bounds a gather."""
-        return "network" if self.hosts > 1 else "NVLink"
+        return max((nic / 1e9, "network"), (nvlink / 1e9, "NVLink"))
 
 
 def estimate(
@@ -200,6 +195,7 @@ def _weights(
         ("others", mesh["fsdp"] * expert, tensor, tensor),
     ):
         place = Place.of(ranks, stride, per_host)
-        seconds = place.gather_s(wire * num_weights[name] / share) * times
-        parts.append(Part(f"weights of {name} ({place.link})", "weights", seconds))
+        seconds, link = place.gather(wire * num_weights[name] / share)
+        if seconds:
+            parts.append(Part(f"weights of {name} ({link})", "weights", seconds * times))
     return parts

@@ -91,18 +91,17 @@ class Plan:
         return found | {"note": NOTE}
 
 
-def make(config: configs.Config, hosts: int, per_host: int = 8) -> Plan:
-    """Compile the step for ``hosts`` hosts. ``h200.prepare`` must have run before JAX was imported.
+def compile_step(config: configs.Config, hosts: int, per_host: int) -> tuple[Any, Any]:
+    """The setup on so many H200s, and its train step, compiled.
+
+    ``h200.prepare`` must have run before JAX was imported.
 
     Raises:
         ConfigError: if the configuration does not fit so many GPUs.
         NoCompilerError: if the group cannot be made as it would be there.
     """
-    import jax
+    from examples.pretrain import step
 
-    from examples.pretrain import costs, step
-
-    start = time.monotonic()
     setup = step.setup(config, h200.devices(hosts, per_host))
     if setup.group.backend != "cuda":
         raise h200.NoCompilerError(
@@ -110,13 +109,29 @@ def make(config: configs.Config, hosts: int, per_host: int = 8) -> Plan:
             "missing here; the log says which. Groups that span hosts need NVSHMEM's library to be "
             "planned: pip install nvidia-nvshmem-cu13."
         )
-    state, batch = setup.abstract_state(), setup.abstract_batch()
-    lowered = setup.train_step.trace(state, batch).lower(lowering_platforms=("cuda",))
-    analysis = lowered.compile().memory_analysis()
+    traced = setup.train_step.trace(setup.abstract_state(), setup.abstract_batch())
+    return setup, traced.lower(lowering_platforms=("cuda",)).compile()
+
+
+def make(config: configs.Config, hosts: int, per_host: int = 8) -> Plan:
+    """Compile the step for ``hosts`` hosts, and say what it needs; see ``compile_step``."""
+    start = time.monotonic()
+    setup, compiled = compile_step(config, hosts, per_host)
+    return describe(setup, compiled, per_host, compile_s=time.monotonic() - start)
+
+
+def describe(setup: Any, compiled: Any, per_host: int, *, compile_s: float) -> Plan:
+    """What a compiled step needs."""
+    import jax
+
+    from examples.pretrain import costs
+
+    config, analysis = setup.config, compiled.memory_analysis()
+    hosts = setup.mesh.size // per_host
     mesh = dict(setup.mesh.shape)
     spans_hosts = costs.Place.of(mesh["expert"], mesh["tensor"], per_host).hosts > 1
     num_weights = {"experts": 0, "others": 0}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(setup.abstract_state().params):
         of_expert = "experts" in str(path) and path[-1].key in ("gate", "up", "down")
         num_weights["experts" if of_expert else "others"] += leaf.size
     return Plan(
@@ -136,7 +151,7 @@ def make(config: configs.Config, hosts: int, per_host: int = 8) -> Plan:
             + spans_hosts * int(os.environ.get("JAX_EP_NETWORK_BYTES") or NETWORK_BYTES),
         ),
         time=costs.estimate(config, mesh, num_weights, per_host=per_host),
-        compile_s=time.monotonic() - start,
+        compile_s=compile_s,
     )
 
 
