@@ -1,1 +1,1 @@
-"""Programs that show how to use jax_ep."""
+"""Programs that show jax_ep at work; README.md has the list."""
