@@ -25,10 +25,21 @@ class Metrics:
         """Open ``path`` (None: write nothing), keeping records up to ``first_step`` steps."""
         self.records: list[dict[str, Any]] = []
         if path is not None and path.exists():
-            self.records = _read(path, first_step)
+            self.records = [record for record in self.read(path) if record["step"] <= first_step]
         self._file = None if path is None else path.open("w")
         for record in self.records:
             self._write(record)
+
+    @staticmethod
+    def read(path: pathlib.Path) -> list[dict[str, Any]]:
+        """The records in ``path``, up to one that a killed process left half written."""
+        records = []
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
 
     def add(self, step: int, **figures: Any) -> None:
         """Record ``figures`` after ``step`` steps."""
@@ -61,16 +72,3 @@ def smooth(curves: np.ndarray) -> np.ndarray:
     sums[_SMOOTHING_STEPS:] -= sums[:-_SMOOTHING_STEPS].copy()
     counts = np.minimum(np.arange(1, len(curves) + 1), _SMOOTHING_STEPS)
     return sums / counts[:, None]
-
-
-def _read(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
-    """The records up to ``last_step``."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # half a line, from a process that was killed
-            break
-        if record["step"] <= last_step:
-            records.append(record)
-    return records
