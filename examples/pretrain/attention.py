@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), as training needs it.
 
-Keys and values of all heads are made from one small vector for each token, and queries too if there is a
-rank for them. A rotary position is on extra channels of queries and of one key that all heads share.
+Keys and values of all heads are made from one small vector for each token, and queries too if there is
+a rank for them. A rotary position is on extra channels of queries and of one key that all heads share.
 """
 
 from __future__ import annotations

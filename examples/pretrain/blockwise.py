@@ -2,9 +2,9 @@
 
 Scores of all pairs of positions never exist: a scan goes through the pairs of a block of queries and a
 block of keys that is not later, and the backward pass computes the scores of each pair again (Dao et
-al., FlashAttention, arXiv:2205.14135). So memory is that of queries, keys and values, and of the scores
-of one pair of blocks. Queries and keys may have more channels than values, as those of multi-head latent
-attention do, which cuDNN's kernels refuse.
+al., FlashAttention, arXiv:2205.14135). So memory is that of queries, keys and values, and of the
+scores of one pair of blocks. Queries and keys may have more channels than values, as those of
+multi-head latent attention do, which cuDNN's kernels refuse.
 """
 
 from __future__ import annotations

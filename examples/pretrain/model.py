@@ -1,6 +1,6 @@
 """The decoder: Flax NNX modules of one layer each, and the loop over layers.
 
-Parameters are a nested dict of float32 arrays, the same for every mesh and every way to run the layers::
+Parameters are a nested dict of float32 arrays, the same for any mesh and any way to run the layers::
 
     embedding               [V, H]
     dense / moe             layers, each leaf with a leading dimension: of the first, dense layers (left
@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 import jax_ep
 from examples.pretrain.attention import NORM_EPSILON, LatentAttention, positions_of
 from examples.pretrain.config import ModelConfig
-from examples.pretrain.parallel import BATCH_AXES, gather, split_batch
+from examples.pretrain.parallel import BATCH_AXES, gather, gather_here, layout, split_batch
 
 Params = dict[str, Any]
 
@@ -261,14 +261,17 @@ class Decoder:
         self, table: Float[Array, "vocab hidden"], tokens: Int32[Array, "batch seq"]
     ) -> Float[Array, "batch seq hidden"]:
         """The embeddings. The gradients of a token's occurrences are added in float32."""
-        table = gather({"embedding": table}, self.mesh, self.dtype)["embedding"]
-        look_up = jax.shard_map(
-            lambda table, ids: table.astype(jnp.float32)[ids].astype(table.dtype),
+
+        def look_up(part: Array, ids: Array) -> Array:
+            return gather_here(part, axis=1, dtype=self.dtype)[ids].astype(self.dtype)
+
+        stored = layout(("embedding",), 2).stored
+        return jax.shard_map(
+            look_up,
             mesh=self.mesh,
-            in_specs=(P(), P(BATCH_AXES, None)),
+            in_specs=(stored, P(BATCH_AXES, None)),
             out_specs=P(BATCH_AXES, None, None),
-        )
-        return look_up(table, tokens)
+        )(table, tokens)
 
     def _layers(
         self, part: _Part, params: Params, bias: Array | None, x: Array, where: tuple[Array, Array]

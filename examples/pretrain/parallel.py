@@ -1,11 +1,11 @@
 """The mesh, and how every array lies on it.
 
 The mesh has four axes. A batch is split over "data", "fsdp" and "expert". Weights, their gradients and
-the optimizer's state are stored in parts: experts over "expert" by their number and over "fsdp" by their
-channels, all other matrices over both by their channels, and "data" holds copies. A layer gathers its
-weights just before it uses them, in the dtype of the computation, and its gradients are scattered as
-they come, in the same dtype (ZeRO stage 3). Only experts stay split over "expert", since their tokens
-travel. "tensor" splits heads, vocabulary and inner channels, also while layers compute.
+the optimizer's state are stored in parts: experts over "expert" by their number and over "fsdp" by
+their channels, all other matrices over both by their channels, and "data" holds copies. A layer
+gathers its weights just before it uses them, in the dtype of the computation, and its gradients are
+scattered as they come, in the same dtype (ZeRO stage 3). Only experts stay split over "expert", since
+their tokens travel. "tensor" splits heads, vocabulary and inner channels, also while layers compute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from examples.pretrain.config import Config, ConfigError
 
@@ -121,6 +121,16 @@ def _gather_backward(
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def gather_here(x: Float32[Array, "..."], *, axis: int, dtype: DTypeLike) -> Float32[Array, "..."]:
+    """Inside ``shard_map``: a matrix whose part ``x`` is, split along ``axis``, rounded to ``dtype``.
+
+    The result is float32 again, so that its gradient is added in float32 here. After that it is rounded
+    to ``dtype`` and scattered, as those of ``gather`` are.
+    """
+    x = jax.lax.all_gather(x.astype(dtype), WEIGHT_AXES, axis=axis, tiled=True)
+    return jax.lax.pcast(x, "data", to="varying").astype(jnp.float32)
 
 
 def split_batch(x: Array, mesh: Mesh) -> Array:

@@ -17,12 +17,12 @@ from jaxtyping import Array, Float32, Int32
 import jax_ep
 from examples.pretrain import parallel
 from examples.pretrain.config import Config
-from examples.pretrain.loss import cross_entropy
+from examples.pretrain.loss import Prediction, cross_entropy
 from examples.pretrain.model import Decoder, Hidden, Report, segments_mask
 from examples.pretrain.optimizer import make_optimizer, state_shardings
 
-# "tokens" [B, S + 1] and "segments" [B, S + 1], both int32. Segment 0 is padding, and every document of a
-# packed row has another number. A token's target is the next one of its segment.
+# "tokens" [B, S + 1] and "segments" [B, S + 1], both int32. Segment 0 is padding, and every document of
+# a packed row has another number. A token's target is the next one of its segment.
 Batch = dict[str, Int32[Array, "batch seq_plus_one"]]
 Metrics = dict[str, Array]
 
@@ -208,23 +208,23 @@ class _Steps:
         self, params: Any, router_bias: Array, batch: Batch, num_targets: Array
     ) -> tuple[Array, Metrics]:
         """What is minimized, and its parts; sums of tokens are over ``num_targets``."""
-        model = self.config.model
         tokens, segments = batch["tokens"], batch["segments"]
         hidden: Hidden = self.decoder(params, router_bias, tokens, segments)
-        head = parallel.gather({"head": params["head"]}, self.mesh, self.decoder.dtype)
-        kernel = head["head"]["kernel"]
-        mask = segments_mask(segments, 1)
-        loss = cross_entropy(hidden.next, kernel, tokens[:, 1:], mask, self.mesh) / num_targets
+        to_predict = [Prediction(hidden.next, tokens[:, 1:], segments_mask(segments, 1))]
+        if hidden.after_next is not None:
+            targets = jnp.pad(tokens[:, 2:], ((0, 0), (0, 1)))
+            mask = segments_mask(segments, 2)
+            to_predict.append(Prediction(hidden.after_next, targets, mask))
+        head = params["head"]["kernel"]
+        sums = cross_entropy(tuple(to_predict), head, self.mesh, self.decoder.dtype)
+        loss, *ahead = (total / num_targets for total in sums)
         aux_loss = self._aux_loss(hidden.report) / self.config.data.accumulate
         parts = {"loss": loss, "aux_loss": aux_loss}
         parts |= {"load": hidden.report.load, "num_dropped": hidden.report.num_dropped.sum()}
         total = loss + aux_loss
-        if hidden.after_next is not None:
-            targets = jnp.pad(tokens[:, 2:], ((0, 0), (0, 1)))
-            mask = segments_mask(segments, 2)
-            nats = cross_entropy(hidden.after_next, kernel, targets, mask, self.mesh)
-            parts["mtp_loss"] = nats / num_targets
-            total = total + model.mtp_loss_weight * parts["mtp_loss"]
+        if ahead:
+            parts["mtp_loss"] = ahead[0]
+            total = total + self.config.model.mtp_loss_weight * ahead[0]
         return total, parts
 
     def _aux_loss(self, report: Report) -> Array:
