@@ -58,7 +58,9 @@ def test_documents_of_text_and_jsonl(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "d.bin").write_bytes(b"\0\1")
     assert list(documents([tmp_path], field="content")) == ["two", "three", "one", "two", "three"]
-    with pytest.raises(ValueError, match=r"a.jsonl.gz, line 1: expected a JSON object with the fie"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl.gz, line 1: expected a JSON object with the fie"
+    ):
         list(documents([tmp_path]))
     with pytest.raises(FileNotFoundError, match="expected a file or folder of text, got /no/such"):
         list(documents([pathlib.Path("/no/such")]))
@@ -118,10 +120,14 @@ def test_equal_documents_are_on_the_same_side(tmp_path):
 
 def test_a_folder_that_is_not_whole_is_none(tmp_path):
     loaded = tokenizer.train(pretrain_texts.texts(50), vocab=pretrain_texts.VOCAB)
-    with pytest.raises(ValueError, match="--held-out: expected documents on both sides, got none in"):
+    with pytest.raises(
+        ValueError, match="--held-out: expected documents on both sides, got none in"
+    ):
         pack.pack(["one document"], loaded, tmp_path / "rows", seq_len=16, held_out=0.5)
     assert not (tmp_path / "rows").exists()
-    with pytest.raises(FileNotFoundError, match=r"which has no rows.json; python -m examples.pretr"):
+    with pytest.raises(
+        FileNotFoundError, match=r"which has no rows.json; python -m examples.pretr"
+    ):
         Summary.read(tmp_path / "rows")
     pretrain_texts.make_rows(tmp_path / "rows")
     with pytest.raises(FileExistsError, match="--out: expected a folder that is not there yet"):
@@ -139,7 +145,9 @@ def test_large_vocabularies_take_four_bytes(folder):
 def test_an_epoch_has_every_row_once_and_the_next_another_order(rows):
     count = rows.summary.num_rows["train"]
     order = rows.order(0)
-    epochs = [[order[epoch * count + n]["tokens"].tobytes() for n in range(count)] for epoch in (0, 1)]
+    epochs = [
+        [order[epoch * count + n]["tokens"].tobytes() for n in range(count)] for epoch in (0, 1)
+    ]
     stored = [rows._row("train", number)["tokens"].tobytes() for number in range(count)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(stored)
     assert len({tuple(epochs[0]), tuple(epochs[1]), tuple(stored)}) == 3
@@ -202,7 +210,9 @@ def test_held_out_rows_come_once_and_the_last_batch_is_filled_up(rows):
 
 
 def test_rows_that_do_not_fit_the_configuration(folder):
-    with pytest.raises(ValueError, match=r"expected rows for data.seq_len = 8, got .* with 16; pack"):
+    with pytest.raises(
+        ValueError, match=r"expected rows for data.seq_len = 8, got .* with 16; pack"
+    ):
         Rows(folder, seq_len=8, vocab_size=pretrain_texts.VOCAB)
     with pytest.raises(ValueError, match=r"a vocabulary of model.vocab_size = 10, got .* with 299"):
         Rows(folder, seq_len=SEQ_LEN, vocab_size=10)
@@ -225,7 +235,7 @@ def test_commands(tmp_path, capsys):
     assert run(tokenizer.main, *train, "--vocab", 280) == 0
     assert "280 tokens in" in capsys.readouterr().out
     assert run(tokenizer.main, *train, "--vocab", 9) == 2
-    assert "tokenizer: --vocab: expected at least 257, got 9.\n" == capsys.readouterr().err
+    assert capsys.readouterr().err == "tokenizer: --vocab: expected at least 257, got 9.\n"
     packed = ("--data", tmp_path / "texts", "--out", tmp_path / "rows", "--seq-len", 8)
     assert run(pack.main, *packed, "--tokenizer", tmp_path / "none.json") == 2
     assert capsys.readouterr().err.startswith("pack: --tokenizer: expected a file, got ")

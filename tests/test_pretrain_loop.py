@@ -106,7 +106,9 @@ def test_tensorboard_has_the_same_losses(whole):
     while content:
         length = int.from_bytes(content[:8], "little")
         event = Event.FromString(content[12 : 12 + length])
-        found |= {event.step: v.simple_value for v in event.summary.value if v.tag == "loss"}
+        for value in event.summary.value:
+            if value.tag == "loss":
+                found[event.step] = value.simple_value
         content = content[16 + length :]
     expected = losses(whole)
     assert list(found) == list(expected)
@@ -159,7 +161,9 @@ def test_steps_that_are_not_finite_are_skipped(rows, whole, tmp_path):
 def test_many_in_a_row_end_the_run_without_a_checkpoint_of_them(rows, tmp_path):
     changes = ("optimizer.total_steps=30", "run.save_every=30")
     with make(rows, tmp_path, *changes, bad_steps=range(3, 30)) as loop:
-        with pytest.raises(DivergedError, match="the last 10 steps, up to step 12, had a loss or gra"):
+        with pytest.raises(
+            DivergedError, match="the last 10 steps, up to step 12, had a loss or gra"
+        ):
             loop.train()
         assert loop._checkpoints.latest() is None
 
@@ -190,10 +194,14 @@ def test_a_run_by_time_ends_with_a_checkpoint(rows, tmp_path):
 
 
 def test_a_folder_with_checkpoints_needs_a_word(rows, whole, tmp_path):
-    with pytest.raises(FileExistsError, match=r"which has one of step 8; pass --resume to go on from"):
+    with pytest.raises(
+        FileExistsError, match=r"which has one of step 8; pass --resume to go on from"
+    ):
         make(rows, whole)
     changes = ("optimizer.b1=0.8", "run.seed=1")
-    with pytest.raises(ValueError, match=r"got others: b1 was 0.9, is 0.8, seed was 0, is 1; --allow"):
+    with pytest.raises(
+        ValueError, match=r"got others: b1 was 0.9, is 0.8, seed was 0, is 1; --allow"
+    ):
         make(rows, whole, *changes, resume=True)
     with make(rows, tmp_path, resume=True) as loop:  # nothing to go on from
         assert loop.step == 0
@@ -218,7 +226,10 @@ def test_a_line_covers_the_steps_since_the_last_one():
     assert line["loss"] == 2.5 and line["dropped"] == 5 / 40 and line["num_skipped"] == 1
     assert line["tokens_per_second"] == 35 and line["mfu"] == 0.35
     assert line["load"] == [[0, 20]] and window.num_skipped_in_a_row == 1
-    assert metrics.figures_text(line) == "loss 2.5000, 35 tokens/s, MFU 35.0%, 12.5% dropped, 1 skipped"
+    assert (
+        metrics.figures_text(line)
+        == "loss 2.5000, 35 tokens/s, MFU 35.0%, 12.5% dropped, 1 skipped"
+    )
     window.add(step | {"skipped": 1})
     line = window.line(seconds=3.0)
     assert "loss" not in line and metrics.figures_text(line).startswith("all steps skipped, 30 tok")

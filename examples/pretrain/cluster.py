@@ -43,11 +43,11 @@ def find_processes(
         count = _number(env, "JAX_NUM_PROCESSES", *(("SLURM_STEP_NUM_TASKS",) if in_step else ()))
     if index is None:
         slurm = ("SLURM_PROCID",) if in_step else ()
-        index = _number(env, "JAX_PROCESS_ID", *slurm, "JOB_COMPLETION_INDEX")
+        # A Job of one pod has an index too.
+        pod = ("JOB_COMPLETION_INDEX",) if coordinator or count else ()
+        index = _number(env, "JAX_PROCESS_ID", *slurm, *pod)
     if count == 1 and index in (None, 0):
         return None
-    if coordinator is None and count is None:
-        index = None  # a Job of one pod has an index too
     return given_processes(coordinator, count=count, index=index)
 
 

@@ -21,9 +21,9 @@ import jax_ep
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from examples.pretrain import parallel  # noqa: E402
-from examples.pretrain.config import Config, load  # noqa: E402
-from examples.pretrain.step import Setup, TrainState  # noqa: E402
+from examples.pretrain import parallel
+from examples.pretrain.config import Config, load
+from examples.pretrain.step import Setup, TrainState
 
 _EXPERTS = 4
 

@@ -9,8 +9,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from examples.pretrain import tokenizer  # noqa: E402
-from examples.pretrain.pack import pack  # noqa: E402
+from examples.pretrain import tokenizer
+from examples.pretrain.pack import pack
 
 VOCAB = 300
 _WORDS = ("rank", "expert", "token", "row", "mesh", "host", "gather", "scatter", "plan", "lane")

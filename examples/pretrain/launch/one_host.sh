@@ -47,7 +47,7 @@ status=0
 while ((${#running[@]} > 0)); do
   code=0 finished=
   wait -n -p finished "${!running[@]}" || code=$?
-  if [[ -z "$finished" ]]; then
+  if [[ -z "${finished:-}" ]]; then
     continue # a signal came, which the trap has passed on
   fi
   echo "one_host.sh: process ${running[$finished]} of host $host ended with status $code" >&2
@@ -55,7 +55,7 @@ while ((${#running[@]} > 0)); do
   if ((code != 0 && status == 0)); then
     status=$code
     if ((${#running[@]} > 0)); then
-      (sleep "${GRACE_SECONDS:-120}" && kill -KILL "${!running[@]}" 2>/dev/null) &
+      (sleep "${GRACE_SECONDS:-120}" && kill -KILL "${!running[@]}") >/dev/null 2>&1 &
       killer=$!
     fi
   fi
