@@ -1,4 +1,4 @@
-"""The trainer of ``examples/pretrain`` in two processes, as a Slurm job, and resumed on other devices."""
+"""``examples/pretrain`` in two processes, as a Slurm job, and resumed on other devices."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ DEVICES = ranks_at_most(4)
 CHANGES = (
     "model.vocab_size=304",
     "model.hidden=32",
-    "model.num_layers=2",
+    "model.num_layers=1",
+    "model.num_dense_layers=0",
     "model.num_heads=2",
     "model.q_lora_rank=0",
     "model.kv_lora_rank=16",
@@ -86,7 +87,7 @@ def wait_until(done, job: subprocess.Popen[str]) -> None:
 
 
 def run_job(rows: pathlib.Path, out: pathlib.Path, slurm: pathlib.Path) -> str:
-    """Two tasks of four devices each, in which the experts span both; SIGTERM reaches only the second."""
+    """Two tasks of four devices each, whose experts span both; SIGTERM reaches only the second."""
     root = pathlib.Path(jax_ep.__file__).parents[1]
     options = ["--data", str(rows), "--out", str(out), "--devices", "4"]
     for change in (*CHANGES, "parallel.expert=8"):
