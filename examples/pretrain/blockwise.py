@@ -54,6 +54,15 @@ def _pairs(num_blocks: int) -> tuple[Int32[np.ndarray, " pairs"], Int32[np.ndarr
     return rows.astype(np.int32), columns.astype(np.int32)
 
 
+def _together(*values: Any) -> Any:
+    """``values``, none of which JAX sees as known before the others.
+
+    Differentiating a loop of layers, JAX computes apart what does not depend on the layer, here the
+    masks of all pairs, and keeps them: a byte for each score.
+    """
+    return jax.lax.optimization_barrier(values)
+
+
 def _blocks(x: Array, block: int) -> Array:
     """``[batch, seq, ...]`` as ``[blocks, batch, block, ...]``."""
     batch, seq = x.shape[:2]
@@ -85,6 +94,7 @@ def _scores(
 
 def _forward(q: Array, k: Array, v: Array, segments: Array, scale: float, block: int) -> Any:
     qs, ks, vs, of = (_blocks(x, block) for x in (q, k, v, segments))
+    (qs, of), pairs = _together((qs, of), _pairs(len(qs)))
     num, batch, _, heads, _ = qs.shape
     row = jnp.zeros((batch, heads, block), jnp.float32)
     total = jnp.zeros((*row.shape, v.shape[-1]), jnp.float32)
@@ -113,7 +123,7 @@ def _forward(q: Array, k: Array, v: Array, segments: Array, scale: float, block:
         return ((new, mass, total), outs, logs), None
 
     start = ((row, row, total), outs, logs)
-    (_, outs, logs), _ = jax.lax.scan(pair, start, _pairs(num))
+    (_, outs, logs), _ = jax.lax.scan(pair, start, pairs)
     out = _join(outs)
     return out, (q, k, v, segments, out, logs)
 
@@ -121,6 +131,7 @@ def _forward(q: Array, k: Array, v: Array, segments: Array, scale: float, block:
 def _backward(scale: float, block: int, saved: Any, d_out: Array) -> Any:
     q, k, v, segments, out, logs = saved
     qs, ks, vs, of, outs, d_outs = (_blocks(x, block) for x in (q, k, v, segments, out, d_out))
+    (qs, of), pairs = _together((qs, of), _pairs(len(qs)))
     exact = jnp.float32
     delta = jnp.einsum("ibqnd,ibqnd->ibnq", outs.astype(exact), d_outs.astype(exact))
 
@@ -138,7 +149,7 @@ def _backward(scale: float, block: int, saved: Any, d_out: Array) -> Any:
         return (d_q.at[i].add(d_q_i), d_k.at[j].add(d_k_j), d_v.at[j].add(d_v_j)), None
 
     start = tuple(jnp.zeros(x.shape, exact) for x in (qs, ks, vs))
-    grads, _ = jax.lax.scan(pair, start, _pairs(qs.shape[0]))
+    grads, _ = jax.lax.scan(pair, start, pairs)
     d_q, d_k, d_v = (_join(g).astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
     return d_q, d_k, d_v, None
 

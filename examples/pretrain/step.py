@@ -146,7 +146,7 @@ class _Steps:
     def train(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step. Without finite loss and gradients, only the number of steps changes."""
         grads, metrics = self._gradients(state, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         fine = jnp.isfinite(metrics["loss"] + metrics["aux_loss"]) & jnp.isfinite(norm)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
