@@ -142,9 +142,9 @@ def sources(name: str, model: ModelConfig) -> Iterator[Source]:
     rest = rest.removeprefix("block/")
     experts = range(model.num_experts) if "{expert}" in _LAYER[rest] else (None,)
     for (index, layer), expert in itertools.product(enumerate(layers), experts):
-        lead = () if part == "mtp" else (index,)
-        lead += () if expert is None else (expert,)
-        yield Source(f"model.layers.{layer}.{_LAYER[rest].format(expert=expert)}", lead)
+        lead = [] if part == "mtp" else [index]
+        lead += [] if expert is None else [expert]
+        yield Source(f"model.layers.{layer}.{_LAYER[rest].format(expert=expert)}", tuple(lead))
 
 
 def _read(
@@ -154,6 +154,7 @@ def _read(
     places = {
         device: tuple(part.indices(size)[:2] for part, size in zip(index, like.shape, strict=True))
         for device, index in like.sharding.addressable_devices_indices_map(like.shape).items()
+        if index is not None
     }
     # One for each part, however many devices have copies of it.
     buffers = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
 
 import grain
 import jax
@@ -95,7 +95,8 @@ class _LocalBatches:
 
     def __getitem__(self, index: int) -> LocalBatch:
         start = self._first + index * self._batch_size
-        return _stack([self._rows[start + int(row)] for row in self._local])
+        found: list[Any] = [self._rows[start + int(row)] for row in self._local]
+        return _stack(found)
 
 
 class Feed:
@@ -173,17 +174,17 @@ class _Layout:
     def put(self, local: LocalBatch) -> Batch:
         """A batch from the rows that this process holds."""
 
-        def part(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        def part(array: np.ndarray, index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(self.shape[0])
             begin = int(np.searchsorted(self.rows, start))
             return array[begin : begin + stop - start, index[1]]
 
-        return {
-            name: jax.make_array_from_callback(
-                self.shape, self._sharding, lambda index, array=array: part(array, index)
+        def whole(array: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(
+                self.shape, self._sharding, lambda index: part(array, index)
             )
-            for name, array in local.items()
-        }
+
+        return {name: whole(array) for name, array in local.items()}
 
 
 def _stack(rows: list[dict[str, np.ndarray]]) -> LocalBatch:

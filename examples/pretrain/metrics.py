@@ -36,6 +36,7 @@ class Window:
         self.num_skipped_in_a_row = 0
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._num_skipped = 0  # in the whole part of the run
+        self._last: StepMetrics | None = None
         self._begin(seconds=0.0)
 
     def add(self, metrics: StepMetrics) -> None:
@@ -87,7 +88,7 @@ class Window:
         self._since = seconds
         self._tokens = self._counted = self._dropped = self._choices = 0
         self._nats = 0.0
-        self._last: StepMetrics | None = None
+        self._last = None
 
 
 class Log:
