@@ -7,7 +7,7 @@ gradients. A scan makes those of a chunk of positions, in float32, and makes the
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,9 @@ def cross_entropy(
         mesh: The mesh.
         dtype: Of the computation.
     """
-    batch = P(BATCH_AXES, None)
-    of_each = Prediction(P(BATCH_AXES, None, None), batch, batch)
+    batch: Any = P(BATCH_AXES, None)
+    states: Any = P(BATCH_AXES, None, None)
+    of_each = Prediction(states, batch, batch)
     run = jax.shard_map(
         functools.partial(_on_one_device, dtype=dtype),
         mesh=mesh,

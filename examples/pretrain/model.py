@@ -115,8 +115,8 @@ class Block(nnx.Module):
         x: Float[Array, "batch seq hidden"],
         segments: Int32[Array, "batch seq"],
         positions: Int32[Array, "batch seq"],
-    ) -> tuple[Float[Array, "batch seq hidden"], Report | None]:
-        """Run the layers; padding (segment 0) goes to no expert."""
+    ) -> tuple[Float[Array, "batch seq hidden"], Any]:
+        """Run the layers, and report if there are experts; padding (segment 0) goes to no expert."""
         x = x + self.attention(self.norm_attention(x), segments, positions)
         normed = self.norm_mlp(x)
         if self.experts is None:

@@ -72,8 +72,8 @@ class Setup:
     batch_sharding: NamedSharding
     init: Callable[[int], TrainState]
     abstract_state: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    eval_step: Callable[[TrainState, Batch], Metrics]
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch."""
@@ -102,7 +102,7 @@ def setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
         return TrainState(jnp.int32(0), params, bias, optimizer.init(params))
 
     shapes = jax.eval_shape(new_state, jax.ShapeDtypeStruct((), jnp.uint32))
-    everywhere = NamedSharding(mesh, P())
+    everywhere: Any = NamedSharding(mesh, P())
     of_params = parallel.shardings(shapes.params, mesh)
     of_optimizer = state_shardings(optimizer, shapes.opt_state, of_params, mesh)
     at = TrainState(everywhere, of_params, everywhere, of_optimizer)
