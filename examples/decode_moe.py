@@ -31,6 +31,7 @@ from jaxtyping import Int32
 
 from byte_lm import cluster, data, options
 from byte_lm.config import ModelConfig, RunConfig, TrainConfig
+from common.processes import given_processes, start_jax
 
 # jax starts on the devices that the command line asks for, so it is imported after parsing it.
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def main(
         given = None if prompt is None else prompt.encode()
         if given == b"":
             raise ValueError("--prompt: expected one byte or more, got none; leave it out instead.")
-        processes = cluster.processes(coordinator, count=num_processes, index=process_id)
-        cluster.start(devices=devices, processes=processes)
+        processes = given_processes(coordinator, count=num_processes, index=process_id)
+        start_jax(devices=devices, processes=processes)
 
         from byte_lm.decoding import Decoder
 
@@ -148,8 +149,8 @@ def load_or_train(
     Returns:
         The trainer, its state without that of the optimizer, and its origin as a text to print.
     """
-    from byte_lm.checkpoint import Checkpoints, newest
     from byte_lm.training import Trainer
+    from common.checkpoints import Checkpoints, newest
 
     found = newest(folder / "checkpoints")
     if found is not None:

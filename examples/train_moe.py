@@ -21,7 +21,8 @@ run on one machine, each must see only its own GPUs (``CUDA_VISIBLE_DEVICES``). 
 makes logical hosts of them, for tests: GPUs of different ones exchange rows over NVSHMEM.
 
 The parts are in ``examples/byte_lm``: the model with its ``jax_ep.nnx.MoE`` layers in model.py, the
-training step in training.py, batches in data.py, checkpoints in checkpoint.py.
+training step in training.py, batches in data.py, and one run in run.py. ``examples/common`` has what
+knows no model: processes, checkpoints, signals and metrics.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from byte_lm.config import (
     RunConfig,
     TrainConfig,
 )
+from common.processes import Processes, given_processes, start_jax
 
 # jax starts on the devices that the command line asks for, so it is imported after parsing it.
 if TYPE_CHECKING:
@@ -148,7 +150,7 @@ def main(
                 learning_rate=learning_rate,
                 warmup_steps=warmup_steps,
             ),
-            processes=cluster.processes(coordinator, count=num_processes, index=process_id),
+            processes=given_processes(coordinator, count=num_processes, index=process_id),
             devices=devices,
             data_parallel=data_parallel,
             ranks_per_host=ranks_per_host,
@@ -168,14 +170,14 @@ def _make_run(
     model_config: ModelConfig,
     train_config: TrainConfig,
     *,
-    processes: cluster.Processes | None,
+    processes: Processes | None,
     devices: int | None,
     data_parallel: int | None,
     ranks_per_host: int | None,
     data_path: pathlib.Path | None,
 ) -> Run:
     """Start JAX and set everything up; nothing is trained yet."""
-    cluster.start(devices=devices, processes=processes)
+    start_jax(devices=devices, processes=processes)
 
     from byte_lm.run import Run
     from byte_lm.training import Trainer

@@ -19,9 +19,9 @@ import decode_moe
 import jax_ep
 import machine
 from byte_lm import cluster, data
-from byte_lm.checkpoint import Checkpoints
 from byte_lm.decoding import Decoder
 from byte_lm.training import Trainer, TrainState
+from common.checkpoints import Checkpoints
 from conftest import PLATFORM
 from spmd import make_mesh, native_calls, ranks_at_most, run_python
 

@@ -16,8 +16,9 @@ from rich.console import Console
 import moe_layer
 import train_moe
 from byte_lm import cluster
-from byte_lm.interrupt import Interrupt
-from byte_lm.progress import figures_text, make_bar
+from byte_lm.progress import figures_text
+from common.interrupt import Interrupt
+from common.progress import make_bar
 from conftest import PLATFORM
 from spmd import need_devices
 

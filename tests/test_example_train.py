@@ -21,10 +21,11 @@ from flax import nnx
 
 import dense_moe
 import jax_ep
-from byte_lm import checkpoint, clock, cluster, data
+from byte_lm import cluster, data
 from byte_lm.config import ModelConfig, RunConfig, TrainConfig
 from byte_lm.run import Run
 from byte_lm.training import Figures, Trainer, TrainState, learning_rate, make_optimizer
+from common import checkpoints, clock
 from spmd import make_mesh, ranks_at_most
 
 pytestmark = pytest.mark.one_process("trains in one process")
@@ -267,13 +268,13 @@ def test_checkpoints_come_every_minute(trainer, corpus, tmp_path, monkeypatch, s
     """By default, however slow the steps are: a run that is killed loses no more than that."""
     steps.take = 25.0
     saved = []
-    save = checkpoint.Checkpoints.save
+    save = checkpoints.Checkpoints.save
 
     def note(self, step, *args):
         saved.append(step)
         save(self, step, *args)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", note)
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", note)
     with Run(trainer, corpus, RunConfig(out=tmp_path, steps=12)) as run:
         run.train()
     # The first step is not timed, then three make a minute, and one has been under way meanwhile.
@@ -287,7 +288,7 @@ def test_signal_saves_and_says_so(trainer, corpus, tmp_path, capsys, steps, numb
     with Run(trainer, corpus, RunConfig(out=tmp_path, steps=5)) as run:
         assert run.train() == number
     assert signal.getsignal(number) is handler
-    assert checkpoint.newest(tmp_path / "checkpoints") == 3
+    assert checkpoints.newest(tmp_path / "checkpoints") == 3
     assert len(train_moe_cli.losses(tmp_path)) == 3
     said = capsys.readouterr().out
     assert f"{number.name}: stopped after step 3 and saved it in {tmp_path}" in said

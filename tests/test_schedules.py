@@ -6,17 +6,13 @@ It takes jax-cuda13-plugin and jax-cuda13-pjrt in jaxlib's version, installed or
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
-import jaxlib
 import pytest
 
+import gpu_compiler
 from jax_ep._core import libraries
 
 pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
@@ -25,35 +21,15 @@ pytestmark = pytest.mark.one_process("compiles programs, and runs none")
 # Why NVSHMEM's library, with which groups that span hosts are compiled, does not load here, or None.
 NO_NETWORK = libraries._load_nvshmem()
 PROGRAM = pathlib.Path(__file__).parent / "support" / "gpu_schedules.py"
-PLUGIN = "jax-cuda13-plugin"
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """What the program prints, by name."""
-    folder = os.environ.get("JAX_EP_CUDA_PLUGIN")
-    places = [folder, *sys.path] if folder else sys.path
-    versions = [d.version for d in importlib.metadata.distributions(name=PLUGIN, path=places)]
-    if not versions:
-        pytest.skip(
-            f"{PLUGIN} is not installed, which has XLA's compiler for GPUs, nor in JAX_EP_CUDA_PLUGIN"
-        )
-    version = versions[0]
-    if version != jaxlib.__version__:
-        pytest.skip(f"{PLUGIN} is of version {version}, and jaxlib of {jaxlib.__version__}")
     names = ["same text", "free", "after", "grouped_dot", "chunks", "kernels", "shared_expert"]
     names.append("chunks without regions")  # which takes them away for good
     names += ["memory", *(["hosts"] if NO_NETWORK is None else [])]  # on meshes of their own
-    paths = [str(PROGRAM.parents[2]), *places]
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM), *names],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={"PYTHONPATH": ":".join(paths), "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    lines = [json.loads(line) for line in gpu_compiler.run(str(PROGRAM), *names).splitlines()]
     return {line.pop("name"): line for line in lines}
 
 

@@ -16,18 +16,11 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from common.texts import is_text, text_files
+
 VOCAB = 256
 
 _HELD_OUT_ONE_IN = 20
-_SKIPPED_FOLDERS = {
-    "__pycache__",
-    "dist-packages",
-    "idle_test",
-    "node_modules",
-    "site-packages",
-    "test",
-    "tests",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +91,9 @@ def load(path: pathlib.Path | None, *, min_bytes: int) -> Corpus:
     root = pathlib.Path(sysconfig.get_path("stdlib")) if path is None else path
     train: list[bytes] = []
     held_out: list[bytes] = []
-    for name, file in _files(root, "*.py" if path is None else "*"):
+    for name, file in text_files(root, "*.py" if path is None else "*"):
         text = file.read_bytes()
-        if not _is_text(text):
+        if not is_text(text):
             continue
         digest = hashlib.sha256(name.encode()).digest()
         is_held_out = int.from_bytes(digest[:8], "big") % _HELD_OUT_ONE_IN == 0
@@ -117,29 +110,6 @@ def load(path: pathlib.Path | None, *, min_bytes: int) -> Corpus:
         )
     arrays = [np.frombuffer(part, np.uint8) for part in parts]
     return Corpus(arrays[0], arrays[1], source=str(root))
-
-
-def _files(root: pathlib.Path, pattern: str) -> list[tuple[str, pathlib.Path]]:
-    """Name (relative, with slashes) and path of every file, by name."""
-    if root.is_file():
-        return [(root.name, root)]
-    found = []
-    for file in root.rglob(pattern):
-        parts = file.relative_to(root).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if file.is_file() and not hidden and not _SKIPPED_FOLDERS & set(parts[:-1]):
-            found.append(("/".join(parts), file))
-    return sorted(found)
-
-
-def _is_text(content: bytes) -> bool:
-    if not content or b"\0" in content:
-        return False
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _windows(

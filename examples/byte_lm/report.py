@@ -1,8 +1,7 @@
-"""The results of a run for people: its metrics, step by step, and a picture of them."""
+"""A picture of a run's metrics."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -13,51 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-_SMOOTHING_STEPS = 25
-
-
-class Metrics:
-    """Records of a run, one JSON object a line.
-
-    A record has "step", the number of steps done, and either the figures of the last one ("loss",
-    "dropped", "load") or "held_out_loss". A resumed run drops the records after its checkpoint.
-
-    Attributes:
-        records: All of them.
-    """
-
-    def __init__(self, path: pathlib.Path | None, *, first_step: int) -> None:
-        """Open ``path`` (None: write nothing), keeping records up to ``first_step`` steps."""
-        self.records: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            self.records = _read(path, first_step)
-        self._file = None if path is None else path.open("w")
-        for record in self.records:
-            self._write(record)
-
-    def add(self, step: int, **figures: Any) -> None:
-        """Record ``figures`` after ``step`` steps."""
-        record = {"step": step, **figures}
-        self.records.append(record)
-        self._write(record)
-
-    def last(self, name: str) -> dict[str, Any] | None:
-        """The last record that has ``name``."""
-        return next((record for record in reversed(self.records) if name in record), None)
-
-    def flush(self) -> None:
-        """Make sure that a process that is killed loses nothing recorded so far."""
-        if self._file is not None:
-            self._file.flush()
-
-    def close(self) -> None:
-        """Write out everything."""
-        if self._file is not None:
-            self._file.close()
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+from common.metrics import smooth
 
 
 def plot(
@@ -79,7 +34,7 @@ def plot(
     )
     loss = np.array([record["loss"] for record in training])
     losses.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8)
-    losses.plot(steps, _smooth(loss[:, None])[:, 0], color="tab:blue", label="training")
+    losses.plot(steps, smooth(loss[:, None])[:, 0], color="tab:blue", label="training")
     losses.plot(
         [record["step"] for record in held_out],
         [record["held_out_loss"] for record in held_out],
@@ -93,7 +48,7 @@ def plot(
     losses.set_title(title)
     load = np.array([record["load"] for record in training], float)  # [steps, E]
     share = load / np.maximum(load.sum(axis=1, keepdims=True), 1.0)
-    for expert, curve in enumerate(_smooth(share).T):
+    for expert, curve in enumerate(smooth(share).T):
         loads.plot(steps, 100 * curve, linewidth=1.0, label=f"{expert}")
     loads.axhline(100 / load.shape[1], color="gray", linestyle="--")
     loads.set_ylim(bottom=0)
@@ -103,24 +58,3 @@ def plot(
         loads.legend(title="expert", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _read(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
-    """The records up to ``last_step``."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # half a line, from a process that was killed
-            break
-        if record["step"] <= last_step:
-            records.append(record)
-    return records
-
-
-def _smooth(curves: np.ndarray) -> np.ndarray:
-    """Running means over the last ``_SMOOTHING_STEPS`` rows of ``[steps, curves]``."""
-    sums = np.cumsum(curves, axis=0)
-    sums[_SMOOTHING_STEPS:] -= sums[:-_SMOOTHING_STEPS].copy()
-    counts = np.minimum(np.arange(1, len(curves) + 1), _SMOOTHING_STEPS)
-    return sums / counts[:, None]

@@ -6,24 +6,26 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import signal
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from byte_lm.checkpoint import Checkpoints, newest
-from byte_lm.clock import Clock
 from byte_lm.config import DEFAULT_MINUTES, RunConfig
 from byte_lm.data import Corpus
-from byte_lm.interrupt import Interrupt
-from byte_lm.pace import Decision, Pace
-from byte_lm.progress import figures_text, make_bar, rate_text
-from byte_lm.report import Metrics, plot
+from byte_lm.progress import figures_text, rate_text
+from byte_lm.report import plot
 from byte_lm.training import Figures, Trainer, TrainState
+from common.checkpoints import Checkpoints, newest
+from common.clock import Clock
+from common.folders import differences, make_folder
+from common.interrupt import Interrupt
+from common.metrics import Metrics
+from common.pace import Decision, Pace
+from common.progress import make_bar
 
 _PROVISIONAL_STEPS = 10_000  # of a run by time, until its first steps have been timed
 _IN_FLIGHT = 2  # steps whose figures are not fetched yet, so that devices need not wait for us
@@ -106,7 +108,7 @@ class Run:
         self._pending: collections.deque[tuple[int, Figures]] = collections.deque()
         folder = config.out / "checkpoints"
         found = self._newest(folder)
-        _make_folder(folder)
+        make_folder(folder)
         with contextlib.ExitStack() as on_failure:
             self._checkpoints = Checkpoints(folder)
             on_failure.callback(self._checkpoints.close)
@@ -224,10 +226,10 @@ class Run:
         saved = self._checkpoints.settings(found)
         progress = saved.pop("progress", None)
         if progress is None or saved != self._settings:
-            differences = _differences(saved, self._settings) or ["it is of an older program"]
+            found_others = differences(saved, self._settings) or ["it is of an older program"]
             raise ValueError(
                 f"--resume: expected the settings and the text of the run in {config.out}, got "
-                f"others: {', '.join(differences)}."
+                f"others: {', '.join(found_others)}."
             )
         steps, minutes = config.steps, config.minutes
         if steps is None and minutes is None:
@@ -349,30 +351,3 @@ class Run:
             markup=False,
             soft_wrap=True,
         )
-
-
-def _make_folder(folder: pathlib.Path) -> None:
-    """Make ``folder``; an error names the option of the command line."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out: expected a folder that can be made, got {folder.parent}: {error.strerror}."
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--out: expected a folder that can be written to, got {folder.parent}; take another."
-        )
-
-
-def _differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """The differences between two settings, as texts to print."""
-    found = []
-    for part, value in given.items():
-        before = saved.get(part)
-        if isinstance(value, dict) and isinstance(before, dict):
-            names = [name for name in value if value[name] != before.get(name)]
-            found += [f"{name} was {before.get(name)}, is {value[name]}" for name in names]
-        elif value != before:
-            found.append(f"{part} is another")
-    return found

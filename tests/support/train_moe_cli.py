@@ -1,4 +1,4 @@
-"""Runs ``examples/train_moe.py`` in processes of its own, and lets tests import ``byte_lm``."""
+"""Runs ``examples/train_moe.py`` in processes of its own, and lets tests import its parts."""
 
 from __future__ import annotations
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 import orbax.checkpoint as ocp
 
-from byte_lm.training import TrainState
-
-_KEPT = 2
+State = TypeVar("State")
 
 
 def newest(folder: pathlib.Path) -> int | None:
@@ -22,15 +20,22 @@ def newest(folder: pathlib.Path) -> int | None:
 
 
 class Checkpoints:
-    """The checkpoints in one folder, by the number of steps done; the last two are kept."""
+    """The checkpoints in one folder, by the number of steps done; the last few are kept."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        """Open ``folder``, which all processes share; it is made if it is not there."""
+    def __init__(self, folder: pathlib.Path, *, kept: int = 2, in_background: bool = False) -> None:
+        """Open ``folder``, which all processes share; it is made if it is not there.
+
+        Args:
+            folder: Where the checkpoints are.
+            kept: How many stay; older ones are removed.
+            in_background: Whether ``save`` returns once the state is copied to the host, so that
+                training goes on while threads write it.
+        """
         # Orbax asks for an absolute path.
         self._manager = ocp.CheckpointManager(
             folder.resolve(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=_KEPT, enable_async_checkpointing=False
+                max_to_keep=kept, enable_async_checkpointing=in_background
             ),
         )
 
@@ -38,8 +43,11 @@ class Checkpoints:
         """Steps done in the newest checkpoint; None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, settings: dict[str, Any]) -> None:
-        """Write ``state`` after ``step`` steps, and the JSON-like ``settings`` of its run."""
+    def save(self, step: int, state: Any, settings: dict[str, Any]) -> None:
+        """Write ``state`` after ``step`` steps, and the JSON-like ``settings`` of its run.
+
+        In the background, this first waits for the last checkpoint, and raises its error if it failed.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -47,12 +55,17 @@ class Checkpoints:
             ),
         )
 
+    def wait(self) -> None:
+        """Wait until everything is written, and raise the error of what could not be."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
     def settings(self, step: int) -> dict[str, Any]:
         """The settings that were saved after ``step`` steps."""
         restore = ocp.args.Composite(settings=ocp.args.JsonRestore())
         return self._manager.restore(step, args=restore)["settings"]
 
-    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+    def restore(self, step: int, abstract_state: State) -> State:
         """The state after ``step`` steps, on the devices that ``abstract_state`` says."""
         restore = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._manager.restore(step, args=restore)["state"]

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from byte_lm.clock import Clock
+from .clock import Clock
 
 _SECONDS_BETWEEN_MEETINGS = 1.0
 _MOST_STEPS_BETWEEN_MEETINGS = 100
