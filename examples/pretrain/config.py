@@ -325,6 +325,8 @@ def check(config: Config) -> None:
     _expect(factor == 0 or factor >= 1, "model.rank_capacity_factor", "0, or 1 or more", factor)
     ok = data.seq_len <= model.max_seq_len
     _expect(ok, "data.seq_len", f"at most model.max_seq_len, {model.max_seq_len}", data.seq_len)
+    ok = data.seq_len <= 1024 or data.seq_len % 128 == 0
+    _expect(ok, "data.seq_len", "at most 1024, or a multiple of 128", data.seq_len)
     ok = data.batch_size % data.accumulate == 0
     _expect(ok, "data.batch_size", f"a multiple of accumulate, {data.accumulate}", data.batch_size)
     optimizer = config.optimizer

@@ -22,11 +22,11 @@ from jax_ep import scale
 GROUPED_TFLOPS = 640.0
 DENSE_TFLOPS = 725.0
 PEAK_TFLOPS = 989.0  # of the data sheet, without sparsity; MFU is a share of it
-# Bytes of memory for each score of the blockwise attention, counted in the program that XLA compiles for
-# H200s, with blocks of 1024 positions and heads of 192 and 128 channels. Forward float32 scores are
-# written, read for their maximum and for their exponents, which are written in bfloat16 and read: 16, and
-# 3 for the sums of a row. Backward two such arrays are written and read, and two in bfloat16: 26, and 12
-# for the sums of gradients.
+# Bytes of memory for each score of the blockwise attention, counted in the program that XLA compiles
+# for H200s, with blocks of 1024 positions and heads of 192 and 128 channels. Forward, float32 scores
+# are written, read for their maximum and for their exponents, which are written in bfloat16 and read:
+# 16, and 3 for the sums of a row. Backward, two arrays of float32 are written and read, and two of
+# bfloat16: 26, and 12 for the sums of gradients.
 SCORE_BYTES = {"forward": 19, "backward": 38}
 # Of the optimizer for each weight: four float32 arrays are read, three are written.
 OPTIMIZER_BYTES = 28

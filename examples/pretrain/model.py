@@ -318,12 +318,16 @@ class Decoder:
         return jax.checkpoint(layer, policy=policy, prevent_cse=not in_a_loop)
 
 
-def _all_but_gathered_weights(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether a value may be kept for the backward pass: not casts, nor what a constraint places.
+def _all_but_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of ``jax.checkpoint``: the weights are gathered again, and all that is dear is kept.
 
-    So the weights are gathered again from their parts, and all that is expensive is kept.
+    ``gather`` is a function with its own gradient that places arrays; besides it only casts and
+    constraints of the activations are repeated.
     """
-    return primitive.name not in ("convert_element_type", "sharding_constraint")
+    cheap = ("convert_element_type", "sharding_constraint")
+    if primitive.name == "custom_vjp_call":
+        return not any(e.primitive.name in cheap[1:] for e in params["call_jaxpr"].jaxpr.eqns)
+    return primitive.name not in cheap
 
 
 def _with_bias(params: Params, bias: Array | None) -> Params:
