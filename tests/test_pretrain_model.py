@@ -24,7 +24,7 @@ pytestmark = pytest.mark.one_process("trains in one process")
 
 NUM_STEPS = 4
 BATCHES = [pretrain_cases.batch(pretrain_cases.small(), seed) for seed in range(NUM_STEPS)]
-SCAN = ("parallel.fsdp=4",)
+SCAN = ("parallel.fsdp=4", "model.remat=attention")
 # Ways to run a model, and the model where it is another one.
 WAYS = {
     "scan": SCAN,
@@ -210,6 +210,16 @@ def test_no_pass_keeps_gathered_weights(remat):
     for shape in ("32,16", "16,48", "32,20", "16,56", "8,32,16", "8,16,32"):
         assert f"bf16[2,{shape}]" not in text, shape
     assert "bf16[32,20]" in text and "bf16[8,32,16]" in text
+
+
+def test_attention_is_kept():
+    """With its results kept, no pass computes a layer's softmax again but the backward scan."""
+    counts = {}
+    for remat in ("handle", "attention"):
+        setup = make(f"model.remat={remat}", "parallel.fsdp=4")
+        traced = setup.train_step.trace(setup.abstract_state(), setup.abstract_batch())
+        counts[remat] = str(traced.jaxpr).count("reduce_max[")
+    assert counts["attention"] == counts["handle"] - 2  # of dense layers and of those with experts
 
 
 @pytest.mark.parametrize("block", [4, 16])

@@ -148,8 +148,9 @@ def _compute(config: Config, tokens: float) -> list[Part]:
     block = block_size(seq_len)
     keys, values = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
     scores = tokens * (seq_len + block) / 2 * model.num_heads * (model.num_layers + model.mtp)
-    products = (keys + values) * (1 + again) + 3 * keys + 2 * values
-    moved = SCORE_BYTES["forward"] * (1 + again) + SCORE_BYTES["backward"]
+    forward = 2 if model.remat in ("handle", "full") else 1
+    products = (keys + values) * forward + 3 * keys + 2 * values
+    moved = SCORE_BYTES["forward"] * forward + SCORE_BYTES["backward"]
     attention_s = 2 * scores * products / (DENSE_TFLOPS * 1e12)
     attention_s += scores * moved / (scale.H200.memory_gbs * 1e9)
     return [
@@ -180,7 +181,7 @@ def _rows(config: Config, mesh: Mapping[str, int], per_host: int) -> Part:
     found = scale.predict(workload, hosts=place.hosts, ranks_per_host=place.on_host)
     us = found.layer.forward_us + found.layer.backward_us
     if model.remat != "none":
-        us += found.layer.forward_us - (found.plan.us if model.remat == "handle" else 0)
+        us += found.layer.forward_us - (0 if model.remat == "full" else found.plan.us)
     layers = model.num_moe_layers + model.mtp
     return Part(f"rows ({found.combine.bound})", "rows", us * layers * data.accumulate / 1e6)
 

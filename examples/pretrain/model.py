@@ -33,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 import jax_ep
+from examples.pretrain import blockwise
 from examples.pretrain.attention import NORM_EPSILON, LatentAttention, positions_of
 from examples.pretrain.config import ModelConfig
 from examples.pretrain.parallel import BATCH_AXES, gather, gather_here, layout, split_batch
@@ -308,9 +309,11 @@ class Decoder:
 
     def _remat(self, layer: Any) -> Any:
         """``layer`` with the configured policy of what its backward pass computes again."""
+        keep = jax.checkpoint_policies.save_only_these_names
         policies = {
             "none": _all_but_gathered_weights,
-            "handle": jax.checkpoint_policies.save_only_these_names("jax_ep.handle"),
+            "attention": keep("jax_ep.handle", blockwise.RESULTS),
+            "handle": keep("jax_ep.handle"),
             "full": None,
         }
         in_a_loop = self.config.scan_layers  # where XLA merges nothing with the forward pass
