@@ -230,8 +230,13 @@ def test_a_line_covers_the_steps_since_the_last_one():
         metrics.figures_text(line)
         == "loss 2.5000, 35 tokens/s, MFU 35.0%, 12.5% dropped, 1 skipped"
     )
-    window.add(step | {"skipped": 1})
+    window.add(step)
+    window.start_clock()
+    window.add(step | {"tokens": 20})
     line = window.line(seconds=3.0)
+    assert line["tokens_per_second"] == 20 and line["loss"] == 2.0
+    window.add(step | {"skipped": 1})
+    line = window.line(seconds=4.0)
     assert "loss" not in line and metrics.figures_text(line).startswith("all steps skipped, 30 tok")
 
 

@@ -165,6 +165,7 @@ class Loop:
                 if self.step == first_step + 1:
                     self._fetch()
                     self._clock.start()
+                    self._window.start_clock()
                 decision = self._pace.decide(self.step, signal=interrupt.number)
                 if decision is not None:
                     if decision.total_steps:

@@ -53,6 +53,10 @@ class Window:
         self._dropped += int(metrics["num_dropped"])
         self._choices += int(metrics["load"].sum())
 
+    def start_clock(self) -> None:
+        """Time counts from now on: tokens so far have no part in the rate."""
+        self._tokens = 0
+
     def line(self, *, seconds: float) -> dict[str, Any]:
         """The figures of the steps since the last line, and begin anew.
 

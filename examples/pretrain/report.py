@@ -17,8 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from examples.common.metrics import smooth
 from examples.pretrain.config import Config
 from examples.pretrain.metrics import rate_text
 
@@ -130,8 +130,7 @@ def _curve(lines: list[Line], name: str) -> tuple[np.ndarray, np.ndarray]:
 def _draw_loss(axes: Axes, lines: list[Line]) -> bool:
     steps, loss = _curve(lines, "loss")
     if len(steps):
-        axes.plot(steps, loss, color="tab:blue", alpha=0.3, linewidth=0.8)
-        axes.plot(steps, smooth(loss[:, None])[:, 0], color="tab:blue", label="training")
+        axes.plot(steps, loss, color="tab:blue", linewidth=0.8, label="training")
     at, held_out = _curve(lines, "held_out_loss")
     if len(at):
         axes.plot(at, held_out, "o-", color="tab:orange", label="held out")
@@ -164,8 +163,8 @@ def _draw_gradients(axes: Axes, lines: list[Line]) -> bool:
 
 def _draw_balance(axes: Axes, lines: list[Line]) -> bool:
     steps, entropy = _curve(lines, "load_entropy")
-    axes.plot(steps, entropy, color="tab:purple", label="entropy of the load")
-    axes.set(xlabel="step", ylabel="1: all equal")
+    axes.plot(steps, entropy, color="tab:purple")
+    axes.set(xlabel="step", ylabel="entropy of the load (1: equal)")
     right = axes.twinx()
     at, dropped = _curve(lines, "dropped")
     right.plot(at, 100 * dropped, color="tab:brown", linewidth=0.8)
@@ -182,5 +181,6 @@ def _draw_load(axes: Axes, lines: list[Line]) -> bool:
     share = load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9)
     image = axes.imshow(share, aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
     axes.set(xlabel="expert", ylabel="layer with experts")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.figure.colorbar(image, ax=axes, label="times the mean")
     return True
