@@ -24,7 +24,7 @@ pytestmark = pytest.mark.one_process("trains in one process")
 
 NUM_STEPS = 4
 BATCHES = [pretrain_cases.batch(pretrain_cases.small(), seed) for seed in range(NUM_STEPS)]
-SCAN = ("parallel.fsdp=4",)
+SCAN = ("parallel.fsdp=4", "model.remat=attention")
 # Ways to run a model, and the model where it is another one.
 WAYS = {
     "scan": SCAN,
@@ -200,6 +200,28 @@ def test_segments_do_not_see_each_other():
     assert abs(loss(tokens, one) - loss(changed, one)) > 1e-3
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_pass_keeps_gathered_weights(remat):
+    """What the forward pass hands over to the backward pass has no layer's weights in bfloat16."""
+    setup = make(f"model.remat={remat}", "model.dtype=bfloat16", "parallel.fsdp=4")
+    traced = setup.train_step.trace(setup.abstract_state(), setup.abstract_batch())
+    text = str(traced.jaxpr)
+    assert "f32[2,32,20]" in text  # as stored: a projection of both layers
+    for shape in ("32,16", "16,48", "32,20", "16,56", "8,32,16", "8,16,32"):
+        assert f"bf16[2,{shape}]" not in text, shape
+    assert "bf16[32,20]" in text and "bf16[8,32,16]" in text
+
+
+def test_attention_is_kept():
+    """With its results kept, no pass computes a layer's softmax again but the backward scan."""
+    counts = {}
+    for remat in ("handle", "attention"):
+        setup = make(f"model.remat={remat}", "parallel.fsdp=4")
+        traced = setup.train_step.trace(setup.abstract_state(), setup.abstract_batch())
+        counts[remat] = str(traced.jaxpr).count("reduce_max[")
+    assert counts["attention"] == counts["handle"] - 2  # of dense layers and of those with experts
+
+
 @pytest.mark.parametrize("block", [4, 16])
 def test_blockwise_attention(block):
     """Values and gradients, with queries and keys wider than values, and segments across blocks."""
@@ -237,7 +259,10 @@ def test_blockwise_attention(block):
         ("model.num_dense_layers=3", "expected fewer than the 3 layers, got 3"),
         ("model.num_expert_groups=3", "expected a divisor of 16 experts, got 3"),
         ("model.rank_capacity_factor=0.5", "expected 0, or 1 or more, got 0.5"),
-        ("data.seq_len=2048", "at most model.max_seq_len, 1024"),
+        (
+            "data.seq_len=100000",
+            "data.seq_len: expected at most model.max_seq_len, 1024, got 100000",
+        ),
         ("data.accumulate=3", "data.batch_size: expected a multiple of accumulate, 3, got 16"),
         ("parallel.data=-1", "at most one −1"),
     ],
@@ -246,6 +271,14 @@ def test_wrong_configurations(override, text):
     with pytest.raises(ConfigError) as raised:
         load("tiny", [override])
     assert text in str(raised.value)
+
+
+def test_long_sequences_have_blocks():
+    """Attention and the loss work on divisors of the length."""
+    overrides = ["model.max_seq_len=8192", "data.seq_len=4099"]
+    with pytest.raises(ConfigError, match="expected at most 1024, or a multiple of 128"):
+        load("tiny", overrides)
+    assert load("tiny", [*overrides, "data.seq_len=4224"]).data.seq_len == 4224
 
 
 def test_unknown_configuration():

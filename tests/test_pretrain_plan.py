@@ -75,6 +75,7 @@ def test_time_of_a_pod():
     [
         ("model.fp8_dispatch=false", "rows", False),
         ("model.remat=none", "experts", True),
+        ("model.remat=handle", "attention", False),
         ("model.remat=full", "rows", False),
         ("model.num_expert_groups=1", "rows", False),
     ],

@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
 BLOCK = 1024  # smaller ones skip more of what comes later, larger ones move their sums less often
+RESULTS = "pretrain.attention"  # what jax.checkpoint knows the results by
 _NEVER = -1e30  # a score that exp turns into zero; minus infinity would turn into NaN
 
 
@@ -127,7 +129,8 @@ def _forward(q: Array, k: Array, v: Array, segments: Array, scale: float, block:
 
     start = ((row, row, total), outs, logs)
     (_, outs, logs), _ = jax.lax.scan(pair, start, pairs)
-    out = _join(outs)
+    # A policy of jax.checkpoint that keeps these two computes no scores again but in the backward pass.
+    out, logs = (checkpoint_name(x, RESULTS) for x in (_join(outs), logs))
     return out, (q, k, v, segments, out, logs)
 
 

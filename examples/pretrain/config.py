@@ -19,7 +19,7 @@ CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 Dtype = Literal["bfloat16", "float32"]
 Overlap = Literal["", "shared_expert", "chunks"]
-Remat = Literal["none", "handle", "full"]
+Remat = Literal["none", "attention", "handle", "full"]
 
 
 class ConfigError(ValueError):
@@ -59,7 +59,8 @@ class ModelConfig:
             further ones are dropped and counted. 0 has room for any routing.
         overlap: What runs while rows travel: "", "shared_expert" or "chunks" (see ``jax_ep.moe``).
         remat: What the backward pass computes again. "full": all of a layer but its input. "handle":
-            the same but for the plans of dispatch, which are small. "none": only the gathered weights.
+            the same but for the plans of dispatch, which are small. "attention": also but for the
+            results of attention. "none": only the gathered weights.
         scan_layers: Compile equal layers once, in a loop. False unrolls them.
         sequence_loss_weight: Weight of the balancing loss within each sequence, summed over layers.
         z_loss_weight: Weight of the routers' z-loss, summed over layers.
@@ -325,6 +326,8 @@ def check(config: Config) -> None:
     _expect(factor == 0 or factor >= 1, "model.rank_capacity_factor", "0, or 1 or more", factor)
     ok = data.seq_len <= model.max_seq_len
     _expect(ok, "data.seq_len", f"at most model.max_seq_len, {model.max_seq_len}", data.seq_len)
+    ok = data.seq_len <= 1024 or data.seq_len % 128 == 0
+    _expect(ok, "data.seq_len", "at most 1024, or a multiple of 128", data.seq_len)
     ok = data.batch_size % data.accumulate == 0
     _expect(ok, "data.batch_size", f"a multiple of accumulate, {data.accumulate}", data.batch_size)
     optimizer = config.optimizer

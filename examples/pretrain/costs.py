@@ -23,10 +23,10 @@ GROUPED_TFLOPS = 640.0
 DENSE_TFLOPS = 725.0
 PEAK_TFLOPS = 989.0  # of the data sheet, without sparsity; MFU is a share of it
 # Bytes of memory for each score of the blockwise attention, counted in the program that XLA compiles
-# for H200s, with blocks of 1024 positions and heads of 192 and 128 channels. Forward float32 scores
+# for H200s, with blocks of 1024 positions and heads of 192 and 128 channels. Forward, float32 scores
 # are written, read for their maximum and for their exponents, which are written in bfloat16 and read:
-# 16, and 3 for the sums of a row. Backward two such arrays are written and read, and two in bfloat16:
-# 26, and 12 for the sums of gradients.
+# 16, and 3 for the sums of a row. Backward, two arrays of float32 are written and read, and two of
+# bfloat16: 26, and 12 for the sums of gradients.
 SCORE_BYTES = {"forward": 19, "backward": 38}
 # Of the optimizer for each weight: four float32 arrays are read, three are written.
 OPTIMIZER_BYTES = 28
@@ -148,8 +148,9 @@ def _compute(config: Config, tokens: float) -> list[Part]:
     block = block_size(seq_len)
     keys, values = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
     scores = tokens * (seq_len + block) / 2 * model.num_heads * (model.num_layers + model.mtp)
-    products = (keys + values) * (1 + again) + 3 * keys + 2 * values
-    moved = SCORE_BYTES["forward"] * (1 + again) + SCORE_BYTES["backward"]
+    forward = 2 if model.remat in ("handle", "full") else 1
+    products = (keys + values) * forward + 3 * keys + 2 * values
+    moved = SCORE_BYTES["forward"] * forward + SCORE_BYTES["backward"]
     attention_s = 2 * scores * products / (DENSE_TFLOPS * 1e12)
     attention_s += scores * moved / (scale.H200.memory_gbs * 1e9)
     return [
@@ -180,7 +181,7 @@ def _rows(config: Config, mesh: Mapping[str, int], per_host: int) -> Part:
     found = scale.predict(workload, hosts=place.hosts, ranks_per_host=place.on_host)
     us = found.layer.forward_us + found.layer.backward_us
     if model.remat != "none":
-        us += found.layer.forward_us - (found.plan.us if model.remat == "handle" else 0)
+        us += found.layer.forward_us - (0 if model.remat == "full" else found.plan.us)
     layers = model.num_moe_layers + model.mtp
     return Part(f"rows ({found.combine.bound})", "rows", us * layers * data.accumulate / 1e6)
 

@@ -33,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 import jax_ep
+from examples.pretrain import blockwise
 from examples.pretrain.attention import NORM_EPSILON, LatentAttention, positions_of
 from examples.pretrain.config import ModelConfig
 from examples.pretrain.parallel import BATCH_AXES, gather, gather_here, layout, split_batch
@@ -308,9 +309,11 @@ class Decoder:
 
     def _remat(self, layer: Any) -> Any:
         """``layer`` with the configured policy of what its backward pass computes again."""
+        keep = jax.checkpoint_policies.save_only_these_names
         policies = {
             "none": _all_but_gathered_weights,
-            "handle": jax.checkpoint_policies.save_only_these_names("jax_ep.handle"),
+            "attention": keep("jax_ep.handle", blockwise.RESULTS),
+            "handle": keep("jax_ep.handle"),
             "full": None,
         }
         in_a_loop = self.config.scan_layers  # where XLA merges nothing with the forward pass
@@ -318,12 +321,16 @@ class Decoder:
         return jax.checkpoint(layer, policy=policy, prevent_cse=not in_a_loop)
 
 
-def _all_but_gathered_weights(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether a value may be kept for the backward pass: not casts, nor what a constraint places.
+def _all_but_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of ``jax.checkpoint``: the weights are gathered again, and all that is dear is kept.
 
-    So the weights are gathered again from their parts, and all that is expensive is kept.
+    ``gather`` is a function with its own gradient that places arrays; besides it only casts and
+    constraints of the activations are repeated.
     """
-    return primitive.name not in ("convert_element_type", "sharding_constraint")
+    cheap = ("convert_element_type", "sharding_constraint")
+    if primitive.name == "custom_vjp_call":
+        return not any(e.primitive.name in cheap[1:] for e in params["call_jaxpr"].jaxpr.eqns)
+    return primitive.name not in cheap
 
 
 def _with_bias(params: Params, bias: Array | None) -> Params:

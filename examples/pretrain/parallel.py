@@ -166,14 +166,11 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
     model, data = config.model, config.data
-    micro = data.batch_size // data.accumulate
     tensor, expert, fsdp = sizes["tensor"], sizes["expert"], sizes["fsdp"]
     ranks, parts = math.prod(sizes[axis] for axis in BATCH_AXES), fsdp * expert
-    wanted = [
-        ("data.batch_size", data.batch_size, ranks * data.accumulate, "data × fsdp × expert ranks")
-    ]
-    if data.accumulate > 1:
-        wanted[0] = (*wanted[0][:3], f"{ranks} ranks times accumulate ({micro} a micro-batch)")
+    of_step = ranks * data.accumulate
+    why = "data × fsdp × expert ranks times data.accumulate"
+    wanted = [("data.batch_size", data.batch_size, of_step, why)]
     wanted += [("model.num_experts", model.num_experts, expert, "parallel.expert")]
     for name in ("hidden", "q_lora_rank", "kv_lora_rank"):
         wanted.append((f"model.{name}", getattr(model, name), parts, "parallel.fsdp × expert"))
