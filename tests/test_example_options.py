@@ -91,7 +91,10 @@ def test_a_signal_is_the_exit_status(monkeypatch, capsys):
     assert run(capsys) == (143, "")
 
 
-def test_a_second_signal_acts_as_usual():
+def test_a_second_signal_acts_as_usual(request):
+    # A shell starts background jobs with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.number == signal.SIGINT

@@ -75,8 +75,8 @@ class Machine:
 
 H200 = Machine(
     name="H200, NVLink 4, 400 Gb/s NICs",
-    # Op "ceiling", "bulk copies", in 2xH200-2026-11-30-1-process.json: 335.5.
-    nvlink_gbs=335.5,
+    # Op "ceiling", "bulk copies", in 2xH200-2026-11-30-1-process.json: 335.2.
+    nvlink_gbs=335.2,
     # Not ours: NVSHMEM's shmem_put_bw between hosts with CX7 of 400 Gb/s, in DeepEP's issue 155.
     nic_gbs=47.0,
     # Op "ceiling", "bulk copies", in h200-shared-2026-11-29-baselines.json: 3977.
@@ -84,23 +84,23 @@ H200 = Machine(
     # Assumed. With 4096 tokens it is below one percent of what an op across hosts takes.
     network_us=5.0,
     # T = 4096, token: dispatch_cached bf16 less its bytes over the link.
-    dispatch_us=11.3,
+    dispatch_us=10.75,
     # T = 4096, token: combine bf16 less its bytes over the link.
-    combine_us=14.9,
+    combine_us=14.28,
     # The plan, token: a line through T = 128 and T = 4096, since one shape cannot tell its two parts.
-    plan_us=9.1,
-    plan_ns=0.0968,
+    plan_us=8.97,
+    plan_ns=0.0919,
     # T = 4096, expert: dispatch_cached less dispatch_us and the busiest resource; mean of bf16 and fp8.
-    spread_ns=0.531,
+    spread_ns=0.6245,
     # T = 4096, expert: combine less combine_us and the busiest resource.
-    gather_ns=1.35,
+    gather_ns=1.355,
     # T = 4096, token: dispatch_cached with a fused cast less that of fp8 rows.
-    cast_gbs=2188.0,
+    cast_gbs=2181.0,
     # kernels_h200.json, where no link is in the way, with 16 SMs (token) and 24 SMs (expert).
-    sm_load_gbs=99.3,
-    sm_store_gbs=70.2,
-    sm_add_gbs=71.0,
-    sm_sum_gbs=112.6,
+    sm_load_gbs=98.6,
+    sm_store_gbs=70.1,
+    sm_add_gbs=70.6,
+    sm_sum_gbs=116.25,
     # Field workspace_bytes of the same records.
     workspace_bytes=47_228_928,
     # Assumed: at EP64 1792 rows each way, 26 MB of bf16, of which a flight of 20 us takes 1 MB.

@@ -130,7 +130,9 @@ class Test {
     Synchronize();
     if (late >= 0) Launch(op, ranks_[late]);
     Synchronize();
-    bool noticed = culprit.error->kind == static_cast<uint32_t>(ErrorKind::kMismatch);
+    // A rank that stops waits too, and may be the first to give up.
+    const ErrorKind own = what == "stops" ? ErrorKind::kTimeout : ErrorKind::kMismatch;
+    bool noticed = culprit.error->kind == static_cast<uint32_t>(own);
     for (Rank& k : ranks_) {
       const int r = k.group.rank;
       if (r == failing && (!itself || what == "elsewhere" || other != op)) continue;
