@@ -14,6 +14,7 @@ import pytest
 import gpu_compiler
 from examples.pretrain import costs, flops, h200, plan
 from examples.pretrain.config import load
+from jax_ep.scale import H200
 
 pytestmark = pytest.mark.one_process("compiles a program, and runs none")
 
@@ -34,12 +35,13 @@ def test_places():
     assert costs.Place.of(64, 1, 8) == costs.Place(hosts=8, on_host=8)
     assert costs.Place.of(4, 64, 8) == costs.Place(hosts=4, on_host=1)
     assert costs.Place.of(4, 2, 8) == costs.Place(hosts=1, on_host=4)
-    # NICs share what comes from other hosts, with 47 GB/s each. Eight of them outrun NVLink.
+    nic, nvlink = 1e9 * H200.nic_gbs, 1e9 * H200.nvlink_gbs  # bytes in a second
+    # NICs share what comes from other hosts. Eight of them outrun NVLink.
     for place, size, wanted in (
-        (costs.Place(8, 4), 47e9, (7 / 8 / 4, "network")),
-        (costs.Place(8, 8), 335.5e9, (7 / 8, "NVLink")),
-        (costs.Place(4, 1), 47e9, (3 / 4, "network")),
-        (costs.Place(1, 4), 335.5e9, (3 / 4, "NVLink")),
+        (costs.Place(8, 4), nic, (7 / 8 / 4, "network")),
+        (costs.Place(8, 8), nvlink, (7 / 8, "NVLink")),
+        (costs.Place(4, 1), nic, (3 / 4, "network")),
+        (costs.Place(1, 4), nvlink, (3 / 4, "NVLink")),
     ):
         seconds, link = place.gather(size)
         assert (pytest.approx(seconds), link) == wanted, place
