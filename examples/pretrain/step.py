@@ -102,12 +102,28 @@ def setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
         return TrainState(jnp.int32(0), params, bias, optimizer.init(params))
 
     shapes = jax.eval_shape(new_state, jax.ShapeDtypeStruct((), jnp.uint32))
-    everywhere: Any = NamedSharding(mesh, P())
     of_params = parallel.shardings(shapes.params, mesh)
     of_optimizer = state_shardings(optimizer, shapes.opt_state, of_params, mesh)
+    everywhere: Any = NamedSharding(mesh, P())
     at = TrainState(everywhere, of_params, everywhere, of_optimizer)
-    batch_sharding = NamedSharding(mesh, P(parallel.BATCH_AXES, None))
     steps = _Steps(config, mesh, decoder, optimizer, of_params)
+    return assemble(config, mesh, group, decoder, new_state, at, steps.train, steps.evaluate)
+
+
+def assemble(
+    config: Config,
+    mesh: Mesh,
+    group: jax_ep.Group,
+    decoder: Decoder,
+    new_state: Callable[[Array], TrainState],
+    at: TrainState,
+    train: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    evaluate: Callable[[TrainState, Batch], Metrics],
+) -> Setup:
+    """A setup whose functions are jitted, with the shardings ``at`` of the state."""
+    shapes = jax.eval_shape(new_state, jax.ShapeDtypeStruct((), jnp.uint32))
+    everywhere: Any = NamedSharding(mesh, P())
+    batch_sharding = NamedSharding(mesh, P(parallel.BATCH_AXES, None))
     make = jax.jit(new_state, out_shardings=at)
     return Setup(
         config=config,
@@ -122,14 +138,12 @@ def setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
             at,
         ),
         train_step=jax.jit(
-            steps.train,
+            train,
             in_shardings=(at, batch_sharding),
             out_shardings=(at, everywhere),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(
-            steps.evaluate, in_shardings=(at, batch_sharding), out_shardings=everywhere
-        ),
+        eval_step=jax.jit(evaluate, in_shardings=(at, batch_sharding), out_shardings=everywhere),
     )
 
 

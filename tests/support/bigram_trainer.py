@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from examples.pretrain import parallel
 from examples.pretrain.config import Config, load
-from examples.pretrain.step import Setup, TrainState
+from examples.pretrain.step import Setup, TrainState, assemble
 
 _EXPERTS = 4
 
@@ -106,23 +106,6 @@ def setup(
         lambda leaf: NamedSharding(mesh, P(None, "fsdp") if leaf.shape == (vocab, vocab) else P()),
         shapes,
     )
-    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(parallel.BATCH_AXES, None))
-    make = jax.jit(new_state, out_shardings=at)
     group: Any = Group()
-    return Setup(
-        config=config,
-        mesh=mesh,
-        group=group,
-        decoder=None,
-        batch_sharding=split,
-        init=lambda seed: make(jnp.uint32(seed)),
-        abstract_state=lambda: jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            shapes,
-            at,
-        ),
-        train_step=jax.jit(
-            train, in_shardings=(at, split), out_shardings=(at, everywhere), donate_argnums=0
-        ),
-        eval_step=jax.jit(evaluate, in_shardings=(at, split), out_shardings=everywhere),
-    )
+    decoder: Any = None
+    return assemble(config, mesh, group, decoder, new_state, at, train, evaluate)
