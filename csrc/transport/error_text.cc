@@ -69,7 +69,7 @@ std::string WordText(const ErrorRecord& error) {
     case cuda::WordKind::kChunkArrived:
       return text("chunk", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kChunkReady:
-      return text("word that a chunk is there", epoch_and_chunk, ~uint64_t{0});
+      return text("word that its chunk is there", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kChunkDone:
       return text("receipt of its host for the chunk", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kCredit:

@@ -226,8 +226,8 @@ def _other_version() -> Iterator[None]:
 def _asked_again() -> Iterator[None]:
     """What was found out about NVSHMEM is forgotten for a while, but not about CUDA's library."""
     known: Any = libraries.why_unavailable
-    libraries.why_unavailable = lambda backend="cpu": (
-        known.__wrapped__(backend) if backend == "nvshmem" else known(backend)
+    libraries.why_unavailable = lambda backend="cpu", **options: (
+        (known.__wrapped__ if backend == "nvshmem" else known)(backend, **options)
     )
     yield
     libraries.why_unavailable = known
