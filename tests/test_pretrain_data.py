@@ -58,6 +58,7 @@ def test_documents_of_text_and_jsonl(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "d.bin").write_bytes(b"\0\1")
     assert list(documents([tmp_path], field="content")) == ["two", "three", "one", "two", "three"]
+    assert list(documents([tmp_path], pattern="*.txt")) == ["one"]
     with pytest.raises(
         ValueError, match=r"a.jsonl.gz, line 1: expected a JSON object with the fie"
     ):

@@ -16,6 +16,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import jax_ep
+import performance_page
 import pretrain_texts
 from examples.pretrain import flops, metrics
 from examples.pretrain.data import Rows
@@ -48,7 +49,7 @@ def losses(out: pathlib.Path) -> dict[int, float]:
 def whole(rows, tmp_path_factory) -> pathlib.Path:
     """The folder of a run without interruption."""
     out = tmp_path_factory.mktemp("whole")
-    with make(rows, out) as loop:
+    with make(rows, out, command="a test") as loop:
         assert loop.train() == 0
         loop.finish()
     return out
@@ -98,6 +99,28 @@ def test_report_has_every_picture_and_setting(whole):
     assert len(reader.pictures) == 5 and "Loss" in reader.pictures
     assert "optimizer.peak_lr 0.3" in " ".join(reader.text.split())
     assert "held-out loss" in reader.text
+
+
+def test_the_record_has_what_the_lines_say_and_fits_the_results(whole):
+    """It is a file of ``benchmarks/results/`` as it is, and the pages there can be made with it."""
+    (found,) = performance_page.data.load_results(whole)
+    assert found["loss"] == [[step, loss] for step, loss in losses(whole).items()]
+    assert [step for step, _ in found["held_out_loss"]] == [4, 8]
+    assert found["steps"] == 8 and found["steps_per_line"] == 1 and found["num_skipped"] == 0
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    for name, figure in (
+        ("tokens_per_second", found["tokens_per_second"]),
+        ("step_seconds", found["step_ms"]["median"] / 1e3),
+    ):
+        assert figure == pytest.approx(np.median([line[name] for line in lines if name in line]))
+    assert found["step_ms"]["p10"] <= found["step_ms"]["median"] <= found["step_ms"]["p90"]
+    assert found["mfu"] is None and found["device"] == "cpu" and found["devices"] == DEVICES
+    assert found["weights"] == 304 * 304 and found["settings"]["optimizer"]["peak_lr"] == 0.3
+    assert found["versions"]["jax"] == jax.__version__ and found["command"] == "a test"
+    results = [performance_page.record(), found]
+    performance_page.page.render(
+        performance_page.page.TEMPLATE.read_text(), performance_page.targets, results
+    )
 
 
 def test_tensorboard_has_the_same_losses(whole):
@@ -225,6 +248,7 @@ def test_a_line_covers_the_steps_since_the_last_one():
     line = window.line(seconds=2.0)
     assert line["loss"] == 2.5 and line["dropped"] == 5 / 40 and line["num_skipped"] == 1
     assert line["tokens_per_second"] == 35 and line["mfu"] == 0.35
+    assert line["step_seconds"] == 2.0 / 3
     assert line["load"] == [[0, 20]] and window.num_skipped_in_a_row == 1
     assert (
         metrics.figures_text(line)
@@ -234,7 +258,7 @@ def test_a_line_covers_the_steps_since_the_last_one():
     window.start_clock()
     window.add(step | {"tokens": 20})
     line = window.line(seconds=3.0)
-    assert line["tokens_per_second"] == 20 and line["loss"] == 2.0
+    assert line["tokens_per_second"] == 20 and line["loss"] == 2.0 and line["step_seconds"] == 1.0
     window.add(step | {"skipped": 1})
     line = window.line(seconds=4.0)
     assert "loss" not in line and metrics.figures_text(line).startswith("all steps skipped, 30 tok")

@@ -23,6 +23,7 @@ from examples.pretrain import convert, flops
 from examples.pretrain.config import Config
 from examples.pretrain.data import Feed, Rows, held_out_batches
 from examples.pretrain.metrics import Log, Window, figures_text
+from examples.pretrain.record import write_record
 from examples.pretrain.report import write_report
 from examples.pretrain.resume import find_checkpoint, position_in, settings_of
 from examples.pretrain.step import Setup, TrainState
@@ -46,6 +47,7 @@ class Options:
         minutes: End after this time of training in this part of the run, with a checkpoint.
         profile: First and last step of a trace; None for none.
         weights: Folder of safetensors files that a new run begins with.
+        command: The command line, for the record of the run.
     """
 
     out: pathlib.Path
@@ -54,6 +56,7 @@ class Options:
     minutes: float | None = None
     profile: tuple[int, int] | None = None
     weights: pathlib.Path | None = None
+    command: str = ""
 
 
 class Loop:
@@ -195,14 +198,16 @@ class Loop:
         return ended_by
 
     def finish(self) -> float:
-        """Evaluate on the held-out rows and write the report.
+        """Evaluate on the held-out rows and write ``report.html`` and ``report.json``.
 
         Returns:
             The held-out loss, in nats per token.
         """
         loss = self._evaluate()
         if self._is_first:
-            path = write_report(self._options.out, self._config, self.log.lines)
+            out, lines = self._options.out, self.log.lines
+            write_record(out, self._setup, self._rows.summary, lines, command=self._options.command)
+            path = write_report(out, self._config, lines)
             self._console.print(f"held-out loss {loss:.4f}; report: {path}", markup=False)
         return loss
 

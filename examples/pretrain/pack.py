@@ -165,13 +165,14 @@ def main(
     field: Annotated[
         str, typer.Option(help="The field of a JSON line that has the text.")
     ] = "text",
+    pattern: Annotated[str, typer.Option(help="What names of files in folders match.")] = "*",
     held_out: Annotated[float, typer.Option(help="Share of the documents for evaluation.")] = 0.01,
     rows_per_file: Annotated[int, typer.Option(min=1, help="At most.")] = _ROWS_PER_FILE,
 ) -> None:
     """Pack text into rows of one length."""
     try:
         summary = pack(
-            documents(data, field=field),
+            documents(data, field=field, pattern=pattern),
             tokenizer_file.load(tokenizer),
             out,
             seq_len=seq_len,

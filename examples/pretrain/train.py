@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import pathlib
 import re
+import shlex
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,6 +92,7 @@ def main(
             minutes=minutes,
             profile=profile,
             weights=weights,
+            command=shlex.join(["python", "-m", "examples.pretrain.train", *sys.argv[1:]]),
         )
         loop = _make_loop(settings, data, options)
     except (ValueError, OSError) as error:
