@@ -173,6 +173,8 @@ class RunConfig:
         eval_batches: Batches of an evaluation.
         log_every: Steps between lines of metrics.
         keep_checkpoints: Newest checkpoints that are kept.
+        profile_every: Steps between profiles of one step, for the shares of its time that plans,
+            dispatches and combines take; 0 for none.
     """
 
     seed: int = 0
@@ -181,6 +183,7 @@ class RunConfig:
     eval_batches: int = 8
     log_every: int = 10
     keep_checkpoints: int = 3
+    profile_every: int = 500
 
 
 @dataclasses.dataclass(frozen=True)
