@@ -9,10 +9,11 @@ Several folders are a mixture: each is shuffled and repeated by itself, and row 
 in a fixed pattern with the shares of their weights. Which row that is depends on n alone, so the one
 position is enough.
 
-grain shuffles, mixes, repeats and reads ahead. Its ``ElasticIterator`` keeps the same position, but it
-deals the rows of a batch out to processes in turn. Then the order inside a batch depends on the number of
-processes, and two processes that hold the same rows, as on a mesh whose axis "expert" spans hosts,
-would read different ones. Here each process asks the batch's sharding which rows its devices hold.
+grain shuffles, mixes, repeats and reads ahead. Its ``ElasticIterator`` keeps the same position, but
+it deals the rows of a batch out to processes in turn. Then the order inside a batch depends on the
+number of processes, and two processes that hold the same rows, as on a mesh whose axis "expert" spans
+hosts, would read different ones. Here each process asks the batch's sharding which rows its devices
+hold.
 """
 
 from __future__ import annotations
