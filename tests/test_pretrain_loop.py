@@ -232,10 +232,16 @@ def test_a_folder_with_checkpoints_needs_a_word(rows, whole, tmp_path):
         assert loop.step == 8  # these are free
 
 
-def test_a_trace_of_chosen_steps(rows, tmp_path):
-    with make(rows, tmp_path, "optimizer.total_steps=3", profile=(2, 2)) as loop:
+def test_profiles_of_chosen_steps_and_now_and_then(rows, tmp_path, capsys):
+    """One is kept. This model has no op of jax_ep, so both say that they have no shares."""
+    changes = ("optimizer.total_steps=3", "run.profile_every=3")
+    with make(rows, tmp_path, *changes, profile=(2, 2)) as loop:
         loop.train()
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    text = capsys.readouterr().out
+    for step in (2, 3):
+        assert f"step {step}/3: the profile has no op of jax_ep, so there are no shares" in text
+    assert loop.log.last("exchange_share") is None
 
 
 def test_a_line_covers_the_steps_since_the_last_one():

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import dense_decoder
-from examples.pretrain import blockwise, step
+from examples.pretrain import blockwise, shares, step
 from examples.pretrain.config import ConfigError, load
 from examples.pretrain.optimizer import learning_rate
 from spmd import need_devices
@@ -144,6 +144,28 @@ def test_metrics_say_what_the_batch_was():
     entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1) / np.log(share.shape[1])
     np.testing.assert_allclose(metrics["load_entropy"], entropy.mean(), rtol=1e-5)
     assert (metrics["load"].sum(axis=1) == 2 * (segments[:, :-1] > 0).sum()).all()
+
+
+def test_shares_of_the_time_of_a_step(tmp_path):
+    """From a profile of CPU devices: each runs two layers with experts, forward, again and backward."""
+    setup = make(*SCAN)
+    pretrain_cases.train(setup, pretrain_cases.made_up(setup), BATCHES[:1])
+    batch = jax.device_put(BATCHES[0], setup.batch_sharding)
+    state = pretrain_cases.made_up(setup)
+    with jax.profiler.trace(str(tmp_path)):
+        state, metrics = setup.train_step(state, batch)
+        jax.block_until_ready(metrics)
+    text = setup.train_step.lower(state, batch).compile().as_text()
+    devices = shares._cpu_events(tmp_path, text)
+    assert len(devices) == 8
+    for events in devices.values():
+        kinds = [event.kind for event in events]
+        counts = {kind: kinds.count(kind) for kind in ("plan", "dispatch", "combine")}
+        assert counts == {"plan": 2, "dispatch": 6, "combine": 4}
+    found = shares.read(tmp_path, lambda: text)
+    of_kinds = [found[f"{kind}_share"] for kind in ("plan", "dispatch", "combine")]
+    assert min(of_kinds) > 0 and max(of_kinds) <= found["exchange_share"] < 1
+    assert sum(of_kinds) >= found["exchange_share"] * 0.999 and "exposed_share" not in found
 
 
 def test_a_step_without_finite_loss_is_skipped():

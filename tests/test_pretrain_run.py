@@ -141,13 +141,16 @@ def test_a_job_that_is_stopped_goes_on_elsewhere_with_the_same_losses(tmp_path):
     made = setup(settings, jax.devices()[:DEVICES])
     opened = Rows(rows, seq_len=16, vocab_size=304)
 
-    def train(folder: pathlib.Path, *, begin: int) -> None:
-        with Loop(settings, made, opened, Options(out=folder, resume=True)) as loop:
+    def train(folder: pathlib.Path, *, begin: int) -> Loop:
+        options = Options(out=folder, resume=True, profile=(2, 2))
+        with Loop(settings, made, opened, options) as loop:
             assert loop.step == begin
             loop._total_steps = stopped + MORE
             assert loop.train() == 0
+        return loop
 
-    train(alone, begin=0)
+    profiled = train(alone, begin=0).log.last("exchange_share")
+    assert profiled["step"] == 2 and 0 < profiled["exchange_share"] < 1
     train(out, begin=stopped)
     expected, got = losses(alone), losses(out)
     assert list(got) == list(expected) == list(range(1, stopped + MORE + 1))

@@ -50,6 +50,11 @@ class ModelConfig:
         num_shared_experts: Experts that every token goes to; they run as one of their joint width.
         routed_scaling: Factor of the routed experts' weights, which sum to one before.
         rope_theta: Base of the rotary positions' wavelengths.
+        rope_factor: With YaRN (rotary.py), the longest sequence over the original one; 1 is without it.
+        rope_original_seq_len: YaRN: the longest sequence of the training before it.
+        rope_beta_fast: YaRN: channels that turn more often in such a sequence keep their frequency.
+        rope_beta_slow: YaRN: channels that turn less often have it divided by the factor.
+        rope_mscale: YaRN: how much the scores of attention grow with the factor; 0 leaves them.
         max_seq_len: The longest sequence that the model is meant for.
         mtp: Whether there is a module that predicts the token after the next one.
         mtp_loss_weight: Weight of its loss.
@@ -86,6 +91,11 @@ class ModelConfig:
     num_shared_experts: int = 1
     routed_scaling: float = 1.0
     rope_theta: float = 10_000.0
+    rope_factor: float = 1.0
+    rope_original_seq_len: int = 4096
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_mscale: float = 1.0
     max_seq_len: int = 4096
     mtp: bool = False
     mtp_loss_weight: float = 0.3
@@ -173,6 +183,8 @@ class RunConfig:
         eval_batches: Batches of an evaluation.
         log_every: Steps between lines of metrics.
         keep_checkpoints: Newest checkpoints that are kept.
+        profile_every: Steps between profiles of one step, for the shares of its time that plans,
+            dispatches and combines take; 0 for none.
     """
 
     seed: int = 0
@@ -181,6 +193,7 @@ class RunConfig:
     eval_batches: int = 8
     log_every: int = 10
     keep_checkpoints: int = 3
+    profile_every: int = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +331,9 @@ def check(config: Config) -> None:
     _expect(model.top_k <= most, "model.top_k", f"at most the {most} experts allowed", model.top_k)
     key, value = "model.qk_rope_head_dim", model.qk_rope_head_dim
     _expect(value % 2 == 0, key, "an even number", value)
+    _expect(model.rope_factor >= 1, "model.rope_factor", "1 or more", model.rope_factor)
+    fast, slow = model.rope_beta_fast, model.rope_beta_slow
+    _expect(0 < slow < fast, "model.rope_beta_slow", f"more than 0, less than {fast}", slow)
     ok = not (model.overlap == "shared_expert" and model.num_shared_experts == 0)
     _expect(ok, "model.overlap", "'' or 'chunks' without a shared expert", model.overlap)
     ok = not model.fp8_dispatch or model.hidden % 128 == 0

@@ -21,8 +21,9 @@ from examples.common.pace import Pace
 from examples.common.progress import make_bar
 from examples.pretrain import convert, flops
 from examples.pretrain.config import Config
-from examples.pretrain.data import Feed, Rows, held_out_batches
+from examples.pretrain.data import Batch, Feed, Rows, held_out_batches
 from examples.pretrain.metrics import Log, Window, figures_text
+from examples.pretrain.profiles import Profiler
 from examples.pretrain.record import write_record
 from examples.pretrain.report import write_report
 from examples.pretrain.resume import find_checkpoint, position_in, settings_of
@@ -93,7 +94,6 @@ class Loop:
         folder = options.out / "checkpoints"
         make_folder(folder)
         self._clock = Clock()
-        self._tracing = False
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
         with contextlib.ExitStack() as resources:
             self._checkpoints = Checkpoints(
@@ -121,7 +121,13 @@ class Loop:
             resources.callback(self._feed.close)
             self.log = Log(options.out if self._is_first else None, first_step=self.step)
             resources.callback(self.log.close)
-            resources.callback(self._stop_trace)
+            self._profiler = Profiler(
+                options.out / "profile",
+                chosen=options.profile,
+                every=config.run.profile_every,
+                here=self._is_first,
+            )
+            resources.callback(self._profiler.close)
             self._resources = resources.pop_all()
         devices = setup.mesh.devices
         peak = flops.peak_flops(devices.flat[0].device_kind)
@@ -229,24 +235,34 @@ class Loop:
         )
 
     def _train_step(self) -> None:
-        profile = self._options.profile if self._is_first else None
-        if profile is not None and self.step + 1 == profile[0]:
+        if self._profiler.begins(self.step + 1):
             self._fetch()
-            jax.profiler.start_trace(self._options.out / "profile")
-            self._tracing = True
+            with self._clock.paused():
+                self._profiler.start(self.step + 1)
         batch = next(self._feed)
         self.step += 1
         self.state, metrics = self._setup.train_step(self.state, batch)
         self._pending.append((self.step, metrics))
         self._fetch(but=_IN_FLIGHT)
-        if profile is not None and self.step == profile[1]:
+        if self._profiler.ends(self.step):
             self._fetch()
-            self._stop_trace()
+            with self._clock.paused():
+                self._end_profile(batch)
 
-    def _stop_trace(self) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
+    def _end_profile(self, batch: Batch) -> None:
+        """Write down the shares of time of the steps that were profiled."""
+
+        def program() -> str:
+            # JAX has it already: nothing is compiled.
+            return self._setup.train_step.lower(self.state, batch).compile().as_text() or ""
+
+        shares = self._profiler.stop(program)
+        if shares:
+            self.log.add(self.step, **shares)
+            text = f"dispatch and combine take {shares['exchange_share']:.1%} of the time"
+        else:
+            text = "the profile has no op of jax_ep, so there are no shares of time"
+        self._console.print(f"step {self.step}/{self._total_steps}: {text}", markup=False)
 
     def _fetch(self, *, but: int = 0) -> None:
         """Wait for the metrics of all steps except the last ``but`` ones."""

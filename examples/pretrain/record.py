@@ -17,6 +17,7 @@ import numpy as np
 
 from examples.pretrain import flops
 from examples.pretrain.rows import Summary
+from examples.pretrain.shares import SHARES
 from examples.pretrain.step import Setup
 from jax_ep.bench.session import versions
 
@@ -68,8 +69,9 @@ def figures(lines: Sequence[Line]) -> dict[str, Any]:
     Returns:
         ``steps``; medians over lines of ``tokens_per_second`` and ``mfu`` (None where the peak is not
         known); ``step_ms``, the median and the 10th and 90th percentiles of the lines' mean steps, each
-        the mean of ``steps_per_line`` steps; ``goodput`` and ``num_skipped`` of the last line;
-        ``dropped``, the mean over lines; ``loss`` and ``held_out_loss``, pairs of a step and a loss.
+        the mean of ``steps_per_line`` steps; ``goodput`` and ``num_skipped`` of the last line; medians
+        of the ``shares`` that profiles have; ``dropped``, the mean over lines; ``loss`` and
+        ``held_out_loss``, pairs of a step and a loss.
     """
     steps = [line["step"] for line in lines if "num_skipped" in line]
     seconds = _values(lines, "step_seconds")
@@ -84,6 +86,7 @@ def figures(lines: Sequence[Line]) -> dict[str, Any]:
         },
         "goodput": _last(lines, "goodput"),
         "num_skipped": _last(lines, "num_skipped"),
+        "shares": {name: _median(lines, name) for name in SHARES if _values(lines, name)},
         "dropped": float(np.mean(_values(lines, "dropped") or [0.0])),
         "loss": [[line["step"], line["loss"]] for line in lines if "loss" in line],
         "held_out_loss": [

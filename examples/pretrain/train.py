@@ -34,11 +34,12 @@ def main(
         typer.Option("--set", help="A value to change: section.key=value. May be repeated."),
     ] = [],  # noqa: B006  (typer reads it and changes nothing)
     data: Annotated[
-        pathlib.Path | None,
+        list[str],
         typer.Option(
-            help="Folder of packed rows.", show_default="Python's library, packed into --out"
+            help="Folder of packed rows, or FOLDER=WEIGHT. May be repeated, for a mixture.",
+            show_default="Python's library, packed into --out",
         ),
-    ] = None,
+    ] = [],  # noqa: B006
     out: Annotated[pathlib.Path, typer.Option(help="Folder of all results.")] = pathlib.Path(
         "runs/pretrain"
     ),
@@ -77,6 +78,7 @@ def main(
     try:
         settings = configs.load(config, changes)
         profile = _steps(profile_steps)
+        given = [_source(text) for text in data]
         start_jax(
             devices=devices,
             processes=find_processes(coordinator, count=num_processes, index=process_id),
@@ -94,7 +96,7 @@ def main(
             weights=weights,
             command=shlex.join(["python", "-m", "examples.pretrain.train", *sys.argv[1:]]),
         )
-        loop = _make_loop(settings, data, options)
+        loop = _make_loop(settings, given, options)
     except (ValueError, OSError) as error:
         typer.echo(f"train: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
@@ -108,17 +110,32 @@ def main(
         raise typer.Exit(1) from error
 
 
-def _make_loop(settings: configs.Config, data: pathlib.Path | None, options: Options) -> Loop:
+def _make_loop(
+    settings: configs.Config, data: list[tuple[pathlib.Path, float]], options: Options
+) -> Loop:
     """Set everything up; nothing is trained yet."""
-    from examples.pretrain.data import Rows
+    from examples.pretrain.data import Rows, Source
     from examples.pretrain.loop import Loop
     from examples.pretrain.prepare import default_rows
     from examples.pretrain.step import setup
 
-    if data is None:
-        data = default_rows(options.out / "rows", settings)
-    rows = Rows(data, seq_len=settings.data.seq_len, vocab_size=settings.model.vocab_size)
+    if not data:
+        data = [(default_rows(options.out / "rows", settings), 1.0)]
+    rows = Rows(
+        [Source(*source) for source in data],
+        seq_len=settings.data.seq_len,
+        vocab_size=settings.model.vocab_size,
+    )
     return Loop(settings, setup(settings), rows, options)
+
+
+def _source(text: str) -> tuple[pathlib.Path, float]:
+    folder, equals, weight = text.rpartition("=")
+    if not equals:
+        return pathlib.Path(text), 1.0
+    if not re.fullmatch(r"\d+(\.\d*)?", weight) or float(weight) == 0:
+        raise ValueError(f"--data: expected FOLDER or FOLDER=WEIGHT, as in web=0.7, got {text!r}.")
+    return pathlib.Path(folder), float(weight)
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:
