@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
+from examples.pretrain import fused
 from examples.pretrain.blockwise import attention, block_size
 from examples.pretrain.config import ModelConfig
 from examples.pretrain.parallel import BATCH_AXES
@@ -73,10 +74,13 @@ class LatentAttention(nnx.Module):
         return self.out(mixed.reshape(batch, seq, -1))
 
     def _mix(self, q: Array, k: Array, v: Array, segments: Array) -> Array:
-        """``blockwise.attention`` on each device, for its sequences and its heads."""
+        """The attention of each device, for its sequences and its heads."""
         split = P(BATCH_AXES, None, "tensor", None)
         scale = score_scale(self.config)
-        mix = functools.partial(attention, scale=scale, block=block_size(q.shape[1]))
+        mix: Any = functools.partial(attention, scale=scale, block=block_size(q.shape[1]))
+        if self.config.attention == "cudnn":
+            most = self.config.most_segments
+            mix = functools.partial(fused.attention, scale=scale, most_segments=most)
         specs = (split, split, split, P(BATCH_AXES, None))
         # Its scans start from zeros, and every input varies over all axes, or has no gradient.
         return jax.shard_map(

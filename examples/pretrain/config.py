@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 Dtype = Literal["bfloat16", "float32"]
+Attention = Literal["blockwise", "cudnn"]
 Overlap = Literal["", "shared_expert", "chunks"]
 Remat = Literal["none", "attention", "handle", "full"]
 
@@ -58,6 +59,9 @@ class ModelConfig:
         max_seq_len: The longest sequence that the model is meant for.
         mtp: Whether there is a module that predicts the token after the next one.
         mtp_loss_weight: Weight of its loss.
+        attention: "blockwise", in plain JAX on any device, or "cudnn", which is several times as fast
+            on GPUs (fused.py).
+        most_segments: With "cudnn", documents of a row at most; pack.py keeps rows to it.
         dtype: Dtype of the computation. Master weights and the optimizer are float32.
         fp8_dispatch: Rows travel to the experts in float8.
         rank_capacity_factor: Rows that a rank has room for, as a multiple of those of even routing;
@@ -99,6 +103,8 @@ class ModelConfig:
     max_seq_len: int = 4096
     mtp: bool = False
     mtp_loss_weight: float = 0.3
+    attention: Attention = "blockwise"
+    most_segments: int = 16
     dtype: Dtype = "bfloat16"
     fp8_dispatch: bool = False
     rank_capacity_factor: float = 0.0

@@ -124,6 +124,7 @@ class Rows:
             num_targets=sums("num_targets"),
             num_files=sums("num_files"),
             digest=hashlib.sha256(identity.encode()).hexdigest(),
+            most_segments=max(s.most_segments for s in summaries),
         )
 
 

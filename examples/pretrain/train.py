@@ -126,6 +126,13 @@ def _make_loop(
         seq_len=settings.data.seq_len,
         vocab_size=settings.model.vocab_size,
     )
+    model, most = settings.model, rows.summary.most_segments
+    if model.attention == "cudnn" and most > model.most_segments:
+        raise ValueError(
+            f"--data: expected rows of at most model.most_segments = {model.most_segments} documents, "
+            f"got {most}; pack with --most-segments {model.most_segments}, or set "
+            f"model.most_segments={most}."
+        )
     return Loop(settings, setup(settings), rows, options)
 
 
