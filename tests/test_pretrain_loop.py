@@ -9,10 +9,12 @@ import json
 import os
 import pathlib
 import signal
+import time
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from tensorboardX.proto.event_pb2 import Event
 
 import jax_ep
@@ -21,6 +23,7 @@ import pretrain_texts
 from examples.pretrain import flops, metrics
 from examples.pretrain.data import Rows
 from examples.pretrain.loop import DivergedError, Loop, Options
+from examples.pretrain.resume import find_checkpoint
 from spmd import ranks_at_most
 
 pytestmark = pytest.mark.one_process("trains in this process")
@@ -75,7 +78,8 @@ def test_a_run_learns_and_leaves_its_results(whole):
     held_out = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
     assert list(held_out) == [4, 8] and held_out[8] < held_out[4]
     assert all(0 <= line["goodput"] < 1 for line in lines if "goodput" in line)
-    assert lines[-2]["tokens_per_second"] > 0 and "mfu" not in lines[-2]  # CPUs have no known peak
+    (last,) = (line for line in lines if line["step"] == 8 and "loss" in line)
+    assert last["tokens_per_second"] > 0 and "mfu" not in last  # CPUs have no known peak
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["4", "8"]
 
 
@@ -169,6 +173,41 @@ def test_lines_after_the_checkpoint_are_dropped_and_their_time_is_lost(rows, tmp
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
     assert lines[-1]["up_seconds"] > 1e6 and lines[-1]["goodput"] < 1e-3
+
+
+def test_goodput_counts_the_time_before_the_loop_and_the_last_save(rows, tmp_path):
+    with make(rows, tmp_path, started=time.perf_counter() - 1e6) as loop:
+        loop.train()
+        lines = [line for line in loop.log.lines if "goodput" in line]
+    assert all(line["up_seconds"] > 1e6 and line["goodput"] < 1e-3 for line in lines)
+    assert [line["step"] for line in lines[-2:]] == [8, 8]  # the last step, and after the save
+    assert lines[-1]["up_seconds"] > lines[-2]["up_seconds"]
+
+
+def test_a_process_that_is_killed_while_it_opens_the_lines_loses_none(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            metrics.Log(tmp_path, first_step=1)
+    assert list(losses(tmp_path)) == [1, 2]
+    metrics.Log(tmp_path, first_step=1).close()
+    assert list(losses(tmp_path)) == [1]
+
+
+@pytest.mark.parametrize(("first", "mine"), [(8, None), (8, 4), (-1, 8)])
+def test_all_processes_go_on_from_what_the_first_one_sees(tmp_path, monkeypatch, first, mine):
+    """A shared file system may not show the newest checkpoint to all hosts at once."""
+    if mine is not None:
+        (tmp_path / "checkpoints" / str(mine)).mkdir(parents=True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: np.int32(first))
+    assert find_checkpoint(tmp_path, resume=True) == (None if first < 0 else first)
 
 
 def test_steps_that_are_not_finite_are_skipped(rows, whole, tmp_path):

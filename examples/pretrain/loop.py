@@ -49,6 +49,7 @@ class Options:
         profile: First and last step of a trace; None for none.
         weights: Folder of safetensors files that a new run begins with.
         command: The command line, for the record of the run.
+        started: When the program began, by ``time.perf_counter``.
     """
 
     out: pathlib.Path
@@ -58,6 +59,7 @@ class Options:
     profile: tuple[int, int] | None = None
     weights: pathlib.Path | None = None
     command: str = ""
+    started: float = dataclasses.field(default_factory=time.perf_counter)
 
 
 class Loop:
@@ -85,7 +87,6 @@ class Loop:
             ValueError: if the folder cannot be written to, the checkpoint is of a run with other
                 settings, or the weights do not fit.
         """
-        self._started = time.perf_counter()
         self._config, self._setup, self._rows, self._options = config, setup, rows, options
         self._is_first = jax.process_index() == 0
         self._console = Console(quiet=not self._is_first, highlight=False, soft_wrap=True)
@@ -195,6 +196,7 @@ class Loop:
             if self._checkpoints.latest() != self.step:
                 self._save()
             self._checkpoints.wait()
+            self.log.add(self.step, **self._times())  # with the last save
         if ended_by:
             self._console.print(
                 f"{signal.Signals(ended_by).name}: stopped after step {self.step} and saved it in "
@@ -289,12 +291,15 @@ class Loop:
         if step == 0 or (last is not None and last["step"] >= step):
             return
         line = self._window.line(seconds=self._clock.seconds())
-        productive = self.log.productive_seconds_before + self._clock.seconds()
-        up = self.log.up_seconds_before + time.perf_counter() - self._started
-        times = {"productive_seconds": productive, "up_seconds": up, "goodput": productive / up}
-        self.log.add(step, **line, **times)
+        self.log.add(step, **line, **self._times())
         if not self._console.is_terminal:
             self._console.print(f"step {step}/{self._total_steps}: {figures_text(line)}")
+
+    def _times(self) -> dict[str, float]:
+        """What goodput is made of, over all parts of the run."""
+        productive = self.log.productive_seconds_before + self._clock.seconds()
+        up = self.log.up_seconds_before + time.perf_counter() - self._options.started
+        return {"productive_seconds": productive, "up_seconds": up, "goodput": productive / up}
 
     def _evaluate(self) -> float:
         """The loss on the held-out rows, which it writes down. It does not count as training."""

@@ -14,6 +14,7 @@ import pathlib
 import re
 import shlex
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -75,6 +76,7 @@ def main(
     ] = None,
 ) -> None:
     """Train a decoder like DeepSeek-V3."""
+    started = time.perf_counter()
     try:
         settings = configs.load(config, changes)
         profile = _steps(profile_steps)
@@ -95,6 +97,7 @@ def main(
             profile=profile,
             weights=weights,
             command=shlex.join(["python", "-m", "examples.pretrain.train", *sys.argv[1:]]),
+            started=started,
         )
         loop = _make_loop(settings, given, options)
     except (ValueError, OSError) as error:
