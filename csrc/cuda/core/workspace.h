@@ -156,6 +156,7 @@ enum class ErrorKind : uint32_t {
   kUnreachable = 5,  // an input of this rank is in memory that peers cannot read
   kConcurrent = 6,   // another op of the group was running
   kMisplaced = 7,    // the program's mesh has another rank in this place
+  kUnpaired = 8,     // latency mode: start and done calls of a channel do not alternate
 };
 
 enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2, kCombineVjp = 3 };
