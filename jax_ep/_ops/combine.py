@@ -13,7 +13,7 @@ from jax_ep._core.flight import Flight
 from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import checks, flights, gpu_room, gradients, modes
+from jax_ep._ops import checks, flights, gpu_room, gradients, halves, modes
 
 
 def combine(
@@ -67,7 +67,9 @@ def combine(
     def issue(num_sms: int, latency: bool) -> Flight:
         return flights.in_line(group, num_sms)
 
-    return combine_by(issue, rows, handle, group=group, weights=weights, config=config)
+    y = combine_by(issue, rows, handle, group=group, weights=weights, config=config)
+    assert not isinstance(y, halves.SentCombine)  # for the type checker: it is not in flight
+    return y
 
 
 def combine_by(
@@ -80,8 +82,11 @@ def combine_by(
     config: DispatchConfig | None = None,
     order: Callable[[Handle], Handle] = lambda handle: handle,
     in_flight: bool = False,
-) -> Float[Array, "tokens hidden"]:
-    """``combine``, issued as ``issue`` says, along ``order(handle)``."""
+) -> Float[Array, "tokens hidden"] | halves.SentCombine:
+    """``combine``, issued as ``issue`` says, along ``order(handle)``.
+
+    If it is in flight in latency mode on GPUs, it is only sent: ``finished`` gives the result.
+    """
     op = "combine"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -128,13 +133,21 @@ def combine_by(
             num_tokens=num_tokens,
             requested=requested,
         )
-    options = gradients.CombineOptions(group, config, issue(num_sms, is_latency(config)))
+    latency = is_latency(config) and num_tokens > 0
+    options = gradients.CombineOptions(group, config, issue(num_sms, latency))
     handle = order(handle)
+    if in_flight and latency and group.backend == "cuda":
+        return halves.combine_start(options, rows, weights, handle)
     if weights is None:
         y, _ = gradients.combine(options, rows, None, handle)
     else:
         y = gradients.combine_weighted(options, rows, weights, handle)
     return checkpoint_name(y, "jax_ep.combine")
+
+
+def finished(sent: halves.SentCombine) -> Float[Array, "tokens hidden"]:
+    """The result of a combine that was sent."""
+    return checkpoint_name(halves.combine_done(sent), "jax_ep.combine")
 
 
 def _check_weights(op: str, weights: Array | None, handle: Handle) -> None:

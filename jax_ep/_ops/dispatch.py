@@ -25,7 +25,7 @@ from jax_ep._core.types import (
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, modes
+from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, halves, modes
 
 Output = Literal["dense", "quantized"]
 
@@ -142,7 +142,7 @@ def dispatch(
     def issue(num_sms: int, latency: bool) -> Flight:
         return flights.in_line(group, num_sms)
 
-    return dispatch_by(
+    out = dispatch_by(
         issue,
         x,
         topk_idx,
@@ -161,6 +161,8 @@ def dispatch(
         handle=handle,
         config=config,
     )
+    assert isinstance(out, Dispatched)  # for the type checker: it is not in flight
+    return out
 
 
 def dispatch_by(
@@ -184,8 +186,11 @@ def dispatch_by(
     config: DispatchConfig | None = None,
     order: Callable[[Any], Any] = lambda routes: routes,
     in_flight: bool = False,
-) -> Dispatched:
-    """``dispatch``, issued as ``issue`` says, along ``order(routes)``: of a handle, or ``topk_idx``."""
+) -> Dispatched | halves.SentDispatch:
+    """``dispatch``, issued as ``issue`` says, along ``order(routes)``: of a handle, or ``topk_idx``.
+
+    If it is in flight in latency mode on GPUs, it is only sent: ``finished`` gives the result.
+    """
     op = "dispatch"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -285,13 +290,24 @@ def dispatch_by(
         x = gradients.refuse_gradient(x)
     if handle is None:
         x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)
-        tokens, weights, handle = gradients.plan_and_dispatch(
-            plan_options, options, x, topk_weights, order(topk_idx)
-        )
+        given = plan_options, options, x, topk_weights, order(topk_idx)
+        if in_flight:
+            return halves.dispatch_start(*given)
+        tokens, weights, handle = gradients.plan_and_dispatch(*given)
         handle = _name(handle, "jax_ep.handle")
     else:
         x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
         tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
+    return _dispatched(tokens, weights, handle)
+
+
+def finished(sent: halves.SentDispatch) -> Dispatched:
+    """The result of a dispatch that was sent."""
+    tokens, weights, handle = halves.dispatch_done(sent)
+    return _dispatched(tokens, weights, _name(handle, "jax_ep.handle"))
+
+
+def _dispatched(tokens: Array | Quantized, weights: Array | None, handle: Handle) -> Dispatched:
     if isinstance(tokens, Quantized):
         tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")

@@ -198,7 +198,7 @@ struct Channel {
 constexpr int kMaxChannels = 4;
 
 // As many channels as the group was made with follow each other. There is no memory for others: the
-// inbox of latency mode comes next (decode/inbox.h), if the group has that mode. So the size of a
+// inboxes of latency mode come next (decode/inbox.h), if the group has that mode. So the size of a
 // workspace is never that of this type.
 struct Workspace {
   Channel channels[kMaxChannels];
