@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -13,7 +14,7 @@ from jax_ep._core.flight import Flight
 from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import checks, flights, gpu_room, gradients, halves, modes
+from jax_ep._ops import checks, flights, gpu_room, gradients, modes
 
 
 def combine(
@@ -67,9 +68,7 @@ def combine(
     def issue(num_sms: int, latency: bool) -> Flight:
         return flights.in_line(group, num_sms)
 
-    y = combine_by(issue, rows, handle, group=group, weights=weights, config=config)
-    assert not isinstance(y, halves.SentCombine)  # for the type checker: it is not in flight
-    return y
+    return combine_by(issue, rows, handle, group=group, weights=weights, config=config)
 
 
 def combine_by(
@@ -81,11 +80,11 @@ def combine_by(
     weights: Float[Array, " capacity"] | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Handle], Handle] = lambda handle: handle,
-    in_flight: bool = False,
-) -> Float[Array, "tokens hidden"] | halves.SentCombine:
+    send: Callable[..., Any] | None = None,
+) -> Any:
     """``combine``, issued as ``issue`` says, along ``order(handle)``.
 
-    If it is in flight in latency mode on GPUs, it is only sent: ``finished`` gives the result.
+    ``send`` is as in ``dispatch_by``; ``combined`` makes what the second half gives into the result.
     """
     op = "combine"
     checks.check_group(op, group)
@@ -113,7 +112,7 @@ def combine_by(
         layout=handle.layout,
         moved=name,
         config=config,
-        in_flight=in_flight,
+        in_flight=send is not None,
     )
     gpu_room.check_latency_fits(op, "rows", rows, handle.topk_idx, group, config)
     if not is_latency(config):
@@ -136,18 +135,18 @@ def combine_by(
     latency = is_latency(config) and num_tokens > 0
     options = gradients.CombineOptions(group, config, issue(num_sms, latency))
     handle = order(handle)
-    if in_flight and latency and group.backend == "cuda":
-        return halves.combine_start(options, rows, weights, handle)
+    if send is not None and latency and group.backend == "cuda":
+        return send(options, rows, weights, handle)
     if weights is None:
         y, _ = gradients.combine(options, rows, None, handle)
     else:
         y = gradients.combine_weighted(options, rows, weights, handle)
+    return combined(y)
+
+
+def combined(y: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+    """The result of a combine."""
     return checkpoint_name(y, "jax_ep.combine")
-
-
-def finished(sent: halves.SentCombine) -> Float[Array, "tokens hidden"]:
-    """The result of a combine that was sent."""
-    return checkpoint_name(halves.combine_done(sent), "jax_ep.combine")
 
 
 def _check_weights(op: str, weights: Array | None, handle: Handle) -> None:

@@ -25,7 +25,7 @@ from jax_ep._core.types import (
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, halves, modes
+from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, modes
 
 Output = Literal["dense", "quantized"]
 
@@ -185,11 +185,12 @@ def dispatch_by(
     handle: Handle | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Any], Any] = lambda routes: routes,
-    in_flight: bool = False,
-) -> Dispatched | halves.SentDispatch:
+    send: Callable[..., Any] | None = None,
+) -> Any:
     """``dispatch``, issued as ``issue`` says, along ``order(routes)``: of a handle, or ``topk_idx``.
 
-    If it is in flight in latency mode on GPUs, it is only sent: ``finished`` gives the result.
+    ``send`` is given where the op is in flight. In latency mode on GPUs it does the first half of the
+    op, and its result is returned; ``dispatched`` makes what the second half gives into the result.
     """
     op = "dispatch"
     checks.check_group(op, group)
@@ -219,7 +220,7 @@ def dispatch_by(
             layout=layout,
             moved=moved,
             config=config,
-            in_flight=in_flight,
+            in_flight=send is not None,
         )
         rows, rows_of_expert = bounds.room(
             op,
@@ -291,23 +292,18 @@ def dispatch_by(
     if handle is None:
         x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)
         given = plan_options, options, x, topk_weights, order(topk_idx)
-        if in_flight:
-            return halves.dispatch_start(*given)
+        if send is not None:
+            return send(*given)
         tokens, weights, handle = gradients.plan_and_dispatch(*given)
         handle = _name(handle, "jax_ep.handle")
     else:
         x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
         tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
-    return _dispatched(tokens, weights, handle)
+    return dispatched(tokens, weights, handle)
 
 
-def finished(sent: halves.SentDispatch) -> Dispatched:
-    """The result of a dispatch that was sent."""
-    tokens, weights, handle = halves.dispatch_done(sent)
-    return _dispatched(tokens, weights, _name(handle, "jax_ep.handle"))
-
-
-def _dispatched(tokens: Array | Quantized, weights: Array | None, handle: Handle) -> Dispatched:
+def dispatched(tokens: Array | Quantized, weights: Array | None, handle: Handle) -> Dispatched:
+    """The result of a dispatch."""
     if isinstance(tokens, Quantized):
         tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")

@@ -89,7 +89,10 @@ def dispatch_done(
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]:
     """The rows and the handle of a dispatch that was sent."""
     behind = lax.stop_gradient(op.work)
-    return _dispatch(op.plan_options, op.options, op.x, op.weights, op.topk_idx, op.sent, behind)
+    tokens, weights, handle = _dispatch(
+        op.plan_options, op.options, op.x, op.weights, op.topk_idx, op.sent, behind
+    )
+    return tokens, weights, _named(handle)
 
 
 def combine_start(
@@ -151,8 +154,7 @@ def _dispatch(plan_options, options, x, weights, topk_idx, sent, work):
 def _dispatch_fwd(plan_options, options, x, weights, topk_idx, sent, work):
     out = _dispatch(plan_options, options, x, weights, topk_idx, sent, work)
     tokens, row_weights, handle = out
-    # Named here too, since this is what the backward pass keeps.
-    handle = jax.tree.map(lambda leaf: checkpoint_name(leaf, "jax_ep.handle"), handle)
+    handle = _named(handle)  # here too, since this is what the backward pass keeps
     return (tokens, row_weights, handle), handle
 
 
@@ -198,6 +200,10 @@ def _combine_bwd(options, residuals, dy):
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _named(handle: Handle) -> Handle:
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, "jax_ep.handle"), handle)
 
 
 def _in_line(options: Any) -> Any:

@@ -152,7 +152,13 @@ def dispatch_start(
     """
     begin = _Start("dispatch_start", group, after)
     out = dispatch.dispatch_by(
-        begin.issue, x, *args, group=group, order=begin.order, in_flight=True, **kwargs
+        begin.issue,
+        x,
+        *args,
+        group=group,
+        order=begin.order,
+        send=halves.dispatch_start,
+        **kwargs,
     )
     return Ticket(out, op="dispatch", opened=begin.opened)
 
@@ -170,7 +176,9 @@ def dispatch_done(ticket: Ticket) -> Dispatched:
         TypeError: if ``ticket`` is not a ticket of ``dispatch_start``.
     """
     payload = _finish(ticket, "dispatch")
-    return dispatch.finished(payload) if isinstance(payload, halves.SentDispatch) else payload
+    if not isinstance(payload, halves.SentDispatch):
+        return payload
+    return dispatch.dispatched(*halves.dispatch_done(payload))
 
 
 def combine_start(
@@ -207,7 +215,7 @@ def combine_start(
         weights=weights,
         config=config,
         order=begin.order,
-        in_flight=True,
+        send=halves.combine_start,
     )
     return Ticket(y, op="combine", opened=begin.opened)
 
@@ -225,7 +233,9 @@ def combine_done(ticket: Ticket) -> Float[Array, "tokens hidden"]:
         TypeError: if ``ticket`` is not a ticket of ``combine_start``.
     """
     payload = _finish(ticket, "combine")
-    return combine.finished(payload) if isinstance(payload, halves.SentCombine) else payload
+    if not isinstance(payload, halves.SentCombine):
+        return payload
+    return combine.combined(halves.combine_done(payload))
 
 
 class _Start:
