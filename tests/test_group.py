@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._backends import calls
+from jax_ep._backends import calls, native
 from jax_ep._groups import create, gpu_side
 from jax_ep._groups.room import MOST_CHANNELS, Room
 from jax_ep._groups.topology import Topology

@@ -109,10 +109,20 @@ def _lower(
     return lower_in_order(ctx, call, values, scratch=scratch, channel=channel, name=target)
 
 
+# The ends of the names of targets that do half of an op.
+_HALVES = ("_start", "_done")
+
+
 def _batch(
     operands: Sequence[Any], dims: Sequence[int | None], **params: Any
 ) -> tuple[list[jax.Array], list[int]]:
     """One call for each element, one after the other."""
+    sizes = {x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None}
+    if params["target"].endswith(_HALVES) and sizes != {1}:
+        raise NotImplementedError(
+            "jax_ep: an op in flight in mode 'latency' has no batch, because a channel holds one op at a "
+            "time; under vmap, use dispatch and combine, or mode='throughput'."
+        )
     mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
 
     def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
