@@ -211,6 +211,30 @@ def test_what_work_beside_an_op_must_be():
     assert again.payload.work.shape == (1,) and again.opened is opened
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_op_in_flight_on_gpus_has_no_batch(batch):
+    group = dataclasses.replace(make(), backend="cuda")
+
+    def run(x, idx):
+        ticket = jax_ep.dispatch_start(x, idx, group=group, num_experts=EXPERTS, config=LATENCY)
+        return jax_ep.dispatch_done(ticket).tokens
+
+    mapped = jax.shard_map(
+        jax.vmap(run),
+        mesh=group.mesh,
+        in_specs=P(None, "expert"),
+        out_specs=P(None, "expert"),
+        check_vma=False,
+    )
+    x = jax.ShapeDtypeStruct((batch, RANKS * TOKENS, HIDDEN), jnp.float32)
+    idx = jax.ShapeDtypeStruct((batch, RANKS * TOKENS, TOP_K), jnp.int32)
+    if batch == 1:
+        assert len(native_calls(jax.make_jaxpr(mapped)(x, idx).jaxpr)) == 2
+        return
+    with pytest.raises(NotImplementedError, match="in mode 'latency' has no batch"):
+        jax.eval_shape(mapped, x, idx)
+
+
 @pytest.mark.parametrize("layout", ["expert", "token"])
 def test_calls_in_flight_on_gpus(layout):
     """Two calls an op, with the lists of their targets."""

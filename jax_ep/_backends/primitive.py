@@ -120,8 +120,8 @@ def _batch(
     sizes = {x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None}
     if params["target"].endswith(_HALVES) and sizes != {1}:
         raise NotImplementedError(
-            "jax_ep: an op in flight in mode 'latency' has no batch, because a channel holds one op at a "
-            "time; under vmap, use dispatch and combine, or mode='throughput'."
+            "jax_ep: an op in flight in mode 'latency' has no batch, because a channel holds one op at "
+            "a time; under vmap, use dispatch and combine, or mode='throughput'."
         )
     mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
 
