@@ -117,6 +117,11 @@ std::string ErrorText(const ErrorRecord& error) {
     case cuda::ErrorKind::kConcurrent:
       text += "another op of the group was running at the same time";
       break;
+    case cuda::ErrorKind::kUnpaired:
+      text +=
+          "the start and done halves of ops in flight did not alternate on their channel; call the "
+          "done half of every ticket, in the function that made it";
+      break;
     case cuda::ErrorKind::kMisplaced:
       return text + "the program's mesh has this device as rank " + std::to_string(error.peer) +
              " of group " + std::to_string(error.seen) +

@@ -52,8 +52,8 @@ class DispatchConfig:
             rank has at most so many tokens as ``python -m jax_ep.tune`` found it to be faster for, else
             512 for ``dispatch`` and 256 for ``combine`` (measured on two H200s, H = 7168, top-8).
             Everywhere else it takes "throughput": for larger shapes, in groups made without these
-            sizes, and for ops in flight (``dispatch_start``, ``combine_start``), because ops of
-            "latency" run one at a time, in line with the program.
+            sizes, and for ops in flight (``dispatch_start``, ``combine_start``), where "latency" has
+            to be asked for.
     """
 
     num_sms: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -79,9 +80,12 @@ def combine_by(
     weights: Float[Array, " capacity"] | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Handle], Handle] = lambda handle: handle,
-    in_flight: bool = False,
-) -> Float[Array, "tokens hidden"]:
-    """``combine``, issued as ``issue`` says, along ``order(handle)``."""
+    send: Callable[..., Any] | None = None,
+) -> Any:
+    """``combine``, issued as ``issue`` says, along ``order(handle)``.
+
+    ``send`` is as in ``dispatch_by``; ``combined`` makes what the second half gives into the result.
+    """
     op = "combine"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -108,7 +112,7 @@ def combine_by(
         layout=handle.layout,
         moved=name,
         config=config,
-        in_flight=in_flight,
+        in_flight=send is not None,
     )
     gpu_room.check_latency_fits(op, "rows", rows, handle.topk_idx, group, config)
     if not is_latency(config):
@@ -128,12 +132,20 @@ def combine_by(
             num_tokens=num_tokens,
             requested=requested,
         )
-    options = gradients.CombineOptions(group, config, issue(num_sms, is_latency(config)))
+    latency = is_latency(config) and num_tokens > 0
+    options = gradients.CombineOptions(group, config, issue(num_sms, latency))
     handle = order(handle)
+    if send is not None and latency and group.backend == "cuda":
+        return send(options, rows, weights, handle)
     if weights is None:
         y, _ = gradients.combine(options, rows, None, handle)
     else:
         y = gradients.combine_weighted(options, rows, weights, handle)
+    return combined(y)
+
+
+def combined(y: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+    """The result of a combine."""
     return checkpoint_name(y, "jax_ep.combine")
 
 

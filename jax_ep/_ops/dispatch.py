@@ -142,7 +142,7 @@ def dispatch(
     def issue(num_sms: int, latency: bool) -> Flight:
         return flights.in_line(group, num_sms)
 
-    return dispatch_by(
+    out = dispatch_by(
         issue,
         x,
         topk_idx,
@@ -161,6 +161,8 @@ def dispatch(
         handle=handle,
         config=config,
     )
+    assert isinstance(out, Dispatched)  # for the type checker: it is not in flight
+    return out
 
 
 def dispatch_by(
@@ -183,9 +185,13 @@ def dispatch_by(
     handle: Handle | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Any], Any] = lambda routes: routes,
-    in_flight: bool = False,
-) -> Dispatched:
-    """``dispatch``, issued as ``issue`` says, along ``order(routes)``: of a handle, or ``topk_idx``."""
+    send: Callable[..., Any] | None = None,
+) -> Any:
+    """``dispatch``, issued as ``issue`` says, along ``order(routes)``: of a handle, or ``topk_idx``.
+
+    ``send`` is given where the op is in flight. In latency mode on GPUs it does the first half of the
+    op, and its result is returned; ``dispatched`` makes what the second half gives into the result.
+    """
     op = "dispatch"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -214,7 +220,7 @@ def dispatch_by(
             layout=layout,
             moved=moved,
             config=config,
-            in_flight=in_flight,
+            in_flight=send is not None,
         )
         rows, rows_of_expert = bounds.room(
             op,
@@ -285,13 +291,19 @@ def dispatch_by(
         x = gradients.refuse_gradient(x)
     if handle is None:
         x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)
-        tokens, weights, handle = gradients.plan_and_dispatch(
-            plan_options, options, x, topk_weights, order(topk_idx)
-        )
+        given = plan_options, options, x, topk_weights, order(topk_idx)
+        if send is not None:
+            return send(*given)
+        tokens, weights, handle = gradients.plan_and_dispatch(*given)
         handle = _name(handle, "jax_ep.handle")
     else:
         x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
         tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
+    return dispatched(tokens, weights, handle)
+
+
+def dispatched(tokens: Array | Quantized, weights: Array | None, handle: Handle) -> Dispatched:
+    """The result of a dispatch."""
     if isinstance(tokens, Quantized):
         tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")

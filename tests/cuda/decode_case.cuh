@@ -77,23 +77,43 @@ inline ops::CombineArgs DecodeCombineArgs(const DecodeWorkload& w, const Rank& k
   return args;
 }
 
+// What a launch of an op has in either case. Start calls have a block more, and done calls another
+// tag: peers know the op by the tag of its start call.
+template <typename Params>
+void SetCalls(const DecodeWorkload& w, const Rank& k, const cuda::DecodeInboxes& inboxes,
+              cuda::Calls calls, uint32_t kind, Params& params) {
+  params.inboxes = inboxes;
+  params.calls = calls;
+  params.kind = kind;
+  params.num_blocks = BlocksOf(w, k) + (calls == cuda::Calls::kStart);
+  if (calls == cuda::Calls::kDone) params.group.tag += 8;
+}
+
 inline cuda::DecodeDispatchParams DecodeDispatchOf(const DecodeWorkload& w, const Rank& k,
-                                                   const cuda::DecodeInboxes& inboxes) {
+                                                   const cuda::DecodeInboxes& inboxes,
+                                                   cuda::Calls calls = cuda::Calls::kOne) {
   cuda::DecodeDispatchParams params =
       cuda::ParamsOf(DecodePlanArgs(w, k, false), DecodeDispatchArgs(w, k, false));
   params.group = GroupOf(k, cuda::OpKind::kDispatch);
-  params.inboxes = inboxes;
-  params.num_blocks = BlocksOf(w, k);
+  SetCalls(w, k, inboxes, calls, 1, params);
+  if (calls == cuda::Calls::kStart) {  // which has no results
+    const int32_t* const topk_idx = params.plan.topk_idx;
+    params.plan = {};
+    params.plan.topk_idx = topk_idx;
+    params.rows = nullptr;
+    params.row_scales = params.row_weights = nullptr;
+  }
   return params;
 }
 
 inline cuda::DecodeCombineParams DecodeCombineOf(const DecodeWorkload& w, const Rank& k,
-                                                 const cuda::DecodeInboxes& inboxes) {
+                                                 const cuda::DecodeInboxes& inboxes,
+                                                 cuda::Calls calls = cuda::Calls::kOne) {
   cuda::DecodeCombineParams params = cuda::ParamsOfDecode(DecodeCombineArgs(w, k, false));
   params.group = GroupOf(k, cuda::OpKind::kCombine);
   ++params.group.tag;
-  params.inboxes = inboxes;
-  params.num_blocks = BlocksOf(w, k);
+  SetCalls(w, k, inboxes, calls, 2, params);
+  if (calls == cuda::Calls::kStart) params.y = nullptr;
   return params;
 }
 
