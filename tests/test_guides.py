@@ -45,7 +45,7 @@ def test_all_code_comes_from_programs(path):
 def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
     assert links and all((path.parent / link).exists() for link in links)
-    assert f"(guides/{path.name})" in (ROOT / "docs" / "README.md").read_text()
+    assert f"guides/{path.stem}\n" in (ROOT / "docs" / "index.md").read_text()
 
 
 def test_each_part_of_a_program_is_shown():
