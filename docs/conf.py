@@ -24,6 +24,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "api_names",
+    "included",
 ]
 # Templates, from which scripts make the page of the same name.
 exclude_patterns = ["*.in.md"]

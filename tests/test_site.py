@@ -10,7 +10,7 @@ import types
 import pytest
 
 import jax_ep
-from site_pages import DOCS, PAGES, ROOT, api_names, blocks, documented
+from site_pages import DOCS, PAGES, ROOT, api_names, blocks, documented, included
 
 pytestmark = pytest.mark.one_process("reads files")
 
@@ -103,3 +103,20 @@ def test_blocks_say_their_language(path):
         assert language in known or language.startswith("{include}"), (path, language)
         if language != "python":
             assert "import jax" not in text, path
+
+
+def test_links_of_included_files():
+    def rewritten(text, file):
+        return included.rewrite(text, file=ROOT / file, page=DOCS / "pretrain.md")
+
+    # To the page that includes the target, to a file for download, and to neither.
+    assert rewritten("[a](launch/README.md#x)", "examples/pretrain/README.md") == "[a](launch.md#x)"
+    for text, want in {
+        "[a](config.py)": "[a](../examples/pretrain/config.py)",
+        "[a](configs)": "a",
+        "[a](../README.md)": "a",
+        "[a](https://b.c)": "[a](https://b.c)",
+        "![a](config.py)": "![a](config.py)",
+    }.items():
+        assert rewritten(text, "examples/pretrain/README.md") == want
+    assert rewritten("[a](docs/network.md)", "ARCHITECTURE.md") == "[a](network.md)"

@@ -14,6 +14,7 @@ DOCS = ROOT / "docs"
 sys.path[:0] = [str(DOCS)]
 
 import api_names  # noqa: E402
+import included  # noqa: E402, F401 (for tests)
 
 # Sources of the site; those of the API hold no code but directives.
 PAGES = sorted(
