@@ -65,12 +65,9 @@ def test_version_changelog_and_tags_agree():
     assert disagreement(jax_ep.__version__, changelog, *tags) is None
 
 
-def test_libraries_and_metadata_have_the_version():
-    from jax_ep import _cpu
-
-    assert _cpu.build_info()["version"] == jax_ep.__version__
+def test_metadata_has_the_version():
     try:
         installed = importlib.metadata.version("jax_ep")
     except importlib.metadata.PackageNotFoundError:
-        return  # a checkout on the path, as under Bazel
+        pytest.skip("jax_ep is a folder on the path, not installed")
     assert installed == jax_ep.__version__
