@@ -9,6 +9,7 @@ import tomllib
 import pytest
 
 import jax_ep
+from jax_ep import _compat
 from jax_ep.doctor import installation, packages
 from site_pages import ROOT
 
@@ -55,7 +56,7 @@ def test_extras_are_those_of_the_package():
     for package, (_, extra) in packages._OPTIONAL.items():
         brings = [re.match(r"[\w-]+(\[\w+\])?", line)[0] for line in extras[extra]]
         assert (package if package != "jax-cuda13-plugin" else "jax[cuda13]") in brings
-    oldest = ".".join(map(str, packages._OLDEST_JAX))
+    oldest = ".".join(map(str, packages.OLDEST_JAX))
     assert {f"jax>={oldest}", f"jaxlib>={oldest}"} <= set(project["dependencies"])
 
 
@@ -121,3 +122,10 @@ def test_the_report_begins_with_versions():
     first, python, *others = installation._versions()
     assert (first.name, first.detail) == ("jax_ep", jax_ep.__version__)
     assert python.name == "python" and {"jax", "flax"} <= {finding.name for finding in others}
+
+
+def test_jax_that_is_too_old_to_import():
+    """The doctor could not start with it."""
+    _compat.check_version((0, 10, 2))
+    with pytest.raises(ImportError, match=r"got 0\.9\.1; pip install 'jax>=0\.10\.2' 'jaxlib>="):
+        _compat.check_version((0, 9, 1))

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping
 
+from jax_ep._compat import OLDEST_JAX
 from jax_ep.doctor.finding import Finding, ask_nvidia_smi
 
 _NEEDED = ("jax", "jaxlib", "numpy")
@@ -16,7 +17,6 @@ _OPTIONAL = {
     "nvidia-nvshmem-cu13": ("groups of GPUs that span hosts", "cuda13"),
     "typer": ("python -m jax_ep.bench and python -m jax_ep.tune", "bench"),
 }
-_OLDEST_JAX = (0, 10, 2)
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt")  # JAX uses them in the version of jaxlib only
 _PLUGIN_OF_CUDA_12 = "jax-cuda12-plugin"
 _OLDEST_DRIVER = 580  # that of CUDA 13.0
@@ -46,10 +46,10 @@ def versions() -> Iterator[Finding]:
 
 def compatibility() -> Iterator[Finding]:
     """Whether the versions of JAX's packages fit jax_ep and each other."""
-    oldest = ".".join(map(str, _OLDEST_JAX))
+    oldest = ".".join(map(str, OLDEST_JAX))
     for package in ("jax", "jaxlib"):
         version = installed(package)
-        if version is not None and _numbers(version) < _OLDEST_JAX:
+        if version is not None and _numbers(version) < OLDEST_JAX:
             detail = f"{version} is older than {oldest}"
             yield Finding(
                 "fail", package, detail, f"pip install 'jax>={oldest}' 'jaxlib>={oldest}'"
