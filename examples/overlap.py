@@ -68,6 +68,7 @@ def attention(x, weights):
     return x + mixed.reshape(x.shape) @ weights["out"]
 
 
+# [experts]
 def experts(out, weights, free_sms=None):
     """The gated MLPs of this rank's experts, for the rows that came.
 
@@ -81,12 +82,16 @@ def experts(out, weights, free_sms=None):
     return jax_ep.grouped_dot(gated, down, out.group_sizes)
 
 
+# [end]
+
+
 def route(x, weights):
     """What ``dispatch`` needs of each token: its rows, its experts and their weights."""
     routing = jax_ep.routing.softmax_top_k((norm(x) @ weights["router"]).astype(jnp.float32), TOP_K)
     return norm(x), routing.topk_idx, routing.topk_weights
 
 
+# [block]
 def block_in_flight(first, second, weights, group, num_experts):
     """The block on two micro-batches, with ops in flight; all share one channel, in this order."""
     options = {"group": group, "num_experts": num_experts}
@@ -101,6 +106,9 @@ def block_in_flight(first, second, weights, group, num_experts):
     rows = experts(out, weights, home_first.free_sms)
     home_second = jax_ep.combine_start(rows, out.handle, group=group, after=home_first)
     return first + jax_ep.combine_done(home_first), second + jax_ep.combine_done(home_second)
+
+
+# [end]
 
 
 def block_in_line(first, second, weights, group, num_experts):

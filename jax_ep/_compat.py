@@ -19,6 +19,21 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+OLDEST_JAX = (0, 10, 2)
+
+
+def check_version(found: tuple[int, ...]) -> None:
+    """Raise an ImportError where JAX is too old, before something else fails without a reason."""
+    if found < OLDEST_JAX:
+        oldest, got = (".".join(map(str, version)) for version in (OLDEST_JAX, found))
+        raise ImportError(
+            f"jax_ep: expected jax {oldest} or later, got {got}; pip install 'jax>={oldest}' "
+            f"'jaxlib>={oldest}'."
+        )
+
+
+check_version(jax.__version_info__)
+
 
 def varying_axes(x: Any) -> frozenset[str]:
     """Names of the manual mesh axes over which ``x`` varies (empty when they are not tracked)."""

@@ -278,22 +278,22 @@ def test_library(monkeypatch):
     why = {"nvshmem": None}
     monkeypatch.setattr(libraries, "why_unavailable", why.get)
     put_library(monkeypatch, installed="3.4.5")
-    wheel, library = network._library(has_gpu=True)
+    wheel, library = network.library(has_gpu=True)
     assert (wheel.status, wheel.detail) == ("ok", "3.4.5, in /nvshmem")
     assert (library.status, library.detail) == ("ok", "built with NVSHMEM 3.4.5; loaded")
     why["nvshmem"] = "NVSHMEM did not load"
-    assert [found.status for found in network._library(has_gpu=True)] == ["ok", "fail"]
-    _, library = network._library(has_gpu=False)
+    assert [found.status for found in network.library(has_gpu=True)] == ["ok", "fail"]
+    _, library = network.library(has_gpu=False)
     assert library.status == "ok" and "not loaded, as there is no GPU" in library.detail
     put_library(monkeypatch, installed="3.3.20")
-    _, library = network._library(has_gpu=False)
+    _, library = network.library(has_gpu=False)
     assert library.status == "fail" and "(3, 3, 20) is older" in library.detail
 
 
 @pytest.mark.parametrize(("has_gpu", "status"), [(True, "fail"), (False, "note")])
 def test_no_library(monkeypatch, has_gpu, status):
     put_library(monkeypatch, installed=None, built=None)
-    wheel, library = network._library(has_gpu=has_gpu)
+    wheel, library = network.library(has_gpu=has_gpu)
     assert wheel.status == library.status == status
     assert "pip install nvidia-nvshmem-cu13" in wheel.mend
 
@@ -340,10 +340,10 @@ def test_everything_on_a_machine(sys, monkeypatch):
         raise OSError("no such library")
         yield
 
-    monkeypatch.setattr(network, "_library", broken)
+    monkeypatch.setattr(network, "library", broken)
     found = by_name(network.findings(sys.root))
-    assert found["library"] == Finding(
-        "fail", "library", "OSError: no such library", "see the error"
+    assert found["nvshmem"] == Finding(
+        "fail", "nvshmem", "OSError: no such library", "see the error"
     )
     assert {"mlx5_0 port 1", "adapter of GPU 1", "GPUDirect RDMA", "network memory"} <= set(found)
 
@@ -427,3 +427,17 @@ def test_the_page_names_variables_that_nvshmem_has(render_network):
     if folder is None:
         pytest.skip("the names are compared, but not with NVSHMEM's libraries: it is not installed")
     assert [n for n in known - {"NVSHMEM_HOME"} if not settings._is_in_libraries(n, folder)] == []
+
+
+@pytest.mark.parametrize(("has_gpu", "status"), [(True, "fail"), (False, "note")])
+def test_library_that_does_not_load(monkeypatch, has_gpu, status):
+    """As from a wheel of jax_ep that was installed without the extra."""
+    put_library(monkeypatch, installed=None)
+
+    def load(name):
+        raise ImportError("libnvshmem_host.so.3: cannot open shared object file")
+
+    monkeypatch.setattr(network.importlib, "import_module", load)
+    wheel, library = network.library(has_gpu=has_gpu)
+    assert wheel.status == library.status == status
+    assert "pip install 'jax-ep[cuda13]'" in wheel.mend and "cannot open" in library.detail

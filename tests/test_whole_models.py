@@ -46,7 +46,14 @@ SHOWN = {
         ("data", "expert"),
     ),
 }
-PAGES = ["README.md", "docs/api.md", "docs/network.md", "jax_ep", "examples/moe_layer.py"]
+PAGES = [
+    "README.md",
+    "docs/start.md",
+    "docs/sharding.md",
+    "docs/network.md",
+    "jax_ep",
+    "examples/moe_layer.py",
+]
 PAGES += ["docs/guides/flax_nnx.md", "docs/guides/flax_linen.md"]
 STEPS, RATE, BATCH, LENGTH = 3, 0.5, 8, 3
 

@@ -38,7 +38,9 @@ void Watchdog::Loop() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
     if (wake_at_ == Clock::time_point::max()) {
-      earlier_.wait(lock);
+      // Not wait(lock): GCC 12 made that a new symbol, which the libstdc++ of glibc 2.34's systems
+      // lacks.
+      earlier_.wait_for(lock, std::chrono::hours(1));
     } else {
       earlier_.wait_until(lock, wake_at_);
     }

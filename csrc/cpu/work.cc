@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <memory>
@@ -44,7 +45,10 @@ class SharedRun {
   // Waits for the chunks that others have started on.
   Status Finish() {
     std::unique_lock<std::mutex> lock(mutex_);
-    finished_.wait(lock, [this] { return num_unfinished_ == 0; });
+    // Not wait(lock), as in watchdog.cc.
+    while (
+        !finished_.wait_for(lock, std::chrono::hours(1), [this] { return num_unfinished_ == 0; })) {
+    }
     return status_;
   }
 

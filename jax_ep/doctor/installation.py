@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -12,18 +11,9 @@ import subprocess
 from collections.abc import Iterator
 from typing import Literal
 
-from jax_ep.doctor import finding, transport
+from jax_ep.doctor import finding, network, packages, transport
 from jax_ep.doctor.finding import Finding, ask_nvidia_smi
 
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "numpy",
-    "flax",
-    "jax-cuda13-plugin",
-    "nvidia-nvshmem-cu13",
-)
-_OLDEST_JAX = (0, 10, 2)
 OLDEST_NVCC = "12.3"
 CUDA_NEEDED = f"nvcc of CUDA {OLDEST_NVCC} or later to build, JAX for CUDA 13 to run"
 
@@ -32,11 +22,13 @@ def findings() -> Iterator[Finding]:
     """Look at everything, one finding at a time."""
     yield from finding.of(
         _versions,
-        _jax_version,
+        packages.compatibility,
         _native_library,
         _devices,
         _cpu_client,
         _gpus,
+        _gpus_of_jax,
+        _nvshmem,
         _links,
         _reach,
         _sharing,
@@ -51,35 +43,7 @@ def _versions() -> Iterator[Finding]:
 
     yield Finding("ok", "jax_ep", __version__)
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
-    for package in _PACKAGES:
-        try:
-            yield Finding("ok", package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            if package in ("jax", "jaxlib", "numpy"):
-                yield Finding("fail", package, "not installed", f"pip install {package}")
-            else:
-                yield Finding("note", package, "not installed", _why_install(package))
-
-
-def _why_install(package: str) -> str:
-    return {
-        "flax": "needed for jax_ep.nnx and jax_ep.linen only: pip install flax",
-        "jax-cuda13-plugin": "needed for NVIDIA GPUs only: pip install 'jax[cuda13]'",
-        "nvidia-nvshmem-cu13": "comes with jax[cuda13]; needed for NVIDIA GPUs only",
-    }[package]
-
-
-def _jax_version() -> Iterator[Finding]:
-    import jax
-
-    if jax.__version_info__ < _OLDEST_JAX:
-        oldest = ".".join(map(str, _OLDEST_JAX))
-        yield Finding(
-            "fail",
-            "jax",
-            f"{jax.__version__} is older than {oldest}",
-            f"pip install 'jax>={oldest}'",
-        )
+    yield from packages.versions()
 
 
 def _native_library() -> Iterator[Finding]:
@@ -151,7 +115,13 @@ def _gpus() -> Iterator[Finding]:
     ]
     listing = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     if listing.returncode:
-        yield Finding("note", "NVIDIA GPUs", listing.stdout.strip() or listing.stderr.strip())
+        yield Finding(
+            "note",
+            "NVIDIA GPUs",
+            listing.stdout.strip() or listing.stderr.strip(),
+            "nvidia-smi does not reach the driver: sudo modprobe nvidia, or after an update of the "
+            "driver sudo reboot",
+        )
         return
     for line in listing.stdout.strip().splitlines():
         yield Finding("ok", "NVIDIA GPU", line)
@@ -165,6 +135,19 @@ def _gpus() -> Iterator[Finding]:
         return
     cuda = importlib.import_module("jax_ep._cuda")
     yield Finding("ok", "native GPU library", _describe(cuda.build_info()))
+
+
+def _gpus_of_jax() -> Iterator[Finding]:
+    """Whether JAX uses the GPUs of this machine."""
+    import jax
+
+    yield from packages.gpus_in_use(jax.devices()[0].platform)
+
+
+def _nvshmem() -> Iterator[Finding]:
+    """Whether the NVSHMEM that is installed fits; without GPUs nobody needs one."""
+    if packages.installed("nvidia-nvshmem-cu13") is not None:
+        yield from network.library(has_gpu=bool(ask_nvidia_smi("-L")))
 
 
 def _links() -> Iterator[Finding]:

@@ -34,8 +34,8 @@ def findings(sys: pathlib.Path = nics.SYS) -> Iterator[Finding]:
     gpus = nics.gpus(query, sys)
     machine = settings.Machine(adapters, nics.interfaces(sys))
 
-    def library() -> Iterator[Finding]:
-        yield from _library(has_gpu=bool(gpus))
+    def nvshmem() -> Iterator[Finding]:
+        yield from library(has_gpu=bool(gpus))
 
     def network_adapters() -> Iterator[Finding]:
         yield from _adapters(adapters, os.environ)
@@ -55,7 +55,7 @@ def findings(sys: pathlib.Path = nics.SYS) -> Iterator[Finding]:
         yield _memory(max(1, len(gpus)), os.environ)
 
     yield from finding.of(
-        library, network_adapters, adapters_of_gpus, drivers, variables, network_memory
+        nvshmem, network_adapters, adapters_of_gpus, drivers, variables, network_memory
     )
 
 
@@ -65,7 +65,7 @@ def mps_runs(environ: Mapping[str, str]) -> bool:
     return os.path.exists(os.path.join(pipes, "control"))
 
 
-def _library(*, has_gpu: bool) -> Iterator[Finding]:
+def library(*, has_gpu: bool) -> Iterator[Finding]:
     """NVSHMEM: what is installed, what jax_ep was built with, and whether they fit."""
     try:
         installed = importlib.metadata.version(_WHEEL)
@@ -76,7 +76,8 @@ def _library(*, has_gpu: bool) -> Iterator[Finding]:
             "fail" if has_gpu else "note",
             "NVSHMEM",
             f"the wheel {_WHEEL} is not installed",
-            f"pip install {_WHEEL}; without it libnvshmem_host.so.3 must be on the library path",
+            f"pip install 'jax-ep[cuda13]', or pip install {_WHEEL}; without it libnvshmem_host.so.3 "
+            "must be on the library path",
         )
     name = "native network library"
     if importlib.util.find_spec("jax_ep._nvshmem") is None:
@@ -87,10 +88,15 @@ def _library(*, has_gpu: bool) -> Iterator[Finding]:
             f"pip install {_WHEEL}, then build jax_ep with pip install --no-build-isolation",
         )
         return
-    library: Any = importlib.import_module("jax_ep._nvshmem")
-    built = library.build_info()["nvshmem"]
+    try:
+        module: Any = importlib.import_module("jax_ep._nvshmem")
+    except ImportError as error:
+        mend = "pip install 'jax-ep[cuda13]'"
+        yield Finding("fail" if has_gpu else "note", name, f"it did not load ({error})", mend)
+        return
+    built = module.build_info()["nvshmem"]
     version = ".".join(map(str, built))
-    obstacle = _version_obstacle(library, built, installed)
+    obstacle = _version_obstacle(module, built, installed)
     if obstacle is not None:
         yield Finding("fail", name, obstacle, "install the version that the text names")
         return
@@ -103,12 +109,12 @@ def _library(*, has_gpu: bool) -> Iterator[Finding]:
     yield Finding("ok", name, f"built with NVSHMEM {version}; {how}")
 
 
-def _version_obstacle(library: Any, built: tuple[int, ...], installed: str) -> str | None:
+def _version_obstacle(module: Any, built: tuple[int, ...], installed: str) -> str | None:
     """Why the NVSHMEM that is installed does not fit, as far as its version tells."""
     numbers = installed.split(".")[:3]
     if len(numbers) < 3 or not all(number.isdecimal() for number in numbers):
         return None
-    return library.version_obstacle(built, tuple(map(int, numbers)))
+    return module.version_obstacle(built, tuple(map(int, numbers)))
 
 
 def _adapters(adapters: list[Nic], environ: Mapping[str, str]) -> Iterator[Finding]:
