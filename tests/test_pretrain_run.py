@@ -71,6 +71,7 @@ def run_job(rows: pathlib.Path, out: pathlib.Path, slurm: pathlib.Path, *, tasks
     """Tasks with eight devices in all, whose experts span them; SIGTERM reaches only the last one."""
     root = pathlib.Path(jax_ep.__file__).parents[1]
     options = ["--data", str(rows), "--out", str(out), "--devices", str(8 // tasks)]
+    options += ["--profile-steps", "2:2"]
     for change in (*CHANGES, "parallel.expert=8"):
         options += ["--set", change]
     env = os.environ | slurm_stand_in.install(slurm)
@@ -125,6 +126,7 @@ def test_a_job_that_is_stopped_goes_on_elsewhere_with_the_same_losses(tmp_path, 
     stopped = max(first)
     assert f"SIGTERM: stopped after step {stopped} and saved it in {out}" in text
     assert text.count("SIGTERM: stopped") == 1  # process 0 alone says it
+    assert text.count("the profile has no op of jax_ep") == 1  # several processes: the reference
     setup = setup_of(DEVICES)
     opened = Rows(rows, seq_len=16, vocab_size=304)
 

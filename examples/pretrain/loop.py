@@ -258,7 +258,8 @@ class Loop:
             # JAX has it already: nothing is compiled.
             return self._setup.train_step.lower(self.state, batch).compile().as_text() or ""
 
-        shares = self._profiler.stop(program)
+        on_cpu = self._setup.mesh.devices.flat[0].platform == "cpu"
+        shares = self._profiler.stop(program if on_cpu else None)
         if shares:
             self.log.add(self.step, **shares)
             text = f"dispatch and combine take {shares['exchange_share']:.1%} of the time"

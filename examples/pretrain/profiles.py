@@ -54,7 +54,7 @@ class Profiler:
         """Whether the profile that is running ends after ``step``."""
         return self._until is not None and step >= self._until
 
-    def stop(self, program: Callable[[], str]) -> dict[str, float]:
+    def stop(self, program: Callable[[], str] | None) -> dict[str, float]:
         """End the profile, and give its shares of time.
 
         Args:

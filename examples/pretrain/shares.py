@@ -15,7 +15,7 @@ import json
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -49,12 +49,12 @@ class Event(NamedTuple):
     end: float
 
 
-def read(folder: pathlib.Path, program: Callable[[], str]) -> dict[str, float]:
+def read(folder: pathlib.Path, program: Callable[[], str] | None) -> dict[str, float]:
     """The shares in the profile that ``jax.profiler`` has written to ``folder``.
 
     Args:
         folder: With one profile.
-        program: Gives the text of the compiled step; called where the profile is one of CPU devices.
+        program: Gives the text of the compiled step, if it ran on CPU devices; None if not.
 
     Returns:
         ``plan_share``, ``dispatch_share``, ``combine_share``, and ``exchange_share`` for all three.
@@ -62,13 +62,13 @@ def read(folder: pathlib.Path, program: Callable[[], str]) -> dict[str, float]:
         the profile. On GPUs also ``exposed_share``, the time in which only these ops ran. Nothing if
         there is no op of jax_ep, as where its reference backend runs.
     """
-    of_gpus = _gpu_events(folder)
-    events = of_gpus or _cpu_events(folder, program())
+    events: Mapping[Any, list[Event]]
+    events = _gpu_events(folder) if program is None else _cpu_events(folder, program())
     found = [_of_device(of_device) for of_device in events.values()]
     if not any(shares["exchange_share"] for shares in found):
         return {}
     mean = {name: sum(shares[name] for shares in found) / len(found) for name in found[0]}
-    if not of_gpus:
+    if program is not None:
         # A loop is an event too, from before its first instruction to after its last one.
         del mean["exposed_share"]
     return mean
