@@ -29,7 +29,7 @@ SECTIONS = {
         "combine_done",
         "Ticket",
     ],
-    "8-bit rows": ["quantize", "dequantize", "Quantized"],
+    "8-bit rows": ["quantize", "dequantize", "Quantized", "pack_scales"],
     "Layers": [
         "moe",
         "MoEParams",

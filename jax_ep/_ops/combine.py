@@ -54,7 +54,8 @@ def combine(
         group: The group of the handle.
         weights: ``[C]`` factors of the rows (layout "expert"), or ``[L, S]`` in layout "masked", such
             as the ``weights`` that dispatch returned; float32, or bfloat16 or float16, which is cast
-            to it. None sums the rows as they are. It is cheaper to multiply by the weights before the down projection.
+            to it. None sums the rows as they are. It is cheaper to multiply by the weights before the
+            down projection.
         config: How to use the machine; None takes the defaults. The default mode, "auto", takes
             "latency" for few tokens in groups made for it, whatever mode the dispatch had.
 
