@@ -185,25 +185,24 @@ plan::PlanShape CheckPlanShape(Checker& check, const PlanAttrs& attrs, ffi::AnyB
   check.Attribute("expert_capacity", attrs.expert_capacity >= 0, "a number of rows",
                   attrs.expert_capacity);
   check.Attribute("alignment", attrs.alignment > 0, "a positive number", attrs.alignment);
+  check.Attribute("masked", attrs.masked == 0 || (attrs.masked == 1 && !by_token),
+                  "0, or 1 in layout 'expert'", attrs.masked);
   if (!check.ok()) return {};
   check.Attribute("alignment", by_token || capacity % attrs.alignment == 0,
                   "a divisor of the capacity", attrs.alignment);
+  const int64_t num_local = attrs.group.num_experts / attrs.group.num_ranks;
+  check.Attribute("alignment", attrs.masked == 0 || capacity == num_local * attrs.alignment,
+                  "the rows of a masked expert", attrs.alignment);
   check.Argument("topk_idx", topk_idx, ffi::S32, {num_tokens, top_k});
-  return {attrs.group.num_ranks,          static_cast<int32_t>(num_tokens),
-          static_cast<int32_t>(top_k),    attrs.group.num_experts,
-          static_cast<int32_t>(capacity), attrs.alignment,
-          attrs.expert_capacity,          static_cast<plan::Layout>(attrs.group.layout)};
-}
-
-ops::Geometry GeometryOf(const plan::PlanShape& shape) {
-  ops::Geometry geometry{};
-  geometry.num_ranks = shape.num_ranks;
-  geometry.num_experts = shape.num_experts;
-  geometry.num_tokens = shape.num_tokens;
-  geometry.top_k = shape.top_k;
-  geometry.capacity = shape.capacity;
-  geometry.layout = shape.layout;
-  return geometry;
+  return {attrs.group.num_ranks,
+          static_cast<int32_t>(num_tokens),
+          static_cast<int32_t>(top_k),
+          attrs.group.num_experts,
+          static_cast<int32_t>(capacity),
+          attrs.alignment,
+          attrs.expert_capacity,
+          static_cast<plan::Layout>(attrs.group.layout),
+          attrs.masked != 0};
 }
 
 namespace {
@@ -214,7 +213,7 @@ plan::PlanShape CheckPlan(Checker& check, const PlanAttrs& attrs, const Buffers&
   const plan::PlanShape shape = CheckPlanShape(
       check, attrs, buffers.topk_idx, static_cast<int64_t>(buffers.recv_src.element_count()));
   if (!check.ok()) return {};
-  const ops::Geometry geometry = GeometryOf(shape);
+  const ops::Geometry geometry = ops::GeometryOf(shape);
   const int64_t num_local_experts = shape.num_local_experts();
   CheckHandleBuffers(check, "result ", buffers, geometry);
   check.Result("group_sizes", buffers.group_sizes, ffi::S32, {num_local_experts});

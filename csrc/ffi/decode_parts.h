@@ -7,7 +7,7 @@
 #include "ffi/signatures.h"
 #include "ops/combine.h"
 #include "ops/dispatch.h"
-#include "plan/routing.h"
+#include "ops/plan.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_ep {
@@ -19,9 +19,6 @@ inline int32_t* Ints(::xla::ffi::AnyBuffer buffer) {
 // Checks the operands and attributes of a plan of `capacity` rows, and gives its shape.
 plan::PlanShape CheckPlanShape(Checker& check, const PlanAttrs& attrs,
                                ::xla::ffi::AnyBuffer topk_idx, int64_t capacity);
-
-// What `shape` says of the op along the plan; hidden and dtype are missing.
-ops::Geometry GeometryOf(const plan::PlanShape& shape);
 
 // Checks what a dispatch sends, and fills that in. args.geometry has all but hidden and dtype.
 void CheckSent(Checker& check, const DispatchAttrs& attrs, ::xla::ffi::AnyBuffer x,

@@ -10,7 +10,7 @@ namespace ffi = ::xla::ffi;
 namespace {
 
 PlanAttrs PlanAttrsOf(const LatencyDispatchAttrs& attrs) {
-  return {attrs.group, attrs.alignment, attrs.expert_capacity};
+  return {attrs.group, attrs.alignment, attrs.expert_capacity, attrs.masked};
 }
 
 DispatchAttrs DispatchAttrsOf(const LatencyDispatchAttrs& attrs) {
@@ -43,12 +43,13 @@ void Decode(Checker& check, const LatencyDispatchAttrs& attrs,
 void Decode(Checker& check, const LatencyDispatchStartAttrs& attrs,
             const LatencyDispatchStartBuffers& buffers, ops::PlanArgs& plan_args,
             ops::DispatchArgs& args) {
-  const LatencyDispatchAttrs whole{attrs.group,        attrs.alignment,    attrs.expert_capacity,
-                                   attrs.quantization, attrs.dense_output, attrs.unused_rows};
+  const LatencyDispatchAttrs whole{attrs.group,      attrs.alignment,    attrs.expert_capacity,
+                                   attrs.masked,     attrs.quantization, attrs.dense_output,
+                                   attrs.unused_rows};
   plan_args.shape = CheckPlanShape(check, PlanAttrsOf(whole), buffers.topk_idx, attrs.capacity);
   if (!check.ok()) return;
   plan_args.buffers.topk_idx = Ints(buffers.topk_idx);
-  args.geometry = GeometryOf(plan_args.shape);
+  args.geometry = ops::GeometryOf(plan_args.shape);
   CheckSent(check, DispatchAttrsOf(whole), buffers.x, buffers.scales, buffers.weights, args);
 }
 

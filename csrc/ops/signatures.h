@@ -33,7 +33,9 @@
 // The last operand that every op of a group has is coords: s32[2], the rank within its group, and
 // the number of its group among those that lie side by side in the mesh.
 
-#define JAX_EP_PLAN_ATTRIBUTES(X) X(int32_t, alignment) X(int32_t, expert_capacity)
+// masked: 1 if each expert has `alignment` rows, used or not, else 0.
+#define JAX_EP_PLAN_ATTRIBUTES(X) \
+  X(int32_t, alignment) X(int32_t, expert_capacity) X(int32_t, masked)
 #define JAX_EP_PLAN_OPERANDS(X) X(topk_idx) X(coords)
 #define JAX_EP_PLAN_NUMBERS(X) \
   X(group_sizes) X(counts) X(demand) X(num_dropped) X(num_invalid)

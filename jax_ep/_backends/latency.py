@@ -160,7 +160,7 @@ def _receive(
         *behind,
         **_attributes(topk_idx, **options),
     )
-    of_plan = {name: options[name] for name in ("alignment", "unused_rows")}
+    of_plan = {name: options[name] for name in ("alignment", "unused_rows", "masked")}
     handle = shapes_of.handle_of(
         of_handle, list(shapes), absent, group_id=group.id, **of_plan, **fields
     )
@@ -191,6 +191,7 @@ def _attributes(
     capacity: int,
     alignment: int,
     expert_capacity: int,
+    masked: bool,
     unused_rows: UnusedRows,
     scale_format: ScaleFormat | None,
     dense_output: bool,
@@ -211,9 +212,10 @@ def _attributes(
         ),
         "alignment": np.int32(alignment),
         "expert_capacity": np.int32(expert_capacity),
+        "masked": np.int32(masked),
         "quantization": np.int32(calls.QUANTIZATIONS[scale_format]),
         "dense_output": np.int32(dense_output),
-        "unused_rows": np.int32(keeps_unused(unused_rows, alignment)),
+        "unused_rows": np.int32(keeps_unused(unused_rows, alignment, masked)),
     }
 
 

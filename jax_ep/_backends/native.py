@@ -49,6 +49,7 @@ def plan(
     capacity: int,
     alignment: int,
     expert_capacity: int,
+    masked: bool = False,
     config: DispatchConfig | None = None,
 ) -> Handle:
     """See ``jax_ep.reference.plan``."""
@@ -86,6 +87,7 @@ def plan(
         **calls.attributes(group, num_experts, layout, config, op="plan", num_tokens=num_tokens),
         alignment=np.int32(alignment),
         expert_capacity=np.int32(expert_capacity),
+        masked=np.int32(masked),
     )
     return shapes_of.handle_of(
         results,

@@ -14,15 +14,15 @@ from jax_ep._core.flight import Flight
 from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import checks, flights, gpu_room, gradients, modes
+from jax_ep._ops import checks, flights, gpu_room, gradients, masked, modes
 
 
 def combine(
-    rows: Float[Array, "capacity hidden"],
+    rows: Float[Array, "*capacity hidden"],
     handle: Handle,
     *,
     group: Group,
-    weights: Float[Array, " capacity"] | None = None,
+    weights: Float[Array, "*capacity"] | None = None,
     config: DispatchConfig | None = None,
 ) -> Float[Array, "tokens hidden"]:
     """Bring the expert outputs of each token home and sum them.
@@ -46,14 +46,16 @@ def combine(
     by their weight if there are weights; ``weights`` receive the dot product of row and cotangent.
 
     Args:
-        rows: ``[C, H]`` bf16, f16 or f32: the expert outputs, in the order of the dispatched rows.
+        rows: ``[C, H]`` bf16, f16 or f32: the expert outputs, in the order of the dispatched rows; in
+            layout "masked" ``[L, S, H]``.
             Padding and unused rows are not read. On GPUs a row has at most 32 MiB / (R − 1) in
             layout "expert", and at most 106240 bytes for gradients with ``weights``.
         handle: The handle of the dispatch.
         group: The group of the handle.
-        weights: ``[C]`` factors of the rows (layout "expert"), such as the ``weights`` that dispatch
-            returned; float32, or bfloat16 or float16, which is cast to it. None sums the rows as
-            they are. It is cheaper to multiply by the weights before the down projection.
+        weights: ``[C]`` factors of the rows (layout "expert"), or ``[L, S]`` in layout "masked", such
+            as the ``weights`` that dispatch returned; float32, or bfloat16 or float16, which is cast
+            to it. None sums the rows as they are. It is cheaper to multiply by the weights before the
+            down projection.
         config: How to use the machine; None takes the defaults. The default mode, "auto", takes
             "latency" for few tokens in groups made for it, whatever mode the dispatch had.
 
@@ -73,11 +75,11 @@ def combine(
 
 def combine_by(
     issue: flights.Issue,
-    rows: Float[Array, "capacity hidden"],
+    rows: Float[Array, "*capacity hidden"],
     handle: Handle,
     *,
     group: Group,
-    weights: Float[Array, " capacity"] | None = None,
+    weights: Float[Array, "*capacity"] | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Handle], Handle] = lambda handle: handle,
     send: Callable[..., Any] | None = None,
@@ -94,6 +96,9 @@ def combine_by(
         raise arguments.type_error(
             op, "rows", "an array", "Quantized", "turn it into a dense one with jax_ep.dequantize"
         )
+    if handle.masked:
+        rows = masked.join(op, "rows", handle, rows)
+        weights = None if weights is None else masked.join(op, "weights", handle, weights)
     arguments.check_rows(op, "rows", rows)
     if rows.shape[0] != handle.capacity:
         raise arguments.value_error(

@@ -51,6 +51,7 @@ class PlanOptions:
         capacity: Rows of each rank.
         alignment: Group sizes are multiples of it.
         expert_capacity: Rows that an expert keeps at most.
+        masked: Whether every expert has ``alignment`` rows; kept in the handle.
         config: How to use the machine.
         unused_rows: What rows past the last group hold; kept in the handle.
     """
@@ -61,6 +62,7 @@ class PlanOptions:
     capacity: int
     alignment: int
     expert_capacity: int = INT32_MAX
+    masked: bool = False
     config: DispatchConfig | None = None
     unused_rows: UnusedRows = "zero"
 
@@ -110,7 +112,7 @@ def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle
         arguments = fields(options) | {"config": without_latency(options.config)}
         unused_rows = arguments.pop("unused_rows")
         handle = _BACKENDS[options.group.backend].plan(topk_idx, **arguments)
-        handle = dataclasses.replace(handle, unused_rows=unused_rows)
+        handle = dataclasses.replace(handle, unused_rows=unused_rows, masked=options.masked)
     return match(handle, topk_idx)
 
 
@@ -359,7 +361,7 @@ def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Hand
         recv_row=none((capacity,)) if spans_hosts else None,
         recv_src=none((capacity,)),
         expert_idx=none((capacity, top_k)) if layout == "token" else None,
-        group_sizes=zeros((num_local,)),
+        group_sizes=zeros((num_local,)) + (options.alignment if options.masked else 0),
         counts=zeros((num_local,)),
         demand=zeros((num_local,)),
         num_dropped=zeros((1,)),
@@ -370,6 +372,7 @@ def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Hand
         capacity=capacity,
         alignment=options.alignment,
         unused_rows=options.unused_rows,
+        masked=options.masked,
     )
 
 

@@ -182,11 +182,11 @@ def dispatch_done(ticket: Ticket) -> Dispatched:
 
 
 def combine_start(
-    rows: Float[Array, "capacity hidden"],
+    rows: Float[Array, "*capacity hidden"],
     handle: Handle,
     *,
     group: Group,
-    weights: Float[Array, " capacity"] | None = None,
+    weights: Float[Array, "*capacity"] | None = None,
     after: Ticket | None = None,
     config: DispatchConfig | None = None,
 ) -> Ticket:

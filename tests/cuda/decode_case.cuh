@@ -19,6 +19,7 @@ struct DecodeWorkload : Workload {
   ops::Quantization quantization;
   bool dense, has_weights;
   int expert_capacity;
+  bool fixed_places;
 
   explicit DecodeWorkload(const Options& options) : Workload(options) {
     const std::string cast = options.Text("cast", "");
@@ -28,6 +29,7 @@ struct DecodeWorkload : Workload {
     dense = options.Int("dense", 0) != 0;
     has_weights = options.Int("weights", 1) != 0;
     expert_capacity = options.Int("expert_capacity", std::numeric_limits<int32_t>::max());
+    fixed_places = options.Int("fixed_places", 0) != 0;
   }
   bool HasRowScales() const { return fp8 || (Casts() && !dense); }
   bool Casts() const { return quantization != ops::Quantization::kNone; }
@@ -53,6 +55,7 @@ inline void ChangeRoutes(const DecodeWorkload& w, const Options& options,
 inline ops::PlanArgs DecodePlanArgs(const DecodeWorkload& w, const Rank& k, bool on_host) {
   ops::PlanArgs args = on_host ? PlanArgsOf(w, k, OnHost()) : PlanArgsOf(w, k, OnDevice());
   args.shape.expert_capacity = w.expert_capacity;
+  args.shape.masked = w.fixed_places;
   return args;
 }
 

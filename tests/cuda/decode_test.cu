@@ -2,6 +2,7 @@
 //
 //   decode_test [steps=3] [masked=0 (of so many ranks one has no tokens)] [routes=all|first|few]
 //               [cast=fp8|ue8m0] [dense=0|1] [weights=1] [expert_capacity=]
+//               [fixed_places=0 (1: a masked plan; needs capacity, alignment and expert_capacity)]
 //               [epoch=0 (of the op before the first)] [order=steps|ops|flying] [time=0 (ops of a
 //               graph)] [calls=1|2|3 (of an op: one, two, or by turns)]
 //

@@ -43,6 +43,11 @@ STEPS = [
         "layout=expert ranks=2 hidden=264 steps=6 order=ops routes=first calls=2",
         "layout=expert ranks=3 hidden=136 steps=5 order=flying masked=3",
         "layout=token ranks=2 hidden=136 steps=5 order=flying epoch=0xfffffffe",
+        # Masked plans: room for any routing, and for few rows of an expert.
+        "layout=expert ranks=3 tokens=20 hidden=136 fixed_places=1 alignment=64 capacity=256"
+        " expert_capacity=64 keeps_unused=1 weighted=1",
+        "layout=expert ranks=2 hidden=256 fixed_places=1 alignment=8 capacity=48 expert_capacity=8"
+        " routes=few cast=fp8 order=flying",
     )
 ]
 
