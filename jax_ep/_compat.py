@@ -21,12 +21,20 @@ from jax.interpreters import mlir
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """Names of the manual mesh axes over which ``x`` varies (empty when they are not tracked)."""
-    aval = jax.typeof(x)
+    """Names of the manual mesh axes over which ``x`` varies (empty when they are not tracked).
+
+    ``x`` may be an abstract value.
+    """
+    aval = aval_of(x)
     manual_type = getattr(aval, "manual_axis_type", None)
     if manual_type is not None:
         return frozenset(manual_type.varying)
     return frozenset(getattr(aval, "vma", None) or ())
+
+
+def aval_of(x: Any) -> Any:
+    """The abstract value of ``x``, which may be one itself."""
+    return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
 
 
 def tracks_varying_axes(axis_names: Sequence[str]) -> bool:

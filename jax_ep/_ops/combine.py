@@ -14,6 +14,7 @@ from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
 from jax_ep._ops import checks, flights, gpu_room, gradients, modes
+from jax_ep._ops.options import CombineOptions
 
 
 def combine(
@@ -128,10 +129,10 @@ def combine_by(
             num_tokens=num_tokens,
             requested=requested,
         )
-    options = gradients.CombineOptions(group, config, issue(num_sms, is_latency(config)))
+    options = CombineOptions(group, config, issue(num_sms, is_latency(config)))
     handle = order(handle)
     if weights is None:
-        y, _ = gradients.combine(options, rows, None, handle)
+        y = gradients.combine(options, rows, handle)
     else:
         y = gradients.combine_weighted(options, rows, weights, handle)
     return checkpoint_name(y, "jax_ep.combine")

@@ -26,6 +26,7 @@ from jax_ep._core.types import (
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
 from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, modes
+from jax_ep._ops.options import DispatchOptions, PlanOptions
 
 Output = Literal["dense", "quantized"]
 
@@ -225,7 +226,7 @@ def dispatch_by(
             alignment=alignment,
             shape=topk_idx.shape,
         )
-        plan_options = gradients.PlanOptions(
+        plan_options = PlanOptions(
             group,
             num_experts,
             layout,
@@ -273,16 +274,13 @@ def dispatch_by(
             num_tokens=num_tokens,
             requested=requested,
         )
-    options = gradients.DispatchOptions(
+    options = DispatchOptions(
         group=group,
-        row_dtype=values.dtype,
         scale_format=quantize_as,
         dense_output=dense_output,
         config=config,
         flight=issue(num_sms, handle is None),
     )
-    if isinstance(x, Quantized):
-        x = gradients.refuse_gradient(x)
     if handle is None:
         x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)
         tokens, weights, handle = gradients.plan_and_dispatch(
@@ -292,8 +290,6 @@ def dispatch_by(
     else:
         x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
         tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
-    if isinstance(tokens, Quantized):
-        tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")
     return Dispatched(tokens=tokens, weights=weights, handle=handle)
 

@@ -1,104 +1,35 @@
-"""The four pure ops over any backend, with their gradients.
+"""The four pure ops over any backend, with their derivatives.
 
 ``plan`` is an op of its own. ``dispatch`` with weights and ``combine`` with values are each other's
-transposes, so the backward of each is the other one. The handle is their only residual.
+transposes (``linear.py``), so the backward of each is the other one. The handle is their only residual.
 
-Calls without tokens (T = 0) are answered here, outside the custom gradients: there is nothing to
-communicate, and residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
+Calls without tokens (T = 0) are answered here, outside the ops: there is nothing to communicate, and
+residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 
-from jax_ep import _compat, reference
-from jax_ep._backends import native
+from jax_ep import _compat
 from jax_ep._core.batching import batched_alike
-from jax_ep._core.capacity import INT32_MAX
-from jax_ep._core.flight import IN_LINE, Flight
-from jax_ep._core.types import (
-    DispatchConfig,
-    Handle,
-    Layout,
-    Quantized,
-    ScaleFormat,
-    UnusedRows,
-    is_latency,
-    without_latency,
-)
+from jax_ep._core.derivatives import bilinear, call
+from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency, without_latency
 from jax_ep._groups.group import Group
-from jax_ep._ops import gpu_room
-
-_BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": native, "cuda": native}
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanOptions:
-    """Static arguments of one plan, by the names that backends give them.
-
-    Attributes:
-        group: The group.
-        num_experts: Over the whole group.
-        layout: "expert" or "token".
-        capacity: Rows of each rank.
-        alignment: Group sizes are multiples of it.
-        expert_capacity: Rows that an expert keeps at most.
-        config: How to use the machine.
-        unused_rows: What rows past the last group hold; kept in the handle.
-    """
-
-    group: Group
-    num_experts: int
-    layout: Layout
-    capacity: int
-    alignment: int
-    expert_capacity: int = INT32_MAX
-    config: DispatchConfig | None = None
-    unused_rows: UnusedRows = "zero"
-
-
-@dataclasses.dataclass(frozen=True)
-class DispatchOptions:
-    """Static arguments of one dispatch.
-
-    Attributes:
-        group: The group.
-        row_dtype: Dtype of the rows given.
-        scale_format: None, or how rows are quantized on their way.
-        dense_output: With ``scale_format``: whether rows are given back in ``row_dtype``.
-        config: How to use the machine.
-        flight: How to issue the op, and the op that its gradient is.
-    """
-
-    group: Group
-    row_dtype: Any
-    scale_format: ScaleFormat | None = None
-    dense_output: bool = True
-    config: DispatchConfig | None = None
-    flight: Flight = IN_LINE
-
-
-@dataclasses.dataclass(frozen=True)
-class CombineOptions:
-    """Static arguments of one combine.
-
-    Attributes:
-        group: The group.
-        config: How to use the machine.
-        flight: How to issue the op, and the op that its gradient is.
-    """
-
-    group: Group
-    config: DispatchConfig | None = None
-    flight: Flight = IN_LINE
+from jax_ep._ops import linear
+from jax_ep._ops.options import (
+    CombineOptions,
+    DispatchOptions,
+    PlanOptions,
+    backend_of,
+    match,
+)
 
 
 def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle:
@@ -107,11 +38,11 @@ def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle
     if topk_idx.shape[0] == 0:
         handle = _empty_plan(options, topk_idx)
     else:
-        arguments = _fields(options) | {"config": without_latency(options.config)}
+        arguments = options.fields() | {"config": without_latency(options.config)}
         unused_rows = arguments.pop("unused_rows")
-        handle = _BACKENDS[options.group.backend].plan(topk_idx, **arguments)
+        handle = backend_of(options.group).plan(topk_idx, **arguments)
         handle = dataclasses.replace(handle, unused_rows=unused_rows)
-    return _match(handle, topk_idx)
+    return match(handle, topk_idx)
 
 
 def dispatch(
@@ -120,54 +51,12 @@ def dispatch(
     weights: Float32[Array, "tokens top_k"] | None,
     handle: Handle,
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
-    """See ``jax_ep.reference.dispatch``. Gradient: straight-through where rows are quantized."""
+    """See ``jax_ep.reference.dispatch``. Derivatives: straight-through where rows are quantized."""
     if handle.topk_idx.shape[0] == 0:
-        return _match(_empty_dispatch(options, x, weights, handle), x)
-    return _dispatch(options, x, weights, handle)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(options, x, weights, handle):
-    backend = _BACKENDS[options.group.backend]
-    out = backend.dispatch(
-        x,
-        weights,
-        handle,
-        group=options.group,
-        scale_format=options.scale_format,
-        dense_output=options.dense_output,
-        **_how(options, without_latency(options.config)),
-    )
-    return _match(out, x)
-
-
-def _dispatch_fwd(options, x, weights, handle):
-    return _dispatch(options, x, weights, handle), handle
-
-
-@_compat.backward
-def _dispatch_bwd(options, handle, cotangents):
-    d_rows, d_row_weights = cotangents
-    if not isinstance(d_rows, Quantized):
-        what = "for gradients on GPUs"
-        gpu_room.check_sums_fit("dispatch", "x", d_rows, handle.layout, options.group, what)
-        transpose = CombineOptions(options.group, without_latency(options.config), options.flight)
-        d_tokens, d_weights = combine(transpose, d_rows, d_row_weights, handle)
-        return d_tokens, d_weights, None
-    # Nothing flows back through the rows themselves, because refuse_gradient forbids it.
-    num_tokens, (_, hidden) = handle.topk_idx.shape[0], d_rows.values.shape
-    d_values = jnp.zeros((num_tokens, hidden), options.row_dtype)
-    d_x: Array | Quantized = d_values
-    if options.row_dtype == jnp.float8_e4m3fn:
-        no_scales = jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32)
-        d_x = Quantized(d_values, no_scales)
-    no_rows = _match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
-    transpose = CombineOptions(options.group, without_latency(options.config), options.flight)
-    _, d_weights = combine(transpose, no_rows, d_row_weights, handle)
-    return _match(d_x, d_rows), d_weights, None
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+        return match(_empty_dispatch(options, x, weights, handle), x)
+    if isinstance(x, Quantized) or options.scale_format is not None:
+        return call(linear.DispatchOf8Bits(options), (), (x, weights, handle))
+    return call(linear.Dispatch(options), (x, weights), (handle,))
 
 
 def plan_and_dispatch(
@@ -177,8 +66,8 @@ def plan_and_dispatch(
     weights: Float32[Array, "tokens top_k"] | None,
     topk_idx: Int32[Array, "tokens top_k"],
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]:
-    """``plan`` and ``dispatch`` in one launch; see ``takes_one_launch``. Gradients: as ``dispatch``."""
-    return _plan_and_dispatch(plan_options, options, x, weights, topk_idx)
+    """``plan`` and ``dispatch`` in one launch; see ``takes_one_launch``. Derivatives: as there."""
+    return call(linear.PlanAndDispatch(plan_options, options), (), (x, weights, topk_idx))
 
 
 def takes_one_launch(group: Group, config: DispatchConfig | None, num_tokens: int) -> bool:
@@ -186,75 +75,11 @@ def takes_one_launch(group: Group, config: DispatchConfig | None, num_tokens: in
     return is_latency(config) and group.backend == "cuda" and num_tokens > 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _plan_and_dispatch(plan_options, options, x, weights, topk_idx):
-    out = native.latency_dispatch(
-        x,
-        weights,
-        topk_idx,
-        **_fields(plan_options),
-        scale_format=options.scale_format,
-        dense_output=options.dense_output,
-        flight=options.flight,
-    )
-    return _match(out, x)
-
-
-def _plan_and_dispatch_fwd(plan_options, options, x, weights, topk_idx):
-    tokens, row_weights, handle = _plan_and_dispatch(plan_options, options, x, weights, topk_idx)
-    # Named here too, since this is what the backward pass keeps.
-    handle = jax.tree.map(lambda leaf: checkpoint_name(leaf, "jax_ep.handle"), handle)
-    return (tokens, row_weights, handle), handle
-
-
-@_compat.backward
-def _plan_and_dispatch_bwd(plan_options, options, handle, cotangents):
-    del plan_options
-    return _dispatch_bwd(options, handle, cotangents[:2])
-
-
-_plan_and_dispatch.defvjp(_plan_and_dispatch_fwd, _plan_and_dispatch_bwd)
-
-
-def _fields(options: PlanOptions) -> dict[str, Any]:
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-
-
-def combine(
-    options: CombineOptions,
-    rows: Array,
-    values: Float32[Array, "capacity *top_k"] | None,
-    handle: Handle,
-) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
-    """See ``jax_ep.reference.combine``, without row weights."""
-    num_tokens, top_k = handle.topk_idx.shape
-    if num_tokens == 0:
-        home = None if values is None else jnp.zeros((0, top_k), jnp.float32)
-        return _match((jnp.zeros((0, rows.shape[1]), rows.dtype), home), rows)
-    return _combine(options, rows, values, handle)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(options, rows, values, handle):
-    backend, how = _BACKENDS[options.group.backend], _how(options, options.config)
-    results = backend.combine(rows, None, values, handle, group=options.group, **how)
-    return _match(results, rows)
-
-
-def _combine_fwd(options, rows, values, handle):
-    return _combine(options, rows, values, handle), handle
-
-
-@_compat.backward
-def _combine_bwd(options, handle, cotangents):
-    dy, d_home = cotangents
-    config = without_latency(options.config)
-    transpose = DispatchOptions(options.group, dy.dtype, config=config, flight=options.flight)
-    d_rows, d_values = dispatch(transpose, dy, d_home, handle)
-    return d_rows, d_values, None
-
-
-_combine.defvjp(_combine_fwd, _combine_bwd)
+def combine(options: CombineOptions, rows: Array, handle: Handle) -> Array:
+    """See ``jax_ep.reference.combine``, without row weights and values."""
+    if handle.topk_idx.shape[0] == 0:
+        return match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
+    return call(linear.Combine(options), (rows, None), (handle,))[0]
 
 
 def combine_weighted(
@@ -262,64 +87,8 @@ def combine_weighted(
 ) -> Array:
     """See ``jax_ep.reference.combine``, with row weights; keeps rows and weights for backward."""
     if handle.topk_idx.shape[0] == 0:
-        return _match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
-    return _combine_weighted(options, rows, row_weights, handle)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine_weighted(options, rows, row_weights, handle):
-    backend, how = _BACKENDS[options.group.backend], _how(options, options.config)
-    y, _ = backend.combine(rows, row_weights, None, handle, group=options.group, **how)
-    return _match(y, rows)
-
-
-def _combine_weighted_fwd(options, rows, row_weights, handle):
-    return _combine_weighted(options, rows, row_weights, handle), (rows, row_weights, handle)
-
-
-@_compat.backward
-def _combine_weighted_bwd(options, residuals, dy):
-    rows, row_weights, handle = residuals
-    group = options.group
-    gpu_room.check_weighted_gradient_fits("combine", "rows", rows, group)
-    backend = _BACKENDS[group.backend]
-    how = _how(options, without_latency(options.config))
-    gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group, **how)
-    return *_match(gradients, rows), None
-
-
-_combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
-
-
-def _how(
-    options: DispatchOptions | CombineOptions, config: DispatchConfig | None
-) -> dict[str, Any]:
-    """The arguments of a backend's functions that change no results; XLA alone issues the reference."""
-    how: dict[str, Any] = {"config": config}
-    is_reference = _BACKENDS[options.group.backend] is reference
-    return how if is_reference else how | {"flight": options.flight}
-
-
-@jax.custom_vjp
-def refuse_gradient(q: Quantized) -> Quantized:
-    """``q`` itself; differentiating through it is an error while tracing."""
-    return q
-
-
-def _refuse_gradient_fwd(q):
-    return q, None
-
-
-def _refuse_gradient_bwd(_, cotangent):
-    raise TypeError(
-        "jax_ep.dispatch: Quantized rows have no gradient (a float8_e4m3fn cotangent would be "
-        "useless). Pass x as bfloat16, float16 or float32 with quantization='fp8' and "
-        "output='dense', whose gradient is straight-through; or cut the gradient with "
-        "jax.lax.stop_gradient."
-    )
-
-
-refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd)
+        return match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
+    return bilinear(linear.CombineWeighted(options), rows, row_weights, handle)
 
 
 def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
@@ -334,12 +103,6 @@ def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
     operands = batched_alike(*operands)
     axes = frozenset(group.axis_names).union(*map(_compat.varying_axes, jax.tree.leaves(operands)))
     return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), operands)
-
-
-def _match(results: Any, like: Any) -> Any:
-    """Cast results to vary over the axes that ``like`` varies over."""
-    axes = _compat.varying_axes(jax.tree.leaves(like)[0])
-    return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), results)
 
 
 def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Handle:
