@@ -58,6 +58,7 @@ def call(op: Op, linear: Any, fixed: Any, *, like: Any = None) -> Any:
         like: What the results look like, if that is known: arrays or abstract values. Then the op is
             traced only where it runs.
     """
+    tree: Any
     leaves, tree = jax.tree.flatten((linear, fixed))
     jaxpr: ClosedJaxpr | None = None
     if like is None:
@@ -65,13 +66,14 @@ def call(op: Op, linear: Any, fixed: Any, *, like: Any = None) -> Any:
         avals = jaxpr.out_avals
     else:
         avals = [_compat.aval_of(x) for x in jax.tree.leaves(like)]
-    out_tree = jax.tree.structure(like)
+    out_tree: Any = jax.tree.structure(like)
     out = _op_p.bind(*leaves, op=op, tree=tree, out_tree=out_tree, avals=tuple(avals), jaxpr=jaxpr)
     return out_tree.unflatten(out)
 
 
 def fill(tangents: Any, like: Any) -> Any:
     """``tangents``, with zeros where they are None; those of ``like``, which may have None itself."""
+    tree: Any
     leaves, tree = jax.tree.flatten(like)
     found = [None] * len(leaves) if tangents is None else tree.flatten_up_to(tangents)
     pairs = zip(found, leaves, strict=True)
@@ -132,7 +134,8 @@ def _transpose(cotangents: Sequence[Any], *operands: Any, **params: Any) -> list
         given = fill(given, out_tree.unflatten(params["avals"]))
     pairs = zip(linear, op.transpose(given, linear, fixed), strict=True)
     of_linear = tuple(None if x is None else t for x, t in pairs)
-    found = jax.tree.structure(linear).flatten_up_to(of_linear)
+    linear_tree: Any = jax.tree.structure(linear)
+    found = linear_tree.flatten_up_to(of_linear)
     found += [None] * (len(operands) - len(found))
     return [
         None if not is_wanted else _zero_of(x.aval) if t is None else t
@@ -223,6 +226,7 @@ class ProductTangent(Op):
 
 def _both(tangents: Any, u: Any, v: Any) -> tuple[Any, Any]:
     """Tangents of ``u`` and ``v``, each with all its leaves or None."""
-    return tuple(
+    du, dv = (
         fill(t, x) if jax.tree.leaves(t) else None for t, x in zip(tangents, (u, v), strict=False)
     )
+    return du, dv

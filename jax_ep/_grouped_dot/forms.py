@@ -82,7 +82,7 @@ class _Products(Form):
         if self.gives == "matrices":
             by_rows = products.pair_by_rows if is_pair else products.rows_by_rows
             return by_rows(u, v, fixed, num_sms=self.sms.d_rhs)
-        how = {"clears": self.clears}
+        how: dict[str, Any] = {"clears": self.clears}
         if self.gives == "rows":
             how["num_sms"] = self.sms.d_lhs
             if is_pair:
