@@ -14,7 +14,7 @@ from jax_ep._backends import native
 from jax_ep._core import limits
 from jax_ep._groups import gpu_side
 from jax_ep._groups.topology import Topology
-from jax_ep._ops import options
+from jax_ep._ops import gradients
 from spmd import make_mesh, shard
 
 library = pytest.importorskip("jax_ep._cuda", reason="needs the GPU library, which nvcc builds")
@@ -28,7 +28,7 @@ ONE_HOST = Topology(hosts=((0, 1),), processes=((0, 0),))
 @pytest.fixture
 def trace(monkeypatch):
     """Traces one rank of a group of GPUs, with the reference's ops in place of the group's."""
-    monkeypatch.setitem(options.BACKENDS, "cuda", reference)
+    monkeypatch.setitem(gradients._BACKENDS, "cuda", reference)
 
     def trace(fn, *, ranks: int = 2, backend: str = "cuda"):
         group = jax_ep.Group(
@@ -87,7 +87,7 @@ def test_plan(trace, monkeypatch):
     """The native library says by a size below 0 that no kernel of the plan has room."""
     library = types.SimpleNamespace(plan_scratch_size=lambda *_: -1)
     monkeypatch.setattr(gpu_side, "library", lambda: library)
-    monkeypatch.setitem(options.BACKENDS, "cuda", native)
+    monkeypatch.setitem(gradients._BACKENDS, "cuda", native)
     text = (
         r"dispatch: argument num_experts: .* room for, got 64 experts, 1 a token, on 2 ranks; use"
     )

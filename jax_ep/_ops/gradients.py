@@ -1,7 +1,17 @@
-"""The four pure ops over any backend, with their derivatives.
+"""The pure ops over any backend, with their derivatives.
 
-``plan`` is an op of its own. ``dispatch`` with weights and ``combine`` with values are each other's
-transposes (``linear.py``), so the backward of each is the other one. The handle is their only residual.
+``plan`` is an op of its own. Along a handle, dispatch of rows and weights is linear, and so is combine
+of rows and values. Each is the other's transpose, and its own tangent, and the handle is all that is
+kept for these. Dispatch of rows that are quantized on their way counts as linear too: its derivative is
+straight-through.
+
+Combine with fused weights is linear in the rows and in the weights. With w, rows r and a cotangent dy,
+and D for dispatch, its backward pass is one op, ``combine_vjp``::
+
+    d_r = w · D(dy)        d_w = <r, D(dy)>
+
+That is linear in dy, where its transpose is the tangent of combine. And it is linear in w and r
+together, where it is its own transpose. So all further derivatives are these ops again.
 
 Calls without tokens (T = 0) are answered here, outside the ops: there is nothing to communicate, and
 residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
@@ -10,39 +20,37 @@ residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
+import types
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 
-from jax_ep import _compat
+from jax_ep import _compat, reference
+from jax_ep._backends import native
 from jax_ep._core.batching import batched_alike
-from jax_ep._core.derivatives import bilinear, call
+from jax_ep._core.derivatives import Form, Op, ProductTangent, bilinear, call
 from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency, without_latency
 from jax_ep._groups.group import Group
-from jax_ep._ops import linear
-from jax_ep._ops.options import (
-    CombineOptions,
-    DispatchOptions,
-    PlanOptions,
-    backend_of,
-    match,
-)
+from jax_ep._ops import gpu_room, no_tokens
+from jax_ep._ops.options import CombineOptions, DispatchOptions, PlanOptions
+
+_BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": native, "cuda": native}
 
 
 def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle:
     """See ``jax_ep.reference.plan``."""
     (topk_idx,) = vary_together(options.group, topk_idx)
     if topk_idx.shape[0] == 0:
-        handle = _empty_plan(options, topk_idx)
+        handle = no_tokens.plan(options, topk_idx)
     else:
         arguments = options.fields() | {"config": without_latency(options.config)}
         unused_rows = arguments.pop("unused_rows")
-        handle = backend_of(options.group).plan(topk_idx, **arguments)
+        handle = _backend_of(options.group).plan(topk_idx, **arguments)
         handle = dataclasses.replace(handle, unused_rows=unused_rows)
-    return match(handle, topk_idx)
+    return _match(handle, topk_idx)
 
 
 def dispatch(
@@ -53,10 +61,10 @@ def dispatch(
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
     """See ``jax_ep.reference.dispatch``. Derivatives: straight-through where rows are quantized."""
     if handle.topk_idx.shape[0] == 0:
-        return match(_empty_dispatch(options, x, weights, handle), x)
+        return _match(no_tokens.dispatch(options, x, weights, handle), x)
     if isinstance(x, Quantized) or options.scale_format is not None:
-        return call(linear.DispatchOf8Bits(options), (), (x, weights, handle))
-    return call(linear.Dispatch(options), (x, weights), (handle,))
+        return call(_DispatchOf8Bits(options), (), (x, weights, handle))
+    return call(_Dispatch(options), (x, weights), (handle,))
 
 
 def plan_and_dispatch(
@@ -67,7 +75,7 @@ def plan_and_dispatch(
     topk_idx: Int32[Array, "tokens top_k"],
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]:
     """``plan`` and ``dispatch`` in one launch; see ``takes_one_launch``. Derivatives: as there."""
-    return call(linear.PlanAndDispatch(plan_options, options), (), (x, weights, topk_idx))
+    return call(_PlanAndDispatch(plan_options, options), (), (x, weights, topk_idx))
 
 
 def takes_one_launch(group: Group, config: DispatchConfig | None, num_tokens: int) -> bool:
@@ -78,8 +86,8 @@ def takes_one_launch(group: Group, config: DispatchConfig | None, num_tokens: in
 def combine(options: CombineOptions, rows: Array, handle: Handle) -> Array:
     """See ``jax_ep.reference.combine``, without row weights and values."""
     if handle.topk_idx.shape[0] == 0:
-        return match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
-    return call(linear.Combine(options), (rows, None), (handle,))[0]
+        return _match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
+    return call(_Combine(options), (rows, None), (handle,))[0]
 
 
 def combine_weighted(
@@ -87,8 +95,8 @@ def combine_weighted(
 ) -> Array:
     """See ``jax_ep.reference.combine``, with row weights; keeps rows and weights for backward."""
     if handle.topk_idx.shape[0] == 0:
-        return match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
-    return bilinear(linear.CombineWeighted(options), rows, row_weights, handle)
+        return _match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
+    return bilinear(_CombineWeighted(options), rows, row_weights, handle)
 
 
 def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
@@ -105,48 +113,240 @@ def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), operands)
 
 
-def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Handle:
-    """The plan of no tokens, which needs no communication."""
-    top_k, layout, capacity = topk_idx.shape[1], options.layout, options.capacity
-    num_local = options.num_experts // options.group.size
-    none = functools.partial(jnp.full, fill_value=-1, dtype=jnp.int32)
-    zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
-    width = min(top_k, num_local) if layout == "expert" else 1
-    spans_hosts = len(options.group.topology.hosts) > 1
-    return Handle(
-        topk_idx=topk_idx,
-        dest_row=None if spans_hosts else none((0, top_k)),
-        recv_rows=None if spans_hosts else none((0, width)),
-        recv_start=zeros((options.group.size + 1,)) if spans_hosts else None,
-        recv_token=none((capacity,)) if spans_hosts else None,
-        recv_row=none((capacity,)) if spans_hosts else None,
-        recv_src=none((capacity,)),
-        expert_idx=none((capacity, top_k)) if layout == "token" else None,
-        group_sizes=zeros((num_local,)),
-        counts=zeros((num_local,)),
-        demand=zeros((num_local,)),
-        num_dropped=zeros((1,)),
-        num_invalid=zeros((1,)),
-        group_id=options.group.id,
-        num_experts=options.num_experts,
-        layout=layout,
-        capacity=capacity,
-        alignment=options.alignment,
-        unused_rows=options.unused_rows,
+@dataclasses.dataclass(frozen=True)
+class _Dispatch(Op):
+    """Rows and weights, sent along a handle; linear in both, of which one may be None."""
+
+    options: DispatchOptions
+    is_whole: ClassVar[bool] = False
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        (x, weights), (handle,) = linear, fixed
+        moved = _no_rows(len(weights), weights) if x is None else x
+        options = self.options
+        rows, row_weights = _backend_of(options.group).dispatch(
+            moved,
+            weights,
+            handle,
+            group=options.group,
+            **_how(options, without_latency(options.config)),
+        )
+        return _match((None if x is None else rows, row_weights), moved)
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        (d_rows, d_row_weights), (handle,) = cotangents, fixed
+        if d_rows is None and d_row_weights is None:
+            return None, None
+        options = self.options
+        if d_rows is not None:
+            what = "for gradients on GPUs"
+            gpu_room.check_sums_fit("dispatch", "x", d_rows, handle.layout, options.group, what)
+        config = without_latency(options.config)
+        transpose = _Combine(CombineOptions(options.group, config, options.flight))
+        return call(transpose, (d_rows, d_row_weights), fixed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Combine(Op):
+    """Rows that come home and are summed, and values that come home; linear likewise."""
+
+    options: CombineOptions
+    is_whole: ClassVar[bool] = False
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        (rows, values), (handle,) = linear, fixed
+        moved = _no_rows(handle.capacity, values) if rows is None else rows
+        options = self.options
+        y, home = _backend_of(options.group).combine(
+            moved, None, values, handle, group=options.group, **_how(options, options.config)
+        )
+        return _match((None if rows is None else y, home), moved)
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        if cotangents[0] is None and cotangents[1] is None:
+            return None, None
+        options = self.options
+        config = without_latency(options.config)
+        transpose = DispatchOptions(options.group, config=config, flight=options.flight)
+        return call(_Dispatch(transpose), cotangents, fixed)
+
+
+def _no_rows(count: int, like: Array) -> Array:
+    """Rows without channels, for an op that moves nothing but weights or values."""
+    return _match(jnp.zeros((count, 0), jnp.float32), like)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DispatchOf8Bits(Op):
+    """Dispatch of rows that are quantized, on their way or before."""
+
+    options: DispatchOptions
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        x, weights, handle = fixed
+        options = self.options
+        out = _backend_of(options.group).dispatch(
+            x,
+            weights,
+            handle,
+            group=options.group,
+            scale_format=options.scale_format,
+            dense_output=options.dense_output,
+            **_how(options, without_latency(options.config)),
+        )
+        return _match(out, x)
+
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        return _tangents(self.options, results[0], tangents[:2], fixed[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlanAndDispatch(Op):
+    """A plan, and dispatch along it, in one launch of latency mode."""
+
+    plan_options: PlanOptions
+    options: DispatchOptions
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        x, weights, topk_idx = fixed
+        out = native.latency_dispatch(
+            x,
+            weights,
+            topk_idx,
+            **self.plan_options.fields(),
+            scale_format=self.options.scale_format,
+            dense_output=self.options.dense_output,
+            flight=self.options.flight,
+        )
+        return _match(out, x)
+
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        rows, _, handle = results
+        # Named here too, since this is what the backward pass keeps.
+        handle = jax.tree.map(lambda leaf: checkpoint_name(leaf, "jax_ep.handle"), handle)
+        found = _tangents(self.options, rows, tangents[:2], handle)
+        return *found, jax.tree.map(lambda _: None, handle)
+
+
+def _tangents(options: DispatchOptions, rows: Any, tangents: Any, handle: Handle) -> Any:
+    """The tangents of the rows received and of their weights, of those of ``x`` and its weights."""
+    d_x, d_weights = tangents
+    plain = _Dispatch(dataclasses.replace(options, scale_format=None, dense_output=True))
+    if not isinstance(rows, Quantized):
+        return call(plain, (d_x, d_weights), (handle,))
+    d_rows, d_row_weights = Quantized(None, None), None  # type: ignore[arg-type]
+    if jax.tree.leaves(d_x):
+        d_rows = call(_NoDerivative(), (d_x,), (), like=rows)
+    if d_weights is not None:
+        _, d_row_weights = call(plain, (None, d_weights), (handle,))
+    return d_rows, d_row_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoDerivative(Op):
+    """Stands for the tangents of ``Quantized`` rows: whoever needs them gets an error."""
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        raise TypeError(
+            "jax_ep.dispatch: Quantized rows have no gradient (a float8_e4m3fn cotangent would be "
+            "useless). Pass x as bfloat16, float16 or float32 with quantization='fp8' and "
+            "output='dense', whose gradient is straight-through; or cut the gradient with "
+            "jax.lax.stop_gradient."
+        )
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        self.run(linear, fixed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CombineWeighted(Form):
+    """Combine as a function that is linear in rows and in their weights."""
+
+    options: CombineOptions
+
+    def value(self, rows: Any, row_weights: Any, fixed: Any) -> Any:
+        options = self.options
+        y, _ = _backend_of(options.group).combine(
+            rows, row_weights, None, fixed, group=options.group, **_how(options, options.config)
+        )
+        return _match(y, rows)
+
+    def pull(self, rows: Any, row_weights: Any, fixed: Any, dy: Any, wanted: Any) -> Any:
+        gpu_room.check_weighted_gradient_fits("combine", "rows", rows, self.options.group)
+        return call(_Pull(self), (dy,), (rows, row_weights, fixed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pull(Op):
+    """``combine_vjp`` as a function of ``dy``."""
+
+    form: _CombineWeighted
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        (dy,), (rows, row_weights, handle) = linear, fixed
+        return _combine_vjp(self.form.options, dy, rows, row_weights, handle)
+
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        return call(_PullOfBoth(self.form), tangents[:2], (linear[0], fixed[2]), like=results)
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        return (call(ProductTangent(self.form), cotangents, fixed, like=linear[0]),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PullOfBoth(Op):
+    """``combine_vjp`` as a function of rows and weights together."""
+
+    form: _CombineWeighted
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        dy, handle = fixed
+        return _combine_vjp(self.form.options, dy, *_complete(linear, dy, handle), handle)
+
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        dy, handle = fixed
+        about = (*_complete(linear, dy, handle), handle)
+        return call(_Pull(self.form), tangents[:1], about, like=results)
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        return call(self, cotangents, fixed)
+
+
+def _complete(both: Any, dy: Array, handle: Handle) -> tuple[Array, Array]:
+    """Rows and weights, zeros where they are None."""
+    rows, row_weights = both
+    if rows is None:
+        rows = _match(jnp.zeros((handle.capacity, dy.shape[1]), dy.dtype), dy)
+    if row_weights is None:
+        row_weights = _match(jnp.zeros((handle.capacity,), jnp.float32), dy)
+    return rows, row_weights
+
+
+def _combine_vjp(
+    options: CombineOptions, dy: Array, rows: Array, row_weights: Array, handle: Handle
+) -> Any:
+    backend, config = _backend_of(options.group), without_latency(options.config)
+    gradients = backend.combine_vjp(
+        dy, rows, row_weights, handle, group=options.group, **_how(options, config)
     )
+    return _match(gradients, rows)
 
 
-def _empty_dispatch(
-    options: DispatchOptions, x: Array | Quantized, weights: Array | None, handle: Handle
-) -> tuple[Array | Quantized, Array | None]:
-    """The results of a dispatch of no tokens: all rows are unused."""
-    values = x.values if isinstance(x, Quantized) else x
-    rows, hidden = handle.capacity, values.shape[1]
-    row_weights = None
-    if weights is not None:
-        shape = (rows,) if handle.layout == "expert" else (rows, weights.shape[1])
-        row_weights = jnp.zeros(shape, jnp.float32)
-    if isinstance(x, Quantized) or (options.scale_format is not None and not options.dense_output):
-        scales = jnp.zeros((rows, hidden // 128), jnp.float32)
-        return Quantized(jnp.zeros((rows, hidden), jnp.float8_e4m3fn), scales), row_weights
-    return jnp.zeros((rows, hidden), values.dtype), row_weights
+def _backend_of(group: Group) -> Any:
+    """The module of the group's backend."""
+    return _BACKENDS[group.backend]
+
+
+def _how(
+    options: DispatchOptions | CombineOptions, config: DispatchConfig | None
+) -> dict[str, Any]:
+    """The arguments of a backend's functions that change no results; XLA alone issues the reference."""
+    arguments: dict[str, Any] = {"config": config}
+    is_reference = _backend_of(options.group) is reference
+    return arguments if is_reference else arguments | {"flight": options.flight}
+
+
+def _match(results: Any, like: Any) -> Any:
+    """Cast results to vary over the axes that ``like`` varies over."""
+    axes = _compat.varying_axes(jax.tree.leaves(like)[0])
+    return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), results)

@@ -1,21 +1,14 @@
-"""The static arguments of the ops, and the backend that takes them."""
+"""The static arguments of the ops."""
 
 from __future__ import annotations
 
 import dataclasses
-import types
 from typing import Any
 
-import jax
-
-from jax_ep import _compat, reference
-from jax_ep._backends import native
 from jax_ep._core.capacity import INT32_MAX
 from jax_ep._core.flight import IN_LINE, Flight
 from jax_ep._core.types import DispatchConfig, Layout, ScaleFormat, UnusedRows
 from jax_ep._groups.group import Group
-
-BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": native, "cuda": native}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +72,3 @@ class CombineOptions:
     group: Group
     config: DispatchConfig | None = None
     flight: Flight = IN_LINE
-
-
-def backend_of(group: Group) -> Any:
-    """The module of the group's backend."""
-    return BACKENDS[group.backend]
-
-
-def how(options: DispatchOptions | CombineOptions, config: DispatchConfig | None) -> dict[str, Any]:
-    """The arguments of a backend's functions that change no results; XLA alone issues the reference."""
-    arguments: dict[str, Any] = {"config": config}
-    is_reference = backend_of(options.group) is reference
-    return arguments if is_reference else arguments | {"flight": options.flight}
-
-
-def match(results: Any, like: Any) -> Any:
-    """Cast results to vary over the axes that ``like`` varies over."""
-    axes = _compat.varying_axes(jax.tree.leaves(like)[0])
-    return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), results)
