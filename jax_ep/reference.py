@@ -153,7 +153,7 @@ def dispatch(
     token = slot // handle.topk_idx.shape[1] if handle.layout == "expert" else slot
 
     def fetch(values: Array, unused: float = 0.0) -> Array:
-        everyone = _all_gather(values, group).reshape(-1, *values.shape[1:])
+        everyone = _all_gather(values, group).reshape(group.size * len(values), values.shape[1])
         rows = jnp.take(everyone, token, axis=0, mode="clip")
         return jnp.where(used[:, None], rows, jnp.asarray(unused, rows.dtype))
 
