@@ -17,6 +17,7 @@ from jax_ep._core.quantize import check_scale_format
 from jax_ep._core.types import (
     DispatchConfig,
     Dispatched,
+    DropPolicy,
     Handle,
     Layout,
     Quantized,
@@ -25,7 +26,7 @@ from jax_ep._core.types import (
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, modes
+from jax_ep._ops import bounds, checks, drops, flights, gpu_room, gradients, modes
 from jax_ep._ops.options import DispatchOptions, PlanOptions
 
 Output = Literal["dense", "quantized"]
@@ -47,6 +48,7 @@ def dispatch(
     capacity: int | None = None,
     capacity_factor: float | None = None,
     rank_capacity_factor: float | None = None,
+    drop_policy: DropPolicy = "position",
     quantization: Literal["fp8"] | None = None,
     output: Output | None = None,
     scale_format: ScaleFormat = "f32",
@@ -114,6 +116,11 @@ def dispatch(
             suffices if that is less. T·K rows come to each rank under even routing. Experts with many
             rows take the room that others leave, so at the same memory fewer rows are lost than with
             ``capacity_factor``; it may be given beside it.
+        drop_policy: Which rows of an expert are dropped for ``capacity_factor``. "position" (the
+            default): those that come last in the order above. "score": each source rank drops for
+            itself, so that every expert gets at most ``ceil(capacity_factor · T·K / E)`` rows of it,
+            those with the highest ``topk_weights`` (of equal ones, the first); so Megatron-Core's
+            policy "probs" does. The ranks then add up E counts, by a collective of XLA's.
         quantization: "fp8": rows travel as float8_e4m3fn with one scale per 128 channels.
         output: With fp8: "dense" (default for arrays) gives rows in the dtype of ``x``, "quantized"
             (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have no gradient.
@@ -155,6 +162,7 @@ def dispatch(
         capacity=capacity,
         capacity_factor=capacity_factor,
         rank_capacity_factor=rank_capacity_factor,
+        drop_policy=drop_policy,
         quantization=quantization,
         output=output,
         scale_format=scale_format,
@@ -177,6 +185,7 @@ def dispatch_by(
     capacity: int | None = None,
     capacity_factor: float | None = None,
     rank_capacity_factor: float | None = None,
+    drop_policy: DropPolicy = "position",
     quantization: Literal["fp8"] | None = None,
     output: Output | None = None,
     scale_format: ScaleFormat = "f32",
@@ -207,6 +216,7 @@ def dispatch_by(
         checks.check_layout(op, layout, alignment)
         gpu_room.check_choices_fit(op, topk_idx, group)
         checks.check_bounds(op, capacity, capacity_factor, rank_capacity_factor, layout, alignment)
+        checks.check_drop_policy(op, drop_policy, capacity_factor)
         config = modes.choose(
             "dispatch",
             values,
@@ -217,9 +227,10 @@ def dispatch_by(
             config=config,
             in_flight=in_flight,
         )
+        limits = bounds.Bounds(capacity, capacity_factor, rank_capacity_factor, drop_policy)
         rows, rows_of_expert = bounds.room(
             op,
-            bounds.Bounds(capacity, capacity_factor, rank_capacity_factor),
+            limits,
             group=group,
             num_experts=num_experts,
             layout=layout,
@@ -237,13 +248,18 @@ def dispatch_by(
             unused_rows=unused_rows or "zero",
         )
         gpu_room.check_latency_fits(op, "x", values, topk_idx, group, config)
+        checks.check_topk_weights(op, topk_weights, topk_idx.shape)
+        topk_idx, correct = _drop(limits, topk_idx, topk_weights, group, num_experts)
         if not gradients.takes_one_launch(group, config, topk_idx.shape[0]):
-            handle = _name(gradients.plan(plan_options, topk_idx), "jax_ep.handle")
+            handle = _name(correct(gradients.plan(plan_options, topk_idx)), "jax_ep.handle")
     else:
         checks.check_handle(op, handle, group)
         checks.check_not_given(op, "topk_idx", topk_idx)
         checks.check_not_given(op, "capacity_factor", capacity_factor)
         checks.check_not_given(op, "rank_capacity_factor", rank_capacity_factor)
+        checks.check_not_given(
+            op, "drop_policy", None if drop_policy == "position" else drop_policy
+        )
         checks.check_as_in_handle(op, "num_experts", num_experts, handle.num_experts)
         checks.check_as_in_handle(op, "layout", layout, handle.layout)
         checks.check_as_in_handle(op, "alignment", alignment, handle.alignment)
@@ -286,12 +302,37 @@ def dispatch_by(
         tokens, weights, handle = gradients.plan_and_dispatch(
             plan_options, options, x, topk_weights, order(topk_idx)
         )
-        handle = _name(handle, "jax_ep.handle")
+        handle = _name(correct(handle), "jax_ep.handle")
     else:
         x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
         tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")
     return Dispatched(tokens=tokens, weights=weights, handle=handle)
+
+
+def _drop(
+    limits: bounds.Bounds,
+    topk_idx: Array,
+    topk_weights: Array | None,
+    group: Group,
+    num_experts: int,
+) -> tuple[Array, Callable[[Handle], Handle]]:
+    """The choices that are kept before the plan, and what corrects the counts of the handle."""
+    num_tokens, top_k = topk_idx.shape
+    sizes = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts}
+    quota = bounds.quota(limits, **sizes)
+    if quota is None or num_tokens == 0:
+        return topk_idx, lambda handle: handle
+    if topk_weights is None:
+        raise arguments.value_error(
+            "dispatch",
+            "topk_weights",
+            "weights with drop_policy='score', which drops the rows with the lowest",
+            "None",
+            "pass the scores of the choices, or drop_policy='position'",
+        )
+    topk_idx, scores = gradients.vary_together(group, topk_idx, topk_weights)
+    return drops.by_score(topk_idx, scores, group=group, num_experts=num_experts, quota=quota)
 
 
 def _check_quantization(
