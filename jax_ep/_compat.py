@@ -182,8 +182,9 @@ def num_started_cpu_devices() -> int | None:
 
 
 def is_compile_only(device: Any) -> bool:
-    """Whether programs can be compiled for ``device`` but not run: it is one of a topology."""
-    return getattr(device.client, "runtime_type", None) == "compile_only_runtime"
+    """Whether programs cannot run on ``device``: it is one of a topology, or an imagined one."""
+    client = getattr(device, "client", None)
+    return client is None or getattr(client, "runtime_type", None) == "compile_only_runtime"
 
 
 def targets_hopper() -> bool:
@@ -194,7 +195,12 @@ def targets_hopper() -> bool:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is None:
         return _default_is_hopper()
-    return device.platform == "gpu" and _HOPPER.search(device.device_kind) is not None
+    return device.platform == "gpu" and is_hopper(device.device_kind)
+
+
+def is_hopper(device_kind: str) -> bool:
+    """Whether GPUs of that name have compute capability 9.0."""
+    return _HOPPER.search(device_kind) is not None
 
 
 _HOPPER = re.compile(r"\bG?H\d+")  # H100, H200, H800, H20, GH200
