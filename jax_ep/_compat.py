@@ -142,12 +142,12 @@ def register_ffi_types(types: dict[str, dict[str, Any]], *, platform: str) -> No
         jax.ffi.register_ffi_type(name, cast(Any, info), platform=platform)
 
 
-def local_ordinal(device: jax.Device) -> int | None:
+def local_ordinal(device: Any) -> int | None:
     """The CUDA ordinal of ``device`` in this process; None if it belongs to another one."""
     return device.local_hardware_id
 
 
-def compute_capability(device: jax.Device) -> str:
+def compute_capability(device: Any) -> str:
     """The compute capability of a GPU, as in "9.0"."""
     return str(getattr(device, "compute_capability", "unknown"))
 
@@ -224,7 +224,7 @@ def trace_state() -> Any:
     return jax.extend.core.get_opaque_trace_state()
 
 
-def multiprocessor_count(device: jax.Device) -> int | None:
+def multiprocessor_count(device: Any) -> int | None:
     """Streaming multiprocessors of a GPU, of this process or another; None where that is unknown."""
     count = getattr(device, "core_count", None)
     return count if isinstance(count, int) and count > 0 else None

@@ -65,9 +65,10 @@ def test_a_training_step_for_256_gpus(backend):
 
     shapes = jax.eval_shape(lambda: jax_ep.init_moe_params(jax.random.key(0), **sizes))
     specs = jax_ep.moe_partition_specs(shapes, group=group)
-    place = lambda a, spec: jax.ShapeDtypeStruct(
-        a.shape, a.dtype, sharding=NamedSharding(mesh, spec)
-    )  # noqa: E731
+
+    def place(a, spec):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+
     params = jax.tree.map(place, shapes, specs)
     x = place(jax.ShapeDtypeStruct((256, 16, 256), jnp.bfloat16), P(("data", "expert")))
     text = jax.jit(train).trace(x, params).lower(lowering_platforms=("cuda",)).as_text()
