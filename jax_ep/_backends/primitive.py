@@ -13,17 +13,18 @@ loop) has the same ordinals in all its uses. Op by op, without ``jax.jit``, each
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import batching, mlir
 
 from jax_ep import _compat
 from jax_ep._backends.region import lower_in_order
+from jax_ep._core.batching import one_by_one
 
 
 def native_call(
@@ -123,25 +124,7 @@ def _batch(
             "jax_ep: an op in flight in mode 'latency' has no batch, because a channel holds one op at "
             "a time; under vmap, use dispatch and combine, or mode='throughput'."
         )
-    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
-
-    def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
-        rest = iter(slices)
-        return _native_call_p.bind(
-            *(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)), **params
-        )
-
-    outputs = jax.lax.map(one, mapped)
-    return outputs, [0] * len(outputs)
-
-
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, target: str, **_: Any) -> Any:
-    """Only gradients are differentiated here: all other calls have custom gradients before them."""
-    raise NotImplementedError(
-        f"jax_ep: the native op {target} has no derivative. Second derivatives go through dispatch "
-        "and through combine without weights; so multiply the rows by their weights before combine, "
-        "or make the group with backend='reference'."
-    )
+    return one_by_one(functools.partial(_native_call_p.bind, **params), operands, dims)
 
 
 _native_call_p = Primitive("jax_ep_call")
@@ -149,4 +132,3 @@ _native_call_p.multiple_results = True
 _native_call_p.def_abstract_eval(_abstract)
 _compat.register_lowering_of_each(_native_call_p, _lower)
 batching.primitive_batchers[_native_call_p] = _batch
-ad.primitive_jvps[_native_call_p] = _jvp

@@ -14,6 +14,7 @@ Layout = Literal["expert", "token"]
 DispatchLayout = Literal["expert", "token", "masked"]
 ScaleFormat = Literal["f32", "ue8m0"]
 UnusedRows = Literal["zero", "undefined"]
+DropPolicy = Literal["position", "score"]
 Mode = Literal["auto", "throughput", "latency"]
 
 _MAX_NUM_SMS = 2**31 - 1  # an int32 attribute of the ops; GPUs have far fewer

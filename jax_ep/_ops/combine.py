@@ -15,6 +15,7 @@ from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
 from jax_ep._ops import checks, flights, gpu_room, gradients, masked, modes
+from jax_ep._ops.options import CombineOptions
 
 
 def combine(
@@ -138,12 +139,12 @@ def combine_by(
             requested=requested,
         )
     latency = is_latency(config) and num_tokens > 0
-    options = gradients.CombineOptions(group, config, issue(num_sms, latency))
+    options = CombineOptions(group, config, issue(num_sms, latency))
     handle = order(handle)
     if send is not None and latency and group.backend == "cuda":
         return send(options, rows, weights, handle)
     if weights is None:
-        y, _ = gradients.combine(options, rows, None, handle)
+        y = gradients.combine(options, rows, handle)
     else:
         y = gradients.combine_weighted(options, rows, weights, handle)
     return combined(y)
