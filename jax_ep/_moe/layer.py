@@ -109,8 +109,8 @@ def moe(
 
     It also works inside a ``shard_map`` over other axes than the group's, such as the "stage" axis
     of a pipeline. Then tokens and statistics are those of one position along these axes. Reverse
-    mode works there. Forward mode (``jax.jvp``) raises ``TypeError`` when the program is lowered,
-    and policies of ``jax.checkpoint`` see the layer as one op.
+    mode works there. Forward mode (``jax.jvp``), which works elsewhere, is a ``TypeError`` there when
+    the program is lowered, and policies of ``jax.checkpoint`` see the layer as one op.
 
     On GPUs, a failed op gives NaN and may raise no error, for example if a rank never arrives. So
     call ``group.check()`` where you wait for results: it raises the ``CommunicationError``.

@@ -44,7 +44,9 @@ def combine(
         rank 1: rows = [s, t, u, v | ...]           y = [t + v, r]
 
     Gradients: ``rows`` receive the cotangent of their token (``dispatch`` along the handle), scaled
-    by their weight if there are weights; ``weights`` receive the dot product of row and cotangent.
+    by their weight if there are weights; ``weights`` receive the dot product of row and cotangent. In
+    forward mode (``jax.jvp``) there is one more combine for the tangents of the rows, and one for those
+    of the weights, and derivatives of any order work.
 
     Args:
         rows: ``[C, H]`` bf16, f16 or f32: the expert outputs, in the order of the dispatched rows; in

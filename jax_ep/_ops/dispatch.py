@@ -85,7 +85,8 @@ def dispatch(
 
     Gradients: ``x`` receives the sum of its rows' cotangents (``combine``), ``topk_weights`` those of
     its rows' weights; with ``quantization`` and dense output the gradient is straight-through. Rows
-    that did not fit have none.
+    that did not fit have none. In forward mode (``jax.jvp``) tangents take the same routes, by a second
+    dispatch, and derivatives of any order work.
 
     Args:
         x: ``[T, H]`` bf16, f16 or f32 with rows of a multiple of 16 bytes, or ``Quantized`` rows with
@@ -127,7 +128,8 @@ def dispatch(
             policy "probs" does. The ranks then add up E counts, by a collective of XLA's.
         quantization: "fp8": rows travel as float8_e4m3fn with one scale per 128 channels.
         output: With fp8: "dense" (default for arrays) gives rows in the dtype of ``x``, "quantized"
-            (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have no gradient.
+            (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have neither gradient nor
+            tangents.
         scale_format: "f32" or "ue8m0", as in ``jax_ep.quantize``.
         unused_rows: What the rows past the last group (layout "token": past the last row that came)
             hold. "zero" (the default): zeros. "undefined": anything, NaN too, so that GPUs need not
