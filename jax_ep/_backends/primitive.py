@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from jax_ep import _compat
-from jax_ep._backends.region import lower_in_order
+from jax_ep._backends.region import behind_last, lower_in_order
 from jax_ep._core.batching import one_by_one
 
 
@@ -126,6 +126,34 @@ def _batch(
         )
     return one_by_one(functools.partial(_native_call_p.bind, **params), operands, dims)
 
+
+def behind_last_call(values: Sequence[jax.Array]) -> list[jax.Array]:
+    """``values``, which XLA has only once the last call in line before this was issued, on GPUs.
+
+    That call is found where JAX lowers the program, so to JAX nothing depends on it: not what
+    ``jax.checkpoint`` computes again, where the call may not be needed.
+    """
+    return _behind_last_call_p.bind(*values)
+
+
+def _lower_behind(ctx: mlir.LoweringRuleContext, *values: Any) -> Any:
+    return behind_last(ctx, values)
+
+
+def _batch_behind(values: Sequence[Any], dims: Sequence[Any]) -> tuple[list[jax.Array], list[Any]]:
+    return _behind_last_call_p.bind(*values), list(dims)
+
+
+_behind_last_call_p = Primitive("jax_ep_behind_last_call")
+_behind_last_call_p.multiple_results = True
+_behind_last_call_p.def_abstract_eval(lambda *avals: list(avals))
+_behind_last_call_p.def_impl(lambda *values: list(values))  # op by op, all is in order
+_compat.register_lowering_of_each(_behind_last_call_p, _lower_behind)
+batching.primitive_batchers[_behind_last_call_p] = _batch_behind
+ad.primitive_jvps[_behind_last_call_p] = lambda primals, tangents: (
+    _behind_last_call_p.bind(*primals),
+    list(tangents),
+)
 
 _native_call_p = Primitive("jax_ep_call")
 _native_call_p.multiple_results = True

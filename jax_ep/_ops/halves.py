@@ -9,11 +9,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ep._backends import latency
+from jax_ep._backends.primitive import behind_last_call
 from jax_ep._core import arguments
 from jax_ep._core.derivatives import Op, call
 from jax_ep._core.types import Handle, Quantized
@@ -118,10 +120,14 @@ def combine_done(op: SentCombine) -> Float[Array, "tokens hidden"]:
 
 
 def run_between(op: Sent, work: Any, args: tuple[Any, ...]) -> tuple[Sent, Any]:
-    """``work(*args)`` behind the start call of ``op``; the new ``op`` is done behind the work."""
-    ties = lax.stop_gradient((op.sent, op.work))
-    args, _ = lax.optimization_barrier((args, ties))
-    results = work(*args)
+    """``work(*args)`` behind the start call of ``op``; the new ``op`` is done behind the work.
+
+    To JAX the work does not depend on the start call. Otherwise ``jax.checkpoint`` would start an op
+    again to do the work again, and never finish it.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    leaves = behind_last_call([jnp.asarray(leaf) for leaf in leaves])
+    results = work(*jax.tree.unflatten(tree, leaves))
     found = [leaf for leaf in jax.tree.leaves(results) if getattr(leaf, "size", 0) > 0]
     if not found:
         raise arguments.type_error(
@@ -131,7 +137,7 @@ def run_between(op: Sent, work: Any, args: tuple[Any, ...]) -> tuple[Sent, Any]:
             type(results).__name__,
             "return what the work computes",
         )
-    results = lax.optimization_barrier(results)
+    results, _ = lax.optimization_barrier((results, lax.stop_gradient(op.work)))
     behind = next(leaf for leaf in jax.tree.leaves(results) if leaf.size > 0)
     return dataclasses.replace(op, work=behind), results
 
