@@ -25,11 +25,16 @@ KERNEL_FIELDS = {
     *("op", "kernel", "layout", "dtype", "quantization", "ranks", "gpus", "tokens", "hidden"),
     *("top_k", "experts", "alignment", "blocks", "us", "correct", "device", "versions", "command"),
 }
+PRETRAIN_FIELDS = {
+    *("op", "name", "device", "devices", "steps", "tokens_per_second", "mfu", "step_ms", "loss"),
+    *("settings", "versions", "command"),
+}
 # Fields of records that jax_ep.bench does not write, by op.
 OTHER_FIELDS = {
     "grouped_dot": GROUPED_DOT_FIELDS,
     "loads": LOADS_FIELDS,
     "kernel": KERNEL_FIELDS,
+    "pretrain": PRETRAIN_FIELDS,
 }
 PEER_FIELDS = {"lib", "op", "ranks", "T", "H", "K", "E", "sms", "us", "p10", "p90", "tag"}
 # The values of optional fields that a record leaves out.

@@ -243,6 +243,30 @@ def _layer(_: dict[str, Any], results: list[Record]) -> str:
     return _table("machine, layer, dtype, arm, us, times jax_ep's, failure", rows, "layer")
 
 
+def _layer_floor(_: dict[str, Any], results: list[Record]) -> str:
+    from jax_ep.bench.records import LAYER_SHAPE
+
+    place = (*LAYER_SHAPE, "ranks", "processes", "gpus", "device", "command")
+    layers = [r for r in results if r["op"] == "layer" and good(r) and r["gpus"] == r["ranks"] > 1]
+    products = {
+        tuple(r[field] for field in place): r["median_us"]
+        for r in layers
+        if r["name"] == "products"
+    }
+    rows = []
+    for r in layers:
+        dense = products.get(tuple(r[field] for field in place))
+        if r["name"] != "jax_ep" or dense is None or not r["ceiling_gbs"]:
+            continue
+        link = r["wire_bytes"] / r["ceiling_gbs"] / 1e3
+        shape = (
+            f"T={r['tokens']} H={r['hidden']} F={r['intermediate']}, {r.get('capacity', 'exact')}"
+        )
+        ratio = f"{r['median_us'] / (dense + link):.2f}"
+        rows.append([_where(r), shape, _us(r), f"{dense:.0f}", f"{link:.0f}", ratio])
+    return _table("machine, layer and capacity, us, products us, link us, ratio", rows, "layer")
+
+
 TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "headline": _headline,
     "summary": _summary,
@@ -260,6 +284,7 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "overlap": _overlap,
     "exchange": _exchange,
     "layer": _layer,
+    "layer_floor": _layer_floor,
     "grouped_dot": kernels.grouped_dot,
     "loads": kernels.loads,
     "kernels": kernels.kernels,

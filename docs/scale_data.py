@@ -78,7 +78,15 @@ DEVIATIONS: dict[tuple[str | int, ...], str] = {
 
 def skipped(record: Record) -> str | None:
     """Why a record is not compared; None if it is."""
-    if record["op"] in ("ceiling", "link", "exchange", "layer", "round_trip", "overlap"):
+    if record["op"] in (
+        "ceiling",
+        "link",
+        "exchange",
+        "layer",
+        "round_trip",
+        "overlap",
+        "pretrain",
+    ):
         return f"op {record['op']}: no op of the model"
     if record["op"] in ("grouped_dot", "loads", "kernel"):
         return f"op {record['op']}: no whole op"

@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_ep import _compat, _environment, reference, routing
-from jax_ep._core.quantize import dequantize, quantize
+from jax_ep._core.quantize import dequantize, pack_scales, quantize
 from jax_ep._core.types import DispatchConfig, Dispatched, Handle, Quantized
 from jax_ep._errors import CommunicationError, errors
 from jax_ep._grouped_dot.api import grouped_dot
@@ -72,6 +72,7 @@ __all__ = [
     "moe",
     "moe_partition_specs",
     "nnx",
+    "pack_scales",
     "quantize",
     "reference",
     "routing",

@@ -41,6 +41,7 @@ def plan(
     capacity: int,
     alignment: int,
     expert_capacity: int,
+    masked: bool = False,
     config: DispatchConfig | None = None,
 ) -> Handle:
     """Give every (token, k) its destination row.
@@ -56,6 +57,7 @@ def plan(
         capacity: Rows C of each rank; a multiple of ``alignment`` in layout "expert".
         alignment: Each expert's group is padded to a multiple of it (layout "expert").
         expert_capacity: Rows that one expert keeps at most (layout "expert").
+        masked: Whether every expert has ``alignment`` rows, used or not, and C is L times that.
         config: Has no meaning here.
 
     Returns:
@@ -73,6 +75,8 @@ def plan(
     if layout == "expert":
         counts = share_room(jnp.minimum(demand, expert_capacity), capacity, alignment)
         group_sizes = (counts + alignment - 1) // alignment * alignment
+        if masked:
+            group_sizes = jnp.full_like(counts, alignment)
         starts = jnp.cumsum(group_sizes, axis=1) - group_sizes
         position = jnp.take_along_axis(_exclusive_cumsum(wanted), jnp.maximum(routes, 0), axis=1)
         kept = (routes >= 0) & (position < counts.reshape(-1)[routes])

@@ -221,6 +221,9 @@ def stages(gpus: int) -> dict[str, Stage]:
     found["network_programs"] = Stage(
         [f"{PYTEST} -rs tests/test_hosts_programs.py"], environment=shared, seconds=400
     )
+    found["network_sanitizers"] = Stage(
+        [f"{PYTEST} -rs tests/test_hosts_sanitizers.py"], seconds=300
+    )
     mutants = "{binaries}/network_mutants"
     found["network_mutants"] = Stage(
         [

@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import gpu_processes
 import machine
@@ -58,9 +58,16 @@ def service(count: int) -> contextlib.AbstractContextManager[dict[str, str]]:
 
 @contextlib.contextmanager
 def started(
-    program: str, hosts: int, ranks: int, tmp_path: pathlib.Path, *, late: bool, **env: str
+    program: str,
+    hosts: int,
+    ranks: int,
+    tmp_path: pathlib.Path,
+    *,
+    late: bool,
+    under: Sequence[str] = (),
+    **env: str,
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """The processes of a program; those that are left at the end are killed."""
+    """The processes of a program, ``under`` a tool; those that are left at the end are killed."""
     network = run_hosts.Late(run_hosts.build(), LATE_US) if late else None
     more = {"JAX_EP_TEST_FOLDER": str(tmp_path), **env}
     gpus, count = machine.count_gpus(), hosts * ranks
@@ -71,6 +78,7 @@ def started(
             gpus,
             programs=gpu_processes.HOST_PROGRAMS,
             of_process=lambda index: environment(index, ranks, network) | variables | more,
+            under=under,
         )
         try:
             yield running
@@ -89,10 +97,17 @@ def ended(running: list[subprocess.Popen[str]], timeout: float) -> list[Ended]:
 
 
 def run(
-    program: str, hosts: int, ranks: int, tmp_path: pathlib.Path, *, late: bool, **env: str
+    program: str,
+    hosts: int,
+    ranks: int,
+    tmp_path: pathlib.Path,
+    *,
+    late: bool,
+    under: Sequence[str] = (),
+    **env: str,
 ) -> list[Ended]:
     """Run a program to its end, which all processes must come to by themselves."""
-    with started(program, hosts, ranks, tmp_path, late=late, **env) as running:
+    with started(program, hosts, ranks, tmp_path, late=late, under=under, **env) as running:
         found = ended(running, START_S)
     for rank, process in enumerate(found):
         print(f"rank {rank} ended with {process.status}:\n{process.text}")

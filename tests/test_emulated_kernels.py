@@ -382,9 +382,11 @@ def test_failures_in_latency_mode(binaries: Binaries, arguments: str) -> None:
     _run_well(binaries / "decode_failures_test", arguments)
 
 
-@pytest.mark.parametrize("mutation", emulated_decode.MUTATIONS)
-def test_a_mutation_of_latency_mode_is_noticed(binaries: Binaries, mutation: int) -> None:
-    _expect_noticed(binaries / "decode_test", emulated_decode.MUTATIONS[mutation], mutation)
+@pytest.mark.parametrize(("mutation", "arguments"), emulated_decode.MUTATIONS)
+def test_a_mutation_of_latency_mode_is_noticed(
+    binaries: Binaries, mutation: int, arguments: str
+) -> None:
+    _expect_noticed(binaries / "decode_test", arguments, mutation)
 
 
 @pytest.mark.parametrize("seed", range(1, 3))

@@ -28,7 +28,25 @@ CASES = [case.on(jax.device_count()) for case in shapes.COVERING + shapes.USUAL 
 STEPS = 10_000
 
 
-def program(case: shapes.Case, group: jax_ep.Group):
+def dispatch(*args: Any, in_flight: bool, **kwargs: Any) -> jax_ep.Dispatched:
+    """A dispatch in latency mode, in one call or, with work beside it, in two."""
+    if not in_flight:
+        return jax_ep.dispatch(*args, config=LATENCY, **kwargs)
+    ticket = jax_ep.dispatch_start(*args, config=LATENCY, **kwargs)
+    ticket, _ = ticket.beside(jnp.sin, kwargs["group"].mesh.size * jnp.ones(128))
+    return jax_ep.dispatch_done(ticket)
+
+
+def combine(*args: Any, in_flight: bool, **kwargs: Any) -> jax.Array:
+    """The same of a combine."""
+    if not in_flight:
+        return jax_ep.combine(*args, config=LATENCY, **kwargs)
+    ticket = jax_ep.combine_start(*args, config=LATENCY, **kwargs)
+    ticket, _ = ticket.beside(jnp.sin, kwargs["group"].mesh.size * jnp.ones(128))
+    return jax_ep.combine_done(ticket)
+
+
+def program(case: shapes.Case, group: jax_ep.Group, in_flight: bool):
     """Dispatch and combine in latency mode, as one function."""
 
     def run(x: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -36,11 +54,10 @@ def program(case: shapes.Case, group: jax_ep.Group):
         if "x_scales" in x:
             rows = jax_ep.Quantized(rows, x["x_scales"])
         weights = x["topk_weights"] if case.weighted else None
-        out = jax_ep.dispatch(
-            rows, x["topk_idx"], weights, group=group, config=LATENCY, **case.dispatch_arguments
-        )
+        how: dict[str, Any] = {"group": group, "in_flight": in_flight}
+        out = dispatch(rows, x["topk_idx"], weights, **how, **case.dispatch_arguments)
         fused = x["row_weights"] if case.fused else None
-        y = jax_ep.combine(x["rows"], out.handle, group=group, weights=fused, config=LATENCY)
+        y = combine(x["rows"], out.handle, weights=fused, **how)
         found = fields(out.handle) | {"y": y}
         if isinstance(out.tokens, jax_ep.Quantized):
             found |= {f"x.{name}": leaf for name, leaf in out.tokens._asdict().items()}
@@ -53,10 +70,11 @@ def program(case: shapes.Case, group: jax_ep.Group):
     return run
 
 
+@pytest.mark.parametrize("in_flight", [False, True], ids=["in line", "in flight"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values(case):
+def test_values(case, in_flight):
     group = make_group(case.ranks, "cuda", latency_tokens=16, latency_hidden=1024)
-    run = stacked_jit(program(case, group), group.mesh)
+    run = stacked_jit(program(case, group, in_flight), group.mesh)
     for pattern in routings.PATTERNS:
         problem = problems.make(case, pattern)
         found = run(problem.inputs)
@@ -65,6 +83,42 @@ def test_values(case):
         for name, array in expected.items():
             oracle.assert_same(found[name], array, f"{name}, pattern {pattern}, {case}")
     group.check()
+
+
+@pytest.mark.parametrize("in_flight", [False, True], ids=["in line", "in flight"])
+@pytest.mark.parametrize("options", [{}, {"capacity": 48}, {"unused_rows": "zero"}], ids=str)
+def test_masked_layout(options, in_flight):
+    """The used rows are those of the reference, and so is what combine gives."""
+    ranks, tokens, hidden, top_k = ranks_at_most(8), 16, 256, 4
+    experts = 8 * ranks
+    sizes = {"latency_tokens": tokens, "latency_hidden": hidden}
+    groups = [make_group(ranks, backend, **sizes) for backend in ("cuda", "reference")]
+
+    def run(group, flies, x, weights, idx):
+        given: dict[str, Any] = {"group": group, "in_flight": flies}
+        out = dispatch(x, idx, weights, num_experts=experts, layout="masked", **given, **options)
+        used = jnp.arange(out.tokens.shape[1]) < out.counts[:, None]
+        y = combine(out.tokens, out.handle, weights=out.weights, **given)
+        rows = out.tokens
+        if not options.get("unused_rows"):
+            rows = jnp.where(used[..., None], rows, 0)
+        return rows, out.weights, y, out.handle
+
+    def both(*inputs):
+        return run(groups[0], in_flight, *inputs), run(groups[1], False, *inputs)
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ranks, tokens, hidden)).astype(jnp.bfloat16)
+    idx = routings.make("zipf", ranks=ranks, tokens=tokens, top_k=top_k, experts=experts)
+    weights = rng.random(idx.shape).astype(np.float32)
+    found, wanted = stacked_jit(both, groups[0].mesh)(x, weights, idx)
+    groups[0].check()
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert got.dtype == want.dtype
+        # Sums of the reference on GPUs may differ in rounding (ARCHITECTURE.md).
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=1e-2, atol=1e-2
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,6 +152,46 @@ def test_many_steps_with_changing_routes(tokens, hidden, layout):
     x = rng.integers(0, 1024, (ranks, tokens, hidden)).astype(np.float32)
     start = rng.integers(0, experts, (ranks, tokens, 1))
     idx = ((start + 3 * np.arange(top_k)) % experts).astype(np.int32)  # distinct: 3 * 8 < experts
+    wrong = stacked_jit(run, group.mesh)(x, idx)
+    group.check()
+    assert not np.any(wrong), wrong
+
+
+@pytest.mark.parametrize("layout", ["expert", "token"])
+def test_many_steps_with_two_ops_in_flight(layout):
+    """Two micro-batches: each has an op in flight while the other one's is begun or finished."""
+    ranks, tokens, hidden, top_k, local = ranks_at_most(8), 32, 2048, 4, 8
+    experts = ranks * local
+    group = make_group(ranks, "cuda", channels=2, latency_tokens=tokens, latency_hidden=2 * hidden)
+    given: dict[str, Any] = {"group": group, "config": LATENCY}
+
+    def run(x, idx):
+        def step(wrong, i):
+            now = [jnp.mod(x + i + 7 * batch, 1024.0) for batch in range(2)]
+            ids = [(idx + (5 + batch) * i) % experts for batch in range(2)]
+            options = {"num_experts": experts, "layout": layout, **given}
+            tickets = [
+                jax_ep.dispatch_start(*pair, **options) for pair in zip(now, ids, strict=True)
+            ]
+            first = jax_ep.dispatch_done(tickets[1])  # in another order than they were begun
+            home = jax_ep.combine_start(first.tokens, first.handle, **given)
+            home, turned = home.beside(lambda x: x[::-1], now[0])
+            second = jax_ep.dispatch_done(tickets[0])
+            y_second = jax_ep.combine(second.tokens, second.handle, **given)
+            y_first = jax_ep.combine_done(home)
+            for y, rows, there in zip((y_second, y_first), now, ids, strict=True):
+                times = jax.nn.one_hot(there // local, ranks).max(axis=1).sum(axis=-1)
+                times = times if layout == "token" else jnp.full(tokens, top_k)
+                wrong += jnp.sum(y != rows * times[:, None])
+            return wrong + jnp.sum(turned[::-1] != now[0]), None
+
+        first = jnp.zeros((), jnp.int32) + jnp.sum(idx) * 0
+        return lax.scan(step, first, jnp.arange(STEPS // 4))[0][None]
+
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 1024, (ranks, tokens, hidden)).astype(np.float32)
+    start = rng.integers(0, experts, (ranks, tokens, 1))
+    idx = ((start + 3 * np.arange(top_k)) % experts).astype(np.int32)
     wrong = stacked_jit(run, group.mesh)(x, idx)
     group.check()
     assert not np.any(wrong), wrong

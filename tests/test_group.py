@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep._backends import native
+from jax_ep._backends import calls, native
 from jax_ep._groups import create, gpu_side
 from jax_ep._groups.room import MOST_CHANNELS, Room
 from jax_ep._groups.topology import Topology
@@ -232,7 +232,7 @@ def test_programs_and_groups_place_ranks_alike(axes):
     mesh = make_mesh((2, 3, 2), ("a", "b", "c"))
     group = jax_ep.create_group(mesh, axes, backend="reference")
     places = shard(
-        lambda: native._coords(group)[None], mesh, in_specs=(), out_specs=P(mesh.axis_names)
+        lambda: calls.coords(group)[None], mesh, in_specs=(), out_specs=P(mesh.axis_names)
     )
     found = np.asarray(jax.jit(places)()).reshape(*mesh.devices.shape, 2)
     instances = create._instances(mesh, group.axis_names)

@@ -16,10 +16,12 @@ import jax_ep
 import oracle
 import routings
 from jax_ep import _cpu
+from jax_ep._ops import flights, gradients, halves
 from spmd import make_group, native_calls, need_devices, ranks_at_most, stacked_jit
 
 RANKS, TOKENS, TOP_K, EXPERTS, HIDDEN = ranks_at_most(2), 12, 3, 8, 128
 LATENCY = jax_ep.DispatchConfig(mode="latency")
+HALVES = ("start", "done")
 
 
 def data(seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -160,6 +162,115 @@ def test_more_entries_than_latency_mode_takes():
             continue
         with pytest.raises(ValueError, match=r"at most 65536 entries of topk_idx.*got 66560"):
             jax.eval_shape(mapped, x, idx)
+
+
+def test_work_beside_ops_in_flight(backend):
+    """Results and gradients are those of plain ops; the work is done wherever XLA runs it."""
+    group = make(backend, channels=2)
+
+    def run(in_flight, x, weights, idx):
+        given = {"group": group, "config": LATENCY}
+        if in_flight:
+            ticket = jax_ep.dispatch_start(x, idx, weights, num_experts=EXPERTS, **given)
+            ticket, (shared, _) = ticket.beside(lambda x, w: (x * w, None), x, weights[:, :1])
+            out = jax_ep.dispatch_done(ticket)
+            ticket = jax_ep.combine_start(out.tokens, out.handle, weights=out.weights, **given)
+            ticket, more = ticket.beside(jnp.sin, shared)
+            y = jax_ep.combine_done(ticket)
+        else:
+            shared = x * weights[:, :1]
+            more = jnp.sin(shared)
+            out = jax_ep.dispatch(x, idx, weights, num_experts=EXPERTS, **given)
+            y = jax_ep.combine(out.tokens, out.handle, weights=out.weights, **given)
+        return jnp.sum((y + shared * more) ** 2), (y, more, out)
+
+    def both(*inputs):
+        steps = (jax.grad(lambda *a, f=f: run(f, *a), (0, 1), has_aux=True) for f in (True, False))
+        return [step(*inputs) for step in steps]
+
+    found, wanted = stacked_jit(both, group.mesh)(*data())
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        oracle.assert_same(got, want, "in flight")
+
+
+def test_what_work_beside_an_op_must_be():
+    opened = flights.Opened(1, 1, 0, None)
+    ones = jnp.ones(1, jnp.int32)
+    handle = jax_ep.Handle(**dict.fromkeys(f.name for f in dataclasses.fields(jax_ep.Handle)))
+    sent = halves.SentCombine(
+        ones, None, jnp.ones((1, 1)), None, handle, gradients.CombineOptions(make())
+    )
+    ticket = jax_ep.Ticket(sent, op="combine", opened=opened)
+    with pytest.raises(TypeError, match=r"Ticket.beside: argument args: .*arrays.*got none"):
+        ticket.beside(lambda: ones)
+    with pytest.raises(
+        TypeError, match=r"Ticket.beside: argument work: .*returns arrays.*NoneType"
+    ):
+        ticket.beside(lambda _: None, ones)
+    again, _ = ticket.beside(lambda x: (jnp.zeros(0), x + 1), ones)
+    assert again.payload.work.shape == (1,) and again.opened is opened
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_op_in_flight_on_gpus_has_no_batch(batch):
+    group = dataclasses.replace(make(), backend="cuda")
+
+    def run(x, idx):
+        ticket = jax_ep.dispatch_start(x, idx, group=group, num_experts=EXPERTS, config=LATENCY)
+        return jax_ep.dispatch_done(ticket).tokens
+
+    mapped = jax.shard_map(
+        jax.vmap(run),
+        mesh=group.mesh,
+        in_specs=P(None, "expert"),
+        out_specs=P(None, "expert"),
+        check_vma=False,
+    )
+    x = jax.ShapeDtypeStruct((batch, RANKS * TOKENS, HIDDEN), jnp.float32)
+    idx = jax.ShapeDtypeStruct((batch, RANKS * TOKENS, TOP_K), jnp.int32)
+    if batch == 1:
+        assert len(native_calls(jax.make_jaxpr(mapped)(x, idx).jaxpr)) == 2
+        return
+    with pytest.raises(NotImplementedError, match="in mode 'latency' has no batch"):
+        jax.eval_shape(mapped, x, idx)
+
+
+@pytest.mark.parametrize("layout", ["expert", "token"])
+def test_calls_in_flight_on_gpus(layout):
+    """Two calls an op, with the lists of their targets."""
+    if not _cpu.build_info()["with_cuda"]:
+        pytest.skip("this build is without the GPU backend: no nvcc, or JAX_EP_CUDA=OFF")
+    wanted = importlib.import_module("jax_ep._cuda").latency_signatures()
+    group = dataclasses.replace(make(), backend="cuda")
+
+    def run(x, weights, idx):
+        given = {"group": group, "config": LATENCY}
+        ticket = jax_ep.dispatch_start(
+            x, idx, weights, num_experts=EXPERTS, layout=layout, capacity=32, **given
+        )
+        ticket, more = ticket.beside(jnp.sin, x)
+        out = jax_ep.dispatch_done(ticket)
+        weights = out.weights if layout == "expert" else None
+        ticket = jax_ep.combine_start(out.tokens, out.handle, weights=weights, **given)
+        return jax_ep.combine_done(ticket) + more
+
+    mapped = jax.shard_map(
+        run, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    x, weights, idx = (array.reshape(-1, array.shape[-1]) for array in data())
+    calls = native_calls(jax.make_jaxpr(mapped)(x, weights, idx).jaxpr)
+    halves_of_ops = [f"jax_ep_latency_{o}_{h}" for o in ("dispatch", "combine") for h in HALVES]
+    assert [call["target"] for call in calls] == halves_of_ops
+    for call in calls:
+        lists = wanted[call["target"]]
+        assert len(call["absent"]) == len(lists["operands"])
+        assert len(call["results"]) == len(lists["results"])
+        assert call["ordered"] and call["in_line"] and not call["scratch"]
+        assert (lists["after"], lists["scratch"]) == (["after"], ["token"])
+        names = [name for name, _ in call["attributes"]] + ["ordinal"]
+        assert sorted(names) == sorted(lists["attributes"])
+        assert dict(call["attributes"])["channel"] == 1
+    assert dict(calls[0]["attributes"])["capacity"] == 32
 
 
 @pytest.mark.parametrize("layout", ["expert", "token"])

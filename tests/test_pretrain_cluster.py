@@ -98,6 +98,10 @@ def run(capsys, *options: str) -> tuple[int, str]:
             ("--profile-steps", "5:3"),
             "--profile-steps: expected FIRST:LAST, as in 10:12, got '5:3'",
         ),
+        (
+            ("--data", "web=0"),
+            "--data: expected FOLDER or FOLDER=WEIGHT, as in web=0.7, got 'web=0'",
+        ),
         (("--process-id", "3"), "--process-id: expected 0 to 0, less than --num-processes"),
         (("--data", "/no/such"), "--data: expected a folder of packed rows, got /no/such, which"),
     ],

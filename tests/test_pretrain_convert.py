@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from examples.pretrain import config, convert
-from examples.pretrain.attention import rotate
+from examples.pretrain.rotary import frequencies, rotate
 from examples.pretrain.step import TrainState, setup
 from spmd import ranks_at_most
 
@@ -40,6 +40,16 @@ SMALL = {
     "top_k_groups": 2,
 }
 THETA = 10_000.0
+# Of the published DeepSeek-V3.
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 
 
 def load_config(*changes: str) -> config.Config:
@@ -194,7 +204,8 @@ def test_rotary_scores_are_those_of_neighbouring_pairs(ours, theirs):
 
     def rotated(channels: np.ndarray, position: int) -> np.ndarray:
         given = np.float32(channels)[None, None, None]
-        return np.asarray(rotate(given, np.array([[position]]), THETA))[0, 0, 0]
+        turns = frequencies(load_config().model)
+        return np.asarray(rotate(given, np.array([[position]]), turns))[0, 0, 0]
 
     attention = jax.device_get(ours.params["moe"]["attention"])
     queries = (latent @ attention["q_b"]["kernel"][layer - 1]).reshape(2, 20)
@@ -258,14 +269,32 @@ def test_tensors_that_do_not_fit(tmp_path, theirs, change, text):
     ("setting", "text"),
     [
         ({"n_group": 8}, "expected model.num_expert_groups = 8, as .*config.json says, got 2"),
-        ({"rope_scaling": {"type": "yarn"}}, "expected weights without scaled rotary positions"),
+        ({"rope_scaling": YARN}, "expected model.rope_factor = 40, as .*json says of rope_scaling"),
+        (
+            {"rope_scaling": YARN | {"mscale": 0.7}},
+            "expected rope_scaling of type yarn with mscale",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "expected rope_scaling of type yarn"),
     ],
-    ids=["groups", "rope"],
+    ids=["groups", "factor", "mscale", "type"],
 )
 def test_settings_that_do_not_fit(tmp_path, setting, text):
     (tmp_path / "config.json").write_text(json.dumps({"rope_theta": 10_000} | setting))
     with pytest.raises(ValueError, match=f"--weights: {text}"):
         convert.load(tmp_path, load_config().model, None)
+
+
+def test_settings_of_yarn(tmp_path):
+    """They fit if all are the same; without them in config.json the model has none."""
+    path, scaled = tmp_path / "config.json", load_config("model.rope_factor=40").model
+    path.write_text(json.dumps({"rope_theta": 10_000, "rope_scaling": YARN}))
+    with pytest.raises(FileNotFoundError):  # no weights: the settings have passed
+        convert.load(tmp_path, scaled, None)
+    path.write_text(json.dumps({"rope_theta": 10_000}))
+    with pytest.raises(
+        ValueError, match=r"model.rope_factor = 1, as .* has no rope_scaling, got 4"
+    ):
+        convert.load(tmp_path, scaled, None)
 
 
 def test_a_folder_without_files(tmp_path):

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.pretrain import pack, tokenizer
-from examples.pretrain.data import Feed, Rows, held_out_batches
+from examples.pretrain.data import Feed, Rows, Source, held_out_batches
 from examples.pretrain.documents import documents
 from examples.pretrain.rows import Summary
 from spmd import ranks_at_most
@@ -58,6 +58,7 @@ def test_documents_of_text_and_jsonl(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "d.bin").write_bytes(b"\0\1")
     assert list(documents([tmp_path], field="content")) == ["two", "three", "one", "two", "three"]
+    assert list(documents([tmp_path], pattern="*.txt")) == ["one"]
     with pytest.raises(
         ValueError, match=r"a.jsonl.gz, line 1: expected a JSON object with the fie"
     ):
@@ -170,6 +171,60 @@ def test_a_position_gives_the_same_batches_on_any_mesh(rows):
         np.concatenate([batch["tokens"] for batch in small]),
         np.concatenate([batch["tokens"] for batch in after]),
     )
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("other") / "rows"
+    return pretrain_texts.make_rows(folder, seq_len=SEQ_LEN, seed=7)
+
+
+def mixture(*sources: tuple[pathlib.Path, float]) -> Rows:
+    given = [Source(*source) for source in sources]
+    return Rows(given, seq_len=SEQ_LEN, vocab_size=pretrain_texts.VOCAB)
+
+
+def test_a_mixture_has_the_shares_of_its_weights(folder, other_folder, rows):
+    """Each source goes on in its own order, epoch by epoch, and the pattern is an even one."""
+    mixed = mixture((folder, 3.0), (other_folder, 1.0))
+    order, own = mixed.order(3), rows.order(3)
+    taken = [order[n]["tokens"].tobytes() for n in range(4 * rows.summary.num_rows["train"])]
+    expected = [own[n]["tokens"].tobytes() for n in range(3 * rows.summary.num_rows["train"])]
+    from_first = [n for n, row in enumerate(taken) if row in set(expected)]
+    assert [taken[n] for n in from_first] == expected
+    for start in range(0, len(taken) - 39, 40):
+        assert sum(start <= n < start + 40 for n in from_first) == pytest.approx(30, abs=1)
+    held_out = mixed.held_out(0, mixed.summary.num_rows["held_out"])
+    assert all(row["segments"][0] == 1 for row in held_out) and len(held_out) > 3
+
+
+def test_a_position_in_a_mixture_is_one_number(folder, other_folder):
+    mixed = mixture((folder, 0.7), (other_folder, 0.3))
+    batch = 2 * DEVICES
+    first = take(Feed(mixed, split("data"), batch_size=batch, seed=3), 5)
+    after = take(Feed(mixed, split(None), batch_size=batch, seed=3, position=2 * batch), 3)
+    for one, other in zip(first[2:], after, strict=True):
+        np.testing.assert_array_equal(one["tokens"], other["tokens"])
+    # A run is bound to its sources and weights.
+    digests = {
+        mixture(*sources).summary.digest
+        for sources in (
+            ((folder, 0.7), (other_folder, 0.3)),
+            ((folder, 0.3), (other_folder, 0.7)),
+            ((other_folder, 0.7), (folder, 0.3)),
+            ((folder, 1.0),),
+        )
+    }
+    assert len(digests) == 4 and Summary.read(folder).digest in digests
+
+
+def test_sources_of_a_mixture_have_one_tokenizer(folder, tmp_path):
+    loaded = tokenizer.train(pretrain_texts.texts(9, seed=5), vocab=280)
+    pack.pack(pretrain_texts.texts(60), loaded, tmp_path / "b", seq_len=SEQ_LEN, held_out=0.2)
+    with pytest.raises(
+        ValueError, match=r"--data: expected rows of one tokenizer, got .* with two"
+    ):
+        mixture((folder, 1.0), (tmp_path / "b", 1.0))
 
 
 class _Half:

@@ -9,17 +9,21 @@ import json
 import os
 import pathlib
 import signal
+import time
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from tensorboardX.proto.event_pb2 import Event
 
 import jax_ep
+import performance_page
 import pretrain_texts
 from examples.pretrain import flops, metrics
 from examples.pretrain.data import Rows
 from examples.pretrain.loop import DivergedError, Loop, Options
+from examples.pretrain.resume import find_checkpoint
 from spmd import ranks_at_most
 
 pytestmark = pytest.mark.one_process("trains in this process")
@@ -48,7 +52,7 @@ def losses(out: pathlib.Path) -> dict[int, float]:
 def whole(rows, tmp_path_factory) -> pathlib.Path:
     """The folder of a run without interruption."""
     out = tmp_path_factory.mktemp("whole")
-    with make(rows, out) as loop:
+    with make(rows, out, command="a test") as loop:
         assert loop.train() == 0
         loop.finish()
     return out
@@ -74,7 +78,8 @@ def test_a_run_learns_and_leaves_its_results(whole):
     held_out = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
     assert list(held_out) == [4, 8] and held_out[8] < held_out[4]
     assert all(0 <= line["goodput"] < 1 for line in lines if "goodput" in line)
-    assert lines[-2]["tokens_per_second"] > 0 and "mfu" not in lines[-2]  # CPUs have no known peak
+    (last,) = (line for line in lines if line["step"] == 8 and "loss" in line)
+    assert last["tokens_per_second"] > 0 and "mfu" not in last  # CPUs have no known peak
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["4", "8"]
 
 
@@ -98,6 +103,28 @@ def test_report_has_every_picture_and_setting(whole):
     assert len(reader.pictures) == 5 and "Loss" in reader.pictures
     assert "optimizer.peak_lr 0.3" in " ".join(reader.text.split())
     assert "held-out loss" in reader.text
+
+
+def test_the_record_has_what_the_lines_say_and_fits_the_results(whole):
+    """It is a file of ``benchmarks/results/`` as it is, and the pages there can be made with it."""
+    (found,) = performance_page.data.load_results(whole)
+    assert found["loss"] == [[step, loss] for step, loss in losses(whole).items()]
+    assert [step for step, _ in found["held_out_loss"]] == [4, 8]
+    assert found["steps"] == 8 and found["steps_per_line"] == 1 and found["num_skipped"] == 0
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    for name, figure in (
+        ("tokens_per_second", found["tokens_per_second"]),
+        ("step_seconds", found["step_ms"]["median"] / 1e3),
+    ):
+        assert figure == pytest.approx(np.median([line[name] for line in lines if name in line]))
+    assert found["step_ms"]["p10"] <= found["step_ms"]["median"] <= found["step_ms"]["p90"]
+    assert found["mfu"] is None and found["device"] == "cpu" and found["devices"] == DEVICES
+    assert found["weights"] == 304 * 304 and found["settings"]["optimizer"]["peak_lr"] == 0.3
+    assert found["versions"]["jax"] == jax.__version__ and found["command"] == "a test"
+    results = [performance_page.record(), found]
+    performance_page.page.render(
+        performance_page.page.TEMPLATE.read_text(), performance_page.targets, results
+    )
 
 
 def test_tensorboard_has_the_same_losses(whole):
@@ -146,6 +173,41 @@ def test_lines_after_the_checkpoint_are_dropped_and_their_time_is_lost(rows, tmp
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
     assert lines[-1]["up_seconds"] > 1e6 and lines[-1]["goodput"] < 1e-3
+
+
+def test_goodput_counts_the_time_before_the_loop_and_the_last_save(rows, tmp_path):
+    with make(rows, tmp_path, started=time.perf_counter() - 1e6) as loop:
+        loop.train()
+        lines = [line for line in loop.log.lines if "goodput" in line]
+    assert all(line["up_seconds"] > 1e6 and line["goodput"] < 1e-3 for line in lines)
+    assert [line["step"] for line in lines[-2:]] == [8, 8]  # the last step, and after the save
+    assert lines[-1]["up_seconds"] > lines[-2]["up_seconds"]
+
+
+def test_a_process_that_is_killed_while_it_opens_the_lines_loses_none(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            metrics.Log(tmp_path, first_step=1)
+    assert list(losses(tmp_path)) == [1, 2]
+    metrics.Log(tmp_path, first_step=1).close()
+    assert list(losses(tmp_path)) == [1]
+
+
+@pytest.mark.parametrize(("first", "mine"), [(8, None), (8, 4), (-1, 8)])
+def test_all_processes_go_on_from_what_the_first_one_sees(tmp_path, monkeypatch, first, mine):
+    """A shared file system may not show the newest checkpoint to all hosts at once."""
+    if mine is not None:
+        (tmp_path / "checkpoints" / str(mine)).mkdir(parents=True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: np.int32(first))
+    assert find_checkpoint(tmp_path, resume=True) == (None if first < 0 else first)
 
 
 def test_steps_that_are_not_finite_are_skipped(rows, whole, tmp_path):
@@ -209,10 +271,16 @@ def test_a_folder_with_checkpoints_needs_a_word(rows, whole, tmp_path):
         assert loop.step == 8  # these are free
 
 
-def test_a_trace_of_chosen_steps(rows, tmp_path):
-    with make(rows, tmp_path, "optimizer.total_steps=3", profile=(2, 2)) as loop:
+def test_profiles_of_chosen_steps_and_now_and_then(rows, tmp_path, capsys):
+    """One is kept. This model has no op of jax_ep, so both say that they have no shares."""
+    changes = ("optimizer.total_steps=3", "run.profile_every=3")
+    with make(rows, tmp_path, *changes, profile=(2, 2)) as loop:
         loop.train()
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    text = capsys.readouterr().out
+    for step in (2, 3):
+        assert f"step {step}/3: the profile has no op of jax_ep, so there are no shares" in text
+    assert loop.log.last("exchange_share") is None
 
 
 def test_a_line_covers_the_steps_since_the_last_one():
@@ -225,6 +293,7 @@ def test_a_line_covers_the_steps_since_the_last_one():
     line = window.line(seconds=2.0)
     assert line["loss"] == 2.5 and line["dropped"] == 5 / 40 and line["num_skipped"] == 1
     assert line["tokens_per_second"] == 35 and line["mfu"] == 0.35
+    assert line["step_seconds"] == 2.0 / 3
     assert line["load"] == [[0, 20]] and window.num_skipped_in_a_row == 1
     assert (
         metrics.figures_text(line)
@@ -234,7 +303,7 @@ def test_a_line_covers_the_steps_since_the_last_one():
     window.start_clock()
     window.add(step | {"tokens": 20})
     line = window.line(seconds=3.0)
-    assert line["tokens_per_second"] == 20 and line["loss"] == 2.0
+    assert line["tokens_per_second"] == 20 and line["loss"] == 2.0 and line["step_seconds"] == 1.0
     window.add(step | {"skipped": 1})
     line = window.line(seconds=4.0)
     assert "loss" not in line and metrics.figures_text(line).startswith("all steps skipped, 30 tok")

@@ -15,14 +15,14 @@ import optax
 import pytest
 
 import dense_decoder
-from examples.pretrain import blockwise, step
-from examples.pretrain.config import ConfigError, load
+from examples.pretrain import blockwise, shares, step
+from examples.pretrain.config import ConfigError, OptimizerConfig, load
 from examples.pretrain.optimizer import learning_rate
 from spmd import need_devices
 
 pytestmark = pytest.mark.one_process("trains in one process")
 
-NUM_STEPS = 4
+NUM_STEPS = 50
 BATCHES = [pretrain_cases.batch(pretrain_cases.small(), seed) for seed in range(NUM_STEPS)]
 SCAN = ("parallel.fsdp=4", "model.remat=attention")
 # Ways to run a model, and the model where it is another one.
@@ -42,6 +42,8 @@ WAYS = {
         "model.num_dense_layers=0",
         "model.q_lora_rank=0",
         "model.mtp=true",
+        "model.rope_factor=4",
+        "model.rope_original_seq_len=16",
     ),
 }
 
@@ -112,11 +114,13 @@ def test_steps_are_those_of_a_dense_model(way):
     """Losses, statistics and, at the end, parameters."""
     state, found = trained(*WAYS[way])
     params, bias, wanted = dense_of(WAYS[way])
-    for metrics, (report, norm) in zip(found, wanted, strict=True):
+    for step_index, (metrics, (report, norm)) in enumerate(zip(found, wanted, strict=True)):
         np.testing.assert_allclose(metrics["loss"], report.loss, rtol=1e-4)
         np.testing.assert_allclose(metrics["aux_loss"], 0.01 * report.sequence_loss, rtol=1e-4)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-3)
-        np.testing.assert_array_equal(metrics["load"], report.load)
+        # Later a token whose experts are nearly equal may go to another one, on other CPUs.
+        if step_index < 4:
+            np.testing.assert_array_equal(metrics["load"], report.load)
         assert ("mtp_loss" in metrics) == (report.mtp_loss is not None)
         if report.mtp_loss is not None:
             np.testing.assert_allclose(metrics["mtp_loss"], report.mtp_loss, rtol=1e-4)
@@ -125,6 +129,29 @@ def test_steps_are_those_of_a_dense_model(way):
     np.testing.assert_allclose(state.router_bias, bias, atol=1e-7)
     assert np.abs(bias).max() > 0.01
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), state.params, params)
+
+
+def test_rows_in_float8():
+    """The loss is near that with exact rows, and not the same one."""
+    one_layer = ("model.num_layers=1", "model.num_dense_layers=0", "model.remat=none")
+    setup = make("model.hidden=128", "model.fp8_dispatch=true", "parallel.fsdp=4", *one_layer)
+    state = pretrain_cases.made_up(setup)
+    given = jax.device_get(state)
+    loss = functools.partial(dense_decoder.loss, setup.config.model)
+    exact = jax.jit(loss)(given.params, given.router_bias, BATCHES[0]).loss
+    _, found = pretrain_cases.train(setup, state, BATCHES[:1] * 4)
+    difference = abs(found[0]["loss"] / exact - 1)
+    assert 1e-5 < difference < 1e-2
+    assert found[3]["loss"] < found[0]["loss"] - 0.1 and not any(one["skipped"] for one in found)
+
+
+def test_learning_rate_of_each_step():
+    """No step has a rate of zero, and the last one has the lowest."""
+    config = OptimizerConfig(peak_lr=2.0, warmup_steps=4, total_steps=12, min_lr_ratio=0.25)
+    rates = [float(learning_rate(config)(count)) for count in range(12)]
+    np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(1, 9) / 8))
+    np.testing.assert_allclose(rates[4:], 2.0 * (0.25 + 0.75 * cosine), rtol=1e-6)
 
 
 def test_initial_weights_learn():
@@ -144,6 +171,28 @@ def test_metrics_say_what_the_batch_was():
     entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1) / np.log(share.shape[1])
     np.testing.assert_allclose(metrics["load_entropy"], entropy.mean(), rtol=1e-5)
     assert (metrics["load"].sum(axis=1) == 2 * (segments[:, :-1] > 0).sum()).all()
+
+
+def test_shares_of_the_time_of_a_step(tmp_path):
+    """From a profile of CPU devices: each runs two layers with experts, forward, again and backward."""
+    setup = make(*SCAN)
+    pretrain_cases.train(setup, pretrain_cases.made_up(setup), BATCHES[:1])
+    batch = jax.device_put(BATCHES[0], setup.batch_sharding)
+    state = pretrain_cases.made_up(setup)
+    with jax.profiler.trace(str(tmp_path)):
+        state, metrics = setup.train_step(state, batch)
+        jax.block_until_ready(metrics)
+    text = setup.train_step.lower(state, batch).compile().as_text()
+    devices = shares._cpu_events(tmp_path, text)
+    assert len(devices) == 8
+    for events in devices.values():
+        kinds = [event.kind for event in events]
+        counts = {kind: kinds.count(kind) for kind in ("plan", "dispatch", "combine")}
+        assert counts == {"plan": 2, "dispatch": 6, "combine": 4}
+    found = shares.read(tmp_path, lambda: text)
+    of_kinds = [found[f"{kind}_share"] for kind in ("plan", "dispatch", "combine")]
+    assert min(of_kinds) > 0 and max(of_kinds) <= found["exchange_share"] < 1
+    assert sum(of_kinds) >= found["exchange_share"] * 0.999 and "exposed_share" not in found
 
 
 def test_a_step_without_finite_loss_is_skipped():

@@ -132,3 +132,45 @@ def test_hidden_of_whole_blocks():
 def test_no_arrays(call, text):
     with pytest.raises(TypeError, match=rf"jax_ep\.{text}"):
         call()
+
+
+def test_packed_scales_by_hand():
+    """The example of the docstring."""
+    scales = jnp.array([[1, 2], [0.5, 1], [1, 1], [4, 1]], jnp.float32)
+    assert jax_ep.pack_scales(scales).tolist() == [[0x807F, 0x7F7E, 0x7F7F, 0x7F81]]
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (8, 4), (1, 56), (2, 7, 9), (3, 4, 1)])
+def test_packed_scales(shape):
+    """As ml_dtypes has these numbers, in 8 bits each; then padded, packed and transposed."""
+    rng = np.random.default_rng(0)
+    scales = np.ldexp(np.float32(1), rng.integers(-120, 121, shape)).astype(np.float32)
+    *outer, rows, blocks = shape
+    padded = np.zeros((*outer, -(-rows // 4) * 4, -(-blocks // 4) * 4), np.uint8)
+    padded[..., :rows, :blocks] = scales.astype(ml_dtypes.float8_e8m0fnu).view(np.uint8)
+    want = np.swapaxes(padded.view(np.int32), -1, -2)
+    got = jax.jit(jax_ep.pack_scales)(scales)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, want)
+
+
+def test_packed_scales_of_rows():
+    """Those of format "ue8m0" say all: a scale is 2 to the power of its 8 bits less 127."""
+    x = np.random.default_rng(1).standard_normal((4, 512)).astype(np.float32)
+    scales = jax_ep.quantize(x, scale_format="ue8m0").scales
+    (words,) = np.asarray(jax_ep.pack_scales(scales))
+    exponents = words.view(np.uint8).reshape(4, 4).astype(int)
+    np.testing.assert_array_equal(np.ldexp(1.0, exponents - 127), scales)
+    assert jax_ep.pack_scales(jnp.zeros((4, 4))).tolist() == [[0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("scales", "error", "text"),
+    [
+        (jnp.zeros((4, 4), jnp.bfloat16), TypeError, "scales: expected float32, got bfloat16"),
+        (jnp.zeros(4), ValueError, r"scales: expected \[..., rows, blocks\], got shape \(4,\)"),
+    ],
+)
+def test_scales_that_are_not_packed(scales, error, text):
+    with pytest.raises(error, match=f"jax_ep.pack_scales: argument {text}"):
+        jax_ep.pack_scales(scales)

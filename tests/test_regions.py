@@ -271,32 +271,64 @@ def test_groups_keep_the_order_of_the_program(order, start):
     assert [call.group_id for call in rows] == list(order)
 
 
-def test_latency_mode_is_in_line_and_in_order(caplog):
-    """It has one inbox, so start halves do all the work, and none of its ops passes another."""
-    flights._warn_of_start.cache_clear()
+def test_latency_mode_is_in_line_and_in_order():
+    """Ops in flight have two calls, on a channel of their own, and no call passes another."""
     group, latency = make_group(**LATENCY), jax_ep.DispatchConfig(mode="latency")
 
     def run(x, idx):
-        out = jax_ep.dispatch_done(dispatch_pair(group, x, idx, config=latency))
-        again = jax_ep.dispatch(out.tokens[:TOKENS], handle=out.handle, group=group, config=latency)
-        ticket = jax_ep.combine_start(again.tokens, out.handle, group=group, config=latency)
+        ticket = dispatch_pair(group, x, idx, config=latency)
+        again = jax_ep.dispatch(x, idx, group=group, num_experts=EXPERTS, config=latency)
+        out = jax_ep.dispatch_done(ticket)
+        rows = out.tokens + again.tokens
+        ticket = jax_ep.combine_start(rows, out.handle, group=group, config=latency)
         return jax_ep.combine_done(ticket)
 
     calls = calls_of(run, grad=True)
-    assert [call.target for call in calls] == [
-        "jax_ep_latency_dispatch",
-        "jax_ep_dispatch",
-        "jax_ep_latency_combine",
-        "jax_ep_dispatch",
-        "jax_ep_combine",
-        "jax_ep_combine",
+    assert [(call.target.removeprefix("jax_ep_"), call.channel) for call in calls] == [
+        ("latency_dispatch_start", 1),
+        ("latency_dispatch", 0),
+        ("latency_dispatch_done", 1),
+        ("latency_combine_start", 1),
+        ("latency_combine_done", 1),
+        ("dispatch", 0),
+        ("combine", 0),
+        ("combine", 0),
     ]
-    assert {(call.channel, call.stream) for call in calls} == {(0, "")}
-    for pass_ in calls[:3], calls[3:]:  # forward and backward are lowered into blocks of their own
+    assert {call.stream for call in calls} == {""}
+    for pass_ in calls[:5], calls[5:]:  # forward and backward are lowered into blocks of their own
         for before, call in itertools.pairwise(pass_):
             assert call.after.startswith(f"{before.result}#")
-    why = "mode 'latency' has one inbox, and so one op at a time"
-    assert f"start halves do all the work, and nothing overlaps: {why}" in caplog.text
+
+
+def test_each_op_in_flight_in_latency_mode_holds_a_channel():
+    """Also one that comes after another; and none of them holds SMs."""
+    group, latency = make_group(channels=2, **LATENCY), jax_ep.DispatchConfig(mode="latency")
+    free = []
+
+    def run(x, idx):
+        first = dispatch_pair(group, x, idx, config=latency)
+        second = dispatch_pair(group, x + 1, idx, config=latency, after=first)
+        with pytest.raises(ValueError, match=r"create_group\(channels=2\), all held .*; 3 ops"):
+            dispatch_pair(group, x, idx, config=latency, after=second)
+        one = jax_ep.dispatch_done(first)
+        third = dispatch_pair(group, x + 2, idx, config=latency, after=second)
+        free.extend(ticket.free_sms for ticket in (first, second, third))
+        two, three = jax_ep.dispatch_done(second), jax_ep.dispatch_done(third)
+        beside = dispatch_pair(group, x + 3, idx, config=jax_ep.DispatchConfig(num_sms=90))
+        four = jax_ep.dispatch_done(beside)
+        free.append(beside.free_sms)
+        return one.tokens + two.tokens + three.tokens + four.tokens
+
+    calls = [call for call in calls_of(run) if "latency" in call.target]
+    assert [(call.target[-5:], call.channel) for call in calls] == [
+        ("start", 1),
+        ("start", 2),
+        ("_done", 1),
+        ("start", 1),
+        ("_done", 2),
+        ("_done", 1),
+    ]
+    assert free == [None, None, None, 132 - 90]
 
 
 @pytest.mark.parametrize("sms", [80, 97])
@@ -317,7 +349,7 @@ def test_latency_mode_beside_an_op_in_flight(sms):
 
 def test_latency_mode_after_an_op_in_flight():
     """What it comes after is on another channel, so its operands wait for that."""
-    group, idx = make_group(**LATENCY), jnp.zeros((TOKENS, 2), jnp.int32)
+    group, idx = make_group(channels=2, **LATENCY), jnp.zeros((TOKENS, 2), jnp.int32)
     _, opened = flights.take_off("dispatch_start", group, 24)
     ticket = jax_ep.Ticket(jnp.ones((2, 2)), op="dispatch", opened=opened)
     for latency in False, True:

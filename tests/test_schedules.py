@@ -27,6 +27,7 @@ PROGRAM = pathlib.Path(__file__).parent / "support" / "gpu_schedules.py"
 def compiled():
     """What the program prints, by name."""
     names = ["same text", "free", "after", "grouped_dot", "chunks", "kernels", "shared_expert"]
+    names += ["latency", "latency gradient", "latency without names"]
     names.append("chunks without regions")  # which takes them away for good
     names += ["memory", *(["hosts"] if NO_NETWORK is None else [])]  # on meshes of their own
     lines = [json.loads(line) for line in gpu_compiler.run(str(PROGRAM), *names).splitlines()]
@@ -81,6 +82,17 @@ def test_the_shared_expert_hides_the_dispatch(compiled):
     ops = compiled["shared_expert"]["ops"]
     assert "matmul" in beside(ops, "dispatch 1")
     assert not {"dispatch", "combine"} & set(ops)
+
+
+def test_named_work_runs_between_the_calls_of_latency_mode(compiled):
+    """Also in the forward pass of a gradient. Other work may run anywhere else."""
+    for name in "latency", "latency gradient":
+        ops = compiled[name]["ops"]
+        for op in "dispatch", "combine":
+            start, done = (ops.index(f"latency_{op}_{half}") for half in ("start", "done"))
+            assert ops[start + 1 : done] == ["matmul"], (name, op)
+    ops = compiled["latency without names"]["ops"]
+    assert ops.index("latency_dispatch_done") == ops.index("latency_dispatch_start") + 1
 
 
 def test_memory_follows_the_room_for_rows(compiled):

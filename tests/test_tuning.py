@@ -18,7 +18,7 @@ import pytest
 import jax_ep
 from conftest import PLATFORM
 from jax_ep import _compat, tune
-from jax_ep._backends import native
+from jax_ep._backends import calls
 from jax_ep._groups import tuning
 from jax_ep._groups.group import sms_of
 from jax_ep._groups.tuning import CrossoverKey, Key
@@ -96,7 +96,7 @@ def test_buckets(tokens, bucket):
 def test_attributes_carry_the_number():
     group = make_group(tuning={KEY: 20})
     attributes = functools.partial(
-        native._attributes,
+        calls.attributes,
         group,
         8,
         "token",

@@ -275,8 +275,9 @@ NB_MODULE(_cuda, m) {
       "error text).");
   m.def("workspace_bytes", &transport::WorkspaceBytes, nb::arg("num_channels"),
         nb::arg("num_ranks") = 0, nb::arg("latency_tokens") = 0, nb::arg("latency_hidden") = 0,
-        "Bytes of device memory that a group takes on each of its GPUs: its channels, and an inbox "
-        "of latency mode for so many ranks on a host, tokens a rank and channels of 16 bits.");
+        "Bytes of device memory that a group takes on each of its GPUs: its channels, and for each "
+        "an inbox of latency mode for so many ranks on a host, tokens a rank and channels of 16 "
+        "bits.");
   m.def("plan_scratch_size", &PlanScratchSize, nb::arg("layout"), nb::arg("num_tokens"),
         nb::arg("top_k"), nb::arg("num_experts"), nb::arg("num_ranks"),
         "Number of int32 in the scratch result of target jax_ep_plan.");

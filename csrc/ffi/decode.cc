@@ -4,6 +4,7 @@
 #include <string>
 #include <type_traits>
 
+#include "ffi/decode_parts.h"
 #include "plan/routing.h"
 
 namespace jax_ep {
@@ -13,8 +14,6 @@ namespace ffi = ::xla::ffi;
 namespace {
 
 constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
-
-int32_t* Ints(ffi::AnyBuffer buffer) { return static_cast<int32_t*>(buffer.untyped_data()); }
 
 }  // namespace
 
@@ -178,36 +177,44 @@ void CheckRowValues(Checker& check, const char* what, ffi::AnyBuffer values,
 
 }  // namespace
 
-namespace {
-
-// Checks a plan, and gives its shape.
-template <typename Buffers>
-plan::PlanShape CheckPlan(Checker& check, const PlanAttrs& attrs, const Buffers& buffers) {
-  const auto [num_tokens, top_k] = check.MatrixArgument("topk_idx", buffers.topk_idx);
-  const int64_t capacity = static_cast<int64_t>(buffers.recv_src.element_count());
+plan::PlanShape CheckPlanShape(Checker& check, const PlanAttrs& attrs, ffi::AnyBuffer topk_idx,
+                               int64_t capacity) {
+  const auto [num_tokens, top_k] = check.MatrixArgument("topk_idx", topk_idx);
   CheckExtents(check, attrs.group, num_tokens, top_k, capacity);
   const bool by_token = attrs.group.layout == static_cast<int32_t>(plan::Layout::kToken);
   check.Attribute("expert_capacity", attrs.expert_capacity >= 0, "a number of rows",
                   attrs.expert_capacity);
   check.Attribute("alignment", attrs.alignment > 0, "a positive number", attrs.alignment);
+  check.Attribute("masked", attrs.masked == 0 || (attrs.masked == 1 && !by_token),
+                  "0, or 1 in layout 'expert'", attrs.masked);
   if (!check.ok()) return {};
   check.Attribute("alignment", by_token || capacity % attrs.alignment == 0,
                   "a divisor of the capacity", attrs.alignment);
+  const int64_t num_local = attrs.group.num_experts / attrs.group.num_ranks;
+  check.Attribute("alignment", attrs.masked == 0 || capacity == num_local * attrs.alignment,
+                  "the rows of a masked expert", attrs.alignment);
+  check.Argument("topk_idx", topk_idx, ffi::S32, {num_tokens, top_k});
+  return {attrs.group.num_ranks,
+          static_cast<int32_t>(num_tokens),
+          static_cast<int32_t>(top_k),
+          attrs.group.num_experts,
+          static_cast<int32_t>(capacity),
+          attrs.alignment,
+          attrs.expert_capacity,
+          static_cast<plan::Layout>(attrs.group.layout),
+          attrs.masked != 0};
+}
 
-  const plan::PlanShape shape = {
-      attrs.group.num_ranks,          static_cast<int32_t>(num_tokens),
-      static_cast<int32_t>(top_k),    attrs.group.num_experts,
-      static_cast<int32_t>(capacity), attrs.alignment,
-      attrs.expert_capacity,          static_cast<plan::Layout>(attrs.group.layout)};
-  ops::Geometry geometry{};
-  geometry.num_ranks = shape.num_ranks;
-  geometry.num_experts = shape.num_experts;
-  geometry.num_tokens = shape.num_tokens;
-  geometry.top_k = shape.top_k;
-  geometry.capacity = shape.capacity;
-  geometry.layout = shape.layout;
+namespace {
+
+// Checks a plan, and gives its shape.
+template <typename Buffers>
+plan::PlanShape CheckPlan(Checker& check, const PlanAttrs& attrs, const Buffers& buffers) {
+  const plan::PlanShape shape = CheckPlanShape(
+      check, attrs, buffers.topk_idx, static_cast<int64_t>(buffers.recv_src.element_count()));
+  if (!check.ok()) return {};
+  const ops::Geometry geometry = ops::GeometryOf(shape);
   const int64_t num_local_experts = shape.num_local_experts();
-  check.Argument("topk_idx", buffers.topk_idx, ffi::S32, {num_tokens, top_k});
   CheckHandleBuffers(check, "result ", buffers, geometry);
   check.Result("group_sizes", buffers.group_sizes, ffi::S32, {num_local_experts});
   check.Result("counts", buffers.counts, ffi::S32, {num_local_experts});
@@ -242,10 +249,10 @@ ops::UnusedRows CheckUnusedRows(Checker& check, int32_t unused_rows) {
   return static_cast<ops::UnusedRows>(unused_rows);
 }
 
-// Checks the payload: x, its scales, and the rows that come of them.
-void CheckPayload(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x,
-                  ffi::AnyBuffer scales, ffi::AnyBuffer rows, ffi::AnyBuffer row_scales,
-                  ops::DispatchArgs& args) {
+}  // namespace
+
+void CheckSent(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x, ffi::AnyBuffer scales,
+               ffi::AnyBuffer weights, ops::DispatchArgs& args) {
   ops::Geometry& geometry = args.geometry;
   CheckRows(check, "x", x, geometry.num_tokens, geometry);
   check.Attribute("quantization", attrs.quantization >= 0 && attrs.quantization <= 2,
@@ -256,7 +263,6 @@ void CheckPayload(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x,
 
   const bool quantize = args.quantization != ops::Quantization::kNone;
   const bool quantized_input = geometry.dtype == ops::DType::kFloat8E4M3FN;
-  const bool quantized_output = quantized_input || (quantize && !args.dense_output);
   const int64_t num_blocks = geometry.hidden / ops::kScaleBlock;
   if (quantize && quantized_input)
     check.Argument("x", x, ffi::BF16, {geometry.num_tokens, geometry.hidden});
@@ -269,36 +275,67 @@ void CheckPayload(Checker& check, const DispatchAttrs& attrs, ffi::AnyBuffer x,
   } else {
     check.Argument("scales", scales, ffi::F32, {0});
   }
-  check.Result("rows", rows, quantized_output ? ffi::F8E4M3FN : x.element_type(),
-               {geometry.capacity, geometry.hidden});
-  if (quantized_output) {
-    check.Result("row_scales", row_scales, ffi::F32, {geometry.capacity, num_blocks});
-  } else {
-    check.Result("row_scales", row_scales, ffi::F32, {0});
-  }
   args.x = x.untyped_data();
-  args.rows = rows.untyped_data();
   args.scales = quantized_input ? static_cast<const float*>(scales.untyped_data()) : nullptr;
-  args.row_scales = quantized_output ? static_cast<float*>(row_scales.untyped_data()) : nullptr;
+  if (IsPresent(weights)) {
+    check.Argument("weights", weights, ffi::F32, {geometry.num_tokens, geometry.top_k});
+    args.weights = static_cast<const float*>(weights.untyped_data());
+  } else {
+    check.Argument("weights", weights, ffi::F32, {0});
+  }
 }
+
+namespace {
 
 template <typename Buffers>
 void DecodeDispatch(Checker& check, const DispatchAttrs& attrs, const Buffers& buffers,
                     ops::DispatchArgs& args) {
   args.handle = CheckHandle(check, attrs.group, buffers, args.geometry);
   if (!check.ok()) return;
-  CheckPayload(check, attrs, buffers.x, buffers.scales, buffers.rows, buffers.row_scales, args);
+  CheckSent(check, attrs, buffers.x, buffers.scales, buffers.weights, args);
   const ops::Geometry& geometry = args.geometry;
-  if (!IsPresent(buffers.weights)) {
-    check.Argument("weights", buffers.weights, ffi::F32, {0});
-    check.Result("row_weights", buffers.row_weights, ffi::F32, {0});
-    return;
+  const bool quantized = args.scales != nullptr ||
+                         (args.quantization != ops::Quantization::kNone && !args.dense_output);
+  check.Result("rows", buffers.rows, quantized ? ffi::F8E4M3FN : buffers.x.element_type(),
+               {geometry.capacity, geometry.hidden});
+  args.rows = buffers.rows.untyped_data();
+  if (quantized) {
+    check.Result("row_scales", buffers.row_scales, ffi::F32,
+                 {geometry.capacity, geometry.hidden / ops::kScaleBlock});
+    args.row_scales = static_cast<float*>(buffers.row_scales.untyped_data());
+  } else {
+    check.Result("row_scales", buffers.row_scales, ffi::F32, {0});
   }
-  check.Argument("weights", buffers.weights, ffi::F32, {geometry.num_tokens, geometry.top_k});
-  CheckRowValues(check, "result row_weights", buffers.row_weights, geometry);
-  args.weights = static_cast<const float*>(buffers.weights.untyped_data());
-  args.row_weights = static_cast<float*>(buffers.row_weights.untyped_data());
+  if (args.weights != nullptr) {
+    CheckRowValues(check, "result row_weights", buffers.row_weights, geometry);
+    args.row_weights = static_cast<float*>(buffers.row_weights.untyped_data());
+  } else {
+    check.Result("row_weights", buffers.row_weights, ffi::F32, {0});
+  }
 }
+
+}  // namespace
+
+void CheckSummed(Checker& check, ffi::AnyBuffer rows, ffi::AnyBuffer row_weights,
+                 ops::CombineArgs& args) {
+  ops::Geometry& geometry = args.geometry;
+  CheckSummableRows(check, "rows", rows, geometry.capacity, geometry);
+  args.rows = rows.untyped_data();
+  if (IsPresent(row_weights)) {
+    check.Argument("row_weights", row_weights, ffi::F32, {geometry.capacity});
+    args.row_weights = static_cast<const float*>(row_weights.untyped_data());
+  } else {
+    check.Argument("row_weights", row_weights, ffi::F32, {0});
+  }
+}
+
+ops::Handle CheckHandleOperands(Checker& check, const GroupAttrs& attrs,
+                                const LatencyCombineStartBuffers& buffers,
+                                ops::Geometry& geometry) {
+  return CheckHandle(check, attrs, buffers, geometry);
+}
+
+namespace {
 
 template <typename Buffers>
 void DecodeCombine(Checker& check, const CombineAttrs& attrs, const Buffers& buffers,
@@ -306,16 +343,9 @@ void DecodeCombine(Checker& check, const CombineAttrs& attrs, const Buffers& buf
   ops::Geometry& geometry = args.geometry;
   args.handle = CheckHandle(check, attrs.group, buffers, geometry);
   if (!check.ok()) return;
-  CheckSummableRows(check, "rows", buffers.rows, geometry.capacity, geometry);
+  CheckSummed(check, buffers.rows, buffers.row_weights, args);
   check.Result("y", buffers.y, buffers.rows.element_type(), {geometry.num_tokens, geometry.hidden});
-  args.rows = buffers.rows.untyped_data();
   args.y = buffers.y.untyped_data();
-  if (IsPresent(buffers.row_weights)) {
-    check.Argument("row_weights", buffers.row_weights, ffi::F32, {geometry.capacity});
-    args.row_weights = static_cast<const float*>(buffers.row_weights.untyped_data());
-  } else {
-    check.Argument("row_weights", buffers.row_weights, ffi::F32, {0});
-  }
   if (IsPresent(buffers.home)) {
     CheckRowValues(check, "argument values", buffers.values, geometry);
     check.Result("home", buffers.home, ffi::F32, {geometry.num_tokens, geometry.top_k});
@@ -364,21 +394,5 @@ JAX_EP_DECODE(Combine, NetworkCombineBuffers)
 JAX_EP_DECODE(CombineVjp, CombineVjpBuffers)
 JAX_EP_DECODE(CombineVjp, NetworkCombineVjpBuffers)
 #undef JAX_EP_DECODE
-
-void Decode(Checker& check, const LatencyDispatchAttrs& attrs,
-            const LatencyDispatchBuffers& buffers, ops::PlanArgs& plan_args,
-            ops::DispatchArgs& args) {
-#define JAX_EP_SAME_BUFFER(name) buffers.name,
-  const PlanBuffers of_plan{JAX_EP_PLAN_OPERANDS(JAX_EP_SAME_BUFFER)
-                                JAX_EP_PLAN_RESULTS(JAX_EP_SAME_BUFFER)};
-  Decode(check, PlanAttrs{attrs.group, attrs.alignment, attrs.expert_capacity}, of_plan, plan_args);
-  if (!check.ok()) return;
-  const DispatchBuffers of_rows{JAX_EP_DISPATCH_OPERANDS(JAX_EP_SAME_BUFFER)
-                                    JAX_EP_DISPATCH_RESULTS(JAX_EP_SAME_BUFFER)};
-#undef JAX_EP_SAME_BUFFER
-  Decode(check,
-         DispatchAttrs{attrs.group, attrs.quantization, attrs.dense_output, attrs.unused_rows},
-         of_rows, args);
-}
 
 }  // namespace jax_ep

@@ -41,6 +41,18 @@ void Decode(Checker& check, const LatencyDispatchAttrs& attrs,
 void Decode(Checker& check, const CombineAttrs& attrs, const LatencyCombineBuffers& buffers,
             ops::CombineArgs& args);
 
+// The two calls of such ops. Start calls have no results, so pointers to them are null.
+void Decode(Checker& check, const LatencyDispatchStartAttrs& attrs,
+            const LatencyDispatchStartBuffers& buffers, ops::PlanArgs& plan_args,
+            ops::DispatchArgs& args);
+void Decode(Checker& check, const LatencyDispatchAttrs& attrs,
+            const LatencyDispatchDoneBuffers& buffers, ops::PlanArgs& plan_args,
+            ops::DispatchArgs& args);
+void Decode(Checker& check, const CombineAttrs& attrs, const LatencyCombineStartBuffers& buffers,
+            ops::CombineArgs& args);
+void Decode(Checker& check, const CombineAttrs& attrs, const LatencyCombineDoneBuffers& buffers,
+            ops::CombineArgs& args);
+
 // The same of a group that spans hosts.
 void Decode(Checker& check, const PlanAttrs& attrs, const NetworkPlanBuffers& buffers,
             ops::NetworkPlanArgs& args);

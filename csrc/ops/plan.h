@@ -29,10 +29,22 @@ struct NetworkPlanArgs {
   int32_t* num_invalid;     // [1]
 };
 
+// What the shape says of an op along the plan; hidden and dtype are missing.
+inline Geometry GeometryOf(const plan::PlanShape& shape) {
+  Geometry geometry{};
+  geometry.num_ranks = shape.num_ranks;
+  geometry.num_experts = shape.num_experts;
+  geometry.num_tokens = shape.num_tokens;
+  geometry.top_k = shape.top_k;
+  geometry.capacity = shape.capacity;
+  geometry.layout = shape.layout;
+  return geometry;
+}
+
 inline AgreedNumbers AgreedOn(const plan::PlanShape& shape) {
-  return {shape.num_tokens, shape.top_k,          shape.num_experts,
-          shape.capacity,   shape.alignment,      static_cast<int64_t>(shape.layout),
-          shape.num_ranks,  shape.expert_capacity};
+  return {shape.num_tokens, shape.top_k,           shape.num_experts,
+          shape.capacity,   shape.alignment,       static_cast<int64_t>(shape.layout),
+          shape.num_ranks,  shape.expert_capacity, shape.masked};
 }
 inline AgreedNumbers AgreedOn(const PlanArgs& args) { return AgreedOn(args.shape); }
 inline AgreedNumbers AgreedOn(const NetworkPlanArgs& args) { return AgreedOn(args.shape); }

@@ -30,10 +30,12 @@
 #define JAX_EP_NETWORK_HANDLE_OPERANDS(X) \
   X(topk) X(recv_start) X(recv_token) X(recv_row) X(recv_src) X(expert_idx)
 
-// The last operand of every op of a group is coords: s32[2], the rank within its group, and the
-// number of its group among those that lie side by side in the mesh.
+// The last operand that every op of a group has is coords: s32[2], the rank within its group, and
+// the number of its group among those that lie side by side in the mesh.
 
-#define JAX_EP_PLAN_ATTRIBUTES(X) X(int32_t, alignment) X(int32_t, expert_capacity)
+// masked: 1 if each expert has `alignment` rows, used or not, else 0.
+#define JAX_EP_PLAN_ATTRIBUTES(X) \
+  X(int32_t, alignment) X(int32_t, expert_capacity) X(int32_t, masked)
 #define JAX_EP_PLAN_OPERANDS(X) X(topk_idx) X(coords)
 #define JAX_EP_PLAN_NUMBERS(X) \
   X(group_sizes) X(counts) X(demand) X(num_dropped) X(num_invalid)
@@ -106,6 +108,38 @@
 #define JAX_EP_LATENCY_COMBINE_AFTER(X) JAX_EP_COMBINE_AFTER(X)
 #define JAX_EP_LATENCY_COMBINE_SCRATCH(X) JAX_EP_COMBINE_SCRATCH(X)
 
+// The same ops in two calls. The start call gives `sent`, s32[1], which nobody writes. The done call
+// has the operands of the start call, `sent`, and `work`, of any shape; it reads neither, but so it
+// comes behind the start call, and behind what gives `work`. `capacity` is C, which a start call's
+// buffers do not show.
+#define JAX_EP_LATENCY_DISPATCH_START_ATTRIBUTES(X) \
+  JAX_EP_LATENCY_DISPATCH_ATTRIBUTES(X) X(int32_t, capacity)
+#define JAX_EP_LATENCY_DISPATCH_START_OPERANDS(X) JAX_EP_LATENCY_DISPATCH_OPERANDS(X)
+#define JAX_EP_LATENCY_DISPATCH_START_RESULTS(X) X(sent)
+#define JAX_EP_LATENCY_DISPATCH_START_AFTER(X) X(after)
+#define JAX_EP_LATENCY_DISPATCH_START_SCRATCH(X) X(token)
+
+#define JAX_EP_LATENCY_DISPATCH_DONE_ATTRIBUTES(X) JAX_EP_LATENCY_DISPATCH_ATTRIBUTES(X)
+#define JAX_EP_LATENCY_DISPATCH_DONE_OPERANDS(X) \
+  JAX_EP_LATENCY_DISPATCH_OPERANDS(X) X(sent) X(work)
+#define JAX_EP_LATENCY_DISPATCH_DONE_RESULTS(X) JAX_EP_LATENCY_DISPATCH_RESULTS(X)
+#define JAX_EP_LATENCY_DISPATCH_DONE_AFTER(X) X(after)
+#define JAX_EP_LATENCY_DISPATCH_DONE_SCRATCH(X) X(token)
+
+#define JAX_EP_LATENCY_COMBINE_START_ATTRIBUTES(X)
+#define JAX_EP_LATENCY_COMBINE_START_OPERANDS(X) \
+  X(rows) X(row_weights) JAX_EP_HANDLE_OPERANDS(X) X(coords)
+#define JAX_EP_LATENCY_COMBINE_START_RESULTS(X) X(sent)
+#define JAX_EP_LATENCY_COMBINE_START_AFTER(X) X(after)
+#define JAX_EP_LATENCY_COMBINE_START_SCRATCH(X) X(token)
+
+#define JAX_EP_LATENCY_COMBINE_DONE_ATTRIBUTES(X)
+#define JAX_EP_LATENCY_COMBINE_DONE_OPERANDS(X) \
+  JAX_EP_LATENCY_COMBINE_START_OPERANDS(X) X(sent) X(work)
+#define JAX_EP_LATENCY_COMBINE_DONE_RESULTS(X) X(y)
+#define JAX_EP_LATENCY_COMBINE_DONE_AFTER(X) X(after)
+#define JAX_EP_LATENCY_COMBINE_DONE_SCRATCH(X) X(token)
+
 // No op of a group: `same` is x in place, `time` u32[2], nanoseconds, low word first.
 #define JAX_EP_CLOCK_ATTRIBUTES(X) X(int32_t, ordinal)
 #define JAX_EP_CLOCK_OPERANDS(X) X(x)
@@ -152,6 +186,13 @@ inline std::vector<Signature> LatencySignatures() {
   return {
       JAX_EP_SIGNATURE(jax_ep_latency_dispatch, JAX_EP_GROUP_ATTRIBUTES, LATENCY_DISPATCH),
       JAX_EP_SIGNATURE(jax_ep_latency_combine, JAX_EP_GROUP_ATTRIBUTES, LATENCY_COMBINE),
+      JAX_EP_SIGNATURE(jax_ep_latency_dispatch_start, JAX_EP_GROUP_ATTRIBUTES,
+                       LATENCY_DISPATCH_START),
+      JAX_EP_SIGNATURE(jax_ep_latency_dispatch_done, JAX_EP_GROUP_ATTRIBUTES,
+                       LATENCY_DISPATCH_DONE),
+      JAX_EP_SIGNATURE(jax_ep_latency_combine_start, JAX_EP_GROUP_ATTRIBUTES,
+                       LATENCY_COMBINE_START),
+      JAX_EP_SIGNATURE(jax_ep_latency_combine_done, JAX_EP_GROUP_ATTRIBUTES, LATENCY_COMBINE_DONE),
   };
 }
 

@@ -78,7 +78,7 @@ void LayOutExperts(const PlanShape& shape, const RankPlan& rank, int32_t* starts
   for (int32_t local = 0; local < shape.num_local_experts(); ++local) {
     const int32_t wanted = Min(rank.demand[local], shape.expert_capacity);
     rank.counts[local] = Min(wanted, share.LimitOf(local, shape.alignment));
-    rank.group_sizes[local] = RoundUp(rank.counts[local], shape.alignment);
+    rank.group_sizes[local] = PaddedSize(rank.counts[local], shape.alignment, shape.masked);
     starts[local] = start;
     start += rank.group_sizes[local];
   }

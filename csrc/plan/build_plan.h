@@ -18,6 +18,7 @@ struct PlanShape {
   int32_t alignment;        // A, used in layout "expert"
   int32_t expert_capacity;  // rows an expert keeps at most; INT32_MAX: no such bound
   Layout layout;
+  bool masked;  // layout "expert": each expert has A rows, used or not, and C is L * A
 
   int32_t num_local_experts() const { return num_experts / num_ranks; }
   int32_t rows_per_source() const { return RowsPerSource(layout, top_k, num_local_experts()); }

@@ -94,6 +94,11 @@ JAX_EP_HOST_DEVICE int32_t GroupSize(int32_t wanted, int32_t alignment, int32_t 
   return wanted > capacity ? capacity + 1 : RoundUp(wanted, alignment);
 }
 
+// The size of a group that keeps `count` rows. Masked groups all have one size, which suffices.
+JAX_EP_HOST_DEVICE int32_t PaddedSize(int32_t count, int32_t alignment, bool masked) {
+  return masked ? alignment : RoundUp(count, alignment);
+}
+
 // a + b, or some number above `capacity` if it is that large. For a and b up to capacity + 1.
 JAX_EP_HOST_DEVICE int32_t AddSizes(int32_t a, int32_t b, int32_t capacity) {
   const uint32_t sum = static_cast<uint32_t>(a) + static_cast<uint32_t>(b);

@@ -69,7 +69,7 @@ std::string WordText(const ErrorRecord& error) {
     case cuda::WordKind::kChunkArrived:
       return text("chunk", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kChunkReady:
-      return text("word that a chunk is there", epoch_and_chunk, ~uint64_t{0});
+      return text("word that its chunk is there", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kChunkDone:
       return text("receipt of its host for the chunk", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kCredit:
@@ -116,6 +116,11 @@ std::string ErrorText(const ErrorRecord& error) {
       break;
     case cuda::ErrorKind::kConcurrent:
       text += "another op of the group was running at the same time";
+      break;
+    case cuda::ErrorKind::kUnpaired:
+      text +=
+          "the start and done halves of ops in flight did not alternate on their channel; call the "
+          "done half of every ticket, in the function that made it";
       break;
     case cuda::ErrorKind::kMisplaced:
       return text + "the program's mesh has this device as rank " + std::to_string(error.peer) +

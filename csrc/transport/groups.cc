@@ -43,7 +43,8 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
       if (auto error = EnablePeerAccess(rank.device, peer.device)) return error;
     }
     if (rank.workspace != 0) continue;
-    if (auto error = AllocateWorkspace(rank.device, channel_bytes + inbox_bytes, rank.workspace)) {
+    if (auto error = AllocateWorkspace(rank.device, channel_bytes + spec.num_channels * inbox_bytes,
+                                       rank.workspace)) {
       return error;
     }
   }
@@ -64,6 +65,7 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
       }
       member.inboxes.half_words =
           cuda::DecodeHalfWords(num_ranks, spec.latency_tokens, spec.latency_hidden);
+      member.inbox_bytes = inbox_bytes;
     }
     if (auto error = AllocateErrorRecord(device, &member.params.error)) return error;
     member.params.num_channels = spec.num_channels;
@@ -185,19 +187,21 @@ std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t
                                   device);
       ops[device] += epoch;
     }
-    const cuda::DecodeInbox* inbox = member->inboxes.of[member->params.rank];
-    if (inbox == nullptr) continue;
-    uint64_t epoch = 0;
-    JAX_EP_RETURN_IF_CUDA_ERROR(
-        cudaMemcpy(&epoch, &inbox->epochs[0], sizeof(epoch), cudaMemcpyDeviceToHost), device);
-    ops[device] += epoch;
+    for (int channel = 0; channel < member->params.num_channels; ++channel) {
+      const cuda::DecodeInbox* inbox = member->InboxesOn(channel).of[member->params.rank];
+      if (inbox == nullptr) break;
+      uint64_t epoch = 0;
+      JAX_EP_RETURN_IF_CUDA_ERROR(
+          cudaMemcpy(&epoch, &inbox->epochs[0], sizeof(epoch), cudaMemcpyDeviceToHost), device);
+      ops[device] += epoch;
+    }
   }
   return std::nullopt;
 }
 
 int64_t WorkspaceBytes(int num_channels, int num_ranks, int latency_tokens, int latency_hidden) {
   return cuda::ChannelsBytes(num_channels) +
-         cuda::DecodeInboxBytes(num_ranks, latency_tokens, latency_hidden);
+         num_channels * cuda::DecodeInboxBytes(num_ranks, latency_tokens, latency_hidden);
 }
 
 }  // namespace jax_ep::transport

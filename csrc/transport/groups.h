@@ -17,7 +17,7 @@ namespace jax_ep::transport {
 struct RankSpec {
   int device = -1;  // CUDA ordinal, or -1 for a rank of another process
   int process = 0;  // that the rank belongs to
-  // Where this process has it, and its inbox of latency mode after it; 0: allocate them (ranks of
+  // Where this process has it, and its inboxes of latency mode after it; 0: allocate them (ranks of
   // this process).
   uint64_t workspace = 0;
   // What peers can read of the rank's memory, in an order that all agree on, as this process has
@@ -67,8 +67,8 @@ void FinishOps();
 // for its work. Returns an error text, or nothing.
 std::optional<std::string> CompletedOps(int64_t group_id, std::map<int, uint64_t>& ops);
 
-// Bytes of device memory that a group takes on each of its GPUs: its channels, and an inbox of
-// latency mode for so many tokens a rank and channels of 16 bits.
+// Bytes of device memory that a group takes on each of its GPUs: its channels, and for each an
+// inbox of latency mode for so many tokens a rank and channels of 16 bits.
 int64_t WorkspaceBytes(int num_channels, int num_ranks, int latency_tokens, int latency_hidden);
 
 }  // namespace jax_ep::transport

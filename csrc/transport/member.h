@@ -21,7 +21,8 @@ struct Staging {
 struct Member {
   cuda::GroupParams params;                  // without peers, channel, tag and op
   std::vector<cuda::Workspace*> workspaces;  // of the ranks
-  cuda::DecodeInboxes inboxes;               // of the ranks, after their workspaces; or none
+  cuda::DecodeInboxes inboxes;               // of channel 0, after the workspaces; or none
+  int64_t inbox_bytes;                       // of a channel's inbox; those of all follow each other
   int device;                                // CUDA ordinal
   int max_blocks;                            // of an op
   // Of each rank's memory what peers can read, as this process has it.
@@ -36,6 +37,17 @@ struct Member {
       on_channel.peers[rank] = &workspaces[rank]->channels[channel];
     }
     on_channel.channel = channel;
+    return on_channel;
+  }
+
+  // The inboxes of latency mode that an op on `channel` uses.
+  cuda::DecodeInboxes InboxesOn(int channel) const {
+    cuda::DecodeInboxes on_channel = inboxes;
+    for (cuda::DecodeInbox*& inbox : on_channel.of) {
+      if (inbox == nullptr) continue;
+      inbox = reinterpret_cast<cuda::DecodeInbox*>(reinterpret_cast<char*>(inbox) +
+                                                   channel * inbox_bytes);
+    }
     return on_channel;
   }
 

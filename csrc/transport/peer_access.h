@@ -17,7 +17,7 @@ namespace jax_ep::transport {
 // Lets `device` reach the memory of `peer`, both of this process.
 std::optional<std::string> EnablePeerAccess(int device, int peer);
 
-// Allocates a workspace on `device`, with the inbox of latency mode after its channels: zeros.
+// Allocates a workspace on `device`, with the inboxes of latency mode after its channels: zeros.
 // Never freed: a kernel of a failed peer may still write to it.
 std::optional<std::string> AllocateWorkspace(int device, int64_t bytes, uint64_t& workspace);
 

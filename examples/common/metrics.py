@@ -26,9 +26,13 @@ class Metrics:
         self.records: list[dict[str, Any]] = []
         if path is not None and path.exists():
             self.records = [record for record in self.read(path) if record["step"] <= first_step]
-        self._file = None if path is None else path.open("w")
-        for record in self.records:
-            self._write(record)
+        self._file = None
+        if path is not None:
+            # In a file beside it first: a process that is killed here loses nothing.
+            part = path.with_name(f"{path.name}.part")
+            part.write_text("".join(map(_line, self.records)))
+            part.replace(path)
+            self._file = path.open("a")
 
     @staticmethod
     def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -63,7 +67,11 @@ class Metrics:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(_line(record))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def smooth(curves: np.ndarray) -> np.ndarray:

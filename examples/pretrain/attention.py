@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
+from examples.pretrain import fused
 from examples.pretrain.blockwise import attention, block_size
 from examples.pretrain.config import ModelConfig
 from examples.pretrain.parallel import BATCH_AXES
+from examples.pretrain.rotary import frequencies, rotate, score_scale
 
 NORM_EPSILON = 1e-6
 
@@ -63,17 +65,22 @@ class LatentAttention(nnx.Module):
         latent, k_rope = jnp.split(self.kv_a(x), [config.kv_lora_rank], axis=-1)
         kv = self.kv_b(self.kv_norm(latent)).reshape(shape)
         k, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
-        q_rope = rotate(q_rope, positions, config.rope_theta)
-        k_rope = rotate(k_rope[:, :, None], positions, config.rope_theta)
+        turns = frequencies(config)
+        q_rope = rotate(q_rope, positions, turns)
+        k_rope = rotate(k_rope[:, :, None], positions, turns)
         q = jnp.concatenate([q, q_rope], axis=-1)
         k = jnp.concatenate([k, jnp.broadcast_to(k_rope, q_rope.shape)], axis=-1)
         mixed = self._mix(q, k, v, segments)
         return self.out(mixed.reshape(batch, seq, -1))
 
     def _mix(self, q: Array, k: Array, v: Array, segments: Array) -> Array:
-        """``blockwise.attention`` on each device, for its sequences and its heads."""
+        """The attention of each device, for its sequences and its heads."""
         split = P(BATCH_AXES, None, "tensor", None)
-        mix = functools.partial(attention, scale=q.shape[-1] ** -0.5, block=block_size(q.shape[1]))
+        scale = score_scale(self.config)
+        mix: Any = functools.partial(attention, scale=scale, block=block_size(q.shape[1]))
+        if self.config.attention == "cudnn":
+            most = self.config.most_segments
+            mix = functools.partial(fused.attention, scale=scale, most_segments=most)
         specs = (split, split, split, P(BATCH_AXES, None))
         # Its scans start from zeros, and every input varies over all axes, or has no gradient.
         return jax.shard_map(
@@ -83,19 +90,6 @@ class LatentAttention(nnx.Module):
             out_specs=split,
             check_vma=False,
         )(q, k, v, segments)
-
-
-def rotate(
-    x: Float[Array, "batch seq heads channels"], positions: Int32[Array, "batch seq"], theta: float
-) -> Float[Array, "batch seq heads channels"]:
-    """Turn the channel pairs (i, i + half) of position p by p · theta^(−i / half)."""
-    half = x.shape[-1] // 2
-    wavelengths = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None].astype(jnp.float32) * wavelengths
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
-    return turned.astype(x.dtype)
 
 
 def positions_of(segments: Int32[Array, "batch seq"]) -> Int32[Array, "batch seq"]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 Dtype = Literal["bfloat16", "float32"]
+Attention = Literal["blockwise", "cudnn"]
 Overlap = Literal["", "shared_expert", "chunks"]
 Remat = Literal["none", "attention", "handle", "full"]
 
@@ -50,9 +51,17 @@ class ModelConfig:
         num_shared_experts: Experts that every token goes to; they run as one of their joint width.
         routed_scaling: Factor of the routed experts' weights, which sum to one before.
         rope_theta: Base of the rotary positions' wavelengths.
+        rope_factor: With YaRN (rotary.py), the longest sequence over the original one; 1 is without it.
+        rope_original_seq_len: YaRN: the longest sequence of the training before it.
+        rope_beta_fast: YaRN: channels that turn more often in such a sequence keep their frequency.
+        rope_beta_slow: YaRN: channels that turn less often have it divided by the factor.
+        rope_mscale: YaRN: how much the scores of attention grow with the factor; 0 leaves them.
         max_seq_len: The longest sequence that the model is meant for.
         mtp: Whether there is a module that predicts the token after the next one.
         mtp_loss_weight: Weight of its loss.
+        attention: "blockwise", in plain JAX on any device, or "cudnn", which is several times as fast
+            on GPUs (fused.py).
+        most_segments: With "cudnn", documents of a row at most; pack.py keeps rows to it.
         dtype: Dtype of the computation. Master weights and the optimizer are float32.
         fp8_dispatch: Rows travel to the experts in float8.
         rank_capacity_factor: Rows that a rank has room for, as a multiple of those of even routing;
@@ -86,9 +95,16 @@ class ModelConfig:
     num_shared_experts: int = 1
     routed_scaling: float = 1.0
     rope_theta: float = 10_000.0
+    rope_factor: float = 1.0
+    rope_original_seq_len: int = 4096
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_mscale: float = 1.0
     max_seq_len: int = 4096
     mtp: bool = False
     mtp_loss_weight: float = 0.3
+    attention: Attention = "blockwise"
+    most_segments: int = 16
     dtype: Dtype = "bfloat16"
     fp8_dispatch: bool = False
     rank_capacity_factor: float = 0.0
@@ -173,6 +189,8 @@ class RunConfig:
         eval_batches: Batches of an evaluation.
         log_every: Steps between lines of metrics.
         keep_checkpoints: Newest checkpoints that are kept.
+        profile_every: Steps between profiles of one step, for the shares of its time that plans,
+            dispatches and combines take; 0 for none.
     """
 
     seed: int = 0
@@ -181,6 +199,7 @@ class RunConfig:
     eval_batches: int = 8
     log_every: int = 10
     keep_checkpoints: int = 3
+    profile_every: int = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +337,9 @@ def check(config: Config) -> None:
     _expect(model.top_k <= most, "model.top_k", f"at most the {most} experts allowed", model.top_k)
     key, value = "model.qk_rope_head_dim", model.qk_rope_head_dim
     _expect(value % 2 == 0, key, "an even number", value)
+    _expect(model.rope_factor >= 1, "model.rope_factor", "1 or more", model.rope_factor)
+    fast, slow = model.rope_beta_fast, model.rope_beta_slow
+    _expect(0 < slow < fast, "model.rope_beta_slow", f"more than 0, less than {fast}", slow)
     ok = not (model.overlap == "shared_expert" and model.num_shared_experts == 0)
     _expect(ok, "model.overlap", "'' or 'chunks' without a shared expert", model.overlap)
     ok = not model.fp8_dispatch or model.hidden % 128 == 0

@@ -3,7 +3,7 @@
 The files are read one tensor at a time, and by a process only those that its devices hold a part of.
 Matrices are transposed, since PyTorch keeps them as [out, in]; weights in float8 are multiplied with
 their scales; and rotary channels change their order, because DeepSeek turns pairs of neighbours
-(2 i, 2 i + 1), and ``attention.rotate`` turns (i, i + half).
+(2 i, 2 i + 1), and ``rotary.rotate`` turns (i, i + half).
 """
 
 from __future__ import annotations
@@ -78,6 +78,13 @@ _SETTINGS = {
     "topk_group": "top_k_groups",
     "routed_scaling_factor": "routed_scaling",
     "num_attention_heads": "num_heads",
+}
+_ROPE_SETTINGS = {
+    "factor": "rope_factor",
+    "original_max_position_embeddings": "rope_original_seq_len",
+    "beta_fast": "rope_beta_fast",
+    "beta_slow": "rope_beta_slow",
+    "mscale": "rope_mscale",
 }
 
 
@@ -280,8 +287,28 @@ def _check_settings(folder: pathlib.Path, model: ModelConfig) -> None:
                 f"--weights: expected model.{ours} = {theirs[name]}, as {path} says, got "
                 f"{getattr(model, ours)}."
             )
-    if theirs.get("rope_scaling"):
+    _check_rope(path, theirs.get("rope_scaling"), model)
+
+
+def _check_rope(path: pathlib.Path, theirs: dict[str, Any] | None, model: ModelConfig) -> None:
+    """Rotary positions that are scaled must be so here too, and by YaRN as DeepSeek-V3 has it."""
+    if not theirs:
+        if model.rope_factor != 1:
+            raise ValueError(
+                f"--weights: expected model.rope_factor = 1, as {path} has no rope_scaling, got "
+                f"{model.rope_factor}."
+            )
+        return
+    # Where both are equal, rotary channels keep their size.
+    mscale = theirs.get("mscale", 1)
+    if theirs.get("type") != "yarn" or mscale != theirs.get("mscale_all_dim", 0):
         raise ValueError(
-            f"--weights: expected weights without scaled rotary positions, got {path} with "
-            f"rope_scaling = {theirs['rope_scaling']}, which attention.py does not have."
+            "--weights: expected rope_scaling of type yarn with mscale equal to mscale_all_dim, got "
+            f"{theirs} in {path}."
         )
+    for name, ours in _ROPE_SETTINGS.items():
+        if name in theirs and theirs[name] != getattr(model, ours):
+            raise ValueError(
+                f"--weights: expected model.{ours} = {theirs[name]}, as {path} says of "
+                f"rope_scaling, got {getattr(model, ours)}."
+            )

@@ -5,18 +5,25 @@ takes the next ``batch_size`` numbers. So the position, the number of rows taken
 checkpoint keeps, and any number of processes, with any mesh and batch size, goes on from it with the
 same rows in the same places of the batch.
 
-grain shuffles, repeats and reads ahead. Its ``ElasticIterator`` keeps the same position, but it deals
-the rows of a batch out to processes in turn. Then the order inside a batch depends on the number of
-processes, and two processes that hold the same rows, as on a mesh whose axis "expert" spans hosts,
-would read different ones. Here each process asks the batch's sharding which rows its devices hold.
+Several folders are a mixture: each is shuffled and repeated by itself, and row n comes from one of them
+in a fixed pattern with the shares of their weights. Which row that is depends on n alone, so the one
+position is enough.
+
+grain shuffles, mixes, repeats and reads ahead. Its ``ElasticIterator`` keeps the same position, but
+it deals the rows of a batch out to processes in turn. Then the order inside a batch depends on the
+number of processes, and two processes that hold the same rows, as on a mesh whose axis "expert" spans
+hosts, would read different ones. Here each process asks the batch's sharding which rows its devices
+hold.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pathlib
 import sys
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import grain
 import jax
@@ -32,25 +39,104 @@ Batch = dict[str, Int32[jax.Array, "batch row"]]
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
 
 
-class Rows:
-    """A folder of packed rows.
+class Source(NamedTuple):
+    """A folder of packed rows, and how much of a mixture it is.
 
     Attributes:
-        summary: What it holds.
+        folder: As pack.py wrote it.
+        weight: Rows of it for each row of a source with weight 1; more than 0.
     """
 
-    def __init__(self, folder: pathlib.Path, *, seq_len: int, vocab_size: int) -> None:
-        """Open ``folder``.
+    folder: pathlib.Path
+    weight: float = 1.0
+
+
+class Rows:
+    """Packed rows of a folder, or of a mixture of several.
+
+    Attributes:
+        summary: What it holds. Of a mixture: the sums over its folders, and as held-out rows so many
+            that no folder has too few of them for its weight.
+    """
+
+    def __init__(
+        self, data: pathlib.Path | Sequence[Source], *, seq_len: int, vocab_size: int
+    ) -> None:
+        """Open the folders.
 
         Args:
-            folder: As pack.py wrote it.
+            data: A folder, or the sources of a mixture, whose shares are right to one in a hundred.
             seq_len: That of the configuration.
             vocab_size: That of the model.
 
         Raises:
             FileNotFoundError: if there are no rows.
-            ValueError: if they do not fit the configuration.
+            ValueError: if they do not fit the configuration or each other.
         """
+        sources = [Source(data)] if isinstance(data, pathlib.Path) else list(data)
+        self._folders = [_Folder(source.folder, seq_len, vocab_size) for source in sources]
+        self._weights = [source.weight for source in sources]
+        _check_tokenizers(sources)
+        self._stored = {
+            part: self._mixed(
+                [folder.records[part].map(folder.summary.decode) for folder in self._folders]
+            )
+            for part in PARTS
+        }
+        self.summary = self._summary()
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """The training rows of all epochs, by their number; each epoch has an order of its own."""
+        orders = []
+        for index, folder in enumerate(self._folders):
+            # Folders of equally many rows have different orders.
+            rows = folder.records["train"].seed((seed + 1_000_003 * index) % 2**32)
+            orders.append(rows.shuffle().repeat(None).map(folder.summary.decode))
+        return self._mixed(orders)
+
+    def held_out(self, first: int, count: int) -> list[dict[str, Int32[np.ndarray, " row"]]]:
+        """Held-out rows by their numbers; past the last one they have no segments, so no targets."""
+        return [self._row("held_out", number) for number in range(first, first + count)]
+
+    def _row(self, part: Part, number: int) -> dict[str, Int32[np.ndarray, " row"]]:
+        if number < self.summary.num_rows[part]:
+            return self._stored[part][number]
+        empty = np.zeros(self.summary.seq_len + 1, np.int32)
+        return {"tokens": empty, "segments": empty}
+
+    def _mixed(self, parts: list[grain.MapDataset]) -> grain.MapDataset:
+        return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, self._weights)
+
+    def _summary(self) -> Summary:
+        summaries = [folder.summary for folder in self._folders]
+        if len(summaries) == 1:
+            return summaries[0]
+        identity = json.dumps([s.digest for s in summaries] + self._weights)
+
+        def sums(name: str) -> dict[Part, int]:
+            return {part: sum(getattr(s, name)[part] for s in summaries) for part in PARTS}
+
+        return Summary(
+            seq_len=summaries[0].seq_len,
+            vocab_size=max(s.vocab_size for s in summaries),
+            end_token=summaries[0].end_token,
+            num_rows=sums("num_rows") | {"held_out": len(self._stored["held_out"])},
+            num_targets=sums("num_targets"),
+            num_files=sums("num_files"),
+            digest=hashlib.sha256(identity.encode()).hexdigest(),
+            most_segments=max(s.most_segments for s in summaries),
+        )
+
+
+class _Folder:
+    """One folder of packed rows.
+
+    Attributes:
+        summary: What it holds.
+        records: The records of each part, as they are stored.
+    """
+
+    def __init__(self, folder: pathlib.Path, seq_len: int, vocab_size: int) -> None:
         self.summary = Summary.read(folder)
         if self.summary.seq_len != seq_len:
             raise ValueError(
@@ -62,24 +148,21 @@ class Rows:
                 f"--data: expected tokens of a vocabulary of model.vocab_size = {vocab_size}, got "
                 f"{folder} with {self.summary.vocab_size}."
             )
-        self._sources = {
-            part: ArrayRecordDataSource(self.summary.paths(folder, part)) for part in PARTS
+        self.records = {
+            part: grain.MapDataset.source(ArrayRecordDataSource(self.summary.paths(folder, part)))
+            for part in PARTS
         }
 
-    def order(self, seed: int) -> grain.MapDataset:
-        """The training rows of all epochs, by their number; each epoch has an order of its own."""
-        rows = grain.MapDataset.source(self._sources["train"]).seed(seed).shuffle().repeat(None)
-        return rows.map(self.summary.decode)
 
-    def held_out(self, first: int, count: int) -> list[dict[str, Int32[np.ndarray, " row"]]]:
-        """Held-out rows by their numbers; past the last one they have no segments, so no targets."""
-        return [self._row("held_out", number) for number in range(first, first + count)]
-
-    def _row(self, part: Part, number: int) -> dict[str, Int32[np.ndarray, " row"]]:
-        if number < self.summary.num_rows[part]:
-            return self.summary.decode(self._sources[part][number])
-        empty = np.zeros(self.summary.seq_len + 1, np.int32)
-        return {"tokens": empty, "segments": empty}
+def _check_tokenizers(sources: Sequence[Source]) -> None:
+    """Raise unless all folders have the same tokenizer."""
+    first, *others = ((source.folder, source.folder / "tokenizer.json") for source in sources)
+    for folder, path in others:
+        if path.read_bytes() != first[1].read_bytes():
+            raise ValueError(
+                f"--data: expected rows of one tokenizer, got {first[0]} and {folder} with two; pack "
+                "them with the same --tokenizer."
+            )
 
 
 class _LocalBatches:

@@ -13,7 +13,9 @@ from examples.common.texts import is_text, text_files
 _JSONL = (".jsonl", ".jsonl.gz")
 
 
-def documents(folders: Sequence[pathlib.Path], *, field: str = "text") -> Iterator[str]:
+def documents(
+    folders: Sequence[pathlib.Path], *, field: str = "text", pattern: str = "*"
+) -> Iterator[str]:
     """All documents, in an order that depends on the folders and on file names alone.
 
     Args:
@@ -21,13 +23,15 @@ def documents(folders: Sequence[pathlib.Path], *, field: str = "text") -> Iterat
             line, and any other UTF-8 file is one document; files that are not text are left out.
             Without folders it is Python's own library, so that an example needs no data.
         field: The field of a JSON object that has the text.
+        pattern: What names of files in folders match, such as "*.py".
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
         ValueError: if a line is not a JSON object with the field, or there is no document at all.
     """
-    pattern = "*" if folders else "*.py"
-    roots = list(folders) or [pathlib.Path(sysconfig.get_path("stdlib"))]
+    roots = list(folders)
+    if not roots:
+        roots, pattern = [pathlib.Path(sysconfig.get_path("stdlib"))], "*.py"
     found = False
     for root in roots:
         if not root.exists():

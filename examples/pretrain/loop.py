@@ -21,8 +21,10 @@ from examples.common.pace import Pace
 from examples.common.progress import make_bar
 from examples.pretrain import convert, flops
 from examples.pretrain.config import Config
-from examples.pretrain.data import Feed, Rows, held_out_batches
+from examples.pretrain.data import Batch, Feed, Rows, held_out_batches
 from examples.pretrain.metrics import Log, Window, figures_text
+from examples.pretrain.profiles import Profiler
+from examples.pretrain.record import write_record
 from examples.pretrain.report import write_report
 from examples.pretrain.resume import find_checkpoint, position_in, settings_of
 from examples.pretrain.step import Setup, TrainState
@@ -46,6 +48,8 @@ class Options:
         minutes: End after this time of training in this part of the run, with a checkpoint.
         profile: First and last step of a trace; None for none.
         weights: Folder of safetensors files that a new run begins with.
+        command: The command line, for the record of the run.
+        started: When the program began, by ``time.perf_counter``.
     """
 
     out: pathlib.Path
@@ -54,6 +58,8 @@ class Options:
     minutes: float | None = None
     profile: tuple[int, int] | None = None
     weights: pathlib.Path | None = None
+    command: str = ""
+    started: float = dataclasses.field(default_factory=time.perf_counter)
 
 
 class Loop:
@@ -81,7 +87,6 @@ class Loop:
             ValueError: if the folder cannot be written to, the checkpoint is of a run with other
                 settings, or the weights do not fit.
         """
-        self._started = time.perf_counter()
         self._config, self._setup, self._rows, self._options = config, setup, rows, options
         self._is_first = jax.process_index() == 0
         self._console = Console(quiet=not self._is_first, highlight=False, soft_wrap=True)
@@ -90,7 +95,6 @@ class Loop:
         folder = options.out / "checkpoints"
         make_folder(folder)
         self._clock = Clock()
-        self._tracing = False
         self._pending: collections.deque[tuple[int, Any]] = collections.deque()
         with contextlib.ExitStack() as resources:
             self._checkpoints = Checkpoints(
@@ -118,7 +122,13 @@ class Loop:
             resources.callback(self._feed.close)
             self.log = Log(options.out if self._is_first else None, first_step=self.step)
             resources.callback(self.log.close)
-            resources.callback(self._stop_trace)
+            self._profiler = Profiler(
+                options.out / "profile",
+                chosen=options.profile,
+                every=config.run.profile_every,
+                here=self._is_first,
+            )
+            resources.callback(self._profiler.close)
             self._resources = resources.pop_all()
         devices = setup.mesh.devices
         peak = flops.peak_flops(devices.flat[0].device_kind)
@@ -186,6 +196,7 @@ class Loop:
             if self._checkpoints.latest() != self.step:
                 self._save()
             self._checkpoints.wait()
+            self.log.add(self.step, **self._times())  # with the last save
         if ended_by:
             self._console.print(
                 f"{signal.Signals(ended_by).name}: stopped after step {self.step} and saved it in "
@@ -195,14 +206,16 @@ class Loop:
         return ended_by
 
     def finish(self) -> float:
-        """Evaluate on the held-out rows and write the report.
+        """Evaluate on the held-out rows and write ``report.html`` and ``report.json``.
 
         Returns:
             The held-out loss, in nats per token.
         """
         loss = self._evaluate()
         if self._is_first:
-            path = write_report(self._options.out, self._config, self.log.lines)
+            out, lines = self._options.out, self.log.lines
+            write_record(out, self._setup, self._rows.summary, lines, command=self._options.command)
+            path = write_report(out, self._config, lines)
             self._console.print(f"held-out loss {loss:.4f}; report: {path}", markup=False)
         return loss
 
@@ -224,24 +237,35 @@ class Loop:
         )
 
     def _train_step(self) -> None:
-        profile = self._options.profile if self._is_first else None
-        if profile is not None and self.step + 1 == profile[0]:
+        if self._profiler.begins(self.step + 1):
             self._fetch()
-            jax.profiler.start_trace(self._options.out / "profile")
-            self._tracing = True
+            with self._clock.paused():
+                self._profiler.start(self.step + 1)
         batch = next(self._feed)
         self.step += 1
         self.state, metrics = self._setup.train_step(self.state, batch)
         self._pending.append((self.step, metrics))
         self._fetch(but=_IN_FLIGHT)
-        if profile is not None and self.step == profile[1]:
+        if self._profiler.ends(self.step):
             self._fetch()
-            self._stop_trace()
+            with self._clock.paused():
+                self._end_profile(batch)
 
-    def _stop_trace(self) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
+    def _end_profile(self, batch: Batch) -> None:
+        """Write down the shares of time of the steps that were profiled."""
+
+        def program() -> str:
+            # JAX has it already: nothing is compiled.
+            return self._setup.train_step.lower(self.state, batch).compile().as_text() or ""
+
+        on_cpu = self._setup.mesh.devices.flat[0].platform == "cpu"
+        shares = self._profiler.stop(program if on_cpu else None)
+        if shares:
+            self.log.add(self.step, **shares)
+            text = f"dispatch and combine take {shares['exchange_share']:.1%} of the time"
+        else:
+            text = "the profile has no op of jax_ep, so there are no shares of time"
+        self._console.print(f"step {self.step}/{self._total_steps}: {text}", markup=False)
 
     def _fetch(self, *, but: int = 0) -> None:
         """Wait for the metrics of all steps except the last ``but`` ones."""
@@ -268,12 +292,15 @@ class Loop:
         if step == 0 or (last is not None and last["step"] >= step):
             return
         line = self._window.line(seconds=self._clock.seconds())
-        productive = self.log.productive_seconds_before + self._clock.seconds()
-        up = self.log.up_seconds_before + time.perf_counter() - self._started
-        times = {"productive_seconds": productive, "up_seconds": up, "goodput": productive / up}
-        self.log.add(step, **line, **times)
+        self.log.add(step, **line, **self._times())
         if not self._console.is_terminal:
             self._console.print(f"step {step}/{self._total_steps}: {figures_text(line)}")
+
+    def _times(self) -> dict[str, float]:
+        """What goodput is made of, over all parts of the run."""
+        productive = self.log.productive_seconds_before + self._clock.seconds()
+        up = self.log.up_seconds_before + time.perf_counter() - self._options.started
+        return {"productive_seconds": productive, "up_seconds": up, "goodput": productive / up}
 
     def _evaluate(self) -> float:
         """The loss on the held-out rows, which it writes down. It does not count as training."""

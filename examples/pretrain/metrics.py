@@ -42,6 +42,7 @@ class Window:
     def add(self, metrics: StepMetrics) -> None:
         """Add a step."""
         self._tokens += int(metrics["tokens"])
+        self._steps += 1
         if metrics["skipped"]:
             self._num_skipped += 1
             self.num_skipped_in_a_row += 1
@@ -54,8 +55,8 @@ class Window:
         self._choices += int(metrics["load"].sum())
 
     def start_clock(self) -> None:
-        """Time counts from now on: tokens so far have no part in the rate."""
-        self._tokens = 0
+        """Time counts from now on: steps so far have no part in the rate."""
+        self._tokens = self._steps = 0
 
     def line(self, *, seconds: float) -> dict[str, Any]:
         """The figures of the steps since the last line, and begin anew.
@@ -65,17 +66,16 @@ class Window:
 
         Returns:
             ``loss`` (mean over targets; missing if all steps were skipped), ``tokens_per_second``,
-            ``mfu`` if the peak is known, ``dropped`` (share of the choices of experts), ``num_skipped``
-            in this part of the run, and of the last step the norm of the gradients, the balancing loss,
-            that of multi-token prediction, the entropy of the load and ``load`` ``[layers, E]``.
+            ``step_seconds`` (mean), ``mfu`` if the peak is known, ``dropped`` (share of the choices of
+            experts), ``num_skipped`` in this part of the run, and of the last step the norm of the
+            gradients, the balancing loss, that of multi-token prediction, the entropy of the load and
+            ``load`` ``[layers, E]``.
         """
         took = seconds - self._since
-        rate = (
-            self._tokens / took if took > 0 else None
-        )  # the first step compiles and counts no time
         line: dict[str, Any] = {"num_skipped": self._num_skipped}
-        if rate is not None:
-            line["tokens_per_second"] = rate
+        if took > 0 and self._steps:  # the first step compiles and counts no time
+            rate = self._tokens / took
+            line |= {"tokens_per_second": rate, "step_seconds": took / self._steps}
             if self._peak_flops is not None:
                 line["mfu"] = rate * self._flops_per_token / self._peak_flops
         if self._last is not None:
@@ -90,7 +90,7 @@ class Window:
 
     def _begin(self, seconds: float) -> None:
         self._since = seconds
-        self._tokens = self._counted = self._dropped = self._choices = 0
+        self._tokens = self._steps = self._counted = self._dropped = self._choices = 0
         self._nats = 0.0
         self._last = None
 

@@ -13,14 +13,19 @@ from examples.pretrain.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """From zero to the peak, and along a cosine down to the lowest rate."""
-    return optax.warmup_cosine_decay_schedule(
+    """Up to the peak in a straight line, and along a cosine down to the lowest rate.
+
+    Step ``warmup_steps``, counted from one, has the peak, and step ``total_steps`` the lowest rate. The
+    first step has a rate above zero, so it is not lost.
+    """
+    of_steps_done = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.peak_lr,
         warmup_steps=config.warmup_steps,
         decay_steps=config.total_steps,
         end_value=config.peak_lr * config.min_lr_ratio,
     )
+    return lambda count: of_steps_done(count + 1)  # optax counts from zero
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

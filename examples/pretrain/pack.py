@@ -38,9 +38,9 @@ _ROWS_PER_FILE = 32_768
 class Packer:
     """Puts pieces of documents into rows of ``length`` tokens."""
 
-    def __init__(self, length: int) -> None:
-        """Begin without a row."""
-        self._length = length
+    def __init__(self, length: int, most_segments: int = MOST_SEGMENTS) -> None:
+        """Begin without a row. Rows have ``most_segments`` pieces at most."""
+        self._length, self._most_segments = length, most_segments
         self._open: list[list[Sequence[int]]] = []
         self._room: list[int] = []
 
@@ -53,7 +53,7 @@ class Packer:
             fits = [
                 row
                 for row, room in enumerate(self._room)
-                if room >= len(piece) and len(self._open[row]) < MOST_SEGMENTS
+                if room >= len(piece) and len(self._open[row]) < self._most_segments
             ]
             if fits:
                 row = min(fits, key=self._room.__getitem__)
@@ -91,6 +91,7 @@ def pack(
     seq_len: int,
     held_out: float,
     rows_per_file: int = _ROWS_PER_FILE,
+    most_segments: int = MOST_SEGMENTS,
 ) -> Summary:
     """Write the rows of ``texts`` into ``folder``, which appears once it is whole.
 
@@ -101,6 +102,7 @@ def pack(
         seq_len: S: rows have S + 1 tokens.
         held_out: The share of documents that are held out for evaluation.
         rows_per_file: Rows of a file at most.
+        most_segments: Documents of a row at most.
 
     Returns:
         What was written.
@@ -125,7 +127,7 @@ def pack(
         end_token=end,
         rows_per_file=rows_per_file,
     )
-    packers = {part: Packer(seq_len + 1) for part in PARTS}
+    packers = {part: Packer(seq_len + 1, most_segments) for part in PARTS}
     remaining = iter(texts)
     while batch := list(itertools.islice(remaining, _DOCUMENTS_AT_ONCE)):
         for text, encoded in zip(
@@ -165,18 +167,23 @@ def main(
     field: Annotated[
         str, typer.Option(help="The field of a JSON line that has the text.")
     ] = "text",
+    pattern: Annotated[str, typer.Option(help="What names of files in folders match.")] = "*",
     held_out: Annotated[float, typer.Option(help="Share of the documents for evaluation.")] = 0.01,
     rows_per_file: Annotated[int, typer.Option(min=1, help="At most.")] = _ROWS_PER_FILE,
+    most_segments: Annotated[
+        int, typer.Option(min=1, max=MOST_SEGMENTS, help="Documents of a row at most.")
+    ] = MOST_SEGMENTS,
 ) -> None:
     """Pack text into rows of one length."""
     try:
         summary = pack(
-            documents(data, field=field),
+            documents(data, field=field, pattern=pattern),
             tokenizer_file.load(tokenizer),
             out,
             seq_len=seq_len,
             held_out=held_out,
             rows_per_file=rows_per_file,
+            most_segments=most_segments,
         )
     except (ValueError, OSError) as error:
         typer.echo(f"pack: {error}", err=True)

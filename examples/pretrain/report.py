@@ -81,6 +81,9 @@ def _summary(lines: list[Line]) -> list[tuple[str, str]]:
         rows.append(("speed, median", rate_text(float(np.median(rates)))))
     if mfu := [line["mfu"] for line in lines if "mfu" in line]:
         rows.append(("MFU, median", f"{np.median(mfu):.1%}"))
+    if exchange := [line["exchange_share"] for line in lines if "exchange_share" in line]:
+        text = f"{np.median(exchange):.1%} of a step's time"
+        rows.append(("plan, dispatch and combine", text))
     if goodput := [line["goodput"] for line in lines if "goodput" in line]:
         rows.append(("goodput", f"{goodput[-1]:.1%} of the time went into steps that count"))
     if skipped := [line["num_skipped"] for line in lines if "num_skipped" in line]:

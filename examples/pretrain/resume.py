@@ -6,6 +6,10 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from examples.common.checkpoints import Checkpoints, newest
 from examples.common.folders import differences
 from examples.pretrain.config import Config
@@ -29,12 +33,17 @@ def settings_of(config: Config, *, data_digest: str) -> dict[str, Any]:
 
 
 def find_checkpoint(out: pathlib.Path, *, resume: bool) -> int | None:
-    """The step to go on from; None to begin.
+    """The step to go on from; None to begin. All processes go by what process 0 sees.
 
     Raises:
         FileExistsError: if there is a checkpoint and ``resume`` is False.
     """
     found = newest(out / "checkpoints")
+    if jax.process_count() > 1:
+        # A file system shared by hosts may show them a new folder at different times.
+        number = np.array(-1 if found is None else found, np.int32)
+        agreed = int(multihost_utils.broadcast_one_to_all(number))
+        found = None if agreed < 0 else agreed
     if found is not None and not resume:
         raise FileExistsError(
             f"--out: expected a folder without checkpoints, got {out}, which has one of step {found}; "

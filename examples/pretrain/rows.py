@@ -36,6 +36,7 @@ class Summary:
         num_targets: Targets of each part.
         num_files: Files of each part.
         digest: A hash of all rows.
+        most_segments: Documents of the row with the most of them.
     """
 
     seq_len: int
@@ -45,6 +46,7 @@ class Summary:
     num_targets: dict[Part, int]
     num_files: dict[Part, int]
     digest: str
+    most_segments: int = MOST_SEGMENTS
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> Self:
@@ -91,6 +93,7 @@ class Writer:
         self._seq_len, self._vocab_size, self._end_token = seq_len, vocab_size, end_token
         self._files: dict[Part, ArrayRecordWriter] = {}
         self._counts = {what: dict.fromkeys(PARTS, 0) for what in ("rows", "targets", "files")}
+        self._most_segments = 0
         self._digests = {part: hashlib.sha256() for part in PARTS}
 
     def add(
@@ -110,6 +113,7 @@ class Writer:
         self._files[part].write(record)
         self._digests[part].update(record)
         rows[part] += 1
+        self._most_segments = max(self._most_segments, int(segments.max()))
         self._counts["targets"][part] += int(
             ((segments[1:] == segments[:-1]) & (segments[1:] != 0)).sum()
         )
@@ -127,6 +131,7 @@ class Writer:
             num_targets=self._counts["targets"],
             num_files=self._counts["files"],
             digest=digest.hexdigest(),
+            most_segments=self._most_segments,
         )
         (self._folder / "rows.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2))
         return summary

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float32, Int32
 
 import jax_ep
 from examples.pretrain import parallel
-from examples.pretrain.config import Config
+from examples.pretrain.config import Config, ConfigError, ModelConfig
 from examples.pretrain.loss import Prediction, cross_entropy
 from examples.pretrain.model import Decoder, Hidden, Report, segments_mask
 from examples.pretrain.optimizer import make_optimizer, state_shardings
@@ -92,6 +92,7 @@ def setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
         ConfigError: if the configuration does not fit the number of devices.
     """
     mesh = parallel.make_mesh(config, devices)
+    _check_attention(config.model, mesh)
     group = jax_ep.create_group(mesh, "expert")
     decoder = Decoder(config.model, mesh, group)
     optimizer = make_optimizer(config.optimizer)
@@ -108,6 +109,19 @@ def setup(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     at = TrainState(everywhere, of_params, everywhere, of_optimizer)
     steps = _Steps(config, mesh, decoder, optimizer, of_params)
     return assemble(config, mesh, group, decoder, new_state, at, steps.train, steps.evaluate)
+
+
+def _check_attention(model: ModelConfig, mesh: Mesh) -> None:
+    if model.attention != "cudnn":
+        return
+    # Devices that are there to compile for have no backend, which JAX asks for cuDNN's version.
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu" or device not in jax.devices():
+        raise ConfigError(
+            f"model.attention: 'cudnn' needs GPUs that are here, got {device}; take 'blockwise'."
+        )
+    if model.dtype == "float32":
+        raise ConfigError("model.attention: 'cudnn' needs model.dtype = 'bfloat16', got 'float32'.")
 
 
 def assemble(

@@ -95,10 +95,11 @@ def main(
     field: Annotated[
         str, typer.Option(help="The field of a JSON line that has the text.")
     ] = "text",
+    pattern: Annotated[str, typer.Option(help="What names of files in folders match.")] = "*",
 ) -> None:
     """Train a byte-level BPE tokenizer."""
     try:
-        tokenizer = train(documents(texts, field=field), vocab=vocab)
+        tokenizer = train(documents(texts, field=field, pattern=pattern), vocab=vocab)
         out.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(out))
     except (ValueError, OSError) as error:

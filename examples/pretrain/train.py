@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import pathlib
 import re
+import shlex
+import sys
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,11 +35,12 @@ def main(
         typer.Option("--set", help="A value to change: section.key=value. May be repeated."),
     ] = [],  # noqa: B006  (typer reads it and changes nothing)
     data: Annotated[
-        pathlib.Path | None,
+        list[str],
         typer.Option(
-            help="Folder of packed rows.", show_default="Python's library, packed into --out"
+            help="Folder of packed rows, or FOLDER=WEIGHT. May be repeated, for a mixture.",
+            show_default="Python's library, packed into --out",
         ),
-    ] = None,
+    ] = [],  # noqa: B006
     out: Annotated[pathlib.Path, typer.Option(help="Folder of all results.")] = pathlib.Path(
         "runs/pretrain"
     ),
@@ -72,9 +76,11 @@ def main(
     ] = None,
 ) -> None:
     """Train a decoder like DeepSeek-V3."""
+    started = time.perf_counter()
     try:
         settings = configs.load(config, changes)
         profile = _steps(profile_steps)
+        given = [_source(text) for text in data]
         start_jax(
             devices=devices,
             processes=find_processes(coordinator, count=num_processes, index=process_id),
@@ -90,8 +96,10 @@ def main(
             minutes=minutes,
             profile=profile,
             weights=weights,
+            command=shlex.join(["python", "-m", "examples.pretrain.train", *sys.argv[1:]]),
+            started=started,
         )
-        loop = _make_loop(settings, data, options)
+        loop = _make_loop(settings, given, options)
     except (ValueError, OSError) as error:
         typer.echo(f"train: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
@@ -105,17 +113,39 @@ def main(
         raise typer.Exit(1) from error
 
 
-def _make_loop(settings: configs.Config, data: pathlib.Path | None, options: Options) -> Loop:
+def _make_loop(
+    settings: configs.Config, data: list[tuple[pathlib.Path, float]], options: Options
+) -> Loop:
     """Set everything up; nothing is trained yet."""
-    from examples.pretrain.data import Rows
+    from examples.pretrain.data import Rows, Source
     from examples.pretrain.loop import Loop
     from examples.pretrain.prepare import default_rows
     from examples.pretrain.step import setup
 
-    if data is None:
-        data = default_rows(options.out / "rows", settings)
-    rows = Rows(data, seq_len=settings.data.seq_len, vocab_size=settings.model.vocab_size)
+    if not data:
+        data = [(default_rows(options.out / "rows", settings), 1.0)]
+    rows = Rows(
+        [Source(*source) for source in data],
+        seq_len=settings.data.seq_len,
+        vocab_size=settings.model.vocab_size,
+    )
+    model, most = settings.model, rows.summary.most_segments
+    if model.attention == "cudnn" and most > model.most_segments:
+        raise ValueError(
+            f"--data: expected rows of at most model.most_segments = {model.most_segments} documents, "
+            f"got {most}; pack with --most-segments {model.most_segments}, or set "
+            f"model.most_segments={most}."
+        )
     return Loop(settings, setup(settings), rows, options)
+
+
+def _source(text: str) -> tuple[pathlib.Path, float]:
+    folder, equals, weight = text.rpartition("=")
+    if not equals:
+        return pathlib.Path(text), 1.0
+    if not re.fullmatch(r"\d+(\.\d*)?", weight) or float(weight) == 0:
+        raise ValueError(f"--data: expected FOLDER or FOLDER=WEIGHT, as in web=0.7, got {text!r}.")
+    return pathlib.Path(folder), float(weight)
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

@@ -32,6 +32,7 @@ def native_call(
     *operands: jax.Array | jax.ShapeDtypeStruct,
     scratch: Sequence[jax.ShapeDtypeStruct] = (),
     ordered: bool = False,
+    in_line: bool = False,
     **attributes: Any,
 ) -> list[jax.Array]:
     """Call an FFI target, which gets an attribute ``ordinal`` (int32) too.
@@ -48,6 +49,8 @@ def native_call(
         scratch: Shapes and dtypes of scratch memory, which the target gets as results more.
         ordered: Whether the call comes behind the last one of its channel (attribute "channel"), by
             ``region.lower_in_order``: so on GPUs.
+        in_line: Whether an ordered call comes behind the last one of channel 0, in line with the
+            program, whatever its channel.
         attributes: Integers of NumPy.
 
     Returns:
@@ -66,6 +69,7 @@ def native_call(
             absent=tuple(x if isinstance(x, jax.ShapeDtypeStruct) else None for x in operands),
             scratch=tuple(scratch),
             ordered=ordered,
+            in_line=in_line,
             attributes=tuple(sorted(attributes.items())),
         )
 
@@ -82,6 +86,7 @@ def _lower(
     absent: Sequence[jax.ShapeDtypeStruct | None],
     scratch: Sequence[jax.ShapeDtypeStruct],
     ordered: bool,
+    in_line: bool,
     attributes: tuple[tuple[str, Any], ...],
 ) -> Any:
     del results  # they are ctx.avals_out
@@ -100,14 +105,24 @@ def _lower(
     ctx = ctx.replace(avals_in=avals)
     if not ordered:
         return call(ctx, values)
-    channel = int(given_attributes["channel"])
+    channel = 0 if in_line else int(given_attributes["channel"])
     return lower_in_order(ctx, call, values, scratch=scratch, channel=channel, name=target)
+
+
+# The ends of the names of targets that do half of an op.
+_HALVES = ("_start", "_done")
 
 
 def _batch(
     operands: Sequence[Any], dims: Sequence[int | None], **params: Any
 ) -> tuple[list[jax.Array], list[int]]:
     """One call for each element, one after the other."""
+    sizes = {x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None}
+    if params["target"].endswith(_HALVES) and sizes != {1}:
+        raise NotImplementedError(
+            "jax_ep: an op in flight in mode 'latency' has no batch, because a channel holds one op at "
+            "a time; under vmap, use dispatch and combine, or mode='throughput'."
+        )
     mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
 
     def one(slices: Sequence[jax.Array]) -> list[jax.Array]:

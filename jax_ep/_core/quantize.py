@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jax_ep._core import arguments
 from jax_ep._core.numerics import keep, round_to
@@ -91,6 +91,54 @@ def dequantize(q: Quantized, dtype: DTypeLike = jnp.bfloat16) -> Float[Array, "r
     sign = lax.shift_right_logical(lax.bitcast_convert_type(scales, jnp.int32), 31)
     products = keep(blocks * scales, lax.stop_gradient(sign)).reshape(rows, hidden)
     return round_to(products, dtype)
+
+
+def pack_scales(
+    scales: Float[Array, "*experts rows blocks"],
+) -> Int32[Array, "*experts words lines"]:
+    """Scales of format "ue8m0" as block-scaled matmuls of Blackwell GPUs take them: 8 bits each.
+
+    Such a scale is a power of two, so its exponent says all. Four of a row become a word, the first in
+    the lowest byte, and the words of consecutive rows lie side by side, as DeepGEMM
+    (https://github.com/deepseek-ai/DeepGEMM) takes them from DeepEP. For four rows of two blocks::
+
+        scales = [[1, 2], [0.5, 1], [1, 1], [4, 1]]             # exponents 127 + log2(scale)
+        words  = [[0x807f, 0x7f7e, 0x7f7f, 0x7f81]]
+
+    XLA does this in one kernel, which it may fuse with what reads the words.
+
+    Args:
+        scales: ``[rows, hidden / 128]`` float32 of ``quantize`` or ``dispatch`` with
+            ``scale_format="ue8m0"``; ``[L, S, hidden / 128]`` in layout "masked". Zeros, as unused rows
+            have, become zeros. Of other numbers only the exponent is kept.
+
+    Returns:
+        ``[⌈hidden / 512⌉, roundup(rows, 4)]`` int32, or with ``[L, ...]`` before it. What is added at
+        the ends is zero.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for fewer than two dimensions.
+    """
+    if jnp.result_type(scales) != jnp.float32:
+        raise arguments.type_error(
+            "pack_scales",
+            "scales",
+            "float32",
+            f"{jnp.result_type(scales)}",
+            "pass the scales of a Quantized, unchanged",
+        )
+    if scales.ndim < 2:
+        raise arguments.value_error(
+            "pack_scales", "scales", "[..., rows, blocks]", f"shape {scales.shape}", "add the rows"
+        )
+    *outer, rows, blocks = scales.shape
+    bits = lax.bitcast_convert_type(scales, jnp.uint32)
+    exponents = (bits >> 23) & 0xFF
+    more = [(0, 0)] * len(outer) + [(0, -rows % 4), (0, -blocks % 4)]
+    exponents = jnp.pad(exponents, more).reshape(*outer, rows + -rows % 4, -1, 4)
+    words = (exponents << jnp.arange(0, 32, 8, dtype=jnp.uint32)).sum(axis=-1, dtype=jnp.uint32)
+    return lax.bitcast_convert_type(jnp.swapaxes(words, -1, -2), jnp.int32)
 
 
 def check_scale_format(op: str, scale_format: str) -> None:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float8e4m3fn, Float32, Int32
 
 Layout = Literal["expert", "token"]
+# "masked" is layout "expert" with every expert's rows at a fixed place (``Handle.masked``).
+DispatchLayout = Literal["expert", "token", "masked"]
 ScaleFormat = Literal["f32", "ue8m0"]
 UnusedRows = Literal["zero", "undefined"]
 Mode = Literal["auto", "throughput", "latency"]
@@ -52,8 +54,8 @@ class DispatchConfig:
             rank has at most so many tokens as ``python -m jax_ep.tune`` found it to be faster for, else
             512 for ``dispatch`` and 256 for ``combine`` (measured on two H200s, H = 7168, top-8).
             Everywhere else it takes "throughput": for larger shapes, in groups made without these
-            sizes, and for ops in flight (``dispatch_start``, ``combine_start``), because ops of
-            "latency" run one at a time, in line with the program.
+            sizes, and for ops in flight (``dispatch_start``, ``combine_start``), where "latency" has
+            to be asked for.
     """
 
     num_sms: int | None = None
@@ -79,9 +81,9 @@ class DispatchConfig:
             )
 
 
-def keeps_unused(unused_rows: UnusedRows, alignment: int) -> bool:
-    """Whether ops leave unused rows as they are: it was asked for, and none of them pads a group."""
-    return unused_rows == "undefined" and alignment == 1
+def keeps_unused(unused_rows: UnusedRows, alignment: int, masked: bool) -> bool:
+    """Whether ops leave unused rows as they are: it was asked for, and none of them is a zero."""
+    return unused_rows == "undefined" and (alignment == 1 or masked)
 
 
 def is_latency(config: DispatchConfig | None) -> bool:
@@ -134,6 +136,8 @@ class Handle:
         capacity: Rows C of each rank.
         alignment: Group sizes are multiples of it (layout "expert").
         unused_rows: What rows past the last group hold: "zero" or "undefined".
+        masked: Whether it is of a dispatch with layout "masked": then ``layout`` is "expert", and each
+            local expert has ``alignment`` rows, of which the first ``counts`` are used.
     """
 
     topk_idx: Int32[Array, "tokens top_k"]
@@ -155,11 +159,12 @@ class Handle:
     capacity: int = dataclasses.field(metadata={"static": True})
     alignment: int = dataclasses.field(metadata={"static": True})
     unused_rows: UnusedRows = dataclasses.field(default="zero", metadata={"static": True})
+    masked: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def keeps_unused(self) -> bool:
         """Whether ops along it leave unused rows as they are."""
-        return keeps_unused(self.unused_rows, self.alignment)
+        return keeps_unused(self.unused_rows, self.alignment, self.masked)
 
 
 @jax.tree_util.register_dataclass
@@ -169,9 +174,10 @@ class Dispatched:
 
     Attributes:
         tokens: ``[C, H]`` rows (or ``Quantized`` rows). Padding is zero, and so are unused rows, but
-            for those past the last group with ``unused_rows="undefined"``.
+            for those past the last group with ``unused_rows="undefined"``. In layout "masked"
+            ``[L, S, H]``: expert l has rows ``tokens[l, :counts[l]]``.
         weights: The top-k weight of each row: ``[C]`` in layout "expert", ``[C, K]`` in layout
-            "token"; None when none were given.
+            "token", ``[L, S]`` in layout "masked"; None when none were given.
         handle: The plan, for ``combine`` and for another ``dispatch`` along the same routes. All that
             follows is the handle's.
         expert_idx: ``[C, K]`` local expert at each source position k, or −1 (layout "token" only).

@@ -82,7 +82,7 @@ def create_group(
             group takes.
         latency_tokens: The most tokens T of a rank in latency mode (``DispatchConfig``), at most 512.
             With it, ops of few tokens take that mode by default; 0 is for groups without it. On GPUs
-            each rank then has an inbox of 32·(6·R·T + (R − 1)·T·W) + 4224 bytes, with
+            each rank then has 1 + ``channels`` inboxes of 32·(6·R·T + (R − 1)·T·W) + 4224 bytes, with
             W = 152·⌈2H / 1792⌉ + 16: 20 MB for R = 2 and 142 MB for R = 8, with T = 512 and H = 7168.
         latency_hidden: The most channels H of a row in that mode; those of float32 rows count twice.
 

@@ -6,7 +6,8 @@ With chunks, the ops are in flight in this order, each over the experts of the c
                | experts 0    | experts 1              | experts 2 ...
 
 All share one channel of the group, so each has the whole link, and at most two chunks of rows are
-there at once. The backward pass goes the other way along the same order.
+there at once. They are ops of throughput mode: those of latency mode would hold a channel each. The
+backward pass goes the other way along the same order.
 
 On GPUs the first dispatch and the last combine are beside no experts, in both passes, so they take all
 their SMs. Those between them take only the SMs that keep the link busy, and the experts are told how
@@ -25,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jax_ep._core.capacity import round_up
-from jax_ep._core.types import DispatchConfig, Dispatched, is_latency, without_latency
+from jax_ep._core.types import DispatchConfig, Dispatched, without_latency
 from jax_ep._groups.group import Group, link_sms_of
 from jax_ep._moe.experts import Beside
 from jax_ep._ops.combine import combine
@@ -85,7 +86,7 @@ def exchange(
     bounds = [options | capacity_of_chunk(options, size, len(x)) for size in sizes]
     waiting = list(zip(parts, bounds, strict=True))
 
-    config: DispatchConfig | None = options.get("config")
+    config = without_latency(options.get("config"))
     hidden = config_of_hidden(config, group)
 
     def start(after: Ticket | None) -> Ticket:
@@ -105,7 +106,7 @@ def exchange(
             beside.append(last)
         out = dispatch_done(dispatches.pop(0))
         rows = experts(out, _beside(beside))
-        how = without_latency(hidden if index + 1 < len(sizes) else config)
+        how = hidden if index + 1 < len(sizes) else config
         last = combine_start(rows, out.handle, group=group, after=last, config=how)
         outs.append(out)
         combines.append(last)
@@ -114,7 +115,7 @@ def exchange(
 
 def config_of_hidden(config: DispatchConfig | None, group: Group) -> DispatchConfig | None:
     """How an op that is beside experts uses the machine: as ``config`` says, else with few SMs."""
-    flies = group.backend == "cuda" and why_in_line(group, latency=is_latency(config)) is None
+    flies = group.backend == "cuda" and why_in_line(group) is None
     if not flies or (config is not None and config.num_sms is not None):
         return config
     return dataclasses.replace(config or DispatchConfig(), num_sms=link_sms_of(group))

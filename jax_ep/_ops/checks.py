@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax_ep import _compat
 from jax_ep._core import arguments, limits
 from jax_ep._core.capacity import INT32_MAX, MAX_CAPACITY
-from jax_ep._core.types import Handle, Layout
+from jax_ep._core.types import DispatchLayout, Handle, Layout
 from jax_ep._groups.group import Group
 
 MAX_TOP_K = 32
@@ -163,7 +163,7 @@ def check_num_experts(op: str, num_experts: Any, group: Group) -> None:
 
 def check_layout(op: str, layout: object, alignment: Any) -> None:
     """``layout`` is known and ``alignment`` a positive int."""
-    arguments.check_one_of(op, "layout", layout, get_args(Layout))
+    arguments.check_one_of(op, "layout", layout, get_args(DispatchLayout))
     if not arguments.is_int(alignment) or not 1 <= alignment <= INT32_MAX:
         raise arguments.value_error(
             op,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -13,15 +14,15 @@ from jax_ep._core.flight import Flight
 from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import checks, flights, gpu_room, gradients, modes
+from jax_ep._ops import checks, flights, gpu_room, gradients, masked, modes
 
 
 def combine(
-    rows: Float[Array, "capacity hidden"],
+    rows: Float[Array, "*capacity hidden"],
     handle: Handle,
     *,
     group: Group,
-    weights: Float[Array, " capacity"] | None = None,
+    weights: Float[Array, "*capacity"] | None = None,
     config: DispatchConfig | None = None,
 ) -> Float[Array, "tokens hidden"]:
     """Bring the expert outputs of each token home and sum them.
@@ -45,14 +46,16 @@ def combine(
     by their weight if there are weights; ``weights`` receive the dot product of row and cotangent.
 
     Args:
-        rows: ``[C, H]`` bf16, f16 or f32: the expert outputs, in the order of the dispatched rows.
+        rows: ``[C, H]`` bf16, f16 or f32: the expert outputs, in the order of the dispatched rows; in
+            layout "masked" ``[L, S, H]``.
             Padding and unused rows are not read. On GPUs a row has at most 32 MiB / (R − 1) in
             layout "expert", and at most 106240 bytes for gradients with ``weights``.
         handle: The handle of the dispatch.
         group: The group of the handle.
-        weights: ``[C]`` factors of the rows (layout "expert"), such as the ``weights`` that dispatch
-            returned; float32, or bfloat16 or float16, which is cast to it. None sums the rows as
-            they are. It is cheaper to multiply by the weights before the down projection.
+        weights: ``[C]`` factors of the rows (layout "expert"), or ``[L, S]`` in layout "masked", such
+            as the ``weights`` that dispatch returned; float32, or bfloat16 or float16, which is cast
+            to it. None sums the rows as they are. It is cheaper to multiply by the weights before the
+            down projection.
         config: How to use the machine; None takes the defaults. The default mode, "auto", takes
             "latency" for few tokens in groups made for it, whatever mode the dispatch had.
 
@@ -72,16 +75,19 @@ def combine(
 
 def combine_by(
     issue: flights.Issue,
-    rows: Float[Array, "capacity hidden"],
+    rows: Float[Array, "*capacity hidden"],
     handle: Handle,
     *,
     group: Group,
-    weights: Float[Array, " capacity"] | None = None,
+    weights: Float[Array, "*capacity"] | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Handle], Handle] = lambda handle: handle,
-    in_flight: bool = False,
-) -> Float[Array, "tokens hidden"]:
-    """``combine``, issued as ``issue`` says, along ``order(handle)``."""
+    send: Callable[..., Any] | None = None,
+) -> Any:
+    """``combine``, issued as ``issue`` says, along ``order(handle)``.
+
+    ``send`` is as in ``dispatch_by``; ``combined`` makes what the second half gives into the result.
+    """
     op = "combine"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -90,6 +96,9 @@ def combine_by(
         raise arguments.type_error(
             op, "rows", "an array", "Quantized", "turn it into a dense one with jax_ep.dequantize"
         )
+    if handle.masked:
+        rows = masked.join(op, "rows", handle, rows)
+        weights = None if weights is None else masked.join(op, "weights", handle, weights)
     arguments.check_rows(op, "rows", rows)
     if rows.shape[0] != handle.capacity:
         raise arguments.value_error(
@@ -108,7 +117,7 @@ def combine_by(
         layout=handle.layout,
         moved=name,
         config=config,
-        in_flight=in_flight,
+        in_flight=send is not None,
     )
     gpu_room.check_latency_fits(op, "rows", rows, handle.topk_idx, group, config)
     if not is_latency(config):
@@ -128,12 +137,20 @@ def combine_by(
             num_tokens=num_tokens,
             requested=requested,
         )
-    options = gradients.CombineOptions(group, config, issue(num_sms, is_latency(config)))
+    latency = is_latency(config) and num_tokens > 0
+    options = gradients.CombineOptions(group, config, issue(num_sms, latency))
     handle = order(handle)
+    if send is not None and latency and group.backend == "cuda":
+        return send(options, rows, weights, handle)
     if weights is None:
         y, _ = gradients.combine(options, rows, None, handle)
     else:
         y = gradients.combine_weighted(options, rows, weights, handle)
+    return combined(y)
+
+
+def combined(y: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+    """The result of a combine."""
     return checkpoint_name(y, "jax_ep.combine")
 
 

@@ -17,6 +17,7 @@ from jax_ep._core.quantize import check_scale_format
 from jax_ep._core.types import (
     DispatchConfig,
     Dispatched,
+    DispatchLayout,
     Handle,
     Layout,
     Quantized,
@@ -25,7 +26,7 @@ from jax_ep._core.types import (
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, modes
+from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, masked, modes
 
 Output = Literal["dense", "quantized"]
 
@@ -41,7 +42,7 @@ def dispatch(
     *,
     group: Group,
     num_experts: int | None = None,
-    layout: Layout | None = None,
+    layout: DispatchLayout | None = None,
     alignment: int | None = None,
     capacity: int | None = None,
     capacity_factor: float | None = None,
@@ -94,7 +95,9 @@ def dispatch(
         group: The group, from ``create_group``.
         num_experts: E over the whole group; a multiple of R, on GPUs at most 4096.
         layout: "expert" (the default): one row per (token, local expert), grouped by expert. "token":
-            one row per (token, rank), ordered by (source rank, token).
+            one row per (token, rank), ordered by (source rank, token). "masked": as "expert", but each
+            expert has S rows at a fixed place, of which the first ``counts`` are used, for matmuls that
+            take ``[L, S, H]`` and counts. On GPUs it takes mode "latency".
         alignment: Layout "expert": each expert's rows are padded with zeros to a multiple of it. The
             default, 1, pads nothing: ``grouped_dot`` and ``jax.lax.ragged_dot`` take groups of any
             size. Give the height of a tile, say 128, to a matmul of your own that works on whole
@@ -105,7 +108,8 @@ def dispatch(
             highest multiple of ``alignment`` for which all rows fit. ``alignment`` rows more go to
             each of the experts with the lowest ids that lose some, as far as there is room. Of an
             expert (in layout "token", of a rank), the rows that come first in the order above are kept.
-            Where the group spans hosts, more than 2^20 rows must be asked for.
+            Where the group spans hosts, more than 2^20 rows must be asked for. In layout "masked",
+            S = C / L, and None is S = roundup(R·T, alignment).
         capacity_factor: Instead of ``capacity``, layout "expert": every expert keeps at most
             ``ceil(capacity_factor · R·T·K / E)`` rows.
         rank_capacity_factor: Instead of ``capacity``, layout "expert": C is
@@ -120,7 +124,8 @@ def dispatch(
         unused_rows: What the rows past the last group (layout "token": past the last row that came)
             hold. "zero" (the default): zeros. "undefined": anything, NaN too, so that GPUs need not
             write them; with room for any routing, most rows may be unused. Their weights are zeros all
-            the same, and so are the rows if ``alignment`` is more than 1. Choose it if what reads the
+            the same, and so are the rows if ``alignment`` is more than 1. In layout "masked" it is
+            for all rows past the counts, and "undefined" is the default. Choose it if what reads the
             rows goes by ``group_sizes``, as ``grouped_dot`` does. The handle keeps it for the gradient
             of ``combine`` too, whose unused rows are then as undefined.
         handle: The handle of an earlier dispatch, to send along the same routes without a new plan.
@@ -132,7 +137,7 @@ def dispatch(
             dispatch in one launch; along a handle they dispatch as in "throughput".
 
     Returns:
-        What this rank received, with C rows.
+        What this rank received, with C rows; in layout "masked" with L times S.
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.
@@ -142,7 +147,7 @@ def dispatch(
     def issue(num_sms: int, latency: bool) -> Flight:
         return flights.in_line(group, num_sms)
 
-    return dispatch_by(
+    out = dispatch_by(
         issue,
         x,
         topk_idx,
@@ -161,6 +166,8 @@ def dispatch(
         handle=handle,
         config=config,
     )
+    assert isinstance(out, Dispatched)  # for the type checker: it is not in flight
+    return out
 
 
 def dispatch_by(
@@ -171,7 +178,7 @@ def dispatch_by(
     *,
     group: Group,
     num_experts: int | None = None,
-    layout: Layout | None = None,
+    layout: DispatchLayout | None = None,
     alignment: int | None = None,
     capacity: int | None = None,
     capacity_factor: float | None = None,
@@ -183,9 +190,13 @@ def dispatch_by(
     handle: Handle | None = None,
     config: DispatchConfig | None = None,
     order: Callable[[Any], Any] = lambda routes: routes,
-    in_flight: bool = False,
-) -> Dispatched:
-    """``dispatch``, issued as ``issue`` says, along ``order(routes)``: of a handle, or ``topk_idx``."""
+    send: Callable[..., Any] | None = None,
+) -> Any:
+    """``dispatch``, issued as ``issue`` says, along ``order(routes)``: of a handle, or ``topk_idx``.
+
+    ``send`` is given where the op is in flight. In latency mode on GPUs it does the first half of the
+    op, and its result is returned; ``dispatched`` makes what the second half gives into the result.
+    """
     op = "dispatch"
     checks.check_group(op, group)
     arguments.check_config(op, config)
@@ -195,48 +206,64 @@ def dispatch_by(
     arguments.check_one_of(op, "unused_rows", unused_rows, (None, "zero", "undefined"))
     dense_output = output != "quantized"
     moved = rows_name(values.dtype, quantize_as, dense_output)
+    is_masked = layout == "masked" if handle is None else handle.masked
     if handle is None:
         checks.check_topk_idx(op, topk_idx, values.shape[0])
         assert topk_idx is not None  # for the type checker: check_topk_idx raises if it is None
         topk_idx = expert_ids(topk_idx)
         checks.check_experts(op, num_experts, topk_idx.shape[1], group)
         assert num_experts is not None
-        layout = _DEFAULT_LAYOUT if layout is None else layout
         alignment = _DEFAULT_ALIGNMENT if alignment is None else alignment
-        checks.check_layout(op, layout, alignment)
+        checks.check_layout(op, _DEFAULT_LAYOUT if layout is None else layout, alignment)
+        of_plan: Layout = "token" if layout == "token" else "expert"
         gpu_room.check_choices_fit(op, topk_idx, group)
-        checks.check_bounds(op, capacity, capacity_factor, rank_capacity_factor, layout, alignment)
+        if is_masked:
+            alignment = masked.rows_of_expert(
+                op,
+                capacity,
+                (capacity_factor, rank_capacity_factor),
+                alignment=alignment,
+                sources=group.size * topk_idx.shape[0],
+                experts=num_experts // group.size,
+            )
+            capacity = num_experts // group.size * alignment
+        checks.check_bounds(op, capacity, capacity_factor, rank_capacity_factor, of_plan, alignment)
         config = modes.choose(
             "dispatch",
             values,
             topk_idx,
             group=group,
-            layout=layout,
+            layout=of_plan,
             moved=moved,
             config=config,
-            in_flight=in_flight,
+            in_flight=send is not None,
+            masked=is_masked,
         )
         rows, rows_of_expert = bounds.room(
             op,
             bounds.Bounds(capacity, capacity_factor, rank_capacity_factor),
             group=group,
             num_experts=num_experts,
-            layout=layout,
+            layout=of_plan,
             alignment=alignment,
             shape=topk_idx.shape,
         )
         plan_options = gradients.PlanOptions(
             group,
             num_experts,
-            layout,
+            of_plan,
             capacity=rows,
             alignment=alignment,
-            expert_capacity=rows_of_expert,
+            expert_capacity=alignment if is_masked else rows_of_expert,
+            masked=is_masked,
             config=config,
-            unused_rows=unused_rows or "zero",
+            unused_rows=unused_rows or ("undefined" if is_masked else "zero"),
         )
         gpu_room.check_latency_fits(op, "x", values, topk_idx, group, config)
-        if not gradients.takes_one_launch(group, config, topk_idx.shape[0]):
+        one_launch = gradients.takes_one_launch(group, config, topk_idx.shape[0])
+        if is_masked and topk_idx.shape[0] > 0:
+            masked.check_mode(op, group, config, one_launch=one_launch)
+        if not one_launch:
             handle = _name(gradients.plan(plan_options, topk_idx), "jax_ep.handle")
     else:
         checks.check_handle(op, handle, group)
@@ -244,7 +271,7 @@ def dispatch_by(
         checks.check_not_given(op, "capacity_factor", capacity_factor)
         checks.check_not_given(op, "rank_capacity_factor", rank_capacity_factor)
         checks.check_as_in_handle(op, "num_experts", num_experts, handle.num_experts)
-        checks.check_as_in_handle(op, "layout", layout, handle.layout)
+        checks.check_as_in_handle(op, "layout", layout, "masked" if is_masked else handle.layout)
         checks.check_as_in_handle(op, "alignment", alignment, handle.alignment)
         checks.check_as_in_handle(op, "capacity", capacity, handle.capacity)
         checks.check_as_in_handle(op, "unused_rows", unused_rows, handle.unused_rows)
@@ -285,16 +312,24 @@ def dispatch_by(
         x = gradients.refuse_gradient(x)
     if handle is None:
         x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)
-        tokens, weights, handle = gradients.plan_and_dispatch(
-            plan_options, options, x, topk_weights, order(topk_idx)
-        )
+        given = plan_options, options, x, topk_weights, order(topk_idx)
+        if send is not None:
+            return send(*given)
+        tokens, weights, handle = gradients.plan_and_dispatch(*given)
         handle = _name(handle, "jax_ep.handle")
     else:
         x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
         tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
+    return dispatched(tokens, weights, handle)
+
+
+def dispatched(tokens: Array | Quantized, weights: Array | None, handle: Handle) -> Dispatched:
+    """The result of a dispatch."""
     if isinstance(tokens, Quantized):
         tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")
+    if handle.masked:
+        tokens, weights = masked.split(handle, (tokens, weights))
     return Dispatched(tokens=tokens, weights=weights, handle=handle)
 
 

@@ -70,13 +70,15 @@ def take_off(
         op: For errors.
         group: Its group.
         num_sms: The SMs that it or its gradient takes if it can.
-        after: An op that begins before this one, which takes over its channel.
-        latency: Whether latency mode runs it.
+        after: An op that begins before this one, which takes over its channel. In latency mode this
+            one takes another, because a channel is held by one op there until that is done.
+        latency: Whether latency mode runs it, in two calls in line with the program.
 
     Raises:
         ValueError: if all channels of the group are held, or it lacks the channel of ``after``.
     """
-    if after is not None:
+    latency = latency and group.backend == "cuda"
+    if after is not None and not latency:
         channel = after.channel
         if channel > group.channels:
             raise arguments.value_error(
@@ -90,7 +92,9 @@ def take_off(
         held = {o.channel for o in _in_flight() if o.group_id == group.id}
         free = [c for c in range(1, group.channels + 1) if c not in held]
         if not free:
-            fix = "finish one with its done half, or order this op behind one with after="
+            fix = "finish one with its done half"
+            if not latency:
+                fix += ", or order this op behind one with after="
             if (more := group.channels + 1) <= MOST_CHANNELS:
                 fix = f"{more} ops in flight at once take create_group(channels={more}); else {fix}"
             raise arguments.value_error(
@@ -103,11 +107,15 @@ def take_off(
             )
         channel = free[0]
     flight = _limited(group, channel, num_sms)
+    if latency:  # nothing of the op runs between its calls
+        opened = Opened(group.id, channel, 0, _compat.trace_state())
+        _all.add(opened)
+        return flight, opened
     most = num_sms if flight.most_sms is None else min(num_sms, flight.most_sms)
     if group.backend == "cuda":
         most = min(most, gpu_side.max_blocks(group.id))
     opened = Opened(group.id, channel, most, _compat.trace_state())
-    if why := why_in_line(group, latency=latency):
+    if why := why_in_line(group):
         _warn_of_start(why)
         flight = dataclasses.replace(flight, channel=0)
     elif group.backend == "cuda":
@@ -117,10 +125,10 @@ def take_off(
     return flight, opened
 
 
-def why_in_line(group: Group, *, latency: bool = False) -> str | None:
+def why_in_line(group: Group) -> str | None:
     """Why starts of a group of GPUs do all the work in line with the program, or None.
 
-    Ops of latency mode share one inbox, whatever their channels, so no two of them may run at once.
+    Those of latency mode never do.
     """
     if group.backend != "cuda":
         return None
@@ -128,8 +136,6 @@ def why_in_line(group: Group, *, latency: bool = False) -> str | None:
         return "the group spans hosts"
     if (why := gpu_side.why_staged(group.id)) is not None:
         return f"operands are copied before peers read them, because {why}"
-    if latency:
-        return "mode 'latency' has one inbox, and so one op at a time"
     return None
 
 

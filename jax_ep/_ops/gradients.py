@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 
 from jax_ep import _compat, reference
-from jax_ep._backends import native
+from jax_ep._backends import latency, native
 from jax_ep._core.batching import batched_alike
 from jax_ep._core.capacity import INT32_MAX
 from jax_ep._core.flight import IN_LINE, Flight
@@ -51,6 +51,7 @@ class PlanOptions:
         capacity: Rows of each rank.
         alignment: Group sizes are multiples of it.
         expert_capacity: Rows that an expert keeps at most.
+        masked: Whether every expert has ``alignment`` rows; kept in the handle.
         config: How to use the machine.
         unused_rows: What rows past the last group hold; kept in the handle.
     """
@@ -61,6 +62,7 @@ class PlanOptions:
     capacity: int
     alignment: int
     expert_capacity: int = INT32_MAX
+    masked: bool = False
     config: DispatchConfig | None = None
     unused_rows: UnusedRows = "zero"
 
@@ -107,11 +109,11 @@ def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle
     if topk_idx.shape[0] == 0:
         handle = _empty_plan(options, topk_idx)
     else:
-        arguments = _fields(options) | {"config": without_latency(options.config)}
+        arguments = fields(options) | {"config": without_latency(options.config)}
         unused_rows = arguments.pop("unused_rows")
         handle = _BACKENDS[options.group.backend].plan(topk_idx, **arguments)
-        handle = dataclasses.replace(handle, unused_rows=unused_rows)
-    return _match(handle, topk_idx)
+        handle = dataclasses.replace(handle, unused_rows=unused_rows, masked=options.masked)
+    return match(handle, topk_idx)
 
 
 def dispatch(
@@ -122,7 +124,7 @@ def dispatch(
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
     """See ``jax_ep.reference.dispatch``. Gradient: straight-through where rows are quantized."""
     if handle.topk_idx.shape[0] == 0:
-        return _match(_empty_dispatch(options, x, weights, handle), x)
+        return match(_empty_dispatch(options, x, weights, handle), x)
     return _dispatch(options, x, weights, handle)
 
 
@@ -138,7 +140,7 @@ def _dispatch(options, x, weights, handle):
         dense_output=options.dense_output,
         **_how(options, without_latency(options.config)),
     )
-    return _match(out, x)
+    return match(out, x)
 
 
 def _dispatch_fwd(options, x, weights, handle):
@@ -146,7 +148,7 @@ def _dispatch_fwd(options, x, weights, handle):
 
 
 @_compat.backward
-def _dispatch_bwd(options, handle, cotangents):
+def dispatch_bwd(options, handle, cotangents):
     d_rows, d_row_weights = cotangents
     if not isinstance(d_rows, Quantized):
         what = "for gradients on GPUs"
@@ -161,13 +163,13 @@ def _dispatch_bwd(options, handle, cotangents):
     if options.row_dtype == jnp.float8_e4m3fn:
         no_scales = jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32)
         d_x = Quantized(d_values, no_scales)
-    no_rows = _match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
+    no_rows = match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
     transpose = CombineOptions(options.group, without_latency(options.config), options.flight)
     _, d_weights = combine(transpose, no_rows, d_row_weights, handle)
-    return _match(d_x, d_rows), d_weights, None
+    return match(d_x, d_rows), d_weights, None
 
 
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+_dispatch.defvjp(_dispatch_fwd, dispatch_bwd)
 
 
 def plan_and_dispatch(
@@ -188,16 +190,16 @@ def takes_one_launch(group: Group, config: DispatchConfig | None, num_tokens: in
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _plan_and_dispatch(plan_options, options, x, weights, topk_idx):
-    out = native.latency_dispatch(
+    out = latency.dispatch(
         x,
         weights,
         topk_idx,
-        **_fields(plan_options),
+        **fields(plan_options),
         scale_format=options.scale_format,
         dense_output=options.dense_output,
         flight=options.flight,
     )
-    return _match(out, x)
+    return match(out, x)
 
 
 def _plan_and_dispatch_fwd(plan_options, options, x, weights, topk_idx):
@@ -210,13 +212,13 @@ def _plan_and_dispatch_fwd(plan_options, options, x, weights, topk_idx):
 @_compat.backward
 def _plan_and_dispatch_bwd(plan_options, options, handle, cotangents):
     del plan_options
-    return _dispatch_bwd(options, handle, cotangents[:2])
+    return dispatch_bwd(options, handle, cotangents[:2])
 
 
 _plan_and_dispatch.defvjp(_plan_and_dispatch_fwd, _plan_and_dispatch_bwd)
 
 
-def _fields(options: PlanOptions) -> dict[str, Any]:
+def fields(options: PlanOptions) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
 
 
@@ -230,7 +232,7 @@ def combine(
     num_tokens, top_k = handle.topk_idx.shape
     if num_tokens == 0:
         home = None if values is None else jnp.zeros((0, top_k), jnp.float32)
-        return _match((jnp.zeros((0, rows.shape[1]), rows.dtype), home), rows)
+        return match((jnp.zeros((0, rows.shape[1]), rows.dtype), home), rows)
     return _combine(options, rows, values, handle)
 
 
@@ -238,7 +240,7 @@ def combine(
 def _combine(options, rows, values, handle):
     backend, how = _BACKENDS[options.group.backend], _how(options, options.config)
     results = backend.combine(rows, None, values, handle, group=options.group, **how)
-    return _match(results, rows)
+    return match(results, rows)
 
 
 def _combine_fwd(options, rows, values, handle):
@@ -246,7 +248,7 @@ def _combine_fwd(options, rows, values, handle):
 
 
 @_compat.backward
-def _combine_bwd(options, handle, cotangents):
+def combine_bwd(options, handle, cotangents):
     dy, d_home = cotangents
     config = without_latency(options.config)
     transpose = DispatchOptions(options.group, dy.dtype, config=config, flight=options.flight)
@@ -254,7 +256,7 @@ def _combine_bwd(options, handle, cotangents):
     return d_rows, d_values, None
 
 
-_combine.defvjp(_combine_fwd, _combine_bwd)
+_combine.defvjp(_combine_fwd, combine_bwd)
 
 
 def combine_weighted(
@@ -262,7 +264,7 @@ def combine_weighted(
 ) -> Array:
     """See ``jax_ep.reference.combine``, with row weights; keeps rows and weights for backward."""
     if handle.topk_idx.shape[0] == 0:
-        return _match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
+        return match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
     return _combine_weighted(options, rows, row_weights, handle)
 
 
@@ -270,7 +272,7 @@ def combine_weighted(
 def _combine_weighted(options, rows, row_weights, handle):
     backend, how = _BACKENDS[options.group.backend], _how(options, options.config)
     y, _ = backend.combine(rows, row_weights, None, handle, group=options.group, **how)
-    return _match(y, rows)
+    return match(y, rows)
 
 
 def _combine_weighted_fwd(options, rows, row_weights, handle):
@@ -278,17 +280,17 @@ def _combine_weighted_fwd(options, rows, row_weights, handle):
 
 
 @_compat.backward
-def _combine_weighted_bwd(options, residuals, dy):
+def combine_weighted_bwd(options, residuals, dy):
     rows, row_weights, handle = residuals
     group = options.group
     gpu_room.check_weighted_gradient_fits("combine", "rows", rows, group)
     backend = _BACKENDS[group.backend]
     how = _how(options, without_latency(options.config))
     gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group, **how)
-    return *_match(gradients, rows), None
+    return *match(gradients, rows), None
 
 
-_combine_weighted.defvjp(_combine_weighted_fwd, _combine_weighted_bwd)
+_combine_weighted.defvjp(_combine_weighted_fwd, combine_weighted_bwd)
 
 
 def _how(
@@ -336,7 +338,7 @@ def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), operands)
 
 
-def _match(results: Any, like: Any) -> Any:
+def match(results: Any, like: Any) -> Any:
     """Cast results to vary over the axes that ``like`` varies over."""
     axes = _compat.varying_axes(jax.tree.leaves(like)[0])
     return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), results)
@@ -359,7 +361,7 @@ def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Hand
         recv_row=none((capacity,)) if spans_hosts else None,
         recv_src=none((capacity,)),
         expert_idx=none((capacity, top_k)) if layout == "token" else None,
-        group_sizes=zeros((num_local,)),
+        group_sizes=zeros((num_local,)) + (options.alignment if options.masked else 0),
         counts=zeros((num_local,)),
         demand=zeros((num_local,)),
         num_dropped=zeros((1,)),
@@ -370,6 +372,7 @@ def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Hand
         capacity=capacity,
         alignment=options.alignment,
         unused_rows=options.unused_rows,
+        masked=options.masked,
     )
 
 

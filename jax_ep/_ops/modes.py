@@ -22,6 +22,7 @@ def choose(
     moved: str,
     config: DispatchConfig | None,
     in_flight: bool,
+    masked: bool = False,
 ) -> DispatchConfig | None:
     """``config``, with mode "latency" where it says "auto" and latency mode fits and is faster.
 
@@ -36,14 +37,17 @@ def choose(
         layout: "expert" or "token".
         moved: What moves, by ``tuning.rows_name``.
         config: As the user gave it, checked.
-        in_flight: Whether a start half begins the op. Latency mode runs one op at a time, in line
-            with the program, so nothing would overlap.
+        in_flight: Whether a start half begins the op. Latency mode is not chosen for it, because the
+            work between its calls has to be named.
+        masked: Whether it is a dispatch in layout "masked", for which GPUs have no other mode.
     """
-    if in_flight or (config is not None and config.mode != "auto"):
+    if config is not None and config.mode != "auto":
+        return config
+    if in_flight and not masked:
         return config
     if not gpu_room.fits_latency(rows, topk_idx, group):
         return config
     most = crossover_of(group, op=op, layout=layout, rows=moved, hidden=rows.shape[1])
-    if topk_idx.shape[0] > most:
+    if topk_idx.shape[0] > most and not masked:
         return config
     return dataclasses.replace(config or DispatchConfig(), mode="latency")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,9 +15,7 @@ from jax_ep._core import arguments
 from jax_ep._core.flight import Flight
 from jax_ep._core.types import DispatchConfig, Dispatched, Handle, Quantized
 from jax_ep._groups.group import Group
-from jax_ep._ops import flights
-from jax_ep._ops.combine import combine_by
-from jax_ep._ops.dispatch import dispatch_by
+from jax_ep._ops import combine, dispatch, flights, halves
 from jax_ep._ops.flights import Opened
 
 
@@ -29,7 +28,7 @@ class Ticket:
     not a carry of ``scan``.
 
     Attributes:
-        payload: What the done half gives back.
+        payload: What the done half gives back; in latency mode on GPUs, what it takes for that.
         op: "dispatch" or "combine".
         opened: Its place among the ops in flight.
     """
@@ -44,9 +43,41 @@ class Ticket:
 
         It is for ``grouped_dot(num_sms=ticket.free_sms)``. Ops that were in flight on other channels
         when this one started are counted too, so take the last of several tickets. None where no SM
-        is held: on CPU, with the reference, and where the start half does all the work.
+        is held: on CPU, with the reference, in latency mode, and where the start half does all the
+        work.
         """
         return self.opened.free_sms
+
+    def beside(self, work: Callable[..., Any], *args: Any) -> tuple[Ticket, Any]:
+        """Run ``work(*args)`` between the halves of the op.
+
+        On GPUs an op of latency mode has two calls in line with the program, and XLA runs the second
+        one right after the first, unless it is told what comes between. This tells it: the work
+        depends on the first call, and the second call depends on the work. Elsewhere XLA finds such
+        work itself, or has no use for it, so there this is only ``work(*args)``.
+
+        Args:
+            work: A function of arrays that returns arrays. It must need nothing that the op gives.
+            *args: Its arguments, pytrees of arrays; at least one array.
+
+        Returns:
+            The ticket to give to the done half in place of this one, and the result of ``work``.
+
+        Raises:
+            TypeError: if there are no arguments, or if ``work`` returns no arrays with elements.
+        """
+        if not jax.tree.leaves(args):
+            raise arguments.type_error(
+                "Ticket.beside",
+                "args",
+                "the arrays that the work is computed from",
+                "none",
+                "give the work what it reads as arguments",
+            )
+        if not isinstance(self.payload, halves.Sent):
+            return self, work(*args)
+        payload, results = halves.run_between(self.payload, work, args)
+        return dataclasses.replace(self, payload=payload), results
 
 
 def dispatch_start(
@@ -69,9 +100,20 @@ def dispatch_start(
     only in programs that hold a collective of XLA's own, such as the sum of gradients, or ``moe``'s
     statistics (jaxlib 0.10.2 and 0.11.2). An op in flight is not part of a command buffer (CUDA
     graph). On CPU, ops never block a thread, so XLA runs independent work beside each of them. Where
-    a group of GPUs spans hosts or copies its operands (``python -m jax_ep.doctor`` says so), and in
-    mode "latency", the start half does all the work, and a warning says so once. Mode "auto" is
-    "throughput" here, however few the tokens are.
+    a group of GPUs spans hosts or copies its operands (``python -m jax_ep.doctor`` says so), the start
+    half does all the work, and a warning says so once. Mode "auto" is "throughput" here, however few
+    the tokens are.
+
+    In mode "latency" on GPUs the start half is a call that sends the rows and waits for nothing, and
+    the done half is one that waits for the rows of the others. Both are in line with the program and
+    may be part of a command buffer. Between them the op holds no SM, so work there has the whole GPU.
+    ``Ticket.beside`` says which work XLA runs there::
+
+        ticket = jax_ep.dispatch_start(x, topk_idx, group=group, num_experts=E, config=latency)
+        ticket, shared = ticket.beside(shared_expert, x)
+        out = jax_ep.dispatch_done(ticket)
+
+    The gradient of such an op is in line with the program.
 
     The op needs streaming multiprocessors (SMs) of its own. But a large matmul, XLA's as well as
     ``grouped_dot``, runs one block on each SM of the GPU until all of it is done. If the matmul begins
@@ -99,6 +141,7 @@ def dispatch_start(
         group: As in ``dispatch``.
         after: A ticket of an op that must begin before this one. This op then takes over its channel,
             and begins where that op ends; so it counts as one more op in flight only once that is done.
+            In mode "latency" on GPUs it takes a channel of its own, and only begins behind that op.
         **kwargs: As in ``dispatch``.
 
     Returns:
@@ -108,8 +151,14 @@ def dispatch_start(
         TypeError, ValueError: as ``dispatch``; ValueError also where all channels are held.
     """
     begin = _Start("dispatch_start", group, after)
-    out = dispatch_by(
-        begin.issue, x, *args, group=group, order=begin.order, in_flight=True, **kwargs
+    out = dispatch.dispatch_by(
+        begin.issue,
+        x,
+        *args,
+        group=group,
+        order=begin.order,
+        send=halves.dispatch_start,
+        **kwargs,
     )
     return Ticket(out, op="dispatch", opened=begin.opened)
 
@@ -126,15 +175,18 @@ def dispatch_done(ticket: Ticket) -> Dispatched:
     Raises:
         TypeError: if ``ticket`` is not a ticket of ``dispatch_start``.
     """
-    return _finish(ticket, "dispatch")
+    payload = _finish(ticket, "dispatch")
+    if not isinstance(payload, halves.SentDispatch):
+        return payload
+    return dispatch.dispatched(*halves.dispatch_done(payload))
 
 
 def combine_start(
-    rows: Float[Array, "capacity hidden"],
+    rows: Float[Array, "*capacity hidden"],
     handle: Handle,
     *,
     group: Group,
-    weights: Float[Array, " capacity"] | None = None,
+    weights: Float[Array, "*capacity"] | None = None,
     after: Ticket | None = None,
     config: DispatchConfig | None = None,
 ) -> Ticket:
@@ -155,7 +207,7 @@ def combine_start(
         TypeError, ValueError: as ``combine``; ValueError also where all channels are held.
     """
     begin = _Start("combine_start", group, after)
-    y = combine_by(
+    y = combine.combine_by(
         begin.issue,
         rows,
         handle,
@@ -163,7 +215,7 @@ def combine_start(
         weights=weights,
         config=config,
         order=begin.order,
-        in_flight=True,
+        send=halves.combine_start,
     )
     return Ticket(y, op="combine", opened=begin.opened)
 
@@ -180,7 +232,10 @@ def combine_done(ticket: Ticket) -> Float[Array, "tokens hidden"]:
     Raises:
         TypeError: if ``ticket`` is not a ticket of ``combine_start``.
     """
-    return _finish(ticket, "combine")
+    payload = _finish(ticket, "combine")
+    if not isinstance(payload, halves.SentCombine):
+        return payload
+    return combine.combined(halves.combine_done(payload))
 
 
 class _Start:
@@ -210,9 +265,10 @@ class _Start:
         flight, self.opened = flights.take_off(
             self._op, self._group, num_sms, after, latency=latency
         )
-        # On GPUs the calls of a channel are ordered themselves (_backends/region.py). An op of latency
-        # mode is in line with the program, and what it comes after may be on another channel.
-        self._chained = self._group.backend == "cuda" and not latency
+        # On GPUs the calls of a channel are ordered themselves (_backends/region.py), and those of
+        # latency mode are all in line with the program. Other ops are on streams of their own.
+        behind_latency = self._after is not None and isinstance(self._after.payload, halves.Sent)
+        self._chained = self._group.backend == "cuda" and latency == behind_latency
         return flight
 
     def order(self, routes: Any) -> Any:

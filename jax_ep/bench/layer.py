@@ -12,6 +12,9 @@ weighted sum home. They differ in who moves the rows:
   (suite "overlap"). It sums one number over the ranks, because XLA hides ops only in programs that hold
   a collective of its own.
 * "plain": ragged_all_to_all with ``jax.lax.ragged_dot`` in place of ``jax_ep.grouped_dot``.
+
+"products" is no arm but a floor: the layer's nine products alone, forward and backward, as dense ones
+of groups of one size. A layer in line takes at least as long as they and its rows on the link.
 """
 
 from __future__ import annotations
@@ -236,6 +239,23 @@ def _weighted_sum(rows: Array, topk_weights: Array) -> Array:
     """``[T, H]`` from the rows of all (token, k)."""
     weighted = rows.astype(jnp.float32).reshape(*topk_weights.shape, -1) * topk_weights[..., None]
     return weighted.sum(axis=1).astype(rows.dtype)
+
+
+PRODUCTS = "products"
+
+
+def dense_products(
+    rows: Float[Array, "local rows hidden"],
+    gated: Float[Array, "local rows width"],
+    experts: Experts,
+) -> tuple[Array, Array, Array]:
+    """The products of the experts, each with as many rows; nothing stands between them."""
+    up, down = "lrh,lhf->lrf", "lrf,lfh->lrh"
+    return (
+        jnp.einsum(up, rows, experts.gate),
+        jnp.einsum(up, rows, experts.up),
+        jnp.einsum(down, gated, experts.down),
+    )
 
 
 ARMS = (

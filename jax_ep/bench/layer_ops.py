@@ -34,6 +34,8 @@ _TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-4}
 
 def measure(session: Session, case: Case) -> dict[str, Any]:
     """The record of one arm, named by ``case.name``."""
+    if case.name == layer.PRODUCTS:
+        return _measure_products(session, case)
     arm = layer.BY_NAME[case.name or "jax_ep"]
     problem = session.problem(case)
     sizes = sizes_of(session, case, problem)
@@ -54,6 +56,45 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         scratch_bytes=memory.scratch_bytes(measured.text),
         temporary_bytes=measured.temporary_bytes,
         error=wrong or None,
+    )
+
+
+def _measure_products(session: Session, case: Case) -> dict[str, Any]:
+    """The products of the layer alone, as dense ones, with as many rows over all."""
+    local = case.experts // session.group.size
+    rows = -(-case.tokens * case.top_k // local)
+    assert case.intermediate is not None
+
+    @functools.partial(jax.jit, out_shardings=session.sharding)
+    def make(key: jax.Array) -> tuple[jax.Array, ...]:
+        narrow = case.intermediate
+        widths = (case.hidden, narrow, narrow, narrow, case.hidden)
+        return tuple(
+            jax.random.normal(k, (case.experts, rows, width), dtype_of(case.dtype))
+            for k, width in zip(jax.random.split(key, len(widths)), widths, strict=True)
+        )
+
+    def run(inputs: Any) -> Any:
+        _, (x, gated, d_gate, d_up, d_x), experts = inputs
+        y, backward = jax.vjp(layer.dense_products, x, gated, experts)
+        return lax.optimization_barrier((y, backward((d_gate, d_up, d_x))))
+
+    def link(inputs: Any, result: Any, now: Clock) -> Any:
+        turn, *rest = inputs
+        return lax.optimization_barrier((now(timing.after(turn, result)), *rest))
+
+    chain = session.chain_of(0, (), repeat=min(session.repeat, _MOST_SAMPLES))
+    turn = session.put(lambda rank: np.zeros(1, np.int32))
+    inputs = (turn, make(jax.random.key(1)), make_experts(session, case))
+    measured = timing.measure(Step(run, link), [inputs], session.mesh, chain)
+    return session.record(
+        case,
+        session.slowest(measured.spread).less(session.link(case.tokens, case.top_k).median),
+        traffic.Traffic(0, 0),
+        correct=True,
+        name=case.name,
+        scratch_bytes=memory.scratch_bytes(measured.text),
+        temporary_bytes=measured.temporary_bytes,
     )
 
 

@@ -19,6 +19,7 @@ struct DecodeWorkload : Workload {
   ops::Quantization quantization;
   bool dense, has_weights;
   int expert_capacity;
+  bool fixed_places;
 
   explicit DecodeWorkload(const Options& options) : Workload(options) {
     const std::string cast = options.Text("cast", "");
@@ -28,6 +29,7 @@ struct DecodeWorkload : Workload {
     dense = options.Int("dense", 0) != 0;
     has_weights = options.Int("weights", 1) != 0;
     expert_capacity = options.Int("expert_capacity", std::numeric_limits<int32_t>::max());
+    fixed_places = options.Int("fixed_places", 0) != 0;
   }
   bool HasRowScales() const { return fp8 || (Casts() && !dense); }
   bool Casts() const { return quantization != ops::Quantization::kNone; }
@@ -53,6 +55,7 @@ inline void ChangeRoutes(const DecodeWorkload& w, const Options& options,
 inline ops::PlanArgs DecodePlanArgs(const DecodeWorkload& w, const Rank& k, bool on_host) {
   ops::PlanArgs args = on_host ? PlanArgsOf(w, k, OnHost()) : PlanArgsOf(w, k, OnDevice());
   args.shape.expert_capacity = w.expert_capacity;
+  args.shape.masked = w.fixed_places;
   return args;
 }
 
@@ -77,23 +80,43 @@ inline ops::CombineArgs DecodeCombineArgs(const DecodeWorkload& w, const Rank& k
   return args;
 }
 
+// What a launch of an op has in either case. Start calls have a block more, and done calls another
+// tag: peers know the op by the tag of its start call.
+template <typename Params>
+void SetCalls(const DecodeWorkload& w, const Rank& k, const cuda::DecodeInboxes& inboxes,
+              cuda::Calls calls, uint32_t kind, Params& params) {
+  params.inboxes = inboxes;
+  params.calls = calls;
+  params.kind = kind;
+  params.num_blocks = BlocksOf(w, k) + (calls == cuda::Calls::kStart);
+  if (calls == cuda::Calls::kDone) params.group.tag += 8;
+}
+
 inline cuda::DecodeDispatchParams DecodeDispatchOf(const DecodeWorkload& w, const Rank& k,
-                                                   const cuda::DecodeInboxes& inboxes) {
+                                                   const cuda::DecodeInboxes& inboxes,
+                                                   cuda::Calls calls = cuda::Calls::kOne) {
   cuda::DecodeDispatchParams params =
       cuda::ParamsOf(DecodePlanArgs(w, k, false), DecodeDispatchArgs(w, k, false));
   params.group = GroupOf(k, cuda::OpKind::kDispatch);
-  params.inboxes = inboxes;
-  params.num_blocks = BlocksOf(w, k);
+  SetCalls(w, k, inboxes, calls, 1, params);
+  if (calls == cuda::Calls::kStart) {  // which has no results
+    const int32_t* const topk_idx = params.plan.topk_idx;
+    params.plan = {};
+    params.plan.topk_idx = topk_idx;
+    params.rows = nullptr;
+    params.row_scales = params.row_weights = nullptr;
+  }
   return params;
 }
 
 inline cuda::DecodeCombineParams DecodeCombineOf(const DecodeWorkload& w, const Rank& k,
-                                                 const cuda::DecodeInboxes& inboxes) {
+                                                 const cuda::DecodeInboxes& inboxes,
+                                                 cuda::Calls calls = cuda::Calls::kOne) {
   cuda::DecodeCombineParams params = cuda::ParamsOfDecode(DecodeCombineArgs(w, k, false));
   params.group = GroupOf(k, cuda::OpKind::kCombine);
   ++params.group.tag;
-  params.inboxes = inboxes;
-  params.num_blocks = BlocksOf(w, k);
+  SetCalls(w, k, inboxes, calls, 2, params);
+  if (calls == cuda::Calls::kStart) params.y = nullptr;
   return params;
 }
 

@@ -2,12 +2,15 @@
 // time, have a record that says why, and give only poison. Every later op must do the same at once.
 //
 //   decode_failures_test [op=dispatch|combine] [failing=(the last rank)]
-//                        [failure=absent|gone|stops|withholds|mismatch|elsewhere|misplaced|concurrent]
+//                        [failure=absent|gone|stops|withholds|mismatch|elsewhere|misplaced|
+//                                 concurrent|restarts|done|crossed] [calls=1|2 (of an op)]
 //                        [word=hello|ids (that it does not send)] [items=0 (before it stops)]
 //                        [other=(the failing rank's op, if it is a mismatch)] [timeout_ms=250]
 //
 // and what decode_test takes for its workload. With failure=elsewhere the rank is at a plan of
-// throughput mode. The kernels are built with JAX_EP_TEST_STOPS.
+// throughput mode. With failure=restarts the rank has two start calls before a done call, with
+// failure=done a done call without a start call, and with failure=crossed the done call of the
+// other op. The kernels are built with JAX_EP_TEST_STOPS.
 
 #include <cuda_runtime.h>
 
@@ -28,6 +31,7 @@
 
 namespace {
 
+using cuda::Calls;
 using cuda::ErrorKind;
 using cuda::OpKind;
 using cuda::WordKind;
@@ -54,6 +58,7 @@ class Test {
       : w_(w),
         ranks_(ranks),
         timeout_ns_(options.Int("timeout_ms", 250) * uint64_t{1'000'000}),
+        in_two_(options.Int("calls", 1) == 2),
         times_(ranks.size()) {
     for (Rank& k : ranks) {
       CHECK_CUDA(cudaSetDevice(k.device));
@@ -85,8 +90,9 @@ class Test {
     const OpKind other = OpNamed(options.Text("other", options.Text("op", "dispatch").c_str()));
     const int failing = options.Int("failing", w_.R - 1);
     const bool ids = options.Text("word", "hello") == "ids";
-    const bool itself =
-        what == "mismatch" || what == "elsewhere" || what == "misplaced" || what == "concurrent";
+    const bool unpaired = what == "restarts" || what == "done" || what == "crossed";
+    const bool itself = what == "mismatch" || what == "elsewhere" || what == "misplaced" ||
+                        what == "concurrent" || unpaired;
     Rank& culprit = ranks_[failing];
     for (Rank& k : ranks_) {
       k.group.arrival_timeout_ns = k.group.op_timeout_ns = (itself ? 20 : 1) * timeout_ns_;
@@ -123,6 +129,14 @@ class Test {
         second.stream = second_stream_;
         second.group.tag += 4;
         Launch(op, second);
+      } else if (what == "stops" && in_two_) {
+        LaunchCall(op, k, Calls::kStart);
+      } else if (unpaired) {
+        if (what != "done") LaunchCall(op, k, Calls::kStart);
+        if (what == "restarts") LaunchCall(op, k, Calls::kStart);
+        ReadTime<<<1, 1, 0, k.stream>>>(times_[failing].device);
+        LaunchCall(op, k, Calls::kDone, what == "crossed");
+        ReadTime<<<1, 1, 0, k.stream>>>(times_[failing].device + 1);
       } else if (what != "absent" && what != "gone") {
         Launch(other, k);
       }
@@ -133,13 +147,24 @@ class Test {
     // A rank that stops waits too, and may be the first to give up.
     const ErrorKind own = what == "stops" ? ErrorKind::kTimeout : ErrorKind::kMismatch;
     bool noticed = culprit.error->kind == static_cast<uint32_t>(own);
+    if (unpaired) {
+      noticed = culprit.error->kind == static_cast<uint32_t>(ErrorKind::kUnpaired);
+      Expect(transport::ErrorText(*culprit.error).find("did not alternate") != std::string::npos,
+             failing, "text");
+    }
     for (Rank& k : ranks_) {
       const int r = k.group.rank;
       if (r == failing && (!itself || what == "elsewhere" || other != op)) continue;
+      // The rank may have sent all that its peers wait for; then only their next ops fail.
+      if (unpaired && r != failing && k.error->set == 0) continue;
       CheckFailed(op, k, 3 * timeout_ns_);
       const auto kind = static_cast<ErrorKind>(k.error->kind);
       const auto word = static_cast<WordKind>(k.error->word);
       if (kind == ErrorKind::kAborted) continue;
+      if (unpaired) {
+        Expect(r == failing, r, "kind");
+        continue;
+      }
       noticed = true;
       const ErrorKind expected = what == "gone"         ? ErrorKind::kPeerLost
                                  : what == "misplaced"  ? ErrorKind::kMisplaced
@@ -185,10 +210,23 @@ class Test {
     CHECK_CUDA(cudaSetDevice(k.device));
     uint64_t* times = times_[k.group.rank].device;
     ReadTime<<<1, 1, 0, k.stream>>>(times);
-    CHECK_CUDA(op == OpKind::kCombine
-                   ? cuda::LaunchDecodeCombine(DecodeCombineOf(w_, k, inboxes_), k.stream)
-                   : cuda::LaunchDecodeDispatch(DecodeDispatchOf(w_, k, inboxes_), k.stream));
+    if (in_two_) LaunchCall(op, k, Calls::kStart);
+    LaunchCall(op, k, in_two_ ? Calls::kDone : Calls::kOne);
     ReadTime<<<1, 1, 0, k.stream>>>(times + 1);
+  }
+
+  // `as_other`: as a call of the other op.
+  void LaunchCall(OpKind op, const Rank& k, Calls calls, bool as_other = false) {
+    CHECK_CUDA(cudaSetDevice(k.device));
+    if (op == OpKind::kCombine) {
+      cuda::DecodeCombineParams params = DecodeCombineOf(w_, k, inboxes_, calls);
+      params.kind += as_other;
+      CHECK_CUDA(cuda::LaunchDecodeCombine(params, k.stream));
+    } else {
+      cuda::DecodeDispatchParams params = DecodeDispatchOf(w_, k, inboxes_, calls);
+      params.kind += as_other;
+      CHECK_CUDA(cuda::LaunchDecodeDispatch(params, k.stream));
+    }
   }
 
   void Synchronize() {
@@ -230,6 +268,7 @@ class Test {
   const DecodeWorkload& w_;
   std::vector<Rank>& ranks_;
   uint64_t timeout_ns_;
+  bool in_two_;
   std::vector<Buffer<uint64_t>> times_;  // before and after the last op
   cudaStream_t second_stream_;           // of the failing rank
   cuda::DecodeInboxes inboxes_;

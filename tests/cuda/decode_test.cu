@@ -2,11 +2,15 @@
 //
 //   decode_test [steps=3] [masked=0 (of so many ranks one has no tokens)] [routes=all|first|few]
 //               [cast=fp8|ue8m0] [dense=0|1] [weights=1] [expert_capacity=]
-//               [epoch=0 (of the op before the first)] [order=steps|ops] [time=0 (ops of a graph)]
+//               [fixed_places=0 (1: a masked plan; needs capacity, alignment and expert_capacity)]
+//               [epoch=0 (of the op before the first)] [order=steps|ops|flying] [time=0 (ops of a
+//               graph)] [calls=1|2|3 (of an op: one, two, or by turns)]
 //
 // and what kernels_test takes for its workload. Each step is a dispatch, with its plan, and a
 // combine. It has inputs and results of its own, and no rank waits on the host between steps. With
-// order=ops all combines come after all dispatches.
+// order=ops all combines come after all dispatches. With order=flying each op has two calls: a step
+// starts its combine, then the next step its dispatch, on another channel, and each rank finishes
+// them in an order of its own.
 
 #include <cuda_runtime.h>
 
@@ -24,6 +28,8 @@
 #include "decode_case.cuh"
 
 namespace {
+
+using cuda::Calls;
 
 int num_wrong = 0;
 
@@ -141,6 +147,7 @@ int main(int argc, char** argv) {
     }
   }
   const cuda::DecodeInboxes inboxes = MakeInboxes(w, steps[0]);
+  const cuda::DecodeInboxes other_inboxes = MakeInboxes(w, steps[0]);  // of another channel
   if (const char* obstacle = cuda::ObstacleOf(DecodeDispatchOf(w, steps[0][0], inboxes))) {
     std::printf("expected %s\n", obstacle);
     return 2;
@@ -149,29 +156,54 @@ int main(int argc, char** argv) {
   const std::vector<uint64_t> epochs(cuda::kMaxDecodeBlocks, epoch);
   for (const Rank& k : steps[0]) {
     CHECK_CUDA(cudaSetDevice(k.device));
-    CHECK_CUDA(cudaMemcpy(inboxes.of[k.group.rank]->epochs, epochs.data(), epochs.size() * 8,
-                          cudaMemcpyHostToDevice));
+    for (const cuda::DecodeInboxes& of_channel : {inboxes, other_inboxes}) {
+      CHECK_CUDA(cudaMemcpy(of_channel.of[k.group.rank]->epochs, epochs.data(), epochs.size() * 8,
+                            cudaMemcpyHostToDevice));
+    }
     CHECK_CUDA(cudaDeviceSynchronize());
   }
   std::printf("R=%d T=%d K=%d E=%d H=%d C=%d %s %s blocks=%d\n", w.R, w.T, w.K, w.E, w.H, w.C,
               w.by_expert ? "expert" : "token", w.dtype.c_str(), w.blocks);
-  const auto dispatch = [&](const Rank& k) {
-    CHECK_CUDA(cuda::LaunchDecodeDispatch(DecodeDispatchOf(w, k, inboxes), k.stream));
+  const std::string order = options.Text("order", "steps");
+  const int num_calls = options.Int("calls", 1);
+  const auto dispatch_call = [&](const Rank& k, Calls calls) {
+    CHECK_CUDA(cuda::LaunchDecodeDispatch(DecodeDispatchOf(w, k, inboxes, calls), k.stream));
   };
-  const auto combine = [&](const Rank& k) {
-    CHECK_CUDA(cuda::LaunchDecodeCombine(DecodeCombineOf(w, k, inboxes), k.stream));
+  const auto combine_call = [&](const Rank& k, Calls calls) {
+    const cuda::DecodeInboxes& of_channel = order == "flying" ? other_inboxes : inboxes;
+    CHECK_CUDA(cuda::LaunchDecodeCombine(DecodeCombineOf(w, k, of_channel, calls), k.stream));
+  };
+  const auto whole = [&](const Rank& k, bool in_two, const auto& call) {
+    if (!in_two) return call(k, Calls::kOne);
+    call(k, Calls::kStart);
+    call(k, Calls::kDone);
   };
   std::vector<std::thread> threads;
   for (int r = 0; r < w.R; ++r) {
     threads.emplace_back([&, r] {
       CHECK_CUDA(cudaSetDevice(steps[0][r].device));
-      const bool apart = options.Text("order", "steps") == "ops";
-      for (const std::vector<Rank>& ranks : steps) {
-        dispatch(ranks[r]);
-        if (!apart) combine(ranks[r]);
-      }
-      for (const std::vector<Rank>& ranks : steps) {
-        if (apart) combine(ranks[r]);
+      if (order == "flying") {
+        std::mt19937 own(options.Int("seed", 1) + r);
+        dispatch_call(steps[0][r], Calls::kStart);
+        dispatch_call(steps[0][r], Calls::kDone);
+        for (int step = 0; step < num_steps; ++step) {
+          combine_call(steps[step][r], Calls::kStart);
+          const bool is_last = step + 1 == num_steps, combine_first = own() % 2 == 0;
+          if (!is_last) dispatch_call(steps[step + 1][r], Calls::kStart);
+          if (combine_first) combine_call(steps[step][r], Calls::kDone);
+          if (!is_last) dispatch_call(steps[step + 1][r], Calls::kDone);
+          if (!combine_first) combine_call(steps[step][r], Calls::kDone);
+        }
+      } else {
+        const bool apart = order == "ops";
+        for (int step = 0; step < num_steps; ++step) {
+          const bool in_two = num_calls == 2 || (num_calls == 3 && step % 2 == 0);
+          whole(steps[step][r], in_two, dispatch_call);
+          if (!apart) whole(steps[step][r], in_two != (num_calls == 3), combine_call);
+        }
+        for (const std::vector<Rank>& ranks : steps) {
+          if (apart) whole(ranks[r], num_calls > 1, combine_call);
+        }
       }
       CHECK_CUDA(cudaStreamSynchronize(steps[0][r].stream));
     });
@@ -187,8 +219,11 @@ int main(int argc, char** argv) {
   }
   for (int step = 0; step < num_steps; ++step) Check(w, step, steps[step]);
   if (const int count = options.Int("time", 0)) {
-    Time("dispatch", steps[0], count, dispatch);
-    Time("combine", steps[0], count, combine);
+    for (const bool in_two : {false, true}) {
+      std::printf("  in %s\n", in_two ? "two calls" : "one call");
+      Time("dispatch", steps[0], count, [&](const Rank& k) { whole(k, in_two, dispatch_call); });
+      Time("combine", steps[0], count, [&](const Rank& k) { whole(k, in_two, combine_call); });
+    }
   }
   std::printf(num_wrong == 0 ? "  all right\n" : "  %d WRONG\n", num_wrong);
   return num_wrong == 0 ? 0 : 1;

@@ -170,6 +170,12 @@ class Test {
     Expect(error.rank == uint32_t(r), r, "rank of the record");
     Expect(error.peer < uint32_t(w_.R), r, "peer of the record");
     Expect(error.op == static_cast<uint32_t>(op), r, "op of the record");
+    if (error.word == static_cast<uint32_t>(cuda::WordKind::kChunkReady) &&
+        !Is(k, ErrorKind::kAborted)) {
+      const int of_host = static_cast<int>(error.peer) / shape_.host_ranks;
+      Expect(of_host != r / shape_.host_ranks, r,
+             "the record does not name the sender of the chunk");
+    }
     Expect(times[1] - times[0] < limit_ns, r, "ended late");
     VisitResults(op, w_, k,
                  [&](const char* name, const auto& buffer) { ExpectPoison(r, name, buffer); });

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 _EPSILON = 1e-6  # of the norms
@@ -110,18 +111,47 @@ def _attention(config: Any, params: Any, x: Array, segments: Array) -> Array:
     # Positions before this one in its segment, which is one stretch of the row.
     positions = earlier.sum(axis=-1) - 1
     scores = jnp.einsum("bqnc,bknc->bnqk", q[..., :nope], kv[..., :nope])
-    q_rope = _rotate(q[..., nope:], positions, config.rope_theta)
-    k_rope = _rotate(k_rope, positions, config.rope_theta)[:, :, 0]
+    turns = frequencies(config)
+    q_rope = _rotate(q[..., nope:], positions, turns)
+    k_rope = _rotate(k_rope, positions, turns)[:, :, 0]
     scores = scores + jnp.einsum("bqnc,bkc->bnqk", q_rope, k_rope)
+    scores *= (1 + config.rope_mscale * np.log(config.rope_factor) / 10) ** 2
     scores = jnp.where(earlier[:, None], scores / jnp.sqrt(nope + rope), -jnp.inf)
     mixed = jnp.einsum("bnqk,bknc->bqnc", jax.nn.softmax(scores), kv[..., nope:])
     return linear("out", mixed.reshape(batch, seq, -1))
 
 
-def _rotate(x: Array, positions: Array, theta: float) -> Array:
+def frequencies(config: Any) -> np.ndarray:
+    """Radians of each pair of channels for a position: YaRN's, one pair after the other."""
+    half, factor, length = (
+        config.qk_rope_head_dim // 2,
+        config.rope_factor,
+        config.rope_original_seq_len,
+    )
+
+    def pair(turns: float) -> float:
+        """Where ``length / wavelength`` is ``turns``, a wavelength being 2 pi theta^(pair / half)."""
+        return half * np.log(length / (2 * np.pi * turns)) / np.log(config.rope_theta)
+
+    fast = max(np.floor(pair(config.rope_beta_fast)), 0)
+    slow = min(np.ceil(pair(config.rope_beta_slow)), config.qk_rope_head_dim - 1)
+    found = []
+    for index in range(half):
+        plain = config.rope_theta ** (-index / half)
+        if index <= fast:
+            found.append(plain)
+        elif index >= slow:
+            found.append(plain / factor)
+        else:
+            part = (index - fast) / (slow - fast)
+            found.append((1 - part) * plain + part * plain / factor)
+    return np.array(found, np.float32)
+
+
+def _rotate(x: Array, positions: Array, turns: np.ndarray) -> Array:
     """Channels i and i + half as a complex number, turned by its position."""
     half = x.shape[-1] // 2
-    angles = positions[..., None] * theta ** (-jnp.arange(half) / half)
+    angles = positions[..., None] * turns
     turned = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * angles)[:, :, None]
     return jnp.concatenate([turned.real, turned.imag], axis=-1)
 

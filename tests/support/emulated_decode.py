@@ -35,6 +35,19 @@ STEPS = [
         "layout=token ranks=3 tokens=300 experts=24 hidden=24 capacity=333 blocks=3",
         # Ranks that need nothing of their peers run ahead of them.
         "layout=expert ranks=2 hidden=264 steps=6 order=ops routes=first",
+        # Ops in two calls, also with other numbers of blocks than ops in one call between them, and
+        # two ops in flight.
+        "layout=expert ranks=2 hidden=2056 weighted=1 calls=2",
+        "layout=token ranks=3 hidden=264 calls=3 more_blocks=1",
+        "layout=token ranks=2 tokens=33 topk=6 experts=32 hidden=2304 cast=fp8 dense=1 calls=2",
+        "layout=expert ranks=2 hidden=264 steps=6 order=ops routes=first calls=2",
+        "layout=expert ranks=3 hidden=136 steps=5 order=flying masked=3",
+        "layout=token ranks=2 hidden=136 steps=5 order=flying epoch=0xfffffffe",
+        # Masked plans: room for any routing, and for few rows of an expert.
+        "layout=expert ranks=3 tokens=20 hidden=136 fixed_places=1 alignment=64 capacity=256"
+        " expert_capacity=64 keeps_unused=1 weighted=1",
+        "layout=expert ranks=2 hidden=256 fixed_places=1 alignment=8 capacity=48 expert_capacity=8"
+        " routes=few cast=fp8 order=flying",
     )
 ]
 
@@ -67,16 +80,29 @@ FAILURES = [
         "op=combine failure=misplaced layout=token ranks=2",
         "op=dispatch failure=concurrent layout=expert ranks=2",
         "op=combine failure=concurrent layout=token ranks=3",
+        "op=dispatch failure=absent layout=expert ranks=3 calls=2",
+        "op=combine failure=gone layout=token ranks=2 calls=2",
+        "op=dispatch failure=stops layout=token ranks=2 items=2 tokens=60 hidden=2056 calls=2",
+        "op=combine failure=stops layout=expert ranks=3 items=1 tokens=60 calls=2",
+        "op=combine failure=mismatch layout=expert ranks=3 failing=0 calls=2",
+        "op=dispatch failure=misplaced layout=expert ranks=3 calls=2",
+        "op=dispatch failure=concurrent layout=expert ranks=2 calls=2",
+        "op=dispatch failure=restarts layout=expert ranks=3 calls=2",
+        "op=combine failure=done layout=token ranks=2 calls=2",
+        "op=combine failure=crossed layout=expert ranks=3 calls=2",
     )
 ]
 
 # What is taken out (test_hooks.cuh, emulator.h), and steps that must notice it.
 _MANY = "timeout=1 blocks=2 alignment=8 ranks=2 tokens=40 topk=4 experts=12 steps=6"
-MUTATIONS = {
-    16: f"{_MANY} layout=expert hidden=1032",
-    17: f"{_MANY} layout=expert hidden=264 order=ops routes=first",
-    18: f"{_MANY} layout=token hidden=1032",
-    19: f"{_MANY} layout=expert hidden=1032",
-    102: f"{_MANY} layout=expert hidden=1032",
-    103: f"{_MANY} layout=token hidden=1032",
-}
+MUTATIONS = [
+    (16, f"{_MANY} layout=expert hidden=1032"),
+    (16, f"{_MANY} layout=expert hidden=264 order=flying"),
+    (17, f"{_MANY} layout=expert hidden=264 order=ops routes=first"),
+    (17, f"{_MANY} layout=expert hidden=264 order=ops routes=first calls=2"),
+    (18, f"{_MANY} layout=token hidden=1032"),
+    (18, f"{_MANY} layout=expert hidden=264 order=flying"),
+    (19, f"{_MANY} layout=expert hidden=1032"),
+    (102, f"{_MANY} layout=expert hidden=1032"),
+    (103, f"{_MANY} layout=token hidden=1032"),
+]

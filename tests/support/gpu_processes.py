@@ -10,7 +10,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import pytest
@@ -40,6 +40,7 @@ def start(
     *,
     programs: pathlib.Path = PROGRAMS,
     of_process: Callable[[int], Mapping[str, str]] = lambda rank: {},
+    under: Sequence[str] = (),
     **env: str,
 ) -> list[subprocess.Popen[str]]:
     """Start ``program`` in that many processes, with rank i on GPU i modulo ``num_gpus``.
@@ -50,6 +51,7 @@ def start(
         num_gpus: GPUs of this machine.
         programs: The script that the processes run.
         of_process: More variables, by rank.
+        under: The command of a tool that runs each process.
         **env: Variables of all processes.
     """
     port = machine.free_port()
@@ -58,7 +60,7 @@ def start(
     base = {**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}"}
     return [
         subprocess.Popen(
-            [sys.executable, str(programs), program, str(processes), str(rank), str(port)],
+            [*under, sys.executable, str(programs), program, str(processes), str(rank), str(port)],
             env={**base, "JAX_EP_TEST_GPU": str(rank % num_gpus), **env, **of_process(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -109,6 +109,49 @@ def two_in_flight(*, after: bool) -> dict[str, Any]:
     return {"found": schedule.chained(text, "jax_ep_dispatch")}
 
 
+def latency_mode(*, named: bool, grad: bool = False) -> dict[str, Any]:
+    """A dispatch and a combine in flight, each with a matmul that may run between its two calls."""
+    group = jax_ep.create_group(MESH, "expert", latency_tokens=8, latency_hidden=256)
+    options = {"group": group, "config": jax_ep.DispatchConfig(mode="latency")}
+
+    def matmul_beside(ticket, x, matrix):
+        def work(x):
+            return jnp.sin(x @ matrix)
+
+        return ticket.beside(work, x) if named else (ticket, work(x))
+
+    def run(x, idx, matrix):
+        ticket = jax_ep.dispatch_start(x, idx, num_experts=EXPERTS, **options)
+        ticket, shared = matmul_beside(ticket, x, matrix)
+        out = jax_ep.dispatch_done(ticket)
+        ticket = jax_ep.combine_start(jnp.tanh(out.tokens), out.handle, **options)
+        ticket, more = matmul_beside(ticket, shared, matrix.T)
+        return jax_ep.combine_done(ticket) + more
+
+    def program(x, idx, matrix):
+        sharded = (P("expert"), P("expert"), P())
+        mapped = jax.shard_map(
+            run, mesh=MESH, in_specs=sharded, out_specs=P("expert"), check_vma=False
+        )
+        return mapped(x, idx, matrix)
+
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(MESH, spec))
+        for shape, dtype, spec in (
+            ((RANKS * 8, 256), jnp.bfloat16, P("expert")),
+            ((RANKS * 8, TOP_K), jnp.int32, P("expert")),
+            ((256, 256), jnp.bfloat16, P()),
+        )
+    ]
+    if not grad:
+        return schedule_of(program, given)
+
+    def loss(x, idx, matrix):
+        return jnp.square(program(x, idx, matrix).astype(jnp.float32)).sum()
+
+    return schedule_of(jax.grad(loss), given)
+
+
 def same_text_as_on_real_gpus() -> dict[str, Any]:
     """Whether a program is the same where the devices count as real ones, with a real group."""
     text = deviceless.lowered(*flat(layer(overlap="chunks"))).as_text()
@@ -202,6 +245,9 @@ PROGRAMS = {
     "kernels": lambda: schedule_of(
         *layer(overlap="chunks", grouped_dot=None, hidden=1024, intermediate=1024)
     ),
+    "latency": lambda: latency_mode(named=True),
+    "latency gradient": lambda: latency_mode(named=True, grad=True),
+    "latency without names": lambda: latency_mode(named=False),
     "memory": memory_by_room,
     "hosts": across_hosts,
     "shared_expert": lambda: schedule_of(*layer(overlap="shared_expert", shared=True)),

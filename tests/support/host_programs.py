@@ -226,9 +226,9 @@ def _other_version() -> Iterator[None]:
 def _asked_again() -> Iterator[None]:
     """What was found out about NVSHMEM is forgotten for a while, but not about CUDA's library."""
     known: Any = libraries.why_unavailable
-    libraries.why_unavailable = lambda backend="cpu": (
-        known.__wrapped__(backend) if backend == "nvshmem" else known(backend)
-    )
+    libraries.why_unavailable = lambda backend="cpu", **options: (
+        known.__wrapped__ if backend == "nvshmem" else known
+    )(backend, **options)
     yield
     libraries.why_unavailable = known
 
@@ -247,13 +247,22 @@ def steps(processes: int) -> None:
     The library may lack a wait: then rows are wrong, or a wait elsewhere does not end.
     """
     use_library(pathlib.Path(os.environ["JAX_EP_TEST_LIBRARY"]))
-    group = make_group()
+    _check_steps(make_group(), 3, 100)
+
+
+def slow_steps(processes: int) -> None:
+    """Some such steps where a tool slows each kernel down."""
+    _check_steps(make_group(timeout=LAST_S), 1, 10)
+
+
+def _check_steps(group: jax_ep.Group, runs: int, count: int) -> None:
+    """Run a scan of ``count`` steps so many times."""
     sizes = exact_steps.Sizes(tokens=70, hidden=256)
-    run = exact_steps.local_program([group], sizes, 100)
+    run = exact_steps.local_program([group], sizes, count)
     _compat.wait_for_all(f"compiled for {group.id}", LAST_S)
     say("began")
     try:
-        for start in range(0, 300, 100):
+        for start in range(0, runs * count, count):
             with jax_ep.errors():
                 wrong = run(start)
             group.check()

@@ -23,9 +23,11 @@ def texts(count: int, *, seed: int = 0) -> list[str]:
     return [" ".join(random.choice(_WORDS, size=length)) for length in lengths]
 
 
-def make_rows(folder: pathlib.Path, *, seq_len: int = 16, count: int = 200) -> pathlib.Path:
-    """Rows of ``count`` documents in ``folder``, which this makes."""
-    documents = texts(count)
-    trained = tokenizer.train(documents, vocab=VOCAB)
+def make_rows(
+    folder: pathlib.Path, *, seq_len: int = 16, count: int = 200, seed: int = 0
+) -> pathlib.Path:
+    """Rows of ``count`` documents in ``folder``, which this makes; all folders have one tokenizer."""
+    documents = texts(count, seed=seed)
+    trained = tokenizer.train(texts(count), vocab=VOCAB)
     pack(documents, trained, folder, seq_len=seq_len, held_out=0.1, rows_per_file=64)
     return folder

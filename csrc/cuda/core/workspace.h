@@ -156,6 +156,7 @@ enum class ErrorKind : uint32_t {
   kUnreachable = 5,  // an input of this rank is in memory that peers cannot read
   kConcurrent = 6,   // another op of the group was running
   kMisplaced = 7,    // the program's mesh has another rank in this place
+  kUnpaired = 8,     // latency mode: start and done calls of a channel do not alternate
 };
 
 enum class OpKind : uint32_t { kPlan = 0, kDispatch = 1, kCombine = 2, kCombineVjp = 3 };
@@ -197,7 +198,7 @@ struct Channel {
 constexpr int kMaxChannels = 4;
 
 // As many channels as the group was made with follow each other. There is no memory for others: the
-// inbox of latency mode comes next (decode/inbox.h), if the group has that mode. So the size of a
+// inboxes of latency mode come next (decode/inbox.h), if the group has that mode. So the size of a
 // workspace is never that of this type.
 struct Workspace {
   Channel channels[kMaxChannels];

@@ -3,7 +3,7 @@
 //
 // Warps do parts of rows (inbox.h). Each warp first does all its parts for peers, which wait for
 // nothing, and then its parts of this rank's own tokens. So no wait of one rank keeps another rank
-// from what it waits for.
+// from what it waits for. The former are for a start call to do, the latter for a done call.
 
 #include "cuda/decode/combine.h"
 #include "cuda/decode/handshake.cuh"
@@ -34,14 +34,16 @@ class Combiner {
   __device__ Combiner(const DecodeCombineParams& p, DecodeOp op, WarpMemory& memory)
       : p_(p), op_(op), stage_(memory.stage), terms_(memory.terms) {}
 
-  // Returns whether all waits have succeeded.
+  // Does what is for this call to do. Returns whether all waits have succeeded.
   __device__ bool Run() {
     const int32_t num_peers = p_.group.num_ranks - 1, num_parts = p_.slots.parts;
     const int32_t num_own = p_.num_tokens * num_parts, num_sent = num_own * num_peers;
     const int32_t num_warps = kWarps * gridDim.x;
+    const int32_t begin_of_call = p_.calls == Calls::kDone ? num_sent : 0;
+    const int32_t end_of_call = p_.calls == Calls::kStart ? num_sent : num_sent + num_own;
     uint32_t n = 0;
 #pragma unroll 1
-    for (int32_t i = threadIdx.x / 32 * gridDim.x + blockIdx.x; i < num_sent + num_own;
+    for (int32_t i = begin_of_call + threadIdx.x / 32 * gridDim.x + blockIdx.x; i < end_of_call;
          i += num_warps) {
       if (TestStops(p_.group.tag, n++)) return true;
       const bool sends = i < num_sent;
@@ -201,6 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   bool ok = !greets || SayHello(p, op);
   WarpMemory& of_warp = reinterpret_cast<WarpMemory*>(memory)[threadIdx.x / 32];
   ok = ok && Combiner<T, kWeighted>(p, op, of_warp).Run();
+  if (p.calls == Calls::kStart) return EndStart(p, found_other);
   if (greets) ok = ok && WaitHellos(p, op);
   EndDecode(p, op, found_other, ok, [&] { Poison(p); });
 }

@@ -18,6 +18,8 @@ namespace jax_ep::cuda {
 struct DecodeCombineParams {
   GroupParams group;
   DecodeInboxes inboxes;
+  Calls calls;
+  uint32_t kind;  // SentOp
   DecodeSlots slots;
   RowType type;
   int32_t num_tokens;   // T
@@ -37,7 +39,7 @@ struct DecodeCombineParams {
 };
 
 // The parameters that follow from the op's arguments, which have no values; the caller sets the
-// group, the inboxes and the number of blocks.
+// group, the inboxes, the calls and the number of blocks. Without y they are those of a start call.
 DecodeCombineParams ParamsOfDecode(const ops::CombineArgs& args);
 
 // Why latency mode cannot do this, or null. `inboxes` is set.

@@ -1,6 +1,7 @@
 // Dispatch in latency mode (README.md). In each block, *routers* are warps that exchange ids, make
 // the routes and write the handle, and *movers* send the parts of this rank's rows, bring parts
-// that came, and deliver them once the routes are there.
+// that came, and deliver them once the routes are there. A start call does what comes before the
+// first wait, and a done call the rest.
 
 #include <algorithm>
 #include <limits>
@@ -29,10 +30,11 @@ class Mover {
         parts_(p, op, stages + index_ * 2 * kStageBytes) {}
 
   // Sends this mover's share of the parts of this rank's rows to the peers that need them, and then
-  // brings the block's parts and delivers them. Returns whether all waits have succeeded.
+  // brings the block's parts and delivers them, as far as these are for this call to do. Returns
+  // whether all waits have succeeded.
   __device__ bool Run(const TokenRange& range, int32_t at_once) {
     const int32_t num_parts = p_.slots.parts;
-    const int32_t num_sent = p_.shape.num_tokens * num_parts;
+    const int32_t num_sent = p_.calls == Calls::kDone ? 0 : p_.shape.num_tokens * num_parts;
     int32_t first = range.begin, count = plan::Min(range.end - first, at_once);
     int32_t to_send = index_ * gridDim.x + blockIdx.x;
     int32_t to_bring = index_;
@@ -64,6 +66,7 @@ class Mover {
         ++n_sent;
         continue;
       }
+      if (p_.calls == Calls::kStart) break;
       to_send = num_sent;
       if (brings) {
         if (peer == p_.group.rank) {
@@ -145,7 +148,8 @@ __device__ __forceinline__ bool Route(const DecodeDispatchParams& p, DecodeOp op
   const bool greets = blockIdx.x == 0 && threadIdx.x / 32 == kRouters - 1;  // it has few ids
   int32_t first = range.begin, count = plan::Min(range.end - first, at_once);
   bool ok = !greets || SayHello(p, op);
-  if (!TestStops(p.group.tag, 0)) SendIds(p, op);
+  if (p.calls != Calls::kDone && !TestStops(p.group.tag, 0)) SendIds(p, op);
+  if (p.calls == Calls::kStart) return ok;
   router.Clear();
   SyncRouters();
   ok = router.Count(first, count) && ok;
@@ -216,6 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ok = Mover<From>(p, op, routes, memory + RouteBytes(p)).Run(range, at_once);
   }
+  if (p.calls == Calls::kStart) return EndStart(p, found_other);
   ptx::CommitBulkGroup();
   ptx::WaitBulkGroups();
   EndDecode(p, op, found_other, ok, [&] { Poison(p); });

@@ -1,4 +1,4 @@
-// Dispatch in latency mode on a GPU: the plan and the rows in one launch (README.md).
+// Dispatch in latency mode on a GPU: the plan and the rows in one launch, or in two (README.md).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,6 +20,8 @@ namespace jax_ep::cuda {
 struct DecodeDispatchParams {
   GroupParams group;
   DecodeInboxes inboxes;
+  Calls calls;
+  uint32_t kind;  // SentOp
   DecodeSlots slots;
   plan::PlanShape shape;
   int32_t num_local;  // L
@@ -44,7 +46,8 @@ struct DecodeDispatchParams {
 };
 
 // The parameters that follow from the arguments of a plan and of the dispatch along it, whose
-// handle does not count; the caller sets the group, the inboxes and the number of blocks.
+// handle does not count; the caller sets the group, the inboxes, the calls and the number of
+// blocks. Without results they are those of a start call.
 DecodeDispatchParams ParamsOf(const ops::PlanArgs& plan, const ops::DispatchArgs& args);
 
 // Why latency mode cannot do this, or null. `inboxes` is set.

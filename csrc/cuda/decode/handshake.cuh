@@ -1,6 +1,6 @@
 // How an op of latency mode begins, waits for words and ends (README.md).
 //
-// Params has group and inboxes.
+// Params has group, inboxes, calls and kind.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,8 @@ namespace jax_ep::cuda {
 // The running op. Latency mode counts its ops by itself, so throughput ops may come between.
 struct DecodeOp {
   uint64_t epoch;
+  uint32_t tag;  // in a done call that of its start call, since peers know the op by that
+  bool is_sent;  // whether a start call has sent the op
 
   // Never 0, which is what unwritten words have. Epochs 2^32 and 1 share a stamp but not a half.
   __device__ __forceinline__ uint32_t stamp() const {
@@ -45,13 +47,32 @@ __device__ __forceinline__ void StoreWord(StampedWord* to, uint32_t a, uint32_t 
   ptx::StoreRelaxedSystem16(to, make_uint4(a, b, c, stamp));
 }
 
+__device__ __forceinline__ SentOp LoadSent(const DecodeInbox& own) {
+  const uint4 word = ptx::LoadRelaxedSystem16(&own.sent);
+  return {uint64_t{word.y} << 32 | word.x, word.z, word.w};
+}
+
+__device__ __forceinline__ void StoreSent(DecodeInbox& own, SentOp sent) {
+  ptx::StoreRelaxedSystem16(
+      &own.sent, make_uint4(static_cast<uint32_t>(sent.epoch),
+                            static_cast<uint32_t>(sent.epoch >> 32), sent.tag, sent.kind));
+}
+
 // All threads learn the op's number. Every op counts for all blocks, so each block has the same.
 // `found_other`, in shared memory, says at the end whether another op of this rank ran in the
 // block's place.
 template <typename Params>
 __device__ __forceinline__ DecodeOp BeginDecode(const Params& p, bool& found_other) {
   DecodeInbox& own = OwnInbox(p);
-  const DecodeOp op{ptx::LoadRelaxedSystem(&own.epochs[blockIdx.x]) + 1};
+  DecodeOp op{ptx::LoadRelaxedSystem(&own.epochs[blockIdx.x]) + 1, p.group.tag, false};
+  if (p.calls != Calls::kOne) {
+    const SentOp sent = LoadSent(own);
+    op.is_sent = sent.epoch == op.epoch;
+    if (p.calls == Calls::kDone) {
+      op.is_sent = op.is_sent && sent.kind == p.kind;
+      if (op.is_sent) op.tag = sent.tag;
+    }
+  }
   // By a thread that has nothing to do until the answer comes.
   if (threadIdx.x == blockDim.x - 1) {
     found_other = atomicExch(&own.busy[blockIdx.x], 1u) != 0u;
@@ -62,13 +83,25 @@ __device__ __forceinline__ DecodeOp BeginDecode(const Params& p, bool& found_oth
   return op;
 }
 
-// One warp of the first block tells all ranks which op this is, unless the group has failed before,
-// or the program takes this device for another rank; then it returns false in all lanes. Without
-// this word the op fails on all ranks.
+// One warp of the first block tells all ranks which op this is, unless a start call has done so. It
+// does not if the group has failed before, if the program takes this device for another rank, or if
+// start and done calls do not alternate; then it returns false in all lanes. Without this word the
+// op fails on all ranks.
 template <typename Params>
 __device__ __forceinline__ bool SayHello(const Params& p, DecodeOp op) {
   const int lane = threadIdx.x % 32;
-  if (!__all_sync(~0u, lane != 0 || !HasFailed(p.group, op.epoch))) return false;
+  bool ok = lane != 0 || !HasFailed(p.group, op.epoch);
+  if (p.calls != Calls::kOne) {
+    if (lane == 0 && ok && op.is_sent != (p.calls == Calls::kDone)) {
+      ok = false;
+      Fail(p.group, ErrorKind::kUnpaired, WordKind::kNone, p.group.rank, op.epoch, op.epoch, 0);
+    }
+    if (lane == 0 && ok && p.calls == Calls::kStart) {
+      StoreSent(OwnInbox(p), {op.epoch, p.group.tag, p.kind});
+    }
+  }
+  if (!__all_sync(~0u, ok)) return false;
+  if (p.calls == Calls::kDone) return true;
   if (lane < p.group.num_ranks && !TestWithholds(p.group, lane, WordKind::kHello)) {
     StoreWord(&p.inboxes.of[lane]->hello[op.parity()][p.group.rank],
               p.group.tag & ((1u << kTagBits) - 1), 0, 0, op.stamp());
@@ -85,8 +118,10 @@ __device__ __forceinline__ WordKind OtherOp(const Params& p, DecodeOp op, int pe
   const uint4 hello = ptx::LoadRelaxedSystem16(&OwnInbox(p).hello[op.parity()][peer]);
   flag = FlagValue(hello.w, hello.x);
   if (hello.w == op.stamp()) {
-    return flag != FlagValue(op.stamp(), group.tag) ? WordKind::kHello : WordKind::kNone;
+    return flag != FlagValue(op.stamp(), op.tag) ? WordKind::kHello : WordKind::kNone;
   }
+  // On other channels throughput ops run beside the program, so a peer may begin one early.
+  if (group.channel != 0) return WordKind::kNone;
   const uint64_t next = ptx::LoadRelaxedSystem(&Own(group).last.epoch) + 1;
   flag = ptx::LoadAcquireSystem(&Own(group).arrival[next % 2][peer].value);
   const bool is_there = peer != group.rank && flag >> kTagBits >= next;
@@ -103,7 +138,7 @@ __device__ __noinline__ void ReportWait(const Params& p, DecodeOp op, WordKind w
   }
   uint64_t flag;
   if (const WordKind other = OtherOp(p, op, peer, flag); other != WordKind::kNone) {
-    const uint64_t expected = FlagValue(op.stamp(), group.tag);
+    const uint64_t expected = FlagValue(op.stamp(), op.tag);
     return Fail(group, ErrorKind::kMismatch, other, peer, expected, flag, 0);
   }
   const uint32_t lost = ptx::LoadAcquireSystem(&group.error->lost_peer);
@@ -190,7 +225,7 @@ __device__ bool WaitHellos(const Params& p, DecodeOp op) {
   const int peer = static_cast<int>(threadIdx.x % 32);
   bool ok = true;
   if (peer < p.group.num_ranks && kMutation != kWithoutHello) {
-    const uint64_t expected = FlagValue(op.stamp(), p.group.tag);
+    const uint64_t expected = FlagValue(op.stamp(), op.tag);
     DecodeWait wait;
     uint4 hello;
     do {
@@ -200,6 +235,14 @@ __device__ bool WaitHellos(const Params& p, DecodeOp op) {
     if (!ok) wait.Report(p, op, WordKind::kHello, peer, hello.w);
   }
   return __all_sync(~0u, ok);
+}
+
+// Ends a start call, after which the op goes on; called by all threads of all blocks.
+template <typename Params>
+__device__ __forceinline__ void EndStart(const Params& p, const bool& found_other) {
+  __syncthreads();
+  if (TestStops(p.group.tag, ~0u)) return;
+  if (threadIdx.x == 0 && !found_other) OwnInbox(p).busy[blockIdx.x] = 0;
 }
 
 // Ends the op; called by all threads of all blocks after their last access, also after a failure

@@ -2,7 +2,8 @@
 //
 // A *word* has 12 bytes of a message and a stamp, the number of the op. A thread stores it, and
 // another one loads it, in one access of 16 bytes, so whoever finds the stamp has the bytes too. An
-// inbox has two halves, for even and for odd epochs. README.md says why two are enough.
+// inbox has two halves, for even and for odd epochs. README.md says why two are enough. Every
+// channel of a group has an inbox of its own, and the ops of a channel run one after the other.
 #pragma once
 
 #include <cstddef>
@@ -34,6 +35,21 @@ struct alignas(16) StampedWord {
 };
 static_assert(sizeof(StampedWord) == 16, "one access");
 
+// What a launch does of an op: all of it, or what one of its two calls does.
+enum class Calls : int32_t {
+  kOne = 0,
+  kStart = 1,  // sends all that peers need, and waits for nothing
+  kDone = 2,   // waits for what the peers have sent, and ends the op
+};
+
+// The op that a start call has sent. Its done call finds it by the epoch.
+struct alignas(16) SentOp {
+  uint64_t epoch;
+  uint32_t tag;   // of the start call
+  uint32_t kind;  // of the op, the same for both calls
+};
+static_assert(sizeof(SentOp) == 16, "one access");
+
 // What begins an inbox; the words of its halves follow.
 struct DecodeInbox {
   // This rank only: the epoch that each block has ended last, and whether it runs. Blocks that an
@@ -41,7 +57,9 @@ struct DecodeInbox {
   uint64_t epochs[kMaxDecodeBlocks];
   uint32_t busy[kMaxDecodeBlocks];
   // When a thread that waits has last looked whether a peer is gone, in 2^20 ns, and padding.
-  uint32_t looked, unused[31];
+  uint32_t looked, unused[3];
+  SentOp sent;  // this rank only
+  uint32_t more_unused[24];
   // Rank r writes entry r at the beginning of each op: the op's tag.
   StampedWord hello[2][kMaxRanks];
 
@@ -108,14 +126,16 @@ inline int64_t DecodeHalfWords(int32_t num_ranks, int32_t tokens, int32_t hidden
       .NumWords();
 }
 
-// Bytes of an inbox; 0 without latency mode.
+// Bytes of the inbox of a channel; 0 without latency mode.
 inline int64_t DecodeInboxBytes(int32_t num_ranks, int32_t tokens, int32_t hidden) {
   if (tokens == 0) return 0;
-  return static_cast<int64_t>(sizeof(DecodeInbox)) +
-         2 * DecodeHalfWords(num_ranks, tokens, hidden) * static_cast<int64_t>(sizeof(StampedWord));
+  const int64_t bytes =
+      static_cast<int64_t>(sizeof(DecodeInbox)) +
+      2 * DecodeHalfWords(num_ranks, tokens, hidden) * static_cast<int64_t>(sizeof(StampedWord));
+  return (bytes + 127) / 128 * 128;
 }
 
-// The inboxes of a group, at this device's addresses.
+// The inboxes of a channel of a group, at this device's addresses.
 struct DecodeInboxes {
   DecodeInbox* of[kMaxRanks];
   int64_t half_words;

@@ -81,6 +81,13 @@ class RouteWriter {
     const int32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
     const int32_t num_warps = kRouters * gridDim.x;
     int32_t used = shared_.kept;
+    if (kLayout == Layout::kExpert && p_.shape.masked) {  // most rows of each group are unused
+      for (int32_t row = warp; row < p_.shape.capacity; row += num_warps) {
+        const int32_t l = row / p_.shape.alignment;
+        if (row >= columns_[p_.group.rank * p_.num_local + l].limit) ClearRow(row);
+      }
+      return;
+    }
     if (kLayout == Layout::kExpert) {
       for (int32_t l = warp; l < p_.num_local; l += num_warps) {
         const int32_t end = locals_[l];

@@ -268,7 +268,7 @@ class Router {
     uint32_t all = 0;  // a bound that is quickly made, and that suffices where nothing is padded
     for (int32_t l = lane; l < p_.num_local; l += 32) all += columns[l].next & 0xffff;
     all = __reduce_add_sync(~0u, all);
-    if (all + int64_t{p_.num_local} * (alignment - 1) > p_.shape.capacity) {
+    if (!p_.shape.masked && all + int64_t{p_.num_local} * (alignment - 1) > p_.shape.capacity) {
       share = ShareRoom(p_.num_local, alignment, p_.shape.capacity, [&](int32_t l) {
         const int32_t wanted = plan::Min(columns[l].next & 0xffff, p_.shape.expert_capacity);
         return plan::GroupSize(wanted, alignment, p_.shape.capacity);
@@ -282,7 +282,7 @@ class Router {
       const uint32_t counts = inside ? columns_[column].next : 0;
       const int32_t demand = counts & 0xffff, wanted = plan::Min(demand, p_.shape.expert_capacity);
       const int32_t count = plan::Min(wanted, share.LimitOf(l, alignment));
-      const int32_t size = plan::RoundUp(count, alignment);
+      const int32_t size = plan::PaddedSize(count, alignment, p_.shape.masked);
       int32_t sum = size;
       for (int offset = 1; offset < 32; offset *= 2) {
         const int32_t other = __shfl_up_sync(~0u, sum, offset);

@@ -162,7 +162,7 @@ class ChunkSender {
       const bool is_first = kMutation == kWithEarlySignal, sends = threadIdx.x % 32 == 0;
       if (sends && is_first) net::Signal(own.arrived(there), word, pe);
       __syncwarp();
-      net::PutAndSignal(own.in(there), own.out(at), bytes, own.failed() + 1, word, pe);
+      net::PutAlone(own.in(there), own.out(at), bytes, pe);
       if (sends && !is_first) net::Signal(own.arrived(there), word, pe);
       return;
     }
@@ -289,12 +289,13 @@ class ChunkReader {
     return __shfl_sync(~0u, here, 0);
   }
 
-  // Waits for it. All lanes of a warp; the same in all of them.
+  // Waits for it. All lanes of a warp; the same in all of them. A wait in vain names the rank that
+  // sends it: were its forwarder gone, the group would have been told at once.
   __device__ bool Wait(int32_t n, int32_t window) const {
     bool ok = true;
     if (threadIdx.x % 32 == 0 && kMutation != kWithoutChunk) {
       ok = WaitWord(network_, network_.Own().ready(index_, way_.Slot(n)), Word(window),
-                    WordKind::kChunkReady, index_);
+                    WordKind::kChunkReady, network_.Peer(way_.host, index_));
     }
     ok = __shfl_sync(~0u, ok, 0);
     ptx::FenceProxyAsyncGlobal();  // bulk loads come next

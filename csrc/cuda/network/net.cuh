@@ -21,6 +21,13 @@ __device__ __forceinline__ void PutAndSignal(void* to, const void* from, size_t 
   nvshmemx_putmem_signal_nbi_warp(to, from, bytes, signal, value, NVSHMEM_SIGNAL_SET, pe);
 }
 
+// Sends bytes without a signal. For mutations alone (test_hooks.cuh): NVSHMEM may put a fence
+// between the bytes of PutAndSignal and its signal, which would order what the caller sends next,
+// too.
+__device__ __forceinline__ void PutAlone(void* to, const void* from, size_t bytes, int pe) {
+  nvshmemx_putmem_nbi_warp(to, from, bytes, pe);
+}
+
 // Sets a word of `pe`. By one thread.
 __device__ __forceinline__ void Signal(uint64_t* signal, uint64_t value, int pe) {
   nvshmemx_signal_op(signal, value, NVSHMEM_SIGNAL_SET, pe);

@@ -279,14 +279,16 @@ __device__ int32_t PlaceChoices(const NetworkPlanParams& p, const PlaceMemory& m
     ForBits(kept, [&](int32_t j) { entry += batch.Local(j) < local ? 1 : 0; });
     WriteEntry(p, at, entry, row_of(local), k);
   });
-  __syncwarp();
   // The lowest lane that wants an expert counts for all.
+  uint32_t counted = 0;
   ForBits(batch.here, [&](int32_t k) {
+    if ((m.lanes[batch.Local(k)] & earlier) == 0) counted |= 1u << k;
+  });
+  __syncwarp();  // all have read
+  ForBits(counted, [&](int32_t k) {
     const int32_t local = batch.Local(k);
-    const uint32_t wanting = m.lanes[local];
-    if (wanting == 0 || (wanting & earlier) != 0) return;
-    m.running[local] += __popc(wanting);
-    m.lanes[local] = 0;
+    m.running[local] += __popc(m.lanes[local]);
+    m.lanes[local] = 0;  // a choice that the token has made twice adds nothing more
   });
   __syncwarp();
   return num_entries;

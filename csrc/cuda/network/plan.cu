@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool waits = rank != arrived && host != network.host && kMutation != kWithoutChunk;
     if (waits && lane == 0) {
       ok = WaitWord(network, MemoryOf(p, network.node.rank).ready(index, turn, host), word,
-                    WordKind::kChunkReady, index);
+                    WordKind::kChunkReady, network.Peer(host, index));
     }
     ok = __shfl_sync(~0u, ok, 0);
     if (!ok) break;

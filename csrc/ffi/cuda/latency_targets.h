@@ -6,7 +6,11 @@
 // clang-format off
 #define JAX_EP_LATENCY_FFI_TARGETS(X) \
   X(jax_ep_latency_dispatch)          \
-  X(jax_ep_latency_combine)
+  X(jax_ep_latency_dispatch_start)    \
+  X(jax_ep_latency_dispatch_done)     \
+  X(jax_ep_latency_combine)           \
+  X(jax_ep_latency_combine_start)     \
+  X(jax_ep_latency_combine_done)
 // clang-format on
 
 #define JAX_EP_LATENCY_TARGET_DECLARE(name) \

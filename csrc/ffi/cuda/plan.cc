@@ -17,6 +17,7 @@ ffi::Error Plan(cudaStream_t stream, int32_t device, const PlanAttrs& attrs,
   Checker check("plan");
   ops::PlanArgs args{};
   CheckCall(check, attrs, buffers, args);
+  check.Attribute("masked", attrs.masked == 0, "0, but in latency mode", attrs.masked);
   if (!check.ok()) return check.error();
   const plan::PlanShape& shape = args.shape;
   DeviceGroup group;

@@ -17,6 +17,7 @@ ffi::Error NetworkPlan(cudaStream_t stream, int32_t device, const NetworkPlanAtt
   Checker check("plan");
   ops::NetworkPlanArgs args{};
   CheckCall(check, attrs, buffers, args);
+  check.Attribute("masked", attrs.masked == 0, "0, but in latency mode", attrs.masked);
   if (!check.ok()) return check.error();
   NetworkGroup group;
   if (auto error = PrepareNetworkGroup(attrs.group, buffers.coords, device, cuda::OpKind::kPlan,

@@ -17,6 +17,10 @@ inline void PutAndSignal(void* to, const void* from, size_t bytes, uint64_t* sig
   __syncwarp();
 }
 
+inline void PutAlone(void* to, const void* from, size_t bytes, int pe) {
+  PutAndSignal(to, from, bytes, nullptr, 0, pe);
+}
+
 inline void Signal(uint64_t* signal, uint64_t value, int pe) {
   emulator::SometimesYield(2);
   emulator::PutSignal(signal, value, pe);

@@ -66,6 +66,7 @@ void Put(void* to, const void* from, size_t bytes, uint64_t* signal, uint64_t va
     at += piece;
   }
   if (Mutation() == kEarlySignals) last = turns;
+  if (signal == nullptr) return;
   under_way.push_back({last, There(signal, sizeof value, pe), nullptr, sizeof value, value});
 }
 

@@ -11,7 +11,8 @@ namespace emulator {
 // The symmetric memory of a processing element: the same size on all of them.
 void AddHeap(int pe, void* base, size_t size);
 
-// `to` and `signal` are places in the caller's heap, and mean the same places in that of `pe`.
+// `to` and `signal` are places in the caller's heap, and mean the same places in that of `pe`. A
+// put may have no signal (null).
 void Put(void* to, const void* from, size_t bytes, uint64_t* signal, uint64_t value, int pe);
 void PutSignal(uint64_t* signal, uint64_t value, int pe);
 
