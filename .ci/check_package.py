@@ -1,8 +1,8 @@
 """Checks of ``.ci/package``: the files of the sdist and of the wheel, and an installed wheel.
 
-``check_package.py sdist FILE`` and ``wheel FILE`` compare the lists of files with those in git.
-``installed [EXTRA]`` runs in an environment that has the wheel and no compiler: it dispatches on eight
-CPU devices and loads the GPU libraries, which need no GPU for that.
+``check_package.py sdist FILE`` compares the list of files with those in git, and ``wheel FILE`` with
+those of the sdist beside it. ``installed [EXTRA]`` runs in an environment that has the wheel and no
+compiler: it dispatches on eight CPU devices and loads the GPU libraries, which need no GPU for that.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_sdist(path: pathlib.Path) -> None:
 
 
 def check_wheel(path: pathlib.Path) -> None:
-    """The package with its three libraries, under one tag."""
+    """The package of the sdist beside it with the three libraries, under one tag."""
     name, number, python, abi, platform = path.stem.split("-")
     if (name, number) != ("jax_ep", version()):
         raise SystemExit(f"{path.name}: expected jax_ep {version()}")
@@ -65,10 +65,13 @@ def check_wheel(path: pathlib.Path) -> None:
     ending = ".abi3.so" if abi == "abi3" else f".cpython-{python[2:]}-x86_64-linux-gnu.so"
     with zipfile.ZipFile(path) as archive:
         names = {entry for entry in archive.namelist() if not entry.endswith("/")}
+    (sdist,) = path.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        sources = {member.name.partition("/")[2] for member in archive.getmembers()}
     about = f"jax_ep-{version()}.dist-info/"
     files = {entry for entry in names if not entry.startswith(about)}
-    want = {entry for entry in committed("jax_ep") if entry.endswith((".py", ".typed"))}
-    compare(path.name, files, want | {f"jax_ep/{library}{ending}" for library in LIBRARIES})
+    package = {entry for entry in sources if entry.startswith("jax_ep/") and "." in entry}
+    compare(path.name, files, package | {f"jax_ep/{library}{ending}" for library in LIBRARIES})
     if not {f"{about}METADATA", f"{about}RECORD", f"{about}licenses/LICENSE"} <= names:
         raise SystemExit(f"{path.name}: no metadata, no record or no licence in {sorted(names)}")
 

@@ -1,4 +1,4 @@
-"""``jax.export`` as in README: one process writes, another makes the group and runs it."""
+"""``jax.export`` as in docs/sharding.md: one process writes, another makes the group and runs it."""
 
 from __future__ import annotations
 
