@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import jax
@@ -63,36 +63,6 @@ def cast_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     if not missing:
         return x
     return lax.pcast(x, missing, to="varying")
-
-
-def backward(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward rule for ``jax.custom_vjp`` that ``vmap(..., spmd_axis_name=)`` can batch.
-
-    Inside such a ``vmap``, JAX casts an unbatched value to vary over the mesh axis where it meets a
-    batched one. While JAX traces backward rules it forgets the axis, so it refuses to mix the two
-    (JAX 0.10.2 to 0.12.0).
-    """
-
-    @functools.wraps(rule)
-    def with_axes(*args: Any) -> Any:
-        names = frozenset[str]().union(*map(_spmd_axes, jax.tree.leaves(args)))
-        if not names:
-            return rule(*args)
-        from jax._src import core
-
-        with core.add_spmd_axis_names(names):
-            return rule(*args)
-
-    return with_axes
-
-
-def _spmd_axes(x: Any) -> frozenset[str]:
-    """The ``spmd_axis_name`` axes of the ``vmap``s that batch ``x``."""
-    names = frozenset[str]()
-    while isinstance(x, jax.core.Tracer) and hasattr(x, "batch_dim"):
-        names |= frozenset(spmd_axes(x._trace.axis_data))
-        x = x.val
-    return names
 
 
 def is_in_spmd_vmap() -> bool:

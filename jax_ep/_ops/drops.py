@@ -18,8 +18,9 @@ from jax_ep._core import arguments
 from jax_ep._core.quota import sanitise, within_quota
 from jax_ep._core.types import Handle
 from jax_ep._groups.group import Group
-from jax_ep._ops import bounds, gradients
+from jax_ep._ops import bounds
 from jax_ep._ops.bounds import Bounds
+from jax_ep._ops.varying import vary_together
 
 
 def before_plan(
@@ -44,7 +45,7 @@ def before_plan(
             "None",
             "pass the scores of the choices, or drop_policy='position'",
         )
-    topk_idx, scores = gradients.vary_together(group, topk_idx, topk_weights)
+    topk_idx, scores = vary_together(group, topk_idx, topk_weights)
     return by_score(topk_idx, scores, group=group, num_experts=num_experts, quota=quota)
 
 

@@ -28,14 +28,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 
-from jax_ep import _compat, reference
+from jax_ep import reference
 from jax_ep._backends import latency, native
-from jax_ep._core.batching import batched_alike
 from jax_ep._core.derivatives import Form, Op, ProductTangent, bilinear, call
 from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency, without_latency
 from jax_ep._groups.group import Group
 from jax_ep._ops import gpu_room, no_tokens
 from jax_ep._ops.options import CombineOptions, DispatchOptions, PlanOptions
+from jax_ep._ops.varying import match, vary_together
 
 _BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": native, "cuda": native}
 
@@ -97,20 +97,6 @@ def combine_weighted(
     if handle.topk_idx.shape[0] == 0:
         return match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
     return bilinear(_CombineWeighted(options), rows, row_weights, handle)
-
-
-def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
-    """Cast all operands to vary over the axes of any of them and of the group.
-
-    If all operands of an op vary over the same axes, so do its results. And the transpose of the
-    cast sums the cotangents of an operand that was the same on several ranks. ``vmap`` over an axis
-    of the mesh batches all of them or none.
-    """
-    if not _compat.tracks_varying_axes(group.axis_names):
-        return operands
-    operands = batched_alike(*operands)
-    axes = frozenset(group.axis_names).union(*map(_compat.varying_axes, jax.tree.leaves(operands)))
-    return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,9 +342,3 @@ def _how(
     arguments: dict[str, Any] = {"config": config}
     is_reference = _backend_of(options.group) is reference
     return arguments if is_reference else arguments | {"flight": options.flight}
-
-
-def match(results: Any, like: Any) -> Any:
-    """Cast results to vary over the axes that ``like`` varies over."""
-    axes = _compat.varying_axes(jax.tree.leaves(like)[0])
-    return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), results)
