@@ -18,6 +18,7 @@ import page_text
 import performance_headline as headline
 import performance_kernels as kernels
 import performance_plot as plot
+import performance_pretrain
 from page_text import number, wrapped
 from performance_data import (
     RESULTS,
@@ -288,6 +289,7 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "grouped_dot": kernels.grouped_dot,
     "loads": kernels.loads,
     "kernels": kernels.kernels,
+    "pretrain": performance_pretrain.runs,
 }
 _OPS = ("plan", "dispatch", "combine")
 _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/s, correct"

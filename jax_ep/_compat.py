@@ -36,12 +36,20 @@ check_version(jax.__version_info__)
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """Names of the manual mesh axes over which ``x`` varies (empty when they are not tracked)."""
-    aval = jax.typeof(x)
+    """Names of the manual mesh axes over which ``x`` varies (empty when they are not tracked).
+
+    ``x`` may be an abstract value.
+    """
+    aval = aval_of(x)
     manual_type = getattr(aval, "manual_axis_type", None)
     if manual_type is not None:
         return frozenset(manual_type.varying)
     return frozenset(getattr(aval, "vma", None) or ())
+
+
+def aval_of(x: Any) -> Any:
+    """The abstract value of ``x``, which may be one itself."""
+    return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
 
 
 def tracks_varying_axes(axis_names: Sequence[str]) -> bool:
@@ -149,12 +157,12 @@ def register_ffi_types(types: dict[str, dict[str, Any]], *, platform: str) -> No
         jax.ffi.register_ffi_type(name, cast(Any, info), platform=platform)
 
 
-def local_ordinal(device: jax.Device) -> int | None:
+def local_ordinal(device: Any) -> int | None:
     """The CUDA ordinal of ``device`` in this process; None if it belongs to another one."""
     return device.local_hardware_id
 
 
-def compute_capability(device: jax.Device) -> str:
+def compute_capability(device: Any) -> str:
     """The compute capability of a GPU, as in "9.0"."""
     return str(getattr(device, "compute_capability", "unknown"))
 
@@ -189,8 +197,9 @@ def num_started_cpu_devices() -> int | None:
 
 
 def is_compile_only(device: Any) -> bool:
-    """Whether programs can be compiled for ``device`` but not run: it is one of a topology."""
-    return getattr(device.client, "runtime_type", None) == "compile_only_runtime"
+    """Whether programs cannot run on ``device``: it is one of a topology, or an imagined one."""
+    client = getattr(device, "client", None)
+    return client is None or getattr(client, "runtime_type", None) == "compile_only_runtime"
 
 
 def targets_hopper() -> bool:
@@ -201,7 +210,12 @@ def targets_hopper() -> bool:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is None:
         return _default_is_hopper()
-    return device.platform == "gpu" and _HOPPER.search(device.device_kind) is not None
+    return device.platform == "gpu" and is_hopper(device.device_kind)
+
+
+def is_hopper(device_kind: str) -> bool:
+    """Whether GPUs of that name have compute capability 9.0."""
+    return _HOPPER.search(device_kind) is not None
 
 
 _HOPPER = re.compile(r"\bG?H\d+")  # H100, H200, H800, H20, GH200
@@ -225,7 +239,7 @@ def trace_state() -> Any:
     return jax.extend.core.get_opaque_trace_state()
 
 
-def multiprocessor_count(device: jax.Device) -> int | None:
+def multiprocessor_count(device: Any) -> int | None:
     """Streaming multiprocessors of a GPU, of this process or another; None where that is unknown."""
     count = getattr(device, "core_count", None)
     return count if isinstance(count, int) and count > 0 else None

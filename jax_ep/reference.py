@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from jax_ep._core.capacity import share_room
 from jax_ep._core.numerics import keep, round_to
 from jax_ep._core.quantize import dequantize, quantize
+from jax_ep._core.quota import sanitise
 from jax_ep._core.types import DispatchConfig, Handle, Layout, Quantized, ScaleFormat
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def plan(
     Returns:
         The handle.
     """
-    topk_idx, num_invalid = _sanitise(topk_idx, num_experts)
+    topk_idx, num_invalid = sanitise(topk_idx, num_experts)
     num_tokens, top_k = topk_idx.shape
     num_local = num_experts // group.size
     rank = lax.axis_index(group.axis_names)
@@ -157,7 +158,7 @@ def dispatch(
     token = slot // handle.topk_idx.shape[1] if handle.layout == "expert" else slot
 
     def fetch(values: Array, unused: float = 0.0) -> Array:
-        everyone = _all_gather(values, group).reshape(-1, *values.shape[1:])
+        everyone = _all_gather(values, group).reshape(group.size * len(values), values.shape[1])
         rows = jnp.take(everyone, token, axis=0, mode="clip")
         return jnp.where(used[:, None], rows, jnp.asarray(unused, rows.dtype))
 
@@ -295,20 +296,6 @@ def _rounded_sum(terms: list[Array]) -> Array:
 def _zero(handle: Handle) -> Int32[Array, ""]:
     """A zero that the compiler cannot foresee, because it comes from a source row (at least -1)."""
     return jnp.maximum(-1 - handle.recv_src[0], 0)
-
-
-def _sanitise(
-    topk_idx: Int32[Array, "tokens top_k"], num_experts: int
-) -> tuple[Int32[Array, "tokens top_k"], Int32[Array, "1"]]:
-    """Replace entries out of range or repeated within a token by −1, and count them."""
-    in_range = (topk_idx >= 0) & (topk_idx < num_experts)
-    top_k = topk_idx.shape[1]
-    earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)  # [k, j]: j < k
-    same = topk_idx[:, :, None] == topk_idx[:, None, :]
-    repeated = in_range & (same & earlier[None]).any(axis=2)
-    invalid = repeated | ((topk_idx != -1) & ~in_range)
-    clean = jnp.where(in_range & ~repeated, topk_idx, -1)
-    return clean, invalid.sum(dtype=jnp.int32)[None]
 
 
 def _exclusive_cumsum(flags: Bool[Array, "sources columns"]) -> Int32[Array, "sources columns"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from typing import Any
 
@@ -211,8 +212,48 @@ def test_what_work_beside_an_op_must_be():
     assert again.payload.work.shape == (1,) and again.opened is opened
 
 
+POLICIES = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "plan": jax.checkpoint_policies.save_only_these_names("jax_ep.handle"),
+    "all": jax.checkpoint_policies.save_only_these_names("jax_ep.handle", "jax_ep.dispatch"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_computed_again_on_gpus_is_finished(policy):
+    """Work beside an op is computed again without the op, and no op is started in vain."""
+    group = dataclasses.replace(make(), backend="cuda")
+
+    @functools.partial(jax.checkpoint, policy=POLICIES[policy])
+    def layer(x, idx):
+        given = {"group": group, "config": LATENCY}
+        ticket = jax_ep.dispatch_start(x, idx, num_experts=EXPERTS, **given)
+        ticket, shared = ticket.beside(jnp.sin, x)
+        out = jax_ep.dispatch_done(ticket)
+        ticket = jax_ep.combine_start(jnp.tanh(out.tokens), out.handle, **given)
+        ticket, more = ticket.beside(jnp.cos, shared)
+        return jax_ep.combine_done(ticket) + more
+
+    mapped = jax.shard_map(
+        lambda *a: jax.grad(lambda x, idx: layer(x, idx).sum())(*a),
+        mesh=group.mesh,
+        in_specs=P("expert"),
+        out_specs=P("expert"),
+    )
+    x, _, idx = (array.reshape(-1, array.shape[-1]) for array in data())
+    targets = [c["target"] for c in native_calls(jax.make_jaxpr(mapped)(x, idx).jaxpr)]
+    for op in "dispatch", "combine":
+        started, done = (targets.count(f"jax_ep_latency_{op}_{half}") for half in HALVES)
+        assert started == done > 0, targets
+    assert targets.count("jax_ep_latency_dispatch_start") == (1 if policy == "all" else 2)
+    assert targets.count("jax_ep_latency_combine_start") == 1  # a sum's gradient is without it
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_an_op_in_flight_on_gpus_has_no_batch(batch):
+    if not _cpu.build_info()["with_cuda"]:
+        pytest.skip("this build is without the GPU backend: no nvcc, or JAX_EP_CUDA=OFF")
     group = dataclasses.replace(make(), backend="cuda")
 
     def run(x, idx):

@@ -93,10 +93,14 @@ def test_which_steps_have_a_profile(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append("stop"))
 
-    def steps_with(*, chosen: tuple[int, int] | None, every: int, here: bool = True) -> list[int]:
-        profiler = Profiler(tmp_path, chosen=chosen, every=every, here=here)
+    def steps_with(
+        *, chosen: tuple[int, int] | None, every: int, here: bool = True, steps_before: int = 0
+    ) -> list[int]:
+        profiler = Profiler(
+            tmp_path, chosen=chosen, every=every, here=here, steps_before=steps_before
+        )
         found = []
-        for step in range(1, 13):
+        for step in range(steps_before + 1, 13):
             if profiler.begins(step):
                 profiler.start(step)
             if profiler._until is not None:
@@ -115,3 +119,4 @@ def test_which_steps_have_a_profile(tmp_path, monkeypatch):
     assert steps_with(chosen=(11, 20), every=0) == [11, 12]
     assert calls[-1] == "stop"  # of the end
     assert steps_with(chosen=(4, 6), every=5, here=False) == []
+    assert steps_with(chosen=None, every=5, steps_before=4) == [10]  # the fifth compiles

@@ -98,7 +98,7 @@ def test_named_work_runs_between_the_calls_of_latency_mode(compiled):
 def test_memory_follows_the_room_for_rows(compiled):
     """With 8 ranks, room for a quarter more rows than come under even routing takes as much more."""
     found = compiled["memory"]["found"]
-    assert found["exact"] < found["rank"] <= 1.27 * found["exact"]
+    assert 1.15 * found["exact"] < found["rank"] <= 1.27 * found["exact"]
     assert found["default"] > 1.5 * found["exact"]
 
 

@@ -259,20 +259,21 @@ def test_second_derivative(backend):
     assert_close(stacked_jit(run, group.mesh)(x, idx), 6 * 2 * x)
 
 
-def test_second_derivative_with_fused_weights(native_backend):
-    """The native gradient has no derivative, and says what to write instead."""
-    if native_backend == "reference":
-        pytest.skip("the reference, in place of a native backend here, has all derivatives")
-    group = make_group(2, native_backend)
-    need_part(group.mesh)
+def test_second_derivative_with_fused_weights(backend):
+    """Of rows and weights together, where the gradient itself is ``combine_vjp``."""
+    group = make_group(RANKS, backend)
+
+    def second(f):
+        y = lambda x, w: jnp.sin(f(x, w)).sum()  # noqa: E731
+        gradients = jax.grad(y, (0, 1))
+        return jax.grad(lambda x, w: sum((g**2).sum() for g in gradients(x, w)), (0, 1))
 
     def run(x, weights, idx):
-        y = lambda x: layer(group, x, weights, idx, num_experts=4).sum()  # noqa: E731
-        return jax.grad(lambda x: (jax.grad(y)(x) ** 2).sum())(x)
+        return second(lambda x, w: layer(group, x, w, idx))(x, weights)
 
-    x, weights, idx = (put(flat(a[:2]), group.mesh) for a in data())
-    with pytest.raises(NotImplementedError, match=r"jax_ep_combine_vjp .*before combine, or make"):
-        jax.jit(shard(run, group.mesh)).lower(x, weights, idx % 4)
+    x, weights, idx = data()
+    found = stacked_jit(run, group.mesh)(x, weights, idx)
+    assert_close(found, jax.jit(second(dense_layer))(x, weights), tolerance=1e-4)
 
 
 def test_stacked_helpers():

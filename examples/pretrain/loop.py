@@ -127,6 +127,7 @@ class Loop:
                 chosen=options.profile,
                 every=config.run.profile_every,
                 here=self._is_first,
+                steps_before=self.step,
             )
             resources.callback(self._profiler.close)
             self._resources = resources.pop_all()

@@ -19,7 +19,13 @@ class Profiler:
     """
 
     def __init__(
-        self, folder: pathlib.Path, *, chosen: tuple[int, int] | None, every: int, here: bool
+        self,
+        folder: pathlib.Path,
+        *,
+        chosen: tuple[int, int] | None,
+        every: int,
+        here: bool,
+        steps_before: int = 0,
     ) -> None:
         """Begin without a profile.
 
@@ -28,7 +34,10 @@ class Profiler:
             chosen: First and last step of it; None for none.
             every: Steps between profiles of one step; 0 for none.
             here: Whether this process takes any.
+            steps_before: Steps of earlier parts of the run. The first one after them compiles, so its
+                profile would say nothing of other steps.
         """
+        self._compiles = steps_before + 1
         self._folder, self._every = folder, every if here else 0
         self._first, self._last = chosen if chosen is not None and here else (0, 0)
         self._until: int | None = None  # the last step of the profile that is running
@@ -36,7 +45,7 @@ class Profiler:
 
     def begins(self, step: int) -> bool:
         """Whether a profile begins before ``step``."""
-        one = self._every > 0 and step % self._every == 0
+        one = self._every > 0 and step % self._every == 0 and step != self._compiles
         return self._until is None and (one or step == self._first)
 
     def start(self, step: int) -> None:

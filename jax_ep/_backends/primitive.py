@@ -13,17 +13,18 @@ loop) has the same ordinals in all its uses. Op by op, without ``jax.jit``, each
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_ep import _compat
-from jax_ep._backends.region import lower_in_order
+from jax_ep._backends.region import behind_last, lower_in_order
+from jax_ep._core.batching import one_by_one
 
 
 def native_call(
@@ -123,30 +124,39 @@ def _batch(
             "jax_ep: an op in flight in mode 'latency' has no batch, because a channel holds one op at "
             "a time; under vmap, use dispatch and combine, or mode='throughput'."
         )
-    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
-
-    def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
-        rest = iter(slices)
-        return _native_call_p.bind(
-            *(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)), **params
-        )
-
-    outputs = jax.lax.map(one, mapped)
-    return outputs, [0] * len(outputs)
+    return one_by_one(functools.partial(_native_call_p.bind, **params), operands, dims)
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, target: str, **_: Any) -> Any:
-    """Only gradients are differentiated here: all other calls have custom gradients before them."""
-    raise NotImplementedError(
-        f"jax_ep: the native op {target} has no derivative. Second derivatives go through dispatch "
-        "and through combine without weights; so multiply the rows by their weights before combine, "
-        "or make the group with backend='reference'."
-    )
+def behind_last_call(values: Sequence[jax.Array]) -> list[jax.Array]:
+    """``values``, which XLA has only once the last call in line before this was issued, on GPUs.
 
+    That call is found where JAX lowers the program, so to JAX nothing depends on it: not what
+    ``jax.checkpoint`` computes again, where the call may not be needed.
+    """
+    return _behind_last_call_p.bind(*values)
+
+
+def _lower_behind(ctx: mlir.LoweringRuleContext, *values: Any) -> Any:
+    return behind_last(ctx, values)
+
+
+def _batch_behind(values: Sequence[Any], dims: Sequence[Any]) -> tuple[list[jax.Array], list[Any]]:
+    return _behind_last_call_p.bind(*values), list(dims)
+
+
+_behind_last_call_p = Primitive("jax_ep_behind_last_call")
+_behind_last_call_p.multiple_results = True
+_behind_last_call_p.def_abstract_eval(lambda *avals: list(avals))
+_behind_last_call_p.def_impl(lambda *values: list(values))  # op by op, all is in order
+_compat.register_lowering_of_each(_behind_last_call_p, _lower_behind)
+batching.primitive_batchers[_behind_last_call_p] = _batch_behind
+ad.primitive_jvps[_behind_last_call_p] = lambda primals, tangents: (
+    _behind_last_call_p.bind(*primals),
+    list(tangents),
+)
 
 _native_call_p = Primitive("jax_ep_call")
 _native_call_p.multiple_results = True
 _native_call_p.def_abstract_eval(_abstract)
 _compat.register_lowering_of_each(_native_call_p, _lower)
 batching.primitive_batchers[_native_call_p] = _batch
-ad.primitive_jvps[_native_call_p] = _jvp

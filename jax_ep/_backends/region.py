@@ -90,6 +90,14 @@ def lower_in_order(
     return results[: len(wanted)]
 
 
+def behind_last(ctx: mlir.LoweringRuleContext, values: Sequence[Any]) -> list[Any]:
+    """``values`` behind the last call in line with the program, if there is one in this block."""
+    key = ("jax_ep", ir.InsertionPoint.current.block, 0)
+    if (last := _compat.notes_of_lowering(ctx).get(key)) is None:
+        return list(values)
+    return list(stablehlo.OptimizationBarrierOp([*values, last[0]]).results)[: len(values)]
+
+
 def _region(
     ctx: mlir.LoweringRuleContext,
     call: Callable[[Sequence[Any]], list[Any]],

@@ -1,4 +1,4 @@
-"""Operands that ``vmap`` over an axis of the mesh batches alike.
+"""What ``vmap`` makes of ops: operands batched alike, and one call for each element.
 
 ``jax.vmap(..., spmd_axis_name=)`` gives each device along that axis a part of the batch, so what is
 batched varies over the axis and what is not does not. Where an op with a custom gradient gets both,
@@ -9,7 +9,7 @@ repeats what is not batched, and the gradient of the repetition is the sum over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,20 @@ def batched_alike(*operands: Any) -> tuple[Any, ...]:
         return operands
     leaves, tree = jax.tree.flatten(operands)
     return jax.tree.unflatten(tree, _alike_p.bind(*leaves))
+
+
+def one_by_one(
+    f: Callable[..., list[jax.Array]], operands: Sequence[Any], dims: Sequence[int | None]
+) -> tuple[list[jax.Array], list[int]]:
+    """A batching rule: the results of ``f`` for each element, one after the other."""
+    mapped = [jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True) if d is not None]
+
+    def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
+        rest = iter(slices)
+        return f(*(x if d is None else next(rest) for x, d in zip(operands, dims, strict=True)))
+
+    outputs = lax.map(one, mapped)
+    return outputs, [0] * len(outputs)
 
 
 def _batch(axis_data: Any, operands: Sequence[Any], dims: Sequence[int | None]) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ Layout = Literal["expert", "token"]
 DispatchLayout = Literal["expert", "token", "masked"]
 ScaleFormat = Literal["f32", "ue8m0"]
 UnusedRows = Literal["zero", "undefined"]
+DropPolicy = Literal["position", "score"]
 Mode = Literal["auto", "throughput", "latency"]
 
 _MAX_NUM_SMS = 2**31 - 1  # an int32 attribute of the ops; GPUs have far fewer
@@ -183,7 +184,10 @@ class Dispatched:
         expert_idx: ``[C, K]`` local expert at each source position k, or −1 (layout "token" only).
         group_sizes: ``[L]`` int32 kept rows of each local expert with their padding: ready for a
             grouped matmul. In layout "token": equal to ``counts``.
-        counts: ``[L]`` int32 kept rows (layout "token": kept (token, expert) pairs).
+        counts: ``[L]`` int32 kept rows (layout "token": kept (token, expert) pairs). For the rows that
+            experts had over many steps, stack the counts of all layers, as ``lax.scan`` does, and add
+            them to an array that the steps carry: one small kernel a step. An int32 overflows after
+            2^31 rows of an expert.
         demand: ``[L]`` int32 rows wanted (layout "token": (token, expert) pairs).
         num_dropped: ``[1]`` int32, ``sum(demand) - sum(counts)`` of this rank.
         num_invalid: ``[1]`` int32 entries of this rank's ``topk_idx`` taken as −1.

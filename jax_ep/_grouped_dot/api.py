@@ -11,38 +11,17 @@ summed where it is computed.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
-import jax
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._core.batching import batched_alike
 from jax_ep._core.types import UnusedRows
-from jax_ep._grouped_dot import products
-
-
-@dataclasses.dataclass(frozen=True)
-class ProductSms:
-    """SMs that the kernels of a grouped product and of its gradients may occupy; None for all.
-
-    Attributes:
-        forward: Of the product itself.
-        d_lhs: Of the gradient of the rows. If this one has fewer SMs than that of the matrices, it
-            comes first, because it is beside an op that was started just before.
-        d_rhs: Of the gradient of the matrices.
-    """
-
-    forward: int | None = None
-    d_lhs: int | None = None
-    d_rhs: int | None = None
-
-
-ALL_SMS = ProductSms()
+from jax_ep._grouped_dot import forms
+from jax_ep._grouped_dot.forms import ALL_SMS as ALL_SMS
+from jax_ep._grouped_dot.forms import ProductSms as ProductSms
 
 
 def grouped_dot(
@@ -113,8 +92,8 @@ def grouped_dot_on(
     """``grouped_dot`` whose products have numbers of SMs of their own."""
     operands = batched_alike(lhs, rhs, group_sizes)
     axes = frozenset[str]().union(*map(_compat.varying_axes, operands))
-    operands = tuple(_compat.cast_varying(x, axes) for x in operands)
-    return _grouped_dot(sms, unused_rows == "zero", *operands)
+    lhs, rhs, group_sizes = (_compat.cast_varying(x, axes) for x in operands)
+    return forms.product(sms, unused_rows == "zero", lhs, rhs, group_sizes)
 
 
 def grouped_dot_pair(
@@ -132,7 +111,7 @@ def grouped_dot_pair(
     operands = batched_alike(lhs, *rhs, group_sizes)
     axes = frozenset[str]().union(*map(_compat.varying_axes, operands))
     lhs, first, second, group_sizes = (_compat.cast_varying(x, axes) for x in operands)
-    return _grouped_dot_pair(sms, unused_rows == "zero", lhs, (first, second), group_sizes)
+    return forms.product(sms, unused_rows == "zero", lhs, (first, second), group_sizes)
 
 
 def check_operands(
@@ -162,66 +141,3 @@ def check_num_sms(op: str, num_sms: Any) -> None:
         raise arguments.type_error(op, "num_sms", wanted, type(num_sms).__name__, fix)
     if num_sms < 1:
         raise arguments.value_error(op, "num_sms", wanted, num_sms, fix)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_dot(
-    sms: ProductSms, clears: bool, lhs: Array, rhs: Array, group_sizes: Array
-) -> Array:
-    return products.rows_by_matrices(
-        lhs, rhs, group_sizes, contract=0, clears=clears, num_sms=sms.forward
-    )
-
-
-def _grouped_dot_fwd(
-    sms: ProductSms, clears: bool, lhs: Array, rhs: Array, group_sizes: Array
-) -> tuple[Array, Any]:
-    return _grouped_dot(sms, clears, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
-
-
-@_compat.backward
-def _grouped_dot_bwd(
-    sms: ProductSms, clears: bool, residuals: Any, d_out: Array
-) -> tuple[Array, Array, None]:
-    lhs, rhs, group_sizes = residuals
-    d_lhs = products.rows_by_matrices(
-        d_out, rhs, group_sizes, contract=1, clears=clears, num_sms=sms.d_lhs
-    )
-    d_lhs, d_out = _in_order(sms, d_lhs, d_out)
-    return d_lhs, products.rows_by_rows(lhs, d_out, group_sizes, num_sms=sms.d_rhs), None
-
-
-_grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_dot_pair(
-    sms: ProductSms, clears: bool, lhs: Array, rhs: products.Pair, group_sizes: Array
-) -> products.Pair:
-    return products.rows_by_pair(lhs, rhs, group_sizes, clears=clears, num_sms=sms.forward)
-
-
-def _grouped_dot_pair_fwd(
-    sms: ProductSms, clears: bool, lhs: Array, rhs: products.Pair, group_sizes: Array
-) -> tuple[products.Pair, Any]:
-    return _grouped_dot_pair(sms, clears, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
-
-
-@_compat.backward
-def _grouped_dot_pair_bwd(
-    sms: ProductSms, clears: bool, residuals: Any, d_outs: products.Pair
-) -> tuple[Array, products.Pair, None]:
-    lhs, rhs, group_sizes = residuals
-    d_lhs = products.sum_of_pair(d_outs, rhs, group_sizes, clears=clears, num_sms=sms.d_lhs)
-    d_lhs, d_outs = _in_order(sms, d_lhs, d_outs)
-    return d_lhs, products.pair_by_rows(lhs, d_outs, group_sizes, num_sms=sms.d_rhs), None
-
-
-_grouped_dot_pair.defvjp(_grouped_dot_pair_fwd, _grouped_dot_pair_bwd)
-
-
-def _in_order(sms: ProductSms, d_lhs: Array, d_out: Any) -> tuple[Array, Any]:
-    """Both, so that the gradient of the rows comes first if it alone leaves SMs."""
-    if sms.d_lhs is not None and sms.d_rhs is None:
-        return lax.optimization_barrier((d_lhs, d_out))
-    return d_lhs, d_out

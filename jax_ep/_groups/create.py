@@ -11,12 +11,14 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from jax_ep import _compat
 from jax_ep._core import libraries
 from jax_ep._groups import gpu_side, latency_mode, network, places, tuning
 from jax_ep._groups.failures import failure
 from jax_ep._groups.group import Group
+from jax_ep._groups.imagined import devices_of
 from jax_ep._groups.places import Transport
 from jax_ep._groups.room import Room, check_channels
 from jax_ep._groups.topology import Gpus, Topology
@@ -34,7 +36,7 @@ _warned: set[str] = set()
 
 
 def create_group(
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh | AbstractMesh,
     axis_name: str | Sequence[str] = "expert",
     *,
     backend: Backend = "auto",
@@ -58,7 +60,7 @@ def create_group(
         group = jax_ep.create_group(mesh, "expert")   # 4 ranks; two groups side by side
 
     Args:
-        mesh: A mesh of devices of one platform. It may span hosts.
+        mesh: A mesh of devices of one platform. It may span hosts. Or an ``AbstractMesh``, see below.
         axis_name: The axis that experts are split over, or a tuple of axes (row-major).
         backend: "auto" follows the mesh's devices: the native backend of their platform where
             there is one, else "reference", which is logged once. "cuda" (Hopper GPUs), "cpu" (CPU
@@ -92,6 +94,11 @@ def create_group(
     on a laptop. The processes of such devices count as hosts. A group that spans hosts needs NVSHMEM's
     library for that too, and the settings of the network (docs/network.md) are those of this process.
 
+    A group of an ``AbstractMesh`` has no devices at all. ``jax.jit(step).trace(...)`` and ``lower``
+    work with it: pass each ``jax.ShapeDtypeStruct`` a ``NamedSharding`` on that mesh. The mesh's
+    ``abstract_device`` says what the devices are, else ``backend`` does, and all of them count as one
+    host, unless ``ranks_per_host`` says otherwise. To compile, take compile-only devices.
+
     Returns:
         The group.
 
@@ -103,9 +110,9 @@ def create_group(
         CommunicationError: if GPUs of several processes form the group and a process did not come,
             came with another group, or could not do its part; then in all of them.
     """
-    if not isinstance(mesh, jax.sharding.Mesh):
+    if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(
-            f"jax_ep.create_group: argument mesh: expected a jax.sharding.Mesh, got "
+            f"jax_ep.create_group: argument mesh: expected a jax.sharding.Mesh or AbstractMesh, got "
             f"{type(mesh).__name__}; make one with jax.make_mesh."
         )
     if not isinstance(axis_name, str | Sequence):
@@ -137,11 +144,12 @@ def create_group(
             f"waits for ever."
         )
     latency = latency_mode.checked_sizes(latency_tokens, latency_hidden)
-    instances = _instances(mesh, axis_names)
+    devices = devices_of(mesh, backend)
+    instances = _instances(mesh, devices, axis_names)
     _check_ranks_per_host(ranks_per_host, instances.shape[1])
     check_channels(channels)
-    compile_only = _compat.is_compile_only(mesh.devices.flat[0])
-    resolved, topology = _resolve(mesh, instances, ranks_per_host, backend, transport)
+    compile_only = _compat.is_compile_only(devices.flat[0])
+    resolved, topology = _resolve(instances, ranks_per_host, backend, transport)
     latency_mode.check_hosts(latency, len(topology.hosts))
     room = Room(channels, *latency)
     key = (mesh, axis_names, resolved, float(timeout), topology, room)
@@ -153,12 +161,14 @@ def create_group(
     processes = [] if compile_only else topology.all_processes
     if resolved == "cuda" and len(processes) > 1:
         # Some processes may know of a failure that others have not met yet.
-        first_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, room, 0)
+        first_id = _group_id(mesh, devices, axis_names, resolved, float(timeout), topology, room, 0)
         what = f"{axis_names} of {dict(mesh.shape)}, timeout {timeout:g}, id {first_id:x}"
         generation = gpu_side.agree(processes, what, generation)
     if group is None or generation != before:
         _generations[key] = generation
-        group_id = _group_id(mesh, axis_names, resolved, float(timeout), topology, room, generation)
+        group_id = _group_id(
+            mesh, devices, axis_names, resolved, float(timeout), topology, room, generation
+        )
         table: tuning.Table = {}
         if resolved == "cuda":
             _groups.pop(key, None)
@@ -167,6 +177,7 @@ def create_group(
             if compile_only:
                 table, gpus = tuning.load(), gpu_side.imagine(group_id, ranks)
             else:
+                assert isinstance(mesh, Mesh)  # the devices of others are compile-only
                 table = tuning.agreed_table(mesh, str(group_id))
                 gpus = gpu_side.create(group_id, ranks, topology, float(timeout), room)
             topology = dataclasses.replace(topology, gpus=gpus)
@@ -204,7 +215,7 @@ def _has_failed(group: Group) -> bool:
     return group.backend == "cuda" and failure(group.id) is not None
 
 
-def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
+def _check_axes(mesh: Mesh | AbstractMesh, axis_names: tuple[str, ...]) -> None:
     unknown = [name for name in axis_names if name not in mesh.axis_names]
     if unknown or not axis_names:
         raise ValueError(
@@ -218,7 +229,8 @@ def _check_axes(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> None:
 
 
 def _group_id(
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh | AbstractMesh,
+    devices: np.ndarray,
     axis_names: tuple[str, ...],
     backend: str,
     timeout: float,
@@ -227,8 +239,8 @@ def _group_id(
     generation: int,
 ) -> int:
     """A positive 63-bit id made of what the group is, never of where it lives in memory."""
-    devices = [(device.platform, device.id) for device in mesh.devices.flat]
-    what = (axis_names, mesh.axis_names, mesh.devices.shape, devices, backend, timeout)
+    names = [(device.platform, device.id) for device in devices.flat]
+    what = (axis_names, mesh.axis_names, devices.shape, names, backend, timeout)
     text = repr((*what, topology.ranks_per_host, *dataclasses.astuple(room), generation))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -258,19 +270,18 @@ def why_reference(
 
     Like ``create_group``, for all processes of the mesh to call.
     """
-    instances = _instances(mesh, axis_names)
-    return _choose(mesh, instances, ranks_per_host, "auto", transport)[2]
+    instances = _instances(mesh, mesh.devices, axis_names)
+    return _choose(instances, ranks_per_host, "auto", transport)[2]
 
 
 def _resolve(
-    mesh: jax.sharding.Mesh,
     instances: np.ndarray,
     ranks_per_host: int | None,
     backend: Backend,
     transport: Transport,
 ) -> tuple[str, Topology]:
     """The backend, and where the ranks are."""
-    resolved, topology, reason = _choose(mesh, instances, ranks_per_host, backend, transport)
+    resolved, topology, reason = _choose(instances, ranks_per_host, backend, transport)
     if reason is None:
         return resolved, topology
     for argument, wanted in ("backend", backend), ("transport", transport):
@@ -286,7 +297,6 @@ def _resolve(
 
 
 def _choose(
-    mesh: jax.sharding.Mesh,
     instances: np.ndarray,
     ranks_per_host: int | None,
     backend: Backend,
@@ -294,7 +304,7 @@ def _choose(
 ) -> tuple[str, Topology, str | None]:
     """The backend, where the ranks are, and why the backend is the reference if it is."""
     topology = Topology.of(instances, ranks_per_host)
-    platforms = sorted({device.platform for device in mesh.devices.flat})
+    platforms = sorted({device.platform for device in instances.flat})
     native = {"cpu": "cpu", "gpu": "cuda"}.get(platforms[0]) if len(platforms) == 1 else None
     reason: str | None
     if backend == "reference":
@@ -324,8 +334,10 @@ def _why_not_cpu(topology: Topology, transport: Transport) -> str | None:
     return libraries.why_unavailable("cpu")
 
 
-def _instances(mesh: jax.sharding.Mesh, axis_names: tuple[str, ...]) -> np.ndarray:
+def _instances(
+    mesh: Mesh | AbstractMesh, devices: np.ndarray, axis_names: tuple[str, ...]
+) -> np.ndarray:
     """``[groups side by side, R]`` devices in rank order."""
     axes = [mesh.axis_names.index(name) for name in axis_names]
-    size = math.prod(mesh.devices.shape[axis] for axis in axes)
-    return np.moveaxis(mesh.devices, axes, range(-len(axes), 0)).reshape(-1, size)
+    size = math.prod(devices.shape[axis] for axis in axes)
+    return np.moveaxis(devices, axes, range(-len(axes), 0)).reshape(-1, size)

@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from jax_ep import _compat
 from jax_ep._core.types import Layout
 from jax_ep._errors import from_text
 from jax_ep._groups.failures import failure
+from jax_ep._groups.imagined import devices_of
 from jax_ep._groups.topology import Topology
 from jax_ep._groups.tuning import (
     DEFAULT_CROSSOVERS,
@@ -37,7 +38,7 @@ class Group:
     axes, and each rank exchanges rows within its own.
 
     Attributes:
-        mesh: The mesh that the group was made on.
+        mesh: The mesh that the group was made on, possibly an abstract one.
         axis_names: The axes that form the group, row-major.
         backend: "cpu" or "cuda" (native, XLA FFI) or "reference" (pure JAX).
         timeout: Seconds that an op waits for a peer to arrive.
@@ -49,7 +50,7 @@ class Group:
         channels: Ops that may be in flight at once (``dispatch_start``).
     """
 
-    mesh: jax.sharding.Mesh
+    mesh: Mesh | AbstractMesh
     axis_names: tuple[str, ...]
     backend: str
     timeout: float
@@ -64,6 +65,11 @@ class Group:
     def size(self) -> int:
         """Number of ranks R in the group."""
         return math.prod(self.mesh.shape[name] for name in self.axis_names)
+
+    @property
+    def device(self) -> Any:
+        """The first device of the mesh; an imagined one if the mesh is abstract."""
+        return devices_of(self.mesh, self.backend).flat[0]
 
     @property
     def transport(self) -> Transport | None:
@@ -142,7 +148,7 @@ def sms_of(
         return 0
     if requested is not None:
         return requested
-    device = group.mesh.devices.flat[0]
+    device = group.device
     sm_count = _compat.multiprocessor_count(device)
     key = Key(device.device_kind, group.size, op, layout, rows, hidden, tokens_bucket(num_tokens))
     # What was found for one host says nothing of several.
@@ -174,7 +180,7 @@ def link_sms_of(group: Group) -> int:
     More of them, as ops in layout "expert" take by default, write rows to memory sooner. But compute
     beside the op would lose these SMs for longer than that saves.
     """
-    return default_num_sms("token", _compat.multiprocessor_count(group.mesh.devices.flat[0]))
+    return default_num_sms("token", _compat.multiprocessor_count(group.device))
 
 
 def free_sms_of(group: Group, taken: int) -> int:
@@ -201,7 +207,7 @@ def crossover_of(
     Returns:
         The tuned number, else that of ``DEFAULT_CROSSOVERS``.
     """
-    kind = group.mesh.devices.flat[0].device_kind
+    kind = group.device.device_kind
     found = group.tuning.get(CrossoverKey(kind, group.size, op, layout, rows, hidden))
     return DEFAULT_CROSSOVERS[op] if found is None else found
 

@@ -12,7 +12,7 @@ pass replaces their cotangents by zero before it sums.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_ep import _compat
 from jax_ep._core.batching import batched_alike
+from jax_ep._core.derivatives import Form, bilinear
 
 
 def add_bias(
@@ -46,46 +47,43 @@ def add_bias(
     rows, bias, expert_of_row, weights = jax.tree.map(
         lambda x: _compat.cast_varying(x, axes), operands
     )
-    return _add(rows.dtype, rows, bias, expert_of_row, weights)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _add(dtype: Any, rows: Array, bias: Array, expert_of_row: Array, weights: Any) -> Array:
-    added = _bias_of_rows(bias, expert_of_row)
-    if weights is not None:
-        added = added * weights[:, None]
+    added = bilinear(_Biases(rows.dtype), bias, weights, expert_of_row)
     return rows.astype(jnp.float32) + added
 
 
-def _add_fwd(
-    dtype: Any, rows: Array, bias: Array, expert_of_row: Array, weights: Any
-) -> tuple[Array, Any]:
-    return _add(dtype, rows, bias, expert_of_row, weights), (bias, expert_of_row, weights)
+@dataclasses.dataclass(frozen=True)
+class _Biases(Form):
+    """The bias of each row, times its weight if there are any.
 
+    Attributes:
+        dtype: The dtype of the rows, which cotangents are rounded to.
+    """
 
-@_compat.backward
-def _add_bwd(dtype: Any, residuals: Any, d_out: Array) -> tuple[Array, Array, None, Any]:
-    bias, expert_of_row, weights = residuals
-    used = (expert_of_row < len(bias))[:, None]
-    d_rows = d_out.astype(dtype)
-    is_of = (expert_of_row[:, None] == jnp.arange(len(bias), dtype=jnp.int32)).astype(jnp.float32)
-    if weights is not None:
-        is_of = is_of * weights[:, None]
-    d_bias = lax.dot_general(
-        is_of.astype(dtype),
-        jnp.where(used, d_rows, 0),
-        (((0,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST,  # of float32, where GPUs would take TF32
-        preferred_element_type=jnp.float32,
-    )
-    if weights is None:
-        return d_rows, d_bias, None, None
-    d_added = jnp.where(used, d_out, 0)
-    d_weights = jnp.sum(d_added * _bias_of_rows(bias, expert_of_row), axis=1)
-    return d_rows, d_bias, None, d_weights
+    dtype: Any
 
+    def value(self, bias: Any, weights: Any, expert_of_row: Any) -> Any:
+        added = _bias_of_rows(bias, expert_of_row)
+        return added if weights is None else added * weights[:, None]
 
-_add.defvjp(_add_fwd, _add_bwd)
+    def pull(
+        self, bias: Any, weights: Any, expert_of_row: Any, d_out: Any, wanted: tuple[bool, bool]
+    ) -> tuple[Any, Any]:
+        used = (expert_of_row < len(bias))[:, None]
+        experts = jnp.arange(len(bias), dtype=jnp.int32)
+        is_of = (expert_of_row[:, None] == experts).astype(jnp.float32)
+        if weights is not None:
+            is_of = is_of * weights[:, None]
+        d_bias = lax.dot_general(
+            is_of.astype(self.dtype),
+            jnp.where(used, d_out.astype(self.dtype), 0),
+            (((0,), (0,)), ((), ())),
+            precision=lax.Precision.HIGHEST,  # of float32, where GPUs would take TF32
+            preferred_element_type=jnp.float32,
+        )
+        if weights is None:
+            return d_bias, None
+        d_added = jnp.where(used, d_out, 0)
+        return d_bias, jnp.sum(d_added * _bias_of_rows(bias, expert_of_row), axis=1)
 
 
 def _bias_of_rows(bias: Array, expert_of_row: Array) -> Array:

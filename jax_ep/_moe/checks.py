@@ -123,6 +123,7 @@ def check_dispatch_options(
     capacity: Any,
     capacity_factor: Any,
     rank_capacity_factor: Any,
+    drop_policy: Any,
     quantization: Any,
     scale_format: Any,
     config: Any,
@@ -132,6 +133,7 @@ def check_dispatch_options(
     op_checks.check_bounds(
         "moe", capacity, capacity_factor, rank_capacity_factor, "expert", alignment
     )
+    op_checks.check_drop_policy("moe", drop_policy, capacity_factor)
     arguments.check_one_of("moe", "quantization", quantization, (None, "fp8"))
     check_scale_format("moe", scale_format)
     arguments.check_config("moe", config)

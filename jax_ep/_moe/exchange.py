@@ -25,7 +25,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from jax_ep import _compat
 from jax_ep._core.capacity import round_up
+from jax_ep._core.numerics import expert_ids
+from jax_ep._core.quota import sanitise
 from jax_ep._core.types import DispatchConfig, Dispatched, without_latency
 from jax_ep._groups.group import Group, link_sms_of
 from jax_ep._moe.experts import Beside
@@ -42,7 +45,7 @@ class Exchanged(NamedTuple):
 
     Attributes:
         y: ``[T, H]``, the sums of the experts' outputs.
-        topk_idx: ``[T, K]``, the routes that were taken; −1 where there is none.
+        topk_idx: ``[T, K]``, the routes that were chosen, dropped ones too; −1 where there is none.
         num_dropped: ``[1]`` rows of this rank's experts that did not fit.
         num_invalid: ``[1]`` choices of this rank's tokens that were invalid.
     """
@@ -79,7 +82,8 @@ def exchange(
     group = options["group"]
     if not in_flight:
         out = dispatch(x, topk_idx, topk_weights, **options)
-        return _exchanged([out], [combine(experts(out, Beside()), out.handle, group=group)])
+        y = combine(experts(out, Beside()), out.handle, group=group)
+        return _chosen(_exchanged([out], [y]), topk_idx, options)
     sizes = chunk_sizes(len(x), num_chunks)
     # The transpose of a split joins the parts. That of slices would add zeros to them.
     parts = zip(*(_split(array, sizes) for array in (x, topk_idx, topk_weights)), strict=True)
@@ -110,7 +114,8 @@ def exchange(
         last = combine_start(rows, out.handle, group=group, after=last, config=how)
         outs.append(out)
         combines.append(last)
-    return _exchanged(outs, [combine_done(ticket) for ticket in combines])
+    found = _exchanged(outs, [combine_done(ticket) for ticket in combines])
+    return _chosen(found, topk_idx, options)
 
 
 def config_of_hidden(config: DispatchConfig | None, group: Group) -> DispatchConfig | None:
@@ -143,6 +148,15 @@ def capacity_of_chunk(options: dict[str, Any], size: int, num_tokens: int) -> di
 
 def _split(array: Array, sizes: list[int]) -> list[Array]:
     return [array] if len(sizes) == 1 else list(lax.split(array, sizes))
+
+
+def _chosen(found: Exchanged, topk_idx: Array, options: dict[str, Any]) -> Exchanged:
+    """With the routes that were chosen where quotas took some out of the handle's."""
+    if options.get("drop_policy") != "score":
+        return found
+    chosen, _ = sanitise(expert_ids(topk_idx), options["num_experts"])
+    axes = _compat.varying_axes(found.topk_idx)
+    return found._replace(topk_idx=_compat.cast_varying(chosen, axes))
 
 
 def _exchanged(outs: list[Dispatched], ys: list[Array]) -> Exchanged:

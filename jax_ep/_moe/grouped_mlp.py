@@ -44,7 +44,8 @@ def grouped_mlp(
         )
         y = jax_ep.combine(rows, out.handle, group=group)
 
-    Reverse mode works, under ``jax.checkpoint`` too. See ``grouped_dot`` for what the kernels need.
+    Both modes of differentiation work, in any order, under ``jax.checkpoint`` too. See ``grouped_dot``
+    for what the kernels need.
 
     Args:
         rows: ``[C, H]``, those of a group side by side, bf16, f16 or f32.

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
 from jax_ep import _compat
 from jax_ep._core import arguments
 from jax_ep._core.noise import seed_of
-from jax_ep._core.types import DispatchConfig, Dispatched, ScaleFormat
+from jax_ep._core.types import DispatchConfig, Dispatched, DropPolicy, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks, router_checks
 from jax_ep._moe.activations import Activation
@@ -85,6 +85,7 @@ def moe(
     capacity: int | None = None,
     capacity_factor: float | None = None,
     rank_capacity_factor: float | None = None,
+    drop_policy: DropPolicy = "position",
     quantization: Literal["fp8"] | None = None,
     scale_format: ScaleFormat = "f32",
     config: DispatchConfig | None = None,
@@ -108,8 +109,8 @@ def moe(
 
     It also works inside a ``shard_map`` over other axes than the group's, such as the "stage" axis
     of a pipeline. Then tokens and statistics are those of one position along these axes. Reverse
-    mode works there. Forward mode (``jax.jvp``) raises ``TypeError`` when the program is lowered,
-    and policies of ``jax.checkpoint`` see the layer as one op.
+    mode works there. Forward mode (``jax.jvp``), which works elsewhere, is a ``TypeError`` there when
+    the program is lowered, and policies of ``jax.checkpoint`` see the layer as one op.
 
     On GPUs, a failed op gives NaN and may raise no error, for example if a rank never arrives. So
     call ``group.check()`` where you wait for results: it raises the ``CommunicationError``.
@@ -199,6 +200,7 @@ def moe(
             number of tokens.
         rank_capacity_factor: As in ``dispatch``, bounds the rows of each rank; likewise. 1.25, say,
             bounds memory with few rows lost: buffers have 1.25 times the rows of even routing.
+        drop_policy: As in ``dispatch``; "score" keeps the rows with the highest top-k weights.
         quantization: As in ``dispatch``: "fp8" sends rows in 8 bits (and back in the dtype of
             ``x``); gradients are straight-through. H is a multiple of 128.
         scale_format: As in ``dispatch``.
@@ -258,6 +260,7 @@ def moe(
         "capacity": capacity,
         "capacity_factor": capacity_factor,
         "rank_capacity_factor": rank_capacity_factor,
+        "drop_policy": drop_policy,
         "quantization": quantization,
         "scale_format": scale_format,
         "config": config,

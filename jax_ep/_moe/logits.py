@@ -20,15 +20,17 @@ logits of 7168 channels is 8e-6 (root mean square), that of a float32 product 1e
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float, Float32
 
 from jax_ep import _compat
 from jax_ep._core.batching import batched_alike
+from jax_ep._core.derivatives import Form, bilinear
 from jax_ep._core.numerics import round_to
 
 _PARTS = 3  # bfloat16 numbers in a float32: 24 significant bits, of which each takes 8
@@ -44,78 +46,64 @@ def router_logits(
     x, wide = batched_alike(x, wide)
     axes = _compat.varying_axes(x) | _compat.varying_axes(wide)
     x, wide = (_compat.cast_varying(operand, axes) for operand in (x, wide))
-    return _product(1 if kernel.dtype == jnp.bfloat16 else _PARTS, 1, x, wide)
+    parts = 1 if kernel.dtype == jnp.bfloat16 else _PARTS
+    return bilinear(_Product(parts, 1), x, wide, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(
-    parts: int, contract: int, x: BFloat16[Array, "a b"], wide: Float32[Array, "inner c"]
-) -> Float32[Array, "outer c"]:
+@dataclasses.dataclass(frozen=True)
+class _Product(Form):
     """``x``, whose axis ``contract`` is summed, times a sum of so many bfloat16 arrays."""
-    columns = jnp.concatenate(_split(wide, parts), axis=1)
-    dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-    if contract == 1:
-        product = dot(x, columns, (((1,), (0,)), ((), ())))
-    else:
-        # With a batch of one product. XLA's CPU compiler (jaxlib 0.11.2) cannot run what vmap makes of
-        # a plain one whose second factor alone is mapped.
-        product = dot(x[None], columns[None], (((1,), (1,)), ((0,), (0,))))[0]
-    results = lax.split(product, [wide.shape[1]] * parts, axis=1)
-    return functools.reduce(jnp.add, reversed(results))  # the smallest first
+
+    parts: int
+    contract: int
+
+    def value(self, x: BFloat16[Array, "a b"], wide: Float32[Array, "inner c"], fixed: Any) -> Any:
+        columns = jnp.concatenate(_split(wide, self.parts), axis=1)
+        dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+        if self.contract == 1:
+            product = dot(x, columns, (((1,), (0,)), ((), ())))
+        else:
+            # With a batch of one product. XLA's CPU compiler (jaxlib 0.11.2) cannot run what vmap makes
+            # of a plain one whose second factor alone is mapped.
+            product = dot(x[None], columns[None], (((1,), (1,)), ((0,), (0,))))[0]
+        results = lax.split(product, [wide.shape[1]] * self.parts, axis=1)
+        return functools.reduce(jnp.add, reversed(results))  # the smallest first
+
+    def pull(
+        self, x: Any, wide: Any, fixed: Any, d_out: Any, wanted: tuple[bool, bool]
+    ) -> tuple[Any, Any]:
+        pair = ((_PARTS, d_out), (self.parts, wide))
+        (lhs_parts, lhs), (rhs_parts, rhs) = pair if self.contract == 1 else reversed(pair)
+        d_x = bilinear(_ByTransposed((lhs_parts, rhs_parts)), lhs, rhs, None).astype(x.dtype)
+        return d_x, bilinear(_Product(_PARTS, 1 - self.contract), x, d_out, None)
 
 
-def _product_fwd(
-    parts: int, contract: int, x: Array, wide: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    return _product(parts, contract, x, wide), (x, wide)
-
-
-@_compat.backward
-def _product_bwd(
-    parts: int, contract: int, residuals: tuple[Array, Array], d_out: Array
-) -> tuple[Array, Array]:
-    x, wide = residuals
-    pair = ((_PARTS, d_out), (parts, wide))
-    (lhs_parts, lhs), (rhs_parts, rhs) = pair if contract == 1 else reversed(pair)
-    d_x = _by_transposed((lhs_parts, rhs_parts), lhs, rhs).astype(x.dtype)
-    return d_x, _product(_PARTS, 1 - contract, x, d_out)
-
-
-_product.defvjp(_product_fwd, _product_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_transposed(
-    parts: tuple[int, int], lhs: Float32[Array, "a inner"], rhs: Float32[Array, "b inner"]
-) -> Float32[Array, "a b"]:
+@dataclasses.dataclass(frozen=True)
+class _ByTransposed(Form):
     """``lhs @ rhs.T``, of sums of so many bfloat16 arrays; its gradient is for second derivatives."""
-    lhs_parts, rhs_parts = _split(lhs, parts[0]), _split(rhs, parts[1])
-    # Products of parts below 2⁻²⁴ of the whole are left out. The smallest come first.
-    pairs = [(i, j) for i in range(parts[0]) for j in range(parts[1]) if i + j < _PARTS]
-    pairs.sort(key=sum, reverse=True)
-    return lax.dot_general(
-        jnp.concatenate([lhs_parts[i] for i, _ in pairs], axis=1),
-        jnp.concatenate([rhs_parts[j] for _, j in pairs], axis=1),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
 
+    parts: tuple[int, int]
 
-def _by_transposed_fwd(
-    parts: tuple[int, int], lhs: Array, rhs: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    return _by_transposed(parts, lhs, rhs), (lhs, rhs)
+    def value(
+        self, lhs: Float32[Array, "a inner"], rhs: Float32[Array, "b inner"], fixed: Any
+    ) -> Float32[Array, "a b"]:
+        lhs_parts, rhs_parts = _split(lhs, self.parts[0]), _split(rhs, self.parts[1])
+        # Products of parts below 2⁻²⁴ of the whole are left out. The smallest come first.
+        pairs = [
+            (i, j) for i in range(self.parts[0]) for j in range(self.parts[1]) if i + j < _PARTS
+        ]
+        pairs.sort(key=sum, reverse=True)
+        return lax.dot_general(
+            jnp.concatenate([lhs_parts[i] for i, _ in pairs], axis=1),
+            jnp.concatenate([rhs_parts[j] for _, j in pairs], axis=1),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
 
-
-@_compat.backward
-def _by_transposed_bwd(
-    parts: tuple[int, int], residuals: tuple[Array, Array], d_out: Array
-) -> tuple[Array, Array]:
-    lhs, rhs = residuals
-    return _highest(d_out, rhs), _highest(d_out.T, lhs)
-
-
-_by_transposed.defvjp(_by_transposed_fwd, _by_transposed_bwd)
+    def pull(
+        self, lhs: Any, rhs: Any, fixed: Any, d_out: Any, wanted: tuple[bool, bool]
+    ) -> tuple[Any, Any]:
+        return _highest(d_out, rhs), _highest(d_out.T, lhs)
 
 
 def _highest(lhs: Float32[Array, "a b"], rhs: Float32[Array, "b c"]) -> Float32[Array, "a c"]:

@@ -26,7 +26,13 @@ from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec
 
 from jax_ep import _compat
+from jax_ep._core.only_reverse import only_reverse
 
+_NO_FORWARD_MODE = (
+    "jax_ep.moe: inside a shard_map over other axes the layer has no forward mode (jax.jvp, "
+    "jax.linearize, jax.jacfwd). Take reverse mode (jax.grad, jax.vjp; for products with a Hessian, "
+    "jax.grad of the product of jax.grad with a vector), or call the layer outside shard_map."
+)
 Arrays = tuple[jax.Array, ...]
 Specs = tuple[PartitionSpec, ...]
 
@@ -71,13 +77,14 @@ def nested_shard_map(
         out_specs: A pytree of specs, of the same structure as the result.
 
     Returns:
-        A function of arrays that are whole over ``axes``. Forward mode (``jax.jvp``) through it is a
-        TypeError of JAX.
+        A function of arrays that are whole over ``axes``. Where a program needs forward mode
+        (``jax.jvp``) through it, lowering is a TypeError.
     """
     flat_out, out_tree = jax.tree.flatten(out_specs, is_leaf=_is_spec)
 
     def call(*args: Any) -> Any:
         leaves, in_tree = jax.tree.flatten(args)
+        leaves = [only_reverse(x, _NO_FORWARD_MODE) if _is_smooth(x) else x for x in leaves]
         together = frozenset().union(*map(_compat.varying_axes, leaves))
         inner = _Inner(
             lambda *leaves: tuple(jax.tree.leaves(f(*jax.tree.unflatten(in_tree, leaves)))),

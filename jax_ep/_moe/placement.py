@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, Shaped
 
 
-def why_not_usable(x: Any, mesh: Mesh) -> str | None:
+def why_not_usable(x: Any, mesh: Mesh | AbstractMesh) -> str | None:
     """Why ``jax.jit`` cannot use ``x`` in a program over ``mesh``, or None.
 
     Only arrays that were put on devices are checked, because JAX does not say where tracers lie.
@@ -31,6 +31,12 @@ def why_not_usable(x: Any, mesh: Mesh) -> str | None:
     if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or not x.committed:
         return None
     sharding = x.sharding
+    if isinstance(mesh, AbstractMesh):
+        if isinstance(sharding, NamedSharding) and sharding.mesh.abstract_mesh == mesh:
+            return None
+        return (
+            f"one on {len(sharding.device_set)} device(s), while the mesh of the group is abstract"
+        )
     if not isinstance(sharding, NamedSharding):
         if sharding.device_set == set(mesh.devices.flat):
             return None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jax_ep._core.types import DispatchConfig, ScaleFormat
+from jax_ep._core.types import DispatchConfig, DropPolicy, ScaleFormat
 from jax_ep._groups.group import Group
 from jax_ep._moe import checks
 from jax_ep._moe.activations import Activation
@@ -68,6 +68,7 @@ class LayerSettings:
         capacity: Rows of each rank.
         capacity_factor: Bounds the rows of each expert.
         rank_capacity_factor: Bounds the rows of each rank.
+        drop_policy: Which rows are dropped for ``capacity_factor``: by "position" or by "score".
         quantization: "fp8" sends rows in 8 bits.
         scale_format: Format of their scales.
         config: How to use the machine.
@@ -102,6 +103,7 @@ class LayerSettings:
     capacity: int | None = None
     capacity_factor: float | None = None
     rank_capacity_factor: float | None = None
+    drop_policy: DropPolicy = "position"
     quantization: Literal["fp8"] | None = None
     scale_format: ScaleFormat = "f32"
     config: DispatchConfig | None = None

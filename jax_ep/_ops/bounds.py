@@ -12,7 +12,7 @@ from jax_ep._core.capacity import (
     rows_per_expert,
     rows_per_rank,
 )
-from jax_ep._core.types import Layout
+from jax_ep._core.types import DropPolicy, Layout
 from jax_ep._groups.group import Group
 from jax_ep._ops import checks
 
@@ -20,11 +20,27 @@ _MOST_LOSSLESS_ROWS = 1 << 20  # that a default may have where the group spans h
 
 
 class Bounds(NamedTuple):
-    """The bounds on rows that ``dispatch`` takes, checked."""
+    """The bounds on rows that ``dispatch`` takes, checked; and which rows are dropped."""
 
     capacity: int | None
     capacity_factor: float | None
     rank_capacity_factor: float | None
+    drop_policy: DropPolicy = "position"
+
+
+def quota(bounds: Bounds, *, num_tokens: int, top_k: int, num_experts: int) -> int | None:
+    """The rows of one source rank that an expert takes, or None where it takes them by position."""
+    if bounds.drop_policy == "position":
+        return None
+    assert bounds.capacity_factor is not None  # as check_drop_policy says
+    wanted = rows_per_expert(
+        capacity_factor=bounds.capacity_factor,
+        num_ranks=1,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+    )
+    return min(wanted, num_tokens)
 
 
 def room(
@@ -59,7 +75,7 @@ def room(
         alignment=alignment,
     )
     capacity, expert_capacity = lossless, INT32_MAX
-    if bounds == (None, None, None):
+    if bounds[:3] == (None, None, None):
         _check_lossless(op, lossless, group)
     if bounds.capacity_factor is not None:
         wanted = rows_per_expert(
@@ -69,6 +85,8 @@ def room(
             top_k=top_k,
             num_experts=num_experts,
         )
+        of_source = quota(bounds, num_tokens=num_tokens, top_k=top_k, num_experts=num_experts)
+        wanted = wanted if of_source is None else group.size * of_source
         expert_capacity = min(wanted, group.size * num_tokens)
         capacity = min(capacity, num_local * round_up(expert_capacity, alignment))
     if bounds.rank_capacity_factor is not None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax_ep import _compat
 from jax_ep._core import arguments, limits
 from jax_ep._core.capacity import INT32_MAX, MAX_CAPACITY
-from jax_ep._core.types import DispatchLayout, Handle, Layout
+from jax_ep._core.types import DispatchLayout, DropPolicy, Handle, Layout
 from jax_ep._groups.group import Group
 
 MAX_TOP_K = 32
@@ -218,6 +218,31 @@ def check_rank_capacity_factor(
 ) -> None:
     """``rank_capacity_factor`` is such a number too."""
     _check_factor(op, "rank_capacity_factor", rank_capacity_factor, layout, capacity, "each rank")
+
+
+def check_drop_policy(op: str, drop_policy: Any, capacity_factor: object) -> None:
+    """``drop_policy`` is known, and "score" has quotas."""
+    arguments.check_one_of(op, "drop_policy", drop_policy, get_args(DropPolicy))
+    if drop_policy == "score" and capacity_factor is None:
+        raise arguments.value_error(
+            op,
+            "drop_policy",
+            "'position' without capacity_factor, which sets the quotas of experts",
+            "'score'",
+            "pass capacity_factor=1.25, say",
+        )
+
+
+def check_drops_in_one_call(op: str, drop_policy: DropPolicy) -> None:
+    """The counts of the handle cannot be corrected between the two calls of latency mode."""
+    if drop_policy == "score":
+        raise arguments.value_error(
+            op,
+            "drop_policy",
+            "'position' in flight in latency mode",
+            "'score'",
+            "use dispatch in one call, or DispatchConfig(mode='throughput')",
+        )
 
 
 def _check_factor(

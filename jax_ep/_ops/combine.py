@@ -15,6 +15,7 @@ from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
 from jax_ep._ops import checks, flights, gpu_room, gradients, masked, modes
+from jax_ep._ops.options import CombineOptions
 
 
 def combine(
@@ -43,7 +44,9 @@ def combine(
         rank 1: rows = [s, t, u, v | ...]           y = [t + v, r]
 
     Gradients: ``rows`` receive the cotangent of their token (``dispatch`` along the handle), scaled
-    by their weight if there are weights; ``weights`` receive the dot product of row and cotangent.
+    by their weight if there are weights; ``weights`` receive the dot product of row and cotangent. In
+    forward mode (``jax.jvp``) there is one more combine for the tangents of the rows, and one for those
+    of the weights, and derivatives of any order work.
 
     Args:
         rows: ``[C, H]`` bf16, f16 or f32: the expert outputs, in the order of the dispatched rows; in
@@ -138,12 +141,12 @@ def combine_by(
             requested=requested,
         )
     latency = is_latency(config) and num_tokens > 0
-    options = gradients.CombineOptions(group, config, issue(num_sms, latency))
+    options = CombineOptions(group, config, issue(num_sms, latency))
     handle = order(handle)
     if send is not None and latency and group.backend == "cuda":
         return send(options, rows, weights, handle)
     if weights is None:
-        y, _ = gradients.combine(options, rows, None, handle)
+        y = gradients.combine(options, rows, handle)
     else:
         y = gradients.combine_weighted(options, rows, weights, handle)
     return combined(y)

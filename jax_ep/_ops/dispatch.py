@@ -18,6 +18,7 @@ from jax_ep._core.types import (
     DispatchConfig,
     Dispatched,
     DispatchLayout,
+    DropPolicy,
     Handle,
     Layout,
     Quantized,
@@ -26,7 +27,8 @@ from jax_ep._core.types import (
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import bounds, checks, flights, gpu_room, gradients, masked, modes
+from jax_ep._ops import bounds, checks, drops, flights, gpu_room, gradients, masked, modes
+from jax_ep._ops.options import DispatchOptions, PlanOptions
 
 Output = Literal["dense", "quantized"]
 
@@ -47,6 +49,7 @@ def dispatch(
     capacity: int | None = None,
     capacity_factor: float | None = None,
     rank_capacity_factor: float | None = None,
+    drop_policy: DropPolicy = "position",
     quantization: Literal["fp8"] | None = None,
     output: Output | None = None,
     scale_format: ScaleFormat = "f32",
@@ -82,7 +85,8 @@ def dispatch(
 
     Gradients: ``x`` receives the sum of its rows' cotangents (``combine``), ``topk_weights`` those of
     its rows' weights; with ``quantization`` and dense output the gradient is straight-through. Rows
-    that did not fit have none.
+    that did not fit have none. In forward mode (``jax.jvp``) tangents take the same routes, by a second
+    dispatch, and derivatives of any order work.
 
     Args:
         x: ``[T, H]`` bf16, f16 or f32 with rows of a multiple of 16 bytes, or ``Quantized`` rows with
@@ -117,9 +121,15 @@ def dispatch(
             suffices if that is less. T·K rows come to each rank under even routing. Experts with many
             rows take the room that others leave, so at the same memory fewer rows are lost than with
             ``capacity_factor``; it may be given beside it.
+        drop_policy: Which rows of an expert are dropped for ``capacity_factor``. "position" (the
+            default): those that come last in the order above. "score": each source rank drops for
+            itself, so that every expert gets at most ``ceil(capacity_factor · T·K / E)`` rows of it,
+            those with the highest ``topk_weights`` (of equal ones, the first); so Megatron-Core's
+            policy "probs" does. The ranks then add up E counts, by a collective of XLA's.
         quantization: "fp8": rows travel as float8_e4m3fn with one scale per 128 channels.
         output: With fp8: "dense" (default for arrays) gives rows in the dtype of ``x``, "quantized"
-            (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have no gradient.
+            (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have neither gradient nor
+            tangents.
         scale_format: "f32" or "ue8m0", as in ``jax_ep.quantize``.
         unused_rows: What the rows past the last group (layout "token": past the last row that came)
             hold. "zero" (the default): zeros. "undefined": anything, NaN too, so that GPUs need not
@@ -159,6 +169,7 @@ def dispatch(
         capacity=capacity,
         capacity_factor=capacity_factor,
         rank_capacity_factor=rank_capacity_factor,
+        drop_policy=drop_policy,
         quantization=quantization,
         output=output,
         scale_format=scale_format,
@@ -183,6 +194,7 @@ def dispatch_by(
     capacity: int | None = None,
     capacity_factor: float | None = None,
     rank_capacity_factor: float | None = None,
+    drop_policy: DropPolicy = "position",
     quantization: Literal["fp8"] | None = None,
     output: Output | None = None,
     scale_format: ScaleFormat = "f32",
@@ -228,6 +240,7 @@ def dispatch_by(
             )
             capacity = num_experts // group.size * alignment
         checks.check_bounds(op, capacity, capacity_factor, rank_capacity_factor, of_plan, alignment)
+        checks.check_drop_policy(op, drop_policy, capacity_factor)
         config = modes.choose(
             "dispatch",
             values,
@@ -239,16 +252,17 @@ def dispatch_by(
             in_flight=send is not None,
             masked=is_masked,
         )
+        limits = bounds.Bounds(capacity, capacity_factor, rank_capacity_factor, drop_policy)
         rows, rows_of_expert = bounds.room(
             op,
-            bounds.Bounds(capacity, capacity_factor, rank_capacity_factor),
+            limits,
             group=group,
             num_experts=num_experts,
             layout=of_plan,
             alignment=alignment,
             shape=topk_idx.shape,
         )
-        plan_options = gradients.PlanOptions(
+        plan_options = PlanOptions(
             group,
             num_experts,
             of_plan,
@@ -260,16 +274,23 @@ def dispatch_by(
             unused_rows=unused_rows or ("undefined" if is_masked else "zero"),
         )
         gpu_room.check_latency_fits(op, "x", values, topk_idx, group, config)
+        checks.check_topk_weights(op, topk_weights, topk_idx.shape)
+        topk_idx, correct = drops.before_plan(
+            op, limits, topk_idx, topk_weights, group=group, num_experts=num_experts
+        )
         one_launch = gradients.takes_one_launch(group, config, topk_idx.shape[0])
         if is_masked and topk_idx.shape[0] > 0:
             masked.check_mode(op, group, config, one_launch=one_launch)
         if not one_launch:
-            handle = _name(gradients.plan(plan_options, topk_idx), "jax_ep.handle")
+            handle = _name(correct(gradients.plan(plan_options, topk_idx)), "jax_ep.handle")
     else:
         checks.check_handle(op, handle, group)
         checks.check_not_given(op, "topk_idx", topk_idx)
         checks.check_not_given(op, "capacity_factor", capacity_factor)
         checks.check_not_given(op, "rank_capacity_factor", rank_capacity_factor)
+        checks.check_not_given(
+            op, "drop_policy", None if drop_policy == "position" else drop_policy
+        )
         checks.check_as_in_handle(op, "num_experts", num_experts, handle.num_experts)
         checks.check_as_in_handle(op, "layout", layout, "masked" if is_masked else handle.layout)
         checks.check_as_in_handle(op, "alignment", alignment, handle.alignment)
@@ -300,23 +321,21 @@ def dispatch_by(
             num_tokens=num_tokens,
             requested=requested,
         )
-    options = gradients.DispatchOptions(
+    options = DispatchOptions(
         group=group,
-        row_dtype=values.dtype,
         scale_format=quantize_as,
         dense_output=dense_output,
         config=config,
         flight=issue(num_sms, handle is None),
     )
-    if isinstance(x, Quantized):
-        x = gradients.refuse_gradient(x)
     if handle is None:
         x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)
         given = plan_options, options, x, topk_weights, order(topk_idx)
         if send is not None:
+            checks.check_drops_in_one_call(op, drop_policy)
             return send(*given)
         tokens, weights, handle = gradients.plan_and_dispatch(*given)
-        handle = _name(handle, "jax_ep.handle")
+        handle = _name(correct(handle), "jax_ep.handle")
     else:
         x, topk_weights, handle = gradients.vary_together(group, x, topk_weights, handle)
         tokens, weights = gradients.dispatch(options, x, topk_weights, order(handle))
@@ -325,8 +344,6 @@ def dispatch_by(
 
 def dispatched(tokens: Array | Quantized, weights: Array | None, handle: Handle) -> Dispatched:
     """The result of a dispatch."""
-    if isinstance(tokens, Quantized):
-        tokens = gradients.refuse_gradient(tokens)
     tokens, weights = _name((tokens, weights), "jax_ep.dispatch")
     if handle.masked:
         tokens, weights = masked.split(handle, (tokens, weights))

@@ -1,18 +1,27 @@
-"""The four pure ops over any backend, with their gradients.
+"""The pure ops over any backend, with their derivatives.
 
-``plan`` is an op of its own. ``dispatch`` with weights and ``combine`` with values are each other's
-transposes, so the backward of each is the other one. The handle is their only residual.
+``plan`` is an op of its own. Along a handle, dispatch of rows and weights is linear, and so is combine
+of rows and values. Each is the other's transpose, and its own tangent, and the handle is all that is
+kept for these. Dispatch of rows that are quantized on their way counts as linear too: its derivative is
+straight-through.
 
-Calls without tokens (T = 0) are answered here, outside the custom gradients: there is nothing to
-communicate, and residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
+Combine with fused weights is linear in the rows and in the weights. With w, rows r and a cotangent dy,
+and D for dispatch, its backward pass is one op, ``combine_vjp``::
+
+    d_r = w · D(dy)        d_w = <r, D(dy)>
+
+That is linear in dy, where its transpose is the tangent of combine. And it is linear in w and r
+together, where it is its own transpose. So all further derivatives are these ops again.
+
+Calls without tokens (T = 0) are answered here, outside the ops: there is nothing to communicate, and
+residuals without elements crash XLA's partitioner (Shardy, jaxlib 0.11.2).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,96 +31,24 @@ from jaxtyping import Array, Float32, Int32
 from jax_ep import _compat, reference
 from jax_ep._backends import latency, native
 from jax_ep._core.batching import batched_alike
-from jax_ep._core.capacity import INT32_MAX
-from jax_ep._core.flight import IN_LINE, Flight
-from jax_ep._core.types import (
-    DispatchConfig,
-    Handle,
-    Layout,
-    Quantized,
-    ScaleFormat,
-    UnusedRows,
-    is_latency,
-    without_latency,
-)
+from jax_ep._core.derivatives import Form, Op, ProductTangent, bilinear, call
+from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency, without_latency
 from jax_ep._groups.group import Group
-from jax_ep._ops import gpu_room
+from jax_ep._ops import gpu_room, no_tokens
+from jax_ep._ops.options import CombineOptions, DispatchOptions, PlanOptions
 
 _BACKENDS: dict[str, types.ModuleType] = {"reference": reference, "cpu": native, "cuda": native}
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanOptions:
-    """Static arguments of one plan, by the names that backends give them.
-
-    Attributes:
-        group: The group.
-        num_experts: Over the whole group.
-        layout: "expert" or "token".
-        capacity: Rows of each rank.
-        alignment: Group sizes are multiples of it.
-        expert_capacity: Rows that an expert keeps at most.
-        masked: Whether every expert has ``alignment`` rows; kept in the handle.
-        config: How to use the machine.
-        unused_rows: What rows past the last group hold; kept in the handle.
-    """
-
-    group: Group
-    num_experts: int
-    layout: Layout
-    capacity: int
-    alignment: int
-    expert_capacity: int = INT32_MAX
-    masked: bool = False
-    config: DispatchConfig | None = None
-    unused_rows: UnusedRows = "zero"
-
-
-@dataclasses.dataclass(frozen=True)
-class DispatchOptions:
-    """Static arguments of one dispatch.
-
-    Attributes:
-        group: The group.
-        row_dtype: Dtype of the rows given.
-        scale_format: None, or how rows are quantized on their way.
-        dense_output: With ``scale_format``: whether rows are given back in ``row_dtype``.
-        config: How to use the machine.
-        flight: How to issue the op, and the op that its gradient is.
-    """
-
-    group: Group
-    row_dtype: Any
-    scale_format: ScaleFormat | None = None
-    dense_output: bool = True
-    config: DispatchConfig | None = None
-    flight: Flight = IN_LINE
-
-
-@dataclasses.dataclass(frozen=True)
-class CombineOptions:
-    """Static arguments of one combine.
-
-    Attributes:
-        group: The group.
-        config: How to use the machine.
-        flight: How to issue the op, and the op that its gradient is.
-    """
-
-    group: Group
-    config: DispatchConfig | None = None
-    flight: Flight = IN_LINE
 
 
 def plan(options: PlanOptions, topk_idx: Int32[Array, "tokens top_k"]) -> Handle:
     """See ``jax_ep.reference.plan``."""
     (topk_idx,) = vary_together(options.group, topk_idx)
     if topk_idx.shape[0] == 0:
-        handle = _empty_plan(options, topk_idx)
+        handle = no_tokens.plan(options, topk_idx)
     else:
-        arguments = fields(options) | {"config": without_latency(options.config)}
+        arguments = options.fields() | {"config": without_latency(options.config)}
         unused_rows = arguments.pop("unused_rows")
-        handle = _BACKENDS[options.group.backend].plan(topk_idx, **arguments)
+        handle = _backend_of(options.group).plan(topk_idx, **arguments)
         handle = dataclasses.replace(handle, unused_rows=unused_rows, masked=options.masked)
     return match(handle, topk_idx)
 
@@ -122,54 +59,12 @@ def dispatch(
     weights: Float32[Array, "tokens top_k"] | None,
     handle: Handle,
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None]:
-    """See ``jax_ep.reference.dispatch``. Gradient: straight-through where rows are quantized."""
+    """See ``jax_ep.reference.dispatch``. Derivatives: straight-through where rows are quantized."""
     if handle.topk_idx.shape[0] == 0:
-        return match(_empty_dispatch(options, x, weights, handle), x)
-    return _dispatch(options, x, weights, handle)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(options, x, weights, handle):
-    backend = _BACKENDS[options.group.backend]
-    out = backend.dispatch(
-        x,
-        weights,
-        handle,
-        group=options.group,
-        scale_format=options.scale_format,
-        dense_output=options.dense_output,
-        **_how(options, without_latency(options.config)),
-    )
-    return match(out, x)
-
-
-def _dispatch_fwd(options, x, weights, handle):
-    return _dispatch(options, x, weights, handle), handle
-
-
-@_compat.backward
-def dispatch_bwd(options, handle, cotangents):
-    d_rows, d_row_weights = cotangents
-    if not isinstance(d_rows, Quantized):
-        what = "for gradients on GPUs"
-        gpu_room.check_sums_fit("dispatch", "x", d_rows, handle.layout, options.group, what)
-        transpose = CombineOptions(options.group, without_latency(options.config), options.flight)
-        d_tokens, d_weights = combine(transpose, d_rows, d_row_weights, handle)
-        return d_tokens, d_weights, None
-    # Nothing flows back through the rows themselves, because refuse_gradient forbids it.
-    num_tokens, (_, hidden) = handle.topk_idx.shape[0], d_rows.values.shape
-    d_values = jnp.zeros((num_tokens, hidden), options.row_dtype)
-    d_x: Array | Quantized = d_values
-    if options.row_dtype == jnp.float8_e4m3fn:
-        no_scales = jnp.zeros((num_tokens, d_rows.scales.shape[1]), jnp.float32)
-        d_x = Quantized(d_values, no_scales)
-    no_rows = match(jnp.zeros((handle.capacity, 0), jnp.float32), d_rows)
-    transpose = CombineOptions(options.group, without_latency(options.config), options.flight)
-    _, d_weights = combine(transpose, no_rows, d_row_weights, handle)
-    return match(d_x, d_rows), d_weights, None
-
-
-_dispatch.defvjp(_dispatch_fwd, dispatch_bwd)
+        return match(no_tokens.dispatch(options, x, weights, handle), x)
+    if isinstance(x, Quantized) or options.scale_format is not None:
+        return call(_DispatchOf8Bits(options), (), (x, weights, handle))
+    return call(_Dispatch(options), (x, weights), (handle,))
 
 
 def plan_and_dispatch(
@@ -179,8 +74,8 @@ def plan_and_dispatch(
     weights: Float32[Array, "tokens top_k"] | None,
     topk_idx: Int32[Array, "tokens top_k"],
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]:
-    """``plan`` and ``dispatch`` in one launch; see ``takes_one_launch``. Gradients: as ``dispatch``."""
-    return _plan_and_dispatch(plan_options, options, x, weights, topk_idx)
+    """``plan`` and ``dispatch`` in one launch; see ``takes_one_launch``. Derivatives: as there."""
+    return call(_PlanAndDispatch(plan_options, options), (), (x, weights, topk_idx))
 
 
 def takes_one_launch(group: Group, config: DispatchConfig | None, num_tokens: int) -> bool:
@@ -188,75 +83,11 @@ def takes_one_launch(group: Group, config: DispatchConfig | None, num_tokens: in
     return is_latency(config) and group.backend == "cuda" and num_tokens > 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _plan_and_dispatch(plan_options, options, x, weights, topk_idx):
-    out = latency.dispatch(
-        x,
-        weights,
-        topk_idx,
-        **fields(plan_options),
-        scale_format=options.scale_format,
-        dense_output=options.dense_output,
-        flight=options.flight,
-    )
-    return match(out, x)
-
-
-def _plan_and_dispatch_fwd(plan_options, options, x, weights, topk_idx):
-    tokens, row_weights, handle = _plan_and_dispatch(plan_options, options, x, weights, topk_idx)
-    # Named here too, since this is what the backward pass keeps.
-    handle = jax.tree.map(lambda leaf: checkpoint_name(leaf, "jax_ep.handle"), handle)
-    return (tokens, row_weights, handle), handle
-
-
-@_compat.backward
-def _plan_and_dispatch_bwd(plan_options, options, handle, cotangents):
-    del plan_options
-    return dispatch_bwd(options, handle, cotangents[:2])
-
-
-_plan_and_dispatch.defvjp(_plan_and_dispatch_fwd, _plan_and_dispatch_bwd)
-
-
-def fields(options: PlanOptions) -> dict[str, Any]:
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-
-
-def combine(
-    options: CombineOptions,
-    rows: Array,
-    values: Float32[Array, "capacity *top_k"] | None,
-    handle: Handle,
-) -> tuple[Array, Float32[Array, "tokens top_k"] | None]:
-    """See ``jax_ep.reference.combine``, without row weights."""
-    num_tokens, top_k = handle.topk_idx.shape
-    if num_tokens == 0:
-        home = None if values is None else jnp.zeros((0, top_k), jnp.float32)
-        return match((jnp.zeros((0, rows.shape[1]), rows.dtype), home), rows)
-    return _combine(options, rows, values, handle)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(options, rows, values, handle):
-    backend, how = _BACKENDS[options.group.backend], _how(options, options.config)
-    results = backend.combine(rows, None, values, handle, group=options.group, **how)
-    return match(results, rows)
-
-
-def _combine_fwd(options, rows, values, handle):
-    return _combine(options, rows, values, handle), handle
-
-
-@_compat.backward
-def combine_bwd(options, handle, cotangents):
-    dy, d_home = cotangents
-    config = without_latency(options.config)
-    transpose = DispatchOptions(options.group, dy.dtype, config=config, flight=options.flight)
-    d_rows, d_values = dispatch(transpose, dy, d_home, handle)
-    return d_rows, d_values, None
-
-
-_combine.defvjp(_combine_fwd, combine_bwd)
+def combine(options: CombineOptions, rows: Array, handle: Handle) -> Array:
+    """See ``jax_ep.reference.combine``, without row weights and values."""
+    if handle.topk_idx.shape[0] == 0:
+        return match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
+    return call(_Combine(options), (rows, None), (handle,))[0]
 
 
 def combine_weighted(
@@ -265,63 +96,7 @@ def combine_weighted(
     """See ``jax_ep.reference.combine``, with row weights; keeps rows and weights for backward."""
     if handle.topk_idx.shape[0] == 0:
         return match(jnp.zeros((0, rows.shape[1]), rows.dtype), rows)
-    return _combine_weighted(options, rows, row_weights, handle)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine_weighted(options, rows, row_weights, handle):
-    backend, how = _BACKENDS[options.group.backend], _how(options, options.config)
-    y, _ = backend.combine(rows, row_weights, None, handle, group=options.group, **how)
-    return match(y, rows)
-
-
-def _combine_weighted_fwd(options, rows, row_weights, handle):
-    return _combine_weighted(options, rows, row_weights, handle), (rows, row_weights, handle)
-
-
-@_compat.backward
-def combine_weighted_bwd(options, residuals, dy):
-    rows, row_weights, handle = residuals
-    group = options.group
-    gpu_room.check_weighted_gradient_fits("combine", "rows", rows, group)
-    backend = _BACKENDS[group.backend]
-    how = _how(options, without_latency(options.config))
-    gradients = backend.combine_vjp(dy, rows, row_weights, handle, group=group, **how)
-    return *match(gradients, rows), None
-
-
-_combine_weighted.defvjp(_combine_weighted_fwd, combine_weighted_bwd)
-
-
-def _how(
-    options: DispatchOptions | CombineOptions, config: DispatchConfig | None
-) -> dict[str, Any]:
-    """The arguments of a backend's functions that change no results; XLA alone issues the reference."""
-    how: dict[str, Any] = {"config": config}
-    is_reference = _BACKENDS[options.group.backend] is reference
-    return how if is_reference else how | {"flight": options.flight}
-
-
-@jax.custom_vjp
-def refuse_gradient(q: Quantized) -> Quantized:
-    """``q`` itself; differentiating through it is an error while tracing."""
-    return q
-
-
-def _refuse_gradient_fwd(q):
-    return q, None
-
-
-def _refuse_gradient_bwd(_, cotangent):
-    raise TypeError(
-        "jax_ep.dispatch: Quantized rows have no gradient (a float8_e4m3fn cotangent would be "
-        "useless). Pass x as bfloat16, float16 or float32 with quantization='fp8' and "
-        "output='dense', whose gradient is straight-through; or cut the gradient with "
-        "jax.lax.stop_gradient."
-    )
-
-
-refuse_gradient.defvjp(_refuse_gradient_fwd, _refuse_gradient_bwd)
+    return bilinear(_CombineWeighted(options), rows, row_weights, handle)
 
 
 def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
@@ -338,55 +113,252 @@ def vary_together(group: Group, *operands: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), operands)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Dispatch(Op):
+    """Rows and weights, sent along a handle; linear in both, of which one may be None."""
+
+    options: DispatchOptions
+    is_whole: ClassVar[bool] = False
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        (x, weights), (handle,) = linear, fixed
+        moved = _no_rows(len(weights), weights) if x is None else x
+        options = self.options
+        rows, row_weights = _backend_of(options.group).dispatch(
+            moved,
+            weights,
+            handle,
+            group=options.group,
+            **_how(options, without_latency(options.config)),
+        )
+        return match((None if x is None else rows, row_weights), moved)
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        (d_rows, d_row_weights), (handle,) = cotangents, fixed
+        if d_rows is None and d_row_weights is None:
+            return None, None
+        options = self.options
+        if d_rows is not None:
+            what = "for gradients on GPUs"
+            gpu_room.check_sums_fit("dispatch", "x", d_rows, handle.layout, options.group, what)
+        config = without_latency(options.config)
+        transpose = _Combine(CombineOptions(options.group, config, options.flight))
+        return call(transpose, (d_rows, d_row_weights), fixed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Combine(Op):
+    """Rows that come home and are summed, and values that come home; linear likewise."""
+
+    options: CombineOptions
+    is_whole: ClassVar[bool] = False
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        (rows, values), (handle,) = linear, fixed
+        moved = _no_rows(handle.capacity, values) if rows is None else rows
+        options = self.options
+        y, home = _backend_of(options.group).combine(
+            moved, None, values, handle, group=options.group, **_how(options, options.config)
+        )
+        return match((None if rows is None else y, home), moved)
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        if cotangents[0] is None and cotangents[1] is None:
+            return None, None
+        options = self.options
+        config = without_latency(options.config)
+        transpose = DispatchOptions(options.group, config=config, flight=options.flight)
+        return call(_Dispatch(transpose), cotangents, fixed)
+
+
+def _no_rows(count: int, like: Array) -> Array:
+    """Rows without channels, for an op that moves nothing but weights or values."""
+    return match(jnp.zeros((count, 0), jnp.float32), like)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DispatchOf8Bits(Op):
+    """Dispatch of rows that are quantized, on their way or before."""
+
+    options: DispatchOptions
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        x, weights, handle = fixed
+        options = self.options
+        out = _backend_of(options.group).dispatch(
+            x,
+            weights,
+            handle,
+            group=options.group,
+            scale_format=options.scale_format,
+            dense_output=options.dense_output,
+            **_how(options, without_latency(options.config)),
+        )
+        return match(out, x)
+
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        return dispatch_tangents(self.options, results[0], tangents[:2], fixed[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlanAndDispatch(Op):
+    """A plan, and dispatch along it, in one launch of latency mode."""
+
+    plan_options: PlanOptions
+    options: DispatchOptions
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        x, weights, topk_idx = fixed
+        out = latency.dispatch(
+            x,
+            weights,
+            topk_idx,
+            **self.plan_options.fields(),
+            scale_format=self.options.scale_format,
+            dense_output=self.options.dense_output,
+            flight=self.options.flight,
+        )
+        return match(out, x)
+
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        rows, _, handle = results
+        # Named here too, since this is what the backward pass keeps.
+        handle = jax.tree.map(lambda leaf: checkpoint_name(leaf, "jax_ep.handle"), handle)
+        found = dispatch_tangents(self.options, rows, tangents[:2], handle)
+        return *found, jax.tree.map(lambda _: None, handle)
+
+
+def dispatch_tangents(options: DispatchOptions, rows: Any, tangents: Any, handle: Handle) -> Any:
+    """The tangents of the rows received and of their weights, of those of ``x`` and its weights."""
+    d_x, d_weights = tangents
+    plain = _Dispatch(dataclasses.replace(options, scale_format=None, dense_output=True))
+    if not isinstance(rows, Quantized):
+        return call(plain, (d_x, d_weights), (handle,))
+    d_rows, d_row_weights = Quantized(None, None), None  # type: ignore[arg-type]
+    if jax.tree.leaves(d_x):
+        d_rows = call(_NoDerivative(), (d_x,), (), like=rows)
+    if d_weights is not None:
+        _, d_row_weights = call(plain, (None, d_weights), (handle,))
+    return d_rows, d_row_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoDerivative(Op):
+    """Stands for the tangents of ``Quantized`` rows: whoever needs them gets an error."""
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        raise TypeError(
+            "jax_ep.dispatch: Quantized rows have no gradient (a float8_e4m3fn cotangent would be "
+            "useless). Pass x as bfloat16, float16 or float32 with quantization='fp8' and "
+            "output='dense', whose gradient is straight-through; or cut the gradient with "
+            "jax.lax.stop_gradient."
+        )
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        self.run(linear, fixed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CombineWeighted(Form):
+    """Combine as a function that is linear in rows and in their weights."""
+
+    options: CombineOptions
+
+    def value(self, rows: Any, row_weights: Any, fixed: Any) -> Any:
+        options = self.options
+        y, _ = _backend_of(options.group).combine(
+            rows, row_weights, None, fixed, group=options.group, **_how(options, options.config)
+        )
+        return match(y, rows)
+
+    def pull(self, rows: Any, row_weights: Any, fixed: Any, dy: Any, wanted: Any) -> Any:
+        gpu_room.check_weighted_gradient_fits("combine", "rows", rows, self.options.group)
+        return call(_Pull(self), (dy,), (rows, row_weights, fixed))
+
+
+def combine_tangents(
+    options: CombineOptions, operands: Any, tangents: Any, handle: Handle, *, like: Array
+) -> Array:
+    """The tangent of a combine, of those of its rows and of their weights, which may be None."""
+    options = dataclasses.replace(options, config=without_latency(options.config))
+    rows, row_weights = operands
+    if row_weights is None:
+        return call(_Combine(options), (tangents[0], None), (handle,))[0]
+    op = ProductTangent(_CombineWeighted(options))
+    return call(op, tangents, (rows, row_weights, handle), like=like)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pull(Op):
+    """``combine_vjp`` as a function of ``dy``."""
+
+    form: _CombineWeighted
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        (dy,), (rows, row_weights, handle) = linear, fixed
+        return _combine_vjp(self.form.options, dy, rows, row_weights, handle)
+
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        return call(_PullOfBoth(self.form), tangents[:2], (linear[0], fixed[2]), like=results)
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        return (call(ProductTangent(self.form), cotangents, fixed, like=linear[0]),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PullOfBoth(Op):
+    """``combine_vjp`` as a function of rows and weights together."""
+
+    form: _CombineWeighted
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        dy, handle = fixed
+        return _combine_vjp(self.form.options, dy, *_complete(linear, dy, handle), handle)
+
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        dy, handle = fixed
+        about = (*_complete(linear, dy, handle), handle)
+        return call(_Pull(self.form), tangents[:1], about, like=results)
+
+    def transpose(self, cotangents: Any, linear: Any, fixed: Any) -> Any:
+        return call(self, cotangents, fixed)
+
+
+def _complete(both: Any, dy: Array, handle: Handle) -> tuple[Array, Array]:
+    """Rows and weights, zeros where they are None."""
+    rows, row_weights = both
+    if rows is None:
+        rows = match(jnp.zeros((handle.capacity, dy.shape[1]), dy.dtype), dy)
+    if row_weights is None:
+        row_weights = match(jnp.zeros((handle.capacity,), jnp.float32), dy)
+    return rows, row_weights
+
+
+def _combine_vjp(
+    options: CombineOptions, dy: Array, rows: Array, row_weights: Array, handle: Handle
+) -> Any:
+    backend, config = _backend_of(options.group), without_latency(options.config)
+    gradients = backend.combine_vjp(
+        dy, rows, row_weights, handle, group=options.group, **_how(options, config)
+    )
+    return match(gradients, rows)
+
+
+def _backend_of(group: Group) -> Any:
+    """The module of the group's backend."""
+    return _BACKENDS[group.backend]
+
+
+def _how(
+    options: DispatchOptions | CombineOptions, config: DispatchConfig | None
+) -> dict[str, Any]:
+    """The arguments of a backend's functions that change no results; XLA alone issues the reference."""
+    arguments: dict[str, Any] = {"config": config}
+    is_reference = _backend_of(options.group) is reference
+    return arguments if is_reference else arguments | {"flight": options.flight}
+
+
 def match(results: Any, like: Any) -> Any:
     """Cast results to vary over the axes that ``like`` varies over."""
     axes = _compat.varying_axes(jax.tree.leaves(like)[0])
     return jax.tree.map(lambda leaf: _compat.cast_varying(leaf, axes), results)
-
-
-def _empty_plan(options: PlanOptions, topk_idx: Int32[Array, "0 top_k"]) -> Handle:
-    """The plan of no tokens, which needs no communication."""
-    top_k, layout, capacity = topk_idx.shape[1], options.layout, options.capacity
-    num_local = options.num_experts // options.group.size
-    none = functools.partial(jnp.full, fill_value=-1, dtype=jnp.int32)
-    zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
-    width = min(top_k, num_local) if layout == "expert" else 1
-    spans_hosts = len(options.group.topology.hosts) > 1
-    return Handle(
-        topk_idx=topk_idx,
-        dest_row=None if spans_hosts else none((0, top_k)),
-        recv_rows=None if spans_hosts else none((0, width)),
-        recv_start=zeros((options.group.size + 1,)) if spans_hosts else None,
-        recv_token=none((capacity,)) if spans_hosts else None,
-        recv_row=none((capacity,)) if spans_hosts else None,
-        recv_src=none((capacity,)),
-        expert_idx=none((capacity, top_k)) if layout == "token" else None,
-        group_sizes=zeros((num_local,)) + (options.alignment if options.masked else 0),
-        counts=zeros((num_local,)),
-        demand=zeros((num_local,)),
-        num_dropped=zeros((1,)),
-        num_invalid=zeros((1,)),
-        group_id=options.group.id,
-        num_experts=options.num_experts,
-        layout=layout,
-        capacity=capacity,
-        alignment=options.alignment,
-        unused_rows=options.unused_rows,
-        masked=options.masked,
-    )
-
-
-def _empty_dispatch(
-    options: DispatchOptions, x: Array | Quantized, weights: Array | None, handle: Handle
-) -> tuple[Array | Quantized, Array | None]:
-    """The results of a dispatch of no tokens: all rows are unused."""
-    values = x.values if isinstance(x, Quantized) else x
-    rows, hidden = handle.capacity, values.shape[1]
-    row_weights = None
-    if weights is not None:
-        shape = (rows,) if handle.layout == "expert" else (rows, weights.shape[1])
-        row_weights = jnp.zeros(shape, jnp.float32)
-    if isinstance(x, Quantized) or (options.scale_format is not None and not options.dense_output):
-        scales = jnp.zeros((rows, hidden // 128), jnp.float32)
-        return Quantized(jnp.zeros((rows, hidden), jnp.float8_e4m3fn), scales), row_weights
-    return jnp.zeros((rows, hidden), values.dtype), row_weights

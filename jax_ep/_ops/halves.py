@@ -6,20 +6,21 @@ Gradients run the kernels of throughput mode, in line with the program, as those
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_ep import _compat
 from jax_ep._backends import latency
+from jax_ep._backends.primitive import behind_last_call
 from jax_ep._core import arguments
+from jax_ep._core.derivatives import Op, call
 from jax_ep._core.types import Handle, Quantized
 from jax_ep._ops import gradients
-from jax_ep._ops.gradients import CombineOptions, DispatchOptions, PlanOptions
+from jax_ep._ops.options import CombineOptions, DispatchOptions, PlanOptions
 
 
 @jax.tree_util.register_dataclass
@@ -89,9 +90,8 @@ def dispatch_done(
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]:
     """The rows and the handle of a dispatch that was sent."""
     behind = lax.stop_gradient(op.work)
-    tokens, weights, handle = _dispatch(
-        op.plan_options, op.options, op.x, op.weights, op.topk_idx, op.sent, behind
-    )
+    given = (op.x, op.weights, op.topk_idx, op.sent, behind)
+    tokens, weights, handle = call(_DispatchDone(op.plan_options, op.options), (), given)
     return tokens, weights, _named(handle)
 
 
@@ -115,14 +115,19 @@ def combine_start(
 def combine_done(op: SentCombine) -> Float[Array, "tokens hidden"]:
     """The result of a combine that was sent."""
     behind = lax.stop_gradient(op.work)
-    return _combine(op.options, op.rows, op.weights, op.handle, op.sent, behind)
+    given = (op.rows, op.weights, op.handle, op.sent, behind)
+    return call(_CombineDone(op.options), (), given)
 
 
 def run_between(op: Sent, work: Any, args: tuple[Any, ...]) -> tuple[Sent, Any]:
-    """``work(*args)`` behind the start call of ``op``; the new ``op`` is done behind the work."""
-    ties = lax.stop_gradient((op.sent, op.work))
-    args, _ = lax.optimization_barrier((args, ties))
-    results = work(*args)
+    """``work(*args)`` behind the start call of ``op``; the new ``op`` is done behind the work.
+
+    To JAX the work does not depend on the start call. Otherwise ``jax.checkpoint`` would start an op
+    again to do the work again, and never finish it.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    leaves = behind_last_call([jnp.asarray(leaf) for leaf in leaves])
+    results = work(*jax.tree.unflatten(tree, leaves))
     found = [leaf for leaf in jax.tree.leaves(results) if getattr(leaf, "size", 0) > 0]
     if not found:
         raise arguments.type_error(
@@ -132,74 +137,64 @@ def run_between(op: Sent, work: Any, args: tuple[Any, ...]) -> tuple[Sent, Any]:
             type(results).__name__,
             "return what the work computes",
         )
-    results = lax.optimization_barrier(results)
+    results, _ = lax.optimization_barrier((results, lax.stop_gradient(op.work)))
     behind = next(leaf for leaf in jax.tree.leaves(results) if leaf.size > 0)
     return dataclasses.replace(op, work=behind), results
 
 
 def _both(plan_options: PlanOptions, options: DispatchOptions) -> dict[str, Any]:
-    return gradients.fields(plan_options) | {
+    return plan_options.fields() | {
         "scale_format": options.scale_format,
         "dense_output": options.dense_output,
         "flight": options.flight,
     }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dispatch(plan_options, options, x, weights, topk_idx, sent, work):
-    out = latency.dispatch_done(x, weights, topk_idx, sent, work, **_both(plan_options, options))
-    return gradients.match(out, x)
+@dataclasses.dataclass(frozen=True)
+class _DispatchDone(Op):
+    """What a dispatch that was sent gives, as a function of what was given to its start."""
+
+    plan_options: PlanOptions
+    options: DispatchOptions
+
+    def run(self, linear: Any, fixed: Any) -> Any:
+        x, weights, topk_idx, sent, behind = fixed
+        options = _both(self.plan_options, self.options)
+        out = latency.dispatch_done(x, weights, topk_idx, sent, behind, **options)
+        return gradients.match(out, x)
+
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        rows, _, handle = results
+        handle = _named(handle)  # here too, since this is what the backward pass keeps
+        options = _in_line(self.options)
+        found = gradients.dispatch_tangents(options, rows, tangents[:2], handle)
+        return *found, jax.tree.map(lambda _: None, handle)
 
 
-def _dispatch_fwd(plan_options, options, x, weights, topk_idx, sent, work):
-    out = _dispatch(plan_options, options, x, weights, topk_idx, sent, work)
-    tokens, row_weights, handle = out
-    handle = _named(handle)  # here too, since this is what the backward pass keeps
-    return (tokens, row_weights, handle), handle
+@dataclasses.dataclass(frozen=True)
+class _CombineDone(Op):
+    """What a combine that was sent gives, likewise."""
 
+    options: CombineOptions
 
-@_compat.backward
-def _dispatch_bwd(plan_options, options, handle, cotangents):
-    del plan_options
-    return *gradients.dispatch_bwd(_in_line(options), handle, cotangents[:2]), None, None
+    def run(self, linear: Any, fixed: Any) -> Any:
+        rows, weights, handle, sent, behind = fixed
+        options = self.options
+        y = latency.combine_done(
+            rows,
+            weights,
+            handle,
+            sent,
+            behind,
+            group=options.group,
+            config=options.config,
+            flight=options.flight,
+        )
+        return gradients.match(y, rows)
 
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(options, rows, weights, handle, sent, work):
-    y = latency.combine_done(
-        rows,
-        weights,
-        handle,
-        sent,
-        work,
-        group=options.group,
-        config=options.config,
-        flight=options.flight,
-    )
-    return gradients.match(y, rows)
-
-
-def _combine_fwd(options, rows, weights, handle, sent, work):
-    y = _combine(options, rows, weights, handle, sent, work)
-    return y, (None if weights is None else (rows, weights), handle)
-
-
-@_compat.backward
-def _combine_bwd(options, residuals, dy):
-    weighted, handle = residuals
-    if weighted is None:
-        d_rows, _, _ = gradients.combine_bwd(_in_line(options), handle, (dy, None))
-        return d_rows, None, None, None, None
-    d_rows, d_weights, _ = gradients.combine_weighted_bwd(
-        _in_line(options), (*weighted, handle), dy
-    )
-    return d_rows, d_weights, None, None, None
-
-
-_combine.defvjp(_combine_fwd, _combine_bwd)
+    def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
+        options = _in_line(self.options)
+        return gradients.combine_tangents(options, fixed[:2], tangents[:2], fixed[2], like=results)
 
 
 def _named(handle: Handle) -> Handle:

@@ -92,8 +92,9 @@ def dispatch_start(
         out = jax_ep.dispatch_done(ticket)
 
     Results and gradients are those of ``dispatch``, and the gradient is in flight in the same way: the
-    backward pass of the done half starts it, and that of the start half finishes it. The plan of new
-    routes runs at once, in line with the program; only the rows are in flight.
+    backward pass of the done half starts it, and that of the start half finishes it. In forward mode
+    the tangents are in flight on the same channel, behind the op. The plan of new routes runs at once,
+    in line with the program; only the rows are in flight.
 
     On GPUs the op runs on a stream beside that of the program. XLA places the two halves: it moves
     independent work between them, wherever that work stands in the program. It looks for such work

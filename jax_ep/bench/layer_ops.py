@@ -62,13 +62,12 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
 def _measure_products(session: Session, case: Case) -> dict[str, Any]:
     """The products of the layer alone, as dense ones, with as many rows over all."""
     local = case.experts // session.group.size
-    rows = -(-case.tokens * case.top_k // local)
-    assert case.intermediate is not None
+    rows, narrow = -(-case.tokens * case.top_k // local), case.intermediate
+    assert narrow is not None
+    widths = (case.hidden, narrow, narrow, narrow, case.hidden)
 
     @functools.partial(jax.jit, out_shardings=session.sharding)
     def make(key: jax.Array) -> tuple[jax.Array, ...]:
-        narrow = case.intermediate
-        widths = (case.hidden, narrow, narrow, narrow, case.hidden)
         return tuple(
             jax.random.normal(k, (case.experts, rows, width), dtype_of(case.dtype))
             for k, width in zip(jax.random.split(key, len(widths)), widths, strict=True)

@@ -17,6 +17,7 @@ from jax_ep._core.types import Dispatched, Handle, Quantized
 from jax_ep._groups import gpu_side, tuning
 from jax_ep._groups.group import latency_sms_of, sms_of
 from jax_ep._ops import gradients
+from jax_ep._ops.options import PlanOptions
 from jax_ep.bench import expected, memory, timing, traffic
 from jax_ep.bench.cases import Case
 from jax_ep.bench.clock import Clock
@@ -139,7 +140,7 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
         return jax_ep.dispatch(x, topk_idx, weights, **routed, **given)
 
     def plan(topk_idx: jax.Array) -> Handle:
-        options = gradients.PlanOptions(group=given["group"], **routed, config=given["config"])
+        options = PlanOptions(group=given["group"], **routed, config=given["config"])
         return gradients.plan(options, topk_idx)
 
     def dispatch_cached(inputs: Any) -> Dispatched:

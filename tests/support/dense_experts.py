@@ -88,10 +88,24 @@ def step(layer):
     return run
 
 
+def compiled_step(dense):
+    """``jax.jit(step(dense))``; equal options of one function share their programs."""
+    options = dense.keywords if isinstance(dense, functools.partial) else {}
+    arrays = any(isinstance(option, jax.Array) for option in options.values())  # have no hash
+    if not options or arrays or dense.args:
+        return jax.jit(step(dense))
+    return _compiled_step(dense.func, **options)
+
+
+@functools.cache
+def _compiled_step(function, **options):
+    return jax.jit(step(functools.partial(function, **options)))
+
+
 def check_same(layer, dense, x, params, *, mesh, tolerance=1e-5):
     """Outputs, statistics and all gradients of ``layer``, on ``mesh``, are those of ``dense``."""
     y, aux, (d_x, d_params) = spmd.whole_jit(step(layer), mesh)(x, params)
-    want_y, want_aux, (want_x, want_params) = jax.device_get(jax.jit(step(dense))(x, params))
+    want_y, want_aux, (want_x, want_params) = jax.device_get(compiled_step(dense)(x, params))
     np.testing.assert_array_equal(aux[1], want_aux[1])
     names = [
         jax.tree_util.keystr(path)

@@ -205,7 +205,7 @@ def memory_by_room() -> dict[str, Any]:
         "rank": {"rank_capacity_factor": 1.25},
         "default": {},
     }
-    sizes = {"grouped_dot": None, "hidden": 1024, "intermediate": 1024}
+    sizes = {"hidden": 2048, "intermediate": 2048}  # rows need most of the memory
     found = {}
     for name, bound in bounds.items():
         compiled = deviceless.lowered(*flat(layer(**sizes, **bound))).compile()

@@ -14,8 +14,6 @@ namespace jax_ep::cuda {
 // The running op. Latency mode counts its ops by itself, so throughput ops may come between.
 struct DecodeOp {
   uint64_t epoch;
-  uint32_t tag;  // in a done call that of its start call, since peers know the op by that
-  bool is_sent;  // whether a start call has sent the op
 
   // Never 0, which is what unwritten words have. Epochs 2^32 and 1 share a stamp but not a half.
   __device__ __forceinline__ uint32_t stamp() const {
@@ -58,21 +56,19 @@ __device__ __forceinline__ void StoreSent(DecodeInbox& own, SentOp sent) {
                             static_cast<uint32_t>(sent.epoch >> 32), sent.tag, sent.kind));
 }
 
+// The tag by which peers know the op: that of its only call, or of its start call.
+template <typename Params>
+__device__ __forceinline__ uint32_t TagOf(const Params& p) {
+  return p.calls == Calls::kDone ? LoadSent(OwnInbox(p)).tag : p.group.tag;
+}
+
 // All threads learn the op's number. Every op counts for all blocks, so each block has the same.
 // `found_other`, in shared memory, says at the end whether another op of this rank ran in the
 // block's place.
 template <typename Params>
 __device__ __forceinline__ DecodeOp BeginDecode(const Params& p, bool& found_other) {
   DecodeInbox& own = OwnInbox(p);
-  DecodeOp op{ptx::LoadRelaxedSystem(&own.epochs[blockIdx.x]) + 1, p.group.tag, false};
-  if (p.calls != Calls::kOne) {
-    const SentOp sent = LoadSent(own);
-    op.is_sent = sent.epoch == op.epoch;
-    if (p.calls == Calls::kDone) {
-      op.is_sent = op.is_sent && sent.kind == p.kind;
-      if (op.is_sent) op.tag = sent.tag;
-    }
-  }
+  const DecodeOp op{ptx::LoadRelaxedSystem(&own.epochs[blockIdx.x]) + 1};
   // By a thread that has nothing to do until the answer comes.
   if (threadIdx.x == blockDim.x - 1) {
     found_other = atomicExch(&own.busy[blockIdx.x], 1u) != 0u;
@@ -91,12 +87,13 @@ template <typename Params>
 __device__ __forceinline__ bool SayHello(const Params& p, DecodeOp op) {
   const int lane = threadIdx.x % 32;
   bool ok = lane != 0 || !HasFailed(p.group, op.epoch);
-  if (p.calls != Calls::kOne) {
-    if (lane == 0 && ok && op.is_sent != (p.calls == Calls::kDone)) {
-      ok = false;
+  if (p.calls != Calls::kOne && lane == 0 && ok) {
+    const SentOp sent = LoadSent(OwnInbox(p));
+    ok = p.calls == Calls::kStart ? sent.epoch != op.epoch
+                                  : sent.epoch == op.epoch && sent.kind == p.kind;
+    if (!ok) {
       Fail(p.group, ErrorKind::kUnpaired, WordKind::kNone, p.group.rank, op.epoch, op.epoch, 0);
-    }
-    if (lane == 0 && ok && p.calls == Calls::kStart) {
+    } else if (p.calls == Calls::kStart) {
       StoreSent(OwnInbox(p), {op.epoch, p.group.tag, p.kind});
     }
   }
@@ -118,7 +115,7 @@ __device__ __forceinline__ WordKind OtherOp(const Params& p, DecodeOp op, int pe
   const uint4 hello = ptx::LoadRelaxedSystem16(&OwnInbox(p).hello[op.parity()][peer]);
   flag = FlagValue(hello.w, hello.x);
   if (hello.w == op.stamp()) {
-    return flag != FlagValue(op.stamp(), op.tag) ? WordKind::kHello : WordKind::kNone;
+    return flag != FlagValue(op.stamp(), TagOf(p)) ? WordKind::kHello : WordKind::kNone;
   }
   // On other channels throughput ops run beside the program, so a peer may begin one early.
   if (group.channel != 0) return WordKind::kNone;
@@ -138,7 +135,7 @@ __device__ __noinline__ void ReportWait(const Params& p, DecodeOp op, WordKind w
   }
   uint64_t flag;
   if (const WordKind other = OtherOp(p, op, peer, flag); other != WordKind::kNone) {
-    const uint64_t expected = FlagValue(op.stamp(), op.tag);
+    const uint64_t expected = FlagValue(op.stamp(), TagOf(p));
     return Fail(group, ErrorKind::kMismatch, other, peer, expected, flag, 0);
   }
   const uint32_t lost = ptx::LoadAcquireSystem(&group.error->lost_peer);
@@ -225,7 +222,7 @@ __device__ bool WaitHellos(const Params& p, DecodeOp op) {
   const int peer = static_cast<int>(threadIdx.x % 32);
   bool ok = true;
   if (peer < p.group.num_ranks && kMutation != kWithoutHello) {
-    const uint64_t expected = FlagValue(op.stamp(), op.tag);
+    const uint64_t expected = FlagValue(op.stamp(), TagOf(p));
     DecodeWait wait;
     uint4 hello;
     do {

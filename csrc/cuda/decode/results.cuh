@@ -81,23 +81,22 @@ class RouteWriter {
     const int32_t warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
     const int32_t num_warps = kRouters * gridDim.x;
     int32_t used = shared_.kept;
-    if (kLayout == Layout::kExpert && p_.shape.masked) {  // most rows of each group are unused
-      for (int32_t row = warp; row < p_.shape.capacity; row += num_warps) {
-        const int32_t l = row / p_.shape.alignment;
-        if (row >= columns_[p_.group.rank * p_.num_local + l].limit) ClearRow(row);
-      }
-      return;
-    }
-    if (kLayout == Layout::kExpert) {
+    const ColumnRows* const columns = columns_ + p_.group.rank * p_.num_local;
+    const bool masked = kLayout == Layout::kExpert && p_.shape.masked;
+    if (masked) {
+      used = 0;  // they are in all groups
+    } else if (kLayout == Layout::kExpert) {
       for (int32_t l = warp; l < p_.num_local; l += num_warps) {
         const int32_t end = locals_[l];
-        for (int32_t row = columns_[p_.group.rank * p_.num_local + l].limit; row < end; ++row) {
+        for (int32_t row = columns[l].limit; row < end; ++row) {
           ClearRow(row);
         }
       }
       used = locals_[p_.num_local - 1];
     }
-    for (int32_t row = used + warp; row < p_.shape.capacity; row += num_warps) ClearRow(row);
+    for (int32_t row = used + warp; row < p_.shape.capacity; row += num_warps) {
+      if (!masked || row >= columns[row / p_.shape.alignment].limit) ClearRow(row);
+    }
   }
 
  private:
