@@ -47,7 +47,14 @@ def raw_plan(group, idx, coords=None, *, topk_shape=(TOKENS, TOP_K), **attribute
         idx,
         rank if coords is None else coords,
         results=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
-        **({"alignment": np.int32(8), "expert_capacity": np.int32(UNBOUNDED)} | attributes),
+        **(
+            {
+                "alignment": np.int32(8),
+                "expert_capacity": np.int32(UNBOUNDED),
+                "masked": np.int32(0),
+            }
+            | attributes
+        ),
     )
 
 
@@ -70,6 +77,11 @@ def run_on_ranks(body, *args, ranks=RANKS):
         ({"alignment": np.int32(0)}, "attribute alignment: expected a positive number, got 0"),
         ({"alignment": np.int32(24)}, "attribute alignment: expected a divisor of the capacity"),
         ({"expert_capacity": np.int32(-1)}, "attribute expert_capacity: expected a number of rows"),
+        ({"masked": np.int32(2)}, "attribute masked: expected 0, or 1 in layout 'expert', got 2"),
+        (
+            {"masked": np.int32(1), "alignment": np.int32(4)},
+            "attribute alignment: expected the rows of a masked expert, got 4",
+        ),
         ({"topk_shape": (TOKENS, 3)}, "result topk: expected S32[4,2], got S32[4,3]"),
     ],
 )
