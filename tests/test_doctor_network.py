@@ -295,7 +295,7 @@ def test_no_library(monkeypatch, has_gpu, status):
     put_library(monkeypatch, installed=None, built=None)
     wheel, library = network.library(has_gpu=has_gpu)
     assert wheel.status == library.status == status
-    assert "pip install nvidia-nvshmem-cu13" in wheel.mend
+    assert "pip install 'jax-ep[cuda13]'" in wheel.mend
 
 
 def test_room_for_a_group(monkeypatch):

@@ -129,3 +129,13 @@ def test_jax_that_is_too_old_to_import():
     _compat.check_version((0, 10, 2))
     with pytest.raises(ImportError, match=r"got 0\.9\.1; pip install 'jax>=0\.10\.2' 'jaxlib>="):
         _compat.check_version((0, 9, 1))
+
+
+def test_the_extra_asks_for_an_nvshmem_that_fits():
+    """The wheel is built with the oldest that the extra takes; what the library refuses is left out."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (line,) = [p for p in project["optional-dependencies"]["cuda13"] if "nvshmem" in p]
+    oldest = re.search(r"^nvshmem=(.*)$", (ROOT / ".ci" / "package").read_text(), re.MULTILINE)[1]
+    assert line == f"nvidia-nvshmem-cu13>={oldest},<3.5.19"
+    native = (ROOT / "csrc" / "transport" / "network" / "nvshmem.cc").read_text()
+    assert re.search(r"\b3, 5, 19\b", native), "the version at which the layout changed is another"

@@ -57,7 +57,7 @@ def test_missing_wheel(found, wheel, monkeypatch):
     reason = libraries._load_nvshmem()
     assert reason is not None
     assert reason.startswith("NVSHMEM did not load (libnvshmem_of_no_wheel.so.3: cannot open")
-    assert reason.endswith("; pip install nvidia-nvshmem-cu13")
+    assert reason.endswith("; pip install 'jax-ep[cuda13]'")
 
 
 def test_wheel_without_its_library(found, tmp_path):

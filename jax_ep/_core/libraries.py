@@ -92,5 +92,5 @@ def _load_nvshmem() -> str | None:
     try:
         ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
     except OSError as error:
-        return f"NVSHMEM did not load ({error}); pip install nvidia-nvshmem-cu13"
+        return f"NVSHMEM did not load ({error}); pip install 'jax-ep[cuda13]'"
     return None

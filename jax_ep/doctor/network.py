@@ -76,8 +76,7 @@ def library(*, has_gpu: bool) -> Iterator[Finding]:
             "fail" if has_gpu else "note",
             "NVSHMEM",
             f"the wheel {_WHEEL} is not installed",
-            f"pip install 'jax-ep[cuda13]', or pip install {_WHEEL}; without it libnvshmem_host.so.3 "
-            "must be on the library path",
+            "pip install 'jax-ep[cuda13]'; without it libnvshmem_host.so.3 must be on the library path",
         )
     name = "native network library"
     if importlib.util.find_spec("jax_ep._nvshmem") is None:
