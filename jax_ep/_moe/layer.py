@@ -177,8 +177,7 @@ def moe(
             They leave SMs to ops in flight only where they pass ``num_sms`` to ``grouped_dot``.
         expert_specs: How ``params.experts`` is split over the mesh: a pytree of ``PartitionSpec``, or
             one for all leaves of a part of it. None splits the first dimension, E, over the group.
-        overlap: What XLA may compute while rows are in flight, as ``dispatch_start`` says. The ops are
-            those of mode "throughput", whatever ``config`` says.
+        overlap: What XLA may compute while rows are in flight, always in mode "throughput".
             "shared_expert": the shared expert. "chunks": also the experts, for another chunk of this
             rank's tokens, forward and backward. On GPUs these experts leave SMs to the ops beside them:
             the first grouped products of each pass, as many of them as take about the time of the ops.
