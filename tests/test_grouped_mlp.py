@@ -124,8 +124,15 @@ def test_gate_and_up_are_one_product(monkeypatch):
 
         monkeypatch.setattr(products, name, counted)
     sizes = jnp.array(SIZES)
-    jax.grad(lambda x: jax_ep.grouped_mlp(x, *matrices, sizes, row_weights=weights).sum())(rows)
+
+    def total(x, matrices):
+        return jax_ep.grouped_mlp(x, *matrices, sizes, row_weights=weights).sum()
+
+    jax.grad(total, (0, 1))(rows, matrices)
     assert calls == [
         *("rows_by_pair", "rows_by_matrices"),
         *("rows_by_matrices", "rows_by_rows", "sum_of_pair", "pair_by_rows"),
     ]
+    calls.clear()
+    jax.grad(total)(rows, matrices)  # without gradients of the matrices
+    assert calls == ["rows_by_pair", *["rows_by_matrices"] * 2, "sum_of_pair"]
