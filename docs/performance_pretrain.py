@@ -34,7 +34,7 @@ def _row(record: Record) -> list[str]:
         f"`{record['name']}`, {where}",
         record["settings"]["model"].get("attention", "blockwise"),
         f"{record['tokens_per_second']:,.0f}",
-        f"{record['mfu']:.1%}",
+        f"{record['mfu']:.1%}" if record["mfu"] else "",
         f"{step['median']:.0f} ({step['p10']:.0f} to {step['p90']:.0f})",
         ops,
         f"{memory:.1f}" if memory else "",

@@ -219,7 +219,7 @@ def test_what_cannot_run_is_left_out_with_a_reason(monkeypatch):
     kept, reasons = left_out(cases, ON_CPU)
     assert [case.name for case in kept] == [
         *(None, peers.ALL_TO_ALL),
-        *("jax_ep", "jax_ep", "all_to_all"),
+        *("jax_ep", "jax_ep", "products", "all_to_all"),
     ]
     assert reasons == {"XLA has no ragged_all_to_all on CPU": 6}
     assert left_out(cases, ON_GPUS) == (cases, {})

@@ -13,7 +13,6 @@ import jax_ep
 from jax_ep._core import libraries
 from jax_ep._groups import create, network, places
 from jax_ep._groups.topology import Topology
-from spmd import make_mesh
 
 pytestmark = pytest.mark.one_process("looks at this process alone")
 
@@ -98,7 +97,7 @@ def obstacle(monkeypatch):
     monkeypatch.setattr(network, "obstacle", lambda processes, num_hosts: WHY)
     monkeypatch.setattr(create, "_warned", set())
 
-    def choose(mesh, instances, ranks_per_host, backend, transport):
+    def choose(instances, ranks_per_host, backend, transport):
         return "reference", TWO_HOSTS, places._why_no_transport(TWO_HOSTS, transport)
 
     monkeypatch.setattr(create, "_choose", choose)
@@ -109,11 +108,11 @@ def test_group_that_asks_for_nvshmem_raises(obstacle):
         f"argument transport: .*, got 'nvshmem', but the group spans 2 hosts, and {re.escape(WHY)}"
     )
     with pytest.raises(ValueError, match=text):
-        create._resolve(make_mesh(2), np.array([[None, None]]), None, "auto", "nvshmem")
+        create._resolve(np.array([[None, None]]), None, "auto", "nvshmem")
 
 
 def test_group_that_asks_for_nothing_takes_the_reference(obstacle, caplog):
-    backend, _ = create._resolve(make_mesh(2), np.array([[None, None]]), None, "auto", "auto")
+    backend, _ = create._resolve(np.array([[None, None]]), None, "auto", "auto")
     assert backend == "reference"
     (record,) = caplog.records
     assert WHY in record.getMessage()

@@ -116,7 +116,7 @@ def test_steps_are_those_of_a_dense_model(way):
     params, bias, wanted = dense_of(WAYS[way])
     for step_index, (metrics, (report, norm)) in enumerate(zip(found, wanted, strict=True)):
         np.testing.assert_allclose(metrics["loss"], report.loss, rtol=1e-4)
-        np.testing.assert_allclose(metrics["aux_loss"], 0.01 * report.sequence_loss, rtol=1e-4)
+        np.testing.assert_allclose(metrics["aux_loss"], 0.01 * report.sequence_loss, rtol=3e-4)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-3)
         # Later a token whose experts are nearly equal may go to another one, on other CPUs.
         if step_index < 4:

@@ -82,7 +82,7 @@ def test_hosts_are_those_of_each_group(axes, num_hosts, devices_per_process, mon
     )
     monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
     monkeypatch.setattr(network, "obstacle", lambda *_: None)
-    instances = create._instances(mesh, (axes,) if isinstance(axes, str) else axes)
+    instances = create._instances(mesh, mesh.devices, (axes,) if isinstance(axes, str) else axes)
     topology, reason = places.place_gpus(instances, None, "auto")
     assert len(topology.hosts) == num_hosts
     if num_hosts > 1 and devices_per_process > 1:
@@ -107,7 +107,7 @@ def test_uneven_hosts_are_refused(hosts, monkeypatch):
     )
     monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
     monkeypatch.setattr(network, "obstacle", lambda *_: None)
-    instances = create._instances(mesh, ("expert",))
+    instances = create._instances(mesh, mesh.devices, ("expert",))
     topology, reason = places.place_gpus(instances, None, "auto")
     if hosts == "aabb bbaa":
         assert topology.ranks_per_host == 2 and reason is None
@@ -125,7 +125,7 @@ def test_logical_hosts_lie_within_hosts(ranks_per_host, is_wrong, monkeypatch):
     )
     monkeypatch.setattr(libraries, "why_unavailable", lambda native: None)
     monkeypatch.setattr(network, "obstacle", lambda *_: None)
-    instances = create._instances(mesh, ("expert",))
+    instances = create._instances(mesh, mesh.devices, ("expert",))
     _, reason = places.place_gpus(instances, ranks_per_host, "auto")
     if is_wrong:
         assert reason is not None and "4 ranks_per_host are on several hosts" in reason
@@ -139,9 +139,9 @@ def test_gpus_of_one_process_are_distinct(monkeypatch):
         gpu_side, "library", lambda: types.SimpleNamespace(create_group=lambda *_: None)
     )
     mesh = fake_gpus((2, 2), ("data", "expert"), 4)
-    ranks = gpu_side.ranks_of(create._instances(mesh, ("expert",)))
+    ranks = gpu_side.ranks_of(create._instances(mesh, mesh.devices, ("expert",)))
     gpus = gpu_side.create(
-        7, ranks, Topology.of(create._instances(mesh, ("expert",))), 1.0, Room(1)
+        7, ranks, Topology.of(create._instances(mesh, mesh.devices, ("expert",))), 1.0, Room(1)
     )
     assert gpus == (("0", "1"), ("2", "3")) and most_on_a_gpu(gpus) == 1
 
