@@ -61,7 +61,7 @@ def test_smoke(tmp_path):
         assert record["ranks"] == 2 and record["processes"] == 1 and record["device"] == "cpu"
         assert record["workspace_bytes"] == record["scratch_bytes"] == 0
         assert "--suite smoke" in record["command"]
-        idle = ("all-reduce", "matmul", "grouped_dot")
+        idle = ("all-reduce", "matmul", "grouped_dot", "products")
         sends_rows = record["op"] != "plan" and record.get("name") not in idle
         assert (record["wire_bytes"] > 0) == sends_rows
         both = record["op"] == "overlap" and " beside " in record["name"]

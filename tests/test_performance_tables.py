@@ -82,6 +82,7 @@ def test_other_tables():
         record(op="exchange", name="broken", median_us=None, correct=False, error="it | broke"),
         record(**layer, name="jax_ep", median_us=1000.0),
         record(**layer, name="plain", median_us=2500.0),
+        record(**layer, name="products", median_us=700.0),
         {
             **dict.fromkeys(data.GROUPED_DOT_FIELDS, 1.0),
             "op": "grouped_dot",
@@ -93,6 +94,19 @@ def test_other_tables():
         },
         loads(),
         kernel(),
+        {
+            **dict.fromkeys(data.PRETRAIN_FIELDS, 1),
+            "op": "pretrain",
+            "name": "1b",
+            "device": "H200",
+            "versions": {"jax": "0.11.2"},
+            "steps": 60,
+            "tokens_per_second": 93_394.0,
+            "mfu": 0.302,
+            "loss": [[1, 9.0], [60, 4.5]],
+            "step_ms": {"median": 700.0, "p10": 692.0, "p90": 705.0},
+            "settings": {"model": {"attention": "cudnn"}},
+        },
     ]
     text = page.render(page.TEMPLATE.read_text(), targets, results)
     assert "<!-- table" not in text and text.count("No results are committed yet") == 1  # targets

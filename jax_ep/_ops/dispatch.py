@@ -218,6 +218,8 @@ def dispatch_by(
     arguments.check_one_of(op, "unused_rows", unused_rows, (None, "zero", "undefined"))
     dense_output = output != "quantized"
     moved = rows_name(values.dtype, quantize_as, dense_output)
+    if handle is not None:
+        checks.check_handle(op, handle, group)
     is_masked = layout == "masked" if handle is None else handle.masked
     if handle is None:
         checks.check_topk_idx(op, topk_idx, values.shape[0])
@@ -284,7 +286,6 @@ def dispatch_by(
         if not one_launch:
             handle = _name(correct(gradients.plan(plan_options, topk_idx)), "jax_ep.handle")
     else:
-        checks.check_handle(op, handle, group)
         checks.check_not_given(op, "topk_idx", topk_idx)
         checks.check_not_given(op, "capacity_factor", capacity_factor)
         checks.check_not_given(op, "rank_capacity_factor", rank_capacity_factor)
