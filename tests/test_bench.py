@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jax_ep
+from jax_ep.bench import __main__ as command
 from jax_ep.bench import (
     clock,
     expected,
@@ -193,6 +194,17 @@ def test_what_users_do_by_default_has_cases_of_its_own():
     assert {1, 8, 32, 64, 128, 256, 512} == {c.tokens for c in suites.suite("decode", ON_GPUS)}
     shared = suites.suite("baselines", ON_ONE_GPU)
     assert {2048, 4096} == {case.tokens for case in shared}
+
+
+@pytest.mark.parametrize("asked", [("exact",), ("default",), ("exact", "default")])
+def test_a_capacity_that_is_asked_for_is_that_of_the_layer(asked):
+    fields = [
+        ("uniform", "64", "expert", "bfloat16", "none", None, each, "layer") for each in asked
+    ]
+    sizes = {"hidden": 64, "top_k": 2, "experts": 8, "mode": "auto", "weights": True}
+    cases = command._cases(fields, ragged=False, intermediate=32, **sizes)
+    assert tuple(c.capacity for c in cases if c.name == "jax_ep") == asked
+    assert sum(c.name == "products" for c in cases) == 1
 
 
 def test_default_capacity_is_that_of_dispatch():

@@ -120,16 +120,15 @@ def test_steps_are_those_of_a_dense_model(way):
     params, bias, wanted = dense_of(WAYS[way])
     num_same = 0
     for step_index, (metrics, (report, norm)) in enumerate(zip(found, wanted, strict=True)):
-        if num_same == step_index and np.array_equal(metrics["load"], report.load):
-            num_same += 1
-            np.testing.assert_allclose(metrics["loss"], report.loss, rtol=1e-4)
+        num_same += num_same == step_index and np.array_equal(metrics["load"], report.load)
+        near = 1e-4 if num_same == step_index + 1 else 5e-3
+        np.testing.assert_allclose(metrics["loss"], report.loss, rtol=near)
+        if near == 1e-4:
             np.testing.assert_allclose(metrics["aux_loss"], 0.01 * report.sequence_loss, rtol=1e-4)
             np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-3)
-        else:
-            np.testing.assert_allclose(metrics["loss"], report.loss, rtol=5e-3)
         assert ("mtp_loss" in metrics) == (report.mtp_loss is not None)
         if report.mtp_loss is not None:
-            np.testing.assert_allclose(metrics["mtp_loss"], report.mtp_loss, rtol=5e-3)
+            np.testing.assert_allclose(metrics["mtp_loss"], report.mtp_loss, rtol=near)
         assert metrics["num_dropped"] == metrics["skipped"] == 0
     print(f"{num_same} of {len(found)} steps with the same experts")
     assert num_same >= 4
@@ -138,6 +137,9 @@ def test_steps_are_those_of_a_dense_model(way):
     if num_same == len(found):
         np.testing.assert_allclose(state.router_bias, bias, atol=1e-7)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-3), state.params, params)
+        # AdamW divides by the size of gradients, so weights with tiny ones may lie further apart.
+        far = jax.tree.map(lambda a, b: (np.abs(a - b) > 2e-4).mean(), state.params, params)
+        assert max(jax.tree.leaves(far)) < 1e-3
 
 
 def test_rows_in_float8():

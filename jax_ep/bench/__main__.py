@@ -205,7 +205,11 @@ def _cases(fields: Any, **rest: Any) -> list[Case]:
         if op == "exchange":
             new = suites.exchanges(base)
         elif op == "layer":
-            new = suites.layers(base, intermediate)
+            new = [
+                case
+                for case in suites.layers(base, intermediate)
+                if case.name != "jax_ep" or case.capacity == capacity
+            ]
         elif op == "round_trip":
             new = suites.round_trips(base)
         elif op == "combine" and quantization != "none":

@@ -69,7 +69,8 @@ def layers(base: Case, intermediate: int) -> list[Case]:
         for arm in layer.ARMS
     ]
     # Right after those of jax_ep, whose floor it is.
-    return [*arms[:2], dataclasses.replace(base, name=layer.PRODUCTS), *arms[2:]]
+    products = dataclasses.replace(base, name=layer.PRODUCTS, capacity="exact")
+    return [*arms[:2], products, *arms[2:]]
 
 
 def overlaps(base: Case, width: int) -> list[Case]:
