@@ -49,7 +49,7 @@ def cuda() -> Any:
 
 
 def test_gpu_library_exports_the_same_targets_and_others(cuda):
-    beside, latency = listed("cuda/async_targets.h"), listed("cuda/latency_targets.h")
+    beside, latency = listed("cuda/async_targets.h"), listed("cuda/gpu_targets.h")
     assert list(cuda.targets()) == list(_cpu.targets()) + beside + latency
     assert {name.removesuffix("_async") for name in beside} < set(_cpu.targets())
 

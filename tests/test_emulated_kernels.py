@@ -51,6 +51,9 @@ _KERNELS = [
     # Many unused rows, which stay as they are.
     "layout=expert ranks=3 hidden=1032 capacity=704 weighted=1 keeps_unused=1 plan=pull",
     "layout=token ranks=2 hidden=1024 fp8=1 capacity=300 keeps_unused=1 plan=pull",
+    # A dispatch launched behind its plan, or behind the cast of its rows.
+    "layout=expert ranks=3 hidden=1032 behind=1",
+    "layout=token ranks=2 hidden=1024 fp8=1 behind=1",
 ]
 # The same with this many slots of the ring, for rows in one, two and four parts.
 _SHORT_RINGS = {
@@ -77,11 +80,13 @@ _LITTLE_ROOM = {
 # The ring, which has 1024 slots here, goes round too.
 _STRESS = "blocks=2 timeout=1"
 _RING = "layout=expert plan=pull tokens=1600 hidden=8 steps=4"
+_BEHIND = "layout=token plan=push steps=2 tokens=24 hidden=64 behind=1 timeout=20"
 _STEPS = [
     "layout=expert plan=push steps=3",
     "layout=expert plan=pull ranks=3 steps=6",
     "layout=token plan=pull steps=6",
     _RING,
+    _BEHIND,
 ]
 # The wait that is taken out (test_hooks.cuh; from 101 on emulator.h), and a case that must notice
 # it.
@@ -92,6 +97,8 @@ _MUTATIONS = {
     4: _RING,
     5: "layout=expert plan=push steps=3",
     6: "layout=expert plan=pull steps=6",
+    21: _BEHIND,
+    22: _BEHIND,
     101: "layout=expert plan=pull steps=6",
     102: "layout=token plan=pull steps=6",
     103: "layout=expert plan=pull steps=6",

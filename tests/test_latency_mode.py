@@ -283,7 +283,7 @@ def test_calls_in_flight_on_gpus(layout):
     """Two calls an op, with the lists of their targets."""
     if not _cpu.build_info()["with_cuda"]:
         pytest.skip("this build is without the GPU backend: no nvcc, or JAX_EP_CUDA=OFF")
-    wanted = importlib.import_module("jax_ep._cuda").latency_signatures()
+    wanted = importlib.import_module("jax_ep._cuda").gpu_signatures()
     group = dataclasses.replace(make(), backend="cuda")
 
     def run(x, weights, idx):
@@ -321,7 +321,7 @@ def test_calls_on_gpus(layout):
     """One call an op, with the lists of its target; gradients call throughput mode."""
     if not _cpu.build_info()["with_cuda"]:
         pytest.skip("this build is without the GPU backend: no nvcc, or JAX_EP_CUDA=OFF")
-    wanted = importlib.import_module("jax_ep._cuda").latency_signatures()
+    wanted = importlib.import_module("jax_ep._cuda").gpu_signatures()
     group = dataclasses.replace(make(), backend="cuda")
 
     def loss(x, weights, idx):

@@ -16,7 +16,7 @@
 #include "cuda/plan/plan.h"
 #include "cuda/rows/quantize.h"
 #include "ffi/cuda/async_targets.h"
-#include "ffi/cuda/latency_targets.h"
+#include "ffi/cuda/gpu_targets.h"
 #include "ffi/cuda/load_kernels.h"
 #include "ffi/cuda/op_tag.h"
 #include "ffi/targets.h"
@@ -42,7 +42,7 @@ nb::dict Targets() {
   for (const TargetInfo& target : kAsyncTargets) {
     targets[target.name] = nb::capsule(reinterpret_cast<void*>(target.execute));
   }
-  for (const LatencyTargetInfo& target : kLatencyTargets) {
+  for (const GpuTargetInfo& target : kGpuTargets) {
     targets[target.name] = nb::capsule(reinterpret_cast<void*>(target.execute));
   }
   return targets;
@@ -54,7 +54,7 @@ nb::dict CapturedTargets() {
   for (const TargetInfo& target : kAsyncTargets) {
     captured[target.name] = IsCapturable(target.execute);
   }
-  for (const LatencyTargetInfo& target : kLatencyTargets) {
+  for (const GpuTargetInfo& target : kGpuTargets) {
     captured[target.name] = IsCapturable(target.execute);
   }
   return captured;
@@ -97,7 +97,7 @@ using RankTuple = std::tuple<int, int, uint64_t, std::vector<RegionTuple>>;
 using StagingTuple = std::tuple<int, uint64_t, uint64_t>;
 
 Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& instances,
-                 double arrival_timeout_s, double op_timeout_s, int max_blocks,
+                 double arrival_timeout_s, double op_timeout_s, int max_blocks, int ranks_per_gpu,
                  const std::vector<StagingTuple>& staging, int first_rank, int num_channels,
                  int latency_tokens, int latency_hidden) {
   transport::GroupSpec spec;
@@ -117,6 +117,7 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
   spec.arrival_timeout_s = arrival_timeout_s;
   spec.op_timeout_s = op_timeout_s;
   spec.max_blocks = max_blocks;
+  spec.ranks_per_gpu = ranks_per_gpu;
   spec.first_rank = first_rank;
   spec.num_channels = num_channels;
   spec.latency_tokens = latency_tokens;
@@ -212,8 +213,8 @@ NB_MODULE(_cuda, m) {
   m.def("captured_targets", &CapturedTargets,
         "Whether XLA puts calls of a target into command buffers (CUDA graphs): name -> bool.");
   m.def(
-      "latency_signatures", [] { return SignaturesByTarget(ops::LatencySignatures()); },
-      "For tests: target of latency mode -> names, as in signatures of jax_ep._cpu.");
+      "gpu_signatures", [] { return SignaturesByTarget(ops::GpuSignatures()); },
+      "For tests: target that only GPUs have -> names, as in signatures of jax_ep._cpu.");
   m.def("build_info", &BuildInfo,
         "Version of jax_ep, (major, minor) of the FFI API, CUDA runtime.");
   m.def("limits", &Limits,
@@ -221,7 +222,7 @@ NB_MODULE(_cuda, m) {
         "ring_bytes of the sums of rows under way, max_channels of a group, max_vjp_row_bytes of a "
         "row in combine_vjp.");
   m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
-        nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
+        nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"), nb::arg("ranks_per_gpu"),
         nb::arg("staging"), nb::arg("first_rank") = 0, nb::arg("num_channels") = 1,
         nb::arg("latency_tokens") = 0, nb::arg("latency_hidden") = 0,
         nb::call_guard<nb::gil_scoped_release>(),

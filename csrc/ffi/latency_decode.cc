@@ -1,4 +1,5 @@
-// Checks of calls of latency mode: of whole ops, of their start calls and of their done calls.
+// Checks of calls that only GPUs have: dispatches with their plans, and calls of latency mode, of
+// whole ops, of their start calls and of their done calls.
 
 #include "ffi/decode.h"
 #include "ffi/decode_parts.h"
@@ -33,6 +34,11 @@ void DecodeDispatch(Checker& check, const LatencyDispatchAttrs& attrs, const Buf
 }
 
 }  // namespace
+
+void Decode(Checker& check, const PlanDispatchAttrs& attrs, const PlanDispatchBuffers& buffers,
+            ops::PlanArgs& plan_args, ops::DispatchArgs& args) {
+  DecodeDispatch(check, attrs, buffers, plan_args, args);
+}
 
 void Decode(Checker& check, const LatencyDispatchAttrs& attrs,
             const LatencyDispatchBuffers& buffers, ops::PlanArgs& plan_args,

@@ -94,11 +94,19 @@
 #define JAX_EP_NETWORK_COMBINE_VJP_AFTER(X) X(after)
 #define JAX_EP_NETWORK_COMBINE_VJP_SCRATCH(X) X(token)
 
-// Latency mode, on GPUs only: a dispatch with its plan, and a combine.
-#define JAX_EP_LATENCY_DISPATCH_ATTRIBUTES(X) \
+// On GPUs only: a dispatch with its plan. Its scratch memory is that of the plan, then that of the
+// dispatch, which begins at a multiple of 128 bytes.
+#define JAX_EP_PLAN_DISPATCH_ATTRIBUTES(X) \
   JAX_EP_PLAN_ATTRIBUTES(X) JAX_EP_DISPATCH_ATTRIBUTES(X)
-#define JAX_EP_LATENCY_DISPATCH_OPERANDS(X) X(x) X(scales) X(weights) X(topk_idx) X(coords)
-#define JAX_EP_LATENCY_DISPATCH_RESULTS(X) JAX_EP_DISPATCH_RESULTS(X) JAX_EP_PLAN_RESULTS(X)
+#define JAX_EP_PLAN_DISPATCH_OPERANDS(X) X(x) X(scales) X(weights) X(topk_idx) X(coords)
+#define JAX_EP_PLAN_DISPATCH_RESULTS(X) JAX_EP_DISPATCH_RESULTS(X) JAX_EP_PLAN_RESULTS(X)
+#define JAX_EP_PLAN_DISPATCH_AFTER(X) X(after)
+#define JAX_EP_PLAN_DISPATCH_SCRATCH(X) X(scratch) X(token)
+
+// Latency mode, on GPUs only: the same in one launch, and a combine.
+#define JAX_EP_LATENCY_DISPATCH_ATTRIBUTES(X) JAX_EP_PLAN_DISPATCH_ATTRIBUTES(X)
+#define JAX_EP_LATENCY_DISPATCH_OPERANDS(X) JAX_EP_PLAN_DISPATCH_OPERANDS(X)
+#define JAX_EP_LATENCY_DISPATCH_RESULTS(X) JAX_EP_PLAN_DISPATCH_RESULTS(X)
 #define JAX_EP_LATENCY_DISPATCH_AFTER(X) X(after)
 #define JAX_EP_LATENCY_DISPATCH_SCRATCH(X) X(token)
 
@@ -181,9 +189,10 @@ inline std::vector<Signature> Signatures() {
   };
 }
 
-// Those of latency mode.
-inline std::vector<Signature> LatencySignatures() {
+// Those of GPUs only.
+inline std::vector<Signature> GpuSignatures() {
   return {
+      JAX_EP_SIGNATURE(jax_ep_plan_dispatch, JAX_EP_GROUP_ATTRIBUTES, PLAN_DISPATCH),
       JAX_EP_SIGNATURE(jax_ep_latency_dispatch, JAX_EP_GROUP_ATTRIBUTES, LATENCY_DISPATCH),
       JAX_EP_SIGNATURE(jax_ep_latency_combine, JAX_EP_GROUP_ATTRIBUTES, LATENCY_COMBINE),
       JAX_EP_SIGNATURE(jax_ep_latency_dispatch_start, JAX_EP_GROUP_ATTRIBUTES,

@@ -80,6 +80,7 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     member.params.op_timeout_ns = Nanoseconds(spec.op_timeout_s);
     member.device = device;
     member.max_blocks = spec.max_blocks;
+    member.ranks_per_gpu = spec.ranks_per_gpu;
     member.regions = regions;
     for (const auto& [staged_device, staging] : spec.staging) {
       if (staged_device == device) member.staging = staging;

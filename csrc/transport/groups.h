@@ -36,6 +36,7 @@ struct GroupSpec {
   double arrival_timeout_s = 0;
   double op_timeout_s = 0;
   int max_blocks = 0;                            // of an op on one GPU
+  int ranks_per_gpu = 1;                         // at most
   int num_channels = 1;                          // of each workspace
   int latency_tokens = 0;                        // T of latency mode at most; 0: there is none
   int latency_hidden = 0;                        // H likewise, of 16 bits

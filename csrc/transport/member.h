@@ -25,6 +25,7 @@ struct Member {
   int64_t inbox_bytes;                       // of a channel's inbox; those of all follow each other
   int device;                                // CUDA ordinal
   int max_blocks;                            // of an op
+  int ranks_per_gpu;                         // at most
   // Of each rank's memory what peers can read, as this process has it.
   std::vector<std::vector<cuda::Region>> regions;
   Staging staging;

@@ -8,6 +8,7 @@
 #include "cuda/node/combine_vjp.h"
 #include "cuda/node/dispatch.h"
 #include "cuda/plan/plan.h"
+#include "cuda/rows/quantize.h"
 #include "kernels_case.cuh"
 #include "ops/combine.h"
 #include "ops/combine_vjp.h"
@@ -120,6 +121,24 @@ auto ParamsOf(const Workload& w, const Rank& k, cuda::OpKind op, const Args& arg
 
 inline cuda::DispatchParams DispatchParamsOf(const Workload& w, const Rank& k, int launch) {
   return ParamsOf(w, k, cuda::OpKind::kDispatch, DispatchArgsOf(w, k, OnDevice{launch}));
+}
+
+// A plan, and a dispatch that is launched behind it; with `dense`, x and scales are cast from that
+// between the two.
+inline void LaunchPlanAndDispatch(const Workload& w, const Rank& k, int launch, const void* dense) {
+  cuda::PlanParams plan = PlanParamsOf(w, k);
+  plan.is_followed = true;
+  CHECK_CUDA(cuda::LaunchPlan(plan, cuda::PlanKernel::kPush, k.stream));
+  if (dense != nullptr) {
+    char* values = k.x.Of(launch);
+    CHECK_CUDA(cuda::LaunchQuantize({w.type, false, w.T, w.H, dense, values, k.scales.device},
+                                    k.stream, /*behind_plan=*/true));
+  }
+  cuda::DispatchParams dispatch = DispatchParamsOf(w, k, launch);
+  dispatch.behind_plan = true;
+  dispatch.plan_tag = plan.group.tag;
+  dispatch.behind_cast = dense != nullptr;
+  CHECK_CUDA(cuda::LaunchDispatch(dispatch, k.stream));
 }
 
 inline cuda::CombineParams CombineParamsOf(const Workload& w, const Rank& k, int launch) {

@@ -5,7 +5,10 @@
 //                [blocks=24] [more_blocks=0 (of each rank than of the one before)]
 //                [ranks=2] [alignment=128] [capacity=0 (what is received, rounded up)] [repeat=20]
 //                [plan=auto|push|pull] [dtype=bf16|f32|f16] [fp8=0|1] [timeout=5 (seconds)]
-//                [check=1] [sets=1] [weighted=0|1 (combine)] [keeps_unused=0|1]
+//                [check=1] [sets=1] [weighted=0|1 (combine)] [keeps_unused=0|1] [behind=0|1]
+//
+// With behind=1, the results checked are those of a plan and a dispatch launched behind it; with
+// fp8=1 too, of rows that are cast between the two.
 //
 // With several sets, consecutive launches read equal inputs from different memory. So, as with new
 // data, the inputs are not in the L2 cache, and their addresses are not in the TLB.
@@ -178,6 +181,25 @@ int main(int argc, char** argv) {
     }
     if (failed) std::exit(1);
   };
+  // Dense rows that the cast makes into those that are dispatched.
+  const bool behind = options.Int("behind", 0) != 0;
+  std::vector<Buffer<char>> dense(R);
+  for (int r = 0; r < R && behind && fp8; ++r) {
+    Rank& k = ranks[r];
+    CHECK_CUDA(cudaSetDevice(k.device));
+    dense[r].Resize(size_t(T) * H * sizeof(cpu::BFloat16));
+    auto* elements = reinterpret_cast<uint16_t*>(dense[r].host.data());
+    for (size_t i = 0; i < size_t(T) * H; ++i) {  // either sign, exponents of about 1
+      elements[i] = static_cast<uint16_t>((generator() & 0x81ff) | 0x3e00);
+    }
+    dense[r].ToDevice();
+    for (int t = 0; t < T; ++t) {
+      cpu::QuantizeRow(reinterpret_cast<const cpu::BFloat16*>(elements) + size_t(t) * H, H,
+                       ops::Quantization::kFp8,
+                       reinterpret_cast<cpu::Float8E4M3FN*>(k.x.host.data()) + size_t(t) * H,
+                       k.scales.host.data() + size_t(t) * H / 128);
+    }
+  }
   const double rows_over_link = double(T) * (R - 1);
   const bool has_vjp = w.HasVjp();
   for (Rank& rank : ranks) {
@@ -187,6 +209,19 @@ int main(int argc, char** argv) {
   }
   time("plan", run_plan, 0);
   time("dispatch", run_dispatch, rows_over_link * (fp8 ? H + H / 32 : H * width));
+  if (behind) {
+    for (Rank& rank : ranks) {
+      CHECK_CUDA(cudaSetDevice(rank.device));
+      w.Poison(rank.rows);
+      CHECK_CUDA(cudaMemset(rank.dest_row.device, 0xAB, rank.dest_row.host.size() * 4));
+      CHECK_CUDA(cudaMemset(rank.recv_rows.device, 0xAB, rank.recv_rows.host.size() * 4));
+    }
+    time("apart", [&](int r, int launch) { run_plan(r, launch), run_dispatch(r, launch); }, 0);
+    time(
+        "both",
+        [&](int r, int launch) { LaunchPlanAndDispatch(w, ranks[r], launch, dense[r].device); },
+        rows_over_link * (fp8 ? H + H / 32 : H * width));
+  }
   if (has_vjp) {
     time("combine_vjp", run_combine_vjp, rows_over_link * H * width);
   } else {  // combine takes its rows from d_rows

@@ -14,6 +14,7 @@ variants=(
   "plain layout=expert" "delays layout=expert"
   "1 layout=token" "2 layout=token" "3 layout=expert" "4 layout=expert tokens=4000 hidden=64 steps=60"
   "5 layout=expert plan=push" "6 layout=expert plan=pull"
+  "21 layout=token behind=1 ranks=4" "22 layout=expert behind=1"
 )
 
 build() {
@@ -31,7 +32,7 @@ run() {
   status=0
   for name in plain delays; do
     for layout in expert token; do
-      for arguments in "plan=push" "plan=pull" "plan=push ranks=4" "tokens=4000 hidden=64 steps=30"; do
+      for arguments in "plan=push" "plan=pull" "plan=push ranks=4" "behind=1" "behind=1 ranks=4" "tokens=4000 hidden=64 steps=30"; do
         # shellcheck disable=SC2086
         timeout 60 "$folder/stress_$name" layout=$layout $arguments >"$folder/log" 2>&1 ||
           { echo "$name layout=$layout $arguments: FAILED"; cat "$folder/log"; status=1; }

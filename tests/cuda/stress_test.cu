@@ -2,7 +2,9 @@
 // overwritten in place as soon as an op has ended. The results are checked on the device.
 //
 //   stress_test [layout=expert|token] [plan=push|pull] [ranks=2] [tokens=64] [steps=500]
-//               [hidden=256] [blocks=8] [timeout=5]
+//               [hidden=256] [blocks=8] [timeout=5] [behind=0|1]
+//
+// With behind=1, a step makes its plan once, and once more with the dispatch launched behind it.
 //
 // Rows are stamped with (step, rank, token); outputs hold poison before each op. Built with
 // JAX_EP_TEST_DELAYS, blocks wait at random; built with JAX_EP_MUTATION=n, one wait is missing, and
@@ -167,6 +169,7 @@ int main(int argc, char** argv) {
   s.layout = given["layout"] == "token" ? Layout::kToken : Layout::kExpert;
   s.capacity = s.ranks * s.tokens * (s.layout == Layout::kExpert ? kTopK : 1);
   const int steps = number("steps", 500), blocks = number("blocks", 8);
+  const bool behind = number("behind", 0) != 0;
   const int num_rows = plan::RowsPerSource(s.layout, kTopK, s.NumLocal());
   const cuda::PlanKernel kernel =
       given["plan"] == "pull" ? cuda::PlanKernel::kPull : cuda::PlanKernel::kPush;
@@ -261,13 +264,22 @@ int main(int argc, char** argv) {
                                          k.num_invalid,
                                          k.scratch};
       CHECK_CUDA(cuda::LaunchPlan(plan_params, kernel, k.stream));
+      if (behind) {
+        cuda::PlanParams followed = plan_params;
+        followed.group.tag = 4;
+        followed.is_followed = true;
+        CHECK_CUDA(cudaMemsetAsync(k.recv_src, 0xab, s.capacity * sizeof(int32_t), k.stream));
+        CHECK_CUDA(cuda::LaunchPlan(followed, kernel, k.stream));
+      }
       group.op = cuda::OpKind::kDispatch;
       group.tag = 2;
       const int32_t row_bytes = s.hidden * 4;
       const cuda::DispatchParams dispatch_params{
-          group,  s.layout, s.tokens, kTopK,   s.capacity, num_rows,    row_bytes,  row_bytes,
-          0,      false,    k.x,      nullptr, nullptr,    k.recv_rows, k.recv_src, k.expert_idx,
-          k.rows, nullptr,  nullptr,  blocks};
+          group,        s.layout,  s.tokens,  kTopK,       s.capacity,
+          num_rows,     row_bytes, row_bytes, 0,           false,
+          k.x,          nullptr,   nullptr,   k.recv_rows, k.recv_src,
+          k.expert_idx, k.rows,    nullptr,   nullptr,     blocks,
+          behind,       4};
       CHECK_CUDA(cuda::LaunchDispatch(dispatch_params, k.stream));
       // Like a donated input: no peer may read it any more.
       CHECK_CUDA(cudaMemsetAsync(k.x, 0xff, size_t(s.tokens) * row_bytes, k.stream));
@@ -298,6 +310,11 @@ int main(int argc, char** argv) {
     const bool failed = k.group.error->set != 0;
     total += wrong[0] + wrong[1] + wrong[2] + wrong[3] + failed;
     if (wrong[0] + wrong[1] + wrong[2] + wrong[3] + failed == 0) continue;
+    if (failed) {
+      const cuda::ErrorRecord& e = *k.group.error;
+      std::printf("rank %d: kind %u peer %u op %u word %u expected %llx seen %llx\n", r, e.kind,
+                  e.peer, e.op, e.word, (unsigned long long)e.expected, (unsigned long long)e.seen);
+    }
     std::printf("rank %d: wrong: %d unused rows, %d rows, %d routes, %d results; %s\n", r, wrong[0],
                 wrong[1], wrong[2], wrong[3], failed ? "the group failed" : "no failure");
   }

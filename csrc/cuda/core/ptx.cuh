@@ -107,6 +107,19 @@ __device__ __forceinline__ uint64_t GlobalTimer() {
   return ns;
 }
 
+// Kernels that overlap (core/launch.cuh) ----------------------------------------------------------
+
+// The kernel behind this one in the stream may begin once all blocks have called this or ended.
+__device__ __forceinline__ void LetNextBegin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Waits until the kernel before this one has ended, and sees all that it has written. Returns at
+// once in a kernel that began after it.
+__device__ __forceinline__ void WaitForPrevious() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // Barriers of some warps of a block ---------------------------------------------------------------
 
 // Waits for `num_threads` threads of the block, whole warps; barrier 0 is that of __syncthreads.

@@ -40,6 +40,9 @@ constexpr int kStampEarly = 19;
 // signal by the first one.
 constexpr int kWithSeparateSignal = 11;
 constexpr int kWithEarlySignal = 20;
+// Waits of a dispatch behind its plan: until peers have begun that plan, and until it has ended.
+constexpr int kWithoutPlansBegun = 21;
+constexpr int kWithoutPrevious = 22;
 // Not a wait: the epoch tells addresses from those of earlier ops.
 constexpr int kNumberByEpoch = 7;
 

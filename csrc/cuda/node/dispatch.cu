@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "cuda/core/launch.cuh"
 #include "cuda/core/sync.cuh"
 #include "cuda/node/dispatch.h"
 #include "cuda/rows/clear.cuh"
@@ -254,13 +255,18 @@ __device__ void Poison(const DispatchParams& p) {
   }
 }
 
+__device__ __forceinline__ void WaitForPrevious() {
+  if (kMutation != kWithoutPrevious) ptx::WaitForPrevious();
+}
+
 template <int kAhead>
 __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     DispatchKernel(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) char memory[];
   const DispatchMemory shared(memory);
-  const OpNumbers op = BeginOp(p.group);
-  if (blockIdx.x == 0) {
+  const OpNumbers op = p.behind_plan ? BeginBehindPlan(p.group) : BeginOp(p.group);
+  if (p.behind_cast) WaitForPrevious();
+  if (blockIdx.x == 0 && (!p.behind_plan || WaitPlansBegun(p.group, op.epoch, p.plan_tag))) {
     Publish(p.group, op, {p.row_bytes > 0 ? p.x : nullptr, p.scales, p.weights});
   }
   for (int32_t i = threadIdx.x; i < kZeroBytes / 16; i += blockDim.x) {
@@ -268,6 +274,7 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   }
   ptx::FenceProxyAsyncShared();
   const bool ok = WaitInputs(p.group, op, *shared.inputs);  // and the zeros are there
+  if (p.behind_plan) WaitForPrevious();
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_movers = NumMovers(p);
   if (ok && warp < num_movers && p.row_bytes > 0) {
@@ -302,6 +309,10 @@ cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
   const int num_threads = (NumMovers(params) + kHelpers) * 32;
   const auto kernel =
       params.layout == Layout::kToken ? DispatchKernel<kFewStores> : DispatchKernel<kManyStores>;
+  if (params.behind_plan || params.behind_cast) {
+    return LaunchBehind<DispatchParams>(kernel, params.num_blocks, num_threads, SharedBytes(params),
+                                        stream, params);
+  }
   kernel<<<params.num_blocks, num_threads, SharedBytes(params), stream>>>(params);
   return cudaGetLastError();
 }

@@ -33,6 +33,9 @@ struct DispatchParams {
   float* row_scales;          // [C, scales_per_row], or null
   float* row_weights;         // [C] or [C, K], or null
   int32_t num_blocks;
+  bool behind_plan;   // launched behind the push kernel of its plan, which is_followed
+  uint32_t plan_tag;  // of that plan
+  bool behind_cast;   // launched behind a cast that writes x and scales, maybe itself behind a plan
 };
 
 // The parameters that follow from the op's arguments, if rows travel as they are; the caller sets
@@ -62,7 +65,8 @@ inline DispatchParams ParamsOf(const ops::DispatchArgs& args) {
   return params;
 }
 
-// Moves rows as they are. On failure every byte of the rows and of row_weights is 0xff, which is
+// Moves rows as they are. Behind a plan or a cast it is a kernel that begins early
+// (core/launch.cuh). On failure every byte of the rows and of row_weights is 0xff, which is
 // NaN in every dtype.
 cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream);
 

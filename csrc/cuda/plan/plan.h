@@ -36,6 +36,7 @@ struct PlanParams {
   int32_t* num_invalid;     // [1]
   int32_t* scratch;         // [PlanScratchSize()]; peers read it
   int32_t max_blocks;       // of kPull, the same on all ranks; 0 for what is best
+  bool is_followed;         // of kPush: a dispatch is launched behind it, and ends the channel's op
 };
 
 // The parameters that follow from the op's arguments, for the kernel that sends. The caller sets

@@ -138,6 +138,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   int32_t ids[kIdsOfLane];  // on their way while the epoch comes
   LoadFirstIds<kMaxK>(params, chunk, ids);
   const uint64_t epoch = BeginOp(p.group).epoch;
+  ptx::LetNextBegin();
   // The memory that other blocks write to is ready once all have passed the second half. The warp
   // that prepares it has nothing else to wait for yet.
   if (threadIdx.x < 32) {
@@ -202,6 +203,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     // By a warp with the least to do now.
     if (first == 0 && from_end < p.group.num_ranks) {
       const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
+      TestDelay(p.group.rank, epoch, 2);
       ok = WaitFlag(p.group, flag.value, epoch, WordKind::kArrivalFlag, from_end) && ok;
     }
     if (num_slots != 0) {
@@ -285,7 +287,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   if (blockIdx.x != 0) return;
   if (drops && failed == 0) WriteKept(params, shared);
   STAMP(14);
-  if (threadIdx.x == 0) EndOpAtOnce(p.group, epoch);
+  if (threadIdx.x == 0 && !p.is_followed) EndOpAtOnce(p.group, epoch);
 }
 
 template <Layout kLayout>

@@ -25,12 +25,13 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, const DispatchAttrs& at
       error.failure()) {
     return error;
   }
-  const bool by_expert = args.geometry.layout == plan::Layout::kExpert;
   cuda::DispatchParams params = cuda::ParamsOf(args);
   params.group = group.params;
-  params.num_blocks = group.NumBlocks(attrs.group, by_expert ? 64 : 24);
+  params.num_blocks = DispatchBlocks(args, attrs.group, group);
+  params.behind_cast = args.quantization != ops::Quantization::kNone;
+  SharedOperands shared(group, stream);
   return MoveRows(
-      check, args, group, stream, buffers.scratch.untyped_data(), params, cuda::FitsDispatch,
+      check, args, shared, stream, buffers.scratch.untyped_data(), params, cuda::FitsDispatch,
       [&](const cuda::DispatchParams& ready) { return cuda::LaunchDispatch(ready, stream); });
 }
 

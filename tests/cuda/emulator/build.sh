@@ -29,7 +29,7 @@ if [ -z "$more" ]; then
     ${PYTHON:-python3} "$here/rewrite.py" "$room" "$out/source/cuda/$(basename "$room")"
   done
   ${PYTHON:-python3} "$here/rewrite.py" "$root/tests/cuda" "$out/source/tests"
-  cp "$here/ptx.cuh" "$out/source/cuda/core/ptx.cuh"
+  cp "$here/ptx.cuh" "$here/launch.cuh" "$out/source/cuda/core/"
   cp "$here/net.cuh" "$out/source/cuda/network/net.cuh"
 fi
 # As nvcc does, kernels include the runtime's header.

@@ -124,7 +124,14 @@ void RunBlock(Block& block) {
   current_block = nullptr;
 }
 
+void LetGo(Block& block) {
+  if (block.has_let_go) return;
+  block.has_let_go = true;
+  ++block.grid->progress->num_let_go;
+}
+
 void EndBlock(Grid& grid, size_t i) {
+  LetGo(*grid.blocks[i]);
   if (!grid.blocks[i]->copies.empty()) Abort("a block ended before its bulk copies");
   FreeSharedMemory(grid.blocks[i]->shared, grid.config.shared_bytes);
   grid.blocks.erase(grid.blocks.begin() + static_cast<ptrdiff_t>(i));
@@ -270,6 +277,16 @@ void WaitForCluster() {
   while (current_block->grid->cluster_phase == CurrentLane().cluster_phase) Yield();
 }
 
+void LetNextBegin() {
+  LetGo(*current_block);
+  SometimesYield(8);
+}
+
+void WaitForPrevious() {
+  const std::shared_ptr<Progress>& before = current_block->grid->before;
+  while (before != nullptr && !before->has_ended) Yield();
+}
+
 void* StaticShared(size_t offset) { return current_block->shared + offset; }
 void* DynamicShared() { return current_block->shared + kStaticBytes; }
 
@@ -320,6 +337,7 @@ bool RunTurn() {
     if (grids[g].get() != &grid) continue;
     const std::unique_ptr<Grid> ended = std::move(grids[g]);
     grids.erase(grids.begin() + static_cast<ptrdiff_t>(g));
+    ended->progress->has_ended = true;
     ended->finished();
     break;
   }

@@ -48,12 +48,20 @@ struct Block {
   std::vector<Copy> copies;
   uint64_t turns = 0, stalled_until = 0;
   int num_running, num_at_barrier = 0, num_true = 0, barrier_result = 0;
+  bool has_let_go = false;
   int num_at_some[16] = {};  // SyncSome
   uint64_t some_phase[16] = {};
 };
 
+// How far a grid is, for the one behind it.
+struct Progress {
+  uint32_t num_blocks, num_let_go = 0;  // let go: of those that let the next grid begin, or ended
+  bool has_ended = false;
+};
+
 struct Grid {
   Config config;
+  std::shared_ptr<Progress> progress, before;  // its own, and of the grid that it began beside
   std::function<void()> thread;
   std::function<void()> finished;
   uint32_t num_started = 0, num_finished = 0;

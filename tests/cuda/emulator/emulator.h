@@ -59,6 +59,11 @@ void SyncSome(int barrier, int count);
 void ArriveAtCluster();
 void WaitForCluster();
 
+// The kernel behind this one in the stream, if launched `early`, may begin once all blocks have
+// called LetNextBegin or ended. There WaitForPrevious waits until this kernel has ended.
+void LetNextBegin();
+void WaitForPrevious();
+
 // Memory -----------------------------------------------------------------------------------------
 
 // Shared memory of a block, poisoned when the block begins. Variables have the same place in all
@@ -89,6 +94,7 @@ struct Config {
   dim3 grid, block;
   size_t shared_bytes;
   cudaStream_t stream;
+  bool early;
 };
 // JAX_EP_EMULATOR_BLOCKS: how many blocks of a grid run at once, as if other kernels kept the rest
 // from the SMs. Not for grids that are clusters.
@@ -98,10 +104,10 @@ cudaError_t AllowShared(const void* kernel, int bytes);
 
 template <typename... Params>
 auto Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-            cudaStream_t stream) {
+            cudaStream_t stream, bool early = false) {
   return [=](auto&&... arguments) {
     std::tuple<std::remove_const_t<Params>...> params(arguments...);
-    Enqueue({grid, block, shared_bytes, stream}, reinterpret_cast<const void*>(kernel),
+    Enqueue({grid, block, shared_bytes, stream, early}, reinterpret_cast<const void*>(kernel),
             [=] { std::apply(kernel, params); });
   };
 }

@@ -77,6 +77,11 @@ inline uint64_t GlobalTimer() {
   return emulator::Nanoseconds();
 }
 
+// Kernels that overlap ----------------------------------------------------------------------------
+
+inline void LetNextBegin() { emulator::LetNextBegin(); }
+inline void WaitForPrevious() { emulator::WaitForPrevious(); }
+
 // Barriers of some warps of a block ---------------------------------------------------------------
 
 template <int kBarrier>

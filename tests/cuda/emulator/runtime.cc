@@ -26,7 +26,8 @@ struct Work {
 
 struct Stream {
   std::deque<Work> queue;
-  bool busy = false;
+  int num_running = 0;             // grids
+  std::shared_ptr<Progress> last;  // of the grid that began last
   std::vector<Work>* capture = nullptr;
 };
 
@@ -42,11 +43,16 @@ Stream* Of(cudaStream_t stream) {
   return stream == nullptr ? &default_stream : reinterpret_cast<Stream*>(stream);
 }
 
+bool CanBegin(const Stream& stream, const Work& work) {
+  if (stream.num_running == 0) return true;
+  return work.config.early && stream.last->num_let_go == stream.last->num_blocks;
+}
+
 // Starts all work that can start; true if a stream has work left.
 bool AdvanceStreams() {
   bool any = false;
   for (Stream* stream : streams) {
-    while (!stream->busy && !stream->queue.empty()) {
+    while (!stream->queue.empty() && CanBegin(*stream, stream->queue.front())) {
       Work work = std::move(stream->queue.front());
       stream->queue.pop_front();
       if (work.at_once != nullptr) {
@@ -57,15 +63,19 @@ bool AdvanceStreams() {
       auto grid = std::make_unique<Grid>();
       grid->config = work.config;
       grid->thread = std::move(work.thread);
+      grid->progress = std::make_shared<Progress>();
+      grid->progress->num_blocks = work.config.grid.x;
+      if (work.config.early) grid->before = stream->last;
+      stream->last = grid->progress;
       grid->finished = [stream] {
         const std::lock_guard<std::mutex> lock(mutex);
-        stream->busy = false;
+        --stream->num_running;
         changed.notify_all();
       };
-      stream->busy = true;
+      ++stream->num_running;
       StartGrid(std::move(grid));
     }
-    any = any || stream->busy;
+    any = any || stream->num_running != 0;
   }
   return any;
 }
@@ -101,7 +111,7 @@ void AddAtOnce(cudaStream_t stream, std::function<void()> work) {
   Add(Of(stream), {{}, nullptr, std::move(work)});
 }
 
-bool IsIdle(const Stream& stream) { return !stream.busy && stream.queue.empty(); }
+bool IsIdle(const Stream& stream) { return stream.num_running == 0 && stream.queue.empty(); }
 
 // Allocations, by address.
 std::mutex memory_mutex;

@@ -1,0 +1,73 @@
+// Handler of target jax_ep_plan_dispatch on GPUs: a plan, and a dispatch launched behind it.
+
+#include "cuda/node/dispatch.h"
+#include "ffi/cuda/cast.h"
+#include "ffi/cuda/plan_call.h"
+
+namespace jax_ep {
+
+namespace ffi = ::xla::ffi;
+
+namespace {
+
+// The dispatch may begin while the plan runs. Its blocks then wait for peers' plans, so where ranks
+// share the GPU, there must be room for these: a cluster of 8 blocks, which have to be in one of 8
+// parts of the GPU, so of 132 SMs 57 must be free, besides 32 that may be others' (NCCL's, say).
+constexpr int kPlanSms = 8;
+constexpr int kSmsOfOthers = 132 - 57 - 32;
+
+bool CanBeginEarly(const transport::Member& member, int num_blocks) {
+  return (member.ranks_per_gpu - 1) * (kPlanSms + num_blocks) <= kSmsOfOthers;
+}
+
+ffi::Error PlanDispatch(cudaStream_t stream, int32_t device, const PlanDispatchAttrs& attrs,
+                        const DevicePlanDispatchBuffers& buffers) {
+  Checker check("dispatch");
+  ops::PlanArgs plan_args{};
+  ops::DispatchArgs args{};
+  CheckDeviceGroup(check, attrs.group, buffers.coords);
+  if (check.ok()) Decode(check, attrs, buffers, plan_args, args);
+  if (!check.ok()) return check.error();
+  PlanCall plan;
+  if (auto error = PreparePlan(check, plan_args, attrs.group, buffers.coords, device, plan);
+      error.failure()) {
+    return error;
+  }
+  const int64_t plan_bytes = (plan.scratch_bytes() + 127) / 128 * 128;
+  const cuda::DispatchScratch scratch = DispatchScratchOf(args);
+  CheckScratch(check, buffers.scratch, plan_bytes + scratch.sent + scratch.received);
+  if (!check.ok()) return check.error();
+  DeviceGroup group;
+  if (auto error = PrepareGroup(attrs.group, buffers.coords, device, cuda::OpKind::kDispatch,
+                                AgreedOn(args), group);
+      error.failure()) {
+    return error;
+  }
+  cuda::DispatchParams params = cuda::ParamsOf(args);
+  params.group = group.params;
+  params.num_blocks = DispatchBlocks(args, attrs.group, group);
+  SharedOperands shared(group, stream);
+  char* const memory = static_cast<char*>(buffers.scratch.untyped_data());
+  plan.Place(shared, memory);
+  params.behind_plan =
+      plan.kernel == cuda::PlanKernel::kPush && CanBeginEarly(*group.member, params.num_blocks);
+  plan.params.is_followed = params.behind_plan;
+  params.plan_tag = plan.params.group.tag;
+  // A cast takes all SMs until the plan has ended, so it runs beside one only if no peer's needs them.
+  const bool casts = args.quantization != ops::Quantization::kNone;
+  const bool beside_cast = casts && params.behind_plan && group.member->ranks_per_gpu == 1;
+  params.behind_cast = beside_cast;
+  const Ahead ahead{[&] { return cuda::LaunchPlan(plan.params, plan.kernel, stream); },
+                    beside_cast};
+  return MoveRows(check, args, shared, stream, memory + plan_bytes, params, cuda::FitsDispatch,
+                  [&](const cuda::DispatchParams& ready) {
+                    return cuda::LaunchDispatch(ready, stream);
+                  },
+                  ahead);
+}
+
+}  // namespace
+
+JAX_EP_DEFINE_DEVICE_CALL(jax_ep_plan_dispatch_execute, PlanDispatch, PLAN_DISPATCH);
+
+}  // namespace jax_ep
