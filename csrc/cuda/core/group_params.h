@@ -7,6 +7,8 @@
 
 namespace jax_ep::cuda {
 
+struct ClockStamps;
+
 // What every kernel of a group needs to know of it; passed by value.
 struct GroupParams {
   // The op's channel of every rank's workspace, at this device's addresses; peers[rank] is its own.
@@ -23,6 +25,9 @@ struct GroupParams {
   uint64_t op_timeout_ns;
   uint32_t tag;
   OpKind op;
+#ifdef JAX_EP_CLOCK_STAMPS
+  ClockStamps* stamps;  // of this kernel, or null (clock_stamps.cuh)
+#endif
 };
 
 }  // namespace jax_ep::cuda

@@ -45,6 +45,7 @@ __device__ __forceinline__ void SendIds(const DecodeDispatchParams& p, DecodeOp 
     const bool is_first = __ffs(__match_any_sync(~0u, key)) - 1 == lane;
     const uint32_t code =
         in_range && is_first ? uint32_t(id) : (id == plan::kNone ? kNoExpert : kInvalid);
+    StampClock(p.group, op.epoch, DecodePhase::kIdsRead);
     uint32_t data[kWordInts];
 #pragma unroll
     for (int j = 0; j < kWordInts; ++j) {
@@ -63,6 +64,7 @@ __device__ __forceinline__ void SendIds(const DecodeDispatchParams& p, DecodeOp 
       StoreWord(to, data[0], data[1], data[2], op.stamp());
     }
   }
+  StampClock(p.group, op.epoch, DecodePhase::kIdsSent);
 }
 
 // Where the ids of a token are, counted over all ranks.
