@@ -289,6 +289,7 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "grouped_dot": kernels.grouped_dot,
     "loads": kernels.loads,
     "kernels": kernels.kernels,
+    "decode_phases": kernels.decode_phases,
     "pretrain": performance_pretrain.runs,
 }
 _OPS = ("plan", "dispatch", "combine")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 
 import pytest
 
-from performance_page import ROOT, data, kernel, loads, page, record, rows, targets, with_peers
+from performance_page import benchmark, data, kernel, loads, page, record, rows, targets, with_peers
 
 
 @pytest.mark.parametrize(
@@ -160,9 +159,7 @@ def test_kernels():
 
 def test_records_of_kernels():
     """What kernels_test prints becomes records; other output does not."""
-    spec = importlib.util.spec_from_file_location("kernels", ROOT / "benchmarks" / "kernels.py")
-    kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels)
+    kernels = benchmark("kernels")
     output = """\
 R=2 T=2048 K=8 E=128 H=7168 C=20480 expert bf16 blocks=32
   plan             11.2 us

@@ -51,6 +51,12 @@ STEPS = [
     )
 ]
 
+# Chains of ops whose kernels stamp their phases with the clock.
+PHASES = [
+    f"{_SMALL} phases=3 replays=1 steps=1 {given}"
+    for given in ("layout=expert ranks=2 hidden=2056", "layout=token ranks=3 hidden=264")
+]
+
 _FEW = "hidden=264 experts=12 topk=4 blocks=2 alignment=8 tokens=20"
 FAILURES = [
     f"{_FEW} {given}"

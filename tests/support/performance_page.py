@@ -5,8 +5,10 @@ Importing this module puts docs/ on the path, because the script imports its nei
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import sys
+import types
 from typing import Any
 
 from jax_ep.bench import records
@@ -29,6 +31,15 @@ def with_peers(
     workload = (2, tokens, 7168, 8, 256)
     peers = [data.Peer(name, op, workload, sms, us, us - 1, us + 1) for name, sms, us in figures]
     return {**targets, "peers": {**targets["peers"], "figures": peers}}
+
+
+def benchmark(name: str) -> types.ModuleType:
+    """The script benchmarks/NAME.py, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def record(**changes: Any) -> dict[str, Any]:
