@@ -7,7 +7,18 @@ import json
 
 import pytest
 
-from performance_page import benchmark, data, kernel, loads, page, record, rows, targets, with_peers
+from performance_page import (
+    benchmark,
+    data,
+    kernel,
+    loads,
+    page,
+    phases,
+    record,
+    rows,
+    targets,
+    with_peers,
+)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +104,7 @@ def test_other_tables():
         },
         loads(),
         kernel(),
+        phases(),
         {
             **dict.fromkeys(data.PRETRAIN_FIELDS, 1),
             "op": "pretrain",
@@ -154,6 +166,32 @@ def test_kernels():
         "| NVIDIA H200 | dispatch | expert | bfloat16 | 2 | 2048 | 400.0 | 190.0 |",
         "| NVIDIA H200 | dispatch | expert | fp8 | 2 | 2048 |  | 100.0 |",
         "| NVIDIA H200 | combine | expert | bfloat16 | 2 | 2048 |  | WRONG |",
+    ]
+
+
+def test_phases_of_latency_mode():
+    """A table for each workload, a column for each launch; the newest record of a launch counts."""
+    assert "No results are committed yet" in page.TABLES["decode_phases"](targets, [record()])
+    results = [
+        phases(op_us=1.0),
+        phases(),
+        phases(kernel="combine", call="start", quantization="none", skew_us=None, correct=False),
+        phases(tokens=8),
+    ]
+    assert rows(targets, results, "decode_phases")[:13] == [
+        "2 ranks on 1 × NVIDIA H200, layout token, T = 128, 50 blocks:",
+        "",
+        "| phase | dispatch (quantized), one call | combine, start call |",
+        "| --- | --- | --- |",
+        "| launched | 0.00 / 0.30 / 0.50 (+0.50) | 0.00 / 0.30 / 0.50 (+0.50) |",
+        "| end | 5.00 / 6.00 / 7.25 (+6.75) | 5.00 / 6.00 / 7.25 (+6.75) |",
+        "| until the next launch | 1.25 | 1.25 |",
+        "| phases and that | 8.50 | 8.50 |",
+        "| whole op | 8.50 | 8.50 |",
+        "| without stamps | 8.00 | 8.00 |",
+        "| ranks apart at launch | 0.40 |  |",
+        "| tick of the clock, ns | 32 | 32 |",
+        "| correct | yes | NO |",
     ]
 
 

@@ -128,6 +128,41 @@ def kernel(**changes: Any) -> dict[str, Any]:
     return {**fields, **changes}
 
 
+def phases(**changes: Any) -> dict[str, Any]:
+    """A record as benchmarks/decode_phases.py writes it, with two phases only."""
+    passed = [
+        {"phase": "launched", "blocks": 50, "first_us": 0.0, "median_us": 0.3, "last_us": 0.5},
+        {"phase": "end", "blocks": 50, "first_us": 5.0, "median_us": 6.0, "last_us": 7.25},
+    ]
+    fields = {
+        "op": "decode_phases",
+        "kernel": "dispatch",
+        "call": "whole",
+        "layout": "token",
+        "dtype": "bfloat16",
+        "quantization": "quantized",
+        "ranks": 2,
+        "gpus": 1,
+        "tokens": 128,
+        "hidden": 7168,
+        "top_k": 8,
+        "experts": 256,
+        "blocks": 50,
+        "ops": 1000,
+        "op_us": 8.5,
+        "plain_us": 8.0,
+        "gap_us": 1.25,
+        "skew_us": 0.4,
+        "resolution_ns": 32,
+        "phases": [p | {"takes_us": t} for p, t in zip(passed, (0.5, 6.75), strict=True)],
+        "correct": True,
+        "device": "NVIDIA H200",
+        "versions": {"driver": "580"},
+        "command": "",
+    }
+    return {**fields, **changes}
+
+
 def rows(
     targets: dict[str, Any], results: list[dict[str, Any]], name: str = "targets"
 ) -> list[str]:
