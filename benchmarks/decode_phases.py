@@ -1,6 +1,6 @@
 """Says where the time of an op of latency mode goes, by clock stamps in its kernels, without XLA.
 
-    tests/cuda/build_kernels_test.sh build/stamps stamps
+    tests/cuda/build_kernels_test.sh build/cuda/stamps stamps
     python benchmarks/decode_phases.py --output benchmarks/results/h200-shared-DATE-decode-phases.json
 
 Two ranks in one process run chains of ops in CUDA graphs, on one GPU that they share, or with
@@ -105,7 +105,7 @@ def measure(
 def main() -> None:
     """Run all cases and write the records."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--binaries", type=pathlib.Path, default=pathlib.Path("build/stamps"))
+    parser.add_argument("--binaries", type=pathlib.Path, default=pathlib.Path("build/cuda/stamps"))
     parser.add_argument("--gpus", type=int, choices=(1, 2), default=1)
     parser.add_argument(
         "--blocks", type=int, help="of a rank; default 50 on a shared GPU, else 100"
