@@ -175,7 +175,7 @@ def test_killed_process(tmp_path):
 
 
 def test_absent_ranks(tmp_path):
-    """Those that are left make a group of the same ranks, without the memory of the one that is gone."""
+    """Those that are left make a group of the same ranks, without memory of the one that is gone."""
     first, gone, last = play("absent_ranks", 3, tmp_path)
     assert gone is None
     for me, saw in (0, first), (2, last):
