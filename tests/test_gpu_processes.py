@@ -34,7 +34,10 @@ def run(
     One of them may kill itself.
     """
     gpus = jax.device_count()
-    shares = processes > gpus and shutil.which("nvidia-cuda-mps-control") is not None
+    # A client that is killed may take others of its service with it.
+    shares = (
+        processes > gpus and killed is None and shutil.which("nvidia-cuda-mps-control") is not None
+    )
     service = mps.multi_process_service() if shares else contextlib.nullcontext({})
     with service as variables:
         running = gpu_processes.start(
@@ -114,7 +117,10 @@ COMPILES_ALONE = "--xla_gpu_shard_autotuning=false"
 
 
 def test_ranks_go_on_without_a_slow_one():
-    """They have right results, also after the slow one has come to the old group and got an error."""
+    """They have right results, also after the slow one has come to the old group and got an error.
+
+    Then all make a group together again.
+    """
     run("slow", 3, programs=ABSENT, XLA_FLAGS=COMPILES_ALONE)
 
 

@@ -92,8 +92,8 @@ def create_group(
         absent_ranks: Ranks of each group that take no part, because they are dead or slow. Every
             (token, k) that goes to one of their experts, or comes from one of their tokens, counts as
             −1. On GPUs it takes latency mode, on one host, and forward passes only. There the processes
-            whose ranks are all absent do not call this, and the others do not wait for them. The guide
-            to decode has an example.
+            whose ranks are all absent do not call this, and the others do not wait for them; they raise
+            an error if their lists differ. The guide to decode has an example.
 
     The devices may be compile-only, as those of ``jax.experimental.topologies``: then the group is
     made for Hopper GPUs without their being there, programs lower to the same text as on real ones,

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ from gpu_programs import (
 )
 from jax_ep import _compat
 
-OUT, TIMEOUT_S = 1, 3.0
+EVERYBODY, OUT = (0, 1, 2), 1
+TIMEOUT_S = 3.0
 HEARTBEAT_S = 10
 STEPS = 200
 
@@ -40,17 +42,25 @@ def make(**kwargs: Any) -> jax_ep.Group:
     return jax_ep.create_group(mesh, backend="cuda", timeout=TIMEOUT_S, **sizes, **kwargs)
 
 
+def meet(what: str, processes: Sequence[int]) -> None:
+    """Wait for these processes, for example until all have compiled, which takes longer than an op."""
+    _compat.key_value_set(f"test/{what}/{jax.process_index()}", b"here")
+    for process in processes:
+        _compat.key_value_get(f"test/{what}/{process}", 120)
+
+
 class Ranks:
     """The layer of a group of all ranks, which has run once, and its operands."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self) -> None:
         self.group = make()
-        self.x, self.idx, self.weights = inputs(ranks)
+        self.x, self.idx, self.weights = inputs(len(EVERYBODY))
         given = (self.x, self.idx, self.weights)
         self.operands = [spread(self.group.mesh, a) for a in given]
-        layer = jax.jit(identity_layer(self.group))
-        assert "jax_ep_latency_dispatch" in layer.lower(*self.operands).as_text()
-        self.layer = layer.lower(*self.operands).compile()
+        lowered = jax.jit(identity_layer(self.group)).lower(*self.operands)
+        assert "jax_ep_latency_dispatch" in lowered.as_text()
+        self.layer = lowered.compile()
+        meet("compiled", EVERYBODY)
         check_layer(self.layer(*self.operands), *given)
 
     def run(self) -> str:
@@ -63,6 +73,7 @@ class Ranks:
         group = make(absent_ranks=[OUT])
         assert group is not self.group and group is make(absent_ranks=[OUT])
         self.new_layer = jax.jit(identity_layer(group)).lower(*self.operands).compile()
+        meet("compiled without", [process for process in EVERYBODY if process != OUT])
         self.check()
         print(f"went on after {time.monotonic() - begin:.2f} s", flush=True)
         for _ in range(STEPS):
@@ -70,6 +81,15 @@ class Ranks:
         self.check()
         group.check()
         return group
+
+    def come_together(self) -> None:
+        """Make a group of all ranks again."""
+        group = make()
+        assert group is not self.group
+        layer = jax.jit(identity_layer(group)).lower(*self.operands).compile()
+        meet("compiled again", EVERYBODY)
+        check_layer(layer(*self.operands), self.x, self.idx, self.weights)
+        group.check()
 
     def check(self) -> None:
         """Compare a step of the new group with NumPy."""
@@ -79,33 +99,31 @@ class Ranks:
         check_layer(self.new_layer(*self.operands), self.x, kept, self.weights)
 
 
-def slow(ranks: int) -> None:
+def slow() -> None:
     """Rank 1 stays away from an op, and comes to it when the others have gone on without it."""
-    all_ranks = Ranks(ranks)
-    me = jax.process_index()
-    if me == OUT:
-        for rank in range(ranks):
-            if rank != OUT:
-                _compat.key_value_get(f"test/gone_on/{rank}", 120)
+    all_ranks = Ranks()
+    if jax.process_index() == OUT:
+        meet("gone on", EVERYBODY)
         text = all_ranks.run()
         assert "another rank of the group failed" in text, text
         with pytest.raises(ValueError, match="all that process 1 has"):
             make(absent_ranks=[OUT])
-        _compat.key_value_set("test/late", b"done")
-        return
-    text = all_ranks.run()
-    assert f"rank {OUT}" in text, text
-    group = all_ranks.go_on()
-    _compat.key_value_set(f"test/gone_on/{me}", b"done")
-    _compat.key_value_get("test/late", 120)
-    all_ranks.check()  # what the late op wrote was read by nobody
-    group.check()
-    assert all_ranks.run() != "no error"
+        meet("late", EVERYBODY)
+    else:
+        text = all_ranks.run()
+        assert f"rank {OUT}" in text, text
+        group = all_ranks.go_on()
+        meet("gone on", EVERYBODY)
+        meet("late", EVERYBODY)
+        all_ranks.check()  # what the late op wrote was read by nobody
+        group.check()
+        assert all_ranks.run() != "no error"
+    all_ranks.come_together()
 
 
-def dead(ranks: int) -> None:
+def dead() -> None:
     """The process of rank 1 dies. The others live on, also when JAX has noticed that."""
-    all_ranks = Ranks(ranks)
+    all_ranks = Ranks()
     if jax.process_index() == OUT:
         os.kill(os.getpid(), signal.SIGKILL)
     text = all_ranks.run()
@@ -130,7 +148,7 @@ def main() -> None:
         coordinator_bind_address=address if rank == 0 else None,
         heartbeat_timeout_seconds=HEARTBEAT_S if program == "dead" else 100,
     )
-    globals()[program](processes)
+    globals()[program]()
     print("fine", flush=True)
     if program == "dead":
         os._exit(0)  # JAX's own shutdown would wait for the lost process
