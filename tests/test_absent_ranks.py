@@ -50,6 +50,8 @@ def without(idx: np.ndarray, ranks: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("layout", ["expert", "token"])
 @pytest.mark.parametrize("ranks", [(LAST,), (0, LAST)][: 1 + (RANKS > 2)], ids=str)
 def test_entries_of_absent_ranks_count_as_none(backend, layout, ranks):
+    if backend == "cuda" and jax.process_count() > 1:
+        pytest.skip("the process of an absent rank makes no group; test_gpu_processes.py has that")
     group = make(backend, absent_ranks=list(reversed(ranks)))
     assert group.absent_ranks == ranks and f"absent_ranks={ranks}" in repr(group)
 
