@@ -90,6 +90,24 @@ def test_a_group_is_another_one_without_a_rank():
 
 
 @pytest.mark.parametrize(
+    ("text", "peer"),
+    [
+        (
+            "op combine, phase arrival: waited 0.250000 s for rank 12; expected the sum of latency",
+            12,
+        ),
+        ("op plan, phase close: the process of rank 0 is gone", 0),
+        ("the process of rank 3 has ended. The group takes no more ops; start the job again.", 3),
+        ("op combine: another rank of the group failed while this one waited for rank 2", None),
+        ("op combine: rank 2 is at another op", None),
+    ],
+)
+def test_errors_say_which_rank_is_missing(text, peer):
+    error = jax_ep.CommunicationError(f"rank 1: {text}")
+    assert error.peer == peer
+
+
+@pytest.mark.parametrize(
     ("ranks", "error", "text"),
     [
         (1, TypeError, "expected a sequence of Python ints, got 1"),

@@ -112,6 +112,7 @@ def slow() -> None:
     else:
         text = all_ranks.run()
         assert f"rank {OUT}" in text, text
+        assert jax_ep.CommunicationError(text).peer in (OUT, None), text
         group = all_ranks.go_on()
         meet("gone on", EVERYBODY)
         meet("late", EVERYBODY)
