@@ -276,15 +276,18 @@ def killed() -> Any:
 
 
 def absent_ranks() -> Any:
-    """The process in the middle dies; the others make a group without its rank, and wait for nobody."""
+    """Groups without the process in the middle: it is elsewhere, comes back, and dies."""
     results = [create(1, [EVERYBODY])]
+    if ME != 1:
+        results.append(create(2, [EVERYBODY], absent=(1,)))
+    results.append(create(3, [EVERYBODY]))
     if ME == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     before = open_descriptors()
     topology = Topology((tuple(EVERYBODY),), (tuple(EVERYBODY),), absent=(1,))
     obstacle = gpu_side.obstacle(topology, None)
     per_host = real_hosts.ranks_per_host(topology), real_hosts.splits_hosts(topology)
-    results.append(create(2, [EVERYBODY], absent=(1,)))
+    results.append(create(4, [EVERYBODY], absent=(1,)))
     return {
         "results": results,
         "more_descriptors": open_descriptors() - before,
