@@ -53,7 +53,7 @@ SUITE = (
     " tests/test_checkpoint_policies.py tests/test_overlap.py tests/test_meshes.py"
     " tests/test_hypothesis.py tests/test_steps.py tests/test_moe.py tests/test_ordinals.py"
     " tests/test_large_plans.py tests/test_latency_mode.py tests/test_gpu_latency.py"
-    " tests/test_masked_layout.py"
+    " tests/test_masked_layout.py tests/test_absent_ranks.py"
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
 # Compiling takes most of the time of these tests. The plugin pytest-benchmark would warn about

@@ -4,8 +4,9 @@
 //               [cast=fp8|ue8m0] [dense=0|1] [weights=1] [expert_capacity=]
 //               [fixed_places=0 (1: a masked plan; needs capacity, alignment and expert_capacity)]
 //               [epoch=0 (of the op before the first)] [order=steps|ops|flying] [time=0 (ops of a
-//               graph)] [calls=1|2|3 (of an op: one, two, or by turns)] [phases=0 (ops of a graph,
-//               at most 64)] [replays=20] [json=FILE]
+//               graph)] [calls=1|2|3 (of an op: one, two, or by turns)] [absent=(a rank that takes
+//               no part)] [dead=0 (1: it runs no op either; else it runs them all by itself)]
+//               [phases=0 (ops of a graph, at most 64)] [replays=20] [json=FILE]
 //
 // and what kernels_test takes for its workload. Each step is a dispatch, with its plan, and a
 // combine. It has inputs and results of its own, and no rank waits on the host between steps. With
@@ -66,12 +67,13 @@ void RunOnCpu(std::vector<Rank>& ranks, ArgsOf args_of, WorkOf work_of) {
   work.run(0, work.num_rows);
 }
 
-void Check(const DecodeWorkload& w, int step, std::vector<Rank>& ranks) {
+void Check(const DecodeWorkload& w, int step, int dead, std::vector<Rank>& ranks) {
   RunOnCpu(ranks, [&](const Rank& k) { return DecodePlanArgs(w, k, true); }, cpu::PlanWork);
   RunOnCpu(ranks, [&](const Rank& k) { return DecodeDispatchArgs(w, k, true); }, cpu::DispatchWork);
   RunOnCpu(ranks, [&](const Rank& k) { return DecodeCombineArgs(w, k, true); }, cpu::CombineWork);
   for (size_t r = 0; r < ranks.size(); ++r) {
     const Rank& k = ranks[r];
+    if (int(r) == dead) continue;
     CHECK_CUDA(cudaSetDevice(k.device));
     const auto compare = [&](const char* what, const auto& buffer) {
       Compare(what, step, static_cast<int>(r), buffer);
@@ -141,6 +143,7 @@ int main(int argc, char** argv) {
               w.by_expert ? "expert" : "token", w.dtype.c_str(), w.blocks);
   const std::string order = options.Text("order", "steps");
   const int num_calls = options.Int("calls", 1);
+  const int dead = options.Int("dead", 0) != 0 ? w.absent : -1;
   const auto dispatch_call = [&](const Rank& k, Calls calls) {
     CHECK_CUDA(cuda::LaunchDecodeDispatch(DecodeDispatchOf(w, k, inboxes, calls), k.stream));
   };
@@ -155,6 +158,7 @@ int main(int argc, char** argv) {
   };
   std::vector<std::thread> threads;
   for (int r = 0; r < w.R; ++r) {
+    if (r == dead) continue;
     threads.emplace_back([&, r] {
       CHECK_CUDA(cudaSetDevice(steps[0][r].device));
       if (order == "flying") {
@@ -192,7 +196,7 @@ int main(int argc, char** argv) {
                 (unsigned long long)error.expected, (unsigned long long)error.seen);
     ++num_wrong;
   }
-  for (int step = 0; step < num_steps; ++step) Check(w, step, steps[step]);
+  for (int step = 0; step < num_steps; ++step) Check(w, step, dead, steps[step]);
   if (const int count = options.Int("time", 0)) {
     for (const bool in_two : {false, true}) {
       std::printf("  in %s\n", in_two ? "two calls" : "one call");

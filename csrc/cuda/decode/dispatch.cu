@@ -57,7 +57,7 @@ class Mover {
       if (sends) {
         uint32_t ranks = RanksOf(token);
         parts_.Fill(token, part);  // its loads are in flight together with that of the ids
-        ranks = __reduce_or_sync(~0u, ranks) & ~(1u << p_.group.rank);
+        ranks = __reduce_or_sync(~0u, ranks) & ~(1u << p_.group.rank | p_.group.absent);
         __syncwarp();
         StampClock(p_.group, op_.epoch, DecodePhase::kRowsRead);
         TestDelay(p_.group.rank, op_.epoch, 64 + token);

@@ -47,6 +47,17 @@ __device__ __forceinline__ void StoreWord(StampedWord* to, uint32_t a, uint32_t 
   ptx::StoreRelaxedSystem16(to, make_uint4(a, b, c, stamp));
 }
 
+// Whose inbox a message goes to, and as whose message.
+struct Envelope {
+  int to, from;
+};
+
+// For what this rank tells `rank`. In the place of an absent rank, it tells itself what that rank
+// would say. So no wait has to know which ranks are absent.
+__device__ __forceinline__ Envelope EnvelopeFor(const GroupParams& group, int rank) {
+  return IsAbsent(group, rank) ? Envelope{group.rank, rank} : Envelope{rank, group.rank};
+}
+
 __device__ __forceinline__ SentOp LoadSent(const DecodeInbox& own) {
   const uint4 word = ptx::LoadRelaxedSystem16(&own.sent);
   return {uint64_t{word.y} << 32 | word.x, word.z, word.w};
@@ -105,7 +116,8 @@ __device__ __forceinline__ bool SayHello(const Params& p, DecodeOp op) {
   if (!__all_sync(~0u, ok)) return false;
   if (p.calls == Calls::kDone) return true;
   if (lane < p.group.num_ranks && !TestWithholds(p.group, lane, WordKind::kHello)) {
-    StoreWord(&p.inboxes.of[lane]->hello[op.parity()][p.group.rank],
+    const Envelope envelope = EnvelopeFor(p.group, lane);
+    StoreWord(&p.inboxes.of[envelope.to]->hello[op.parity()][envelope.from],
               p.group.tag & ((1u << kTagBits) - 1), 0, 0, op.stamp());
   }
   StampClock(p.group, op.epoch, DecodePhase::kHelloSent);
