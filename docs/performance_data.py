@@ -29,11 +29,28 @@ PRETRAIN_FIELDS = {
     *("op", "name", "device", "devices", "steps", "tokens_per_second", "mfu", "step_ms", "loss"),
     *("settings", "versions", "command"),
 }
+DECODE_PHASES_FIELDS = {
+    *(
+        "op",
+        "kernel",
+        "call",
+        "layout",
+        "dtype",
+        "quantization",
+        "ranks",
+        "gpus",
+        "tokens",
+        "hidden",
+    ),
+    *("top_k", "experts", "blocks", "ops", "op_us", "plain_us", "gap_us", "skew_us"),
+    *("resolution_ns", "phases", "correct", "device", "versions", "command"),
+}
 # Fields of records that jax_ep.bench does not write, by op.
 OTHER_FIELDS = {
     "grouped_dot": GROUPED_DOT_FIELDS,
     "loads": LOADS_FIELDS,
     "kernel": KERNEL_FIELDS,
+    "decode_phases": DECODE_PHASES_FIELDS,
     "pretrain": PRETRAIN_FIELDS,
 }
 PEER_FIELDS = {"lib", "op", "ranks", "T", "H", "K", "E", "sms", "us", "p10", "p90", "tag"}

@@ -69,6 +69,59 @@ def kernels(_: dict[str, Any], results: list[Record]) -> str:
     return table(["device", "kernel", "layout", "rows", "ranks", "T", *columns], rows)
 
 
+def decode_phases(_: dict[str, Any], results: list[Record]) -> str:
+    """For each workload a table: a row for each phase, a column for each launch."""
+    found: dict[tuple[Any, ...], dict[tuple[str, str, str], Record]] = {}
+    for r in results:
+        if r["op"] == "decode_phases":
+            case = (r["device"], r["ranks"], r["gpus"], r["layout"], r["tokens"], r["blocks"])
+            launches = found.setdefault(case, {})
+            launches[r["kernel"], r["quantization"], r["call"]] = r  # the newest
+    if not found:
+        return nothing(
+            "python benchmarks/decode_phases.py --output benchmarks/results/NAME-decode-phases.json"
+        )
+    return "\n\n".join(_phases_of(case, launches) for case, launches in found.items())
+
+
+def _phases_of(case: tuple[Any, ...], launches: dict[tuple[str, str, str], Record]) -> str:
+    device, ranks, gpus, layout, tokens, blocks = case
+    records = list(launches.values())
+    names = [phase["phase"] for phase in max(records, key=lambda r: len(r["phases"]))["phases"]]
+    columns = [
+        [
+            *(_passed(r, name) for name in names),
+            number(r["gap_us"], 2),
+            number(r["phases"][-1]["last_us"] + r["gap_us"], 2),
+            number(r["op_us"], 2),
+            number(r["plain_us"], 2),
+            number(r["skew_us"], 2) if r["skew_us"] is not None else "",
+            str(r["resolution_ns"]),
+            "yes" if r["correct"] else "NO",
+        ]
+        for r in records
+    ]
+    head = [
+        f"{kernel}{'' if quantization == 'none' else f' ({quantization})'}, "
+        + ("one call" if call == "whole" else f"{call} call")
+        for kernel, quantization, call in launches
+    ]
+    last = ["until the next launch", "phases and that", "whole op", "without stamps"]
+    last += ["ranks apart at launch", "tick of the clock, ns", "correct"]
+    where = f"{ranks} ranks on {gpus} × {device}, layout {layout}, T = {tokens}, {blocks} blocks"
+    rows = zip([*names, *last], *columns, strict=True)
+    return f"{where}:\n\n{table(['phase', *head], rows)}"
+
+
+def _passed(record: Record, name: str) -> str:
+    """When the first warp, half of the blocks and the last block have passed, and what it takes."""
+    for phase in record["phases"]:
+        if phase["phase"] == name:
+            times = " / ".join(f"{phase[f'{when}_us']:.2f}" for when in ("first", "median", "last"))
+            return f"{times} (+{phase['takes_us']:.2f})"
+    return ""
+
+
 def _best_gbs(records: list[Record]) -> str:
     if not all(r["correct"] for r in records):
         return "WRONG"

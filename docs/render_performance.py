@@ -197,7 +197,7 @@ def _routing(_: dict[str, Any], results: list[Record]) -> str:
 
 
 def _latency(_: dict[str, Any], results: list[Record]) -> str:
-    records = [r for r in results if r.get("mode") == "latency" and r["op"] in _OPS]
+    records = [r for r in results if r.get("mode") == "latency" and r["op"] in _OPS + _CALLS]
     return _table(_OP_HEAD, map(_op_row, records), "decode")
 
 
@@ -289,9 +289,11 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "grouped_dot": kernels.grouped_dot,
     "loads": kernels.loads,
     "kernels": kernels.kernels,
+    "decode_phases": kernels.decode_phases,
     "pretrain": performance_pretrain.runs,
 }
 _OPS = ("plan", "dispatch", "combine")
+_CALLS = tuple(f"{op}_{call}" for op in _OPS[1:] for call in ("start", "done"))  # latency mode
 _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/s, correct"
 
 

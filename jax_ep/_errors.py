@@ -8,6 +8,7 @@ class.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import jax
@@ -20,6 +21,15 @@ class CommunicationError(RuntimeError):
 
     The text names the rank that noticed, the op, the phase, what it waited for and what it saw.
     """
+
+    @property
+    def peer(self) -> int | None:
+        """On GPUs: the rank that did not come in time, or whose process is gone.
+
+        None where this rank has not seen that itself, but was told by another one that the op failed.
+        """
+        found = re.search(r"(?:waited \S+ s for|the process of) rank (\d+)", str(self))
+        return None if found is None else int(found[1])
 
 
 def from_runtime_error(error: BaseException) -> CommunicationError | None:

@@ -13,6 +13,7 @@ beside them. Stages that also use XLA's collectives then run only with NCCL 2.30
 needed for it)::
 
     tests/cuda/build_kernels_test.sh build/cuda && tests/cuda/mutations.sh build build/cuda
+    tests/cuda/build_kernels_test.sh build/cuda/stamps stamps
     nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/loads.cu -o build/cuda/loads
 
 The package and all that its tests import must be installed, as by ``pip install -e '.[test]'``.
@@ -52,7 +53,7 @@ SUITE = (
     " tests/test_checkpoint_policies.py tests/test_overlap.py tests/test_meshes.py"
     " tests/test_hypothesis.py tests/test_steps.py tests/test_moe.py tests/test_ordinals.py"
     " tests/test_large_plans.py tests/test_latency_mode.py tests/test_gpu_latency.py"
-    " tests/test_masked_layout.py"
+    " tests/test_masked_layout.py tests/test_absent_ranks.py"
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
 # Compiling takes most of the time of these tests. The plugin pytest-benchmark would warn about
@@ -255,6 +256,13 @@ def stages(gpus: int) -> dict[str, Stage]:
     )
     found["bench_kernels"] = Stage(
         ["{python} benchmarks/kernels.py --binaries {binaries} --output {out}/kernels.json"]
+    )
+    found["bench_decode_phases"] = Stage(
+        [
+            "{python} benchmarks/decode_phases.py --binaries {binaries}/stamps"
+            " --output {out}/decode-phases.json"
+        ],
+        seconds=180,
     )
     found["bench_loads"] = Stage(["{binaries}/loads --json {out}/loads.json"], seconds=120)
     found["tune"] = Stage(["{python} -m jax_ep.tune --cache {out}/tuning.json"], gpus=2)

@@ -15,6 +15,7 @@ from jax_ep.bench import __main__ as command
 from jax_ep.bench import (
     clock,
     expected,
+    half_ops,
     memory,
     patterns,
     peers,
@@ -22,7 +23,7 @@ from jax_ep.bench import (
     suites,
     traffic,
 )
-from jax_ep.bench.cases import Case
+from jax_ep.bench.cases import HALVES, Case
 from jax_ep.bench.machine import NCCL_SHARES, Machine, check_processes, left_out
 from jax_ep.bench.problems import Problem
 from jax_ep.bench.timing import Spread
@@ -158,6 +159,7 @@ def test_scratch_is_what_follows_the_results():
         ({"tokens": 0}, "tokens: expected 1 or more"),
         ({"top_k": 9}, "top_k: expected at most 8"),
         ({"hidden": 64, "quantization": "fp8"}, "hidden: expected a multiple of 128"),
+        ({"op": "combine_done"}, "mode: expected 'latency' for op 'combine_done', got 'auto'"),
     ],
 )
 def test_impossible_cases_say_so(change, text):
@@ -184,6 +186,26 @@ def test_suites_name_each_case_once_and_suit_the_machine(name, machine):
         assert (largest <= 2**20) == (machine.gpus == 0)
     labels = [records.label({**c.to_json(), "routing": c.pattern}) for c in cases]
     assert len(set(zip(labels, cases, strict=True))) == len(cases)
+
+
+def test_times_of_two_calls_worked_by_hand():
+    """Two ranks, two ops: what each call takes with a reading, and a reading alone, which takes 2."""
+    starts, dones = [[5, 7], [9, 11]], [[20, 30], [26, 28]]
+    stamps = []
+    for rank in range(2):
+        now, of_rank = 100.0 * rank, []
+        for start, done in zip(starts[rank], dones[rank], strict=True):
+            of_rank += [now, *(now + start + 2 * i for i in range(half_ops.READINGS))]
+            now = of_rank[-1] + done
+        stamps.append([*of_rank, now])
+    assert half_ops.times_of(np.array(stamps)) == (10.0, 27.0, 2.0)
+
+
+def test_the_calls_of_latency_mode_come_last():
+    for machine in (ON_CPU, ON_GPUS):
+        cases = suites.suite("decode", machine)
+        assert {case.op for case in cases[-12:]} == set(HALVES)
+        assert not {case.op for case in cases[:-12]} & set(HALVES)
 
 
 def test_what_users_do_by_default_has_cases_of_its_own():

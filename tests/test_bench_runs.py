@@ -19,7 +19,7 @@ import jax_ep
 import machine
 from conftest import PLATFORM
 from jax_ep.bench import records, suites, table
-from jax_ep.bench.cases import Case
+from jax_ep.bench.cases import HALVES, Case
 from jax_ep.bench.launch import Job, reason, run
 from jax_ep.bench.machine import Machine, left_out
 from spmd import run_python
@@ -62,7 +62,7 @@ def test_smoke(tmp_path):
         assert record["workspace_bytes"] == record["scratch_bytes"] == 0
         assert "--suite smoke" in record["command"]
         idle = ("all-reduce", "matmul", "grouped_dot", "products")
-        sends_rows = record["op"] != "plan" and record.get("name") not in idle
+        sends_rows = record["op"] not in ("plan", *HALVES) and record.get("name") not in idle
         assert (record["wire_bytes"] > 0) == sends_rows
         both = record["op"] == "overlap" and " beside " in record["name"]
         assert ("share_hidden" in record) == (both and record["median_us"] is not None)

@@ -11,7 +11,18 @@ from jax import lax
 
 import jax_ep
 from conftest import PLATFORM
-from jax_ep.bench import ceilings, clock, layer, layer_ops, peers, records, table, timing, traffic
+from jax_ep.bench import (
+    ceilings,
+    clock,
+    half_ops,
+    layer,
+    layer_ops,
+    peers,
+    records,
+    table,
+    timing,
+    traffic,
+)
 from jax_ep.bench.layer import Experts
 from jax_ep.bench.session import Session
 from jax_ep.bench.timing import Chain, Spread, Step
@@ -99,6 +110,27 @@ def test_wrong_results_are_found(monkeypatch):
     monkeypatch.setattr(jax_ep, "combine", loses)
     record = ops.measure(session, dataclasses.replace(TINY, op="combine"))
     assert not record["correct"] and "sums are off" in record["error"]
+
+
+def test_wrong_results_of_two_calls_are_found(monkeypatch):
+    """Both calls are measured in one run, and a result that is wrong makes both records wrong."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=2, command="")
+    case = dataclasses.replace(TINY, mode="latency", layout="token")
+    done = jax_ep.dispatch_done
+
+    def moves_wrongly(ticket):
+        out = done(ticket)
+        return dataclasses.replace(out, tokens=out.tokens.at[1, 3].set(100))
+
+    monkeypatch.setattr(jax_ep, "dispatch_done", moves_wrongly)
+    for op in ("dispatch_start", "dispatch_done"):
+        record = half_ops.measure(session, dataclasses.replace(case, op=op))
+        records.check(record)
+        assert not record["correct"] and "rows differ" in record["error"]
+    record = half_ops.measure(session, dataclasses.replace(case, op="combine_done"))
+    records.check(record)
+    assert record["correct"] and record["op"] == "combine_done"
 
 
 def test_noise_is_no_figure_and_no_failure():

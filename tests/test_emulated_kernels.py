@@ -3,6 +3,7 @@ without one of their waits, which must be noticed, and with ranks that fail."""
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import shutil
@@ -12,7 +13,9 @@ import sys
 import pytest
 
 import emulated_decode
+import emulated_network
 from jax_ep import _cpu
+from performance_page import benchmark, data, page, targets
 
 pytestmark = pytest.mark.one_process("runs programs of its own")
 
@@ -182,54 +185,6 @@ _RACES = [
 ]
 _NUMBER_BY_EPOCH = 7  # test_hooks.cuh
 
-# Groups that span hosts: shapes, ranks that send nothing, lanes, rows that just fit a chunk.
-_NETWORK = [
-    "layout=token",
-    "layout=expert weighted=1",
-    "layout=expert dtype=f32 hidden=2052 chunk_kib=16",
-    "layout=token fp8=1 hidden=384 hosts=3 ranks=3 blocks=5",
-    "layout=expert fp8=1 hidden=128 hosts=4 ranks=4 masked=1 blocks=3",
-    "layout=expert weighted=1 hosts=2 ranks=8 masked=2 experts=32 tokens=37",
-    "layout=expert dtype=f16 hosts=4 ranks=8 experts=32 tokens=21 hidden=1032 chunk_kib=8",
-    "layout=token hosts=8 ranks=8 tokens=9 experts=16 blocks=1",
-    "layout=token hosts=3 ranks=6 blocks=4 lanes=1 tokens=101 hidden=16",
-    "layout=expert hosts=3 ranks=6 capacity=64 tokens=60 blocks=3",
-    "layout=expert hosts=2 ranks=2 tokens=0",
-    "layout=expert hosts=2 ranks=4 tokens=20 capacity=240 keeps_unused=1",
-    "layout=expert hosts=2 ranks=4 tokens=1 blocks=3 capacity=8",
-    # Some or all hosts reach each other's memory.
-    "layout=token direct=1 fp8=1 hidden=384",
-    "layout=expert hosts=4 ranks=8 experts=32 tokens=21 direct=2 weighted=1",
-]
-_NETWORK_PLANS = [
-    "layout=expert",
-    "layout=token",
-    "layout=expert hosts=3 ranks=6 capacity=64 tokens=101",
-    "layout=expert hosts=2 ranks=4 experts=160 topk=8 tokens=50 capacity=72",
-    "layout=token hosts=2 ranks=2 capacity=30 blocks=1",
-    "layout=expert hosts=4 ranks=8 experts=32 topk=8 tokens=33 masked=1 expert_capacity=7",
-    "layout=token masked=2 tokens=1",
-    "layout=expert tokens=0",
-    "layout=expert direct=1",
-    "layout=token hosts=4 ranks=8 experts=32 direct=2",
-]
-# A rank that never comes or stops, in a group of three hosts; a host at another op.
-_NETWORK_FAILURES = [
-    "op=dispatch failure=absent layout=expert",
-    "op=combine failure=absent layout=token failing=0",
-    "op=combine_vjp failure=absent layout=expert",
-    "op=dispatch failure=stops layout=token items=1",
-    "op=combine failure=stops layout=expert items=1",
-    "op=dispatch failure=stops layout=expert items=1 direct=1",
-    "op=combine_vjp failure=stops layout=expert items=1",
-    "op=dispatch failure=mismatch layout=expert other=combine",
-    "op=combine failure=mismatch layout=token other=dispatch",
-    "op=combine_vjp failure=mismatch layout=expert other=combine",
-]
-# Waits for credits, chunks, receipts, parts and rows that come home, and signals without an order
-# (test_hooks.cuh); a network that sets signals before the bytes are there (emulator/network.h).
-_NETWORK_MUTATIONS = (8, 9, 10, 11, 12, 13, 14, 15, 20, 104)
-
 
 class Binaries:
     """Programs of tests/cuda on the emulator, each built when a test first asks for it."""
@@ -384,6 +339,32 @@ def test_latency_mode(binaries: Binaries, arguments: str) -> None:
     _run_well(binaries / "decode_test", arguments)
 
 
+@pytest.mark.parametrize("arguments", emulated_decode.PHASES)
+def test_phases_of_latency_mode(binaries: Binaries, arguments: str, tmp_path: pathlib.Path) -> None:
+    """Every block stamps every phase, in order, and the figures become records and a table."""
+    written = tmp_path / "phases.json"
+    _run_well(binaries / "decode_test", f"{arguments} json={written}")
+    phases = benchmark("decode_phases")
+    case = {"tokens": 40, "layout": "expert", "quantization": "none", "gpus": 1, "blocks": 2}
+    shape = {"ranks": 2, "hidden": 2056, "topk": 4, "experts": 12}
+    made = phases.records_of(json.loads(written.read_text()), **case, shape=shape, correct=True)
+    machine = dict.fromkeys(("device", "versions", "command"), "")
+    launches = [(r["kernel"], r["call"]) for r in made]
+    assert launches == [
+        *(("dispatch", "whole"), ("combine", "whole")),
+        *(("dispatch", call) for call in ("start", "done")),
+        *(("combine", call) for call in ("start", "done")),
+    ]
+    for r in made:
+        assert (r | machine).keys() == data.DECODE_PHASES_FIELDS
+        passed = [phase["last_us"] for phase in r["phases"]]
+        assert passed == sorted(passed) and r["phases"][-1]["phase"] == "end"
+        assert sum(phase["takes_us"] for phase in r["phases"]) == pytest.approx(passed[-1], abs=0.1)
+    table = page.TABLES["decode_phases"](targets, [r | machine for r in made])
+    assert "| phase | dispatch, one call | combine, one call | dispatch, start call |" in table
+    assert "NO" not in table and table.count("plan known") == 1
+
+
 @pytest.mark.parametrize("arguments", emulated_decode.FAILURES)
 def test_failures_in_latency_mode(binaries: Binaries, arguments: str) -> None:
     _run_well(binaries / "decode_failures_test", arguments)
@@ -397,24 +378,24 @@ def test_a_mutation_of_latency_mode_is_noticed(
 
 
 @pytest.mark.parametrize("seed", range(1, 3))
-@pytest.mark.parametrize("arguments", _NETWORK)
+@pytest.mark.parametrize("arguments", emulated_network.STEPS)
 def test_hosts_on_a_late_network(binaries: Binaries, arguments: str, seed: int) -> None:
     """Results are right to the bit, and each row crosses once to each host that needs it."""
     _run_well(binaries / "network_test", f"{arguments} seed={seed}", seed=seed)
 
 
-@pytest.mark.parametrize("arguments", _NETWORK_PLANS)
+@pytest.mark.parametrize("arguments", emulated_network.PLANS)
 def test_plans_between_hosts(binaries: Binaries, arguments: str) -> None:
     _run_well(binaries / "network_plan_test", arguments)
 
 
-@pytest.mark.parametrize("arguments", _NETWORK_FAILURES)
+@pytest.mark.parametrize("arguments", emulated_network.FAILURES)
 def test_failures_between_hosts(binaries: Binaries, arguments: str) -> None:
     """All ranks of all hosts end in time, with a record and poison; later ops end at once."""
     _run_well(binaries / "network_failures_test", f"hosts=3 ranks=6 {arguments}")
 
 
-@pytest.mark.parametrize("mutation", _NETWORK_MUTATIONS)
+@pytest.mark.parametrize("mutation", emulated_network.MUTATIONS)
 def test_a_missing_wait_between_hosts_is_noticed(binaries: Binaries, mutation: int) -> None:
     arguments = "layout=expert tokens=60 blocks=1 steps=4 timeout=1"
     _expect_noticed(binaries / "network_test", arguments, mutation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import shutil
 import signal
 import time
@@ -19,16 +20,34 @@ pytestmark = [
 ]
 
 
-def run(program: str, processes: int, timeout: float = 240, **env: str) -> list[str]:
-    """The outputs of processes that all end well, under MPS where ranks share a GPU."""
+def run(
+    program: str,
+    processes: int,
+    timeout: float = 240,
+    *,
+    programs: pathlib.Path = gpu_processes.PROGRAMS,
+    killed: int | None = None,
+    **env: str,
+) -> list[str]:
+    """The outputs of processes that all end well, under MPS where ranks share a GPU.
+
+    One of them may kill itself.
+    """
     gpus = jax.device_count()
-    shares = processes > gpus and shutil.which("nvidia-cuda-mps-control") is not None
+    # A client that is killed may take others of its service with it.
+    shares = (
+        processes > gpus and killed is None and shutil.which("nvidia-cuda-mps-control") is not None
+    )
     service = mps.multi_process_service() if shares else contextlib.nullcontext({})
     with service as variables:
-        running = gpu_processes.start(program, processes, gpus, **variables, **env)
+        running = gpu_processes.start(
+            program, processes, gpus, programs=programs, **variables, **env
+        )
         results = gpu_processes.finish(running, timeout)
     for rank, (status, output) in enumerate(results):
-        assert status == 0, f"rank {rank} ended with {status}:\n{output}"
+        assert status == (-signal.SIGKILL if rank == killed else 0), (
+            f"rank {rank} ended with {status}:\n{output}"
+        )
     return [output for _, output in results]
 
 
@@ -91,6 +110,23 @@ def test_killed_process():
     assert "rank 1" in reported
     assert "is gone" in reported
     assert float(reported.split()[2].rstrip(":")) - killed_at < 2, reported
+
+
+ABSENT = gpu_processes.PROGRAMS.with_name("absent_programs.py")
+COMPILES_ALONE = "--xla_gpu_shard_autotuning=false"
+
+
+def test_ranks_go_on_without_a_slow_one():
+    """They have right results, also after the slow one has come to the old group and got an error.
+
+    Then all make a group together again.
+    """
+    run("slow", 3, programs=ABSENT, XLA_FLAGS=COMPILES_ALONE)
+
+
+def test_ranks_go_on_without_a_dead_one():
+    """Also once JAX has noticed that its process is gone, which its users have to ask for."""
+    run("dead", 3, programs=ABSENT, killed=1, XLA_FLAGS=COMPILES_ALONE)
 
 
 def _line_with(stream, text: str) -> str:

@@ -76,7 +76,7 @@ def test_groups_of_three_processes(tmp_path):
         assert [rank[1] for rank in ranks] == ([0, 1] if me < 2 else [2])
         assert saw["max_blocks"] == 33  # three ranks on one GPU
         # Two ops in flight and those in line; an inbox for the ranks of the group.
-        assert saw["rooms"] == [[3, 8, 64]] * 3
+        assert saw["rooms"] == [[3, 8, 64, []]] * 3
         workspaces = saw["sizes"][::2]  # each with an array after it
         assert workspaces == [3072 + 72 * n for n in (3, 3, 2 if me < 2 else 1)]
         assert saw["more_descriptors"] == 0
@@ -152,7 +152,7 @@ def test_groups_within_each_of_several_hosts(tmp_path):
         assert saw["first_rank"] == me // 2 * 2
         assert saw["places"] == [["shared on host 0"] * 2, ["shared on host 1"] * 2]
         assert saw["max_blocks"] == 50  # two ranks on each GPU
-        assert saw["rooms"][-1] == [1, 8, 64]  # nothing is in flight across hosts
+        assert saw["rooms"][-1] == [1, 8, 64, []]  # nothing is in flight across hosts
 
 
 def test_process_of_another_host_that_does_not_come(tmp_path):
@@ -172,6 +172,23 @@ def test_killed_process(tmp_path):
         assert "process 2 took no part in making the group: it is gone" in second
         assert own == "made"
         assert saw["seconds"] < 5
+
+
+def test_absent_ranks(tmp_path):
+    """Those that are left make a group of the same ranks, without memory of the one that is gone."""
+    first, gone, last = play("absent_ranks", 3, tmp_path)
+    assert gone is None
+    for me, saw in (0, first), (2, last):
+        assert saw["results"] == ["made"] * 4
+        assert saw["found"] == [None, 3, False]
+        assert saw["more_descriptors"] == 0
+        ordinals, processes, workspaces, regions = zip(*saw["specs"], strict=True)
+        assert ordinals == tuple(0 if p == me else -1 for p in range(3))
+        assert processes == (0, 1, 2)
+        assert [bool(address) for address in workspaces] == [True, False, True]
+        assert [len(memory) for memory in regions] == [1, 0, 1]
+        assert saw["room"] == [3, 8, 64, [1]]
+        assert saw["gpus"][0] == saw["gpus"][2] != saw["gpus"][1]
 
 
 def test_forks_hold_no_connections(tmp_path):

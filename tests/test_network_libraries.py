@@ -97,7 +97,7 @@ def obstacle(monkeypatch):
     monkeypatch.setattr(network, "obstacle", lambda processes, num_hosts: WHY)
     monkeypatch.setattr(create, "_warned", set())
 
-    def choose(instances, ranks_per_host, backend, transport):
+    def choose(instances, ranks_per_host, backend, transport, absent):
         return "reference", TWO_HOSTS, places._why_no_transport(TWO_HOSTS, transport)
 
     monkeypatch.setattr(create, "_choose", choose)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 
 import pytest
 
-from performance_page import ROOT, data, kernel, loads, page, record, rows, targets, with_peers
+from performance_page import (
+    benchmark,
+    data,
+    kernel,
+    loads,
+    page,
+    phases,
+    record,
+    rows,
+    targets,
+    with_peers,
+)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +104,7 @@ def test_other_tables():
         },
         loads(),
         kernel(),
+        phases(),
         {
             **dict.fromkeys(data.PRETRAIN_FIELDS, 1),
             "op": "pretrain",
@@ -158,11 +169,35 @@ def test_kernels():
     ]
 
 
+def test_phases_of_latency_mode():
+    """A table for each workload, a column for each launch; the newest record of a launch counts."""
+    assert "No results are committed yet" in page.TABLES["decode_phases"](targets, [record()])
+    results = [
+        phases(op_us=1.0),
+        phases(),
+        phases(kernel="combine", call="start", quantization="none", skew_us=None, correct=False),
+        phases(tokens=8),
+    ]
+    assert rows(targets, results, "decode_phases")[:13] == [
+        "2 ranks on 1 × NVIDIA H200, layout token, T = 128, 50 blocks:",
+        "",
+        "| phase | dispatch (quantized), one call | combine, start call |",
+        "| --- | --- | --- |",
+        "| launched | 0.00 / 0.30 / 0.50 (+0.50) | 0.00 / 0.30 / 0.50 (+0.50) |",
+        "| end | 5.00 / 6.00 / 7.25 (+6.75) | 5.00 / 6.00 / 7.25 (+6.75) |",
+        "| until the next launch | 1.25 | 1.25 |",
+        "| phases and that | 8.50 | 8.50 |",
+        "| whole op | 8.50 | 8.50 |",
+        "| without stamps | 8.00 | 8.00 |",
+        "| ranks apart at launch | 0.40 |  |",
+        "| tick of the clock, ns | 32 | 32 |",
+        "| correct | yes | NO |",
+    ]
+
+
 def test_records_of_kernels():
     """What kernels_test prints becomes records; other output does not."""
-    spec = importlib.util.spec_from_file_location("kernels", ROOT / "benchmarks" / "kernels.py")
-    kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels)
+    kernels = benchmark("kernels")
     output = """\
 R=2 T=2048 K=8 E=128 H=7168 C=20480 expert bf16 blocks=32
   plan             11.2 us

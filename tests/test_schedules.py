@@ -28,6 +28,7 @@ def compiled():
     """What the program prints, by name."""
     names = ["same text", "free", "after", "grouped_dot", "chunks", "kernels", "shared_expert"]
     names += ["latency", "latency gradient", "latency without names"]
+    names += ["readings of dispatch", "readings of combine"]
     names.append("chunks without regions")  # which takes them away for good
     names += ["memory", *(["hosts"] if NO_NETWORK is None else [])]  # on meshes of their own
     lines = [json.loads(line) for line in gpu_compiler.run(str(PROGRAM), *names).splitlines()]
@@ -122,3 +123,10 @@ def test_programs_are_those_of_real_gpus(compiled):
 def test_kernels_follow_the_devices_of_the_program(compiled):
     """Not those that JAX starts with, which are CPUs here."""
     assert compiled["grouped_dot"]["found"] == {"h200": 1, "cpu": 0}
+
+
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_the_clock_is_read_around_each_call(compiled, op):
+    """Of the chain that times the two calls, the link to the next op is all that runs beside them."""
+    calls = [f"latency_{op}_start", *["clock"] * 16, f"latency_{op}_done", "fusion", "clock"]
+    assert compiled[f"readings of {op}"]["ops"] == ["clock", *calls, *calls]

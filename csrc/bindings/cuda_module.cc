@@ -99,7 +99,7 @@ using StagingTuple = std::tuple<int, uint64_t, uint64_t>;
 Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& instances,
                  double arrival_timeout_s, double op_timeout_s, int max_blocks, int ranks_per_gpu,
                  const std::vector<StagingTuple>& staging, int first_rank, int num_channels,
-                 int latency_tokens, int latency_hidden) {
+                 int latency_tokens, int latency_hidden, const std::vector<int>& absent_ranks) {
   transport::GroupSpec spec;
   std::set<int> devices;
   spec.id = group_id;
@@ -122,6 +122,7 @@ Text CreateGroup(int64_t group_id, const std::map<int, std::vector<RankTuple>>& 
   spec.num_channels = num_channels;
   spec.latency_tokens = latency_tokens;
   spec.latency_hidden = latency_hidden;
+  spec.absent_ranks = absent_ranks;
   for (const auto& [device, base, size] : staging) spec.staging.push_back({device, {base, size}});
   if (Text error = LoadKernels(devices)) return error;
   return transport::CreateGroup(spec);
@@ -222,16 +223,17 @@ NB_MODULE(_cuda, m) {
         "ring_bytes of the sums of rows under way, max_channels of a group, max_vjp_row_bytes of a "
         "row in combine_vjp.");
   m.def("create_group", &CreateGroup, nb::arg("group_id"), nb::arg("instances"),
-        nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"), nb::arg("ranks_per_gpu"),
-        nb::arg("staging"), nb::arg("first_rank") = 0, nb::arg("num_channels") = 1,
-        nb::arg("latency_tokens") = 0, nb::arg("latency_hidden") = 0,
-        nb::call_guard<nb::gil_scoped_release>(),
+        nb::arg("arrival_timeout_s"), nb::arg("op_timeout_s"), nb::arg("max_blocks"),
+        nb::arg("ranks_per_gpu"), nb::arg("staging"), nb::arg("first_rank") = 0,
+        nb::arg("num_channels") = 1, nb::arg("latency_tokens") = 0, nb::arg("latency_hidden") = 0,
+        nb::arg("absent_ranks") = std::vector<int>{}, nb::call_guard<nb::gil_scoped_release>(),
         "Makes a group. Each of the groups side by side, by number, is a list of ranks: (CUDA "
         "ordinal or -1, process, address of the workspace or 0, regions as (base, size)). Staging "
         "memory is (CUDA ordinal, base, size). Where a group spans hosts, these are the ranks of "
         "this host, and first_rank is what the first of them is in the group. num_channels - 1 ops "
-        "may run beside the others. Workspaces are as large as workspace_bytes says. Returns an "
-        "error text or None.");
+        "may run beside the others. Workspaces are as large as workspace_bytes says. absent_ranks "
+        "take no part in latency mode, and may have no workspace here. Returns an error text or "
+        "None.");
   m.def(
       "registry",
       [] {

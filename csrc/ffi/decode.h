@@ -35,9 +35,8 @@ void Decode(Checker& check, const CombineVjpAttrs& attrs, const CombineVjpBuffer
             ops::CombineVjpArgs& args);
 
 // A dispatch of latency mode: its plan and its rows. The handle of `args` is not made yet.
-void Decode(Checker& check, const PlanDispatchAttrs& attrs,
-            const PlanDispatchBuffers& buffers, ops::PlanArgs& plan_args,
-            ops::DispatchArgs& args);
+void Decode(Checker& check, const PlanDispatchAttrs& attrs, const PlanDispatchBuffers& buffers,
+            ops::PlanArgs& plan_args, ops::DispatchArgs& args);
 void Decode(Checker& check, const LatencyDispatchAttrs& attrs,
             const LatencyDispatchBuffers& buffers, ops::PlanArgs& plan_args,
             ops::DispatchArgs& args);

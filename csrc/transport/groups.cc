@@ -48,6 +48,8 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
       return error;
     }
   }
+  uint32_t absent = 0;
+  for (const int rank : spec.absent_ranks) absent |= uint32_t{1} << rank;
   std::vector<std::vector<cuda::Region>> regions;
   for (const RankSpec& rank : ranks) regions.push_back(rank.regions);
   for (int rank = 0; rank < num_ranks; ++rank) {
@@ -56,10 +58,12 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     Member member{};
     for (int peer = 0; peer < num_ranks; ++peer) {
       member.workspaces.push_back(reinterpret_cast<Workspace*>(ranks[peer].workspace));
-      member.processes.push_back(ranks[peer].process);
+      const bool is_absent = (absent >> peer & 1) != 0;
+      member.processes.push_back(is_absent ? kNoProcess : ranks[peer].process);
     }
     if (inbox_bytes != 0) {
       for (int peer = 0; peer < num_ranks; ++peer) {
+        if (ranks[peer].workspace == 0) continue;  // of an absent rank
         member.inboxes.of[peer] =
             reinterpret_cast<cuda::DecodeInbox*>(ranks[peer].workspace + channel_bytes);
       }
@@ -76,6 +80,8 @@ std::optional<std::string> AddInstance(const GroupSpec& spec, int instance,
     member.params.num_ranks = num_ranks;
     member.params.first_rank = spec.first_rank;
     member.params.instance = instance;
+    const uint32_t own = uint32_t{1} << rank;
+    member.params.absent = (absent & own) != 0 ? ~own : absent;
     member.params.arrival_timeout_ns = Nanoseconds(spec.arrival_timeout_s);
     member.params.op_timeout_ns = Nanoseconds(spec.op_timeout_s);
     member.device = device;

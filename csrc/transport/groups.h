@@ -40,6 +40,7 @@ struct GroupSpec {
   int num_channels = 1;                          // of each workspace
   int latency_tokens = 0;                        // T of latency mode at most; 0: there is none
   int latency_hidden = 0;                        // H likewise, of 16 bits
+  std::vector<int> absent_ranks;                 // of latency mode, which take no part
   std::vector<std::pair<int, Staging>> staging;  // by device; none: nothing is staged
 };
 

@@ -17,10 +17,13 @@ struct Staging {
   uint64_t size = 0;
 };
 
+// Stands for the process of a rank that is absent, whose end is nothing to the group.
+constexpr int kNoProcess = -1;
+
 // What one rank of a group needs to launch ops; lives until the process ends.
 struct Member {
   cuda::GroupParams params;                  // without peers, channel, tag and op
-  std::vector<cuda::Workspace*> workspaces;  // of the ranks
+  std::vector<cuda::Workspace*> workspaces;  // of the ranks; null: of an absent one
   cuda::DecodeInboxes inboxes;               // of channel 0, after the workspaces; or none
   int64_t inbox_bytes;                       // of a channel's inbox; those of all follow each other
   int device;                                // CUDA ordinal
@@ -29,12 +32,13 @@ struct Member {
   // Of each rank's memory what peers can read, as this process has it.
   std::vector<std::vector<cuda::Region>> regions;
   Staging staging;
-  std::vector<int> processes;  // of the ranks
+  std::vector<int> processes;  // of the ranks, or kNoProcess
 
   // What an op on `channel`, one of params.num_channels, needs to know, but for its tag and kind.
   cuda::GroupParams ParamsOn(int channel) const {
     cuda::GroupParams on_channel = params;
     for (size_t rank = 0; rank < workspaces.size(); ++rank) {
+      if (workspaces[rank] == nullptr) continue;
       on_channel.peers[rank] = &workspaces[rank]->channels[channel];
     }
     on_channel.channel = channel;

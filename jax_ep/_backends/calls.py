@@ -14,6 +14,7 @@ from jaxtyping import Array, Int32
 from jax_ep import _compat
 from jax_ep._backends import shapes_of
 from jax_ep._backends.primitive import native_call
+from jax_ep._core import arguments
 from jax_ep._core.flight import IN_LINE, Flight
 from jax_ep._core.types import DispatchConfig, Handle, Layout, is_latency
 from jax_ep._groups import tuning
@@ -84,6 +85,15 @@ def call(
 ) -> list[Array]:
     """The call of an op; scratch memory is what the target takes on GPUs."""
     on_gpus = group.backend == "cuda"
+    if on_gpus and group.absent_ranks and not op.startswith("latency_"):
+        raise arguments.value_error(
+            {"plan": "dispatch", "combine_vjp": "combine"}.get(op, op),
+            "group",
+            "one without absent ranks on GPUs, except in mode 'latency' with a new plan",
+            f"absent_ranks={group.absent_ranks}",
+            "make it with latency_tokens= and latency_hidden= that suffice, and leave out handle= of "
+            "dispatch; gradients need all ranks",
+        )
     target = f"jax_ep_network_{op}" if spans_hosts(group) else f"jax_ep_{op}"
     if on_gpus and attributes["channel"] > 0:
         target += "_async"  # not for command buffers

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jax_ep import _compat
 from jax_ep._core import libraries
+from jax_ep._groups import absent as absent_ones
 from jax_ep._groups import gpu_side, latency_mode, network, places, tuning
 from jax_ep._groups.failures import failure
 from jax_ep._groups.group import Group
@@ -46,6 +47,7 @@ def create_group(
     channels: int = 1,
     latency_tokens: int = 0,
     latency_hidden: int = 0,
+    absent_ranks: Sequence[int] = (),
 ) -> Group:
     """Make the group of ranks along ``axis_name`` of ``mesh``.
 
@@ -87,6 +89,11 @@ def create_group(
             each rank then has 1 + ``channels`` inboxes of 32·(6·R·T + (R − 1)·T·W) + 4224 bytes, with
             W = 152·⌈2H / 1792⌉ + 16: 20 MB for R = 2 and 142 MB for R = 8, with T = 512 and H = 7168.
         latency_hidden: The most channels H of a row in that mode; those of float32 rows count twice.
+        absent_ranks: Ranks of each group that take no part, because they are dead or slow. Every
+            (token, k) that goes to one of their experts, or comes from one of their tokens, counts as
+            −1. On GPUs it takes latency mode, on one host, and forward passes only. There the processes
+            whose ranks are all absent do not call this, and the others do not wait for them; they raise
+            an error if their lists differ. The guide to decode has an example.
 
     The devices may be compile-only, as those of ``jax.experimental.topologies``: then the group is
     made for Hopper GPUs without their being there, programs lower to the same text as on real ones,
@@ -106,7 +113,8 @@ def create_group(
         TypeError: for a mesh, axis, timeout or number of another type.
         ValueError: for an unknown axis, backend, transport, timeout or number of channels, a
             ``ranks_per_host`` that does not divide R, a backend or transport that cannot serve the
-            mesh, or sizes of latency mode that are out of range or for a group on several hosts.
+            mesh, sizes of latency mode that are out of range or for a group on several hosts, or
+            ``absent_ranks`` that are no ranks, or all of them, or that the group cannot be without.
         CommunicationError: if GPUs of several processes form the group and a process did not come,
             came with another group, or could not do its part; then in all of them.
     """
@@ -146,11 +154,14 @@ def create_group(
     latency = latency_mode.checked_sizes(latency_tokens, latency_hidden)
     devices = devices_of(mesh, backend)
     instances = _instances(mesh, devices, axis_names)
+    absent = absent_ones.checked(absent_ranks, instances.shape[1])
     _check_ranks_per_host(ranks_per_host, instances.shape[1])
     check_channels(channels)
     compile_only = _compat.is_compile_only(devices.flat[0])
-    resolved, topology = _resolve(instances, ranks_per_host, backend, transport)
+    resolved, topology = _resolve(instances, ranks_per_host, backend, transport, absent)
     latency_mode.check_hosts(latency, len(topology.hosts))
+    if resolved == "cuda" and absent:
+        absent_ones.check_gpus(topology, latency, compile_only=compile_only)
     room = Room(channels, *latency)
     key = (mesh, axis_names, resolved, float(timeout), topology, room)
     group = _groups.get(key)
@@ -163,6 +174,8 @@ def create_group(
         # Some processes may know of a failure that others have not met yet.
         first_id = _group_id(mesh, devices, axis_names, resolved, float(timeout), topology, room, 0)
         what = f"{axis_names} of {dict(mesh.shape)}, timeout {timeout:g}, id {first_id:x}"
+        if absent:
+            what += f", absent ranks {absent}"
         generation = gpu_side.agree(processes, what, generation)
     if group is None or generation != before:
         _generations[key] = generation
@@ -178,7 +191,7 @@ def create_group(
                 table, gpus = tuning.load(), gpu_side.imagine(group_id, ranks)
             else:
                 assert isinstance(mesh, Mesh)  # the devices of others are compile-only
-                table = tuning.agreed_table(mesh, str(group_id))
+                table = tuning.agreed_table(mesh, str(group_id), processes)
                 gpus = gpu_side.create(group_id, ranks, topology, float(timeout), room)
             topology = dataclasses.replace(topology, gpus=gpus)
             if len(topology.hosts) > 1 and compile_only:
@@ -242,6 +255,7 @@ def _group_id(
     names = [(device.platform, device.id) for device in devices.flat]
     what = (axis_names, mesh.axis_names, devices.shape, names, backend, timeout)
     text = repr((*what, topology.ranks_per_host, *dataclasses.astuple(room), generation))
+    text += f" without {topology.absent}" if topology.absent else ""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -279,9 +293,10 @@ def _resolve(
     ranks_per_host: int | None,
     backend: Backend,
     transport: Transport,
+    absent: tuple[int, ...] = (),
 ) -> tuple[str, Topology]:
     """The backend, and where the ranks are."""
-    resolved, topology, reason = _choose(instances, ranks_per_host, backend, transport)
+    resolved, topology, reason = _choose(instances, ranks_per_host, backend, transport, absent)
     if reason is None:
         return resolved, topology
     for argument, wanted in ("backend", backend), ("transport", transport):
@@ -301,9 +316,10 @@ def _choose(
     ranks_per_host: int | None,
     backend: Backend,
     transport: Transport,
+    absent: tuple[int, ...] = (),
 ) -> tuple[str, Topology, str | None]:
     """The backend, where the ranks are, and why the backend is the reference if it is."""
-    topology = Topology.of(instances, ranks_per_host)
+    topology = Topology.of(instances, ranks_per_host, absent)
     platforms = sorted({device.platform for device in instances.flat})
     native = {"cpu": "cpu", "gpu": "cuda"}.get(platforms[0]) if len(platforms) == 1 else None
     reason: str | None
@@ -316,11 +332,11 @@ def _choose(
     elif native == "cpu":
         reason = _why_not_cpu(topology, transport)
     else:
-        topology, reason = places.place_gpus(instances, ranks_per_host, transport)
+        topology, reason = places.place_gpus(instances, ranks_per_host, transport, absent)
     if reason is None:
         assert native is not None
         return native, topology, None
-    return "reference", Topology.of(instances, ranks_per_host), reason
+    return "reference", Topology.of(instances, ranks_per_host, absent), reason
 
 
 def _why_not_cpu(topology: Topology, transport: Transport) -> str | None:

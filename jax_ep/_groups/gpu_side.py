@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +31,9 @@ _LONGEST_TIMEOUT_S = 1e9  # native code counts nanoseconds; stands for infinity 
 _FREE_SMS = 32  # for other kernels that wait, such as NCCL's
 _SMS = 132  # of an H100 or H200
 _MIN_BLOCKS = 8  # a plan is one cluster of so many
+
+# The channels of a workspace, the sizes of latency mode, and the absent ranks.
+_NativeRoom = tuple[int, int, int, tuple[int, ...]]
 
 logger = logging.getLogger("jax_ep")
 
@@ -157,7 +159,8 @@ def create(
     Args:
         group_id: The id of the group, the same in all processes.
         instances: The ranks of each of the groups side by side.
-        topology: Their places. Ranks of one host reach each other's memory.
+        topology: Their places. Ranks of one host reach each other's memory. A process that has only
+            absent ranks does not call this.
         timeout: Seconds that an op waits for a peer to arrive.
         room: What its workspaces have room for.
 
@@ -175,9 +178,9 @@ def create(
         return None
     mine, first_rank = _on_this_host(instances, topology)
     latency = room.latency_tokens, room.latency_hidden
-    native_room = num_channels(topology, room.channels), *latency
+    native_room = num_channels(topology, room.channels), *latency, topology.absent
     if processes == [me]:
-        specs: Any = {n: [(rank.ordinal, me, 0, []) for rank in mine[n]] for n in mine}
+        specs = {n: [_spec_of(rank, {}, {}) for rank in mine[n]] for n in mine}
         gpus = imagine(group_id, instances)
         blocks = max_blocks(group_id)
         error = library().create_group(
@@ -186,7 +189,7 @@ def create(
         if error is not None:
             raise CommunicationError(f"the group was not made: {error}")
         return gpus
-    return _create_together(group_id, instances, mine, first_rank, timeout, native_room)
+    return _create_together(group_id, instances, mine, first_rank, timeout, native_room, processes)
 
 
 def _on_this_host(
@@ -218,43 +221,43 @@ def _create_together(
     mine: dict[int, list[Rank]],
     first_rank: int,
     timeout: float,
-    room: tuple[int, int, int],
+    room: _NativeRoom,
+    processes: list[int],
 ) -> Gpus:
-    """``create`` with other processes; ``mine`` and ``first_rank`` are those of ``_on_this_host``.
-
-    ``room`` has the channels of a workspace and the sizes of latency mode.
-    """
+    """``create`` with other ``processes``; ``mine`` and ``first_rank``: see ``_on_this_host``."""
     me = jax.process_index()
-    processes = sorted({rank.process for ranks in instances for rank in ranks})
     num_sms = _fewest_sms(instances)
     ours = [rank for ranks in mine.values() for rank in ranks]
     own = {rank.device: rank.ordinal for rank in ours if rank.ordinal is not None}
     offer = Offer()
     # Whatever goes wrong here, the others wait for this process: it tells them.
-    error = _error_of(lambda: _prepare(offer, own, mine, room))
+    error = meetings.error_of(lambda: _prepare(offer, own, mine, room))
     message = {"what": f"group {group_id}", "devices": offer.devices, "error": error}
     try:
         received = meetings.meet(processes, message, offer.descriptors)
     finally:
         offer.close()
     try:
-        _raise_first({me: error, **{p: m["error"] for p, (m, _) in received.items()}})
+        meetings.raise_first({me: error, **{p: m["error"] for p, (m, _) in received.items()}})
         offered = [offer.devices, *(m["devices"] for m, _ in received.values())]
         uuids = {
             int(text): device["uuid"] for devices in offered for text, device in devices.items()
         }
-        gpus = tuple(tuple(uuids[rank.device] for rank in ranks) for ranks in instances)
+        gpus = tuple(
+            tuple(uuids.get(rank.device, f"absent {rank.device}") for rank in ranks)
+            for ranks in instances
+        )
 
         def make() -> None:
             blocks = blocks_per_rank(most_on_a_gpu(gpus), num_sms)
             _map_and_create(group_id, mine, first_rank, own, offer, received, timeout, blocks, room)
 
-        error = _error_of(make)
+        error = meetings.error_of(make)
     finally:
         for _, descriptors in received.values():
             other_processes.close_all(descriptors)
     answers = meetings.meet(processes, {"what": f"made {group_id}", "error": error})
-    _raise_first({me: error, **{p: m["error"] for p, (m, _) in answers.items()}})
+    meetings.raise_first({me: error, **{p: m["error"] for p, (m, _) in answers.items()}})
     reasons = [
         device["staged"] for devices in offered for device in devices.values() if device["staged"]
     ]
@@ -270,23 +273,11 @@ def _create_together(
     return gpus
 
 
-def _error_of(do: Callable[[], None]) -> str | None:
-    """The text of the error that ``do`` raises, or None."""
-    try:
-        do()
-    except CommunicationError as error:
-        return str(error)
-    except Exception as error:
-        logger.exception("making a group failed")
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
 def _prepare(
-    offer: Offer, own: dict[int, int], mine: dict[int, list[Rank]], room: tuple[int, int, int]
+    offer: Offer, own: dict[int, int], mine: dict[int, list[Rank]], room: _NativeRoom
 ) -> None:
     """Offer the memory of this process's GPUs, which share the host with the ranks in ``mine``."""
-    channels, *latency = room
+    channels, *latency, _ = room
     size = library().workspace_bytes(channels, len(next(iter(mine.values()))), *latency)
     for device, ordinal in own.items():
         offer.add(library(), device, ordinal, sorted(own.values()), size)
@@ -301,7 +292,7 @@ def _map_and_create(
     received: other_processes.Received,
     timeout: float,
     blocks: int,
-    room: tuple[int, int, int],
+    room: _NativeRoom,
 ) -> None:
     """Map what the peers of this host offer and make the group.
 
@@ -331,18 +322,7 @@ def _map_and_create(
                     _mapped[key] = checked(native.import_memory(descriptor, size, ordinals))[0]
                 mapped.append((_mapped[key], size))
             (workspaces[int(text)], _), *regions[int(text)] = mapped
-    specs = {
-        number: [
-            (
-                -1 if rank.ordinal is None else rank.ordinal,
-                rank.process,
-                workspaces[rank.device],
-                regions[rank.device],
-            )
-            for rank in ranks
-        ]
-        for number, ranks in instances.items()
-    }
+    specs = {n: [_spec_of(r, workspaces, regions) for r in ranks] for n, ranks in instances.items()}
     staging = [
         (ordinal, *staging_of(native, ordinal, ordinals))
         for device, ordinal in own.items()
@@ -354,6 +334,14 @@ def _map_and_create(
     )
     if error is not None:
         raise CommunicationError(error)
+
+
+def _spec_of(
+    rank: Rank, workspaces: dict[int, int], regions: dict[int, list[tuple[int, int]]]
+) -> tuple[int, int, int, list[tuple[int, int]]]:
+    """A rank as the native library takes it. Other processes' absent ranks have no workspace here."""
+    ordinal = -1 if rank.ordinal is None else rank.ordinal
+    return ordinal, rank.process, workspaces.get(rank.device, 0), regions.get(rank.device, [])
 
 
 def blocks_per_rank(sharing: int, num_sms: int = _SMS) -> int:
@@ -389,9 +377,3 @@ def _watch_peers() -> None:
 @functools.cache
 def _say_goodbye_at_exit() -> None:
     atexit.register(library().say_goodbye)
-
-
-def _raise_first(errors: dict[int, str | None]) -> None:
-    for process, error in sorted(errors.items()):
-        if error is not None:
-            raise CommunicationError(f"the group was not made: process {process}: {error}")

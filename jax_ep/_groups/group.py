@@ -67,6 +67,11 @@ class Group:
         return math.prod(self.mesh.shape[name] for name in self.axis_names)
 
     @property
+    def absent_ranks(self) -> tuple[int, ...]:
+        """The ranks that take no part, ascending (``create_group(absent_ranks=)``)."""
+        return self.topology.absent
+
+    @property
     def device(self) -> Any:
         """The first device of the mesh; an imagined one if the mesh is abstract."""
         return devices_of(self.mesh, self.backend).flat[0]
@@ -103,6 +108,8 @@ class Group:
         axes = ", ".join(f"{name}={self.mesh.shape[name]}" for name in self.axis_names)
         if len(self.topology.hosts) > 1:
             axes += f", ranks_per_host={self.topology.ranks_per_host}"
+        if self.absent_ranks:
+            axes += f", absent_ranks={self.absent_ranks}"
         transport = "" if self.transport is None else f", transport={self.transport!r}"
         return f"Group({axes}, backend={self.backend!r}{transport})"
 

@@ -19,8 +19,7 @@ def ranks_per_host(topology: Topology) -> int | None:
     """
     if not topology.spans_processes or jax.process_index() not in topology.all_processes:
         return topology.ranks_per_host
-    found = meetings.facts_of(topology.all_processes)
-    return ranks_by_host(topology, lambda process: found[process]["host"])
+    return ranks_by_host(topology, _hosts_of(topology))
 
 
 def ranks_by_host(topology: Topology, host_of: Callable[[int], Any]) -> int | None:
@@ -42,9 +41,20 @@ def splits_hosts(topology: Topology) -> bool:
     """
     if not topology.spans_processes or jax.process_index() not in topology.all_processes:
         return False
-    found = meetings.facts_of(topology.all_processes)
+    host_of = _hosts_of(topology)
     return any(
-        len({found[row[rank]]["host"] for rank in host}) > 1
+        len({host_of(row[rank]) for rank in host}) > 1
         for row in topology.processes
         for host in topology.hosts
     )
+
+
+def _hosts_of(topology: Topology) -> Callable[[int], Any]:
+    """The host of each process.
+
+    One that takes no part is not asked. It counts as on the host of the first one that does, because
+    groups with absent ranks lie within one host.
+    """
+    found = meetings.facts_of(topology.all_processes)
+    first = found[topology.all_processes[0]]
+    return lambda process: found.get(process, first)["host"]

@@ -11,7 +11,8 @@ import collections
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from jax_ep._version import __version__
 TIMEOUT_S = 300.0  # for all processes to come
 _LONGER = 1.5  # what other hosts have to wait for a host that waits in vain
 _KEY = "jax_ep/meetings/"
+
+logger = logging.getLogger("jax_ep")
 
 # How often some processes have met, the same in all of them: a key of the store is used once.
 _counts: collections.Counter[tuple[int, ...]] = collections.Counter()
@@ -93,6 +96,25 @@ def meet(
             close_all(unused)
         raise
     return received
+
+
+def error_of(do: Callable[[], None]) -> str | None:
+    """The text of the error that ``do`` raises, for the processes that wait for this one; or None."""
+    try:
+        do()
+    except CommunicationError as error:
+        return str(error)
+    except Exception as error:
+        logger.exception("making a group failed")
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def raise_first(errors: dict[int, str | None]) -> None:
+    """Raise the first error that a process has told of."""
+    for process, error in sorted(errors.items()):
+        if error is not None:
+            raise CommunicationError(f"the group was not made: process {process}: {error}")
 
 
 def _meet_on_host(

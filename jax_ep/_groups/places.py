@@ -23,16 +23,17 @@ def place_gpus(
     instances: np.ndarray,
     ranks_per_host: int | None,
     transport: Transport,
+    absent: tuple[int, ...] = (),
 ) -> tuple[Topology, str | None]:
     """Where the ranks of GPUs are, and why the backend "cuda" cannot serve them, or None."""
-    topology = Topology.of(instances, ranks_per_host)
+    topology = Topology.of(instances, ranks_per_host, absent)
     kinds = {_compat.compute_capability(device) for device in instances.flat}
     if kinds != {"9.0"}:
         return topology, (
             f"its kernels need GPUs of compute capability 9.0, not {', '.join(kinds)}"
         )
     if _compat.is_compile_only(instances.flat[0]):
-        return _imagine_gpus(instances, ranks_per_host, transport)
+        return _imagine_gpus(instances, ranks_per_host, transport, absent)
     unavailable = libraries.why_unavailable("cuda")
     if len(topology.all_processes) > 1:
         unavailable = gpu_side.obstacle(topology, unavailable)
@@ -40,7 +41,7 @@ def place_gpus(
         found = hosts.ranks_per_host(topology)
         if found is None:
             return topology, _UNEVEN_HOSTS
-        topology = Topology.of(instances, found)
+        topology = Topology.of(instances, found, absent)
     if unavailable is None and hosts.splits_hosts(topology):
         return topology, (
             f"its {topology.ranks_per_host} ranks_per_host are on several hosts; leave it out, or give "
@@ -50,15 +51,18 @@ def place_gpus(
 
 
 def _imagine_gpus(
-    instances: np.ndarray, ranks_per_host: int | None, transport: Transport
+    instances: np.ndarray,
+    ranks_per_host: int | None,
+    transport: Transport,
+    absent: tuple[int, ...],
 ) -> tuple[Topology, str | None]:
     """``place_gpus`` of compile-only GPUs, whose processes are their hosts."""
-    topology = Topology.of(instances, ranks_per_host)
+    topology = Topology.of(instances, ranks_per_host, absent)
     if ranks_per_host is None:
         found = hosts.ranks_by_host(topology, lambda process: process)
         if found is None:
             return topology, _UNEVEN_HOSTS
-        topology = Topology.of(instances, found)
+        topology = Topology.of(instances, found, absent)
     spans_hosts = len(topology.hosts) > 1
     wrong = _why_wrong_transport(topology, transport)
     if wrong is not None:

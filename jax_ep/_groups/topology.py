@@ -24,25 +24,33 @@ class Topology:
         processes: For each of the groups side by side, JAX's index of each rank's process.
         gpus: Likewise, what tells each rank's GPU from others: within one process JAX's id of the
             device, else the UUID. None on other platforms, and in a process that has no rank.
+        absent: The ranks that take no part, ascending (``create_group(absent_ranks=)``).
     """
 
     hosts: tuple[tuple[int, ...], ...]
     processes: tuple[tuple[int, ...], ...]
     gpus: Gpus | None = None
+    absent: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, instances: np.ndarray, ranks_per_host: int | None = None) -> Topology:
+    def of(
+        cls,
+        instances: np.ndarray,
+        ranks_per_host: int | None = None,
+        absent: tuple[int, ...] = (),
+    ) -> Topology:
         """The topology of ``[groups side by side, R]`` devices.
 
         Args:
             instances: The devices, in rank order.
             ranks_per_host: How many ranks, one after the other, share a host; None is for all.
+            absent: The ranks that take no part.
         """
         size = instances.shape[1]
         per_host = ranks_per_host or size
         hosts = tuple(tuple(range(i, i + per_host)) for i in range(0, size, per_host))
         processes = tuple(tuple(device.process_index for device in row) for row in instances)
-        return cls(hosts, processes)
+        return cls(hosts, processes, absent=absent)
 
     @property
     def ranks_per_host(self) -> int:
@@ -51,8 +59,9 @@ class Topology:
 
     @property
     def all_processes(self) -> list[int]:
-        """The processes of all groups side by side, ascending."""
-        return sorted(set(itertools.chain.from_iterable(self.processes)))
+        """The processes of all groups side by side that have a rank which takes part, ascending."""
+        rows = map(enumerate, self.processes)
+        return sorted({process for row in rows for rank, process in row if rank not in self.absent})
 
     @property
     def spans_processes(self) -> bool:

@@ -243,15 +243,20 @@ def crossover_key_of(entry: Mapping[str, Any]) -> CrossoverKey:
     return CrossoverKey(**{field.name: entry[field.name] for field in fields})
 
 
-def agreed_table(mesh: jax.sharding.Mesh, name: str) -> dict[Key | CrossoverKey, int]:
+def agreed_table(
+    mesh: jax.sharding.Mesh, name: str, processes: Sequence[int] | None = None
+) -> dict[Key | CrossoverKey, int]:
     """The table of the process of ``mesh``'s first device, in all processes of the mesh.
 
     Args:
         mesh: The mesh; all its processes must call this.
         name: Of this agreement and no other, the same in all processes.
+        processes: Those that take part, whose first device counts; None: all.
     """
-    first = mesh.devices.flat[0].process_index
-    if all(device.process_index == first for device in mesh.devices.flat):
+    owners = [device.process_index for device in mesh.devices.flat]
+    owners = [owner for owner in owners if processes is None or owner in processes]
+    first = owners[0]
+    if all(owner == first for owner in owners):
         return load()
     text = None
     if jax.process_index() == first:

@@ -1,8 +1,9 @@
-"""Which rows are dropped where experts have quotas: those with the lowest scores of each source rank.
+"""Which choices are dropped before the plan: those of absent ranks, and those beyond experts' quotas.
 
-It is decided before the plan, on the rank that has the tokens: entries beyond the quota become −1, so
-no kernel knows about it. The counts of the handle are then corrected, so that they tell what was asked
-for: the ranks add up, for each expert, the entries that they have dropped.
+Where experts have quotas, the choices of each source rank with the lowest scores are dropped. The rank
+that has the tokens decides that: entries beyond the quota become −1, so no kernel knows about it. The
+counts of the handle are then corrected, so that they tell what was asked for: the ranks add up, for
+each expert, the entries that they have dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax_ep._core import arguments
 from jax_ep._core.quota import sanitise, within_quota
 from jax_ep._core.types import Handle
 from jax_ep._groups.group import Group
-from jax_ep._ops import bounds
+from jax_ep._ops import absent, bounds
 from jax_ep._ops.bounds import Bounds
 from jax_ep._ops.varying import vary_together
 
@@ -34,6 +35,9 @@ def before_plan(
 ) -> tuple[Int32[Array, "tokens top_k"], Callable[[Handle], Handle]]:
     """The choices that are kept before the plan, and what corrects the counts of its handle."""
     num_tokens, top_k = topk_idx.shape
+    topk_idx = absent.before_plan(
+        op, topk_idx, limits.drop_policy, group=group, num_experts=num_experts
+    )
     quota = bounds.quota(limits, num_tokens=num_tokens, top_k=top_k, num_experts=num_experts)
     if quota is None or num_tokens == 0:
         return topk_idx, lambda handle: handle

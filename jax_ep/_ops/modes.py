@@ -26,6 +26,8 @@ def choose(
 ) -> DispatchConfig | None:
     """``config``, with mode "latency" where it says "auto" and latency mode fits and is faster.
 
+    Where GPUs have no other mode, it need not be faster: with a masked plan, or with absent ranks.
+
     It depends on shapes, on the group and on the tuning table, in which all ranks agree; so all ranks
     choose alike, on all platforms.
 
@@ -43,11 +45,12 @@ def choose(
     """
     if config is not None and config.mode != "auto":
         return config
-    if in_flight and not masked:
+    only_latency = masked or bool(group.absent_ranks)
+    if in_flight and not only_latency:
         return config
     if not gpu_room.fits_latency(rows, topk_idx, group):
         return config
     most = crossover_of(group, op=op, layout=layout, rows=moved, hidden=rows.shape[1])
-    if topk_idx.shape[0] > most and not masked:
+    if topk_idx.shape[0] > most and not only_latency:
         return config
     return dataclasses.replace(config or DispatchConfig(), mode="latency")

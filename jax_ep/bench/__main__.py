@@ -25,7 +25,16 @@ except ImportError as error:
 
 from jax_ep.bench import launch, plot, records, suites
 from jax_ep.bench import table as tables
-from jax_ep.bench.cases import OUR_OPS, Capacity, Case, Dtype, Op, Quantization, Routing
+from jax_ep.bench.cases import (
+    COMBINE_HALVES,
+    OUR_OPS,
+    Capacity,
+    Case,
+    Dtype,
+    Op,
+    Quantization,
+    Routing,
+)
 from jax_ep.bench.machine import Machine, check_processes, count_gpus, left_out
 
 _CPU_RANKS = 8
@@ -212,7 +221,7 @@ def _cases(fields: Any, **rest: Any) -> list[Case]:
             ]
         elif op == "round_trip":
             new = suites.round_trips(base)
-        elif op == "combine" and quantization != "none":
+        elif op in ("combine", *COMBINE_HALVES) and quantization != "none":
             continue  # rows come home in full precision
         cases += [case for case in new if case not in cases]
     return cases

@@ -8,14 +8,32 @@ from typing import Any, Literal, get_args
 from jax_ep._core.types import Layout, Mode
 
 Op = Literal[
-    "dispatch", "dispatch_cached", "combine", "plan", "round_trip", "exchange", "layer", "overlap"
+    "dispatch",
+    "dispatch_start",
+    "dispatch_done",
+    "dispatch_cached",
+    "combine",
+    "combine_start",
+    "combine_done",
+    "plan",
+    "round_trip",
+    "exchange",
+    "layer",
+    "overlap",
 ]
 Quantization = Literal["none", "quantized", "fp8", "fp8-dense"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Routing = Literal["uniform", "group-limited", "zipf", "all-to-one"]
 Capacity = Literal["exact", "default"]
 
-OUR_OPS: tuple[Op, ...] = ("plan", "dispatch", "dispatch_cached", "combine", "round_trip")
+# The two calls of latency mode.
+DISPATCH_HALVES: tuple[Op, ...] = ("dispatch_start", "dispatch_done")
+COMBINE_HALVES: tuple[Op, ...] = ("combine_start", "combine_done")
+HALVES = (*DISPATCH_HALVES, *COMBINE_HALVES)
+OUR_OPS: tuple[Op, ...] = (
+    *("plan", "dispatch", "dispatch_cached", "combine", "round_trip"),
+    *HALVES,
+)
 ALIGNMENT = 128  # rows of an expert are padded to multiples of it, as grouped matmuls prefer
 
 
@@ -25,6 +43,8 @@ class Case:
 
     Attributes:
         op: "plan", "dispatch" (with its plan), "dispatch_cached" (along a handle), "combine",
+            "dispatch_start", "dispatch_done", "combine_start" and "combine_done" (one of the two
+            calls that the op has in latency mode, which they take),
             "round_trip" (dispatch and combine), "exchange" (XLA's own exchange of rows, one way),
             "layer" (forward and backward) or "overlap" (an op in flight beside compute).
         layout: "expert" or "token".
@@ -93,6 +113,8 @@ class Case:
                 f"hidden: expected a multiple of 128 with quantization {self.quantization!r}, got "
                 f"{self.hidden}."
             )
+        if self.op in HALVES and self.mode != "latency":
+            raise ValueError(f"mode: expected 'latency' for op {self.op!r}, got {self.mode!r}.")
         if self.op in ("layer", "overlap") and self.intermediate is None:
             raise ValueError(f"intermediate: expected a width for op {self.op!r}.")
 

@@ -43,7 +43,7 @@ _TARGETS = {
 def measure(session: Session, case: Case) -> dict[str, Any]:
     """The record of one of our ops, by the library's kernels or by its reference."""
     problem = session.problem(case)
-    step, sets = _step(session, case, problem), _sets(session, case, problem)
+    step, sets = step_of(session, case, problem), sets_of(session, case, problem)
     is_native = _group(session, case).backend != "reference"
     moved = traffic.of_op(case, problem)
     written = problem.capacity * case.hidden * 2 if case.op != "plan" else 0
@@ -52,14 +52,14 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
     )
     measured = timing.measure(step, sets, session.mesh, chain)
     link = session.link(case.tokens, case.top_k)
-    wrong = _CHECKS[case.op](session, case, problem, measured.result, measured.last_set)
+    wrong = wrong_of(session, case, problem, measured.result, measured.last_set)
     wrongs = [text for text in session.exchange(wrong) if text]
     return session.record(
         case,
         session.slowest(measured.spread).less(link.median),
         moved,
         correct=not wrongs,
-        num_sms=_num_sms(session, case),
+        num_sms=num_sms_of(session, case),
         name=None if is_native else REFERENCE,
         workspace_bytes=native.workspace_bytes(session.group_of(case)),
         scratch_bytes=memory.scratch_bytes(measured.text),
@@ -96,7 +96,8 @@ def options(case: Case, session: Session) -> dict[str, Any]:
     }
 
 
-def _num_sms(session: Session, case: Case) -> int | None:
+def num_sms_of(session: Session, case: Case) -> int | None:
+    """SMs that the op takes, or None where it takes none."""
     if not session.on_gpu:
         return None
     cast = "f32" if case.quantization in ("fp8", "fp8-dense") else None
@@ -126,14 +127,19 @@ def _staged(session: Session) -> bool:
     return gpu_side.why_staged(session.group.id) is not None
 
 
-def _step(session: Session, case: Case, problem: Problem) -> Step:
-    given = options(case, session)
-    routed: dict[str, Any] = {
+def routed_of(case: Case, problem: Problem) -> dict[str, Any]:
+    """Arguments of ``jax_ep.dispatch`` without a handle, besides ``options``."""
+    return {
         "num_experts": case.experts,
         "layout": case.layout,
         "alignment": case.alignment,
         "capacity": problem.capacity,
     }
+
+
+def step_of(session: Session, case: Case, problem: Problem) -> Step:
+    """One op of a chain."""
+    given, routed = options(case, session), routed_of(case, problem)
 
     def dispatch(inputs: Any) -> Dispatched:
         x, topk_idx, weights = inputs
@@ -180,7 +186,7 @@ def _step(session: Session, case: Case, problem: Problem) -> Step:
     }[case.op]
 
 
-def _sets(session: Session, case: Case, problem: Problem) -> list[Any]:
+def sets_of(session: Session, case: Case, problem: Problem) -> list[Any]:
     """Inputs of the step: those of a dispatch, or what a dispatch has given for them."""
     sets: list[Any] = []
     prepare = _prepare(session, case, problem)
@@ -205,7 +211,7 @@ def _sets(session: Session, case: Case, problem: Problem) -> list[Any]:
 
 def _prepare(session: Session, case: Case, problem: Problem) -> Any:
     """From a dispatch's inputs to those of an op that follows a dispatch."""
-    dispatch = _step(session, dataclasses.replace(case, op="dispatch"), problem).run
+    dispatch = step_of(session, dataclasses.replace(case, op="dispatch"), problem).run
 
     def prepare(inputs: Any) -> Any:
         out = dispatch(inputs)
@@ -216,6 +222,11 @@ def _prepare(session: Session, case: Case, problem: Problem) -> Any:
         return rows.astype(out.tokens.dtype), out.handle
 
     return session.on_all_ranks(prepare)
+
+
+def wrong_of(session: Session, case: Case, problem: Problem, out: Any, index: int) -> str:
+    """What is wrong with the result of an op on a set of inputs, or ""."""
+    return _CHECKS[case.op](session, case, problem, out, index)
 
 
 def _check_plan(session: Session, case: Case, problem: Problem, out: Handle, index: int) -> str:

@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 
 from jax_ep._core.types import Layout
 from jax_ep.bench import layer, ops, overlap_ops, peers
-from jax_ep.bench.cases import Case, Op, Quantization, Routing
+from jax_ep.bench.cases import (
+    COMBINE_HALVES,
+    DISPATCH_HALVES,
+    Case,
+    Op,
+    Quantization,
+    Routing,
+)
 from jax_ep.bench.machine import Machine
 
 _LAYOUTS: tuple[Layout, ...] = ("token", "expert")
@@ -23,7 +30,8 @@ def suite(name: str, machine: Machine) -> list[Case]:
 
     * "baselines": every throughput row of docs/performance.md, and XLA's own exchanges; on CPU,
       dispatch and combine beside ``lax.all_to_all`` and the reference.
-    * "decode": 1 to 512 tokens a rank, 128 above all, in latency mode and as by default.
+    * "decode": 1 to 512 tokens a rank, 128 above all, in latency mode and as by default; and each of
+      the two calls that ops have in latency mode.
     * "routing": dispatch and combine under every routing pattern.
     * "layer": forward and backward of whole layers, in several implementations.
     * "overlap": ops in flight, each alone and beside a matmul or grouped_dot; layers in chunks.
@@ -141,6 +149,22 @@ def _decode(machine: Machine) -> list[Case]:
                 *_of(base, ("combine",), tokens=tokens),
             )
         ),
+        *_two_calls(base),
+    ]
+
+
+def _two_calls(base: Case) -> list[Case]:
+    """Each of the two calls that ops have in latency mode."""
+    base = dataclasses.replace(base, mode="latency")
+    expert = dataclasses.replace(base, layout="expert", alignment=1)
+    few = dataclasses.replace(base, tokens=8)
+    return [
+        case
+        for of, quantization in ((base, "quantized"), (expert, "fp8"), (few, "quantized"))
+        for case in (
+            *_of(of, DISPATCH_HALVES, quantization=quantization),
+            *_of(of, COMBINE_HALVES),
+        )
     ]
 
 
@@ -221,6 +245,7 @@ def _smoke(machine: Machine) -> list[Case]:
         *round_trips(_SMALL),
         *exchanges(_SMALL),
         *layers(dataclasses.replace(_SMALL, dtype="float32"), intermediate=64),
+        *_of(_SMALL, (*DISPATCH_HALVES, *COMBINE_HALVES), layout="token", mode="latency"),
         *overlaps(dataclasses.replace(_SMALL, dtype="float32"), width=64),
         *_arms(dataclasses.replace(_SMALL, dtype="float32"), 64, overlap_ops.GROUPED_ARMS[-1:]),
     ]

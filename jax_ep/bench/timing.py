@@ -183,13 +183,13 @@ def _unrolled(step: Step, sets: Sequence[Any], mesh: jax.sharding.Mesh, chain: C
         del unused
         return result, jnp.stack([start.stamp, end.stamp])  # type: ignore[list-item]
 
-    compiled = _compile(program, mesh, (list(sets),), chain, ops)
+    compiled = compile_chain(program, mesh, (list(sets),), chain, ops)
     samples, result = [], None
     for run in range(2 + chain.repeat):  # the first runs load, capture and allocate
         result = None  # frees the memory that the next run needs
         result, stamps = jax.block_until_ready(compiled(list(sets)))
         if run >= 2:
-            start, end = _by_rank(stamps, 2).T
+            start, end = by_rank(stamps, 2).T
             samples.append((end - start).max() / chain.length)
     return Measured(
         Spread.of(samples),
@@ -220,14 +220,14 @@ def _loop(step: Step, sets: Sequence[Any], mesh: jax.sharding.Mesh, chain: Chain
         return lax.fori_loop(0, turns, turn, (first, jnp.zeros((room, 2), jnp.uint32)))
 
     if chain.grows:
-        compiled = _compile(program, mesh, (sets[0], turns), chain, 1)
+        compiled = compile_chain(program, mesh, (sets[0], turns), chain, 1)
     else:  # XLA knows the number of turns, and the host need not look at each whether it is the last
-        compiled = _compile(lambda x: program(x, turns), mesh, (sets[0],), chain, 1)
+        compiled = compile_chain(lambda x: program(x, turns), mesh, (sets[0],), chain, 1)
 
     def run(turns: int) -> tuple[Any, np.ndarray]:
         arguments = (sets[0], np.int32(turns)) if chain.grows else (sets[0],)
         result, stamps = jax.block_until_ready(compiled(*arguments))
-        return result, np.diff(_by_rank(stamps, turns), axis=1)[:, 1:].max(axis=0)
+        return result, np.diff(by_rank(stamps, turns), axis=1)[:, 1:].max(axis=0)
 
     if not chain.grows:
         for _ in range(2):
@@ -262,14 +262,18 @@ def _even(turns: int) -> int:
     return turns + turns % 2
 
 
-def _compile(
+def compile_chain(
     program: Callable[..., Any],
     mesh: jax.sharding.Mesh,
     arguments: tuple[Any, ...],
     chain: Chain,
     ops: int,
 ) -> Any:
-    """The compiled program over the mesh; a scalar argument goes to all ranks."""
+    """The compiled program over the mesh; a scalar argument goes to all ranks.
+
+    Raises:
+        RuntimeError: if it has another number of the chain's calls than so many ops have.
+    """
     split, whole = P(mesh.axis_names), P()
     specs = tuple(whole if isinstance(x, int) else split for x in arguments)
     # Replication is not tracked: everything here differs from rank to rank.
@@ -298,7 +302,7 @@ def _check_memory(compiled: Any, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _by_rank(stamps: jax.Array, count: int) -> np.ndarray:
+def by_rank(stamps: jax.Array, count: int) -> np.ndarray:
     """``[ranks here, count]`` microseconds. Clocks of several GPUs are not synchronised."""
     parts = [np.asarray(shard.data)[:count] for shard in stamps.addressable_shards]
     return np.stack([clock.microseconds(part) for part in parts])

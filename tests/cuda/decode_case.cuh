@@ -20,6 +20,7 @@ struct DecodeWorkload : Workload {
   bool dense, has_weights;
   int expert_capacity;
   bool fixed_places;
+  int absent;  // a rank that takes no part, or -1
 
   explicit DecodeWorkload(const Options& options) : Workload(options) {
     const std::string cast = options.Text("cast", "");
@@ -30,13 +31,15 @@ struct DecodeWorkload : Workload {
     has_weights = options.Int("weights", 1) != 0;
     expert_capacity = options.Int("expert_capacity", std::numeric_limits<int32_t>::max());
     fixed_places = options.Int("fixed_places", 0) != 0;
+    absent = options.Int("absent", -1);
   }
   bool HasRowScales() const { return fp8 || (Casts() && !dense); }
   bool Casts() const { return quantization != ops::Quantization::kNone; }
   size_t RowBytes() const { return size_t(C) * H * (HasRowScales() ? 1 : width); }
 };
 
-// Changes routes: none at all for some ranks, or all to the first experts.
+// Changes routes: none at all for some ranks, none from or to one that is absent, or all to the
+// first experts.
 inline void ChangeRoutes(const DecodeWorkload& w, const Options& options,
                          std::vector<Rank>& ranks) {
   const int masked = options.Int("masked", 0);  // of every so many ranks one has no tokens
@@ -44,6 +47,7 @@ inline void ChangeRoutes(const DecodeWorkload& w, const Options& options,
   for (size_t r = 0; r < ranks.size(); ++r) {
     for (int32_t& id : ranks[r].topk_idx.host) {
       if (masked != 0 && r % masked == 0) id = -1;
+      if (w.absent >= 0 && (int(r) == w.absent || id / w.L == w.absent)) id = -1;
       if (routes == "first" && id >= 0) id %= w.L;
       if (routes == "few" && id >= 0) id = id % 2 == 0 ? 0 : id;
     }
@@ -90,6 +94,15 @@ void SetCalls(const DecodeWorkload& w, const Rank& k, const cuda::DecodeInboxes&
   params.kind = kind;
   params.num_blocks = BlocksOf(w, k) + (calls == cuda::Calls::kStart);
   if (calls == cuda::Calls::kDone) params.group.tag += 8;
+  if (w.absent < 0) return;
+  // As transport/groups.cc says it. An access to memory of an absent rank ends the program.
+  const uint32_t own = 1u << k.group.rank, absent = 1u << w.absent;
+  params.group.absent = absent == own ? ~own : absent;
+  for (int r = 0; r < w.R; ++r) {
+    if (!cuda::IsAbsent(params.group, r)) continue;
+    params.group.peers[r] = nullptr;
+    params.inboxes.of[r] = nullptr;
+  }
 }
 
 inline cuda::DecodeDispatchParams DecodeDispatchOf(const DecodeWorkload& w, const Rank& k,

@@ -6,6 +6,7 @@
 //                                 concurrent|restarts|done|crossed] [calls=1|2 (of an op)]
 //                        [word=hello|ids (that it does not send)] [items=0 (before it stops)]
 //                        [other=(the failing rank's op, if it is a mismatch)] [timeout_ms=250]
+//                        [absent=(a rank that takes no part from the beginning)]
 //
 // and what decode_test takes for its workload. With failure=elsewhere the rank is at a plan of
 // throughput mode. With failure=restarts the rank has two start calls before a done call, with
@@ -78,7 +79,9 @@ class Test {
 
   void Succeed() {
     for (const OpKind op : {OpKind::kDispatch, OpKind::kCombine}) {
-      for (Rank& k : ranks_) Launch(op, k);
+      for (Rank& k : ranks_) {
+        if (k.group.rank != w_.absent) Launch(op, k);
+      }
       Synchronize();
     }
     for (const Rank& k : ranks_) Expect(k.error->set == 0, k.group.rank, "failed too early");
@@ -118,7 +121,7 @@ class Test {
     // A peer that comes only afterwards keeps two ops at once from ending.
     const int late = what == "concurrent" ? (failing + 1) % w_.R : -1;
     for (Rank& k : ranks_) {
-      if (k.group.rank == late) continue;
+      if (k.group.rank == late || k.group.rank == w_.absent) continue;
       if (k.group.rank != failing) {
         Launch(op, k);
       } else if (what == "elsewhere") {
@@ -154,6 +157,7 @@ class Test {
     }
     for (Rank& k : ranks_) {
       const int r = k.group.rank;
+      if (r == w_.absent) continue;
       if (r == failing && (!itself || what == "elsewhere" || other != op)) continue;
       // The rank may have sent all that its peers wait for; then only their next ops fail.
       if (unpaired && r != failing && k.error->set == 0) continue;
@@ -191,18 +195,26 @@ class Test {
     culprit.group.tag = ranks_[(failing + 1) % w_.R].group.tag;
     for (const OpKind later : {OpKind::kDispatch, OpKind::kCombine}) {
       for (Rank& k : ranks_) {
-        if (k.group.rank == failing) continue;
+        if (k.group.rank == failing || k.group.rank == w_.absent) continue;
         Clear(later, k);
         Launch(later, k);
       }
       Synchronize();
       for (Rank& k : ranks_) {
-        if (k.group.rank == failing) continue;
+        if (k.group.rank == failing || k.group.rank == w_.absent) continue;
         CheckFailed(later, k, timeout_ns_);
         Expect(k.error->kind == static_cast<uint32_t>(ErrorKind::kAborted), k.group.rank,
                "a later op was not aborted");
       }
     }
+    if (what != "absent") return;
+    // It was only slow, and comes to the op that its peers have given up.
+    Clear(op, culprit);
+    Launch(op, culprit);
+    Synchronize();
+    CheckFailed(op, culprit, timeout_ns_);
+    Expect(culprit.error->kind == static_cast<uint32_t>(ErrorKind::kAborted), failing,
+           "the late op was not aborted");
   }
 
  private:

@@ -4,13 +4,16 @@
 //               [cast=fp8|ue8m0] [dense=0|1] [weights=1] [expert_capacity=]
 //               [fixed_places=0 (1: a masked plan; needs capacity, alignment and expert_capacity)]
 //               [epoch=0 (of the op before the first)] [order=steps|ops|flying] [time=0 (ops of a
-//               graph)] [calls=1|2|3 (of an op: one, two, or by turns)]
+//               graph)] [calls=1|2|3 (of an op: one, two, or by turns)] [absent=(a rank that takes
+//               no part)] [dead=0 (1: it runs no op either; else it runs them all by itself)]
+//               [phases=0 (ops of a graph, at most 64)] [replays=20] [json=FILE]
 //
 // and what kernels_test takes for its workload. Each step is a dispatch, with its plan, and a
 // combine. It has inputs and results of its own, and no rank waits on the host between steps. With
 // order=ops all combines come after all dispatches. With order=flying each op has two calls: a step
 // starts its combine, then the next step its dispatch, on another channel, and each rank finishes
-// them in an order of its own.
+// them in an order of its own. phases= says when each phase of an op passes, in one call and in
+// two; it needs JAX_EP_CLOCK_STAMPS, as "build_kernels_test.sh FOLDER stamps" defines it.
 
 #include <cuda_runtime.h>
 
@@ -26,6 +29,8 @@
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
 #include "decode_case.cuh"
+#include "decode_phases.cuh"
+#include "graph.cuh"
 
 namespace {
 
@@ -62,12 +67,13 @@ void RunOnCpu(std::vector<Rank>& ranks, ArgsOf args_of, WorkOf work_of) {
   work.run(0, work.num_rows);
 }
 
-void Check(const DecodeWorkload& w, int step, std::vector<Rank>& ranks) {
+void Check(const DecodeWorkload& w, int step, int dead, std::vector<Rank>& ranks) {
   RunOnCpu(ranks, [&](const Rank& k) { return DecodePlanArgs(w, k, true); }, cpu::PlanWork);
   RunOnCpu(ranks, [&](const Rank& k) { return DecodeDispatchArgs(w, k, true); }, cpu::DispatchWork);
   RunOnCpu(ranks, [&](const Rank& k) { return DecodeCombineArgs(w, k, true); }, cpu::CombineWork);
   for (size_t r = 0; r < ranks.size(); ++r) {
     const Rank& k = ranks[r];
+    if (int(r) == dead) continue;
     CHECK_CUDA(cudaSetDevice(k.device));
     const auto compare = [&](const char* what, const auto& buffer) {
       Compare(what, step, static_cast<int>(r), buffer);
@@ -83,38 +89,9 @@ void Check(const DecodeWorkload& w, int step, std::vector<Rank>& ranks) {
 // The time of an op, by a graph of `count` of them on every rank.
 template <typename Launch>
 void Time(const char* name, std::vector<Rank>& ranks, int count, Launch&& launch) {
-  std::vector<cudaGraphExec_t> graphs(ranks.size());
-  for (size_t r = 0; r < ranks.size(); ++r) {
-    cudaGraph_t graph;
-    CHECK_CUDA(cudaSetDevice(ranks[r].device));
-    CHECK_CUDA(cudaStreamBeginCapture(ranks[r].stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < count; ++i) launch(ranks[r]);
-    CHECK_CUDA(cudaStreamEndCapture(ranks[r].stream, &graph));
-    CHECK_CUDA(cudaGraphInstantiate(&graphs[r], graph, 0));
-    CHECK_CUDA(cudaGraphUpload(graphs[r], ranks[r].stream));
-    CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
-  }
-  float slowest = 0;
-  for (int turn = 0; turn < 2; ++turn) {
-    std::vector<std::thread> threads;
-    for (size_t r = 0; r < ranks.size(); ++r) {
-      threads.emplace_back([&, r] {
-        CHECK_CUDA(cudaSetDevice(ranks[r].device));
-        CHECK_CUDA(cudaEventRecord(ranks[r].begin, ranks[r].stream));
-        CHECK_CUDA(cudaGraphLaunch(graphs[r], ranks[r].stream));
-        CHECK_CUDA(cudaEventRecord(ranks[r].end, ranks[r].stream));
-        CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    slowest = 0;
-    for (const Rank& k : ranks) {
-      float ms = 0;
-      CHECK_CUDA(cudaEventElapsedTime(&ms, k.begin, k.end));
-      slowest = std::max(slowest, ms);
-    }
-  }
-  std::printf("  %-12s %8.2f us\n", name, slowest * 1e3 / count);
+  Graphs graphs(ranks, count, launch);
+  graphs.Run();
+  std::printf("  %-12s %8.2f us\n", name, graphs.Run() / count);
 }
 
 }  // namespace
@@ -166,6 +143,7 @@ int main(int argc, char** argv) {
               w.by_expert ? "expert" : "token", w.dtype.c_str(), w.blocks);
   const std::string order = options.Text("order", "steps");
   const int num_calls = options.Int("calls", 1);
+  const int dead = options.Int("dead", 0) != 0 ? w.absent : -1;
   const auto dispatch_call = [&](const Rank& k, Calls calls) {
     CHECK_CUDA(cuda::LaunchDecodeDispatch(DecodeDispatchOf(w, k, inboxes, calls), k.stream));
   };
@@ -180,6 +158,7 @@ int main(int argc, char** argv) {
   };
   std::vector<std::thread> threads;
   for (int r = 0; r < w.R; ++r) {
+    if (r == dead) continue;
     threads.emplace_back([&, r] {
       CHECK_CUDA(cudaSetDevice(steps[0][r].device));
       if (order == "flying") {
@@ -217,13 +196,35 @@ int main(int argc, char** argv) {
                 (unsigned long long)error.expected, (unsigned long long)error.seen);
     ++num_wrong;
   }
-  for (int step = 0; step < num_steps; ++step) Check(w, step, steps[step]);
+  for (int step = 0; step < num_steps; ++step) Check(w, step, dead, steps[step]);
   if (const int count = options.Int("time", 0)) {
     for (const bool in_two : {false, true}) {
       std::printf("  in %s\n", in_two ? "two calls" : "one call");
       Time("dispatch", steps[0], count, [&](const Rank& k) { whole(k, in_two, dispatch_call); });
       Time("combine", steps[0], count, [&](const Rank& k) { whole(k, in_two, combine_call); });
     }
+  }
+  if (const int count = options.Int("phases", 0)) {
+#ifdef JAX_EP_CLOCK_STAMPS
+    const std::string path = options.Text("json", "");
+    FILE* const json = path.empty() ? nullptr : std::fopen(path.c_str(), "w");
+    if (count > cuda::kStampedOps || (json == nullptr && !path.empty())) {
+      std::printf("expected at most %d ops, and a file that can be written\n", cuda::kStampedOps);
+      return 2;
+    }
+    PhaseMeter meter(w, steps[0], count, options.Int("replays", 20), json);
+    for (const bool in_two : {false, true}) {
+      num_wrong += meter.Measure("dispatch", in_two, dispatch_call);
+      num_wrong += meter.Measure("combine", in_two, combine_call);
+    }
+    if (json != nullptr) {
+      std::fprintf(json, "]\n");
+      std::fclose(json);
+    }
+#else
+    std::printf("expected a build with JAX_EP_CLOCK_STAMPS for phases=%d\n", count);
+    return 2;
+#endif
   }
   std::printf(num_wrong == 0 ? "  all right\n" : "  %d WRONG\n", num_wrong);
   return num_wrong == 0 ? 0 : 1;

@@ -18,13 +18,8 @@
 #include <string>
 #include <vector>
 
+#include "phases.cuh"
 #include "plan_case.cuh"
-
-#ifdef JAX_EP_PLAN_STAMPS
-namespace jax_ep::cuda {
-cudaError_t ReadPlanStamps(int64_t (&stamps)[8][16]);
-}
-#endif
 
 namespace {
 
@@ -133,11 +128,36 @@ void CheckShapes() {
   }
 }
 
+#ifdef JAX_EP_CLOCK_STAMPS
+// When the last warp of a block has passed each phase of the plan that pushes: means over ops.
+void PrintPhases(const std::vector<StampedOp>& ops) {
+  for (const int block : {0, 5}) {
+    std::printf("    us from the launch at the end of each phase, block %d:", block);
+    for (int phase = 1; phase < cuda::kStampedPhases; ++phase) {
+      double sum = 0;
+      int count = 0;
+      for (const StampedOp& op : ops) {
+        const PhaseOfOp::OfBlock* passed = op.phases[phase].Of(block);
+        if (passed == nullptr) continue;
+        sum += static_cast<double>(passed->last - op.phases[0].Of(block)->first) / 1e3;
+        ++count;
+      }
+      if (count != 0) std::printf(" %d: %.2f", phase, sum / count);
+    }
+    std::printf("\n");
+  }
+}
+#endif
+
 // Microseconds of a plan, in a chain of them without gaps from the host.
 void Time(const Shape& shape, PlanKernel kernel) {
   constexpr int kChain = 50, kRounds = 7;
   std::mt19937 random(options["seed"]);
   Group group(shape.R);
+#ifdef JAX_EP_CLOCK_STAMPS
+  cuda::ClockStamps* const stamps = MakeStamps();
+  group.params[0].stamps = stamps;
+#endif
   const Case one(shape, group, 1, random);
   if (!one.Fits(kernel)) return;
   std::vector<cudaGraphExec_t> graphs(shape.R);
@@ -155,6 +175,10 @@ void Time(const Shape& shape, PlanKernel kernel) {
   group.Wait();
   std::vector<double> us;
   for (int round = 0; round < kRounds; ++round) {
+#ifdef JAX_EP_CLOCK_STAMPS
+    CHECK_CUDA(cudaMemset(stamps, 0, sizeof(*stamps)));  // those of the last round stay
+    CHECK_CUDA(cudaDeviceSynchronize());
+#endif
     for (int r = 0; r < shape.R; ++r) {
       Spin<<<1, 1, 0, group.streams[r]>>>(200000);
       CHECK_CUDA(cudaEventRecord(begin[r], group.streams[r]));
@@ -170,17 +194,9 @@ void Time(const Shape& shape, PlanKernel kernel) {
   std::printf("  R=%d T=%d K=%d E=%d %-6s C=%-6d %s %6.2f us (%.2f to %.2f)\n", shape.R, shape.T,
               shape.K, shape.E, shape.layout == Layout::kToken ? "token" : "expert", one.C,
               kernel == PlanKernel::kPush ? "push" : "pull", us[kRounds / 2], us[0], us.back());
-#ifdef JAX_EP_PLAN_STAMPS
-  if (kernel != PlanKernel::kPush) return;
-  int64_t stamps[8][16];
-  CHECK_CUDA(cuda::ReadPlanStamps(stamps));
-  for (const int b : {0, 5}) {
-    std::printf("    cycles at the end of each step, block %d:", b);
-    for (int i = 1; i <= 14; ++i) {
-      std::printf(" %d", stamps[b][i] == 0 ? -1 : int(stamps[b][i] - stamps[b][0]));
-    }
-    std::printf("\n");
-  }
+#ifdef JAX_EP_CLOCK_STAMPS
+  if (kernel == PlanKernel::kPush) PrintPhases(ReadStamps(stamps));
+  CHECK_CUDA(cudaFree(stamps));
 #endif
 }
 

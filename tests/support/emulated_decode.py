@@ -48,7 +48,18 @@ STEPS = [
         " expert_capacity=64 keeps_unused=1 weighted=1",
         "layout=expert ranks=2 hidden=256 fixed_places=1 alignment=8 capacity=48 expert_capacity=8"
         " routes=few cast=fp8 order=flying",
+        # An absent rank whose memory nobody may touch. It runs its ops by itself, or none.
+        "layout=expert ranks=3 hidden=264 absent=1",
+        "layout=token ranks=3 hidden=264 absent=2 dead=1 calls=3",
+        "layout=expert ranks=4 hidden=136 absent=0 dead=1 order=flying steps=4",
+        "layout=token ranks=2 hidden=256 absent=1 dead=1 cast=fp8 dense=1 epoch=0xfffffffe",
     )
+]
+
+# Chains of ops whose kernels stamp their phases with the clock.
+PHASES = [
+    f"{_SMALL} phases=3 replays=1 steps=1 {given}"
+    for given in ("layout=expert ranks=2 hidden=2056", "layout=token ranks=3 hidden=264")
 ]
 
 _FEW = "hidden=264 experts=12 topk=4 blocks=2 alignment=8 tokens=20"
@@ -90,6 +101,9 @@ FAILURES = [
         "op=dispatch failure=restarts layout=expert ranks=3 calls=2",
         "op=combine failure=done layout=token ranks=2 calls=2",
         "op=combine failure=crossed layout=expert ranks=3 calls=2",
+        # A rank fails where another one is absent from the beginning.
+        "op=dispatch failure=absent layout=expert ranks=4 absent=0",
+        "op=combine failure=gone layout=token ranks=3 absent=1 calls=2",
     )
 ]
 

@@ -15,6 +15,7 @@ import deviceless  # sets what JAX starts with
 
 # isort: split
 import contextlib
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -33,6 +34,9 @@ from jax_ep import _compat
 from jax_ep._backends import region
 from jax_ep._core import libraries
 from jax_ep._groups import create, gpu_side
+from jax_ep.bench import half_ops, ops
+from jax_ep.bench.cases import Case
+from jax_ep.bench.problems import Problem
 
 RANKS, TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2, 512, 256, 512, 8, 2
 
@@ -152,6 +156,47 @@ def latency_mode(*, named: bool, grad: bool = False) -> dict[str, Any]:
     return schedule_of(jax.grad(loss), given)
 
 
+def readings(op: str) -> dict[str, Any]:
+    """The benchmark's chain of two ops in two calls: what runs between their first reading and last."""
+    group = jax_ep.create_group(MESH, "expert", latency_tokens=8, latency_hidden=256)
+    case = Case(
+        op=op, layout="token", mode="latency", tokens=8, hidden=256, top_k=TOP_K, experts=EXPERTS
+    )
+    session = mock.Mock(group_of=lambda case: group)
+    problem = Problem(case, RANKS)
+    x, topk_idx, weights = (
+        jax.ShapeDtypeStruct((8, 256), jnp.bfloat16),
+        jax.ShapeDtypeStruct((8, TOP_K), jnp.int32),
+        jax.ShapeDtypeStruct((8, TOP_K), jnp.float32),
+    )
+
+    def on_each(inputs):
+        if op == "combine":
+            out = ops.step_of(session, dataclasses.replace(case, op="dispatch"), problem).run(
+                inputs
+            )
+            inputs = out.tokens, out.handle
+        return inputs
+
+    def run(inputs, value):
+        return half_ops.chain(session, case, problem, length=2)([on_each(inputs)], value)
+
+    mapped = jax.shard_map(
+        run, mesh=MESH, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    given = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (RANKS * x.shape[0], *x.shape[1:]), x.dtype, sharding=NamedSharding(MESH, P("expert"))
+        ),
+        ((x, topk_idx, weights), jax.ShapeDtypeStruct((1,), jnp.int32)),
+    )
+    found = schedule.schedule(deviceless.lowered(mapped, *given).compile().as_text())
+    quiet = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant")
+    kinds = [op.kind.removeprefix("jax_ep_") for op in found if op.kind not in quiet]
+    clocks = [place for place, kind in enumerate(kinds) if kind == "clock"]
+    return {"ops": kinds[clocks[2 * half_ops.READINGS] : clocks[-1] + 1]}
+
+
 def same_text_as_on_real_gpus() -> dict[str, Any]:
     """Whether a program is the same where the devices count as real ones, with a real group."""
     text = deviceless.lowered(*flat(layer(overlap="chunks"))).as_text()
@@ -248,6 +293,8 @@ PROGRAMS = {
     "latency": lambda: latency_mode(named=True),
     "latency gradient": lambda: latency_mode(named=True, grad=True),
     "latency without names": lambda: latency_mode(named=False),
+    "readings of dispatch": lambda: readings("dispatch"),
+    "readings of combine": lambda: readings("combine"),
     "memory": memory_by_room,
     "hosts": across_hosts,
     "shared_expert": lambda: schedule_of(*layer(overlap="shared_expert", shared=True)),

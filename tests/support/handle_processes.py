@@ -117,14 +117,19 @@ def open_descriptors() -> int:
 places: list[Any] = []  # of the ranks of the groups that were made
 
 
-def create(group_id: int, instances: list[list[int]], ranks_per_host: int | None = None) -> str:
+def create(
+    group_id: int,
+    instances: list[list[int]],
+    ranks_per_host: int | None = None,
+    absent: tuple[int, ...] = (),
+) -> str:
     """Make a group of one rank for each process; "made", or the error."""
     ranks = [[Rank(p, 10 + p, 0 if p == ME else None) for p in procs] for procs in instances]
     try:
         size = len(instances[0])
         per_host = ranks_per_host or size
         hosts = tuple(tuple(range(first, first + per_host)) for first in range(0, size, per_host))
-        topology = Topology(hosts, tuple(map(tuple, instances)))
+        topology = Topology(hosts, tuple(map(tuple, instances)), absent=absent)
         places.append(gpu_side.create(group_id, ranks, topology, 60.0, Room(2, 8, 64)))
     except CommunicationError as error:
         return str(error)
@@ -268,6 +273,29 @@ def killed() -> Any:
     results.append(create(2, [EVERYBODY]))
     results.append(create(3, [EVERYBODY[:-1]]))  # those that are left go on
     return {"seconds": seconds, "results": results}
+
+
+def absent_ranks() -> Any:
+    """Groups without the process in the middle: it is elsewhere, comes back, and dies."""
+    results = [create(1, [EVERYBODY])]
+    if ME != 1:
+        results.append(create(2, [EVERYBODY], absent=(1,)))
+    results.append(create(3, [EVERYBODY]))
+    if ME == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    before = open_descriptors()
+    topology = Topology((tuple(EVERYBODY),), (tuple(EVERYBODY),), absent=(1,))
+    obstacle = gpu_side.obstacle(topology, None)
+    per_host = real_hosts.ranks_per_host(topology), real_hosts.splits_hosts(topology)
+    results.append(create(4, [EVERYBODY], absent=(1,)))
+    return {
+        "results": results,
+        "more_descriptors": open_descriptors() - before,
+        "found": [obstacle, *per_host],
+        "specs": memory.specs[-1][0],
+        "room": memory.rooms[-1],
+        "gpus": places[-1][0],
+    }
 
 
 def forked() -> Any:

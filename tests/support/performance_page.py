@@ -5,8 +5,10 @@ Importing this module puts docs/ on the path, because the script imports its nei
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import sys
+import types
 from typing import Any
 
 from jax_ep.bench import records
@@ -29,6 +31,15 @@ def with_peers(
     workload = (2, tokens, 7168, 8, 256)
     peers = [data.Peer(name, op, workload, sms, us, us - 1, us + 1) for name, sms, us in figures]
     return {**targets, "peers": {**targets["peers"], "figures": peers}}
+
+
+def benchmark(name: str) -> types.ModuleType:
+    """The script benchmarks/NAME.py, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -109,6 +120,41 @@ def kernel(**changes: Any) -> dict[str, Any]:
         "alignment": 128,
         "blocks": 64,
         "us": 190.04,
+        "correct": True,
+        "device": "NVIDIA H200",
+        "versions": {"driver": "580"},
+        "command": "",
+    }
+    return {**fields, **changes}
+
+
+def phases(**changes: Any) -> dict[str, Any]:
+    """A record as benchmarks/decode_phases.py writes it, with two phases only."""
+    passed = [
+        {"phase": "launched", "blocks": 50, "first_us": 0.0, "median_us": 0.3, "last_us": 0.5},
+        {"phase": "end", "blocks": 50, "first_us": 5.0, "median_us": 6.0, "last_us": 7.25},
+    ]
+    fields = {
+        "op": "decode_phases",
+        "kernel": "dispatch",
+        "call": "whole",
+        "layout": "token",
+        "dtype": "bfloat16",
+        "quantization": "quantized",
+        "ranks": 2,
+        "gpus": 1,
+        "tokens": 128,
+        "hidden": 7168,
+        "top_k": 8,
+        "experts": 256,
+        "blocks": 50,
+        "ops": 1000,
+        "op_us": 8.5,
+        "plain_us": 8.0,
+        "gap_us": 1.25,
+        "skew_us": 0.4,
+        "resolution_ns": 32,
+        "phases": [p | {"takes_us": t} for p, t in zip(passed, (0.5, 6.75), strict=True)],
         "correct": True,
         "device": "NVIDIA H200",
         "versions": {"driver": "580"},

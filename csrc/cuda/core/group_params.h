@@ -7,6 +7,8 @@
 
 namespace jax_ep::cuda {
 
+struct ClockStamps;
+
 // What every kernel of a group needs to know of it; passed by value.
 struct GroupParams {
   // The op's channel of every rank's workspace, at this device's addresses; peers[rank] is its own.
@@ -23,6 +25,18 @@ struct GroupParams {
   uint64_t op_timeout_ns;
   uint32_t tag;
   OpKind op;
+  // Latency mode: a bit for each rank that takes no part. This rank neither waits for it nor writes
+  // to it, and its pointers may be null. To a rank that is absent itself, all others are. Other
+  // modes have none.
+  uint32_t absent;
+#ifdef JAX_EP_CLOCK_STAMPS
+  ClockStamps* stamps;  // of this kernel, or null (clock_stamps.cuh)
+#endif
 };
+static_assert(kMaxRanks <= 32, "a bit for each rank");
+
+JAX_EP_HOST_DEVICE bool IsAbsent(const GroupParams& group, int rank) {
+  return (group.absent >> rank & 1) != 0;
+}
 
 }  // namespace jax_ep::cuda

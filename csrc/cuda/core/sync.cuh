@@ -64,6 +64,7 @@ __device__ __noinline__ inline void Fail(const GroupParams& group, ErrorKind kin
     ptx::StoreReleaseSystem(&error->set, 1u);
   }
   for (int r = 0; r < group.num_ranks; ++r) {
+    if (IsAbsent(group, r)) continue;
     for (int channel = 0; channel < group.num_channels; ++channel) {
       ptx::StoreReleaseSystem(&OnChannel(group, r, channel).failed, 1u);
     }

@@ -66,8 +66,10 @@ class Combiner {
       if (!sends) {
         if (!BringHome(token, part, begin, end, ranks)) return false;
       } else if (count != 0) {
+        StampClock(p_.group, op_.epoch, DecodePhase::kRowsRead);
         TestDelay(p_.group.rank, op_.epoch, 64 + token);
         Send(home, token, part, end - begin);
+        StampClock(p_.group, op_.epoch, DecodePhase::kRowsSent);
       }
       __syncwarp();  // the stage and the list may be written again
     }
@@ -153,6 +155,7 @@ class Combiner {
         for (int c = 0; c < kChannels; ++c) sums[j][c] = __fadd_rn(sums[j][c], channels[c]);
       }
     }
+    StampClock(p_.group, op_.epoch, DecodePhase::kRowsThere);
     __syncwarp();
     Store(token, begin, end - begin, sums);
     return true;
@@ -203,7 +206,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   bool ok = !greets || SayHello(p, op);
   WarpMemory& of_warp = reinterpret_cast<WarpMemory*>(memory)[threadIdx.x / 32];
   ok = ok && Combiner<T, kWeighted>(p, op, of_warp).Run();
-  if (p.calls == Calls::kStart) return EndStart(p, found_other);
+  if (p.calls == Calls::kStart) return EndStart(p, op, found_other);
+  StampClock(p.group, op.epoch, DecodePhase::kWritten);
   if (greets) ok = ok && WaitHellos(p, op);
   EndDecode(p, op, found_other, ok, [&] { Poison(p); });
 }

@@ -57,11 +57,13 @@ class Mover {
       if (sends) {
         uint32_t ranks = RanksOf(token);
         parts_.Fill(token, part);  // its loads are in flight together with that of the ids
-        ranks = __reduce_or_sync(~0u, ranks) & ~(1u << p_.group.rank);
+        ranks = __reduce_or_sync(~0u, ranks) & ~(1u << p_.group.rank | p_.group.absent);
         __syncwarp();
+        StampClock(p_.group, op_.epoch, DecodePhase::kRowsRead);
         TestDelay(p_.group.rank, op_.epoch, 64 + token);
         parts_.Send(token, part, ranks);
         __syncwarp();
+        StampClock(p_.group, op_.epoch, DecodePhase::kRowsSent);
         to_send += kMovers * gridDim.x;
         ++n_sent;
         continue;
@@ -73,6 +75,7 @@ class Mover {
           parts_.Fill(token, part);
         } else {
           ok = ok && Bring(peer, token, part);
+          StampClock(p_.group, op_.epoch, DecodePhase::kRowsThere);
         }
         parts_.Publish();
       }
@@ -153,6 +156,7 @@ __device__ __forceinline__ bool Route(const DecodeDispatchParams& p, DecodeOp op
   router.Clear();
   SyncRouters();
   ok = router.Count(first, count) && ok;
+  StampClock(p.group, op.epoch, DecodePhase::kIdsThere);
   if (greets) ok = ok && WaitHellos(p, op);
   SyncRouters();
   router.LayOut();
@@ -162,6 +166,7 @@ __device__ __forceinline__ bool Route(const DecodeDispatchParams& p, DecodeOp op
     router.Number(first, count);
     ok = __syncthreads_and(ok);
     if (!ok) return false;
+    StampClock(p.group, op.epoch, DecodePhase::kPlanKnown);
     writer.WriteRows(first, count);
     if (is_first) {
       if (blockIdx.x == 0) writer.WriteNumbers();
@@ -220,9 +225,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ok = Mover<From>(p, op, routes, memory + RouteBytes(p)).Run(range, at_once);
   }
-  if (p.calls == Calls::kStart) return EndStart(p, found_other);
+  if (p.calls == Calls::kStart) return EndStart(p, op, found_other);
   ptx::CommitBulkGroup();
   ptx::WaitBulkGroups();
+  StampClock(p.group, op.epoch, DecodePhase::kWritten);
   EndDecode(p, op, found_other, ok, [&] { Poison(p); });
 }
 

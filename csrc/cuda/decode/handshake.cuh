@@ -5,8 +5,10 @@
 
 #include <cstdint>
 
+#include "cuda/core/clock_stamps.cuh"
 #include "cuda/core/sync.cuh"
 #include "cuda/decode/inbox.h"
+#include "cuda/decode/phases.h"
 #include "plan/routing.h"
 
 namespace jax_ep::cuda {
@@ -45,6 +47,17 @@ __device__ __forceinline__ void StoreWord(StampedWord* to, uint32_t a, uint32_t 
   ptx::StoreRelaxedSystem16(to, make_uint4(a, b, c, stamp));
 }
 
+// Whose inbox a message goes to, and as whose message.
+struct Envelope {
+  int to, from;
+};
+
+// For what this rank tells `rank`. In the place of an absent rank, it tells itself what that rank
+// would say. So no wait has to know which ranks are absent.
+__device__ __forceinline__ Envelope EnvelopeFor(const GroupParams& group, int rank) {
+  return IsAbsent(group, rank) ? Envelope{group.rank, rank} : Envelope{rank, group.rank};
+}
+
 __device__ __forceinline__ SentOp LoadSent(const DecodeInbox& own) {
   const uint4 word = ptx::LoadRelaxedSystem16(&own.sent);
   return {uint64_t{word.y} << 32 | word.x, word.z, word.w};
@@ -67,8 +80,11 @@ __device__ __forceinline__ uint32_t TagOf(const Params& p) {
 // block's place.
 template <typename Params>
 __device__ __forceinline__ DecodeOp BeginDecode(const Params& p, bool& found_other) {
+  const uint64_t launched = StampTime(p.group);
   DecodeInbox& own = OwnInbox(p);
   const DecodeOp op{ptx::LoadRelaxedSystem(&own.epochs[blockIdx.x]) + 1};
+  StampClockAt(p.group, op.epoch, DecodePhase::kLaunched, launched);
+  StampClock(p.group, op.epoch, DecodePhase::kBegun);
   // By a thread that has nothing to do until the answer comes.
   if (threadIdx.x == blockDim.x - 1) {
     found_other = atomicExch(&own.busy[blockIdx.x], 1u) != 0u;
@@ -100,9 +116,11 @@ __device__ __forceinline__ bool SayHello(const Params& p, DecodeOp op) {
   if (!__all_sync(~0u, ok)) return false;
   if (p.calls == Calls::kDone) return true;
   if (lane < p.group.num_ranks && !TestWithholds(p.group, lane, WordKind::kHello)) {
-    StoreWord(&p.inboxes.of[lane]->hello[op.parity()][p.group.rank],
+    const Envelope envelope = EnvelopeFor(p.group, lane);
+    StoreWord(&p.inboxes.of[envelope.to]->hello[op.parity()][envelope.from],
               p.group.tag & ((1u << kTagBits) - 1), 0, 0, op.stamp());
   }
+  StampClock(p.group, op.epoch, DecodePhase::kHelloSent);
   return true;
 }
 
@@ -231,13 +249,15 @@ __device__ bool WaitHellos(const Params& p, DecodeOp op) {
     } while (!ok && wait.Continue(p, op, WordKind::kHello, peer));
     if (!ok) wait.Report(p, op, WordKind::kHello, peer, hello.w);
   }
+  StampClock(p.group, op.epoch, DecodePhase::kHellosThere);
   return __all_sync(~0u, ok);
 }
 
 // Ends a start call, after which the op goes on; called by all threads of all blocks.
 template <typename Params>
-__device__ __forceinline__ void EndStart(const Params& p, const bool& found_other) {
+__device__ __forceinline__ void EndStart(const Params& p, DecodeOp op, const bool& found_other) {
   __syncthreads();
+  StampClock(p.group, op.epoch, DecodePhase::kEnd);
   if (TestStops(p.group.tag, ~0u)) return;
   if (threadIdx.x == 0 && !found_other) OwnInbox(p).busy[blockIdx.x] = 0;
 }
@@ -259,6 +279,7 @@ __device__ inline void EndDecode(const Params& p, DecodeOp op, const bool& found
     own.busy[block] = 0;
   }
   if (block < kMaxDecodeBlocks) ptx::StoreRelaxedSystem(&own.epochs[block], op.epoch);
+  StampClock(p.group, op.epoch, DecodePhase::kEnd);
   if (ok) return;
   // With two ops at once, a block may have counted an op more than others of its grid, so that
   // their epochs do not tell whether they have ended.

@@ -1,7 +1,7 @@
 // The ids of all tokens, as they travel in latency mode.
 //
 // A word has six ids of 16 bits. Every rank sends those of its tokens to all ranks, also to itself,
-// whether or not the tokens go there.
+// whether or not the tokens go there. Absent ranks send none, so each rank writes theirs itself.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,7 @@ __device__ __forceinline__ void SendIds(const DecodeDispatchParams& p, DecodeOp 
     const bool is_first = __ffs(__match_any_sync(~0u, key)) - 1 == lane;
     const uint32_t code =
         in_range && is_first ? uint32_t(id) : (id == plan::kNone ? kNoExpert : kInvalid);
+    StampClock(p.group, op.epoch, DecodePhase::kIdsRead);
     uint32_t data[kWordInts];
 #pragma unroll
     for (int j = 0; j < kWordInts; ++j) {
@@ -59,10 +60,13 @@ __device__ __forceinline__ void SendIds(const DecodeDispatchParams& p, DecodeOp 
     for (int r = 0; r < p.group.num_ranks; ++r) {
       if (TestWithholds(p.group, r, WordKind::kIds)) continue;
       TestDelay(p.group.rank, op.epoch, 16 + r);
-      StampedWord* to = WordsAt(p, op, r) + p.slots.IdsAt(p.group.rank, token) + k;
-      StoreWord(to, data[0], data[1], data[2], op.stamp());
+      const Envelope envelope = EnvelopeFor(p.group, r);
+      const uint32_t none = IsAbsent(p.group, r) ? ~0u : 0;  // it has tokens of no expert
+      StampedWord* to = WordsAt(p, op, envelope.to) + p.slots.IdsAt(envelope.from, token) + k;
+      StoreWord(to, data[0] | none, data[1] | none, data[2] | none, op.stamp());
     }
   }
+  StampClock(p.group, op.epoch, DecodePhase::kIdsSent);
 }
 
 // Where the ids of a token are, counted over all ranks.

@@ -28,19 +28,12 @@
 
 #include <cstdint>
 
+#include "cuda/core/clock_stamps.cuh"
 #include "cuda/plan/counts.cuh"
 #include "cuda/plan/tokens.cuh"
 
 namespace jax_ep::cuda {
 namespace {
-
-#ifdef JAX_EP_PLAN_STAMPS  // measures the steps, for development
-__device__ int64_t plan_stamps[kBlocks][16];
-#define STAMP(i) \
-  if (threadIdx.x == 0) plan_stamps[blockIdx.x][i] = clock64()
-#else
-#define STAMP(i)
-#endif
 
 // Loops are not unrolled where that gains nothing, because each launch must fetch its code.
 
@@ -133,11 +126,12 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   const int32_t begin = plan::Min(blockIdx.x * n.chunk, p.num_tokens);
   const Chunk chunk{begin, plan::Min(n.chunk, p.num_tokens - begin)};
   constexpr bool by_token = kLayout == Layout::kToken;
-  STAMP(0);
+  const uint64_t launched = StampTime(p.group);
 
   int32_t ids[kIdsOfLane];  // on their way while the epoch comes
   LoadFirstIds<kMaxK>(params, chunk, ids);
   const uint64_t epoch = BeginOp(p.group).epoch;
+  StampClockAt(p.group, epoch, 0, launched);
   ptx::LetNextBegin();
   // The memory that other blocks write to is ready once all have passed the second half. The warp
   // that prepares it has nothing else to wait for yet.
@@ -162,12 +156,12 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
                             FlagValue(epoch, p.group.tag));
   }
   __syncthreads();
-  STAMP(1);
+  StampClock(p.group, epoch, 1);
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_dropped = 0;
   TestDelay(p.group.rank, epoch, 0);
   CleanTokens<kMaxK, kIdBits>(params, shared, epoch, chunk, ids);
   __syncthreads();
-  STAMP(2);
+  StampClock(p.group, epoch, 2);
   SumCells<kLayout>(n, shared.cells, n.columns, [&](int32_t column, int32_t total) {
     const bool is_first = threadIdx.x % kLanesOfColumn<kLayout> == 0;
     if (is_first && column < n.columns) shared.sent[column] = total;
@@ -179,7 +173,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   });
   __syncthreads();
   SendCounts(params, shared, epoch);
-  STAMP(3);
+  StampClock(p.group, epoch, 3);
 
   bool ok = true, drops = false;
   for (int first = 0; first < p.group.num_ranks; first += n.sources) {
@@ -188,7 +182,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     IncomingIds<kMaxK, kIdBits, LayoutParams<kLayout>> incoming(params, epoch, chunk, batch);
     IncomingCounts counts;
     if (first == 0) PlaceOwnEntries<kMaxK>(params, shared, chunk);
-    STAMP(4);
+    StampClock(p.group, epoch, 4);
     if (num_slots != 0) {
       if (first != 0 || !n.apart) {
         __syncthreads();
@@ -198,12 +192,15 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
       }
       ok = incoming.Take(shared) && ok;
       __syncthreads();
-      STAMP(5);
+      StampClock(p.group, epoch, 5);
     }
     // By a warp with the least to do now.
     if (first == 0 && from_end < p.group.num_ranks) {
       const Flag& flag = Own(p.group).arrival[epoch % 2][from_end];
-      TestDelay(p.group.rank, epoch, 2);
+      // Long enough for a peer's next two ops to begin, where nothing else keeps it from that.
+      for (uint32_t i = 0; i < (kMutation == kWithoutPlansBegun ? 40 : 1); ++i) {
+        TestDelay(p.group.rank, epoch, 2 + i);
+      }
       ok = WaitFlag(p.group, flag.value, epoch, WordKind::kArrivalFlag, from_end) && ok;
     }
     if (num_slots != 0) {
@@ -215,16 +212,16 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
         }
       });
       __syncthreads();
-      STAMP(6);
+      StampClock(p.group, epoch, 6);
     }
     if (first == 0) counts.Load(params, epoch);
     if (num_slots != 0 && !by_token) {
       ListPeerEntries<kMaxK, kIdBits>(params, shared, chunk, batch);
     }
-    STAMP(7);
+    StampClock(p.group, epoch, 7);
     if (first == 0) {
       ok = counts.Take(params, shared, epoch) && ok;
-      STAMP(8);
+      StampClock(p.group, epoch, 8);
       // A rank that failed earlier has told so before it arrived, because it had passed Fail's
       // fence by then.
       if (from_end < p.group.num_ranks) ok = ok && !HasFailed(p.group, epoch);
@@ -232,7 +229,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     }
     ok = __syncthreads_and(ok);
     if (!ok) break;
-    STAMP(9);
+    StampClock(p.group, epoch, 9);
     if (first == 0) SumColumns(params, shared);
     SumSlots(params, shared, batch);
     if (first == 0) {
@@ -245,19 +242,19 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
         __syncthreads();
       }
     }
-    STAMP(10);
+    StampClock(p.group, epoch, 10);
     if (!by_token) LayOutSlots(params, shared, chunk, batch);
     if (first == 0) WriteOwnRows<kMaxK>(params, shared, chunk);
-    STAMP(11);
+    StampClock(p.group, epoch, 11);
     if (!by_token || first != 0) __syncthreads();
     if (by_token) {
       WriteTokenRows<kMaxK, kIdBits>(params, shared, chunk, batch, drops);
     } else {
       WriteListedRows(params, shared, batch);
-      STAMP(12);
+      StampClock(p.group, epoch, 12);
       WriteRecvRows<kMaxK, kIdBits>(params, shared, chunk, batch);
     }
-    STAMP(13);
+    StampClock(p.group, epoch, 13);
   }
 
   if (ok) FillUnusedRows(params, shared);
@@ -286,7 +283,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   }
   if (blockIdx.x != 0) return;
   if (drops && failed == 0) WriteKept(params, shared);
-  STAMP(14);
+  StampClock(p.group, epoch, 14);
   if (threadIdx.x == 0 && !p.is_followed) EndOpAtOnce(p.group, epoch);
 }
 
@@ -350,11 +347,5 @@ cudaError_t LaunchPushPlan(const PlanParams& params, cudaStream_t stream) {
   return params.layout == Layout::kToken ? Launch<Layout::kToken>(all, stream)
                                          : Launch<Layout::kExpert>(all, stream);
 }
-
-#ifdef JAX_EP_PLAN_STAMPS
-cudaError_t ReadPlanStamps(int64_t (&stamps)[kBlocks][16]) {
-  return cudaMemcpyFromSymbol(stamps, plan_stamps, sizeof(stamps));
-}
-#endif
 
 }  // namespace jax_ep::cuda

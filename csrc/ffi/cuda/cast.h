@@ -77,8 +77,8 @@ template <typename Params, typename Fits, typename Launch>
                                              args.x,
                                              sent.values,
                                              sent.scales};
-  if (auto error = ToError(
-          cuda::LaunchQuantize(quantize_params, stream, ahead.beside_cast), "dispatch");
+  if (auto error =
+          ToError(cuda::LaunchQuantize(quantize_params, stream, ahead.beside_cast), "dispatch");
       error.failure() || !args.dense_output) {
     return error.failure() ? error : launch_behind(ahead.beside_cast);
   }

@@ -28,8 +28,7 @@ struct GpuTargetInfo {
 };
 
 #define JAX_EP_GPU_TARGET_INFO(name) {#name, name##_execute},
-inline constexpr GpuTargetInfo kGpuTargets[] = {
-    JAX_EP_GPU_FFI_TARGETS(JAX_EP_GPU_TARGET_INFO)};
+inline constexpr GpuTargetInfo kGpuTargets[] = {JAX_EP_GPU_FFI_TARGETS(JAX_EP_GPU_TARGET_INFO)};
 #undef JAX_EP_GPU_TARGET_INFO
 
 }  // namespace jax_ep

@@ -53,17 +53,17 @@ ffi::Error PlanDispatch(cudaStream_t stream, int32_t device, const PlanDispatchA
       plan.kernel == cuda::PlanKernel::kPush && CanBeginEarly(*group.member, params.num_blocks);
   plan.params.is_followed = params.behind_plan;
   params.plan_tag = plan.params.group.tag;
-  // A cast takes all SMs until the plan has ended, so it runs beside one only if no peer's needs them.
+  // A cast takes all SMs until the plan has ended, so it runs beside one only if no peer's needs
+  // them.
   const bool casts = args.quantization != ops::Quantization::kNone;
   const bool beside_cast = casts && params.behind_plan && group.member->ranks_per_gpu == 1;
   params.behind_cast = beside_cast;
   const Ahead ahead{[&] { return cuda::LaunchPlan(plan.params, plan.kernel, stream); },
                     beside_cast};
-  return MoveRows(check, args, shared, stream, memory + plan_bytes, params, cuda::FitsDispatch,
-                  [&](const cuda::DispatchParams& ready) {
-                    return cuda::LaunchDispatch(ready, stream);
-                  },
-                  ahead);
+  return MoveRows(
+      check, args, shared, stream, memory + plan_bytes, params, cuda::FitsDispatch,
+      [&](const cuda::DispatchParams& ready) { return cuda::LaunchDispatch(ready, stream); },
+      ahead);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 # --more adds programs to a folder that a call without it has made, from the same sources.
 # Needs g++ and the headers of the CUDA toolkit (CUDA_HOME, default /usr/local/cuda), no nvcc and no
 # GPU. CXXFLAGS are added. Blocks wait at random (JAX_EP_TEST_DELAYS), and a test may let a rank stop
-# (JAX_EP_TEST_STOPS).
+# (JAX_EP_TEST_STOPS) or ask for clock stamps (JAX_EP_CLOCK_STAMPS).
 set -euo pipefail
 more=
 if [ "$1" = --more ]; then
@@ -18,7 +18,7 @@ shift
 names=("$@")
 [ ${#names[@]} -gt 0 ] || names=(kernels_test)
 headers=${CUDA_HOME:-/usr/local/cuda}/include
-flags=(-std=c++17 -O2 -pthread -fno-strict-aliasing -ffp-contract=off -DJAX_EP_TEST_DELAYS
+flags=(-std=c++17 -O2 -pthread -fno-strict-aliasing -ffp-contract=off -DJAX_EP_TEST_DELAYS -DJAX_EP_CLOCK_STAMPS
        -DJAX_EP_TEST_STOPS -isystem "$headers" -I"$here" -I"$out/source" -I"$root/csrc")
 read -ra given <<<"${CXXFLAGS:-}"
 flags+=("${given[@]}")

@@ -163,6 +163,10 @@ T atomicMin(T* address, T value) {
   return emulator::Atomically(address, [=](T before) { return before < value ? before : value; });
 }
 template <typename T>
+T atomicMax(T* address, T value) {
+  return emulator::Atomically(address, [=](T before) { return before > value ? before : value; });
+}
+template <typename T>
 T atomicExch(T* address, T value) {
   return emulator::Atomically(address, [=](T) { return value; });
 }
