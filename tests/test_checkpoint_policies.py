@@ -49,7 +49,8 @@ def traced_calls(jaxpr) -> collections.Counter[str]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "jax_ep_call":
             target = equation.params["target"].replace("jax_ep_network_", "jax_ep_")
-            calls[target] += 1
+            both = target == "jax_ep_plan_dispatch"
+            calls.update(["jax_ep_plan", "jax_ep_dispatch"] if both else [target])
         for inner in jax.tree.leaves(list(equation.params.values())):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):

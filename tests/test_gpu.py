@@ -68,7 +68,14 @@ def test_a_wrong_call_of_a_native_target_is_an_error():
         ]
     ]
     integers = {"num_ranks": RANKS, "num_experts": EXPERTS, "layout": 0}
-    integers |= {"num_sms": 0, "channel": 0, "ordinal": 0, "alignment": 8, "expert_capacity": 64, "masked": 0}
+    integers |= {
+        "num_sms": 0,
+        "channel": 0,
+        "ordinal": 0,
+        "alignment": 8,
+        "expert_capacity": 64,
+        "masked": 0,
+    }
     attributes = {name: np.int32(value) for name, value in integers.items()}
     attributes |= {"group_id": np.int64(group.id), "timeout_ms": np.int64(1000)}
 

@@ -316,6 +316,40 @@ def test_calls_in_flight_on_gpus(layout):
     assert dict(calls[0]["attributes"])["capacity"] == 32
 
 
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_a_dispatch_with_its_plan_on_gpus(quantization):
+    """One call in throughput mode too, with scratch memory; along a handle there is no plan."""
+    if not _cpu.build_info()["with_cuda"]:
+        pytest.skip("this build is without the GPU backend: no nvcc, or JAX_EP_CUDA=OFF")
+    wanted = importlib.import_module("jax_ep._cuda").gpu_signatures()["jax_ep_plan_dispatch"]
+    group = dataclasses.replace(make(), backend="cuda")
+    given = {"group": group, "quantization": quantization}
+    given["config"] = jax_ep.DispatchConfig(mode="throughput")
+
+    def run(x, idx):
+        out = jax_ep.dispatch(x, idx, num_experts=EXPERTS, **given)
+        again = jax_ep.dispatch(x, handle=out.handle, **given)
+        return out.tokens + again.tokens
+
+    mapped = jax.shard_map(
+        run, mesh=group.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    x, _, idx = (array.reshape(-1, array.shape[-1]) for array in data())
+    x = np.zeros((len(x), 128), np.float32)
+    whole, *others = native_calls(jax.make_jaxpr(mapped)(x, idx).jaxpr)
+    assert whole["target"] == "jax_ep_plan_dispatch" and whole["in_line"] and whole["ordered"]
+    assert len(whole["absent"]) == len(wanted["operands"])
+    assert len(whole["results"]) == len(wanted["results"])
+    names = [name for name, _ in whole["attributes"]] + ["ordinal"]
+    assert sorted(names) == sorted(wanted["attributes"])
+    (scratch,) = whole["scratch"]
+    # The rows that travel, with a scale for each, and the scales of those that become dense again.
+    tokens, rows = len(x) // group.size, whole["results"][0].shape[0]
+    assert scratch.size >= (tokens * (128 + 4) + rows * 4 if quantization else 0)
+    assert quantization or scratch.size < 128
+    assert [call["target"] for call in others] == ["jax_ep_dispatch"]
+
+
 @pytest.mark.parametrize("layout", ["expert", "token"])
 def test_calls_on_gpus(layout):
     """One call an op, with the lists of its target; gradients call throughput mode."""

@@ -1,4 +1,7 @@
-"""Calls of latency mode on GPUs: a dispatch with its plan in one, and both ops in two.
+"""Calls that only GPUs have: a dispatch with its plan in one, and both ops of latency mode in two.
+
+In throughput mode the call with the plan is that of two kernels, of which the second begins while the
+first one runs; in latency mode it is one kernel.
 
 The first of the two calls sends what the peers need, and the second one waits for what they have sent.
 Both are calls in line with the program, so nothing of the op holds an SM between them. Each channel has
@@ -7,6 +10,7 @@ an inbox of its own, so ops in flight are on different ones; but all calls come 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,9 +28,10 @@ from jax_ep._core.types import (
     Quantized,
     ScaleFormat,
     UnusedRows,
+    is_latency,
     keeps_unused,
 )
-from jax_ep._groups import tuning
+from jax_ep._groups import gpu_side, tuning
 from jax_ep._groups.group import Group
 
 Rows = tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]
@@ -42,7 +47,19 @@ def dispatch(
     **options: Any,
 ) -> Rows:
     """``plan``, and ``dispatch`` along it, in one call. Options: as ``_attributes``."""
-    return _receive("latency_dispatch", x, weights, topk_idx, (), **options)
+    if is_latency(options["config"]):
+        return _receive("latency_dispatch", x, weights, topk_idx, (), **options)
+    group: Group = options["group"]
+    values = x.values if isinstance(x, Quantized) else x
+    plan = gpu_side.plan_scratch_size(
+        calls.LAYOUTS[options["layout"]], *topk_idx.shape, options["num_experts"], group.size
+    )
+    casts = options["scale_format"] is not None
+    sent = gpu_side.library().dispatch_scratch_size(
+        *values.shape, options["capacity"], casts, options["dense_output"]
+    )
+    scratch = jax.ShapeDtypeStruct((-(-plan * 4 // 128) * 128 + sent,), jnp.uint8)
+    return _receive("plan_dispatch", x, weights, topk_idx, (), [scratch], **options)
 
 
 def dispatch_start(
@@ -57,7 +74,7 @@ def dispatch_start(
         "latency_dispatch_start",
         [_SENT],
         *_operands(x, weights, topk_idx, options["group"]),
-        **_attributes(topk_idx, **options),
+        **_attributes(x, topk_idx, **options),
         capacity=capacity,
     )
     return sent
@@ -124,10 +141,22 @@ def combine_done(
     return y
 
 
-def _call(target: str, results: list[jax.ShapeDtypeStruct], *operands: Any, **attributes: Any):
+def _call(
+    target: str,
+    results: list[jax.ShapeDtypeStruct],
+    *operands: Any,
+    scratch: Sequence[jax.ShapeDtypeStruct] = (),
+    **attributes: Any,
+):
     """A call in line with the program, whatever its channel."""
     return native_call(
-        f"jax_ep_{target}", results, *operands, ordered=True, in_line=True, **attributes
+        f"jax_ep_{target}",
+        results,
+        *operands,
+        scratch=scratch,
+        ordered=True,
+        in_line=True,
+        **attributes,
     )
 
 
@@ -137,6 +166,7 @@ def _receive(
     weights: Array | None,
     topk_idx: Array,
     behind: tuple[Any, ...],
+    scratch: Sequence[jax.ShapeDtypeStruct] = (),
     **options: Any,
 ) -> Rows:
     """A call that gives the rows and the handle of a dispatch."""
@@ -158,7 +188,8 @@ def _receive(
         [*of_rows, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes.values())],
         *_operands(x, weights, topk_idx, group),
         *behind,
-        **_attributes(topk_idx, **options),
+        scratch=scratch,
+        **_attributes(x, topk_idx, **options),
     )
     of_plan = {name: options[name] for name in ("alignment", "unused_rows", "masked")}
     handle = shapes_of.handle_of(
@@ -183,6 +214,7 @@ def _operands(
 
 
 def _attributes(
+    x: Array | Quantized,
     topk_idx: Array,
     *,
     group: Group,
@@ -200,6 +232,7 @@ def _attributes(
 ) -> dict[str, Any]:
     """Those of a dispatch with its plan: the options of both ops."""
     del capacity  # the results show it
+    values = x.values if isinstance(x, Quantized) else x
     return {
         **calls.attributes(
             group,
@@ -208,6 +241,8 @@ def _attributes(
             config,
             op="dispatch",
             num_tokens=topk_idx.shape[0],
+            hidden=values.shape[1],
+            rows=tuning.rows_name(values.dtype, scale_format, dense_output),
             flight=flight,
         ),
         "alignment": np.int32(alignment),

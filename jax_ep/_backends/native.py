@@ -68,15 +68,9 @@ def plan(
     if calls.spans_hosts(group):
         scratch = network.library().plan_scratch_size(num_local)
     elif group.backend == "cuda":
-        scratch = gpu_side.library().plan_scratch_size(
+        scratch = gpu_side.plan_scratch_size(
             calls.LAYOUTS[layout], num_tokens, top_k, num_experts, group.size
         )
-        if scratch < 0:
-            raise ValueError(
-                "jax_ep.dispatch: argument num_experts: expected a plan that shared memory of GPUs "
-                f"has room for, got {num_experts} experts, {top_k} a token, on {group.size} ranks; "
-                "use fewer of them, or make the group with backend='reference'."
-            )
     results = calls.call(
         group,
         "plan",

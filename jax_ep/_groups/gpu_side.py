@@ -101,6 +101,24 @@ def max_blocks(group_id: int) -> int:
     return _blocks_of_groups[group_id]
 
 
+def plan_scratch_size(
+    layout: int, num_tokens: int, top_k: int, num_experts: int, ranks: int
+) -> int:
+    """How many int32 a plan takes on GPUs of one host.
+
+    Raises:
+        ValueError: if there is no kernel for it.
+    """
+    size = library().plan_scratch_size(layout, num_tokens, top_k, num_experts, ranks)
+    if size < 0:
+        raise ValueError(
+            "jax_ep.dispatch: argument num_experts: expected a plan that shared memory of GPUs "
+            f"has room for, got {num_experts} experts, {top_k} a token, on {ranks} ranks; "
+            "use fewer of them, or make the group with backend='reference'."
+        )
+    return size
+
+
 def obstacle(topology: Topology, unavailable: str | None) -> str | None:
     """Why the processes cannot make groups of GPUs together, the same in all of them, or None.
 
@@ -182,9 +200,9 @@ def create(
     if processes == [me]:
         specs = {n: [_spec_of(rank, {}, {}) for rank in mine[n]] for n in mine}
         gpus = imagine(group_id, instances)
-        blocks = max_blocks(group_id)
+        shares = max_blocks(group_id), most_on_a_gpu(gpus)
         error = library().create_group(
-            group_id, specs, timeout, _OP_TIMEOUT_S, blocks, [], 0, *native_room
+            group_id, specs, timeout, _OP_TIMEOUT_S, *shares, [], 0, *native_room
         )
         if error is not None:
             raise CommunicationError(f"the group was not made: {error}")
@@ -249,8 +267,9 @@ def _create_together(
         )
 
         def make() -> None:
-            blocks = blocks_per_rank(most_on_a_gpu(gpus), num_sms)
-            _map_and_create(group_id, mine, first_rank, own, offer, received, timeout, blocks, room)
+            sharing = most_on_a_gpu(gpus)
+            shares = blocks_per_rank(sharing, num_sms), sharing
+            _map_and_create(group_id, mine, first_rank, own, offer, received, timeout, shares, room)
 
         error = meetings.error_of(make)
     finally:
@@ -291,12 +310,13 @@ def _map_and_create(
     offer: Offer,
     received: other_processes.Received,
     timeout: float,
-    blocks: int,
+    shares: tuple[int, int],
     room: _NativeRoom,
 ) -> None:
     """Map what the peers of this host offer and make the group.
 
-    ``own`` has the CUDA ordinals of this process's devices by their ids.
+    ``own`` has the CUDA ordinals of this process's devices by their ids; ``shares`` are the blocks
+    that an op has at most, and how many ranks share a GPU at most.
     """
     native = library()
     _watch_peers()
@@ -328,9 +348,9 @@ def _map_and_create(
         for device, ordinal in own.items()
         if offer.devices[str(device)]["staged"]
     ]
-    _blocks_of_groups[group_id] = blocks
+    _blocks_of_groups[group_id] = shares[0]
     error = native.create_group(
-        group_id, specs, timeout, _OP_TIMEOUT_S, blocks, staging, first_rank, *room
+        group_id, specs, timeout, _OP_TIMEOUT_S, *shares, staging, first_rank, *room
     )
     if error is not None:
         raise CommunicationError(error)

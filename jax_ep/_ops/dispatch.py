@@ -24,6 +24,7 @@ from jax_ep._core.types import (
     Quantized,
     ScaleFormat,
     UnusedRows,
+    is_latency,
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
@@ -280,10 +281,10 @@ def dispatch_by(
         topk_idx, correct = drops.before_plan(
             op, limits, topk_idx, topk_weights, group=group, num_experts=num_experts
         )
-        one_launch = gradients.takes_one_launch(group, config, topk_idx.shape[0])
         if is_masked and topk_idx.shape[0] > 0:
-            masked.check_mode(op, group, config, one_launch=one_launch)
-        if not one_launch:
+            masked.check_mode(op, group, config)
+        in_line = send is None or is_latency(config)
+        if not gradients.takes_one_call(group, len(values), in_line=in_line):
             handle = _name(correct(gradients.plan(plan_options, topk_idx)), "jax_ep.handle")
     else:
         checks.check_not_given(op, "topk_idx", topk_idx)
@@ -311,13 +312,13 @@ def dispatch_by(
     checks.check_topk_weights(op, topk_weights, ids.shape)
     topk_weights = None if topk_weights is None else topk_weights.astype(jnp.float32)
     num_tokens, requested = values.shape[0], None if config is None else config.num_sms
-    if handle is None:
+    if one_launch := handle is None and is_latency(config):
         num_sms = latency_sms_of(group, num_tokens=num_tokens, requested=requested)
     else:
         num_sms = sms_of_passes(
             group,
             {"dispatch": moved, "combine": rows_name(values.dtype)},
-            layout=handle.layout,
+            layout=(plan_options if handle is None else handle).layout,
             hidden=values.shape[1],
             num_tokens=num_tokens,
             requested=requested,
@@ -327,7 +328,7 @@ def dispatch_by(
         scale_format=quantize_as,
         dense_output=dense_output,
         config=config,
-        flight=issue(num_sms, handle is None),
+        flight=issue(num_sms, one_launch),
     )
     if handle is None:
         x, topk_weights, topk_idx = gradients.vary_together(group, x, topk_weights, topk_idx)

@@ -29,9 +29,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float32, Int32
 
 from jax_ep import reference
-from jax_ep._backends import latency, native
+from jax_ep._backends import calls, gpu_calls, native
 from jax_ep._core.derivatives import Form, Op, ProductTangent, bilinear, call
-from jax_ep._core.types import DispatchConfig, Handle, Quantized, is_latency, without_latency
+from jax_ep._core.types import DispatchConfig, Handle, Quantized, without_latency
 from jax_ep._groups.group import Group
 from jax_ep._ops import gpu_room, no_tokens
 from jax_ep._ops.options import CombineOptions, DispatchOptions, PlanOptions
@@ -74,13 +74,17 @@ def plan_and_dispatch(
     weights: Float32[Array, "tokens top_k"] | None,
     topk_idx: Int32[Array, "tokens top_k"],
 ) -> tuple[Array | Quantized, Float32[Array, "capacity *top_k"] | None, Handle]:
-    """``plan`` and ``dispatch`` in one launch; see ``takes_one_launch``. Derivatives: as there."""
+    """``plan`` and ``dispatch`` in one call; see ``takes_one_call``. Derivatives: as there."""
     return call(_PlanAndDispatch(plan_options, options), (), (x, weights, topk_idx))
 
 
-def takes_one_launch(group: Group, config: DispatchConfig | None, num_tokens: int) -> bool:
-    """Whether a dispatch makes its plan in the same launch: on GPUs in latency mode."""
-    return is_latency(config) and group.backend == "cuda" and num_tokens > 0
+def takes_one_call(group: Group, num_tokens: int, *, in_line: bool) -> bool:
+    """Whether a dispatch makes its plan in the same call, which is in line with the program.
+
+    So do dispatches on GPUs of one host; those in flight only in latency mode.
+    """
+    on_gpus = group.backend == "cuda" and not calls.spans_hosts(group)
+    return on_gpus and num_tokens > 0 and in_line
 
 
 def combine(options: CombineOptions, rows: Array, handle: Handle) -> Array:
@@ -188,14 +192,14 @@ class _DispatchOf8Bits(Op):
 
 @dataclasses.dataclass(frozen=True)
 class _PlanAndDispatch(Op):
-    """A plan, and dispatch along it, in one launch of latency mode."""
+    """A plan, and dispatch along it, in one call on GPUs."""
 
     plan_options: PlanOptions
     options: DispatchOptions
 
     def run(self, linear: Any, fixed: Any) -> Any:
         x, weights, topk_idx = fixed
-        out = latency.dispatch(
+        out = gpu_calls.dispatch(
             x,
             weights,
             topk_idx,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_ep._backends import latency
+from jax_ep._backends import gpu_calls
 from jax_ep._backends.primitive import behind_last_call
 from jax_ep._core import arguments
 from jax_ep._core.derivatives import Op, call
@@ -81,7 +81,7 @@ def dispatch_start(
 ) -> SentDispatch:
     """Send the ids and rows of this rank's tokens."""
     given = lax.stop_gradient((x, weights, topk_idx))
-    sent = latency.dispatch_start(*given, **_both(plan_options, options))
+    sent = gpu_calls.dispatch_start(*given, **_both(plan_options, options))
     return SentDispatch(gradients.match(sent, x), None, x, weights, topk_idx, plan_options, options)
 
 
@@ -102,7 +102,7 @@ def combine_start(
     handle: Handle,
 ) -> SentCombine:
     """Send the sums of this rank's rows to the homes of their tokens."""
-    sent = latency.combine_start(
+    sent = gpu_calls.combine_start(
         *lax.stop_gradient((rows, weights)),
         handle,
         group=options.group,
@@ -160,7 +160,7 @@ class _DispatchDone(Op):
     def run(self, linear: Any, fixed: Any) -> Any:
         x, weights, topk_idx, sent, behind = fixed
         options = _both(self.plan_options, self.options)
-        out = latency.dispatch_done(x, weights, topk_idx, sent, behind, **options)
+        out = gpu_calls.dispatch_done(x, weights, topk_idx, sent, behind, **options)
         return gradients.match(out, x)
 
     def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
@@ -180,7 +180,7 @@ class _CombineDone(Op):
     def run(self, linear: Any, fixed: Any) -> Any:
         rows, weights, handle, sent, behind = fixed
         options = self.options
-        y = latency.combine_done(
+        y = gpu_calls.combine_done(
             rows,
             weights,
             handle,

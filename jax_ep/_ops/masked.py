@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jax_ep._core import arguments
 from jax_ep._core.capacity import round_up
-from jax_ep._core.types import DispatchConfig, Handle
+from jax_ep._core.types import DispatchConfig, Handle, is_latency
 from jax_ep._groups.group import Group
 
 
@@ -50,9 +50,9 @@ def rows_of_expert(
     return capacity // experts
 
 
-def check_mode(op: str, group: Group, config: DispatchConfig | None, *, one_launch: bool) -> None:
+def check_mode(op: str, group: Group, config: DispatchConfig | None) -> None:
     """On GPUs only latency mode makes such plans."""
-    if group.backend == "cuda" and not one_launch:
+    if group.backend == "cuda" and not is_latency(config):
         raise arguments.value_error(
             op,
             "layout",

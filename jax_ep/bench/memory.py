@@ -9,6 +9,7 @@ import re
 _RESULTS = {
     "jax_ep_plan": 10,
     "jax_ep_dispatch": 3,
+    "jax_ep_plan_dispatch": 13,
     "jax_ep_combine": 2,
     "jax_ep_combine_vjp": 2,
     "jax_ep_network_plan": 11,

@@ -278,10 +278,15 @@ def one_device_jit(
 def count_calls(compiled_text: str, targets: Sequence[str]) -> dict[str, int]:
     """How often each custom call target stands in the text of a compiled module.
 
-    That of a group that spans hosts counts as the one for one host.
+    That of a group that spans hosts counts as the one for one host, and that of a dispatch with its
+    plan as both.
     """
     text = compiled_text.replace("jax_ep_network_", "jax_ep_")
-    return {t: text.count(f'custom_call_target="{t}"') for t in targets}
+    both = text.count('custom_call_target="jax_ep_plan_dispatch"')
+    counts = {t: text.count(f'custom_call_target="{t}"') for t in targets}
+    return {
+        t: n + (both if t in ("jax_ep_plan", "jax_ep_dispatch") else 0) for t, n in counts.items()
+    }
 
 
 def native_calls(jaxpr: Any) -> list[dict[str, Any]]:
