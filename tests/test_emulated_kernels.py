@@ -23,6 +23,8 @@ _ROOT = pathlib.Path(__file__).parent
 _HEADERS = pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 
 _SMALL = "tokens=40 experts=12 topk=4 blocks=2 repeat=1 alignment=8 timeout=60"
+# Rows that are cast beside their dispatch, which is launched behind its plan.
+_CAST = "layout=token ranks=2 hidden=1024 fp8=1 behind=1 cast_blocks=2"
 _KERNELS = [
     "layout=expert ranks=2 hidden=2048",
     "layout=expert ranks=3 hidden=1032 plan=pull",
@@ -54,9 +56,9 @@ _KERNELS = [
     # Many unused rows, which stay as they are.
     "layout=expert ranks=3 hidden=1032 capacity=704 weighted=1 keeps_unused=1 plan=pull",
     "layout=token ranks=2 hidden=1024 fp8=1 capacity=300 keeps_unused=1 plan=pull",
-    # A dispatch launched behind its plan, or behind the cast of its rows.
+    # A dispatch launched behind its plan.
     "layout=expert ranks=3 hidden=1032 behind=1",
-    "layout=token ranks=2 hidden=1024 fp8=1 behind=1",
+    _CAST,
 ]
 # The same with this many slots of the ring, for rows in one, two and four parts.
 _SHORT_RINGS = {
@@ -332,6 +334,10 @@ def test_an_epoch_cannot_number_addresses(binaries: Binaries, arguments: str) ->
 @pytest.mark.parametrize("mutation", _MUTATIONS)
 def test_a_missing_wait_is_noticed(binaries: Binaries, mutation: int) -> None:
     _expect_noticed(binaries / "stress_test", f"{_STRESS} {_MUTATIONS[mutation]}", mutation)
+
+
+def test_a_missing_wait_for_the_cast_is_noticed(binaries: Binaries) -> None:
+    _expect_noticed(binaries / "kernels_test", f"{_SMALL} {_CAST}", mutation=23)
 
 
 @pytest.mark.parametrize("arguments", emulated_decode.STEPS)

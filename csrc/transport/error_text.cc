@@ -64,6 +64,8 @@ std::string WordText(const ErrorRecord& error) {
       return text("message", epoch, 0xffffffff);
     case cuda::WordKind::kSum:
       return text("sum", epoch_and_token, ~uint64_t{0});
+    case cuda::WordKind::kCastChunk:
+      return text("cast of the chunk", epoch_and_chunk, ~uint64_t{0});
     case cuda::WordKind::kSumRead:
       return text("receipt for the sum", epoch_and_token, ~uint64_t{0});
     case cuda::WordKind::kChunkArrived:

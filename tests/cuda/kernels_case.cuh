@@ -18,6 +18,7 @@
 #include "check_cuda.h"
 #include "cpu/numerics.h"
 #include "cuda/core/workspace.h"
+#include "cuda/node/cast.h"
 #include "cuda/node/combine.h"
 #include "cuda/node/combine_vjp.h"
 #include "cuda/node/dispatch.h"
@@ -99,7 +100,7 @@ struct Rank {
 struct Workload {
   Layout layout;
   int R, T, K, E, H, L, M, C;
-  int alignment, blocks, more_blocks, sets;
+  int alignment, blocks, more_blocks, cast_blocks, sets;
   std::string dtype;
   bool fp8, by_expert, weighted;
   cuda::RowType type;
@@ -122,6 +123,7 @@ struct Workload {
     alignment = options.Int("alignment", 128);
     blocks = options.Int("blocks", 24);
     more_blocks = options.Int("more_blocks", 0);
+    cast_blocks = options.Int("cast_blocks", 100);
     sets = options.Int("sets", 1);
     dtype = options.Text("dtype", "bf16");
     fp8 = options.Int("fp8", 0) != 0;
@@ -287,6 +289,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     CHECK_CUDA(cuda::LoadCombine());
     CHECK_CUDA(cuda::LoadCombineVjp());
     CHECK_CUDA(cuda::LoadQuantize());
+    CHECK_CUDA(cuda::LoadCast());
     FillRank(w, rank, generator);
   }
   for (int r = 0; r < R; ++r) {

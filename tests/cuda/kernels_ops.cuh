@@ -4,11 +4,11 @@
 #include <cstdint>
 #include <limits>
 
+#include "cuda/node/cast.h"
 #include "cuda/node/combine.h"
 #include "cuda/node/combine_vjp.h"
 #include "cuda/node/dispatch.h"
 #include "cuda/plan/plan.h"
-#include "cuda/rows/quantize.h"
 #include "kernels_case.cuh"
 #include "ops/combine.h"
 #include "ops/combine_vjp.h"
@@ -130,9 +130,11 @@ inline void LaunchPlanAndDispatch(const Workload& w, const Rank& k, int launch, 
   plan.is_followed = true;
   CHECK_CUDA(cuda::LaunchPlan(plan, cuda::PlanKernel::kPush, k.stream));
   if (dense != nullptr) {
-    char* values = k.x.Of(launch);
-    CHECK_CUDA(cuda::LaunchQuantize({w.type, false, w.T, w.H, dense, values, k.scales.device},
-                                    k.stream, /*behind_plan=*/true));
+    const cuda::QuantizeParams rows{w.type,         false,          w.T, w.H, dense,
+                                    k.x.Of(launch), k.scales.device};
+    CHECK_CUDA(cuda::LaunchCast({GroupOf(k, cuda::OpKind::kDispatch), rows, w.cast_blocks,
+                                 /*behind_plan=*/true},
+                                k.stream));
   }
   cuda::DispatchParams dispatch = DispatchParamsOf(w, k, launch);
   dispatch.behind_plan = true;

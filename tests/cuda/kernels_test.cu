@@ -6,6 +6,7 @@
 //                [ranks=2] [alignment=128] [capacity=0 (what is received, rounded up)] [repeat=20]
 //                [plan=auto|push|pull] [dtype=bf16|f32|f16] [fp8=0|1] [timeout=5 (seconds)]
 //                [check=1] [sets=1] [weighted=0|1 (combine)] [keeps_unused=0|1] [behind=0|1]
+//                [cast_blocks=100]
 //
 // With behind=1, the results checked are those of a plan and a dispatch launched behind it; with
 // fp8=1 too, of rows that are cast between the two.

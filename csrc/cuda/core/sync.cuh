@@ -186,6 +186,28 @@ __device__ inline bool WaitPlansBegun(const GroupParams& group, uint64_t epoch, 
   return __syncthreads_and(begun);
 }
 
+// Tells such an op that this block of the plan has written its results, or poison. Called by all
+// threads of the block.
+__device__ inline void TellPlanWritten(const GroupParams& group) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  atomicAdd(&Own(group).plan_blocks, 1u);
+}
+
+// Waits, in such an op, until all of the plan's `num_blocks` have told. False in all threads if the
+// group has failed by then. Called by all threads of a block.
+__device__ inline bool WaitPlanWritten(const GroupParams& group, uint32_t num_blocks) {
+  bool ok = true;
+  if (threadIdx.x == 0 && kMutation != kWithoutPlan) {
+    // The plan ends, whatever happens: its own waits have deadlines.
+    while (ptx::LoadAcquireSystem(&Own(group).plan_blocks) < num_blocks) {
+    }
+    ok = ptx::LoadAcquireSystem(&Own(group).failed) == 0u;
+  }
+  return __syncthreads_and(ok);
+}
+
 // True in all threads of the last block that comes here. That block sees all writes of the other
 // blocks before they came. `counter` is reset. `failed` becomes whether `counter` is marked with
 // kFailedHere; if it is, every block sees the writes of the blocks before it. Called by all threads
@@ -365,6 +387,7 @@ __device__ inline void EndOp(const GroupParams& group, uint64_t epoch, Finish&& 
   if (failed) poison();
   if (!is_last || threadIdx.x != 0) return;
   own.tickets = 0;
+  own.plan_blocks = 0;
   own.last.epoch = epoch;
   // Adds without the old value: the end would wait for that value, or keep a register for it.
   atomicAdd(reinterpret_cast<unsigned long long*>(&own.last.publication), 1ull);

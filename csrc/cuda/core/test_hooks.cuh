@@ -40,9 +40,11 @@ constexpr int kStampEarly = 19;
 // signal by the first one.
 constexpr int kWithSeparateSignal = 11;
 constexpr int kWithEarlySignal = 20;
-// Waits of a dispatch behind its plan: until peers have begun that plan, and until it has ended.
+// Waits of a dispatch behind its plan: until peers have begun that plan, until it is there, and for
+// the rows that are cast meanwhile.
 constexpr int kWithoutPlansBegun = 21;
-constexpr int kWithoutPrevious = 22;
+constexpr int kWithoutPlan = 22;
+constexpr int kWithoutCast = 23;
 // Not a wait: the epoch tells addresses from those of earlier ops.
 constexpr int kNumberByEpoch = 7;
 

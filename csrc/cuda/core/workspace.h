@@ -108,10 +108,11 @@ enum class WordKind : uint32_t {
   kPart = 12,         // a rank's sums of a chunk's rows
   kPartDone = 13,     // the forwarder has read this rank's part
   // Latency mode (decode/inbox.h); expected and seen are stamps, of hello FlagValue(stamp, tag):
-  kHello = 14,     // a peer has begun the op
-  kIds = 15,       // the ids of a token
-  kRowWords = 16,  // a row of a dispatch
-  kSumWords = 17,  // a rank's sum for a token
+  kHello = 14,      // a peer has begun the op
+  kIds = 15,        // the ids of a token
+  kRowWords = 16,   // a row of a dispatch
+  kSumWords = 17,   // a rank's sum for a token
+  kCastChunk = 18,  // RingWord: a chunk of the rows that a peer casts
 };
 
 JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
@@ -125,6 +126,7 @@ JAX_EP_HOST_DEVICE Phase PhaseOf(WordKind word) {
     case WordKind::kPart:
     case WordKind::kPartDone:
     case WordKind::kRowWords:
+    case WordKind::kCastChunk:
       return Phase::kRows;
     default:
       return Phase::kArrival;
@@ -175,6 +177,7 @@ struct Channel {
                  [kMaxExperts + kMaxRanks];    // plan: its entries of each column, PackCount
   alignas(16) uint64_t inbox[2][kInboxWords];  // plan: messages, by epoch % 2
   // Combine: slot (token % slots) of rank r's share of the ring holds a part of a sum ...
+  // (In a dispatch that casts: chunk n of rank r's rows is there, node/cast.h.)
   uint64_t ring_ready[kMaxRanks][kMaxRingSlots * kMaxParts];
   // ... and the part that this rank had put there, at home r, has been read.
   uint64_t ring_free[kMaxRanks][kMaxRingSlots * kMaxParts];
@@ -188,6 +191,8 @@ struct Channel {
   uint32_t blocks_arrived;                      // of the running kernel
   uint32_t blocks_done;                         // of the running kernel; and kFailedHere
   uint32_t tickets;                             // of the running kernel (Tickets); zero between ops
+  uint32_t plan_blocks;                         // of a plan with a dispatch behind it, that have
+                                                // written their results; zero between ops
   OpNumbers last;                               // epoch and publication that completed last
   int32_t num_invalid;                          // plan: of the running kernel; zero between plans
   int32_t own_totals[kMaxExperts + kMaxRanks];  // plan: this rank's totals; zero between plans

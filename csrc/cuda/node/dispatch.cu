@@ -10,7 +10,9 @@
 
 #include "cuda/core/launch.cuh"
 #include "cuda/core/sync.cuh"
+#include "cuda/node/cast.h"
 #include "cuda/node/dispatch.h"
+#include "cuda/plan/plan.h"
 #include "cuda/rows/clear.cuh"
 #include "cuda/rows/sources.cuh"
 #include "cuda/rows/vectors.cuh"
@@ -82,11 +84,25 @@ size_t SharedBytes(const DispatchParams& p) {
   return kStagesAt + static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
 }
 
+// Waits until a peer has cast a token. After a failure it returns at once.
+__device__ __forceinline__ void WaitCast(const DispatchParams& p, OpNumbers op, int32_t rank,
+                                         int32_t token) {
+  const int32_t chunk = token / CastChunk(p.num_tokens);
+  const uint64_t& word = Own(p.group).ring_ready[rank][chunk];
+  const uint64_t expected = RingWord(chunk, op.epoch);
+  for (Deadline deadline; kMutation != kWithoutCast;) {
+    const uint64_t seen = ptx::LoadAcquireSystem(&word);
+    if (seen == expected) return;
+    if (!deadline.Continue(p.group, WordKind::kCastChunk, rank, expected, seen)) return;
+  }
+}
+
 // One mover. Loads run up to kAhead items ahead of the stores. The other stages hold items whose
 // stores still read them.
-template <int kAhead>
-__device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int32_t warp,
-                         int32_t num_warps, const char* zeros, char* stages, uint64_t* barriers) {
+template <int kAhead, bool kCast>
+__device__ void MoveRows(const DispatchParams& p, OpNumbers op, const PeerInputs& inputs,
+                         int32_t warp, int32_t num_warps, const char* zeros, char* stages,
+                         uint64_t* barriers) {
   const int32_t lane = threadIdx.x % 32;
   const Chunks chunks = ChunksOf(p.row_bytes);
   const int32_t stage_bytes = StageBytes(p);
@@ -123,6 +139,10 @@ __device__ void MoveRows(const DispatchParams& p, const PeerInputs& inputs, int3
       const int32_t rank = source.source / p.num_tokens;
       const int64_t token = source.source % p.num_tokens;
       char* memory = stages + stage * stage_bytes;
+      if (kCast) {
+        WaitCast(p, op, rank, static_cast<int32_t>(token));
+        ptx::FenceProxyAsyncGlobal();
+      }
       const bool with_scales = scale_bytes != 0 && load_chunk == chunks.count;
       ptx::ArriveExpectBytes(&barriers[stage], bytes + (with_scales ? scale_bytes : 0));
       ptx::BulkLoad(memory, inputs.Of<char>(rank, 0) + token * p.row_bytes + offset, bytes,
@@ -193,8 +213,9 @@ __device__ void BringWeights(const DispatchParams& p, const PeerInputs& inputs, 
 
 // Helpers: the scales of the sources of one warp, several sources at a time to hide the link's
 // latency.
-__device__ void BringScales(const DispatchParams& p, const PeerInputs& inputs, int32_t warp,
-                            int32_t num_warps) {
+template <bool kCast>
+__device__ void BringScales(const DispatchParams& p, OpNumbers op, const PeerInputs& inputs,
+                            int32_t warp, int32_t num_warps) {
   constexpr int kAtOnce = 4;
   const int32_t lane = threadIdx.x % 32;
   SourceIterator<DispatchParams> sources(p, warp, num_warps);
@@ -204,6 +225,7 @@ __device__ void BringScales(const DispatchParams& p, const PeerInputs& inputs, i
     for (int i = 0; i < kAtOnce; ++i) {
       batch[i] = more ? sources.Next() : plan::kNone;
       more = more && batch[i] != plan::kNone;
+      if (kCast && more) WaitCast(p, op, batch[i] / p.num_tokens, batch[i] % p.num_tokens);
     }
     for (int32_t j0 = 0; j0 < p.scales_per_row; j0 += 32) {
       const int32_t j = j0 + lane;
@@ -255,17 +277,12 @@ __device__ void Poison(const DispatchParams& p) {
   }
 }
 
-__device__ __forceinline__ void WaitForPrevious() {
-  if (kMutation != kWithoutPrevious) ptx::WaitForPrevious();
-}
-
-template <int kAhead>
+template <int kAhead, bool kCast>
 __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     DispatchKernel(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) char memory[];
   const DispatchMemory shared(memory);
   const OpNumbers op = p.behind_plan ? BeginBehindPlan(p.group) : BeginOp(p.group);
-  if (p.behind_cast) WaitForPrevious();
   if (blockIdx.x == 0 && (!p.behind_plan || WaitPlansBegun(p.group, op.epoch, p.plan_tag))) {
     Publish(p.group, op, {p.row_bytes > 0 ? p.x : nullptr, p.scales, p.weights});
   }
@@ -273,24 +290,25 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
   ptx::FenceProxyAsyncShared();
-  const bool ok = WaitInputs(p.group, op, *shared.inputs);  // and the zeros are there
-  if (p.behind_plan) WaitForPrevious();
+  bool ok = WaitInputs(p.group, op, *shared.inputs);  // and the zeros are there
+  if (p.behind_plan) ok = WaitPlanWritten(p.group, kPushPlanBlocks) && ok;
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_movers = NumMovers(p);
   if (ok && warp < num_movers && p.row_bytes > 0) {
-    MoveRows<kAhead>(p, *shared.inputs, warp * gridDim.x + blockIdx.x, num_movers * gridDim.x,
-                     shared.zeros,
-                     shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
-                     shared.barriers + warp * kStages);
+    MoveRows<kAhead, kCast>(p, op, *shared.inputs, warp * gridDim.x + blockIdx.x,
+                            num_movers * gridDim.x, shared.zeros,
+                            shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
+                            shared.barriers + warp * kStages);
   } else if (ok && warp >= num_movers) {
     const int32_t helper = (warp - num_movers) * gridDim.x + blockIdx.x;
     const int32_t num_helpers = kHelpers * gridDim.x;
     const int32_t thread = helper * 32 + threadIdx.x % 32;
     if (p.scales_per_row != 0 && BulkScaleBytes(p) == 0)
-      BringScales(p, *shared.inputs, helper, num_helpers);
+      BringScales<kCast>(p, op, *shared.inputs, helper, num_helpers);
     if (p.weights != nullptr) BringWeights(p, *shared.inputs, thread, num_helpers * 32);
     if (p.scales_per_row != 0) ClearUnusedScales(p, helper, num_helpers);
   }
+  if (p.behind_plan || kCast) ptx::WaitForPrevious();
   EndOp(p.group, op.epoch, [&] { Poison(p); });
 }
 
@@ -298,17 +316,24 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
 
 cudaError_t LoadDispatch() {
   constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  const cudaError_t error = cudaFuncSetAttribute(DispatchKernel<kFewStores>, kAttribute, 220 << 10);
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(DispatchKernel<kManyStores>, kAttribute, 220 << 10);
+  for (const auto kernel :
+       {&DispatchKernel<kFewStores, false>, &DispatchKernel<kManyStores, false>,
+        &DispatchKernel<kFewStores, true>, &DispatchKernel<kManyStores, true>}) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, kAttribute, 220 << 10);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 bool FitsDispatch(const DispatchParams& params) { return NumMovers(params) > 0; }
 
 cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
   const int num_threads = (NumMovers(params) + kHelpers) * 32;
+  const bool few = params.layout == Layout::kToken;
   const auto kernel =
-      params.layout == Layout::kToken ? DispatchKernel<kFewStores> : DispatchKernel<kManyStores>;
+      params.behind_cast
+          ? (few ? DispatchKernel<kFewStores, true> : DispatchKernel<kManyStores, true>)
+          : (few ? DispatchKernel<kFewStores, false> : DispatchKernel<kManyStores, false>);
   if (params.behind_plan || params.behind_cast) {
     return LaunchBehind<DispatchParams>(kernel, params.num_blocks, num_threads, SharedBytes(params),
                                         stream, params);

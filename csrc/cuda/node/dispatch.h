@@ -35,7 +35,7 @@ struct DispatchParams {
   int32_t num_blocks;
   bool behind_plan;   // launched behind the push kernel of its plan, which is_followed
   uint32_t plan_tag;  // of that plan
-  bool behind_cast;   // launched behind a cast that writes x and scales, maybe itself behind a plan
+  bool behind_cast;   // launched behind the cast of x, maybe itself behind a plan
 };
 
 // The parameters that follow from the op's arguments, if rows travel as they are; the caller sets

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocks = 8;  // of the cluster; any GPU of this kind can hold them
+constexpr int kBlocks = kPushPlanBlocks;  // of the cluster; any GPU of this kind can hold them
 // The shared memory that a block may have, less its static part.
 constexpr size_t kMaxPushBytes = 226 << 10;
 // Up to this much shared memory is used to number more sources at a time.

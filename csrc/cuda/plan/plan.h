@@ -66,6 +66,8 @@ inline PlanParams ParamsOf(const ops::PlanArgs& args) {
   return params;
 }
 
+constexpr uint32_t kPushPlanBlocks = 8;  // on one SM each
+
 enum class PlanKernel {
   kPush,  // ranks send each other what they need: fast
   kPull,  // ranks read it, for shapes that kPush has no room for

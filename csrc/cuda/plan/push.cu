@@ -258,6 +258,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   }
 
   if (ok) FillUnusedRows(params, shared);
+  if (ok && p.is_followed) TellPlanWritten(p.group);
   if (drops) __syncthreads();  // all is counted
   ptx::ClusterWaitAcquire();
   if (!ok && threadIdx.x < kBlocks) *ptx::MapShared(&failed, threadIdx.x) = 1;
@@ -281,6 +282,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     FillNone(p.recv_src, 0, p.capacity, params.aligned);
     if (by_token) FillNone(p.expert_idx, 0, int64_t{p.capacity} * p.top_k, params.aligned);
   }
+  if (!ok && p.is_followed) TellPlanWritten(p.group);
   if (blockIdx.x != 0) return;
   if (drops && failed == 0) WriteKept(params, shared);
   StampClock(p.group, epoch, 14);

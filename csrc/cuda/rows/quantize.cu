@@ -3,8 +3,6 @@
 
 #include <algorithm>
 
-#include "cuda/core/launch.cuh"
-#include "cuda/core/ptx.cuh"
 #include "cuda/rows/float8.cuh"
 #include "cuda/rows/quantize.h"
 #include "cuda/rows/vectors.cuh"
@@ -16,7 +14,6 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) QuantizeKernel(QuantizeParams p) {
-  ptx::LetNextBegin();
   const int64_t num_vectors = p.num_rows * p.hidden / kVector;
   const T* x = static_cast<const T*>(p.x);
   uint2* values = static_cast<uint2*>(p.values);
@@ -32,7 +29,6 @@ __global__ void __launch_bounds__(kThreads) QuantizeKernel(QuantizeParams p) {
     values[i] = quantized.values;
     if (i % kThreadsOfScale == 0) p.scales[i / kThreadsOfScale] = quantized.scale;
   }
-  ptx::WaitForPrevious();
 }
 
 // One warp does a row. The float8 channels are the last bytes of their row. So a vector of results
@@ -94,14 +90,10 @@ cudaError_t LoadQuantize() {
   return cudaSuccess;
 }
 
-cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream, bool behind_plan) {
-  const unsigned num_blocks = NumBlocks(params.num_rows, params.hidden);
+cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream) {
   return VisitRowType(params.type, [&](auto element) {
-    if (behind_plan) {
-      return LaunchBehind(&QuantizeKernel<decltype(element)>, static_cast<int>(num_blocks),
-                          kThreads, 0, stream, params);
-    }
-    QuantizeKernel<decltype(element)><<<num_blocks, kThreads, 0, stream>>>(params);
+    QuantizeKernel<decltype(element)>
+        <<<NumBlocks(params.num_rows, params.hidden), kThreads, 0, stream>>>(params);
     return cudaGetLastError();
   });
 }

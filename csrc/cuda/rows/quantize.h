@@ -53,10 +53,7 @@ inline DispatchScratch DispatchScratchOf(int64_t num_tokens, int32_t hidden, int
   return {QuantizedRows::Bytes(num_tokens, hidden), dense_output ? scales : 0};
 }
 
-// Behind a plan it begins early (core/launch.cuh), and its end is that of both. A dispatch may be
-// launched behind it.
-cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream,
-                           bool behind_plan = false);
+cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream);
 
 // In place: the last `hidden` bytes of each row hold its channels as float8_e4m3fn.
 struct DequantizeParams {

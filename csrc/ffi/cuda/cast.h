@@ -4,7 +4,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <functional>
 
 #include "cuda/rows/quantize.h"
 #include "ffi/cuda/device_call.h"
@@ -24,20 +23,14 @@ inline int32_t DispatchBlocks(const ops::DispatchArgs& args, const GroupAttrs& a
   return group.NumBlocks(attrs, args.geometry.layout == plan::Layout::kExpert ? 64 : 24);
 }
 
-// What comes before an op in the same call: a plan. If `beside_cast`, it is launched before the
-// cast, which begins beside it; else right before the op.
-struct Ahead {
-  std::function<cudaError_t()> launch = [] { return cudaSuccess; };
-  bool beside_cast = false;
-};
-
 // Launches an op that moves rows, with the casts before and after it that `args` ask for. `scratch`
-// is the op's scratch memory, whose first part the ranks of this host read. `launch` takes the
-// params and returns a cudaError_t; `fits` says whether the kernel has room for such rows.
-template <typename Params, typename Fits, typename Launch>
+// is the op's scratch memory, whose first part the ranks of this host read. `cast` takes
+// QuantizeParams and launches the cast before the op; `launch` takes the params. Both return a
+// cudaError_t. `fits` says whether the kernel has room for such rows.
+template <typename Params, typename Fits, typename Cast, typename Launch>
 ::xla::ffi::Error MoveRows(Checker& check, const ops::DispatchArgs& args, SharedOperands& shared,
                            cudaStream_t stream, void* scratch, Params& params, Fits&& fits,
-                           Launch&& launch, const Ahead& ahead = {}) {
+                           Cast&& cast, Launch&& launch) {
   const ops::Geometry& geometry = args.geometry;
   const bool quantize = args.quantization != ops::Quantization::kNone;
   const cuda::DispatchScratch sizes = DispatchScratchOf(args);
@@ -62,14 +55,7 @@ template <typename Params, typename Fits, typename Launch>
   }
   check.Attribute("hidden", fits(params), "rows that the kernel has room for", geometry.hidden);
   if (!check.ok()) return check.error();
-  const auto launch_behind = [&](bool is_ahead) {
-    const cudaError_t error = is_ahead ? cudaSuccess : ahead.launch();
-    return ToError(error == cudaSuccess ? launch(params) : error, "dispatch");
-  };
-  if (!quantize) return launch_behind(false);
-  if (ahead.beside_cast) {
-    if (auto error = ToError(ahead.launch(), "dispatch"); error.failure()) return error;
-  }
+  if (!quantize) return ToError(launch(params), "dispatch");
   const cuda::QuantizeParams quantize_params{cuda::RowTypeOf(geometry.dtype),
                                              args.quantization == ops::Quantization::kFp8Ue8m0,
                                              geometry.num_tokens,
@@ -77,17 +63,16 @@ template <typename Params, typename Fits, typename Launch>
                                              args.x,
                                              sent.values,
                                              sent.scales};
-  if (auto error =
-          ToError(cuda::LaunchQuantize(quantize_params, stream, ahead.beside_cast), "dispatch");
+  if (auto error = ToError(cast(quantize_params), "dispatch");
       error.failure() || !args.dense_output) {
-    return error.failure() ? error : launch_behind(ahead.beside_cast);
+    return error.failure() ? error : ToError(launch(params), "dispatch");
   }
   // Float8 rows are received in the ends of the rows that they become.
   const int32_t row_bytes = static_cast<int32_t>(geometry.row_bytes());
   params.rows = static_cast<char*>(args.rows) + (row_bytes - geometry.hidden);
   params.row_stride = row_bytes;
   params.row_scales = reinterpret_cast<float*>(memory + sizes.sent);
-  if (auto error = launch_behind(ahead.beside_cast); error.failure()) return error;
+  if (auto error = ToError(launch(params), "dispatch"); error.failure()) return error;
   const cuda::DequantizeParams dequantize_params{cuda::RowTypeOf(geometry.dtype), geometry.capacity,
                                                  geometry.hidden, params.row_scales, args.rows};
   return ToError(cuda::LaunchDequantize(dequantize_params, stream), "dispatch");

@@ -1,9 +1,7 @@
 // Handlers of targets jax_ep_dispatch and jax_ep_dispatch_async on GPUs.
 
-#include "cuda/node/dispatch.h"
-
 #include "ffi/cuda/async_targets.h"
-#include "ffi/cuda/cast.h"
+#include "ffi/cuda/node_dispatch.h"
 
 namespace jax_ep {
 
@@ -28,11 +26,9 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, const DispatchAttrs& at
   cuda::DispatchParams params = cuda::ParamsOf(args);
   params.group = group.params;
   params.num_blocks = DispatchBlocks(args, attrs.group, group);
-  params.behind_cast = args.quantization != ops::Quantization::kNone;
   SharedOperands shared(group, stream);
-  return MoveRows(
-      check, args, shared, stream, buffers.scratch.untyped_data(), params, cuda::FitsDispatch,
-      [&](const cuda::DispatchParams& ready) { return cuda::LaunchDispatch(ready, stream); });
+  return LaunchNodeDispatch(check, args, group, shared, stream, buffers.scratch.untyped_data(),
+                            params, [] { return cudaSuccess; });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include "cuda/decode/combine.h"
 #include "cuda/decode/dispatch.h"
 #include "cuda/measure/clock.h"
+#include "cuda/node/cast.h"
 #include "cuda/node/combine.h"
 #include "cuda/node/combine_vjp.h"
 #include "cuda/node/dispatch.h"
@@ -20,6 +21,7 @@ std::optional<std::string> LoadKernels(int device) {
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCombine(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCombineVjp(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadQuantize(), device);
+  JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCast(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadDecodeDispatch(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadDecodeCombine(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadClock(), device);

@@ -1,7 +1,6 @@
 // Handler of target jax_ep_plan_dispatch on GPUs: a plan, and a dispatch launched behind it.
 
-#include "cuda/node/dispatch.h"
-#include "ffi/cuda/cast.h"
+#include "ffi/cuda/node_dispatch.h"
 #include "ffi/cuda/plan_call.h"
 
 namespace jax_ep {
@@ -13,11 +12,11 @@ namespace {
 // The dispatch may begin while the plan runs. Its blocks then wait for peers' plans, so where ranks
 // share the GPU, there must be room for these: a cluster of 8 blocks, which have to be in one of 8
 // parts of the GPU, so of 132 SMs 57 must be free, besides 32 that may be others' (NCCL's, say).
-constexpr int kPlanSms = 8;
 constexpr int kSmsOfOthers = 132 - 57 - 32;
+constexpr int kPlanAndCastSms = cuda::kPushPlanBlocks + 1;  // a block of a cast waits for its plan
 
 bool CanBeginEarly(const transport::Member& member, int num_blocks) {
-  return (member.ranks_per_gpu - 1) * (kPlanSms + num_blocks) <= kSmsOfOthers;
+  return (member.ranks_per_gpu - 1) * (kPlanAndCastSms + num_blocks) <= kSmsOfOthers;
 }
 
 ffi::Error PlanDispatch(cudaStream_t stream, int32_t device, const PlanDispatchAttrs& attrs,
@@ -53,17 +52,8 @@ ffi::Error PlanDispatch(cudaStream_t stream, int32_t device, const PlanDispatchA
       plan.kernel == cuda::PlanKernel::kPush && CanBeginEarly(*group.member, params.num_blocks);
   plan.params.is_followed = params.behind_plan;
   params.plan_tag = plan.params.group.tag;
-  // A cast takes all SMs until the plan has ended, so it runs beside one only if no peer's needs
-  // them.
-  const bool casts = args.quantization != ops::Quantization::kNone;
-  const bool beside_cast = casts && params.behind_plan && group.member->ranks_per_gpu == 1;
-  params.behind_cast = beside_cast;
-  const Ahead ahead{[&] { return cuda::LaunchPlan(plan.params, plan.kernel, stream); },
-                    beside_cast};
-  return MoveRows(
-      check, args, shared, stream, memory + plan_bytes, params, cuda::FitsDispatch,
-      [&](const cuda::DispatchParams& ready) { return cuda::LaunchDispatch(ready, stream); },
-      ahead);
+  return LaunchNodeDispatch(check, args, group, shared, stream, memory + plan_bytes, params,
+                            [&] { return cuda::LaunchPlan(plan.params, plan.kernel, stream); });
 }
 
 }  // namespace

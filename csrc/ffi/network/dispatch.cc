@@ -30,10 +30,13 @@ ffi::Error NetworkDispatch(cudaStream_t stream, int32_t device, const NetworkDis
   params.experts_per_host = args.geometry.num_experts / group.params.shape.num_hosts;
   params.num_blocks = group.node.NumBlocks(attrs.group, 64);
   SharedOperands shared(group.node, stream);
-  return MoveRows(check, args, shared, stream, buffers.scratch.untyped_data(), params,
-                  cuda::FitsNetworkDispatch, [&](const cuda::NetworkDispatchParams& ready) {
-                    return cuda::LaunchNetworkDispatch(ready, stream);
-                  });
+  return MoveRows(
+      check, args, shared, stream, buffers.scratch.untyped_data(), params,
+      cuda::FitsNetworkDispatch,
+      [&](const cuda::QuantizeParams& rows) { return cuda::LaunchQuantize(rows, stream); },
+      [&](const cuda::NetworkDispatchParams& ready) {
+        return cuda::LaunchNetworkDispatch(ready, stream);
+      });
 }
 
 }  // namespace

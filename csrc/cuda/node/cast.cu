@@ -1,0 +1,91 @@
+// Casts rows in the order of their tokens, in which ranks read them (rows/sources.cuh).
+
+#include <algorithm>
+
+#include "cuda/core/launch.cuh"
+#include "cuda/core/sync.cuh"
+#include "cuda/node/cast.h"
+#include "cuda/rows/float8.cuh"
+#include "cuda/rows/vectors.cuh"
+
+namespace jax_ep::cuda {
+namespace {
+
+// So few that a block has room on an SM beside one of the dispatch.
+constexpr int kThreads = 512;
+constexpr int kAtOnce = 4;  // vectors of a thread that are in flight together
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) CastKernel(const __grid_constant__ CastParams c) {
+  ptx::LetNextBegin();
+  const QuantizeParams& p = c.rows;
+  const GroupParams& group = c.group;
+  // That of the dispatch.
+  const uint64_t epoch = NumbersOfOp(group).epoch + (c.behind_plan ? 1 : 0);
+  const int32_t num_tokens = static_cast<int32_t>(p.num_rows), size = CastChunk(num_tokens);
+  for (int32_t chunk = blockIdx.x; int64_t{chunk} * size < num_tokens; chunk += gridDim.x) {
+    const int64_t begin = int64_t{chunk} * size * p.hidden;
+    const int32_t rows = plan::Min(size, num_tokens - chunk * size);
+    const int32_t num_vectors = rows * (p.hidden / kVector);
+    const T* x = static_cast<const T*>(p.x) + begin;
+    uint2* values = reinterpret_cast<uint2*>(static_cast<char*>(p.values) + begin);
+    float* scales = p.scales + begin / 128;
+    // All threads of a warp go round together: there are multiples of 16 vectors, not of 32.
+    for (int32_t first = threadIdx.x; first - static_cast<int32_t>(threadIdx.x % 32) < num_vectors;
+         first += kThreads * kAtOnce) {
+      float channels[kAtOnce][kVector] = {};
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int32_t i = first + n * kThreads;
+        if (i < num_vectors) Unpack(LoadVector(x + int64_t{i} * kVector), channels[n]);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int32_t i = first + n * kThreads;
+        const Float8Vector quantized = ToFloat8(channels[n], p.ue8m0);
+        if (i >= num_vectors) continue;
+        values[i] = quantized.values;
+        if (i % kThreadsOfScale == 0) scales[i / kThreadsOfScale] = quantized.scale;
+      }
+    }
+    // Long enough for the plan to end meanwhile.
+    for (uint32_t i = 0; i < (kMutation == kWithoutCast ? 80 : 1); ++i) {
+      TestDelay(group.rank, epoch, 50 + chunk + i);
+    }
+    __syncthreads();
+    if (threadIdx.x < group.num_ranks) {
+      ptx::FenceAcquireReleaseSystem();
+      ptx::StoreRelaxedSystem(&group.peers[threadIdx.x]->ring_ready[group.rank][chunk],
+                              RingWord(chunk, epoch));
+    }
+  }
+  // One block is enough for the end of this kernel to be that of the plan too. The others leave
+  // their SMs.
+  if (blockIdx.x == 0) ptx::WaitForPrevious();
+}
+
+}  // namespace
+
+cudaError_t LoadCast() {
+  for (const RowType type : {RowType::kFloat32, RowType::kBFloat16, RowType::kFloat16}) {
+    const cudaError_t error = VisitRowType(type, [](auto element) {
+      cudaFuncAttributes attributes;
+      return cudaFuncGetAttributes(&attributes, CastKernel<decltype(element)>);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t LaunchCast(const CastParams& params, cudaStream_t stream) {
+  return VisitRowType(params.rows.type, [&](auto element) {
+    if (params.behind_plan) {
+      return LaunchBehind(&CastKernel<decltype(element)>, params.num_blocks, kThreads, 0, stream,
+                          params);
+    }
+    CastKernel<decltype(element)><<<params.num_blocks, kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,42 @@
+// How handlers launch a dispatch within a host.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/node/cast.h"
+#include "cuda/node/dispatch.h"
+#include "cuda/plan/plan.h"
+#include "ffi/cuda/cast.h"
+
+namespace jax_ep {
+
+// Completes `params`, which have what the arguments and the group say, and launches the op, after
+// `launch_plan`, which returns a cudaError_t. `params` say whether the op begins beside that plan.
+template <typename LaunchPlan>
+::xla::ffi::Error LaunchNodeDispatch(Checker& check, const ops::DispatchArgs& args,
+                                     const DeviceGroup& group, SharedOperands& shared,
+                                     cudaStream_t stream, void* scratch,
+                                     cuda::DispatchParams& params, LaunchPlan&& launch_plan) {
+  params.behind_cast = args.quantization != ops::Quantization::kNone;
+  const auto cast = [&](const cuda::QuantizeParams& rows) {
+    if (const cudaError_t error = launch_plan(); error != cudaSuccess) return error;
+    const int32_t chunk = cuda::CastChunk(args.geometry.num_tokens);
+    const int32_t num_chunks = (args.geometry.num_tokens + chunk - 1) / chunk;
+    // A block for each SM that the plan leaves.
+    const int32_t most =
+        (132 - static_cast<int32_t>(cuda::kPushPlanBlocks)) / group.member->ranks_per_gpu;
+    return cuda::LaunchCast({params.group, rows, std::min(num_chunks, most), params.behind_plan},
+                            stream);
+  };
+  return MoveRows(check, args, shared, stream, scratch, params, cuda::FitsDispatch, cast,
+                  [&](const cuda::DispatchParams& ready) {
+                    if (!ready.behind_cast) {
+                      const cudaError_t error = launch_plan();
+                      if (error != cudaSuccess) return error;
+                    }
+                    return cuda::LaunchDispatch(ready, stream);
+                  });
+}
+
+}  // namespace jax_ep
