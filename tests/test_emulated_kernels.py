@@ -392,9 +392,8 @@ def test_a_mutation_of_latency_mode_is_noticed(
 @pytest.mark.parametrize("seed", range(1, 3))
 @pytest.mark.parametrize("arguments", _NETWORK)
 def test_hosts_on_a_late_network(binaries: Binaries, arguments: str, seed: int) -> None:
-    """Results are right to the bit, and each row crosses once to each host that needs it.
-
-    Three steps use words of either parity of the epoch again; the second schedule needs no third."""
+    """Results are right to the bit, and each row crosses once to each host that needs it."""
+    # Three steps use words of either parity of the epoch again; the second schedule has two.
     _run_well(binaries / "network_test", f"{arguments} seed={seed} steps={4 - seed}", seed=seed)
 
 

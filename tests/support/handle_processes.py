@@ -2,9 +2,10 @@
 
     python tests/support/handle_processes.py SCENE FOLDER PROCESSES
 
-They are forks of one process, which only imports what they need and waits for them: most of the
-time of such a process is its imports. The native library is replaced by one whose device memory is files in memory, and JAX's key-value
-store by files in FOLDER. A process writes what it saw as one line of JSON to FOLDER/output_RANK.
+They are forks of one process, which only imports what they need and then waits for them, because
+most of the time of such a process is its imports. The native library is replaced by one whose
+device memory is files in memory, and JAX's key-value store by files in FOLDER. A process writes
+what it saw as one line of JSON to FOLDER/output_RANK.
 """
 
 from __future__ import annotations
