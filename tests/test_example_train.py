@@ -39,8 +39,8 @@ MODEL = ModelConfig(
     expert_hidden=32,
     capacity_factor=None,
 )
-# Powers of two, as the experts and the batch are; four suffice for two groups of two ranks.
-DEVICES = 1 << ranks_at_most(4).bit_length() - 1
+# Powers of two, as the experts and the batch are.
+DEVICES = 1 << ranks_at_most(8).bit_length() - 1
 GROUPS = 2 if DEVICES >= 4 else 1
 TRAIN = TrainConfig(batch_size=16, seq_len=32, learning_rate=6e-3, warmup_steps=10)
 
