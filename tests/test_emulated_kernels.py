@@ -387,7 +387,8 @@ def test_a_mutation_of_latency_mode_is_noticed(
 @pytest.mark.parametrize("arguments", emulated_network.STEPS)
 def test_hosts_on_a_late_network(binaries: Binaries, arguments: str, seed: int) -> None:
     """Results are right to the bit, and each row crosses once to each host that needs it."""
-    _run_well(binaries / "network_test", f"{arguments} seed={seed}", seed=seed)
+    # Three steps use words of either parity of the epoch again; the second schedule has two.
+    _run_well(binaries / "network_test", f"{arguments} seed={seed} steps={4 - seed}", seed=seed)
 
 
 @pytest.mark.parametrize("arguments", emulated_network.PLANS)

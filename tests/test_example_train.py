@@ -117,7 +117,7 @@ def dense_losses(state: Any, corpus: data.Corpus, model: ModelConfig, steps: int
 
 @pytest.mark.parametrize("balance", [pytest.param("aux", marks=pytest.mark.slow), "bias"])
 def test_loss_curve_is_that_of_a_dense_model(corpus, balance):
-    steps = 50
+    steps = 30
     model = dataclasses.replace(MODEL, balance=balance)
     trainer = make_trainer(model)
     state = trainer.initial_state()

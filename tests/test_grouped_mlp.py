@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -28,6 +29,7 @@ def make(*, gated: bool = True):
     return jax.tree.map(jnp.asarray, (rows, weights, (gate, up, down), draw(ROWS, HIDDEN)))
 
 
+@functools.partial(jax.jit, static_argnames="activation")
 def dense(rows, weights, matrices, activation):
     """The same in plain JAX, one group after the other; unused rows are left out."""
     gate, up, down = matrices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,26 +29,26 @@ def play(scene: str, processes: int, folder: pathlib.Path, **env: str) -> list[o
     temporary.mkdir()
     path = machine.python_path(pathlib.Path(jax_ep.__file__).parents[1])
     base = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TMPDIR": str(temporary)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), scene, str(folder), str(me), str(processes)],
-            env={**base, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for me in range(processes)
-    ]
-    saw: list[object] = []
+    running = subprocess.Popen(
+        [sys.executable, str(SCRIPT), scene, str(folder), str(processes)],
+        env={**base, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        for process in running:
-            output, _ = process.communicate(timeout=120)
-            lines = [line for line in output.splitlines() if line.startswith("SAW ")]
-            assert lines or process.returncode == -signal.SIGKILL, output
-            saw.append(json.loads(lines[0][4:]) if lines else None)
+        codes, _ = running.communicate(timeout=120)
+        assert running.returncode == 0, codes
     finally:
-        for process in running:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+    saw: list[object] = []
+    for me, code in enumerate(json.loads(codes.splitlines()[-1])):
+        output = (folder / f"output_{me}").read_text()
+        lines = [line for line in output.splitlines() if line.startswith("SAW ")]
+        assert lines or code == -signal.SIGKILL, output
+        saw.append(json.loads(lines[0][4:]) if lines else None)
     assert not list(temporary.glob("jax_ep-*")) or None in saw, "a process left its socket behind"
     return saw
 

@@ -42,6 +42,7 @@ def make_x(*shape: int, seed: int = 1) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@functools.partial(jax.jit, static_argnames=("router", "top_k"))
 def dense_moe(x, params, *, router, top_k=K, mask=None):
     """Every expert for every token, weighted by the router (zero where it is not chosen)."""
     tokens = x.reshape(-1, x.shape[-1])

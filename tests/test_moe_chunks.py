@@ -53,11 +53,16 @@ def whole(backend: str):
     return run_layer(backend)
 
 
+@functools.cache
+def chunked(backend: str, num_chunks: int):
+    return run_layer(backend, overlap="chunks", num_chunks=num_chunks)
+
+
 def test_chunks_change_no_output(backend):
     """The gradients of the experts' weights are sums in another order."""
     num_chunks = 2 if backend == "reference" else 3
     y, aux, dx, d_params = whole(backend)
-    got_y, got_aux, got_dx, got_params = run_layer(backend, overlap="chunks", num_chunks=num_chunks)
+    got_y, got_aux, got_dx, got_params = chunked(backend, num_chunks)
     oracle.assert_same(got_y, y, "y")
     oracle.assert_same(got_dx, dx, "dx")
     reported = [name for name, value in aux._asdict().items() if value is not None]
@@ -80,7 +85,7 @@ def test_shared_expert_alone_beside_the_rows(native_backend):
 
 def test_weight_gradients_are_those_of_the_same_chunks_in_sequence(native_backend, monkeypatch):
     """With no op in flight."""
-    overlapped = run_layer(native_backend, overlap="chunks", num_chunks=3)
+    overlapped = chunked(native_backend, 3)
     order = []
 
     def start(op):
@@ -156,9 +161,10 @@ def first_two(logits, bias):
     ],
 )
 def test_bounds_divide_among_chunks(bound, kept, native_backend):
-    _, aux, _, _ = run_layer(
-        native_backend, router=first_two, overlap="chunks", num_chunks=3, **bound
-    )
+    options = {"router": first_two, "overlap": "chunks", "num_chunks": 3, **bound}
+    group = spmd.make_group(RANKS, native_backend)
+    layer = functools.partial(jax_ep.moe, group=group, num_experts=E, top_k=K, **options)
+    _, aux = jax.jit(layer)(X, PARAMS)
     assert aux.num_dropped == RANKS * TOKENS * K - kept
 
 

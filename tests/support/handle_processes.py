@@ -1,9 +1,11 @@
 """Several real processes that make groups of GPUs together, without GPUs.
 
-    python tests/support/handle_processes.py SCENE FOLDER RANK PROCESSES
+    python tests/support/handle_processes.py SCENE FOLDER PROCESSES
 
-The native library is replaced by one whose device memory is files in memory, and JAX's key-value
-store by files in FOLDER. A process prints what it saw as one line of JSON.
+They are forks of one process, which only imports what they need and then waits for them, because
+most of the time of such a process is its imports. The native library is replaced by one whose
+device memory is files in memory, and JAX's key-value store by files in FOLDER. A process writes
+what it saw as one line of JSON to FOLDER/output_RANK.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from jax_ep._groups.gpu_side import Rank
 from jax_ep._groups.room import Room
 from jax_ep._groups.topology import Topology
 
-SCENE, FOLDER, ME, PROCESSES = sys.argv[1], pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:])
+SCENE, FOLDER, PROCESSES = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
 EVERYBODY = list(range(PROCESSES))
+ME = -1  # of the process that waits
 
 
 def key_value_set(key: str, value: bytes) -> None:
@@ -106,7 +109,7 @@ class Memory:
         pass
 
 
-memory = Memory()
+memory: Memory
 
 
 def open_descriptors() -> int:
@@ -329,7 +332,29 @@ def absent() -> Any:
     return create(1, [EVERYBODY])
 
 
+def fork() -> int | None:
+    """The number of a new process, in that process; None in the one that has waited for all."""
+    children = {}
+    for me in EVERYBODY:
+        if (child := os.fork()) == 0:
+            output = os.open(FOLDER / f"output_{me}", os.O_CREAT | os.O_WRONLY)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.close(output)
+            return me
+        children[child] = me
+    codes = [0] * PROCESSES
+    for _ in EVERYBODY:
+        child, status = os.wait()
+        codes[children[child]] = os.waitstatus_to_exitcode(status)
+    print(json.dumps(codes))
+    return None
+
+
 if __name__ == "__main__":
+    if (rank := fork()) is None:
+        sys.exit()
+    ME, memory = rank, Memory()
     _compat.key_value_set, _compat.key_value_get = key_value_set, key_value_get
     jax.process_index, jax.process_count = lambda: ME, lambda: PROCESSES
     gpu_side.library = lambda: memory

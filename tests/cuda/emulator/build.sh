@@ -23,19 +23,23 @@ flags=(-std=c++17 -O2 -pthread -fno-strict-aliasing -ffp-contract=off -DJAX_EP_T
 read -ra given <<<"${CXXFLAGS:-}"
 flags+=("${given[@]}")
 if [ -z "$more" ]; then
-  rm -rf "$out/source" "$out/objects"
-  mkdir -p "$out/objects"
+  rm -rf "$out/source" "$out/objects" "$out/headers"
+  mkdir -p "$out/objects" "$out/headers"
   for room in "$root"/csrc/cuda/*/; do
     ${PYTHON:-python3} "$here/rewrite.py" "$room" "$out/source/cuda/$(basename "$room")"
   done
   ${PYTHON:-python3} "$here/rewrite.py" "$root/tests/cuda" "$out/source/tests"
   cp "$here/ptx.cuh" "$here/launch.cuh" "$out/source/cuda/core/"
   cp "$here/net.cuh" "$out/source/cuda/network/net.cuh"
+  # A file with kernels takes a good part of its time for these headers, so they are compiled once.
+  printf '#include <%s>\n' cuda_runtime.h cuda_bf16.h cuda_fp16.h cuda_fp8.h algorithm map random string vector \
+    >"$out/headers/kernels.h"
+  g++ "${flags[@]}" -x c++-header "$out/headers/kernels.h" -o "$out/headers/kernels.h.gch"
 fi
 # As nvcc does, kernels include the runtime's header.
 compile() {
   local kernels=
-  case $1 in *.cu) kernels="-include cuda_runtime.h -x c++" ;; esac
+  case $1 in *.cu) kernels="-include $out/headers/kernels.h -x c++" ;; esac
   echo "g++ ${flags[*]} $kernels -c $1 -o $out/objects/$2.o"
 }
 {

@@ -86,6 +86,22 @@ void Resume(Block& block, uint32_t warp, uint32_t lane) {
   SwitchStack(&scheduler, fiber.stack_pointer);
 }
 
+// Each ready lane once, from `first_lane` on, also those that become ready before their turn.
+void RunWarp(Block& block, uint32_t w, uint32_t first_lane) {
+  const Warp& warp = block.warps[w];
+  const auto next_ready = [&](uint32_t after) {  // 32 if there is none
+    const uint64_t both = uint64_t{warp.ready} << 32 | warp.ready;
+    const uint64_t left = both >> first_lane & 0xffffffff & ~uint64_t{0} << after;
+    return left == 0 ? 32u : static_cast<uint32_t>(__builtin_ctzll(left));
+  };
+  for (uint32_t j = next_ready(0); j < 32; j = next_ready(j + 1)) {
+    // Most of a switch is the wait for the first line of the other stack.
+    const uint32_t next = next_ready(j + 1);
+    if (next < 32) __builtin_prefetch(warp.lanes[(first_lane + next) % 32].stack_pointer);
+    Resume(block, w, (first_lane + j) % 32);
+  }
+}
+
 // Now and then a fiber, warp or block falls behind the others, mostly for a little while.
 void SometimesStall(uint64_t now, uint32_t one_in, uint64_t& until) {
   if (Random() % one_in != 0) return;
@@ -98,20 +114,15 @@ void RunBlock(Block& block) {
   ++block.turns;
   AdvanceCopies(block);
   const uint32_t num_warps = static_cast<uint32_t>(block.warps.size());
-  const uint32_t first_warp = Random() % num_warps;
   bool any = !block.copies.empty();
-  for (uint32_t i = 0; i < num_warps; ++i) {
-    const uint32_t w = (first_warp + i) % num_warps;
+  for (uint32_t i = 0, w = Random() % num_warps; i < num_warps; ++i, ++w) {
+    if (w == num_warps) w = 0;
     Warp& warp = block.warps[w];
     if (warp.ready == 0) continue;
     any = true;
     SometimesStall(block.turns, 20000, warp.stalled_until);
     if (Random() % 4 == 0 || block.turns < warp.stalled_until) continue;
-    const uint32_t first_lane = Random() % 32;
-    for (uint32_t j = 0; j < 32; ++j) {
-      const uint32_t lane = (first_lane + j) % 32;
-      if ((warp.ready >> lane & 1) != 0) Resume(block, w, lane);
-    }
+    RunWarp(block, w, Random() % 32);
   }
   if (!any && block.num_running != 0) {
     for (uint32_t w = 0; w < num_warps; ++w) {
@@ -158,16 +169,10 @@ void Abort(const char* format, ...) {
   std::_Exit(3);
 }
 
-uint32_t Random() {
-  static uint64_t state = [] {
-    const char* seed = std::getenv("JAX_EP_EMULATOR_SEED");
-    return (seed != nullptr ? std::strtoull(seed, nullptr, 10) : 1) * 0x9e3779b97f4a7c15 | 1;
-  }();
-  state ^= state << 13;
-  state ^= state >> 7;
-  state ^= state << 17;
-  return static_cast<uint32_t>(state >> 32);
-}
+uint64_t random_state = [] {
+  const char* seed = std::getenv("JAX_EP_EMULATOR_SEED");
+  return (seed != nullptr ? std::strtoull(seed, nullptr, 10) : 1) * 0x9e3779b97f4a7c15 | 1;
+}();
 
 int Mutation() {
   static const int mutation = [] {
@@ -194,10 +199,6 @@ uint32_t MostBlocks() {
 }
 
 void Yield() { SwitchStack(&CurrentLane().stack_pointer, scheduler); }
-
-void SometimesYield(uint32_t one_in) {
-  if (Random() % one_in == 0) Yield();
-}
 
 void Sleep(uint64_t ns) {
   for (const uint64_t end = current_block->turns + ns / 100; current_block->turns < end;) Yield();

@@ -27,11 +27,20 @@ namespace emulator {
 
 // Scheduling -------------------------------------------------------------------------------------
 
+extern uint64_t random_state;  // that begins with JAX_EP_EMULATOR_SEED
+inline uint32_t Random() {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return static_cast<uint32_t>(random_state >> 32);
+}
+
 // Lets a random number of other fibers run; SometimesYield does so once in `one_in` calls.
 void Yield();
-void SometimesYield(uint32_t one_in);
+inline void SometimesYield(uint32_t one_in) {
+  if (Random() % one_in == 0) Yield();
+}
 void Sleep(uint64_t ns);
-uint32_t Random();
 uint64_t Nanoseconds();  // of a clock that goes on with every turn
 
 // JAX_EP_EMULATOR_MUTATION: the wait that is removed, one of test_hooks.cuh or of these.

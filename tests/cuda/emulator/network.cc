@@ -76,9 +76,9 @@ void PutSignal(uint64_t* signal, uint64_t value, int pe) {
 }
 
 void AdvanceNetwork() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  ++turns;
+  ++turns;  // only the device's thread knows these two
   if (under_way.empty()) return;
+  const std::lock_guard<std::mutex> lock(mutex);
   for (const bool signals : {false, true}) {  // bytes first if both are due
     for (size_t i = 0; i < under_way.size();) {
       const Delivery message = under_way[i];

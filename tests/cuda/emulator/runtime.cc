@@ -1,7 +1,5 @@
-// The CUDA runtime: streams, graphs and events, whose work the device's thread does in order, and
-// memory of the host.
+// The CUDA runtime: streams, graphs and events, whose work the device's thread does in order.
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "device.h"
+#include "memory.h"
 
 namespace emulator {
 namespace {
@@ -113,70 +112,7 @@ void AddAtOnce(cudaStream_t stream, std::function<void()> work) {
 
 bool IsIdle(const Stream& stream) { return stream.num_running == 0 && stream.queue.empty(); }
 
-// Allocations, by address.
-std::mutex memory_mutex;
-std::map<uintptr_t, size_t> allocations;
-std::atomic<uint64_t> num_frees{0};
-
-void* Allocate(size_t size) {
-  const size_t rounded = (size + 511) / 256 * 256;  // the bytes after it belong to no allocation
-  void* memory = std::aligned_alloc(256, rounded);
-  if (memory == nullptr) Abort("no memory");
-  std::memset(memory, 0xcd, rounded);
-  const std::lock_guard<std::mutex> lock(memory_mutex);
-  allocations[reinterpret_cast<uintptr_t>(memory)] = size;
-  return memory;
-}
-
-std::vector<char*> free_shared;
-
 }  // namespace
-
-void CheckGlobal(const void* pointer, size_t size, const char* what) {
-  thread_local uintptr_t begin = 0, end = 0;  // of the allocation found last
-  thread_local uint64_t when = 0;
-  const auto at = reinterpret_cast<uintptr_t>(pointer);
-  if (begin <= at && at + size <= end && when == num_frees.load()) return;
-  const std::lock_guard<std::mutex> lock(memory_mutex);
-  auto next = allocations.upper_bound(at);
-  if (next != allocations.begin()) {
-    --next;
-    begin = next->first, end = begin + next->second, when = num_frees.load();
-    if (at + size <= end) return;
-  }
-  Abort("%s: %zu bytes at %p, outside of all allocations", what, size, pointer);
-}
-
-size_t ReserveShared(size_t size, size_t alignment) {
-  static size_t used = 0;
-  const size_t offset = (used + alignment - 1) / alignment * alignment;
-  used = offset + size;
-  if (used > kStaticBytes) Abort("kStaticBytes is too little");
-  return offset;
-}
-
-constexpr int kPoison = 0xcd;
-constexpr size_t kGuard = 1024;  // bytes after a block's memory, which it must not write
-
-char* TakeSharedMemory() {
-  constexpr size_t kBytes = kStaticBytes + kMaxSharedBytes + kGuard;
-  if (free_shared.empty()) {
-    free_shared.push_back(static_cast<char*>(std::aligned_alloc(1024, kBytes / 1024 * 1024)));
-    std::memset(free_shared.back(), kPoison, kBytes / 1024 * 1024);
-  }
-  char* memory = free_shared.back();
-  free_shared.pop_back();
-  return memory;
-}
-
-void FreeSharedMemory(char* memory, size_t dynamic_bytes) {
-  char* end = memory + kStaticBytes + dynamic_bytes;
-  for (char* byte = end; byte != end + kGuard; ++byte) {
-    if (*byte != static_cast<char>(kPoison)) Abort("a block wrote past its shared memory");
-  }
-  std::memset(memory, kPoison, kStaticBytes + dynamic_bytes);
-  free_shared.push_back(memory);
-}
 
 cudaError_t AllowShared(const void* kernel, int bytes) {
   if (bytes < 0 || static_cast<size_t>(bytes) > kMaxSharedBytes) return cudaErrorInvalidValue;
@@ -226,10 +162,7 @@ cudaError_t cudaHostAlloc(void** pointer, size_t size, unsigned) {
 }
 cudaError_t cudaFree(void* pointer) {
   cudaDeviceSynchronize();
-  const std::lock_guard<std::mutex> lock(emulator::memory_mutex);
-  emulator::allocations.erase(reinterpret_cast<uintptr_t>(pointer));
-  ++emulator::num_frees;
-  std::free(pointer);
+  emulator::Free(pointer);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
@@ -237,11 +170,11 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) 
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void* to, int value, size_t size) {
-  std::memset(to, value, size);
+  emulator::Fill(to, value, size);
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t stream) {
-  emulator::AddAtOnce(stream, [=] { std::memset(to, value, size); });
+  emulator::AddAtOnce(stream, [=] { emulator::Fill(to, value, size); });
   return cudaSuccess;
 }
 
