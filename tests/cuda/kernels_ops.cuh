@@ -140,6 +140,7 @@ inline void LaunchPlanAndDispatch(const Workload& w, const Rank& k, int launch, 
   dispatch.behind_plan = true;
   dispatch.plan_tag = plan.group.tag;
   dispatch.behind_cast = dense != nullptr;
+  dispatch.cast_chunk = cuda::TokensOfChunk(w.T);
   CHECK_CUDA(cuda::LaunchDispatch(dispatch, k.stream));
 }
 

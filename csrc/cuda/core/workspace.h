@@ -26,6 +26,8 @@ constexpr int kRingBytes = 32 << 20;
 // The most sums in flight from one rank, and the most parts that a sum is sent in.
 constexpr int kMaxRingSlots = 2048;
 constexpr int kMaxParts = 4;
+// Chunks of a rank's rows that a dispatch casts.
+constexpr int kCastChunks = 16;
 
 // A range of a rank's memory that its peers can read, at the address where the owner of the list
 // maps it. Between GPUs of one process addresses are the same everywhere, and the regions are parts
@@ -191,6 +193,7 @@ struct Channel {
   uint32_t blocks_arrived;                      // of the running kernel
   uint32_t blocks_done;                         // of the running kernel; and kFailedHere
   uint32_t tickets;                             // of the running kernel (Tickets); zero between ops
+  uint32_t cast_pieces[kCastChunks];            // of the running cast, done; zero between casts
   uint32_t plan_blocks;                         // of a plan with a dispatch behind it, that have
                                                 // written their results; zero between ops
   OpNumbers last;                               // epoch and publication that completed last

@@ -22,11 +22,14 @@ __global__ void __launch_bounds__(kThreads, 2) CastKernel(const __grid_constant_
   const GroupParams& group = c.group;
   // That of the dispatch.
   const uint64_t epoch = NumbersOfOp(group).epoch + (c.behind_plan ? 1 : 0);
-  const int32_t num_tokens = static_cast<int32_t>(p.num_rows), size = CastChunk(num_tokens);
-  for (int32_t chunk = blockIdx.x; int64_t{chunk} * size < num_tokens; chunk += gridDim.x) {
-    const int64_t begin = int64_t{chunk} * size * p.hidden;
-    const int32_t rows = plan::Min(size, num_tokens - chunk * size);
-    const int32_t num_vectors = rows * (p.hidden / kVector);
+  const int32_t num_tokens = static_cast<int32_t>(p.num_rows);
+  const int32_t chunk_tokens = TokensOfChunk(num_tokens);
+  __shared__ int32_t full_chunk;  // whose last piece this block has done, or -1
+  for (int32_t first_token = blockIdx.x * kTokensOfPiece; first_token < num_tokens;
+       first_token += gridDim.x * kTokensOfPiece) {
+    const int64_t begin = int64_t{first_token} * p.hidden;
+    const int32_t num_rows = plan::Min(kTokensOfPiece, num_tokens - first_token);
+    const int32_t num_vectors = num_rows * (p.hidden / kVector);
     const T* x = static_cast<const T*>(p.x) + begin;
     uint2* values = reinterpret_cast<uint2*>(static_cast<char*>(p.values) + begin);
     float* scales = p.scales + begin / 128;
@@ -50,11 +53,21 @@ __global__ void __launch_bounds__(kThreads, 2) CastKernel(const __grid_constant_
     }
     // Long enough for the plan to end meanwhile.
     for (uint32_t i = 0; i < (kMutation == kWithoutCast ? 80 : 1); ++i) {
-      TestDelay(group.rank, epoch, 50 + chunk + i);
+      TestDelay(group.rank, epoch, 50 + i);
     }
     __syncthreads();
-    if (threadIdx.x < group.num_ranks) {
-      ptx::FenceAcquireReleaseSystem();
+    const int32_t chunk = first_token / chunk_tokens;
+    if (threadIdx.x == 0) {
+      const int32_t tokens = plan::Min(chunk_tokens, num_tokens - chunk * chunk_tokens);
+      const uint32_t pieces = (tokens + kTokensOfPiece - 1) / kTokensOfPiece;
+      __threadfence();
+      const bool is_full = atomicAdd(&Own(group).cast_pieces[chunk], 1u) == pieces - 1;
+      if (is_full) Own(group).cast_pieces[chunk] = 0;
+      full_chunk = is_full ? chunk : -1;
+    }
+    __syncthreads();
+    if (full_chunk >= 0 && threadIdx.x < group.num_ranks) {
+      ptx::FenceAcquireReleaseSystem();  // of the pieces of other blocks too, by the count
       ptx::StoreRelaxedSystem(&group.peers[threadIdx.x]->ring_ready[group.rank][chunk],
                               RingWord(chunk, epoch));
     }

@@ -18,12 +18,13 @@ struct CastParams {
   bool behind_plan;  // launched behind the push kernel of a plan, which is_followed
 };
 
-// Tokens of a chunk. As few as there are words for: the sooner a chunk is there, the sooner links
-// are busy.
-JAX_EP_HOST_DEVICE int32_t CastChunk(int32_t num_tokens) {
-  constexpr int32_t kFewest = 8, kMostChunks = kMaxRingSlots * kMaxParts;
-  const int32_t even = (num_tokens - 1) / kMostChunks + 1;
-  return even > kFewest ? even : kFewest;
+// What blocks take in turn.
+constexpr int32_t kTokensOfPiece = 8;
+
+// Tokens of a chunk: a whole number of pieces.
+JAX_EP_HOST_DEVICE int32_t TokensOfChunk(int32_t num_tokens) {
+  const int32_t pieces = (num_tokens + kTokensOfPiece - 1) / kTokensOfPiece;
+  return (pieces + kCastChunks - 1) / kCastChunks * kTokensOfPiece;
 }
 
 // A dispatch is launched behind it. Behind a plan it begins early (core/launch.cuh), and its end is

@@ -65,18 +65,21 @@ __host__ __device__ int32_t NumMovers(const DispatchParams& p) {
 // Shared memory of a block.
 constexpr int kBarriersAt = kZeroBytes;
 constexpr int kInputsAt = kBarriersAt + kMaxMovers * kStages * static_cast<int>(sizeof(uint64_t));
-constexpr int kStagesAt = kInputsAt + static_cast<int>(sizeof(PeerInputs));
+constexpr int kSeenAt = kInputsAt + static_cast<int>(sizeof(PeerInputs));
+constexpr int kStagesAt = kSeenAt + kMaxRanks * static_cast<int>(sizeof(uint32_t));
 static_assert(kStagesAt % 128 == 0, "bulk copies want aligned stages");
 
 struct DispatchMemory {
   char* zeros;         // [kZeroBytes]
   uint64_t* barriers;  // [kMaxMovers, kStages]
   PeerInputs* inputs;  // x, scales, weights
+  uint32_t* seen;      // [kMaxRanks], bits of chunks that are cast
   char* stages;        // [movers, kStages, StageBytes()]
   __device__ explicit DispatchMemory(char* memory)
       : zeros(memory),
         barriers(reinterpret_cast<uint64_t*>(memory + kBarriersAt)),
         inputs(reinterpret_cast<PeerInputs*>(memory + kInputsAt)),
+        seen(reinterpret_cast<uint32_t*>(memory + kSeenAt)),
         stages(memory + kStagesAt) {}
 };
 
@@ -84,10 +87,8 @@ size_t SharedBytes(const DispatchParams& p) {
   return kStagesAt + static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
 }
 
-// Waits until a peer has cast a token. After a failure it returns at once.
-__device__ __forceinline__ void WaitCast(const DispatchParams& p, OpNumbers op, int32_t rank,
-                                         int32_t token) {
-  const int32_t chunk = token / CastChunk(p.num_tokens);
+__device__ __forceinline__ void WaitChunk(const DispatchParams& p, OpNumbers op, int32_t rank,
+                                          int32_t chunk) {
   const uint64_t& word = Own(p.group).ring_ready[rank][chunk];
   const uint64_t expected = RingWord(chunk, op.epoch);
   for (Deadline deadline; kMutation != kWithoutCast;) {
@@ -97,12 +98,23 @@ __device__ __forceinline__ void WaitCast(const DispatchParams& p, OpNumbers op, 
   }
 }
 
+// Waits until a peer has cast a token. After a failure it returns at once. `seen` has the chunks of
+// each rank that a warp of the block has waited for: flags take long to load.
+__device__ __forceinline__ void WaitCast(const DispatchParams& p, OpNumbers op, uint32_t* seen,
+                                         int32_t rank, int32_t token) {
+  const int32_t chunk = token / p.cast_chunk;
+  const bool is_there = (*static_cast<volatile uint32_t*>(&seen[rank]) >> chunk & 1) != 0;
+  if (!is_there) WaitChunk(p, op, rank, chunk);
+  __threadfence_block();
+  if (!is_there) atomicOr(&seen[rank], 1u << chunk);
+}
+
 // One mover. Loads run up to kAhead items ahead of the stores. The other stages hold items whose
 // stores still read them.
 template <int kAhead, bool kCast>
-__device__ void MoveRows(const DispatchParams& p, OpNumbers op, const PeerInputs& inputs,
-                         int32_t warp, int32_t num_warps, const char* zeros, char* stages,
-                         uint64_t* barriers) {
+__device__ void MoveRows(const DispatchParams& p, OpNumbers op, uint32_t* seen,
+                         const PeerInputs& inputs, int32_t warp, int32_t num_warps,
+                         const char* zeros, char* stages, uint64_t* barriers) {
   const int32_t lane = threadIdx.x % 32;
   const Chunks chunks = ChunksOf(p.row_bytes);
   const int32_t stage_bytes = StageBytes(p);
@@ -140,7 +152,7 @@ __device__ void MoveRows(const DispatchParams& p, OpNumbers op, const PeerInputs
       const int64_t token = source.source % p.num_tokens;
       char* memory = stages + stage * stage_bytes;
       if (kCast) {
-        WaitCast(p, op, rank, static_cast<int32_t>(token));
+        WaitCast(p, op, seen, rank, static_cast<int32_t>(token));
         ptx::FenceProxyAsyncGlobal();
       }
       const bool with_scales = scale_bytes != 0 && load_chunk == chunks.count;
@@ -214,8 +226,8 @@ __device__ void BringWeights(const DispatchParams& p, const PeerInputs& inputs, 
 // Helpers: the scales of the sources of one warp, several sources at a time to hide the link's
 // latency.
 template <bool kCast>
-__device__ void BringScales(const DispatchParams& p, OpNumbers op, const PeerInputs& inputs,
-                            int32_t warp, int32_t num_warps) {
+__device__ void BringScales(const DispatchParams& p, OpNumbers op, uint32_t* seen,
+                            const PeerInputs& inputs, int32_t warp, int32_t num_warps) {
   constexpr int kAtOnce = 4;
   const int32_t lane = threadIdx.x % 32;
   SourceIterator<DispatchParams> sources(p, warp, num_warps);
@@ -225,7 +237,7 @@ __device__ void BringScales(const DispatchParams& p, OpNumbers op, const PeerInp
     for (int i = 0; i < kAtOnce; ++i) {
       batch[i] = more ? sources.Next() : plan::kNone;
       more = more && batch[i] != plan::kNone;
-      if (kCast && more) WaitCast(p, op, batch[i] / p.num_tokens, batch[i] % p.num_tokens);
+      if (kCast && more) WaitCast(p, op, seen, batch[i] / p.num_tokens, batch[i] % p.num_tokens);
     }
     for (int32_t j0 = 0; j0 < p.scales_per_row; j0 += 32) {
       const int32_t j = j0 + lane;
@@ -289,13 +301,14 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   for (int32_t i = threadIdx.x; i < kZeroBytes / 16; i += blockDim.x) {
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
+  if (kCast && threadIdx.x < kMaxRanks) shared.seen[threadIdx.x] = 0;
   ptx::FenceProxyAsyncShared();
   bool ok = WaitInputs(p.group, op, *shared.inputs);  // and the zeros are there
   if (p.behind_plan) ok = WaitPlanWritten(p.group, kPushPlanBlocks) && ok;
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_movers = NumMovers(p);
   if (ok && warp < num_movers && p.row_bytes > 0) {
-    MoveRows<kAhead, kCast>(p, op, *shared.inputs, warp * gridDim.x + blockIdx.x,
+    MoveRows<kAhead, kCast>(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
                             num_movers * gridDim.x, shared.zeros,
                             shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
                             shared.barriers + warp * kStages);
@@ -304,7 +317,7 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     const int32_t num_helpers = kHelpers * gridDim.x;
     const int32_t thread = helper * 32 + threadIdx.x % 32;
     if (p.scales_per_row != 0 && BulkScaleBytes(p) == 0)
-      BringScales<kCast>(p, op, *shared.inputs, helper, num_helpers);
+      BringScales<kCast>(p, op, shared.seen, *shared.inputs, helper, num_helpers);
     if (p.weights != nullptr) BringWeights(p, *shared.inputs, thread, num_helpers * 32);
     if (p.scales_per_row != 0) ClearUnusedScales(p, helper, num_helpers);
   }

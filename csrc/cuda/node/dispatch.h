@@ -33,9 +33,10 @@ struct DispatchParams {
   float* row_scales;          // [C, scales_per_row], or null
   float* row_weights;         // [C] or [C, K], or null
   int32_t num_blocks;
-  bool behind_plan;   // launched behind the push kernel of its plan, which is_followed
-  uint32_t plan_tag;  // of that plan
-  bool behind_cast;   // launched behind the cast of x, maybe itself behind a plan
+  bool behind_plan;    // launched behind the push kernel of its plan, which is_followed
+  uint32_t plan_tag;   // of that plan
+  bool behind_cast;    // launched behind the cast of x, maybe itself behind a plan
+  int32_t cast_chunk;  // TokensOfChunk (cast.h), then
 };
 
 // The parameters that follow from the op's arguments, if rows travel as they are; the caller sets

@@ -19,14 +19,14 @@ template <typename LaunchPlan>
                                      cudaStream_t stream, void* scratch,
                                      cuda::DispatchParams& params, LaunchPlan&& launch_plan) {
   params.behind_cast = args.quantization != ops::Quantization::kNone;
+  params.cast_chunk = cuda::TokensOfChunk(args.geometry.num_tokens);
   const auto cast = [&](const cuda::QuantizeParams& rows) {
     if (const cudaError_t error = launch_plan(); error != cudaSuccess) return error;
-    const int32_t chunk = cuda::CastChunk(args.geometry.num_tokens);
-    const int32_t num_chunks = (args.geometry.num_tokens + chunk - 1) / chunk;
+    const int32_t pieces = (args.geometry.num_tokens - 1) / cuda::kTokensOfPiece + 1;
     // A block for each SM that the plan leaves.
     const int32_t most =
         (132 - static_cast<int32_t>(cuda::kPushPlanBlocks)) / group.member->ranks_per_gpu;
-    return cuda::LaunchCast({params.group, rows, std::min(num_chunks, most), params.behind_plan},
+    return cuda::LaunchCast({params.group, rows, std::min(pieces, most), params.behind_plan},
                             stream);
   };
   return MoveRows(check, args, shared, stream, scratch, params, cuda::FitsDispatch, cast,
