@@ -85,15 +85,8 @@ def call(
 ) -> list[Array]:
     """The call of an op; scratch memory is what the target takes on GPUs."""
     on_gpus = group.backend == "cuda"
-    if on_gpus and group.absent_ranks and not op.startswith("latency_"):
-        raise arguments.value_error(
-            {"plan": "dispatch", "combine_vjp": "combine"}.get(op, op),
-            "group",
-            "one without absent ranks on GPUs, except in mode 'latency' with a new plan",
-            f"absent_ranks={group.absent_ranks}",
-            "make it with latency_tokens= and latency_hidden= that suffice, and leave out handle= of "
-            "dispatch; gradients need all ranks",
-        )
+    if not op.startswith("latency_"):
+        check_no_absent(group, op)
     target = f"jax_ep_network_{op}" if spans_hosts(group) else f"jax_ep_{op}"
     if on_gpus and attributes["channel"] > 0:
         target += "_async"  # not for command buffers
@@ -105,6 +98,19 @@ def call(
         ordered=on_gpus,
         **attributes,
     )
+
+
+def check_no_absent(group: Group, op: str) -> None:
+    """On GPUs, only latency mode has ops of groups with absent ranks."""
+    if group.backend == "cuda" and group.absent_ranks:
+        raise arguments.value_error(
+            {"plan": "dispatch", "combine_vjp": "combine"}.get(op, op),
+            "group",
+            "one without absent ranks on GPUs, except in mode 'latency' with a new plan",
+            f"absent_ranks={group.absent_ranks}",
+            "make it with latency_tokens= and latency_hidden= that suffice, and leave out handle= of "
+            "dispatch; gradients need all ranks",
+        )
 
 
 def routes(handle: Handle, group: Group) -> tuple[Any, ...]:

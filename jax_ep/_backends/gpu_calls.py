@@ -50,6 +50,7 @@ def dispatch(
     if is_latency(options["config"]):
         return _receive("latency_dispatch", x, weights, topk_idx, (), **options)
     group: Group = options["group"]
+    calls.check_no_absent(group, "dispatch")
     values = x.values if isinstance(x, Quantized) else x
     plan = gpu_side.plan_scratch_size(
         calls.LAYOUTS[options["layout"]], *topk_idx.shape, options["num_experts"], group.size

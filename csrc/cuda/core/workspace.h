@@ -27,7 +27,7 @@ constexpr int kRingBytes = 32 << 20;
 constexpr int kMaxRingSlots = 2048;
 constexpr int kMaxParts = 4;
 // Chunks of a rank's rows that a dispatch casts.
-constexpr int kCastChunks = 16;
+constexpr int kCastChunks = 8;
 
 // A range of a rank's memory that its peers can read, at the address where the owner of the list
 // maps it. Between GPUs of one process addresses are the same everywhere, and the regions are parts

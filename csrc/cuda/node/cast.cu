@@ -81,9 +81,12 @@ __global__ void __launch_bounds__(kThreads, 2) CastKernel(const __grid_constant_
 
 cudaError_t LoadCast() {
   for (const RowType type : {RowType::kFloat32, RowType::kBFloat16, RowType::kFloat16}) {
+    // Otherwise no block of the dispatch, which takes most of the shared memory of an SM, could
+    // begin beside one of these: an SM that is at work does not change what it uses as cache.
     const cudaError_t error = VisitRowType(type, [](auto element) {
-      cudaFuncAttributes attributes;
-      return cudaFuncGetAttributes(&attributes, CastKernel<decltype(element)>);
+      return cudaFuncSetAttribute(CastKernel<decltype(element)>,
+                                  cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared);
     });
     if (error != cudaSuccess) return error;
   }

@@ -66,14 +66,15 @@ __host__ __device__ int32_t NumMovers(const DispatchParams& p) {
 constexpr int kBarriersAt = kZeroBytes;
 constexpr int kInputsAt = kBarriersAt + kMaxMovers * kStages * static_cast<int>(sizeof(uint64_t));
 constexpr int kSeenAt = kInputsAt + static_cast<int>(sizeof(PeerInputs));
-constexpr int kStagesAt = kSeenAt + kMaxRanks * static_cast<int>(sizeof(uint32_t));
+constexpr int kSeenWords = (1 + kMaxMovers + kHelpers) * kMaxRanks;
+constexpr int kStagesAt = kSeenAt + kSeenWords * static_cast<int>(sizeof(uint32_t));
 static_assert(kStagesAt % 128 == 0, "bulk copies want aligned stages");
 
 struct DispatchMemory {
   char* zeros;         // [kZeroBytes]
   uint64_t* barriers;  // [kMaxMovers, kStages]
   PeerInputs* inputs;  // x, scales, weights
-  uint32_t* seen;      // [kMaxRanks], bits of chunks that are cast
+  uint32_t* seen;      // [1 + warps, kMaxRanks], of chunks that are cast (WaitCast)
   char* stages;        // [movers, kStages, StageBytes()]
   __device__ explicit DispatchMemory(char* memory)
       : zeros(memory),
@@ -98,15 +99,21 @@ __device__ __forceinline__ void WaitChunk(const DispatchParams& p, OpNumbers op,
   }
 }
 
-// Waits until a peer has cast a token. After a failure it returns at once. `seen` has the chunks of
-// each rank that a warp of the block has waited for: flags take long to load.
+// Waits until a peer has cast a token, so that generic loads and bulk loads find it. After a
+// failure it returns at once. Flags take long to load, and fences take time, so `seen` has the
+// chunks of each rank that a warp of this block has waited for, and then those of this warp. By one
+// lane.
 __device__ __forceinline__ void WaitCast(const DispatchParams& p, OpNumbers op, uint32_t* seen,
                                          int32_t rank, int32_t token) {
   const int32_t chunk = token / p.cast_chunk;
-  const bool is_there = (*static_cast<volatile uint32_t*>(&seen[rank]) >> chunk & 1) != 0;
-  if (!is_there) WaitChunk(p, op, rank, chunk);
+  uint32_t* by_warp = seen + (1 + threadIdx.x / 32) * kMaxRanks;
+  if ((by_warp[rank] >> chunk & 1) != 0) return;
+  const bool by_block = (*static_cast<volatile uint32_t*>(&seen[rank]) >> chunk & 1) != 0;
+  if (!by_block) WaitChunk(p, op, rank, chunk);
   __threadfence_block();
-  if (!is_there) atomicOr(&seen[rank], 1u << chunk);
+  if (!by_block) atomicOr(&seen[rank], 1u << chunk);
+  by_warp[rank] |= 1u << chunk;
+  ptx::FenceProxyAsyncGlobal();
 }
 
 // One mover. Loads run up to kAhead items ahead of the stores. The other stages hold items whose
@@ -151,10 +158,7 @@ __device__ void MoveRows(const DispatchParams& p, OpNumbers op, uint32_t* seen,
       const int32_t rank = source.source / p.num_tokens;
       const int64_t token = source.source % p.num_tokens;
       char* memory = stages + stage * stage_bytes;
-      if (kCast) {
-        WaitCast(p, op, seen, rank, static_cast<int32_t>(token));
-        ptx::FenceProxyAsyncGlobal();
-      }
+      if (kCast) WaitCast(p, op, seen, rank, static_cast<int32_t>(token));
       const bool with_scales = scale_bytes != 0 && load_chunk == chunks.count;
       ptx::ArriveExpectBytes(&barriers[stage], bytes + (with_scales ? scale_bytes : 0));
       ptx::BulkLoad(memory, inputs.Of<char>(rank, 0) + token * p.row_bytes + offset, bytes,
@@ -237,7 +241,10 @@ __device__ void BringScales(const DispatchParams& p, OpNumbers op, uint32_t* see
     for (int i = 0; i < kAtOnce; ++i) {
       batch[i] = more ? sources.Next() : plan::kNone;
       more = more && batch[i] != plan::kNone;
-      if (kCast && more) WaitCast(p, op, seen, batch[i] / p.num_tokens, batch[i] % p.num_tokens);
+      if (kCast && more) {
+        if (lane == 0) WaitCast(p, op, seen, batch[i] / p.num_tokens, batch[i] % p.num_tokens);
+        __syncwarp();
+      }
     }
     for (int32_t j0 = 0; j0 < p.scales_per_row; j0 += 32) {
       const int32_t j = j0 + lane;
@@ -301,7 +308,7 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   for (int32_t i = threadIdx.x; i < kZeroBytes / 16; i += blockDim.x) {
     reinterpret_cast<uint4*>(shared.zeros)[i] = make_uint4(0, 0, 0, 0);
   }
-  if (kCast && threadIdx.x < kMaxRanks) shared.seen[threadIdx.x] = 0;
+  for (int i = threadIdx.x; kCast && i < kSeenWords; i += blockDim.x) shared.seen[i] = 0;
   ptx::FenceProxyAsyncShared();
   bool ok = WaitInputs(p.group, op, *shared.inputs);  // and the zeros are there
   if (p.behind_plan) ok = WaitPlanWritten(p.group, kPushPlanBlocks) && ok;
