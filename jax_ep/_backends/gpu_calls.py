@@ -53,7 +53,11 @@ def dispatch(
     calls.check_no_absent(group, "dispatch")
     values = x.values if isinstance(x, Quantized) else x
     plan = gpu_side.plan_scratch_size(
-        calls.LAYOUTS[options["layout"]], *topk_idx.shape, options["num_experts"], group.size
+        calls.LAYOUTS[options["layout"]],
+        topk_idx.shape[0],
+        topk_idx.shape[1],
+        options["num_experts"],
+        group.size,
     )
     casts = options["scale_format"] is not None
     sent = gpu_side.library().dispatch_scratch_size(
