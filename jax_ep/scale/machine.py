@@ -2,9 +2,10 @@
 
 The rates of links and memory are ceilings that were measured in the same runs as the ops. Fixed costs,
 and what does not overlap, are fitted on one shape: 2 × H200 in one process, T = 4096, H = 7168, top-8
-of 256 experts. ``fit`` of ``docs/scale_data.py`` repeats this from the records in
-``benchmarks/results/``, and a test holds the constants below to it. The network's two constants are not
-from our own measurements, for there are none yet.
+of 256 experts. A plan counts whole, though a dispatch with a new plan begins while that runs. ``fit``
+of ``docs/scale_data.py`` repeats this from the records in ``benchmarks/results/``, and a test holds the
+constants below to it. The network's two constants are not from our own measurements, for there are
+none yet.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Machine:
 
 H200 = Machine(
     name="H200, NVLink 4, 400 Gb/s NICs",
-    # Op "ceiling", "bulk copies", in 2xH200-2026-11-30-1-process.json: 335.2.
-    nvlink_gbs=335.2,
+    # Op "ceiling", "bulk copies", in 2xH200-2026-11-30-with-plan-1-process.json: 335.4.
+    nvlink_gbs=335.4,
     # Not ours: NVSHMEM's shmem_put_bw between hosts with CX7 of 400 Gb/s, in DeepEP's issue 155.
     nic_gbs=47.0,
     # Op "ceiling", "bulk copies", in h200-shared-2026-11-29-baselines.json: 3977.
@@ -84,23 +85,23 @@ H200 = Machine(
     # Assumed. With 4096 tokens it is below one percent of what an op across hosts takes.
     network_us=5.0,
     # T = 4096, token: dispatch_cached bf16 less its bytes over the link.
-    dispatch_us=10.75,
+    dispatch_us=11.5,
     # T = 4096, token: combine bf16 less its bytes over the link.
-    combine_us=14.28,
+    combine_us=15.05,
     # The plan, token: a line through T = 128 and T = 4096, since one shape cannot tell its two parts.
-    plan_us=8.97,
-    plan_ns=0.0919,
+    plan_us=9.21,
+    plan_ns=0.095,
     # T = 4096, expert: dispatch_cached less dispatch_us and the busiest resource; mean of bf16 and fp8.
-    spread_ns=0.6245,
+    spread_ns=0.5901,
     # T = 4096, expert: combine less combine_us and the busiest resource.
-    gather_ns=1.355,
+    gather_ns=1.339,
     # T = 4096, token: dispatch_cached with a fused cast less that of fp8 rows.
-    cast_gbs=2181.0,
+    cast_gbs=2696.0,
     # kernels_h200.json, where no link is in the way, with 16 SMs (token) and 24 SMs (expert).
-    sm_load_gbs=98.6,
-    sm_store_gbs=70.1,
-    sm_add_gbs=70.6,
-    sm_sum_gbs=116.25,
+    sm_load_gbs=99.5,
+    sm_store_gbs=70.2,
+    sm_add_gbs=71.12,
+    sm_sum_gbs=111.42,
     # Field workspace_bytes of the same records.
     workspace_bytes=47_228_928,
     # Assumed: at EP64 1792 rows each way, 26 MB of bf16, of which a flight of 20 us takes 1 MB.
