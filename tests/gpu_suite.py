@@ -109,6 +109,8 @@ FAILURES = [
     "op=combine layout=expert failure=stops items=2 phase=rows",
     "op=combine layout=expert failure=stops routes=first word=receipt tokens=8000 ranks=2",
     "op=dispatch layout=expert failure=withholds word=address",
+    "op=dispatch layout=expert failure=absent ranks=2 behind=1",
+    "op=dispatch layout=token failure=gone ranks=2 behind=1",
     "op=plan layout=expert failure=withholds word=total",
     "op=plan layout=token failure=withholds word=message plan=push",
 ]

@@ -114,10 +114,16 @@ _SEEDS = 12  # a mutation must show in one of this many schedules
 # theirs, or for its sums, or for slots that it has not read (in the last of these, all rows are
 # that rank's). Its process may be gone then. Or it arrives, but some of its words do not. Or peers
 # find it at another op. Each peer has a record and a text that say which word it waited for.
+_OF_FAILURES = f"{_SMALL} hidden=264"
+_LONGER = "timeout_ms=2000"  # of a dispatch behind its plan, whose threads are many
 _FAILURES = {
     "op=dispatch failure=absent layout=expert ranks=3": 1024,
     "op=dispatch failure=absent layout=token ranks=2 failing=0": 1024,
     "op=dispatch failure=absent layout=expert ranks=2 fp8=1 hidden=256": 1024,
+    "op=dispatch failure=absent layout=expert ranks=3 behind=1": 1024,
+    "op=dispatch failure=stops layout=token ranks=2 behind=1": 1024,
+    "op=dispatch failure=gone layout=token ranks=3 behind=1": 1024,
+    "op=dispatch failure=mismatch layout=expert ranks=3 failing=0 other=combine_vjp behind=1": 1024,
     "op=combine failure=absent layout=expert ranks=3": 1024,
     "op=combine failure=absent layout=token ranks=2": 1024,
     "op=combine_vjp failure=absent layout=expert ranks=3 failing=1": 1024,
@@ -170,6 +176,7 @@ _OWN_FAILURES = [
     "op=combine failure=unreachable layout=token ranks=2 failing=0",
     "op=combine_vjp failure=unreachable layout=expert ranks=2",
     "op=dispatch failure=misplaced layout=expert ranks=3",
+    "op=dispatch failure=misplaced layout=expert ranks=3 behind=1",
     "op=dispatch failure=misplaced layout=token ranks=2 coords=instance",
     "op=combine failure=misplaced layout=expert ranks=3 coords=instance failing=1",
     "op=combine failure=misplaced layout=token ranks=3",
@@ -300,7 +307,8 @@ def test_failed_plans(binaries: Binaries) -> None:
 @pytest.mark.parametrize("arguments", _FAILURES)
 def test_failures_of_a_rank(binaries: Binaries, arguments: str) -> None:
     """Its peers end in time, with a record and poison; later ops end at once."""
-    given = f"{_SMALL} hidden=264 {arguments}"
+    longer = _LONGER if "behind=1" in arguments else ""
+    given = f"{_OF_FAILURES} {longer} {arguments}"
     _run_well(binaries / "failures_test", given, slots=_FAILURES[arguments])
 
 
@@ -308,7 +316,8 @@ def test_failures_of_a_rank(binaries: Binaries, arguments: str) -> None:
 def test_failures_that_a_rank_tells(binaries: Binaries, arguments: str) -> None:
     """The same, also of peers that were nearly done when they were told."""
     for seed in range(1, 5):
-        given = f"{_SMALL} hidden=264 {arguments}"
+        longer = _LONGER if "behind=1" in arguments else ""
+        given = f"{_OF_FAILURES} {longer} {arguments}"
         _run_well(binaries / "failures_test", given, seed=seed)
 
 

@@ -2,9 +2,10 @@
 // (programmatic dependent launch).
 //
 // The kernel before says from when on (ptx::LetNextBegin). The later kernel may not touch what that
-// kernel reads or writes until it has waited for its end (ptx::WaitForPrevious), and every block
-// has to wait, so that the end of the later kernel is the end of both. Work before that kernel is
-// done when the later one begins, unless that kernel began early itself: then it has to wait too.
+// kernel reads or writes until it has waited for its end (ptx::WaitForPrevious), or until that has
+// told it that this is there. One of its blocks at least has to wait for the end, so that the end
+// of the later kernel is the end of both. Work before that kernel is done when the later one
+// begins, unless that kernel began early itself.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -62,7 +62,10 @@ __global__ void __launch_bounds__(kThreads, 2) CastKernel(const __grid_constant_
       const uint32_t pieces = (tokens + kTokensOfPiece - 1) / kTokensOfPiece;
       __threadfence();
       const bool is_full = atomicAdd(&Own(group).cast_pieces[chunk], 1u) == pieces - 1;
-      if (is_full) Own(group).cast_pieces[chunk] = 0;
+      if (is_full) {
+        Own(group).cast_pieces[chunk] = 0;
+        __threadfence();
+      }
       full_chunk = is_full ? chunk : -1;
     }
     __syncthreads();

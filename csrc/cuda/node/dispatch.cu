@@ -302,7 +302,10 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   extern __shared__ __align__(128) char memory[];
   const DispatchMemory shared(memory);
   const OpNumbers op = p.behind_plan ? BeginBehindPlan(p.group) : BeginOp(p.group);
-  if (blockIdx.x == 0 && (!p.behind_plan || WaitPlansBegun(p.group, op.epoch, p.plan_tag))) {
+  // All blocks wait for that, so that one whose peer does not come blames this peer, and not this
+  // rank, which does not publish then.
+  const bool begun = !p.behind_plan || WaitPlansBegun(p.group, op.epoch, p.plan_tag);
+  if (blockIdx.x == 0 && begun) {
     Publish(p.group, op, {p.row_bytes > 0 ? p.x : nullptr, p.scales, p.weights});
   }
   for (int32_t i = threadIdx.x; i < kZeroBytes / 16; i += blockDim.x) {

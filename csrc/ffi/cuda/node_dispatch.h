@@ -23,9 +23,8 @@ template <typename LaunchPlan>
   const auto cast = [&](const cuda::QuantizeParams& rows) {
     if (const cudaError_t error = launch_plan(); error != cudaSuccess) return error;
     const int32_t pieces = (args.geometry.num_tokens - 1) / cuda::kTokensOfPiece + 1;
-    // A block for each SM that the plan leaves.
-    const int32_t most =
-        (132 - static_cast<int32_t>(cuda::kPushPlanBlocks)) / group.member->ranks_per_gpu;
+    // A block for each SM, more or less. They wait for nobody.
+    const int32_t most = group.member->max_blocks + 24 / group.member->ranks_per_gpu;
     return cuda::LaunchCast({params.group, rows, std::min(pieces, most), params.behind_plan},
                             stream);
   };

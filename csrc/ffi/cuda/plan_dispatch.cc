@@ -10,13 +10,15 @@ namespace ffi = ::xla::ffi;
 namespace {
 
 // The dispatch may begin while the plan runs. Its blocks then wait for peers' plans, so where ranks
-// share the GPU, there must be room for these: a cluster of 8 blocks, which have to be in one of 8
-// parts of the GPU, so of 132 SMs 57 must be free, besides 32 that may be others' (NCCL's, say).
-constexpr int kSmsOfOthers = 132 - 57 - 32;
+// share the GPU, there must be room for these: a cluster of 8 blocks, which have to be in one of at
+// most 8 parts of the GPU. So 57 SMs must be free, besides those that ops leave to others anyway.
+constexpr int kFreeSms = 57;
 constexpr int kPlanAndCastSms = cuda::kPushPlanBlocks + 1;  // a block of a cast waits for its plan
 
 bool CanBeginEarly(const transport::Member& member, int num_blocks) {
-  return (member.ranks_per_gpu - 1) * (kPlanAndCastSms + num_blocks) <= kSmsOfOthers;
+  const int sms = member.ranks_per_gpu * member.max_blocks;
+  return member.ranks_per_gpu == 1 ||
+         (member.ranks_per_gpu - 1) * (kPlanAndCastSms + num_blocks) <= sms - kFreeSms;
 }
 
 ffi::Error PlanDispatch(cudaStream_t stream, int32_t device, const PlanDispatchAttrs& attrs,
