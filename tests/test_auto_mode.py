@@ -20,7 +20,7 @@ pytestmark = pytest.mark.one_process("traces programs, and runs none")
 RANKS, TOP_K, EXPERTS, HIDDEN = ranks_at_most(2), 2, 8, 64
 AUTO = jax_ep.DispatchConfig(mode="auto")
 BOTH = ["latency_dispatch", "latency_combine"]
-NEITHER = ["plan", "dispatch", "combine"]
+NEITHER = ["plan_dispatch", "combine"]
 ONLY_DISPATCH = ["latency_dispatch", "combine"]
 
 
@@ -132,7 +132,7 @@ def test_crossovers_of_float8_rows():
         ({}, {"quantization": "fp8", "output": "quantized"}, {"quantization": "fp8"}), start=1
     ):
         assert calls(group, tokens=most, hidden=128, **options) == BOTH
-        assert "plan" in calls(group, tokens=most + 1, hidden=128, **options)
+        assert "plan_dispatch" in calls(group, tokens=most + 1, hidden=128, **options)
 
 
 def test_a_handle_and_gradients_are_of_throughput_mode():

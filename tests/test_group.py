@@ -208,7 +208,7 @@ def test_native_code_is_told_a_finite_timeout(monkeypatch):
 def test_workspaces_have_a_channel_for_each_op_in_flight(monkeypatch):
     """And one for the ops in line. Across hosts nothing runs beside those."""
     told = []
-    library = types.SimpleNamespace(create_group=lambda *args: told.append(args[7]))
+    library = types.SimpleNamespace(create_group=lambda *args: told.append(args[8]))
     monkeypatch.setattr(gpu_side, "library", lambda: library)
     rank = gpu_side.Rank(process=jax.process_index(), device=0, ordinal=0)
     for in_flight in 1, 3:

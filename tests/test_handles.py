@@ -75,7 +75,7 @@ def test_groups_of_three_processes(tmp_path):
         [(number, ranks)] = saw["specs"][2].items()
         assert number == ("0" if me < 2 else "1")
         assert [rank[1] for rank in ranks] == ([0, 1] if me < 2 else [2])
-        assert saw["max_blocks"] == 33  # three ranks on one GPU
+        assert (saw["max_blocks"], saw["ranks_per_gpu"]) == (33, 3)  # three ranks on one GPU
         # Two ops in flight and those in line; an inbox for the ranks of the group.
         assert saw["rooms"] == [[3, 8, 64, []]] * 3
         workspaces = saw["sizes"][::2]  # each with an array after it
@@ -152,7 +152,7 @@ def test_groups_within_each_of_several_hosts(tmp_path):
         ]
         assert saw["first_rank"] == me // 2 * 2
         assert saw["places"] == [["shared on host 0"] * 2, ["shared on host 1"] * 2]
-        assert saw["max_blocks"] == 50  # two ranks on each GPU
+        assert (saw["max_blocks"], saw["ranks_per_gpu"]) == (50, 2)  # two ranks on each GPU
         assert saw["rooms"][-1] == [1, 8, 64, []]  # nothing is in flight across hosts
 
 

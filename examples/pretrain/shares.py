@@ -25,7 +25,7 @@ SHARES = (*(f"{kind}_share" for kind in _KINDS), "exchange_share", "exposed_shar
 # Kernels of csrc/cuda by their names, which are mangled or not. The casts are parts of dispatch.
 _KERNELS = {
     "plan": re.compile(r"jax_ep.*(PushPlan|Count|Number|Choose|Place)Kernel"),
-    "dispatch": re.compile(r"jax_ep.*(Dispatch|Quantize|Dequantize)Kernel"),
+    "dispatch": re.compile(r"jax_ep.*(Dispatch|Cast|Quantize|Dequantize)Kernel"),
     "combine": re.compile(r"jax_ep.*Combine(Vjp)?Kernel"),
 }
 _INSTRUCTION = re.compile(

@@ -65,7 +65,7 @@ class Memory:
         self.specs: list[Any] = []
         self.sizes: list[int] = []  # of what was allocated
         self.rooms: list[tuple[int, ...]] = []
-        self.max_blocks = 0
+        self.max_blocks = self.ranks_per_gpu = 0
         self.fails = ""
 
     def device_uuid(self, ordinal: int) -> tuple[str, None]:
@@ -94,10 +94,10 @@ class Memory:
         return 0x7000000 + len(self.imported), None
 
     def create_group(
-        self, group_id, specs, arrival, op, max_blocks, staging, first_rank, *room
+        self, group_id, specs, arrival, op, max_blocks, ranks_per_gpu, staging, first_rank, *room
     ) -> str | None:
         self.specs.append(specs)
-        self.max_blocks = max_blocks
+        self.max_blocks, self.ranks_per_gpu = max_blocks, ranks_per_gpu
         self.first_rank = first_rank
         self.rooms.append(room)
         return None
@@ -154,6 +154,7 @@ def groups() -> Any:
         "sizes": memory.sizes,
         "rooms": memory.rooms,
         "max_blocks": memory.max_blocks,
+        "ranks_per_gpu": memory.ranks_per_gpu,
         "more_descriptors": open_descriptors() - before,
         "listening": [str(path) for path in pathlib.Path(os.environ["TMPDIR"]).glob("jax_ep-*")],
     }
@@ -218,6 +219,7 @@ def hosts() -> Any:
         "specs": specs,
         "imported": memory.imported,
         "max_blocks": memory.max_blocks,
+        "ranks_per_gpu": memory.ranks_per_gpu,
         "places": places[0],
     }
 
