@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "cuda/core/behind_plan.cuh"
 #include "cuda/core/launch.cuh"
 #include "cuda/core/sync.cuh"
 #include "cuda/node/cast.h"

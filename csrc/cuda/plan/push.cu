@@ -28,6 +28,7 @@
 
 #include <cstdint>
 
+#include "cuda/core/behind_plan.cuh"
 #include "cuda/core/clock_stamps.cuh"
 #include "cuda/plan/counts.cuh"
 #include "cuda/plan/tokens.cuh"
