@@ -89,6 +89,7 @@ size_t SharedBytes(const DispatchParams& p) {
   return kStagesAt + static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
 }
 
+// Waits until a peer has told that a chunk is cast; after a failure it returns at once.
 __device__ __forceinline__ void WaitChunk(const DispatchParams& p, OpNumbers op, int32_t rank,
                                           int32_t chunk) {
   const uint64_t& word = Own(p.group).ring_ready[rank][chunk];

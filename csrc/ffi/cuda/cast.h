@@ -17,12 +17,6 @@ inline cuda::DispatchScratch DispatchScratchOf(const ops::DispatchArgs& args) {
                                  args.quantization != ops::Quantization::kNone, args.dense_output);
 }
 
-// Blocks of a dispatch within a host.
-inline int32_t DispatchBlocks(const ops::DispatchArgs& args, const GroupAttrs& attrs,
-                              const DeviceGroup& group) {
-  return group.NumBlocks(attrs, args.geometry.layout == plan::Layout::kExpert ? 64 : 24);
-}
-
 // Launches an op that moves rows, with the casts before and after it that `args` ask for. `scratch`
 // is the op's scratch memory, whose first part the ranks of this host read. `cast` takes
 // QuantizeParams and launches the cast before the op; `launch` takes the params. Both return a

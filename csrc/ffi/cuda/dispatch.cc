@@ -14,18 +14,14 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, const DispatchAttrs& at
   Checker check("dispatch");
   ops::DispatchArgs args{};
   CheckCall(check, attrs, buffers, args);
-  const cuda::DispatchScratch scratch = DispatchScratchOf(args);
-  CheckScratch(check, buffers.scratch, scratch.sent + scratch.received);
   if (!check.ok()) return check.error();
   DeviceGroup group;
-  if (auto error = PrepareGroup(attrs.group, buffers.coords, device, cuda::OpKind::kDispatch,
-                                AgreedOn(args), group);
+  cuda::DispatchParams params;
+  if (auto error = PrepareNodeDispatch(check, args, attrs.group, buffers.coords, device,
+                                       buffers.scratch, /*begin=*/0, group, params);
       error.failure()) {
     return error;
   }
-  cuda::DispatchParams params = cuda::ParamsOf(args);
-  params.group = group.params;
-  params.num_blocks = DispatchBlocks(args, attrs.group, group);
   SharedOperands shared(group, stream);
   return LaunchNodeDispatch(check, args, group, shared, stream, buffers.scratch.untyped_data(),
                             params, [] { return cudaSuccess; });

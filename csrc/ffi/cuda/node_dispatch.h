@@ -11,6 +11,28 @@
 
 namespace jax_ep {
 
+// Checks that `scratch` has the op's memory behind the first `begin` bytes, finds its group, and
+// fills `params` with what the arguments and the group say.
+inline ::xla::ffi::Error PrepareNodeDispatch(Checker& check, const ops::DispatchArgs& args,
+                                             const GroupAttrs& attrs, ::xla::ffi::AnyBuffer coords,
+                                             int32_t device, ::xla::ffi::AnyBuffer scratch,
+                                             int64_t begin, DeviceGroup& group,
+                                             cuda::DispatchParams& params) {
+  const cuda::DispatchScratch needed = DispatchScratchOf(args);
+  CheckScratch(check, scratch, begin + needed.sent + needed.received);
+  if (!check.ok()) return check.error();
+  if (auto error =
+          PrepareGroup(attrs, coords, device, cuda::OpKind::kDispatch, AgreedOn(args), group);
+      error.failure()) {
+    return error;
+  }
+  const bool by_expert = args.geometry.layout == plan::Layout::kExpert;
+  params = cuda::ParamsOf(args);
+  params.group = group.params;
+  params.num_blocks = group.NumBlocks(attrs, by_expert ? 64 : 24);
+  return ::xla::ffi::Error::Success();
+}
+
 // Completes `params`, which have what the arguments and the group say, and launches the op, after
 // `launch_plan`, which returns a cudaError_t. `params` say whether the op begins beside that plan.
 template <typename LaunchPlan>

@@ -35,18 +35,13 @@ ffi::Error PlanDispatch(cudaStream_t stream, int32_t device, const PlanDispatchA
     return error;
   }
   const int64_t plan_bytes = (plan.scratch_bytes() + 127) / 128 * 128;
-  const cuda::DispatchScratch scratch = DispatchScratchOf(args);
-  CheckScratch(check, buffers.scratch, plan_bytes + scratch.sent + scratch.received);
-  if (!check.ok()) return check.error();
   DeviceGroup group;
-  if (auto error = PrepareGroup(attrs.group, buffers.coords, device, cuda::OpKind::kDispatch,
-                                AgreedOn(args), group);
+  cuda::DispatchParams params;
+  if (auto error = PrepareNodeDispatch(check, args, attrs.group, buffers.coords, device,
+                                       buffers.scratch, plan_bytes, group, params);
       error.failure()) {
     return error;
   }
-  cuda::DispatchParams params = cuda::ParamsOf(args);
-  params.group = group.params;
-  params.num_blocks = DispatchBlocks(args, attrs.group, group);
   SharedOperands shared(group, stream);
   char* const memory = static_cast<char*>(buffers.scratch.untyped_data());
   plan.Place(shared, memory);
