@@ -243,7 +243,8 @@ def beside(text: str) -> dict[str, list[str]]:
         text: The text of a scheduled module, whose instructions are in the order of their launch.
 
     Returns:
-        The ops ("plan", "dispatch", "combine"), in order, by the name of the start.
+        The ops ("plan", "dispatch", "combine"), in order, by the name of the start. A call that
+        does both "plan" and "dispatch" counts as the two.
     """
     assert "is_scheduled=true" in text.partition("\n")[0], text[:200]
     found: dict[str, list[str]] = {}
@@ -257,7 +258,7 @@ def beside(text: str) -> dict[str, list[str]]:
             under_way.discard(done[1])
         elif op := re.search(r'custom_call_target="jax_ep_(\w+)"', line):
             for name in under_way:
-                found[name].append(op[1])
+                found[name] += ["plan", "dispatch"] if op[1] == "plan_dispatch" else [op[1]]
     return found
 
 
