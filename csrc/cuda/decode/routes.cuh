@@ -262,17 +262,19 @@ class Router {
   // Layout "expert": the rows of a rank's experts, by one warp: see plan::RoomShare.
   __device__ void LayOut(int rank) {
     const int32_t lane = threadIdx.x % 32, alignment = p_.shape.alignment;
+    const int32_t capacity = p_.shape.capacity, bound = p_.shape.expert_capacity;
     const bool is_own = rank == p_.group.rank;
     const ColumnRows* const columns = columns_ + rank * p_.num_local;
-    plan::RoomShare share{p_.shape.capacity, 0};
+    plan::RoomShare share{capacity, 0};
     uint32_t all = 0;  // a bound that is quickly made, and that suffices where nothing is padded
     for (int32_t l = lane; l < p_.num_local; l += 32) all += columns[l].next & 0xffff;
     all = __reduce_add_sync(~0u, all);
-    if (!p_.shape.masked && all + int64_t{p_.num_local} * (alignment - 1) > p_.shape.capacity) {
-      share = ShareRoom(p_.num_local, alignment, p_.shape.capacity, [&](int32_t l) {
-        const int32_t wanted = plan::Min(columns[l].next & 0xffff, p_.shape.expert_capacity);
-        return plan::GroupSize(wanted, alignment, p_.shape.capacity);
-      });
+    if (!p_.shape.masked && all + int64_t{p_.num_local} * (alignment - 1) > capacity) {
+      const auto size_of = [columns, alignment, capacity, bound](int32_t l) {
+        const int32_t wanted = plan::Min(columns[l].next & 0xffff, bound);
+        return plan::GroupSize(wanted, alignment, capacity);
+      };
+      share = ShareRoom(p_.num_local, alignment, capacity, size_of);
     }
     __syncwarp();
     int32_t before = 0, dropped = 0;
@@ -280,7 +282,7 @@ class Router {
       const int32_t l = l0 + lane, column = rank * p_.num_local + l;
       const bool inside = l < p_.num_local;
       const uint32_t counts = inside ? columns_[column].next : 0;
-      const int32_t demand = counts & 0xffff, wanted = plan::Min(demand, p_.shape.expert_capacity);
+      const int32_t demand = counts & 0xffff, wanted = plan::Min(demand, bound);
       const int32_t count = plan::Min(wanted, share.LimitOf(l, alignment));
       const int32_t size = plan::PaddedSize(count, alignment, p_.shape.masked);
       int32_t sum = size;

@@ -131,10 +131,11 @@ size_t PlaceSharedBytes(const NetworkPlanParams& p) {
 // Where the rows of each expert begin, and how many it keeps: see plan::RoomShare. By one warp.
 __device__ void LayOutRows(const NetworkPlanParams& p, const Sizes& sizes, const PlaceMemory& m) {
   const int32_t lane = threadIdx.x % 32;
-  const plan::RoomShare share = ShareRoom(sizes.num_local, p.alignment, p.capacity, [&](int32_t l) {
-    const int32_t wanted = plan::Min(m.demand[l], p.expert_capacity);
-    return plan::GroupSize(wanted, p.alignment, p.capacity);
-  });
+  const auto size_of = [demand = m.demand, alignment = p.alignment, capacity = p.capacity,
+                        bound = p.expert_capacity](int32_t l) {
+    return plan::GroupSize(plan::Min(demand[l], bound), alignment, capacity);
+  };
+  const plan::RoomShare share = ShareRoom(sizes.num_local, p.alignment, p.capacity, size_of);
   int32_t start = 0;
   for (int32_t first = 0; first < sizes.num_local; first += 32) {
     const int32_t l = first + lane;

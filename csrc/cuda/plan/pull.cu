@@ -157,9 +157,10 @@ __device__ void LayOutColumns(const PlanParams& p, uint64_t epoch, const PullMem
       counts[l] = plan::Min(demand, p.expert_capacity);
     }
     __syncwarp();
-    const plan::RoomShare share = ShareRoom(num_local, p.alignment, p.capacity, [&](int32_t l) {
-      return plan::GroupSize(counts[l], p.alignment, p.capacity);
-    });
+    const auto size_of = [counts, alignment = p.alignment, capacity = p.capacity](int32_t l) {
+      return plan::GroupSize(counts[l], alignment, capacity);
+    };
+    const plan::RoomShare share = ShareRoom(num_local, p.alignment, p.capacity, size_of);
     int32_t before = 0;
     for (int32_t first = 0; first < num_local; first += 32) {
       const int32_t l = first + lane;

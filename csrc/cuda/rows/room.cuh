@@ -27,7 +27,8 @@ __device__ __forceinline__ int32_t SumOfExperts(int32_t count, int32_t capacity,
 }
 
 // `size_of(l)` is plan::GroupSize of local expert l. Where all groups fit, the search ends after
-// its first sum. By all lanes; the same in all of them.
+// its first sum. By all lanes; the same in all of them. `size_of` has to capture values: what it
+// refers to would lie in local memory in the whole kernel, and be reached by generic loads.
 template <typename SizeOf>
 __device__ __noinline__ plan::RoomShare ShareRoom(int32_t num_local, int32_t alignment,
                                                   int32_t capacity, SizeOf size_of) {
