@@ -164,6 +164,35 @@ def test_impossible_rates_are_wrong(monkeypatch, links):
     assert not record(36_363_000 + 2_000_000)["correct"]
 
 
+def test_ops_of_latency_mode_have_a_bound_where_ranks_share_a_gpu(monkeypatch):
+    """What one GPU moves, and whether the op takes longer; elsewhere there is no bound."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    monkeypatch.setattr(session, "ways", list)
+    moved = traffic.Traffic(9, 9, 9, moved=6_000_000)
+
+    def record(median_us, num_bytes=moved):
+        spread = Spread(median_us, median_us, median_us)
+        return session.record(TINY, spread, num_bytes, correct=True)
+
+    assert "bound_us" not in record(10.0)
+    session.on_gpu, session.gpus = True, 1
+    kept, missed = record(10.5), record(10.6)
+    records.check(kept)
+    assert (kept["moved_bytes"], kept["bound_us"]) == (6_000_000, 10.5)
+    assert table.bound(kept) == ["6.00", "10.5"] and table.bound(missed)[1] == "10.5 missed"
+    assert table.line(kept).endswith(", bound 10.5 for 6.00 MB moved")
+    columns = [
+        column.header
+        for column in table.table([kept, record(9.0, moved._replace(moved=0))]).columns
+    ]
+    assert columns[-3:] == ["MB moved", "bound us", "correct"]
+    session.has_links, session.gpus = True, 2
+    without = record(10.0)
+    assert "bound_us" not in without and table.bound(without) == ["", ""]
+    assert len(table.table([without]).columns) == len(columns) - 2
+
+
 def chained(session, step, **chain):
     x = session.put(lambda rank: np.full((4, 8), rank, np.int32))
     return timing.measure(step, [x, x + 10], session.mesh, Chain(**chain))

@@ -124,6 +124,11 @@ class Case:
         return "float8_e4m3fn" if self.quantization == "quantized" else self.dtype
 
     @property
+    def in_row_bytes(self) -> int:
+        """Bytes of a row that a dispatch is given, its scales included."""
+        return self.wire_row_bytes if self.quantization == "quantized" else self._dense_row_bytes
+
+    @property
     def out_row_bytes(self) -> int:
         """Bytes of a row that a dispatch gives, its scales included."""
         return self._dense_row_bytes if self.quantization == "fp8-dense" else self.wire_row_bytes

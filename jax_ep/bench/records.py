@@ -49,6 +49,10 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     # Where ranks share memory: at least what all ranks of a GPU (on CPU, of the machine) read and
     # write. Then ceiling_gbs is that of the memory.
     "memory_gbs": (float, type(None)),
+    # Of an op in latency mode whose ranks share a GPU: the bytes that they move in its memory, and
+    # what the op may take for them (latency.py).
+    "moved_bytes": (int,),
+    "bound_us": (float,),
     # Of the whole program (op "layer"), by XLA's analysis; the scratch memory is part of it.
     "temporary_bytes": (int,),
     "error": (str,),  # why there is no figure, or what was wrong with the result
