@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 SUITE = (
     "tests/test_latency_mode.py tests/test_gpu_latency.py tests/test_masked_layout.py"
-    " tests/test_absent_ranks.py"
+    " tests/test_absent_ranks.py tests/test_packed_scales.py"
 )
 _STEPS = "tests/test_latency_steps.py"
 _ONE_CALL = "-k 'not flight and not many_steps'"
