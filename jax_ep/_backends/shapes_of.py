@@ -79,8 +79,8 @@ def row_shapes(
     row_dtype = jnp.float8_e4m3fn if quantized else values.dtype
     scales_of_rows = jax.ShapeDtypeStruct((rows, hidden // 128) if quantized else (0,), jnp.float32)
     if packed_groups > 0:
-        lines, words = packed_groups * -(-hidden // 512), -(-rows // packed_groups // 4) * 4
-        scales_of_rows = jax.ShapeDtypeStruct((lines, words), jnp.int32)
+        words, lines = packed_groups * -(-hidden // 512), -(-rows // packed_groups // 4) * 4
+        scales_of_rows = jax.ShapeDtypeStruct((words, lines), jnp.int32)
     return [
         jax.ShapeDtypeStruct((rows, hidden), row_dtype),
         scales_of_rows,
