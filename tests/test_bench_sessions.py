@@ -17,6 +17,7 @@ from jax_ep.bench import (
     half_ops,
     layer,
     layer_ops,
+    ops,
     peers,
     records,
     table,
@@ -90,8 +91,6 @@ def layer_in_numpy(case, problem, experts):
 def test_wrong_results_are_found(monkeypatch):
     """A dispatch that moves one row wrongly, and a combine that loses one, are not correct."""
     need_devices(2)
-    from jax_ep.bench import ops
-
     session = Session(ranks=2, gpus=0, repeat=1, command="")
     dispatch, combine = jax_ep.dispatch, jax_ep.combine
 
@@ -110,6 +109,25 @@ def test_wrong_results_are_found(monkeypatch):
     monkeypatch.setattr(jax_ep, "combine", loses)
     record = ops.measure(session, dataclasses.replace(TINY, op="combine"))
     assert not record["correct"] and "sums are off" in record["error"]
+
+
+def test_packed_scales_are_checked(monkeypatch):
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=2, command="")
+    case = dataclasses.replace(TINY, quantization="fp8-packed", hidden=640)
+    assert case.out_row_bytes == 640 + 8
+    assert ops.measure(session, case)["correct"]
+    dispatch = jax_ep.dispatch
+
+    def packs_wrongly(*args, **kwargs):
+        out = dispatch(*args, **kwargs)
+        tokens = out.tokens._replace(scales=out.tokens.scales.at[1, 2].add(1))
+        return dataclasses.replace(out, tokens=tokens)
+
+    monkeypatch.setattr(jax_ep, "dispatch", packs_wrongly)
+    record = ops.measure(session, case)
+    records.check(record)
+    assert not record["correct"] and "scales differ" in record["error"]
 
 
 def test_wrong_results_of_two_calls_are_found(monkeypatch):
@@ -281,8 +299,6 @@ def test_rows_of_exchanges_come_back(monkeypatch, name, op, length):
 
 def test_round_trips_are_checked(monkeypatch):
     need_devices(2)
-    from jax_ep.bench import ops
-
     session = Session(ranks=2, gpus=0, repeat=1, command="")
     for name in (None, ops.REFERENCE):
         record = ops.measure(session, dataclasses.replace(TINY, op="round_trip", name=name))
@@ -297,8 +313,6 @@ def test_round_trips_are_checked(monkeypatch):
 def test_the_reference_along_a_handle_is_not_moved_out_of_the_loop(op):
     """The reference reads no ``topk_idx``, which chains ops; without it a turn takes no time."""
     need_devices(2)
-    from jax_ep.bench import ops
-
     session = Session(ranks=2, gpus=0, repeat=5, command="")
     case = dataclasses.replace(TINY, op=op, name=ops.REFERENCE, tokens=512, hidden=1024)
     record = ops.measure(session, case)

@@ -124,7 +124,7 @@ def label(record: dict[str, Any]) -> str:
         parts.append(f"F={record['intermediate']}")
     if record["op"] not in ("ceiling", "link", "plan"):
         rows = record["dtype"]
-        if record["quantization"] in ("fp8", "fp8-dense"):
+        if record["quantization"].startswith("fp8"):
             rows += f" ({record['quantization']})"
         parts.append(rows)
     parts.append(f"T={record['tokens']}")
