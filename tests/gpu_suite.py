@@ -6,7 +6,7 @@
 Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. The
 beginning of a name stands for all such stages: ``hosts`` for groups that span hosts, on one GPU, in
 eight minutes, ``network`` for their failures, programs and mutants, in twenty more, and ``latency``
-for latency mode at 2, 4 and 8 ranks, in ten. Each writes its output to FOLDER/STAGE.log, and
+for latency mode at 2, 4 and 8 ranks, in fourteen. Each writes its output to FOLDER/STAGE.log, and
 benchmarks write their records to FOLDER/*.json. A table at the end gives the result of each stage.
 Where ranks share a GPU, an MPS daemon of our own runs beside them. Stages that also use XLA's
 collectives then run only with NCCL 2.30 and ``NCCL_MULTI_RANK_GPU_ENABLE=1``. The programs of

@@ -37,12 +37,12 @@ def shape_of(layout: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("layout", ROOM)
-@pytest.mark.parametrize("mode", ["throughput", "latency", "in two calls"])
+@pytest.mark.parametrize("mode", ["throughput", "latency", "in flight"])
 def test_they_are_the_packed_scales_of_the_rows(layout, mode, backend):
     """Of rows that are cast, of quantized ones, and along a handle."""
     if (backend, layout, mode) == ("cuda", "masked", "throughput"):
         pytest.skip("on GPUs layout 'masked' takes latency mode")
-    in_two = mode == "in two calls"
+    in_two = mode == "in flight"
     group = make_group(RANKS, backend, **LATENCY)
     config = jax_ep.DispatchConfig(mode="throughput" if mode == "throughput" else "latency")
     given: dict[str, Any] = {"group": group, "config": config}
