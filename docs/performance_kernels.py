@@ -69,6 +69,35 @@ def kernels(_: dict[str, Any], results: list[Record]) -> str:
     return table(["device", "kernel", "layout", "rows", "ranks", "T", *columns], rows)
 
 
+def latency_bound(_: dict[str, Any], results: list[Record]) -> str:
+    """A row for each op of latency mode whose ranks share a GPU, ordered by tokens."""
+    from jax_ep.bench import records
+
+    order = ("op", "layout", "quantization", "tokens")
+    bounded = [r for r in results if "bound_us" in r]
+    rows = [
+        [
+            *(records.label(r), f"{r['moved_bytes'] / 1e6:.2f}", microseconds(r["median_us"])),
+            *(number(r["bound_us"]), str(r["num_sms"] or ""), _verdict(r)),
+        ]
+        for r in sorted(bounded, key=lambda r: [r[field] for field in order])
+    ]
+    if not rows:
+        return nothing(
+            "python -m jax_ep.bench --suite decode --ranks 2 --processes 2"
+            " --json benchmarks/results/NAME.json"
+        )
+    return table(["op", "MB moved", "us", "bound us", "SMs", "bound"], rows)
+
+
+def _verdict(record: Record) -> str:
+    if not record["correct"]:
+        return "WRONG"
+    if record["median_us"] is None:
+        return "too noisy"
+    return "kept" if record["median_us"] <= record["bound_us"] else "missed"
+
+
 def decode_phases(_: dict[str, Any], results: list[Record]) -> str:
     """For each workload a table: a row for each phase, a column for each launch."""
     found: dict[tuple[Any, ...], dict[tuple[str, str, str], Record]] = {}

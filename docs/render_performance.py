@@ -281,6 +281,7 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "memory": _memory,
     "routing": _routing,
     "latency": _latency,
+    "latency_bound": kernels.latency_bound,
     "hosts": _hosts,
     "overlap": _overlap,
     "exchange": _exchange,

@@ -5,12 +5,12 @@
 
 Without names it runs all stages that the GPUs here suffice for, in the order of ``--list``. The
 beginning of a name stands for all such stages: ``hosts`` for groups that span hosts, on one GPU, in
-eight minutes, and ``network`` for their failures, programs and mutants, in twenty more. Each
-writes its output to FOLDER/STAGE.log, and benchmarks write their records to FOLDER/*.json. A table
-at the end gives the result of each stage. Where ranks share a GPU, an MPS daemon of our own runs
-beside them. Stages that also use XLA's collectives then run only with NCCL 2.30 and
-``NCCL_MULTI_RANK_GPU_ENABLE=1``. The programs of ``tests/cuda`` must have been built (no GPU is
-needed for it)::
+eight minutes, ``network`` for their failures, programs and mutants, in twenty more, and ``latency``
+for latency mode at 2, 4 and 8 ranks, in fourteen. Each writes its output to FOLDER/STAGE.log, and
+benchmarks write their records to FOLDER/*.json. A table at the end gives the result of each stage.
+Where ranks share a GPU, an MPS daemon of our own runs beside them. Stages that also use XLA's
+collectives then run only with NCCL 2.30 and ``NCCL_MULTI_RANK_GPU_ENABLE=1``. The programs of
+``tests/cuda`` must have been built (no GPU is needed for it)::
 
     tests/cuda/build_kernels_test.sh build/cuda && tests/cuda/mutations.sh build build/cuda
     tests/cuda/build_kernels_test.sh build/cuda/stamps stamps
@@ -43,6 +43,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).with_name("support")))
 import emulated_decode
 import gpu_window
 import host_stages
+import latency_stages
 import machine
 import mps
 import window_stages
@@ -52,8 +53,7 @@ SUITE = (
     "tests/test_suite_values.py tests/test_suite_gradients.py tests/test_transforms.py"
     " tests/test_checkpoint_policies.py tests/test_overlap.py tests/test_meshes.py"
     " tests/test_hypothesis.py tests/test_steps.py tests/test_moe.py tests/test_ordinals.py"
-    " tests/test_large_plans.py tests/test_latency_mode.py tests/test_gpu_latency.py"
-    " tests/test_masked_layout.py tests/test_absent_ranks.py"
+    f" tests/test_large_plans.py {latency_stages.SUITE}"
 )
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
 # Compiling takes most of the time of these tests. The plugin pytest-benchmark would warn about
@@ -215,6 +215,8 @@ def stages(gpus: int) -> dict[str, Stage]:
             ranks=ranks,
             environment={"JAX_EP_TEST_ALL_STEPS": "1"},
         )
+    for one in latency_stages.LATENCY:
+        found[one.name] = Stage([one.command], ranks=one.ranks, seconds=one.seconds)
     for stage in host_stages.HOSTS:  # with MPS daemons of their own, as those that follow
         found[stage.name] = Stage(
             [stage.command], environment=stage.environment, seconds=stage.seconds

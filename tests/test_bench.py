@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,6 +17,7 @@ from jax_ep.bench import (
     clock,
     expected,
     half_ops,
+    latency,
     memory,
     patterns,
     peers,
@@ -69,6 +71,48 @@ def test_memory_traffic_of_ops_worked_by_hand(monkeypatch):
     assert memory_of(op="combine") == 10 * (9 + 2 * 3)
     assert memory_of(op="combine", layout="token") == 10 * (6 + 2 * 3)
     assert memory_of(op="round_trip") == 10 * (6 + 2 * 4 + 9 + 2 * 3)
+
+
+@pytest.mark.parametrize(
+    ("op", "layout", "given", "words", "results", "handle"),
+    [
+        # Of each rank: 3 tokens of 16 bytes with 2 ids and 2 weights, and twice 6 words of ids. Of
+        # all: three rows that cross, twice, in 2 words and one of weights. Then 4 rows with 2
+        # weights, or one.
+        ("dispatch", "token", 3 * (16 + 16) + 2 * 96, 2 * 3 * 48, 4 * (16 + 8), 3 * 6 * 4 + 4 * 12),
+        ("dispatch", "expert", 3 * (16 + 16) + 2 * 96, 2 * 3 * 48, 4 * (16 + 4), 3 * 8 * 4 + 4 * 4),
+        # Of both ranks six rows, or nine. Sums that cross have no weights.
+        ("combine", "token", 6 * 16 // 2, 2 * 3 * 32, 3 * 16, 3 * 6 * 4),
+        ("combine", "expert", 9 * 16 // 2, 2 * 3 * 32, 3 * 16, 3 * 8 * 4),
+    ],
+)
+def test_bytes_of_latency_mode_worked_by_hand(op, layout, given, words, results, handle):
+    case = Case(op=op, layout=layout, mode="latency", tokens=3, hidden=8, top_k=2, experts=4)
+    problem = Problem(case.workload, 2)
+    problem.topk_idx, problem.capacity = [ROUTES], 4
+    moved = traffic.of_op(case, problem)
+    assert moved.moved == 2 * (given + results + handle) + words > moved.memory
+    assert traffic.of_op(dataclasses.replace(case, mode="throughput"), problem).moved == 0
+
+
+def test_words_of_a_row():
+    """Four parts of 150 words with 14 scales in 5 words, and 8 weights in 3."""
+    assert latency.row_words(7168, scaled=True, num_weights=8) == 4 * (150 + 5) + 3
+    assert latency.row_words(2 * 7168, scaled=False, num_weights=0) == 8 * 150
+    assert latency.row_words(1792 + 128, scaled=True, num_weights=1) == (150 + 5) + (11 + 1) + 1
+    source = (pathlib.Path(__file__).parents[1] / "csrc/cuda/decode/inbox.h").read_text()
+    for name, value in (
+        ("kPartBytes", latency.PART_BYTES),
+        ("kWordBytes", latency.WORD_BYTES),
+        ("kIdsOfWord", latency.IDS_OF_WORD),
+    ):
+        assert f" {name} = {value};" in source
+    assert f"sizeof(StampedWord) == {latency.STORED_BYTES}" in source
+
+
+def test_the_bound_of_latency_mode():
+    """8.5 us, and the bytes at 3 TB/s: 30 MB in ten microseconds."""
+    assert latency.bound_us(0) == 8.5 and latency.bound_us(30_000_000) == pytest.approx(18.5)
 
 
 def test_sums_round_once_a_rank_and_once_at_home():

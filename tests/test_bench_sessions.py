@@ -17,6 +17,7 @@ from jax_ep.bench import (
     half_ops,
     layer,
     layer_ops,
+    ops,
     peers,
     records,
     table,
@@ -90,8 +91,6 @@ def layer_in_numpy(case, problem, experts):
 def test_wrong_results_are_found(monkeypatch):
     """A dispatch that moves one row wrongly, and a combine that loses one, are not correct."""
     need_devices(2)
-    from jax_ep.bench import ops
-
     session = Session(ranks=2, gpus=0, repeat=1, command="")
     dispatch, combine = jax_ep.dispatch, jax_ep.combine
 
@@ -110,6 +109,25 @@ def test_wrong_results_are_found(monkeypatch):
     monkeypatch.setattr(jax_ep, "combine", loses)
     record = ops.measure(session, dataclasses.replace(TINY, op="combine"))
     assert not record["correct"] and "sums are off" in record["error"]
+
+
+def test_packed_scales_are_checked(monkeypatch):
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=2, command="")
+    case = dataclasses.replace(TINY, quantization="fp8-packed", hidden=640)
+    assert case.out_row_bytes == 640 + 8
+    assert ops.measure(session, case)["correct"]
+    dispatch = jax_ep.dispatch
+
+    def packs_wrongly(*args, **kwargs):
+        out = dispatch(*args, **kwargs)
+        tokens = out.tokens._replace(scales=out.tokens.scales.at[1, 2].add(1))
+        return dataclasses.replace(out, tokens=tokens)
+
+    monkeypatch.setattr(jax_ep, "dispatch", packs_wrongly)
+    record = ops.measure(session, case)
+    records.check(record)
+    assert not record["correct"] and "scales differ" in record["error"]
 
 
 def test_wrong_results_of_two_calls_are_found(monkeypatch):
@@ -162,6 +180,35 @@ def test_impossible_rates_are_wrong(monkeypatch, links):
     assert "NO" in table.row(wrong)[-1] and "impossible" in table.line(wrong)
     assert record(36_363_000 + 1_700_000)["correct"]
     assert not record(36_363_000 + 2_000_000)["correct"]
+
+
+def test_ops_of_latency_mode_have_a_bound_where_ranks_share_a_gpu(monkeypatch):
+    """What one GPU moves, and whether the op takes longer; elsewhere there is no bound."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    monkeypatch.setattr(session, "ways", list)
+    moved = traffic.Traffic(9, 9, 9, moved=6_000_000)
+
+    def record(median_us, num_bytes=moved):
+        spread = Spread(median_us, median_us, median_us)
+        return session.record(TINY, spread, num_bytes, correct=True)
+
+    assert "bound_us" not in record(10.0)
+    session.on_gpu, session.gpus = True, 1
+    kept, missed = record(10.5), record(10.6)
+    records.check(kept)
+    assert (kept["moved_bytes"], kept["bound_us"]) == (6_000_000, 10.5)
+    assert table.bound(kept) == ["6.00", "10.5"] and table.bound(missed)[1] == "10.5 missed"
+    assert table.line(kept).endswith(", bound 10.5 for 6.00 MB moved")
+    columns = [
+        column.header
+        for column in table.table([kept, record(9.0, moved._replace(moved=0))]).columns
+    ]
+    assert columns[-3:] == ["MB moved", "bound us", "correct"]
+    session.has_links, session.gpus = True, 2
+    without = record(10.0)
+    assert "bound_us" not in without and table.bound(without) == ["", ""]
+    assert len(table.table([without]).columns) == len(columns) - 2
 
 
 def chained(session, step, **chain):
@@ -252,8 +299,6 @@ def test_rows_of_exchanges_come_back(monkeypatch, name, op, length):
 
 def test_round_trips_are_checked(monkeypatch):
     need_devices(2)
-    from jax_ep.bench import ops
-
     session = Session(ranks=2, gpus=0, repeat=1, command="")
     for name in (None, ops.REFERENCE):
         record = ops.measure(session, dataclasses.replace(TINY, op="round_trip", name=name))
@@ -268,8 +313,6 @@ def test_round_trips_are_checked(monkeypatch):
 def test_the_reference_along_a_handle_is_not_moved_out_of_the_loop(op):
     """The reference reads no ``topk_idx``, which chains ops; without it a turn takes no time."""
     need_devices(2)
-    from jax_ep.bench import ops
-
     session = Session(ranks=2, gpus=0, repeat=5, command="")
     case = dataclasses.replace(TINY, op=op, name=ops.REFERENCE, tokens=512, hidden=1024)
     record = ops.measure(session, case)

@@ -220,7 +220,11 @@ BAD_DISPATCH: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "output": ({"output": "sparse"}, V, "output", "'dense', 'quantized' / 'sparse' / choose"),
     "scale format": (
         {"x": array((TOKENS, 128)), "quantization": "fp8", "scale_format": "e8m0"},
-        V, "scale_format", "'f32' or 'ue8m0' / 'e8m0' / ",
+        V, "scale_format", "'f32', 'ue8m0' or 'ue8m0_packed' / 'e8m0' / ",
+    ),
+    "packed scales of dense rows": (
+        {"x": array((TOKENS, 128)), "quantization": "fp8", "scale_format": "ue8m0_packed"},
+        V, "scale_format", "'f32' or 'ue8m0' / 'ue8m0_packed' / quantization='fp8' and output='quant",
     ),
     "quantized output of dense rows": (
         {"output": "quantized"}, V, "output", "without quantization / 'quantized' / quantization='fp8'",

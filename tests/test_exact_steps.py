@@ -42,6 +42,15 @@ def test_two_groups():
     assert exact_steps.explain(run(0)) == {}
 
 
+def test_repeated_runs(monkeypatch):
+    """They begin where the last one has ended, and the wrong entries of all steps are added up."""
+    sizes = exact_steps.Sizes(tokens=5, hidden=4, layout="token")
+    real = jax_ep.combine
+    monkeypatch.setattr(jax_ep, "combine", lambda *args, **kw: real(*args, **kw).at[2, 3].add(1))
+    wrong = exact_steps.repeated([logical_group()], sizes, 3)(1, 2)
+    assert exact_steps.explain(wrong) == {"y": [6] * RANKS}
+
+
 def plus_one(out, row, channel):
     return dataclasses.replace(out, tokens=out.tokens.at[row, channel].add(1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 
@@ -9,6 +10,7 @@ import pytest
 
 import gpu_suite
 import host_stages
+import latency_stages
 import machine
 import run_hosts
 
@@ -103,3 +105,22 @@ def test_hosts_fit_their_time():
         assert options.pytest[0] == "-q" and all("=" not in word for word in options.pytest)
     off = [s for s in found.values() if s.environment]
     assert [s.environment for s in off] == [{"XLA_FLAGS": gpu_suite.NO_COMMAND_BUFFERS}]
+
+
+def test_latency_mode_has_all_its_tests_at_each_number_of_ranks():
+    """Its suite in parts, within a minute each, and steps; runners end before."""
+    found, files = gpu_suite.stages(1), set()
+    for stage in latency_stages.LATENCY:
+        (command,) = found[stage.name].commands
+        _, runner, option, limit, ranks, *arguments = shlex.split(command)
+        assert (runner, option) == ("tests/run_processes.py", "--timeout")
+        assert int(limit) < found[stage.name].seconds <= (90 if "steps" in stage.name else 60)
+        assert found[stage.name].ranks == int(ranks) and stage.name.endswith(f"_{ranks}")
+        chosen = arguments[arguments.index("-k") + 1] if "-k" in arguments else ""
+        files |= {(int(ranks), chosen, word) for word in arguments if word.startswith("tests/")}
+    suite = latency_stages.SUITE.split()
+    assert all(file in gpu_suite.SUITE for file in suite) and len(suite) == 5
+    expected = {(chosen, file) for chosen in ("not flight", "flight") for file in suite}
+    expected = {(f"{chosen} and not many_steps", file) for chosen, file in expected}
+    expected.add(("", "tests/test_latency_steps.py"))
+    assert files == {(ranks, *pair) for ranks in (2, 4, 8) for pair in expected}

@@ -79,13 +79,29 @@ def test_every_target_can_be_measured():
     assert not without
 
 
+def test_bounds_of_latency_mode():
+    shared = {"mode": "latency", "gpus": 1, "moved_bytes": 10_880_000, "bound_us": 12.13}
+    results = [
+        record(tokens=128, median_us=12.5, **shared),
+        record(tokens=8, median_us=8.9, **shared),
+        record(tokens=64, median_us=None, **shared),
+        record(tokens=1, correct=False, **shared),
+        record(tokens=32, mode="latency"),
+    ]
+    found = rows(targets, results, "latency_bound")[2:]
+    assert [line.split(" | ")[-1] for line in found] == [
+        "WRONG |", "kept |", "too noisy |", "missed |"
+    ]  # fmt: skip
+    assert found[1] == "| dispatch token bfloat16 T=8 latency | 10.88 | 8.9 | 12.1 | 24 | kept |"
+
+
 def test_other_tables():
     layer = {"op": "layer", "layout": "expert", "intermediate": 256, "num_sms": None}
     results = [
         record(op="ceiling", name="device_put", logical_gbs=391.0),
         record(op="plan", wire_gbs=0.0),
         record(routing="zipf"),
-        record(mode="latency", tokens=7),
+        record(mode="latency", tokens=7, moved_bytes=10**6, bound_us=8.8),
         record(hosts=2),
         record(op="overlap", name="dispatch beside matmul", share_hidden=0.62, intermediate=7168),
         record(op="exchange", name="jax.lax.all_to_all"),

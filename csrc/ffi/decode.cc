@@ -300,9 +300,7 @@ void DecodeDispatch(Checker& check, const DispatchAttrs& attrs, const Buffers& b
                {geometry.capacity, geometry.hidden});
   args.rows = buffers.rows.untyped_data();
   if (quantized) {
-    check.Result("row_scales", buffers.row_scales, ffi::F32,
-                 {geometry.capacity, geometry.hidden / ops::kScaleBlock});
-    args.row_scales = static_cast<float*>(buffers.row_scales.untyped_data());
+    CheckRowScales(check, buffers.row_scales, args);
   } else {
     check.Result("row_scales", buffers.row_scales, ffi::F32, {0});
   }

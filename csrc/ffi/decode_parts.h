@@ -25,7 +25,22 @@ void CheckSent(Checker& check, const DispatchAttrs& attrs, ::xla::ffi::AnyBuffer
                ::xla::ffi::AnyBuffer scales, ::xla::ffi::AnyBuffer weights,
                ops::DispatchArgs& args);
 
-// The same of a combine with plain or weighted sums.
+// Checks the scales that a dispatch of such rows gives, and fills them in.
+inline void CheckRowScales(Checker& check, ::xla::ffi::AnyBuffer row_scales,
+                           ops::DispatchArgs& args) {
+  const ops::Geometry& geometry = args.geometry;
+  if (args.packed_rows == 0) {
+    check.Result("row_scales", row_scales, ::xla::ffi::F32,
+                 {geometry.capacity, geometry.hidden / ops::kScaleBlock});
+  } else {
+    const ops::PackedScales packed = ops::PackedScalesOf(args);
+    check.Result("row_scales", row_scales, ::xla::ffi::S32,
+                 {geometry.capacity / packed.rows * packed.words, packed.padded_rows()});
+  }
+  args.row_scales = static_cast<float*>(row_scales.untyped_data());
+}
+
+// What CheckSent does, of a combine with plain or weighted sums.
 void CheckSummed(Checker& check, ::xla::ffi::AnyBuffer rows, ::xla::ffi::AnyBuffer row_weights,
                  ops::CombineArgs& args);
 

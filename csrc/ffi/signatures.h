@@ -28,11 +28,11 @@ JAX_EP_DEFINE_GROUP_ATTRS(Dispatch, DISPATCH)
 JAX_EP_DEFINE_GROUP_ATTRS(Combine, COMBINE)
 JAX_EP_DEFINE_GROUP_ATTRS(CombineVjp, COMBINE_VJP)
 JAX_EP_DEFINE_GROUP_ATTRS(PlanDispatch, PLAN_DISPATCH)
+JAX_EP_DEFINE_GROUP_ATTRS(LatencyDispatch, LATENCY_DISPATCH)
 JAX_EP_DEFINE_GROUP_ATTRS(LatencyDispatchStart, LATENCY_DISPATCH_START)
 #undef JAX_EP_DEFINE_GROUP_ATTRS
 
-using LatencyDispatchAttrs = PlanDispatchAttrs;
-using LatencyDispatchDoneAttrs = PlanDispatchAttrs;
+using LatencyDispatchDoneAttrs = LatencyDispatchAttrs;
 using LatencyCombineAttrs = CombineAttrs;
 using LatencyCombineStartAttrs = CombineAttrs;
 using LatencyCombineDoneAttrs = CombineAttrs;
@@ -97,6 +97,7 @@ JAX_EP_REGISTER_GROUP_ATTRS(Dispatch, DISPATCH);
 JAX_EP_REGISTER_GROUP_ATTRS(Combine, COMBINE);
 JAX_EP_REGISTER_GROUP_ATTRS(CombineVjp, COMBINE_VJP);
 JAX_EP_REGISTER_GROUP_ATTRS(PlanDispatch, PLAN_DISPATCH);
+JAX_EP_REGISTER_GROUP_ATTRS(LatencyDispatch, LATENCY_DISPATCH);
 JAX_EP_REGISTER_GROUP_ATTRS(LatencyDispatchStart, LATENCY_DISPATCH_START);
 JAX_EP_REGISTER_ATTRS(::jax_ep::ClockAttrs JAX_EP_CLOCK_ATTRIBUTES(JAX_EP_ATTRIBUTE_MEMBER));
 #undef JAX_EP_REGISTER_GROUP_ATTRS

@@ -103,8 +103,10 @@
 #define JAX_EP_PLAN_DISPATCH_AFTER(X) X(after)
 #define JAX_EP_PLAN_DISPATCH_SCRATCH(X) X(scratch) X(token)
 
-// Latency mode, on GPUs only: the same in one launch, and a combine.
-#define JAX_EP_LATENCY_DISPATCH_ATTRIBUTES(X) JAX_EP_PLAN_DISPATCH_ATTRIBUTES(X)
+// Latency mode, on GPUs only: the same in one launch, and a combine. packed_scales is 1 if the result
+// row_scales is packed (ops::PackedScales), else 0.
+#define JAX_EP_LATENCY_DISPATCH_ATTRIBUTES(X) \
+  JAX_EP_PLAN_DISPATCH_ATTRIBUTES(X) X(int32_t, packed_scales)
 #define JAX_EP_LATENCY_DISPATCH_OPERANDS(X) JAX_EP_PLAN_DISPATCH_OPERANDS(X)
 #define JAX_EP_LATENCY_DISPATCH_RESULTS(X) JAX_EP_PLAN_DISPATCH_RESULTS(X)
 #define JAX_EP_LATENCY_DISPATCH_AFTER(X) X(after)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float32, Int32
 from jax_ep._backends import calls, shapes_of
 from jax_ep._backends.primitive import native_call
 from jax_ep._core.flight import IN_LINE, Flight
+from jax_ep._core.quantize import with_packed_scales
 from jax_ep._core.types import (
     DispatchConfig,
     Handle,
@@ -64,7 +65,15 @@ def dispatch(
         *values.shape, options["capacity"], casts, options["dense_output"]
     )
     scratch = jax.ShapeDtypeStruct((-(-plan * 4 // 128) * 128 + sent,), jnp.uint8)
-    return _receive("plan_dispatch", x, weights, topk_idx, (), [scratch], **options)
+    groups = _packed_groups(**options)
+    options["packs_scales"] = False  # the kernels of latency mode do it
+    rows, row_weights, handle = _receive(
+        "plan_dispatch", x, weights, topk_idx, (), [scratch], **options
+    )
+    if groups > 0:
+        assert isinstance(rows, Quantized)  # for the type checker: _ops/quantized.py checks it
+        rows = with_packed_scales(rows, groups)
+    return rows, row_weights, handle
 
 
 def dispatch_start(
@@ -80,6 +89,7 @@ def dispatch_start(
         [_SENT],
         *_operands(x, weights, topk_idx, options["group"]),
         **_attributes(x, topk_idx, **options),
+        packed_scales=np.int32(options["packs_scales"]),
         capacity=capacity,
     )
     return sent
@@ -187,7 +197,10 @@ def _receive(
         options["capacity"],
         scale_format=options["scale_format"],
         dense_output=options["dense_output"],
+        packed_groups=_packed_groups(**options),
     )
+    packs = np.int32(options["packs_scales"])
+    of_target = {} if target == "plan_dispatch" else {"packed_scales": packs}
     tokens, row_scales, row_weights, *of_handle = _call(
         target,
         [*of_rows, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes.values())],
@@ -195,6 +208,7 @@ def _receive(
         *behind,
         scratch=scratch,
         **_attributes(x, topk_idx, **options),
+        **of_target,
     )
     of_plan = {name: options[name] for name in ("alignment", "unused_rows", "masked")}
     handle = shapes_of.handle_of(
@@ -202,6 +216,15 @@ def _receive(
     )
     out = Quantized(tokens, row_scales) if quantized else tokens
     return out, row_weights if weights is not None else None, handle
+
+
+def _packed_groups(
+    *, packs_scales: bool, masked: bool, num_experts: int, group: Group, **_: Any
+) -> int:
+    """Groups of rows whose scales are packed; 0 if scales are not packed."""
+    if not packs_scales:
+        return 0
+    return num_experts // group.size if masked else 1
 
 
 def _operands(
@@ -232,11 +255,12 @@ def _attributes(
     unused_rows: UnusedRows,
     scale_format: ScaleFormat | None,
     dense_output: bool,
+    packs_scales: bool,
     config: DispatchConfig | None,
     flight: Flight = IN_LINE,
 ) -> dict[str, Any]:
     """Those of a dispatch with its plan: the options of both ops."""
-    del capacity  # the results show it
+    del capacity, packs_scales  # the results show these
     values = x.values if isinstance(x, Quantized) else x
     return {
         **calls.attributes(

@@ -66,15 +66,23 @@ def row_shapes(
     *,
     scale_format: ScaleFormat | None,
     dense_output: bool,
+    packed_groups: int = 0,
 ) -> tuple[list[jax.ShapeDtypeStruct], bool]:
-    """What a dispatch gives: rows, scales and weights; and whether rows are quantized."""
+    """What a dispatch gives: rows, scales and weights; and whether rows are quantized.
+
+    Scales are packed for each of ``packed_groups`` groups of rows, unless that is 0.
+    """
     values, scales = x if isinstance(x, Quantized) else (x, None)
     hidden = values.shape[1]
     quantized = scales is not None or (scale_format is not None and not dense_output)
     top_k = () if weights is None or layout == "expert" else (weights.shape[1],)
     row_dtype = jnp.float8_e4m3fn if quantized else values.dtype
+    scales_of_rows = jax.ShapeDtypeStruct((rows, hidden // 128) if quantized else (0,), jnp.float32)
+    if packed_groups > 0:
+        words, lines = packed_groups * -(-hidden // 512), -(-rows // packed_groups // 4) * 4
+        scales_of_rows = jax.ShapeDtypeStruct((words, lines), jnp.int32)
     return [
         jax.ShapeDtypeStruct((rows, hidden), row_dtype),
-        jax.ShapeDtypeStruct((rows, hidden // 128) if quantized else (0,), jnp.float32),
+        scales_of_rows,
         jax.ShapeDtypeStruct((rows, *top_k) if weights is not None else (0,), jnp.float32),
     ], quantized

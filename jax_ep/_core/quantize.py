@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -105,7 +106,8 @@ def pack_scales(
         scales = [[1, 2], [0.5, 1], [1, 1], [4, 1]]             # exponents 127 + log2(scale)
         words  = [[0x807f, 0x7f7e, 0x7f7f, 0x7f81]]
 
-    XLA does this in one kernel, which it may fuse with what reads the words.
+    XLA does this in one kernel, which it may fuse with what reads the words. A ``dispatch`` with
+    ``scale_format="ue8m0_packed"`` gives the words itself, in latency mode on GPUs without that kernel.
 
     Args:
         scales: ``[rows, hidden / 128]`` float32 of ``quantize`` or ``dispatch`` with
@@ -141,11 +143,20 @@ def pack_scales(
     return lax.bitcast_convert_type(jnp.swapaxes(words, -1, -2), jnp.int32)
 
 
-def check_scale_format(op: str, scale_format: str) -> None:
-    """Raise unless ``scale_format`` is one that rows can be quantized with."""
-    if scale_format not in ("f32", "ue8m0"):
+def with_packed_scales(q: Quantized, groups: int) -> Quantized:
+    """The rows with packed scales ``[groups · words, lines]``, each of ``groups`` groups by itself."""
+    words = pack_scales(q.scales.reshape(groups, -1, q.scales.shape[1]))
+    return Quantized(q.values, words.reshape(-1, words.shape[-1]))
+
+
+def check_scale_format(
+    op: str, scale_format: str, formats: Sequence[str] = ("f32", "ue8m0")
+) -> None:
+    """Raise unless ``scale_format`` is one of ``formats``."""
+    if scale_format not in formats:
+        wanted = f"{', '.join(map(repr, formats[:-1]))} or {formats[-1]!r}"
         raise ValueError(
-            f"jax_ep.{op}: argument scale_format: expected 'f32' or 'ue8m0', got {scale_format!r}; "
+            f"jax_ep.{op}: argument scale_format: expected {wanted}, got {scale_format!r}; "
             "choose one of these."
         )
 

@@ -13,6 +13,7 @@ Layout = Literal["expert", "token"]
 # "masked" is layout "expert" with every expert's rows at a fixed place (``Handle.masked``).
 DispatchLayout = Literal["expert", "token", "masked"]
 ScaleFormat = Literal["f32", "ue8m0"]
+RowScaleFormat = Literal["f32", "ue8m0", "ue8m0_packed"]  # of the rows that a dispatch gives
 UnusedRows = Literal["zero", "undefined"]
 DropPolicy = Literal["position", "score"]
 Mode = Literal["auto", "throughput", "latency"]
@@ -27,7 +28,8 @@ class Quantized(NamedTuple):
 
     Attributes:
         values: ``[rows, hidden]`` float8_e4m3fn.
-        scales: ``[rows, hidden / 128]`` float32.
+        scales: ``[rows, hidden / 128]`` float32; of rows received with
+            ``scale_format="ue8m0_packed"`` int32 words instead, as ``pack_scales`` gives them.
     """
 
     values: Float8e4m3fn[Array, "rows hidden"]

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Integer
 from jax_ep._core import arguments
 from jax_ep._core.flight import Flight
 from jax_ep._core.numerics import expert_ids
-from jax_ep._core.quantize import check_scale_format
 from jax_ep._core.types import (
     DispatchConfig,
     Dispatched,
@@ -22,16 +21,24 @@ from jax_ep._core.types import (
     Handle,
     Layout,
     Quantized,
-    ScaleFormat,
+    RowScaleFormat,
     UnusedRows,
     is_latency,
 )
 from jax_ep._groups.group import Group, latency_sms_of, sms_of_passes
 from jax_ep._groups.tuning import rows_name
-from jax_ep._ops import bounds, checks, drops, flights, gpu_room, gradients, masked, modes
+from jax_ep._ops import (
+    bounds,
+    checks,
+    drops,
+    flights,
+    gpu_room,
+    gradients,
+    masked,
+    modes,
+    quantized,
+)
 from jax_ep._ops.options import DispatchOptions, PlanOptions
-
-Output = Literal["dense", "quantized"]
 
 # None in the signature stands for these. With a handle, an argument that is None is the handle's.
 _DEFAULT_LAYOUT: Layout = "expert"
@@ -52,8 +59,8 @@ def dispatch(
     rank_capacity_factor: float | None = None,
     drop_policy: DropPolicy = "position",
     quantization: Literal["fp8"] | None = None,
-    output: Output | None = None,
-    scale_format: ScaleFormat = "f32",
+    output: quantized.Output | None = None,
+    scale_format: RowScaleFormat = "f32",
     unused_rows: UnusedRows | None = None,
     handle: Handle | None = None,
     config: DispatchConfig | None = None,
@@ -131,7 +138,10 @@ def dispatch(
         output: With fp8: "dense" (default for arrays) gives rows in the dtype of ``x``, "quantized"
             (the only one for ``Quantized`` x) gives ``Quantized`` rows, which have neither gradient nor
             tangents.
-        scale_format: "f32" or "ue8m0", as in ``jax_ep.quantize``.
+        scale_format: "f32" or "ue8m0", as in ``jax_ep.quantize``; "ue8m0_packed" is "ue8m0", and the
+            scales of the rows received are the words that ``jax_ep.pack_scales`` makes of them. With
+            it output is "quantized", and the scales of ``Quantized`` x must be powers of two. In mode
+            "latency" on GPUs the op itself writes the words; otherwise XLA packs them behind it.
         unused_rows: What the rows past the last group (layout "token": past the last row that came)
             hold. "zero" (the default): zeros. "undefined": anything, NaN too, so that GPUs need not
             write them; with room for any routing, most rows may be unused. Their weights are zeros all
@@ -197,8 +207,8 @@ def dispatch_by(
     rank_capacity_factor: float | None = None,
     drop_policy: DropPolicy = "position",
     quantization: Literal["fp8"] | None = None,
-    output: Output | None = None,
-    scale_format: ScaleFormat = "f32",
+    output: quantized.Output | None = None,
+    scale_format: RowScaleFormat = "f32",
     unused_rows: UnusedRows | None = None,
     handle: Handle | None = None,
     config: DispatchConfig | None = None,
@@ -215,7 +225,7 @@ def dispatch_by(
     arguments.check_config(op, config)
     arguments.check_rows(op, "x", x)
     values = x.values if isinstance(x, Quantized) else x
-    quantize_as = _check_quantization(op, x, quantization, output, scale_format)
+    quantize_as, packs_scales = quantized.check(op, x, quantization, output, scale_format)
     arguments.check_one_of(op, "unused_rows", unused_rows, (None, "zero", "undefined"))
     dense_output = output != "quantized"
     moved = rows_name(values.dtype, quantize_as, dense_output)
@@ -327,6 +337,7 @@ def dispatch_by(
         group=group,
         scale_format=quantize_as,
         dense_output=dense_output,
+        packs_scales=packs_scales,
         config=config,
         flight=issue(num_sms, one_launch),
     )
@@ -350,49 +361,6 @@ def dispatched(tokens: Array | Quantized, weights: Array | None, handle: Handle)
     if handle.masked:
         tokens, weights = masked.split(handle, (tokens, weights))
     return Dispatched(tokens=tokens, weights=weights, handle=handle)
-
-
-def _check_quantization(
-    op: str,
-    x: Array | Quantized,
-    quantization: str | None,
-    output: str | None,
-    scale_format: str,
-) -> ScaleFormat | None:
-    """The scale format that the op quantizes with, or None where it does not quantize."""
-    arguments.check_one_of(op, "quantization", quantization, (None, "fp8"))
-    arguments.check_one_of(op, "output", output, (None, "dense", "quantized"))
-    check_scale_format(op, scale_format)
-    if isinstance(x, Quantized):
-        if output == "dense":
-            raise arguments.value_error(
-                op,
-                "output",
-                "'quantized' or None for Quantized x",
-                repr(output),
-                "turn the rows received into dense ones with jax_ep.dequantize",
-            )
-        if quantization is not None:
-            raise arguments.value_error(
-                op,
-                "quantization",
-                "None for x that is Quantized already",
-                repr(quantization),
-                "leave it out",
-            )
-        return None
-    if quantization is None:
-        if output == "quantized":
-            raise arguments.value_error(
-                op,
-                "output",
-                "'dense' or None without quantization",
-                repr(output),
-                "pass quantization='fp8' too",
-            )
-        return None
-    arguments.check_fp8_hidden(op, x.shape[1])
-    return "ue8m0" if scale_format == "ue8m0" else "f32"
 
 
 def _name(tree, name: str):

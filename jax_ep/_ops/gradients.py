@@ -31,6 +31,7 @@ from jaxtyping import Array, Float32, Int32
 from jax_ep import reference
 from jax_ep._backends import calls, gpu_calls, native
 from jax_ep._core.derivatives import Form, Op, ProductTangent, bilinear, call
+from jax_ep._core.quantize import with_packed_scales
 from jax_ep._core.types import DispatchConfig, Handle, Quantized, without_latency
 from jax_ep._groups.group import Group
 from jax_ep._ops import gpu_room, no_tokens
@@ -184,6 +185,9 @@ class _DispatchOf8Bits(Op):
             dense_output=options.dense_output,
             **_how(options, without_latency(options.config)),
         )
+        if options.packs_scales:
+            groups = handle.group_sizes.shape[0] if handle.masked else 1
+            out = with_packed_scales(out[0], groups), out[1]
         return match(out, x)
 
     def tangent(self, results: Any, linear: Any, fixed: Any, tangents: Any) -> Any:
@@ -206,6 +210,7 @@ class _PlanAndDispatch(Op):
             **self.plan_options.fields(),
             scale_format=self.options.scale_format,
             dense_output=self.options.dense_output,
+            packs_scales=self.options.packs_scales,
             flight=self.options.flight,
         )
         return match(out, x)
@@ -221,12 +226,16 @@ class _PlanAndDispatch(Op):
 def dispatch_tangents(options: DispatchOptions, rows: Any, tangents: Any, handle: Handle) -> Any:
     """The tangents of the rows received and of their weights, of those of ``x`` and its weights."""
     d_x, d_weights = tangents
-    plain = _Dispatch(dataclasses.replace(options, scale_format=None, dense_output=True))
+    plain = _Dispatch(
+        dataclasses.replace(options, scale_format=None, dense_output=True, packs_scales=False)
+    )
     if not isinstance(rows, Quantized):
         return call(plain, (d_x, d_weights), (handle,))
     d_rows, d_row_weights = Quantized(None, None), None  # type: ignore[arg-type]
     if jax.tree.leaves(d_x):
-        d_rows = call(_NoDerivative(), (d_x,), (), like=rows)
+        like: Any = (rows.values, None) if options.packs_scales else rows  # words have no tangents
+        like = Quantized(*like)
+        d_rows = call(_NoDerivative(), (d_x,), (), like=like)
     if d_weights is not None:
         _, d_row_weights = call(plain, (None, d_weights), (handle,))
     return d_rows, d_row_weights

@@ -146,6 +146,7 @@ def _both(plan_options: PlanOptions, options: DispatchOptions) -> dict[str, Any]
     return plan_options.fields() | {
         "scale_format": options.scale_format,
         "dense_output": options.dense_output,
+        "packs_scales": options.packs_scales,
         "flight": options.flight,
     }
 

@@ -7,6 +7,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from jax_ep._core.quantize import with_packed_scales
 from jax_ep._core.types import Handle, Quantized
 from jax_ep._ops.options import DispatchOptions, PlanOptions
 
@@ -55,5 +56,8 @@ def dispatch(
         row_weights = jnp.zeros(shape, jnp.float32)
     if isinstance(x, Quantized) or (options.scale_format is not None and not options.dense_output):
         scales = jnp.zeros((rows, hidden // 128), jnp.float32)
-        return Quantized(jnp.zeros((rows, hidden), jnp.float8_e4m3fn), scales), row_weights
+        out = Quantized(jnp.zeros((rows, hidden), jnp.float8_e4m3fn), scales)
+        if options.packs_scales:
+            out = with_packed_scales(out, handle.group_sizes.shape[0] if handle.masked else 1)
+        return out, row_weights
     return jnp.zeros((rows, hidden), values.dtype), row_weights

@@ -50,6 +50,7 @@ class DispatchOptions:
         group: The group.
         scale_format: None, or how rows are quantized on their way.
         dense_output: With ``scale_format``: whether rows are given back in the dtype of ``x``.
+        packs_scales: Whether the scales of rows received are packed.
         config: How to use the machine.
         flight: How to issue the op, and the ops that its derivatives are.
     """
@@ -57,6 +58,7 @@ class DispatchOptions:
     group: Group
     scale_format: ScaleFormat | None = None
     dense_output: bool = True
+    packs_scales: bool = False
     config: DispatchConfig | None = None
     flight: Flight = IN_LINE
 

@@ -21,7 +21,7 @@ Op = Literal[
     "layer",
     "overlap",
 ]
-Quantization = Literal["none", "quantized", "fp8", "fp8-dense"]
+Quantization = Literal["none", "quantized", "fp8", "fp8-dense", "fp8-packed"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Routing = Literal["uniform", "group-limited", "zipf", "all-to-one"]
 Capacity = Literal["exact", "default"]
@@ -51,7 +51,8 @@ class Case:
         dtype: Dtype of the tokens, before any quantization.
         quantization: "none"; "quantized": the rows given and received are ``Quantized``; "fp8":
             rows of ``dtype`` are cast on their way and received ``Quantized``; "fp8-dense": rows of
-            ``dtype`` are cast on their way and received in ``dtype``.
+            ``dtype`` are cast on their way and received in ``dtype``; "fp8-packed": as "fp8", with
+            scales that are packed powers of two.
         routing: The pattern that the tokens' experts follow.
         ragged: Whether ranks have different numbers of tokens; the rest are masked.
         tokens: T of each rank.
@@ -124,9 +125,21 @@ class Case:
         return "float8_e4m3fn" if self.quantization == "quantized" else self.dtype
 
     @property
+    def in_row_bytes(self) -> int:
+        """Bytes of a row that a dispatch is given, its scales included."""
+        return self.wire_row_bytes if self.quantization == "quantized" else self._dense_row_bytes
+
+    @property
     def out_row_bytes(self) -> int:
         """Bytes of a row that a dispatch gives, its scales included."""
+        if self.quantization == "fp8-packed":
+            return self.hidden + -(-self.hidden // 512) * 4
         return self._dense_row_bytes if self.quantization == "fp8-dense" else self.wire_row_bytes
+
+    @property
+    def casts(self) -> bool:
+        """Whether rows are cast to float8 on their way."""
+        return self.quantization.startswith("fp8")
 
     @property
     def _dense_row_bytes(self) -> int:

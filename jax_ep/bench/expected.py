@@ -94,15 +94,29 @@ def rank_pairs(
 
 
 def quantize(
-    x: np.ndarray,
+    x: np.ndarray, *, powers_of_two: bool = False
 ) -> tuple[np.ndarray, Float32[np.ndarray, "rows blocks"]]:
-    """Float8 values and scales of rows, by the definition of ``jax_ep.quantize`` (float32 scales)."""
+    """Float8 values and scales of rows, by the definition of ``jax_ep.quantize``.
+
+    Scales are of format "f32", or with ``powers_of_two`` of format "ue8m0".
+    """
     blocks = x.astype(np.float32).reshape(len(x), -1, 128)
     amax = np.maximum(np.abs(blocks).max(axis=-1), np.float32(1e-30))
     scales = amax * np.float32(1 / 448)
+    if powers_of_two:
+        fractions, exponents = np.frexp(scales)
+        scales = np.ldexp(np.float32(1), exponents - (fractions == 0.5))
     inverse = (np.float32(1) / scales)[..., None]
     values = np.clip(blocks * inverse, -_MAX_E4M3, _MAX_E4M3).astype(ml_dtypes.float8_e4m3fn)
     return values.reshape(x.shape), scales
+
+
+def unpacked(
+    words: Int32[np.ndarray, "words lines"], rows: int, blocks: int
+) -> Float32[np.ndarray, "rows blocks"]:
+    """The scales that ``jax_ep.pack_scales`` makes such words of; zeros stay zeros."""
+    exponents = np.ascontiguousarray(words.T).view(np.uint8)[:rows, :blocks]
+    return (exponents.astype(np.uint32) << 23).view(np.float32)
 
 
 def dequantize(

@@ -87,12 +87,13 @@ def _calls(session: Session, case: Case) -> tuple[str, ...]:
 
 def options(case: Case, session: Session) -> dict[str, Any]:
     """Arguments of ``jax_ep.dispatch`` with and without a handle."""
-    cast = case.quantization in ("fp8", "fp8-dense")
+    packs = case.quantization == "fp8-packed"
     return {
         "group": _group(session, case),
         "config": config(case),
-        "quantization": "fp8" if cast else None,
-        "output": "quantized" if case.quantization == "fp8" else None,
+        "quantization": "fp8" if case.casts else None,
+        "output": "quantized" if case.quantization in ("fp8", "fp8-packed") else None,
+        "scale_format": "ue8m0_packed" if packs else "f32",
     }
 
 
@@ -100,7 +101,7 @@ def num_sms_of(session: Session, case: Case) -> int | None:
     """SMs that the op takes, or None where it takes none."""
     if not session.on_gpu:
         return None
-    cast = "f32" if case.quantization in ("fp8", "fp8-dense") else None
+    cast = "f32" if case.casts else None
     rows = tuning.rows_name(case.row_dtype, cast, case.quantization == "fp8-dense")
     op: tuning.TunedOp = "dispatch"
     if case.op in ("plan", "combine"):
@@ -253,6 +254,8 @@ def _check_dispatch(
     for name, array, sent in zip(("rows", "scales"), tokens, everyone, strict=False):
         for rank, got in session.parts(array).items():
             sources = problem.sources(index, rank)
+            if name == "scales" and case.quantization == "fp8-packed":
+                got = expected.unpacked(got, len(sources), case.hidden // 128)
             if not _are_rows_of(got, sent, sources, case.top_k if case.layout == "expert" else 1):
                 return f"rank {rank}: {name} differ from those sent"
     if out.weights is None:
@@ -287,12 +290,13 @@ def _are_rows_of(got: np.ndarray, sent: np.ndarray, sources: np.ndarray, per_tok
 def _sent(case: Case, problem: Problem, index: int, rank: int) -> tuple[np.ndarray, ...]:
     """A rank's tokens in the form that they must arrive in."""
     rows = problem.rows(index, rank)
-    if case.quantization not in ("fp8", "fp8-dense"):
+    if not case.casts:
         return rows
 
     def cast(part: slice) -> tuple[np.ndarray, ...]:
-        quantized = expected.quantize(rows[0][part])
-        if case.quantization == "fp8":
+        packs = case.quantization == "fp8-packed"
+        quantized = expected.quantize(rows[0][part], powers_of_two=packs)
+        if case.quantization != "fp8-dense":
             return quantized
         return (expected.dequantize(*quantized, rows[0].dtype.name),)
 

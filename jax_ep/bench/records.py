@@ -49,6 +49,10 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     # Where ranks share memory: at least what all ranks of a GPU (on CPU, of the machine) read and
     # write. Then ceiling_gbs is that of the memory.
     "memory_gbs": (float, type(None)),
+    # Of an op in latency mode whose ranks share a GPU: the bytes that they move in its memory, and
+    # what the op may take for them (latency.py).
+    "moved_bytes": (int,),
+    "bound_us": (float,),
     # Of the whole program (op "layer"), by XLA's analysis; the scratch memory is part of it.
     "temporary_bytes": (int,),
     "error": (str,),  # why there is no figure, or what was wrong with the result
@@ -120,7 +124,7 @@ def label(record: dict[str, Any]) -> str:
         parts.append(f"F={record['intermediate']}")
     if record["op"] not in ("ceiling", "link", "plan"):
         rows = record["dtype"]
-        if record["quantization"] in ("fp8", "fp8-dense"):
+        if record["quantization"].startswith("fp8"):
             rows += f" ({record['quantization']})"
         parts.append(rows)
     parts.append(f"T={record['tokens']}")

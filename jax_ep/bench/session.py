@@ -16,7 +16,7 @@ import numpy as np
 import jax_ep
 from jax_ep._groups import gpu_side
 from jax_ep._groups.latency_mode import MOST_TOKENS
-from jax_ep.bench import ceilings, records, timing
+from jax_ep.bench import ceilings, latency, records, timing
 from jax_ep.bench.cases import Case
 from jax_ep.bench.problems import Problem
 from jax_ep.bench.ranks import Ranks
@@ -199,6 +199,9 @@ class Session(Ranks):
             record["ceiling_gbs"] = ceiling.gbs
         if not self.has_links:
             record["memory_gbs"] = rate(traffic.memory // max(self.gpus, 1))
+            if traffic.moved and self.on_gpu:
+                record["moved_bytes"] = traffic.moved // self.gpus
+                record["bound_us"] = latency.bound_us(record["moved_bytes"])
         if name is not None:
             record["name"] = name
         if temporary_bytes is not None:

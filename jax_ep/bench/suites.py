@@ -176,7 +176,7 @@ def _latency(base: Case) -> list[Case]:
         *(
             dataclasses.replace(of, op="dispatch", quantization=quantization)
             for of in (base, expert)
-            for quantization in ("quantized", "none", "fp8")
+            for quantization in ("quantized", "none", "fp8", "fp8-packed")
         ),
         *(dataclasses.replace(of, op="combine") for of in (base, expert)),
         *(

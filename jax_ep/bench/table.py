@@ -17,9 +17,16 @@ def table(found: list[dict[str, Any]]) -> rich.table.Table:
     out.add_column("op", overflow="fold")
     for column in ("SMs", "us", "p10 to p90", "GB/s", "of ceiling", "logical GB/s", "MiB"):
         out.add_column(column, justify="right", no_wrap=column == "p10 to p90")
+    bounded = any("bound_us" in record for record in found)
+    if bounded:
+        out.add_column("MB moved", justify="right")
+        out.add_column("bound us", justify="right")
     out.add_column("correct")
     for record in found:
-        out.add_row(*row(record), style=None if record["correct"] else "red")
+        cells = row(record)
+        if bounded:
+            cells[-1:-1] = bound(record)
+        out.add_row(*cells, style=None if record["correct"] else "red")
     return out
 
 
@@ -27,7 +34,8 @@ CAPTION = (
     "us: median device time of the slowest rank. GB/s: bytes between ranks over a link, or, where "
     "ranks share memory, read and written there by all of them; ceiling: the fastest way in this run "
     "(op ceiling); logical: bytes that stay on their rank counted too. MiB: workspace + scratch; of a "
-    "layer, all temporaries of its program."
+    "layer, all temporaries of its program. MB moved: of an op in latency mode, in the memory that "
+    "ranks share; bound us: what it may take for them."
 )
 
 
@@ -51,6 +59,17 @@ def row(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def bound(record: dict[str, Any]) -> list[str]:
+    """What the op moves and may take, two cells."""
+    if "bound_us" not in record:
+        return ["", ""]
+    over = record["median_us"] is not None and record["median_us"] > record["bound_us"]
+    return [
+        f"{record['moved_bytes'] / 1e6:.2f}",
+        f"{record['bound_us']:.1f}{' missed' if over else ''}",
+    ]
+
+
 def share(record: dict[str, Any]) -> str:
     """How much of the ceiling of its run a record reaches."""
     gbs, ceiling = records.rate(record), record["ceiling_gbs"]
@@ -67,7 +86,9 @@ def line(record: dict[str, Any]) -> str:
         return f"{name}: {records.rate(record):.1f} GB/s"
     spread = f"{record['p10_us']:.1f} to {record['p90_us']:.1f}"
     of_ceiling = f", {share(record)} of the ceiling" if share(record) else ""
-    return f"{name}: {record['median_us']:.1f} us ({spread}){of_ceiling}"
+    moved, most = bound(record)
+    of_bound = f", bound {most} for {moved} MB moved" if most else ""
+    return f"{name}: {record['median_us']:.1f} us ({spread}){of_ceiling}{of_bound}"
 
 
 def failures(found: list[dict[str, Any]]) -> list[str]:

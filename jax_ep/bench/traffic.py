@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
-from jax_ep.bench import expected
+from jax_ep.bench import expected, latency
 from jax_ep.bench.cases import Case
 from jax_ep.bench.problems import Problem
 
@@ -20,11 +20,13 @@ class Traffic(NamedTuple):
         logical: The same with those that stay on their rank, as DeepEP's figures count them.
         memory: At least so much is read and written in the memory of all ranks together: each row
             that is sent is read once, and each result is written once.
+        moved: All that an op of latency mode moves there (``latency.py``); 0 of other ops.
     """
 
     wire: int
     logical: int
     memory: int = 0
+    moved: int = 0
 
 
 def of_rows(rows: Int[np.ndarray, "ranks ranks"], row_bytes: int) -> Traffic:
@@ -59,6 +61,8 @@ def of_op(case: Case, problem: Problem) -> Traffic:
     dispatched = rows * case.wire_row_bytes + ranks * problem.capacity * case.out_row_bytes
     summed = pairs if case.layout == "expert" else rows
     combined = (summed + ranks * case.tokens) * case.wire_row_bytes
+    if case.mode == "latency":
+        there = there._replace(moved=latency.moved_bytes(case, problem))
     if case.op == "combine":
         return there._replace(memory=combined)
     if case.op == "round_trip":

@@ -17,7 +17,7 @@ namespace {
 // What kernels_case.cuh does not know of the workload.
 struct DecodeWorkload : Workload {
   ops::Quantization quantization;
-  bool dense, has_weights;
+  bool dense, has_weights, packed;
   int expert_capacity;
   bool fixed_places;
   int absent;  // a rank that takes no part, or -1
@@ -29,11 +29,13 @@ struct DecodeWorkload : Workload {
                                      : ops::Quantization::kFp8;
     dense = options.Int("dense", 0) != 0;
     has_weights = options.Int("weights", 1) != 0;
+    packed = options.Int("packed", 0) != 0;
     expert_capacity = options.Int("expert_capacity", std::numeric_limits<int32_t>::max());
     fixed_places = options.Int("fixed_places", 0) != 0;
     absent = options.Int("absent", -1);
   }
   bool HasRowScales() const { return fp8 || (Casts() && !dense); }
+  int PackedRows() const { return !packed ? 0 : fixed_places ? alignment : C; }
   bool Casts() const { return quantization != ops::Quantization::kNone; }
   size_t RowBytes() const { return size_t(C) * H * (HasRowScales() ? 1 : width); }
 };
@@ -70,6 +72,10 @@ inline ops::DispatchArgs DecodeDispatchArgs(const DecodeWorkload& w, const Rank&
   args.dense_output = w.dense;
   if (w.HasRowScales()) {
     args.row_scales = const_cast<float*>(on_host ? k.row_scales.host.data() : k.row_scales.device);
+  }
+  if (w.packed && !on_host) {
+    args.packed_rows = w.PackedRows();
+    args.row_scales = reinterpret_cast<float*>(k.packed_scales.device);
   }
   if (!w.has_weights) args.weights = args.row_weights = nullptr;
   return args;
@@ -118,6 +124,7 @@ inline cuda::DecodeDispatchParams DecodeDispatchOf(const DecodeWorkload& w, cons
     params.plan.topk_idx = topk_idx;
     params.rows = nullptr;
     params.row_scales = params.row_weights = nullptr;
+    params.packed_scales = nullptr;
   }
   return params;
 }
@@ -170,6 +177,24 @@ inline void FillCombine(const DecodeWorkload& w, Rank& k, std::mt19937& generato
   for (float& weight : k.d_weights.host) weight = float(generator()) / 4e9f;
   k.d_weights.ToDevice();
   if (w.HasRowScales() && !w.fp8) k.row_scales.Resize(size_t(w.C) * w.H / 128);
+  if (w.packed) {
+    const ops::PackedScales packed = ops::PackedScalesOf(DecodeDispatchArgs(w, k, false));
+    k.packed_scales.Resize(packed.At(w.C / packed.rows, 0, 0));
+  }
+}
+
+// Packs the scales that the host has.
+inline void PackScales(const DecodeWorkload& w, Rank& k) {
+  const ops::PackedScales packed = ops::PackedScalesOf(DecodeDispatchArgs(w, k, false));
+  const int num_blocks = w.H / ops::kScaleBlock;
+  for (int row = 0; row < w.C; ++row) {
+    for (int block = 0; block < num_blocks; ++block) {
+      uint32_t bits;
+      std::memcpy(&bits, &k.row_scales.host[size_t(row) * num_blocks + block], 4);
+      const int64_t at = packed.At(row / packed.rows, block / 4, row % packed.rows);
+      k.packed_scales.host[at] |= (bits >> 23 & 0xff) << 8 * (block % 4);
+    }
+  }
 }
 
 // Calls `visit` with the name and the buffer of each leaf of a handle.

@@ -49,7 +49,11 @@ void VisitResults(OpKind op, const DecodeWorkload& w, Rank& k, Visit&& visit) {
   VisitHandle(w, k, visit);
   visit("rows", k.rows);
   visit("row_weights", k.row_weights);
-  if (w.HasRowScales()) visit("row_scales", k.row_scales);
+  if (w.packed) {
+    visit("packed_scales", k.packed_scales);
+  } else if (w.HasRowScales()) {
+    visit("row_scales", k.row_scales);
+  }
 }
 
 class Test {

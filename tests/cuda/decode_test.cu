@@ -1,7 +1,8 @@
 // Runs the ops of latency mode for several ranks without XLA, bit by bit against the CPU backend.
 //
 //   decode_test [steps=3] [masked=0 (of so many ranks one has no tokens)] [routes=all|first|few]
-//               [cast=fp8|ue8m0] [dense=0|1] [weights=1] [expert_capacity=]
+//               [cast=fp8|ue8m0] [dense=0|1] [packed=0 (1: scales come packed)] [weights=1]
+//               [expert_capacity=]
 //               [fixed_places=0 (1: a masked plan; needs capacity, alignment and expert_capacity)]
 //               [epoch=0 (of the op before the first)] [order=steps|ops|flying] [time=0 (ops of a
 //               graph)] [calls=1|2|3 (of an op: one, two, or by turns)] [absent=(a rank that takes
@@ -72,7 +73,7 @@ void Check(const DecodeWorkload& w, int step, int dead, std::vector<Rank>& ranks
   RunOnCpu(ranks, [&](const Rank& k) { return DecodeDispatchArgs(w, k, true); }, cpu::DispatchWork);
   RunOnCpu(ranks, [&](const Rank& k) { return DecodeCombineArgs(w, k, true); }, cpu::CombineWork);
   for (size_t r = 0; r < ranks.size(); ++r) {
-    const Rank& k = ranks[r];
+    Rank& k = ranks[r];
     if (int(r) == dead) continue;
     CHECK_CUDA(cudaSetDevice(k.device));
     const auto compare = [&](const char* what, const auto& buffer) {
@@ -80,7 +81,12 @@ void Check(const DecodeWorkload& w, int step, int dead, std::vector<Rank>& ranks
     };
     VisitHandle(w, k, compare);
     Compare("rows", step, static_cast<int>(r), k.rows, w.RowBytes());
-    if (w.HasRowScales()) compare("row_scales", k.row_scales);
+    if (w.packed) {
+      PackScales(w, k);
+      compare("packed_scales", k.packed_scales);
+    } else if (w.HasRowScales()) {
+      compare("row_scales", k.row_scales);
+    }
     if (w.has_weights) compare("row_weights", k.row_weights);
     compare("y", k.y);
   }

@@ -93,6 +93,7 @@ struct Rank {
       demand, num_dropped, num_invalid, scratch;
   Buffer<char> x, rows, y, dy, d_rows;
   Buffer<float> scales, weights, row_scales, row_weights, home, d_weights;
+  Buffer<uint32_t> packed_scales;
   cuda::GroupParams group;
 };
 

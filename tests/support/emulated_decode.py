@@ -48,6 +48,13 @@ STEPS = [
         " expert_capacity=64 keeps_unused=1 weighted=1",
         "layout=expert ranks=2 hidden=256 fixed_places=1 alignment=8 capacity=48 expert_capacity=8"
         " routes=few cast=fp8 order=flying",
+        # Packed scales, of one part and of several, whose words several warps write; rows and blocks
+        # that are no multiples of four.
+        "layout=expert ranks=2 tokens=33 topk=6 experts=32 hidden=2304 cast=ue8m0 packed=1",
+        "layout=token ranks=3 tokens=13 topk=4 experts=12 hidden=7168 cast=ue8m0 packed=1 capacity=33",
+        "layout=expert ranks=2 hidden=3712 fp8=1 packed=1 capacity=203 alignment=1 keeps_unused=1",
+        "layout=expert ranks=2 hidden=1920 fixed_places=1 alignment=6 capacity=36 expert_capacity=6"
+        " routes=few cast=ue8m0 packed=1 order=flying",
         # An absent rank whose memory nobody may touch. It runs its ops by itself, or none.
         "layout=expert ranks=3 hidden=264 absent=1",
         "layout=token ranks=3 hidden=264 absent=2 dead=1 calls=3",
@@ -101,6 +108,7 @@ FAILURES = [
         "op=dispatch failure=restarts layout=expert ranks=3 calls=2",
         "op=combine failure=done layout=token ranks=2 calls=2",
         "op=combine failure=crossed layout=expert ranks=3 calls=2",
+        "op=dispatch failure=gone layout=expert ranks=2 hidden=640 fp8=1 packed=1",
         # A rank fails where another one is absent from the beginning.
         "op=dispatch failure=absent layout=expert ranks=4 absent=0",
         "op=combine failure=gone layout=token ranks=3 absent=1 calls=2",

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_ep
-from spmd import stacked_jit
+from spmd import fetch, put, shard, stacked_jit
 
 # What ``wrong_entries`` counts.
 WHAT = ("rows", "sources of rows", "y", "counts")
@@ -36,6 +36,7 @@ class Sizes:
         top_k: K, at most ``local_experts``.
         local_experts: L, experts of each rank.
         layout: "expert" or "token".
+        mode: That of both ops; none takes the default.
     """
 
     tokens: int
@@ -43,6 +44,12 @@ class Sizes:
     top_k: int = 2
     local_experts: int = 4
     layout: str = "expert"
+    mode: str | None = None
+
+    @property
+    def config(self) -> jax_ep.DispatchConfig | None:
+        """The argument ``config`` of both ops."""
+        return None if self.mode is None else jax_ep.DispatchConfig(mode=self.mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +174,7 @@ def _begin(group: jax_ep.Group, sizes: Sizes, i: Any, number: Any) -> _Begun:
         group=group,
         num_experts=group.size * sizes.local_experts,
         layout=sizes.layout,
+        config=sizes.config,
     )
     return _Begun(x, idx, everyone, weights, out)
 
@@ -174,11 +182,12 @@ def _begin(group: jax_ep.Group, sizes: Sizes, i: Any, number: Any) -> _Begun:
 def _finish(group: jax_ep.Group, sizes: Sizes, i: Any, begun: _Begun) -> jax.Array:
     rank = jax.lax.axis_index(group.axis_names[0])
     out, by_expert = begun.out, sizes.layout == "expert"
+    given: dict[str, Any] = {"group": group, "config": sizes.config}
     if by_expert:
-        y = jax_ep.combine(out.tokens, out.handle, group=group, weights=out.weights)
+        y = jax_ep.combine(out.tokens, out.handle, weights=out.weights, **given)
     else:
         rows = out.tokens * out.weights.sum(axis=1, keepdims=True)
-        y = jax_ep.combine(rows, out.handle, group=group)
+        y = jax_ep.combine(rows, out.handle, **given)
     # Each row against the token that it should be.
     source = out.handle.recv_src // (sizes.top_k if by_expert else 1)
     used = (out.handle.recv_src >= 0)[:, None]
@@ -236,6 +245,34 @@ def program(groups: Sequence[jax_ep.Group], sizes: Sizes, count: int) -> Callabl
 
     def call(start: int, name: str | None = None) -> np.ndarray:
         return jitted(*(np.full((ranks, 1), n, np.int32) for n in (start, _number(name))))
+
+    return call
+
+
+def repeated(
+    groups: Sequence[jax_ep.Group], sizes: Sizes, count: int
+) -> Callable[[int, int], np.ndarray]:
+    """A function of the first step and a number of runs of ``count`` steps each, for tests.
+
+    Each step has a routing of ``NAMES``, in turn. It gives the ``[R, 4]`` wrong entries of all steps
+    of all runs, which are added up on the devices, so a run has nothing to do on the host but its
+    launch.
+    """
+    mesh, ranks = groups[0].mesh, groups[0].size
+    scanned = _scan(groups, sizes, count)
+
+    def run(wrong: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return wrong + scanned(start, 0 * start + EACH_IN_TURN), start + count
+
+    jitted = jax.jit(shard(run, mesh))
+
+    def call(start: int, runs: int) -> np.ndarray:
+        wrong = put(np.zeros(ranks * len(WHAT), np.int32), mesh)
+        begin = put(np.full(ranks, start, np.int32), mesh)
+        for _ in range(runs):
+            # One run at a time, so that few launches are in flight.
+            wrong, begin = jax.block_until_ready(jitted(wrong, begin))
+        return fetch(wrong, mesh).reshape(ranks, len(WHAT))
 
     return call
 

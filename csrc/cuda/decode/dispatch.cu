@@ -206,6 +206,7 @@ __device__ __noinline__ void Poison(const DecodeDispatchParams& p) {
   Fill(p.plan.num_invalid, 4);
   Fill(p.rows, capacity * p.out_row_bytes);
   if (p.row_scales != nullptr) Fill(p.row_scales, capacity * p.scales_per_row * 4);
+  if (p.packed_scales != nullptr) Fill(p.packed_scales, p.packed.At(p.num_packed(), 0, 0) * 4);
   if (p.row_weights != nullptr) Fill(p.row_weights, capacity * (by_token ? top_k : 1) * 4);
 }
 
@@ -276,7 +277,12 @@ DecodeDispatchParams ParamsOf(const ops::PlanArgs& plan, const ops::DispatchArgs
   params.weights = args.weights;
   params.plan = plan.buffers;
   params.rows = args.rows;
-  params.row_scales = args.row_scales;
+  params.packed = ops::PackedScalesOf(args);
+  if (args.packed_rows == 0) {
+    params.row_scales = args.row_scales;
+  } else {
+    params.packed_scales = reinterpret_cast<uint32_t*>(args.row_scales);
+  }
   params.row_weights = args.row_weights;
   params.slots = DecodeSlotsOf(params.shape.num_ranks, params.shape.num_tokens, params.shape.top_k,
                                params.row_bytes, params.scales_per_row != 0,

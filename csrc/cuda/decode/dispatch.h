@@ -26,23 +26,28 @@ struct DecodeDispatchParams {
   plan::PlanShape shape;
   int32_t num_local;  // L
   Divider by_num_local;
-  int32_t num_rows;        // M, rows of a source at most
-  int32_t row_bytes;       // of a row as it travels; a multiple of 16
-  int32_t out_row_bytes;   // of a row of `rows`
-  int32_t scales_per_row;  // S of rows that travel with scales, else 0
-  RowType type;            // of x, if rows are cast to float8 on their way
-  bool cast;               // to float8
-  bool ue8m0;              // the scales of the cast are powers of two
-  bool dense;              // rows that were cast become x's type again
-  bool keeps_unused;       // rows without a source stay as they are
-  const void* x;           // [T, H]
-  const float* scales;     // [T, S] of x, or null
-  const float* weights;    // [T, K], or null
-  plan::RankPlan plan;     // the routes, and the results that are the handle
-  void* rows;              // [C, out_row_bytes]
-  float* row_scales;       // [C, S], or null
-  float* row_weights;      // [C] or [C, K], or null
+  int32_t num_rows;         // M, rows of a source at most
+  int32_t row_bytes;        // of a row as it travels; a multiple of 16
+  int32_t out_row_bytes;    // of a row of `rows`
+  int32_t scales_per_row;   // S of rows that travel with scales, else 0
+  RowType type;             // of x, if rows are cast to float8 on their way
+  bool cast;                // to float8
+  bool ue8m0;               // the scales of the cast are powers of two
+  bool dense;               // rows that were cast become x's type again
+  bool keeps_unused;        // rows without a source stay as they are
+  const void* x;            // [T, H]
+  const float* scales;      // [T, S] of x, or null
+  const float* weights;     // [T, K], or null
+  plan::RankPlan plan;      // the routes, and the results that are the handle
+  void* rows;               // [C, out_row_bytes]
+  float* row_scales;        // [C, S], or null
+  uint32_t* packed_scales;  // instead of row_scales, as ops::PackedScales says, or null
+  ops::PackedScales packed;
+  float* row_weights;  // [C] or [C, K], or null
   int32_t num_blocks;
+
+  // Groups of rows whose scales are packed.
+  JAX_EP_HOST_DEVICE int32_t num_packed() const { return shape.capacity / packed.rows; }
 };
 
 // The parameters that follow from the arguments of a plan and of the dispatch along it, whose

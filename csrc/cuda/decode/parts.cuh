@@ -18,6 +18,7 @@ namespace {
 constexpr int32_t kStageBytes = 2048;
 // Words of a part, at most, for each lane.
 constexpr int kLaneWords = 6;
+static_assert(kPartScales % 2 == 0, "parts end between halves of words of packed scales");
 static_assert(kWordBytes * 32 * kLaneWords >= kStageBytes, "all words of a stage");
 static_assert(kWordBytes * (WordsOf(kPartBytes, kWordBytes) + WordsOf(kPartScales, kWordInts) +
                             WordsOf(kMaxDecodeTopK, kWordInts)) <=
@@ -149,6 +150,7 @@ class PartMover {
       char* to = static_cast<char*>(p_.rows) + int64_t{row} * p_.out_row_bytes + part.begin;
       ptx::BulkStore(to, stage_, part.bytes);
     }
+    if (p_.packed_scales != nullptr) DeliverPacked(part, row, targets);
     if (p_.row_scales == nullptr) return;
     const float scale = lane < part.num_scales ? Floats(part.scales_at)[lane] : 0.0f;
     for (; targets != 0; targets &= targets - 1) {
@@ -205,6 +207,25 @@ class PartMover {
           }
         }
       }
+    }
+  }
+
+  // Writes the exponents of the part's scales. A part may end within a word, but not within half of
+  // one, so lane j has half word j of the part. The last part completes the row's last word.
+  __device__ __forceinline__ void DeliverPacked(const Part& part, int32_t row, uint32_t targets) {
+    const int32_t lane = threadIdx.x % 32, first = part.index * (kPartScales / 2);
+    const bool is_last = part.index == p_.slots.parts - 1;
+    const int32_t num_halves = is_last ? 2 * p_.packed.words - first : part.num_scales / 2;
+    const uint32_t* scales = reinterpret_cast<const uint32_t*>(Floats(part.scales_at));
+    uint32_t half = 0;
+    if (2 * lane < part.num_scales) half = scales[2 * lane] >> 23 & 0xff;
+    if (2 * lane + 1 < part.num_scales) half |= (scales[2 * lane + 1] >> 23 & 0xff) << 8;
+    for (; targets != 0; targets &= targets - 1) {
+      const int32_t to = __shfl_sync(~0u, row, __ffs(targets) - 1);
+      const int32_t group = to / p_.packed.rows, at = to - group * p_.packed.rows;
+      const int32_t n = first + lane;
+      uint32_t* const word = p_.packed_scales + p_.packed.At(group, n / 2, at);
+      if (lane < num_halves) reinterpret_cast<uint16_t*>(word)[n % 2] = static_cast<uint16_t>(half);
     }
   }
 

@@ -97,6 +97,13 @@ class RouteWriter {
     for (int32_t row = used + warp; row < p_.shape.capacity; row += num_warps) {
       if (!masked || row >= columns[row / p_.shape.alignment].limit) ClearRow(row);
     }
+    if (p_.packed_scales == nullptr) return;
+    const int32_t padding = p_.packed.padded_rows() - p_.packed.rows;  // below 4
+    const int32_t num_lines = p_.num_packed() * p_.packed.words;
+    for (int32_t line = warp; line < num_lines; line += num_warps) {
+      const int32_t lane = threadIdx.x % 32;
+      if (lane < padding) p_.packed_scales[p_.packed.At(0, line, p_.packed.rows + lane)] = 0;
+    }
   }
 
  private:
@@ -156,6 +163,12 @@ class RouteWriter {
     if (p_.row_scales != nullptr) {
       for (int32_t i = lane; i < p_.scales_per_row; i += 32) {
         p_.row_scales[int64_t{row} * p_.scales_per_row + i] = 0.0f;
+      }
+    }
+    if (p_.packed_scales != nullptr) {
+      const int32_t group = row / p_.packed.rows, at = row - group * p_.packed.rows;
+      for (int32_t w = lane; w < p_.packed.words; w += 32) {
+        p_.packed_scales[p_.packed.At(group, w, at)] = 0;
       }
     }
     if (p_.row_weights == nullptr) return;

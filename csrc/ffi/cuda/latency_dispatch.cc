@@ -19,7 +19,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, const Attrs& attrs, con
   if (check.ok()) Decode(check, attrs, buffers, plan, args);
   if (!check.ok()) return check.error();
   const int32_t kind = attrs.quantization + 4 * args.dense_output + 8 * (args.scales != nullptr) +
-                       16 * (args.weights != nullptr) + 32 * attrs.masked;
+                       16 * (args.weights != nullptr) + 32 * attrs.masked +
+                       64 * attrs.packed_scales;
   return LaunchLatency(check, attrs.group, buffers.coords, device, cuda::OpKind::kDispatch,
                        AgreedOn(args.geometry, kind, attrs.alignment, attrs.expert_capacity),
                        args.geometry, calls, cuda::ParamsOf(plan, args), cuda::LaunchDecodeDispatch,
