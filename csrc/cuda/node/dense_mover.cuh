@@ -21,10 +21,11 @@ namespace jax_ep::cuda {
 //
 // What bounds it: with H = 7168, 4096 tokens on each of two ranks are 59 million channels for a
 // rank. If 24 SMs of an H200 are to convert them in 130 us, each has to do 11 channels a clock. A
-// warp issues 28 instructions for 256 channels, so an SM can issue for 36 channels a clock. Each
-// channel of bf16 takes 6.5 bytes of the bandwidth of shared memory (load, read, write, store), so
-// that has room for 20. And a mover that finds its data makes about three in a clock, so chunks
-// are short, to leave room for seven movers. Their loads have 100 KB in flight.
+// warp issues 32 instructions for 256 channels, so an SM can issue for 32 channels a clock. A
+// channel that becomes bf16 takes 6.5 bytes of the bandwidth of shared memory, of which there are
+// 128 in a clock: one for the load, one and its part of a scale to be read, two to be written, and
+// two for each store. So that is enough for 20. A mover that finds its data should do about three
+// in a clock. So chunks are short, to leave room for seven movers. 100 KB of loads are in flight.
 constexpr int kDenseLoads = 4;
 constexpr int kDenseStores = 2;
 constexpr int kMaxDenseBytes = 8 << 10;           // of a chunk, as it is stored

@@ -37,19 +37,17 @@ struct ScaleSlice {
   static constexpr int32_t kUnit = 4;
 };
 
-// A warp's lanes take neighbouring vectors, whose results have 16 bytes, so neither loads nor
+// The lanes of a warp take neighbouring vectors, whose results have 16 bytes, so neither loads nor
 // stores have bank conflicts.
 template <typename T>
 __device__ __forceinline__ void ToDense(const char* values, const float* scales,
                                         int32_t num_channels, char* dense) {
   constexpr int kChannels = kWordsChannels<T>;
   constexpr int kVectorsOfScale = ops::kScaleBlock / kChannels;
-  constexpr int kAtOnce = 4;  // vectors of a lane whose loads are in flight together
+  constexpr int kAtOnce = 4;  // vectors of a lane
   struct alignas(kChannels) Vector {
     uint32_t words[kChannels / 4];
   };
-  const Vector* from = reinterpret_cast<const Vector*>(values);
-  uint4* to = reinterpret_cast<uint4*>(dense);
   const auto convert = [](const Vector& vector, float scale) {
     float channels[kChannels];
 #pragma unroll
@@ -59,17 +57,24 @@ __device__ __forceinline__ void ToDense(const char* values, const float* scales,
   const int32_t num_vectors = num_channels / kChannels;
   int32_t v = threadIdx.x % 32;
   for (; v + 32 * (kAtOnce - 1) < num_vectors; v += 32 * kAtOnce) {
+    const Vector* from = reinterpret_cast<const Vector*>(values) + v;
+    const float* scale_of = scales + v / kVectorsOfScale;
+    uint4* to = reinterpret_cast<uint4*>(dense) + v;
     Vector vectors[kAtOnce];
     float scale[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      vectors[n] = from[v + 32 * n];
-      scale[n] = scales[(v + 32 * n) / kVectorsOfScale];
+      vectors[n] = from[32 * n];
+      scale[n] = scale_of[32 * n / kVectorsOfScale];
     }
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) to[v + 32 * n] = convert(vectors[n], scale[n]);
+    for (int n = 0; n < kAtOnce; ++n) to[32 * n] = convert(vectors[n], scale[n]);
   }
-  for (; v < num_vectors; v += 32) to[v] = convert(from[v], scales[v / kVectorsOfScale]);
+#pragma unroll 1
+  for (; v < num_vectors; v += 32) {
+    const Vector vector = reinterpret_cast<const Vector*>(values)[v];
+    reinterpret_cast<uint4*>(dense)[v] = convert(vector, scales[v / kVectorsOfScale]);
+  }
 }
 
 // The channels in `values`, with one of `scales` for each ops::kScaleBlock of them, in dtype
