@@ -78,8 +78,8 @@ __device__ inline void MoveDenseRows(const DispatchParams& p, OpNumbers op, uint
   SourceQueue<DispatchParams> sources(p, warp, num_warps);
   SourceQueue<DispatchParams>::Entry source = sources.Next();
   struct Item {
-    int32_t row;      // of this lane, or -1
-    int32_t channel;  // of the row, the chunk's first
+    int32_t row;         // of this lane, or -1
+    int32_t channel;     // of the row, the chunk's first
     int32_t num_before;  // of ScaleSlice
   };
   Item items[kDenseLoads];  // the current one first

@@ -345,12 +345,11 @@ cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
   const int num_movers = params.dense ? NumDenseMovers(params) : NumMovers(params);
   const int num_threads = (num_movers + kHelpers) * 32;
   const bool few = params.layout == Layout::kToken;
-  const auto kernel =
-      params.dense         ? DispatchKernel<kDenseLoads, true, true>
-      : params.behind_cast ? (few ? DispatchKernel<kFewStores, true, false>
-                                  : DispatchKernel<kManyStores, true, false>)
-                           : (few ? DispatchKernel<kFewStores, false, false>
-                                  : DispatchKernel<kManyStores, false, false>);
+  const auto kernel = params.dense         ? DispatchKernel<kDenseLoads, true, true>
+                      : params.behind_cast ? (few ? DispatchKernel<kFewStores, true, false>
+                                                  : DispatchKernel<kManyStores, true, false>)
+                                           : (few ? DispatchKernel<kFewStores, false, false>
+                                                  : DispatchKernel<kManyStores, false, false>);
   if (params.behind_plan || params.behind_cast) {
     return LaunchBehind<DispatchParams>(kernel, params.num_blocks, num_threads, SharedBytes(params),
                                         stream, params);
