@@ -103,7 +103,8 @@ struct Workload {
   int alignment, blocks, more_blocks, cast_blocks, sets;
   std::string dtype;
   bool fp8, by_expert, weighted;
-  ops::Quantization cast;  // of x, whose rows come dense
+  ops::Quantization quantization;
+  bool dense;  // then rows are received in x's dtype
   cuda::RowType type;
   ops::DType row_dtype;
   int width;  // bytes of an element of a row
@@ -128,10 +129,11 @@ struct Workload {
     sets = options.Int("sets", 1);
     dtype = options.Text("dtype", "bf16");
     fp8 = options.Int("fp8", 0) != 0;
-    const std::string cast_to = options.Text("cast", "");
-    cast = cast_to == "ue8m0" ? ops::Quantization::kFp8Ue8m0
-           : cast_to == "fp8" ? ops::Quantization::kFp8
-                              : ops::Quantization::kNone;
+    const std::string cast = options.Text("cast", "");
+    quantization = cast.empty()      ? ops::Quantization::kNone
+                   : cast == "ue8m0" ? ops::Quantization::kFp8Ue8m0
+                                     : ops::Quantization::kFp8;
+    dense = options.Int("dense", 0) != 0;
     weighted = by_expert && options.Int("weighted", 0) != 0;
     row_dtype = dtype == "f32"   ? ops::DType::kFloat32
                 : dtype == "f16" ? ops::DType::kFloat16
@@ -150,7 +152,7 @@ struct Workload {
     CHECK_CUDA(cudaMemset(rows.device, byte, rows.host.size()));
   }
 
-  bool Casts() const { return cast != ops::Quantization::kNone; }
+  bool Casts() const { return quantization != ops::Quantization::kNone; }
 
   bool HasVjp() const {
     return by_expert && !fp8 && int64_t{H} * width <= cuda::MaxCombineVjpRowBytes();

@@ -73,8 +73,8 @@ ops::PlanArgs PlanArgsOf(const Workload& w, const Rank& k, Place at) {
 template <typename Place>
 ops::DispatchArgs DispatchArgsOf(const Workload& w, const Rank& k, Place at) {
   return {GeometryOf(w, w.fp8 ? ops::DType::kFloat8E4M3FN : w.row_dtype),
-          w.cast,
-          w.Casts(),
+          w.quantization,
+          w.dense,
           w.unused_rows,
           at.Input(k.x),
           w.fp8 ? at(k.scales) : nullptr,
@@ -137,7 +137,7 @@ inline cuda::DispatchParams DispatchParamsOf(const Workload& w, const Rank& k, i
 // scales, or in a workload that casts, of x.
 inline void LaunchCastOf(const Workload& w, const Rank& k, int launch, const void* dense,
                          bool behind_plan) {
-  cuda::QuantizeParams rows{w.type, w.cast == ops::Quantization::kFp8Ue8m0, w.T, w.H};
+  cuda::QuantizeParams rows{w.type, w.quantization == ops::Quantization::kFp8Ue8m0, w.T, w.H};
   rows.x = w.Casts() ? k.x.Of(launch) : dense;
   rows.values = w.Casts() ? k.cast_values.device : k.x.Of(launch);
   rows.scales = w.Casts() ? k.cast_scales.device : k.scales.device;

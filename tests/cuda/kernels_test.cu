@@ -6,11 +6,11 @@
 //                [ranks=2] [alignment=128] [capacity=0 (what is received, rounded up)] [repeat=20]
 //                [plan=auto|push|pull] [dtype=bf16|f32|f16] [fp8=0|1] [timeout=5 (seconds)]
 //                [check=1] [sets=1] [weighted=0|1 (combine)] [keeps_unused=0|1] [behind=0|1]
-//                [cast_blocks=100] [cast=fp8|ue8m0]
+//                [cast_blocks=100] [cast=fp8|ue8m0 dense=1]
 //
 // With behind=1, the results checked are those of a plan and a dispatch launched behind it; with
-// fp8=1 too, of rows that are cast between the two. With cast=, dispatches cast their rows, which
-// come dense.
+// fp8=1 too, of rows that are cast between the two. With cast= and dense=1, each dispatch casts its
+// rows, and they come dense.
 //
 // With several sets, consecutive launches read equal inputs from different memory. So, as with new
 // data, the inputs are not in the L2 cache, and their addresses are not in the TLB.
@@ -103,6 +103,10 @@ void CheckQuantize(const Workload& w, const Rank& k) {
 int main(int argc, char** argv) {
   const Options options(argc, argv);
   Workload w(options);
+  if (w.Casts() != w.dense) {
+    std::fprintf(stderr, "cast= and dense=1 go together here\n");
+    return 2;
+  }
   std::mt19937 generator(options.Int("seed", 1));
   std::vector<Rank> ranks = MakeRanks(w, generator);
   if (w.C == 0) w.C = NeededCapacity(w, ranks);
