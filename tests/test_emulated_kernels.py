@@ -246,11 +246,13 @@ def _run(
     mutation: int = 0,
     slots: int = 1024,
     blocks: int = 132,
+    proxies: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     settings = {
         "JAX_EP_EMULATOR_BLOCKS": str(blocks),
         "JAX_EP_EMULATOR_SEED": str(seed),
         "JAX_EP_EMULATOR_MUTATION": str(mutation),
+        "JAX_EP_EMULATOR_PROXIES": str(proxies),
         "JAX_EP_EMULATOR_RING_SLOTS": str(slots),
     }
     return subprocess.run(
@@ -357,6 +359,16 @@ def test_a_missing_wait_is_noticed(binaries: Binaries, mutation: int) -> None:
 @pytest.mark.parametrize("arguments", [_CAST, _CAST_DENSE])
 def test_a_missing_wait_for_the_cast_is_noticed(binaries: Binaries, arguments: str) -> None:
     _expect_noticed(binaries / "kernels_test", f"{_SMALL} {arguments}", mutation=23)
+
+
+# No wait for bulk stores that read a stage, and no fence before them (emulator.h).
+@pytest.mark.parametrize("mutation", [0, 102, 104])
+def test_stages_of_dense_rows(binaries: Binaries, mutation: int) -> None:
+    """Stores find what lanes have written, and lanes write no stage that stores still read."""
+    given = f"{_SMALL} layout=expert ranks=2 hidden=1152 cast=fp8 dense=1 plan=pull"
+    done = _run(binaries / "kernels_test", given, mutation=mutation, proxies=1)
+    assert ("WRONG rows of" in done.stdout) == (mutation != 0), done.stdout + done.stderr
+    assert (done.returncode == 0) == (mutation == 0)
 
 
 @pytest.mark.parametrize("arguments", emulated_decode.STEPS)
