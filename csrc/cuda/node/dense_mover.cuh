@@ -15,17 +15,22 @@
 
 namespace jax_ep::cuda {
 
-// Stages of a mover for what is loaded, and for what is stored. Lanes have read a stage before the
-// next load into it begins, so all of the former may have loads in flight. One of the latter is
-// filled while stores read the other.
+// Stages of a mover for loads and for stores. When lanes have read a stage, the next load into it
+// begins, so all stages for loads may have one in flight. While bulk stores read one of the stages
+// for stores, lanes fill the other.
 //
-// What bounds it: with H = 7168, 4096 tokens on each of two ranks are 59 million channels for a
-// rank. If 24 SMs of an H200 are to convert them in 130 us, each has to do 11 channels a clock. A
-// warp issues 32 instructions for 256 channels, so an SM can issue for 32 channels a clock. A
-// channel that becomes bf16 takes 6.5 bytes of the bandwidth of shared memory, of which there are
-// 128 in a clock: one for the load, one and its part of a scale to be read, two to be written, and
-// two for each store. So that is enough for 20. A mover that finds its data should do about three
-// in a clock. So chunks are short, to leave room for seven movers. 100 KB of loads are in flight.
+// What bounds it: with H = 7168 and 4096 tokens on each of two ranks, a rank receives 59 million
+// channels. If 24 SMs of an H200 are to convert these in 130 us, each has to do 11 channels a
+// clock.
+//
+// * Instructions: a warp takes 32 for 256 channels, so those of an SM do at most 32 channels a
+//   clock.
+// * Shared memory: it moves 128 bytes a clock. A channel that becomes bf16 and is stored once takes
+//   6.5 of them (1 loaded, 1.5 read with its scale, 2 written, 2 stored), so that is enough for 20.
+// * Latency: a mover with data at hand does about three channels a clock, because only four vectors
+//   of a lane are in flight, and there is other work between two chunks. So seven movers do 20.
+//   Chunks are short, so that there is room for these. All movers together have up to 100 KB of
+//   loads in flight.
 constexpr int kDenseLoads = 4;
 constexpr int kDenseStores = 2;
 constexpr int kMaxDenseBytes = 8 << 10;           // of a chunk, as it is stored
@@ -76,7 +81,7 @@ __device__ inline void MoveDenseRows(const DispatchParams& p, OpNumbers op, uint
                          p.capacity, p.recv_src,   p.keeps_unused};
   RowClearer<DenseRows> clearer(result, zeros, warp, num_warps);
   SourceQueue<DispatchParams> sources(p, warp, num_warps);
-  SourceQueue<DispatchParams>::Entry source = sources.Next();
+  SourceQueue<DispatchParams>::Entry source{};
   struct Item {
     int32_t row;         // of this lane, or -1
     int32_t channel;     // of the row, the chunk's first
@@ -84,7 +89,7 @@ __device__ inline void MoveDenseRows(const DispatchParams& p, OpNumbers op, uint
   };
   Item items[kDenseLoads];  // the current one first
   int32_t num_loaded = 0;
-  int32_t channel = 0;
+  int32_t channel = hidden;  // of the source, the next to be loaded
   for (int32_t n = -kDenseLoads; n < num_loaded; ++n) {
     if (n >= 0) {
       const Item& item = items[0];
@@ -107,6 +112,10 @@ __device__ inline void MoveDenseRows(const DispatchParams& p, OpNumbers op, uint
     }
 #pragma unroll
     for (int i = 1; i < kDenseLoads; ++i) items[i - 1] = items[i];
+    if (channel >= hidden && source.source != plan::kNone) {
+      source = sources.Next();
+      channel = 0;
+    }
     if (source.source != plan::kNone) {
       const int32_t rank = source.source / p.num_tokens;
       const int32_t token = source.source % p.num_tokens;
@@ -125,10 +134,6 @@ __device__ inline void MoveDenseRows(const DispatchParams& p, OpNumbers op, uint
       }
       ++num_loaded;
       channel += room.chunk;
-      if (channel >= hidden) {
-        channel = 0;
-        source = sources.Next();
-      }
     }
     clearer.Advance(source.n, sources.num_sources());
     ptx::CommitBulkGroup();

@@ -300,16 +300,18 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   if (p.behind_plan) ok = WaitPlanWritten(p.group, kPushPlanBlocks) && ok;
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_movers = kDense ? NumDenseMovers(p) : NumMovers(p);
-  if (kDense && ok && warp < num_movers) {
-    MoveDenseRows(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
-                  num_movers * gridDim.x, shared.zeros,
-                  shared.stages + static_cast<int64_t>(warp) * DenseRoom(p).bytes,
-                  shared.barriers + warp * kStages);
-  } else if (ok && warp < num_movers && p.row_bytes > 0) {
-    MoveRows<kAhead, kCast>(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
-                            num_movers * gridDim.x, shared.zeros,
-                            shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
-                            shared.barriers + warp * kStages);
+  if (ok && warp < num_movers && p.row_bytes > 0) {
+    if constexpr (kDense) {
+      MoveDenseRows(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
+                    num_movers * gridDim.x, shared.zeros,
+                    shared.stages + static_cast<int64_t>(warp) * DenseRoom(p).bytes,
+                    shared.barriers + warp * kStages);
+    } else {
+      MoveRows<kAhead, kCast>(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
+                              num_movers * gridDim.x, shared.zeros,
+                              shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
+                              shared.barriers + warp * kStages);
+    }
   } else if (ok && warp >= num_movers) {
     const int32_t helper = (warp - num_movers) * gridDim.x + blockIdx.x;
     const int32_t num_helpers = kHelpers * gridDim.x;

@@ -70,8 +70,8 @@ inline DispatchParams ParamsOf(const ops::DispatchArgs& args) {
 }
 
 // Moves rows as they are, or makes them dense on their way. Behind a plan or a cast it is a kernel
-// that begins early (core/launch.cuh). On failure every byte of the rows and of row_weights is 0xff, which is
-// NaN in every dtype.
+// that begins early (core/launch.cuh). On failure every byte of the rows and of row_weights is
+// 0xff, which is NaN in every dtype.
 cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream);
 
 cudaError_t LoadDispatch();

@@ -23,8 +23,8 @@ inline int64_t CastBytes(const ops::DispatchArgs& args) {
 // kernel has room for such rows.
 template <typename Params, typename Fits, typename Cast, typename Launch>
 ::xla::ffi::Error MoveRows(Checker& check, const ops::DispatchArgs& args, SharedOperands& shared,
-                           cudaStream_t stream, void* scratch, Params& params, Fits&& fits,
-                           Cast&& cast, Launch&& launch) {
+                           void* scratch, Params& params, Fits&& fits, Cast&& cast,
+                           Launch&& launch) {
   const ops::Geometry& geometry = args.geometry;
   const bool quantize = args.quantization != ops::Quantization::kNone;
   if (!quantize) {
@@ -34,8 +34,7 @@ template <typename Params, typename Fits, typename Cast, typename Launch>
   }
   params.weights = shared.Input("weights", args.weights,
                                 int64_t{geometry.num_tokens} * geometry.top_k * sizeof(float));
-  char* const sent_memory =
-      shared.Scratch("scratch", static_cast<char*>(scratch), CastBytes(args));
+  char* const sent_memory = shared.Scratch("scratch", static_cast<char*>(scratch), CastBytes(args));
   if (auto error = shared.error(); error.failure()) return error;
   const cuda::QuantizedRows sent =
       cuda::QuantizedRows::At(sent_memory, geometry.num_tokens, geometry.hidden);

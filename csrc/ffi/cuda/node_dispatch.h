@@ -51,7 +51,7 @@ template <typename LaunchPlan>
     return cuda::LaunchCast({params.group, rows, std::min(pieces, most), params.behind_plan},
                             stream);
   };
-  return MoveRows(check, args, shared, stream, scratch, params, cuda::FitsDispatch, cast,
+  return MoveRows(check, args, shared, scratch, params, cuda::FitsDispatch, cast,
                   [&](const cuda::DispatchParams& ready) {
                     if (!ready.behind_cast) {
                       const cudaError_t error = launch_plan();

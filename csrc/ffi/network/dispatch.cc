@@ -37,7 +37,7 @@ ffi::Error NetworkDispatch(cudaStream_t stream, int32_t device, const NetworkDis
   SharedOperands shared(group.node, stream);
   char* const scratch = static_cast<char*>(buffers.scratch.untyped_data());
   return MoveRows(
-      check, args, shared, stream, scratch, params, cuda::FitsNetworkDispatch,
+      check, args, shared, scratch, params, cuda::FitsNetworkDispatch,
       [&](const cuda::QuantizeParams& rows) { return cuda::LaunchQuantize(rows, stream); },
       [&](cuda::NetworkDispatchParams& ready) {
         if (!dequantize) return cuda::LaunchNetworkDispatch(ready, stream);
