@@ -62,8 +62,8 @@ __device__ __forceinline__ Float8Vector ToFloat8(const float (&channels)[kVector
 __device__ __forceinline__ void FromFloat8(uint32_t word, float scale, float* channels) {
 #pragma unroll
   for (int j = 0; j < 4; j += 2) {
-    const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(
-        static_cast<__nv_fp8x2_storage_t>(word >> (j * 8)), __NV_E4M3);
+    const __half2_raw pair =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(word >> (j * 8)), __NV_E4M3);
     const float2 both = __half22float2(__half2(pair));
     channels[j] = __fmul_rn(both.x, scale);
     channels[j + 1] = __fmul_rn(both.y, scale);
