@@ -148,7 +148,7 @@ def stages(gpus: int) -> dict[str, Stage]:
                 f"{{binaries}}/kernels_test layout={layout} {rows} blocks={blocks}"
                 f" tokens={4096 if gpus > 1 else 2048}"
                 for layout, blocks in (("expert", 64), ("token", 24))
-                for rows in ("fp8=0", "fp8=1", "cast=fp8 dense=1 behind=1")
+                for rows in ("fp8=0", "fp8=1", "cast=fp8 dense=1")
             ]
             # Not all blocks of both ranks fit at once, although all wait for the other rank.
             + [

@@ -33,8 +33,9 @@ constexpr int kManyStores = 2;
 // only lengthen the queue when the work ends, for which other SMs wait.
 constexpr int kStoring = 1;
 static_assert(kManyStores + kStoring <= kStages && kFewStores + kStoring <= kStages);
-static_assert(kDenseLoads == kStages, "as many barriers");
 constexpr int kMaxMovers = 8;
+// Of kMaxMovers * kStages barriers, each has kDenseLoads.
+constexpr int kMaxDenseMovers = kMaxMovers * std::min(kStages, kDenseLoads) / kDenseLoads;
 constexpr int kHelpers = 4;              // warps
 constexpr int kStagesBytes = 200 << 10;  // of shared memory, for the stages of all movers
 constexpr int kMaxChunkBytes = 16 << 10;
@@ -67,7 +68,7 @@ __host__ __device__ int32_t NumMovers(const DispatchParams& p) {
 }
 
 __host__ __device__ int32_t NumDenseMovers(const DispatchParams& p) {
-  return plan::Min(kStagesBytes / DenseRoom(p).bytes, kMaxMovers);
+  return plan::Min(kStagesBytes / DenseRoom(p).bytes, kMaxDenseMovers);
 }
 
 // Shared memory of a block.
@@ -80,7 +81,7 @@ static_assert(kStagesAt % 128 == 0, "bulk copies want aligned stages");
 
 struct DispatchMemory {
   char* zeros;         // [kZeroBytes]
-  uint64_t* barriers;  // [kMaxMovers, kStages]
+  uint64_t* barriers;  // [kMaxMovers, kStages], or [kMaxDenseMovers, kDenseLoads]
   PeerInputs* inputs;  // x, scales, weights
   uint32_t* seen;      // [1 + warps, kMaxRanks], of chunks that are cast (WaitCast)
   char* stages;        // [movers, kStages, StageBytes()], or [movers, DenseRoom.bytes]
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
       MoveDenseRows(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
                     num_movers * gridDim.x, shared.zeros,
                     shared.stages + static_cast<int64_t>(warp) * DenseRoom(p).bytes,
-                    shared.barriers + warp * kStages);
+                    shared.barriers + warp * kDenseLoads);
     } else {
       MoveRows<kAhead, kCast>(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
                               num_movers * gridDim.x, shared.zeros,
