@@ -53,8 +53,8 @@ void Compare(const char* what, int rank, const Buffer<T>& buffer) {
   ++num_wrong;
 }
 
-// Times the casts to and from float8, which handlers launch beside a dispatch, on one rank's
-// tokens.
+// Checks the casts to and from float8, which handlers launch beside a dispatch between hosts, on
+// one rank's tokens.
 template <typename T>
 void CheckQuantize(const Workload& w, const Rank& k, ops::Quantization quantization) {
   Buffer<char> values, dense;

@@ -34,7 +34,7 @@ constexpr int kManyStores = 2;
 constexpr int kStoring = 1;
 static_assert(kManyStores + kStoring <= kStages && kFewStores + kStoring <= kStages);
 constexpr int kMaxMovers = 8;
-// Of kMaxMovers * kStages barriers, each has kDenseLoads.
+// Each takes kDenseLoads of the kMaxMovers * kStages barriers.
 constexpr int kMaxDenseMovers = kMaxMovers * std::min(kStages, kDenseLoads) / kDenseLoads;
 constexpr int kHelpers = 4;              // warps
 constexpr int kStagesBytes = 200 << 10;  // of shared memory, for the stages of all movers

@@ -1,4 +1,6 @@
-// Rows to float8_e4m3fn and back, on one GPU.
+// Rows to float8_e4m3fn and back, on one GPU. The kernels here are for groups that span hosts.
+// Within a host, rows are cast beside a dispatch (node/cast.h) and become dense on their way
+// (rows/dense.cuh).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -40,8 +42,7 @@ struct QuantizedRows {
 
 cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream);
 
-// In place: the last `hidden` bytes of each row hold its channels as float8_e4m3fn. Between hosts,
-// rows are received like that. Within a host they become dense on their way (rows/dense.cuh).
+// In place: the last `hidden` bytes of each row hold its channels as float8_e4m3fn.
 struct DequantizeParams {
   RowType type;
   int64_t num_rows;
