@@ -37,44 +37,48 @@ struct ScaleSlice {
   static constexpr int32_t kUnit = 4;
 };
 
-// The lanes of a warp take neighbouring vectors, whose results have 16 bytes, so neither loads nor
-// stores have bank conflicts.
-template <typename T>
-__device__ __forceinline__ void ToDense(const char* values, const float* scales,
-                                        int32_t num_channels, char* dense) {
+// A lane's vectors v, v + 32, ... of 16 bytes as results; kAtOnce of them.
+template <typename T, int kAtOnce>
+__device__ __forceinline__ void ToDenseVectors(const char* values, const float* scales, int32_t v,
+                                               char* dense) {
   constexpr int kChannels = kWordsChannels<T>;
   constexpr int kVectorsOfScale = ops::kScaleBlock / kChannels;
-  constexpr int kAtOnce = 4;  // vectors of a lane
   struct alignas(kChannels) Vector {
     uint32_t words[kChannels / 4];
   };
-  const auto convert = [](const Vector& vector, float scale) {
+  const Vector* from = reinterpret_cast<const Vector*>(values) + v;
+  scales += v / kVectorsOfScale;
+  uint4* to = reinterpret_cast<uint4*>(dense) + v;
+  Vector vectors[kAtOnce];
+  float scale[kAtOnce];
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) {
+    vectors[n] = from[32 * n];
+    scale[n] = scales[32 * n / kVectorsOfScale];
+  }
+#pragma unroll
+  for (int n = 0; n < kAtOnce; ++n) {
     float channels[kChannels];
 #pragma unroll
-    for (int j = 0; j < kChannels; j += 4) FromFloat8(vector.words[j / 4], scale, &channels[j]);
-    return Pack16<T>(channels);
-  };
-  const int32_t num_vectors = num_channels / kChannels;
-  int32_t v = threadIdx.x % 32;
-  for (; v + 32 * (kAtOnce - 1) < num_vectors; v += 32 * kAtOnce) {
-    const Vector* from = reinterpret_cast<const Vector*>(values) + v;
-    const float* scale_of = scales + v / kVectorsOfScale;
-    uint4* to = reinterpret_cast<uint4*>(dense) + v;
-    Vector vectors[kAtOnce];
-    float scale[kAtOnce];
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      vectors[n] = from[32 * n];
-      scale[n] = scale_of[32 * n / kVectorsOfScale];
+    for (int j = 0; j < kChannels; j += 4) {
+      FromFloat8(vectors[n].words[j / 4], scale[n], &channels[j]);
     }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) to[32 * n] = convert(vectors[n], scale[n]);
+    to[32 * n] = Pack16<T>(channels);
   }
-#pragma unroll 1
-  for (; v < num_vectors; v += 32) {
-    const Vector vector = reinterpret_cast<const Vector*>(values)[v];
-    reinterpret_cast<uint4*>(dense)[v] = convert(vector, scales[v / kVectorsOfScale]);
+}
+
+// The lanes of a warp take neighbouring vectors, so neither loads nor stores have bank conflicts.
+template <typename T>
+__device__ __forceinline__ void ToDense(const char* values, const float* scales,
+                                        int32_t num_channels, char* dense) {
+  const int32_t num_vectors = num_channels / kWordsChannels<T>;
+  int32_t v = threadIdx.x % 32;
+  for (; v + 3 * 32 < num_vectors; v += 4 * 32) ToDenseVectors<T, 4>(values, scales, v, dense);
+  if (v + 32 < num_vectors) {
+    ToDenseVectors<T, 2>(values, scales, v, dense);
+    v += 2 * 32;
   }
+  if (v < num_vectors) ToDenseVectors<T, 1>(values, scales, v, dense);
 }
 
 // The channels in `values`, with one of `scales` for each ops::kScaleBlock of them, in dtype
