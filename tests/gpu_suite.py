@@ -65,6 +65,7 @@ SANITIZED = [
     "kernels_test layout=expert ranks=2 plan=push",
     "kernels_test layout=token ranks=2 plan=pull",
     "kernels_test layout=expert ranks=2 fp8=1",
+    "kernels_test layout=token ranks=2 cast=fp8 dense=1",
     "kernels_test layout=expert ranks=3 dtype=f32 plan=push",
     "decode_test layout=expert ranks=2 weighted=1 alignment=1",
     "decode_test layout=token ranks=2 fp8=1",
@@ -144,10 +145,10 @@ def stages(gpus: int) -> dict[str, Stage]:
         "kernels": Stage(  # bit by bit against the CPU backend, and times
             ["{binaries}/plan_test check=1 failures=1 time=1"]
             + [
-                f"{{binaries}}/kernels_test layout={layout} fp8={fp8} blocks={blocks}"
+                f"{{binaries}}/kernels_test layout={layout} {rows} blocks={blocks}"
                 f" tokens={4096 if gpus > 1 else 2048}"
                 for layout, blocks in (("expert", 64), ("token", 24))
-                for fp8 in (0, 1)
+                for rows in ("fp8=0", "fp8=1", "cast=fp8 dense=1")
             ]
             # Not all blocks of both ranks fit at once, although all wait for the other rank.
             + [

@@ -25,6 +25,8 @@ _HEADERS = pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "inclu
 _SMALL = "tokens=40 experts=12 topk=4 blocks=2 repeat=1 alignment=8 timeout=60"
 # Rows that are cast beside their dispatch, which is launched behind its plan.
 _CAST = "layout=token ranks=2 hidden=1024 fp8=1 behind=1 cast_blocks=2"
+# The same for rows that come dense.
+_CAST_DENSE = "layout=expert ranks=2 hidden=1024 cast=fp8 dense=1 behind=1 cast_blocks=2"
 _KERNELS = [
     "layout=expert ranks=2 hidden=2048",
     "layout=expert ranks=3 hidden=1032 plan=pull",
@@ -59,6 +61,12 @@ _KERNELS = [
     # A dispatch launched behind its plan.
     "layout=expert ranks=3 hidden=1032 behind=1",
     _CAST,
+    _CAST_DENSE,
+    # Rows that come dense, in one, two and three chunks, whose scales begin anywhere in 16 bytes.
+    "layout=token ranks=2 hidden=4224 cast=fp8 dense=1 tokens=20 capacity=100 plan=pull",
+    "layout=expert ranks=3 hidden=1152 dtype=f16 cast=ue8m0 dense=1 plan=pull",
+    "layout=expert ranks=2 hidden=4224 dtype=f32 cast=fp8 dense=1 tokens=9 plan=pull",
+    "layout=token ranks=2 hidden=128 cast=ue8m0 dense=1 capacity=300 keeps_unused=1 plan=pull",
 ]
 # The same with this many slots of the ring, for rows in one, two and four parts.
 _SHORT_RINGS = {
@@ -120,6 +128,7 @@ _FAILURES = {
     "op=dispatch failure=absent layout=expert ranks=3": 1024,
     "op=dispatch failure=absent layout=token ranks=2 failing=0": 1024,
     "op=dispatch failure=absent layout=expert ranks=2 fp8=1 hidden=256": 1024,
+    "op=dispatch failure=absent layout=token ranks=2 cast=fp8 dense=1 hidden=256": 1024,
     "op=dispatch failure=absent layout=expert ranks=3 behind=1": 1024,
     "op=dispatch failure=stops layout=token ranks=2 behind=1": 1024,
     "op=dispatch failure=gone layout=token ranks=3 behind=1": 1024,
@@ -237,11 +246,13 @@ def _run(
     mutation: int = 0,
     slots: int = 1024,
     blocks: int = 132,
+    proxies: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     settings = {
         "JAX_EP_EMULATOR_BLOCKS": str(blocks),
         "JAX_EP_EMULATOR_SEED": str(seed),
         "JAX_EP_EMULATOR_MUTATION": str(mutation),
+        "JAX_EP_EMULATOR_PROXIES": str(proxies),
         "JAX_EP_EMULATOR_RING_SLOTS": str(slots),
     }
     return subprocess.run(
@@ -345,8 +356,19 @@ def test_a_missing_wait_is_noticed(binaries: Binaries, mutation: int) -> None:
     _expect_noticed(binaries / "stress_test", f"{_STRESS} {_MUTATIONS[mutation]}", mutation)
 
 
-def test_a_missing_wait_for_the_cast_is_noticed(binaries: Binaries) -> None:
-    _expect_noticed(binaries / "kernels_test", f"{_SMALL} {_CAST}", mutation=23)
+@pytest.mark.parametrize("arguments", [_CAST, _CAST_DENSE])
+def test_a_missing_wait_for_the_cast_is_noticed(binaries: Binaries, arguments: str) -> None:
+    _expect_noticed(binaries / "kernels_test", f"{_SMALL} {arguments}", mutation=23)
+
+
+# No wait for bulk stores that read a stage, and no fence before them (emulator.h).
+@pytest.mark.parametrize("mutation", [0, 102, 104])
+def test_stages_of_dense_rows(binaries: Binaries, mutation: int) -> None:
+    """Stores find what lanes have written, and lanes write no stage that stores still read."""
+    given = f"{_SMALL} layout=expert ranks=2 hidden=1152 cast=fp8 dense=1 plan=pull"
+    done = _run(binaries / "kernels_test", given, mutation=mutation, proxies=1)
+    assert ("WRONG rows of" in done.stdout) == (mutation != 0), done.stdout + done.stderr
+    assert (done.returncode == 0) == (mutation == 0)
 
 
 @pytest.mark.parametrize("arguments", emulated_decode.STEPS)

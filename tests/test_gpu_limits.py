@@ -169,9 +169,8 @@ def test_limits():
     assert limits.max_vjp_row_bytes() == VJP
 
 
-@pytest.mark.parametrize("quantize", [False, True])
-@pytest.mark.parametrize("dense", [False, True])
-def test_scratch_of_dispatch(quantize, dense):
-    """Rows that travel in float8 with their scales, and scales of rows that become dense again."""
-    size = library.dispatch_scratch_size(3, 256, 10, quantize, dense)
-    assert size == (quantize and (3 * 256 + 128) + dense * 10 * 2 * 4)
+@pytest.mark.parametrize("dequantized", [0, 10])
+def test_scratch_of_a_dispatch_that_casts(dequantized):
+    """Rows that travel in float8 with their scales, and scales of rows that are made dense."""
+    size = library.dispatch_scratch_size(3, 256, dequantized)
+    assert size == (3 * 256 + 128) + dequantized * 2 * 4

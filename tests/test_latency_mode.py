@@ -343,10 +343,9 @@ def test_a_dispatch_with_its_plan_on_gpus(quantization):
     names = [name for name, _ in whole["attributes"]] + ["ordinal"]
     assert sorted(names) == sorted(wanted["attributes"])
     (scratch,) = whole["scratch"]
-    # The rows that travel, with a scale for each, and the scales of those that become dense again.
-    tokens, rows = len(x) // group.size, whole["results"][0].shape[0]
-    assert scratch.size >= (tokens * (128 + 4) + rows * 4 if quantization else 0)
-    assert quantization or scratch.size < 128
+    # The rows that travel, with a scale for each.
+    least = len(x) // group.size * (128 + 4) if quantization else 0
+    assert least <= scratch.size < least + 2 * 128
     assert [call["target"] for call in others] == ["jax_ep_dispatch"]
 
 

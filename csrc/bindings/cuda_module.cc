@@ -194,11 +194,9 @@ int64_t PlanScratchSize(int32_t layout, int32_t num_tokens, int32_t top_k, int32
   return cuda::PlanScratchSize(params);
 }
 
-int64_t DispatchScratchSize(int64_t num_tokens, int32_t hidden, int64_t capacity, bool quantize,
-                            bool dense_output) {
-  const cuda::DispatchScratch scratch =
-      cuda::DispatchScratchOf(num_tokens, hidden, capacity, quantize, dense_output);
-  return scratch.sent + scratch.received;
+int64_t DispatchScratchSize(int64_t num_tokens, int32_t hidden, int64_t num_dequantized) {
+  return cuda::QuantizedRows::Bytes(num_tokens, hidden) +
+         cuda::DequantizeParams::ScaleBytes(num_dequantized, hidden);
 }
 
 uint32_t Tag(int op, const std::vector<int64_t>& shape, int32_t ordinal) {
@@ -285,8 +283,10 @@ NB_MODULE(_cuda, m) {
         nb::arg("top_k"), nb::arg("num_experts"), nb::arg("num_ranks"),
         "Number of int32 in the scratch result of target jax_ep_plan.");
   m.def("dispatch_scratch_size", &DispatchScratchSize, nb::arg("num_tokens"), nb::arg("hidden"),
-        nb::arg("capacity"), nb::arg("quantize"), nb::arg("dense_output"),
-        "Bytes in the scratch result of target jax_ep_dispatch.");
+        nb::arg("num_dequantized"),
+        "Bytes in the scratch result of target jax_ep_dispatch where it casts rows; else it has "
+        "none. Target jax_ep_network_dispatch has scales too, for rows that it makes dense where "
+        "they were received.");
   m.def("op_tag", &Tag, nb::arg("op"), nb::arg("shape"), nb::arg("ordinal"),
         "For tests: what tells an op from others in its flags.");
   m.def("error_text", &RecordText, nb::arg("kind"), nb::arg("rank"), nb::arg("peer"), nb::arg("op"),

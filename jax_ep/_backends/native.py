@@ -113,10 +113,10 @@ def dispatch(
         x, weights, handle.layout, rows, scale_format=scale_format, dense_output=dense_output
     )
     scratch = 0
-    if group.backend == "cuda":
-        scratch = gpu_side.library().dispatch_scratch_size(
-            len(values), hidden, rows, scale_format is not None, dense_output
-        )
+    if group.backend == "cuda" and scale_format is not None:
+        # Within a host, rows become dense on their way.
+        dequantized = rows if dense_output and calls.spans_hosts(group) else 0
+        scratch = gpu_side.library().dispatch_scratch_size(len(values), hidden, dequantized)
     tokens, row_scales, row_weights = calls.call(
         group,
         "dispatch",

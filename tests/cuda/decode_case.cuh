@@ -16,18 +16,12 @@ namespace {
 
 // What kernels_case.cuh does not know of the workload.
 struct DecodeWorkload : Workload {
-  ops::Quantization quantization;
-  bool dense, has_weights, packed;
+  bool has_weights, packed;
   int expert_capacity;
   bool fixed_places;
   int absent;  // a rank that takes no part, or -1
 
   explicit DecodeWorkload(const Options& options) : Workload(options) {
-    const std::string cast = options.Text("cast", "");
-    quantization = cast.empty()      ? ops::Quantization::kNone
-                   : cast == "ue8m0" ? ops::Quantization::kFp8Ue8m0
-                                     : ops::Quantization::kFp8;
-    dense = options.Int("dense", 0) != 0;
     has_weights = options.Int("weights", 1) != 0;
     packed = options.Int("packed", 0) != 0;
     expert_capacity = options.Int("expert_capacity", std::numeric_limits<int32_t>::max());
@@ -36,7 +30,6 @@ struct DecodeWorkload : Workload {
   }
   bool HasRowScales() const { return fp8 || (Casts() && !dense); }
   int PackedRows() const { return !packed ? 0 : fixed_places ? alignment : C; }
-  bool Casts() const { return quantization != ops::Quantization::kNone; }
   size_t RowBytes() const { return size_t(C) * H * (HasRowScales() ? 1 : width); }
 };
 
@@ -68,8 +61,6 @@ inline ops::PlanArgs DecodePlanArgs(const DecodeWorkload& w, const Rank& k, bool
 inline ops::DispatchArgs DecodeDispatchArgs(const DecodeWorkload& w, const Rank& k, bool on_host) {
   ops::DispatchArgs args =
       on_host ? DispatchArgsOf(w, k, OnHost()) : DispatchArgsOf(w, k, OnDevice());
-  args.quantization = w.quantization;
-  args.dense_output = w.dense;
   if (w.HasRowScales()) {
     args.row_scales = const_cast<float*>(on_host ? k.row_scales.host.data() : k.row_scales.device);
   }

@@ -166,11 +166,14 @@ class Test {
       ReadTime<<<1, 1, 0, k.stream>>>(times + 1);
       return;
     }
-    CHECK_CUDA(op == OpKind::kPlan       ? cuda::LaunchPlan(PlanParamsOf(w, k), plan_, k.stream)
-               : op == OpKind::kDispatch ? cuda::LaunchDispatch(DispatchParamsOf(w, k, 0), k.stream)
-               : op == OpKind::kCombine
-                   ? cuda::LaunchCombine(CombineParamsOf(w, k, 0), k.stream)
-                   : cuda::LaunchCombineVjp(CombineVjpParamsOf(w, k, 0), k.stream));
+    if (op == OpKind::kDispatch) {
+      LaunchDispatchOf(w, k, 0);
+    } else {
+      CHECK_CUDA(op == OpKind::kPlan ? cuda::LaunchPlan(PlanParamsOf(w, k), plan_, k.stream)
+                 : op == OpKind::kCombine
+                     ? cuda::LaunchCombine(CombineParamsOf(w, k, 0), k.stream)
+                     : cuda::LaunchCombineVjp(CombineVjpParamsOf(w, k, 0), k.stream));
+    }
     ReadTime<<<1, 1, 0, k.stream>>>(times + 1);
   }
 

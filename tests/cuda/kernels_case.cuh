@@ -91,8 +91,8 @@ struct Rank {
   cuda::ErrorRecord* error;
   Buffer<int32_t> topk_idx, topk, dest_row, recv_rows, recv_src, expert_idx, group_sizes, counts,
       demand, num_dropped, num_invalid, scratch;
-  Buffer<char> x, rows, y, dy, d_rows;
-  Buffer<float> scales, weights, row_scales, row_weights, home, d_weights;
+  Buffer<char> x, rows, y, dy, d_rows, cast_values;
+  Buffer<float> scales, weights, row_scales, row_weights, home, d_weights, cast_scales;
   Buffer<uint32_t> packed_scales;
   cuda::GroupParams group;
 };
@@ -104,6 +104,8 @@ struct Workload {
   int alignment, blocks, more_blocks, cast_blocks, sets;
   std::string dtype;
   bool fp8, by_expert, weighted;
+  ops::Quantization quantization;
+  bool dense;  // then rows are received in x's dtype
   cuda::RowType type;
   ops::DType row_dtype;
   int width;  // bytes of an element of a row
@@ -128,6 +130,11 @@ struct Workload {
     sets = options.Int("sets", 1);
     dtype = options.Text("dtype", "bf16");
     fp8 = options.Int("fp8", 0) != 0;
+    const std::string cast = options.Text("cast", "");
+    quantization = cast.empty()      ? ops::Quantization::kNone
+                   : cast == "ue8m0" ? ops::Quantization::kFp8Ue8m0
+                                     : ops::Quantization::kFp8;
+    dense = options.Int("dense", 0) != 0;
     weighted = by_expert && options.Int("weighted", 0) != 0;
     row_dtype = dtype == "f32"   ? ops::DType::kFloat32
                 : dtype == "f16" ? ops::DType::kFloat16
@@ -145,6 +152,8 @@ struct Workload {
     const int byte = unused_rows == ops::UnusedRows::kUndefined ? 0xFF : 0xAB;
     CHECK_CUDA(cudaMemset(rows.device, byte, rows.host.size()));
   }
+
+  bool Casts() const { return quantization != ops::Quantization::kNone; }
 
   bool HasVjp() const {
     return by_expert && !fp8 && int64_t{H} * width <= cuda::MaxCombineVjpRowBytes();
@@ -224,6 +233,8 @@ inline void FillRank(const Workload& w, Rank& rank, std::mt19937& generator) {
   rank.rows.Resize(C * (fp8 ? size_t(H) : row));
   rank.scales.Resize(fp8 ? size_t(T) * H / 128 : 0);
   rank.row_scales.Resize(fp8 ? size_t(C) * H / 128 : 0, false);
+  rank.cast_values.Resize(w.Casts() ? size_t(T) * H : 0);
+  rank.cast_scales.Resize(w.Casts() ? plan::RoundUp(T * (H / 128), 4) : 0);  // for bulk loads
   rank.weights.Resize(size_t(T) * K);
   rank.row_weights.Resize(by_expert ? size_t(C) : size_t(C) * K);
   rank.y.Resize(T * row);

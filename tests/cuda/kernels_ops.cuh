@@ -73,8 +73,8 @@ ops::PlanArgs PlanArgsOf(const Workload& w, const Rank& k, Place at) {
 template <typename Place>
 ops::DispatchArgs DispatchArgsOf(const Workload& w, const Rank& k, Place at) {
   return {GeometryOf(w, w.fp8 ? ops::DType::kFloat8E4M3FN : w.row_dtype),
-          ops::Quantization::kNone,
-          false,
+          w.quantization,
+          w.dense,
           w.unused_rows,
           at.Input(k.x),
           w.fp8 ? at(k.scales) : nullptr,
@@ -120,26 +120,49 @@ auto ParamsOf(const Workload& w, const Rank& k, cuda::OpKind op, const Args& arg
 }
 
 inline cuda::DispatchParams DispatchParamsOf(const Workload& w, const Rank& k, int launch) {
-  return ParamsOf(w, k, cuda::OpKind::kDispatch, DispatchArgsOf(w, k, OnDevice{launch}));
+  auto params = ParamsOf(w, k, cuda::OpKind::kDispatch, DispatchArgsOf(w, k, OnDevice{launch}));
+  if (w.Casts()) {
+    params.x = k.cast_values.device;
+    params.scales = k.cast_scales.device;
+    params.scales_per_row = w.H / ops::kScaleBlock;
+    params.row_bytes = w.H;
+    params.behind_cast = params.dense = true;
+    params.cast_chunk = cuda::TokensOfChunk(w.T);
+    params.dense_type = w.type;
+  }
+  return params;
 }
 
-// A plan, and a dispatch that is launched behind it; with `dense`, x and scales are cast from that
-// between the two.
+// The cast of rows of w.type beside the dispatch that is launched next: of `dense`, into x and
+// scales, or in a workload that casts, of x.
+inline void LaunchCastOf(const Workload& w, const Rank& k, int launch, const void* dense,
+                         bool behind_plan) {
+  cuda::QuantizeParams rows{w.type, w.quantization == ops::Quantization::kFp8Ue8m0, w.T, w.H};
+  rows.x = w.Casts() ? k.x.Of(launch) : dense;
+  rows.values = w.Casts() ? k.cast_values.device : k.x.Of(launch);
+  rows.scales = w.Casts() ? k.cast_scales.device : k.scales.device;
+  CHECK_CUDA(cuda::LaunchCast(
+      {GroupOf(k, cuda::OpKind::kDispatch), rows, w.cast_blocks, behind_plan}, k.stream));
+}
+
+// A dispatch along the rank's plan.
+inline void LaunchDispatchOf(const Workload& w, const Rank& k, int launch) {
+  if (w.Casts()) LaunchCastOf(w, k, launch, nullptr, /*behind_plan=*/false);
+  CHECK_CUDA(cuda::LaunchDispatch(DispatchParamsOf(w, k, launch), k.stream));
+}
+
+// A plan, and a dispatch that is launched behind it. With `dense`, or in a workload that casts, a
+// cast is between the two.
 inline void LaunchPlanAndDispatch(const Workload& w, const Rank& k, int launch, const void* dense) {
   cuda::PlanParams plan = PlanParamsOf(w, k);
   plan.is_followed = true;
   CHECK_CUDA(cuda::LaunchPlan(plan, cuda::PlanKernel::kPush, k.stream));
-  if (dense != nullptr) {
-    const cuda::QuantizeParams rows{w.type,         false,          w.T, w.H, dense,
-                                    k.x.Of(launch), k.scales.device};
-    CHECK_CUDA(cuda::LaunchCast({GroupOf(k, cuda::OpKind::kDispatch), rows, w.cast_blocks,
-                                 /*behind_plan=*/true},
-                                k.stream));
-  }
+  const bool casts = w.Casts() || dense != nullptr;
+  if (casts) LaunchCastOf(w, k, launch, dense, /*behind_plan=*/true);
   cuda::DispatchParams dispatch = DispatchParamsOf(w, k, launch);
   dispatch.behind_plan = true;
   dispatch.plan_tag = plan.group.tag;
-  dispatch.behind_cast = dense != nullptr;
+  dispatch.behind_cast = casts;
   dispatch.cast_chunk = cuda::TokensOfChunk(w.T);
   CHECK_CUDA(cuda::LaunchDispatch(dispatch, k.stream));
 }

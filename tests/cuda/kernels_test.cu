@@ -6,10 +6,11 @@
 //                [ranks=2] [alignment=128] [capacity=0 (what is received, rounded up)] [repeat=20]
 //                [plan=auto|push|pull] [dtype=bf16|f32|f16] [fp8=0|1] [timeout=5 (seconds)]
 //                [check=1] [sets=1] [weighted=0|1 (combine)] [keeps_unused=0|1] [behind=0|1]
-//                [cast_blocks=100]
+//                [cast_blocks=100] [cast=fp8|ue8m0 dense=1]
 //
 // With behind=1, the results checked are those of a plan and a dispatch launched behind it; with
-// fp8=1 too, of rows that are cast between the two.
+// fp8=1 too, of rows that are cast between the two. With cast= and dense=1, each dispatch casts its
+// rows, and they come dense.
 //
 // With several sets, consecutive launches read equal inputs from different memory. So, as with new
 // data, the inputs are not in the L2 cache, and their addresses are not in the TLB.
@@ -52,8 +53,8 @@ void Compare(const char* what, int rank, const Buffer<T>& buffer) {
   ++num_wrong;
 }
 
-// Times the casts to and from float8, which handlers launch beside a dispatch, on one rank's
-// tokens.
+// Checks the casts to and from float8, which handlers launch beside a dispatch between hosts, on
+// one rank's tokens.
 template <typename T>
 void CheckQuantize(const Workload& w, const Rank& k, ops::Quantization quantization) {
   Buffer<char> values, dense;
@@ -102,6 +103,10 @@ void CheckQuantize(const Workload& w, const Rank& k) {
 int main(int argc, char** argv) {
   const Options options(argc, argv);
   Workload w(options);
+  if (w.Casts() != w.dense) {
+    std::fprintf(stderr, "cast= and dense=1 go together here\n");
+    return 2;
+  }
   std::mt19937 generator(options.Int("seed", 1));
   std::vector<Rank> ranks = MakeRanks(w, generator);
   if (w.C == 0) w.C = NeededCapacity(w, ranks);
@@ -121,8 +126,14 @@ int main(int argc, char** argv) {
                                                  : cuda::ChoosePlanKernel(p),
                                 ranks[r].stream));
   };
+  // Else rows would be right from the launch before.
+  const auto forget_cast = [&](const Buffer<char>& values, int r, int launch) {
+    if (repeat > 1) return;
+    CHECK_CUDA(cudaMemsetAsync(values.Of(launch), 0xAB, values.host.size(), ranks[r].stream));
+  };
   const auto run_dispatch = [&](int r, int launch) {
-    CHECK_CUDA(cuda::LaunchDispatch(DispatchParamsOf(w, ranks[r], launch), ranks[r].stream));
+    if (w.Casts()) forget_cast(ranks[r].cast_values, r, launch);
+    LaunchDispatchOf(w, ranks[r], launch);
   };
   const auto run_combine = [&](int r, int launch) {
     CHECK_CUDA(cuda::LaunchCombine(CombineParamsOf(w, ranks[r], launch), ranks[r].stream));
@@ -209,7 +220,8 @@ int main(int argc, char** argv) {
     w.Poison(rank.d_rows);
   }
   time("plan", run_plan, 0);
-  time("dispatch", run_dispatch, rows_over_link * (fp8 ? H + H / 32 : H * width));
+  const int wire_row = fp8 || w.Casts() ? H + H / 32 : H * width;
+  time("dispatch", run_dispatch, rows_over_link * wire_row);
   if (behind) {
     for (Rank& rank : ranks) {
       CHECK_CUDA(cudaSetDevice(rank.device));
@@ -222,12 +234,10 @@ int main(int argc, char** argv) {
         "both",
         [&](int r, int launch) {
           Rank& k = ranks[r];
-          if (repeat == 1 && fp8) {  // else it would be right from the launch before
-            CHECK_CUDA(cudaMemsetAsync(k.x.Of(launch), 0xAB, k.x.host.size(), k.stream));
-          }
+          if (fp8 || w.Casts()) forget_cast(fp8 ? k.x : k.cast_values, r, launch);
           LaunchPlanAndDispatch(w, k, launch, dense[r].device);
         },
-        rows_over_link * (fp8 ? H + H / 32 : H * width));
+        rows_over_link * wire_row);
   }
   if (has_vjp) {
     time("combine_vjp", run_combine_vjp, rows_over_link * H * width);

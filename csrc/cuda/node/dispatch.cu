@@ -4,14 +4,16 @@
 // In a block, *movers* are warps that copy rows by bulk copies through a ring of stages in shared
 // memory: while some loads are in flight, finished ones are stored. In between they clear unused
 // rows. They spread this over the whole op, because the links would be idle while they cleared all
-// rows at once. The other warps are *helpers*, which bring weights and scales.
+// rows at once. The other warps are *helpers*, which bring weights and scales. Where rows of float8
+// become dense, the movers are those of dense_mover.cuh.
 
 #include <algorithm>
 
 #include "cuda/core/behind_plan.cuh"
 #include "cuda/core/launch.cuh"
 #include "cuda/core/sync.cuh"
-#include "cuda/node/cast.h"
+#include "cuda/node/await_cast.cuh"
+#include "cuda/node/dense_mover.cuh"
 #include "cuda/node/dispatch.h"
 #include "cuda/plan/plan.h"
 #include "cuda/rows/clear.cuh"
@@ -32,6 +34,8 @@ constexpr int kManyStores = 2;
 constexpr int kStoring = 1;
 static_assert(kManyStores + kStoring <= kStages && kFewStores + kStoring <= kStages);
 constexpr int kMaxMovers = 8;
+// Each takes kDenseLoads of the kMaxMovers * kStages barriers.
+constexpr int kMaxDenseMovers = kMaxMovers * std::min(kStages, kDenseLoads) / kDenseLoads;
 constexpr int kHelpers = 4;              // warps
 constexpr int kStagesBytes = 200 << 10;  // of shared memory, for the stages of all movers
 constexpr int kMaxChunkBytes = 16 << 10;
@@ -63,6 +67,10 @@ __host__ __device__ int32_t NumMovers(const DispatchParams& p) {
   return plan::Min(kStagesBytes / (kStages * StageBytes(p)), kMaxMovers);
 }
 
+__host__ __device__ int32_t NumDenseMovers(const DispatchParams& p) {
+  return plan::Min(kStagesBytes / DenseRoom(p).bytes, kMaxDenseMovers);
+}
+
 // Shared memory of a block.
 constexpr int kBarriersAt = kZeroBytes;
 constexpr int kInputsAt = kBarriersAt + kMaxMovers * kStages * static_cast<int>(sizeof(uint64_t));
@@ -73,10 +81,10 @@ static_assert(kStagesAt % 128 == 0, "bulk copies want aligned stages");
 
 struct DispatchMemory {
   char* zeros;         // [kZeroBytes]
-  uint64_t* barriers;  // [kMaxMovers, kStages]
+  uint64_t* barriers;  // [kMaxMovers, kStages], or [kMaxDenseMovers, kDenseLoads]
   PeerInputs* inputs;  // x, scales, weights
   uint32_t* seen;      // [1 + warps, kMaxRanks], of chunks that are cast (WaitCast)
-  char* stages;        // [movers, kStages, StageBytes()]
+  char* stages;        // [movers, kStages, StageBytes()], or [movers, DenseRoom.bytes]
   __device__ explicit DispatchMemory(char* memory)
       : zeros(memory),
         barriers(reinterpret_cast<uint64_t*>(memory + kBarriersAt)),
@@ -86,36 +94,8 @@ struct DispatchMemory {
 };
 
 size_t SharedBytes(const DispatchParams& p) {
+  if (p.dense) return kStagesAt + static_cast<size_t>(NumDenseMovers(p)) * DenseRoom(p).bytes;
   return kStagesAt + static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
-}
-
-// Waits until a peer has told that a chunk is cast; after a failure it returns at once.
-__device__ __forceinline__ void WaitChunk(const DispatchParams& p, OpNumbers op, int32_t rank,
-                                          int32_t chunk) {
-  const uint64_t& word = Own(p.group).ring_ready[rank][chunk];
-  const uint64_t expected = RingWord(chunk, op.epoch);
-  for (Deadline deadline; kMutation != kWithoutCast;) {
-    const uint64_t seen = ptx::LoadAcquireSystem(&word);
-    if (seen == expected) return;
-    if (!deadline.Continue(p.group, WordKind::kCastChunk, rank, expected, seen)) return;
-  }
-}
-
-// Waits until a peer has cast a token, so that generic loads and bulk loads find it. After a
-// failure it returns at once. Flags take long to load, and fences take time, so `seen` has the
-// chunks of each rank that a warp of this block has waited for, and then those of this warp. By one
-// lane.
-__device__ __forceinline__ void WaitCast(const DispatchParams& p, OpNumbers op, uint32_t* seen,
-                                         int32_t rank, int32_t token) {
-  const int32_t chunk = token / p.cast_chunk;
-  uint32_t* by_warp = seen + (1 + threadIdx.x / 32) * kMaxRanks;
-  if ((by_warp[rank] >> chunk & 1) != 0) return;
-  const bool by_block = (*static_cast<volatile uint32_t*>(&seen[rank]) >> chunk & 1) != 0;
-  if (!by_block) WaitChunk(p, op, rank, chunk);
-  __threadfence_block();
-  if (!by_block) atomicOr(&seen[rank], 1u << chunk);
-  by_warp[rank] |= 1u << chunk;
-  ptx::FenceProxyAsyncGlobal();
 }
 
 // One mover. Loads run up to kAhead items ahead of the stores. The other stages hold items whose
@@ -280,15 +260,17 @@ __device__ void ClearUnusedScales(const DispatchParams& p, int32_t warp, int32_t
 }
 
 // The result of a failed dispatch: NaN in every row.
+template <bool kDense>
 __device__ void Poison(const DispatchParams& p) {
-  const int32_t words_per_row = p.row_bytes / 16;
+  const auto words_per_row = static_cast<int32_t>((kDense ? p.row_stride : p.row_bytes) / 16);
   for (int64_t row = 0; row < p.capacity; ++row) {
     uint4* words = reinterpret_cast<uint4*>(static_cast<char*>(p.rows) + row * p.row_stride);
     for (int32_t i = threadIdx.x; i < words_per_row; i += blockDim.x) {
       words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
     }
   }
-  for (int64_t i = threadIdx.x; i < int64_t{p.capacity} * p.scales_per_row; i += blockDim.x) {
+  const int32_t scales_per_row = kDense ? 0 : p.scales_per_row;
+  for (int64_t i = threadIdx.x; i < int64_t{p.capacity} * scales_per_row; i += blockDim.x) {
     p.row_scales[i] = __uint_as_float(~0u);
   }
   if (p.row_weights == nullptr) return;
@@ -298,7 +280,7 @@ __device__ void Poison(const DispatchParams& p) {
   }
 }
 
-template <int kAhead, bool kCast>
+template <int kAhead, bool kCast, bool kDense>
 __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
     DispatchKernel(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) char memory[];
@@ -318,23 +300,30 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   bool ok = WaitInputs(p.group, op, *shared.inputs);  // and the zeros are there
   if (p.behind_plan) ok = WaitPlanWritten(p.group, kPushPlanBlocks) && ok;
   const int32_t warp = threadIdx.x / 32;
-  const int32_t num_movers = NumMovers(p);
+  const int32_t num_movers = kDense ? NumDenseMovers(p) : NumMovers(p);
   if (ok && warp < num_movers && p.row_bytes > 0) {
-    MoveRows<kAhead, kCast>(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
-                            num_movers * gridDim.x, shared.zeros,
-                            shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
-                            shared.barriers + warp * kStages);
+    if constexpr (kDense) {
+      MoveDenseRows(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
+                    num_movers * gridDim.x, shared.zeros,
+                    shared.stages + static_cast<int64_t>(warp) * DenseRoom(p).bytes,
+                    shared.barriers + warp * kDenseLoads);
+    } else {
+      MoveRows<kAhead, kCast>(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
+                              num_movers * gridDim.x, shared.zeros,
+                              shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
+                              shared.barriers + warp * kStages);
+    }
   } else if (ok && warp >= num_movers) {
     const int32_t helper = (warp - num_movers) * gridDim.x + blockIdx.x;
     const int32_t num_helpers = kHelpers * gridDim.x;
     const int32_t thread = helper * 32 + threadIdx.x % 32;
-    if (p.scales_per_row != 0 && BulkScaleBytes(p) == 0)
+    if (!kDense && p.scales_per_row != 0 && BulkScaleBytes(p) == 0)
       BringScales<kCast>(p, op, shared.seen, *shared.inputs, helper, num_helpers);
     if (p.weights != nullptr) BringWeights(p, *shared.inputs, thread, num_helpers * 32);
-    if (p.scales_per_row != 0) ClearUnusedScales(p, helper, num_helpers);
+    if (!kDense && p.scales_per_row != 0) ClearUnusedScales(p, helper, num_helpers);
   }
   if (p.behind_plan || kCast) ptx::WaitForPrevious();
-  EndOp(p.group, op.epoch, [&] { Poison(p); });
+  EndOp(p.group, op.epoch, [&] { Poison<kDense>(p); });
 }
 
 }  // namespace
@@ -342,23 +331,28 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
 cudaError_t LoadDispatch() {
   constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
   for (const auto kernel :
-       {&DispatchKernel<kFewStores, false>, &DispatchKernel<kManyStores, false>,
-        &DispatchKernel<kFewStores, true>, &DispatchKernel<kManyStores, true>}) {
+       {&DispatchKernel<kFewStores, false, false>, &DispatchKernel<kManyStores, false, false>,
+        &DispatchKernel<kFewStores, true, false>, &DispatchKernel<kManyStores, true, false>,
+        &DispatchKernel<kDenseLoads, true, true>}) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, kAttribute, 220 << 10);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
-bool FitsDispatch(const DispatchParams& params) { return NumMovers(params) > 0; }
+bool FitsDispatch(const DispatchParams& params) {
+  return (params.dense ? NumDenseMovers(params) : NumMovers(params)) > 0;
+}
 
 cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream) {
-  const int num_threads = (NumMovers(params) + kHelpers) * 32;
+  const int num_movers = params.dense ? NumDenseMovers(params) : NumMovers(params);
+  const int num_threads = (num_movers + kHelpers) * 32;
   const bool few = params.layout == Layout::kToken;
-  const auto kernel =
-      params.behind_cast
-          ? (few ? DispatchKernel<kFewStores, true> : DispatchKernel<kManyStores, true>)
-          : (few ? DispatchKernel<kFewStores, false> : DispatchKernel<kManyStores, false>);
+  const auto kernel = params.dense         ? DispatchKernel<kDenseLoads, true, true>
+                      : params.behind_cast ? (few ? DispatchKernel<kFewStores, true, false>
+                                                  : DispatchKernel<kManyStores, true, false>)
+                                           : (few ? DispatchKernel<kFewStores, false, false>
+                                                  : DispatchKernel<kManyStores, false, false>);
   if (params.behind_plan || params.behind_cast) {
     return LaunchBehind<DispatchParams>(kernel, params.num_blocks, num_threads, SharedBytes(params),
                                         stream, params);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/core/group_params.h"
+#include "cuda/rows/row_type.h"
 #include "ops/dispatch.h"
 #include "plan/routing.h"
 
@@ -20,7 +21,7 @@ struct DispatchParams {
   int32_t capacity;           // C
   int32_t num_rows;           // M, rows of a source at most
   int32_t row_bytes;          // of a row as it travels; a multiple of 16
-  int64_t row_stride;         // bytes from one row of `rows` to the next; row_bytes or more
+  int64_t row_stride;         // bytes of a row of `rows`; row_bytes unless rows become dense
   int32_t scales_per_row;     // float32 that travel with each row; 0 without scales
   bool keeps_unused;          // rows without a source stay as they are
   const void* x;              // [T, H], this rank's
@@ -29,14 +30,16 @@ struct DispatchParams {
   const int32_t* recv_rows;   // [R * T, M]
   const int32_t* recv_src;    // [C]
   const int32_t* expert_idx;  // [C, K] in layout "token"
-  void* rows;                 // [C, row_stride], row_bytes of each are written
-  float* row_scales;          // [C, scales_per_row], or null
+  void* rows;                 // [C, row_stride]
+  float* row_scales;          // [C, scales_per_row], or null: without scales, or if `dense`
   float* row_weights;         // [C] or [C, K], or null
   int32_t num_blocks;
   bool behind_plan;    // launched behind the push kernel of its plan, which is_followed
   uint32_t plan_tag;   // of that plan
   bool behind_cast;    // launched behind the cast of x, maybe itself behind a plan
   int32_t cast_chunk;  // TokensOfChunk (cast.h), then
+  bool dense;          // rows that are cast become dense on their way; only with behind_cast
+  RowType dense_type;  // their dtype in `rows`
 };
 
 // The parameters that follow from the op's arguments, if rows travel as they are; the caller sets
@@ -66,9 +69,9 @@ inline DispatchParams ParamsOf(const ops::DispatchArgs& args) {
   return params;
 }
 
-// Moves rows as they are. Behind a plan or a cast it is a kernel that begins early
-// (core/launch.cuh). On failure every byte of the rows and of row_weights is 0xff, which is
-// NaN in every dtype.
+// Moves rows as they are, or makes them dense on their way. Behind a plan or a cast it is a kernel
+// that begins early (core/launch.cuh). On failure every byte of the rows and of row_weights is
+// 0xff, which is NaN in every dtype.
 cudaError_t LaunchDispatch(const DispatchParams& params, cudaStream_t stream);
 
 cudaError_t LoadDispatch();

@@ -58,16 +58,21 @@ __device__ __forceinline__ Float8Vector ToFloat8(const float (&channels)[kVector
           scale};
 }
 
-__device__ __forceinline__ void FromFloat8(const Float8Vector& vector, float (&channels)[kVector]) {
+// Four channels: those in a word of float8.
+__device__ __forceinline__ void FromFloat8(uint32_t word, float scale, float* channels) {
 #pragma unroll
-  for (int j = 0; j < kVector; j += 2) {
-    const uint32_t word = j < 4 ? vector.values.x : vector.values.y;
-    const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(
-        static_cast<__nv_fp8x2_storage_t>(word >> (j % 4 * 8)), __NV_E4M3);
+  for (int j = 0; j < 4; j += 2) {
+    const __half2_raw pair =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(word >> (j * 8)), __NV_E4M3);
     const float2 both = __half22float2(__half2(pair));
-    channels[j] = __fmul_rn(both.x, vector.scale);
-    channels[j + 1] = __fmul_rn(both.y, vector.scale);
+    channels[j] = __fmul_rn(both.x, scale);
+    channels[j + 1] = __fmul_rn(both.y, scale);
   }
+}
+
+__device__ __forceinline__ void FromFloat8(const Float8Vector& vector, float (&channels)[kVector]) {
+  FromFloat8(vector.values.x, vector.scale, &channels[0]);
+  FromFloat8(vector.values.y, vector.scale, &channels[4]);
 }
 
 }  // namespace jax_ep::cuda

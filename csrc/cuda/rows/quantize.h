@@ -1,4 +1,6 @@
-// Rows to float8_e4m3fn and back, on one GPU.
+// Rows to float8_e4m3fn and back, on one GPU. The kernels here are for groups that span hosts.
+// Within a host, rows are cast beside a dispatch (node/cast.h) and become dense on their way
+// (rows/dense.cuh).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -38,21 +40,6 @@ struct QuantizedRows {
   static int64_t Align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 };
 
-// Parts of the scratch result of the dispatch op.
-struct DispatchScratch {
-  int64_t sent;      // bytes of the rows that travel in float8, with their scales
-  int64_t received;  // bytes of the scales of rows that become dense again
-};
-
-// For x of [num_tokens, hidden] and `capacity` rows received.
-inline DispatchScratch DispatchScratchOf(int64_t num_tokens, int32_t hidden, int64_t capacity,
-                                         bool quantize, bool dense_output) {
-  if (!quantize) return {0, 0};
-  const int64_t scales =
-      capacity * (hidden / ops::kScaleBlock) * static_cast<int64_t>(sizeof(float));
-  return {QuantizedRows::Bytes(num_tokens, hidden), dense_output ? scales : 0};
-}
-
 cudaError_t LaunchQuantize(const QuantizeParams& params, cudaStream_t stream);
 
 // In place: the last `hidden` bytes of each row hold its channels as float8_e4m3fn.
@@ -62,6 +49,11 @@ struct DequantizeParams {
   int32_t hidden;
   const float* scales;  // [num_rows, hidden / 128]
   void* rows;           // [num_rows, hidden]
+
+  // Bytes of `scales`.
+  static int64_t ScaleBytes(int64_t num_rows, int32_t hidden) {
+    return num_rows * (hidden / ops::kScaleBlock) * static_cast<int64_t>(sizeof(float));
+  }
 };
 
 cudaError_t LaunchDequantize(const DequantizeParams& params, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// The fused cast of a dispatch: rows travel in float8, and may become dense again.
+// The fused cast of a dispatch: rows travel in float8.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,23 +11,22 @@
 
 namespace jax_ep {
 
-inline cuda::DispatchScratch DispatchScratchOf(const ops::DispatchArgs& args) {
-  const ops::Geometry& geometry = args.geometry;
-  return cuda::DispatchScratchOf(geometry.num_tokens, geometry.hidden, geometry.capacity,
-                                 args.quantization != ops::Quantization::kNone, args.dense_output);
+// Bytes of scratch memory for the rows that travel in float8, with their scales.
+inline int64_t CastBytes(const ops::DispatchArgs& args) {
+  if (args.quantization == ops::Quantization::kNone) return 0;
+  return cuda::QuantizedRows::Bytes(args.geometry.num_tokens, args.geometry.hidden);
 }
 
-// Launches an op that moves rows, with the casts before and after it that `args` ask for. `scratch`
-// is the op's scratch memory, whose first part the ranks of this host read. `cast` takes
-// QuantizeParams and launches the cast before the op; `launch` takes the params. Both return a
-// cudaError_t. `fits` says whether the kernel has room for such rows.
+// Launches an op that moves rows, with the cast before it that `args` ask for. `scratch` is memory
+// of CastBytes(), which the ranks of this host read. `cast` takes QuantizeParams and launches the
+// cast before the op; `launch` takes the params. Both return a cudaError_t. `fits` says whether the
+// kernel has room for such rows.
 template <typename Params, typename Fits, typename Cast, typename Launch>
 ::xla::ffi::Error MoveRows(Checker& check, const ops::DispatchArgs& args, SharedOperands& shared,
-                           cudaStream_t stream, void* scratch, Params& params, Fits&& fits,
-                           Cast&& cast, Launch&& launch) {
+                           void* scratch, Params& params, Fits&& fits, Cast&& cast,
+                           Launch&& launch) {
   const ops::Geometry& geometry = args.geometry;
   const bool quantize = args.quantization != ops::Quantization::kNone;
-  const cuda::DispatchScratch sizes = DispatchScratchOf(args);
   if (!quantize) {
     const int64_t num_scales = int64_t{geometry.num_tokens} * params.scales_per_row;
     params.x = shared.Input("x", args.x, geometry.num_tokens * geometry.row_bytes());
@@ -35,8 +34,7 @@ template <typename Params, typename Fits, typename Cast, typename Launch>
   }
   params.weights = shared.Input("weights", args.weights,
                                 int64_t{geometry.num_tokens} * geometry.top_k * sizeof(float));
-  char* const memory = static_cast<char*>(scratch);
-  char* const sent_memory = shared.Scratch("scratch", memory, sizes.sent);
+  char* const sent_memory = shared.Scratch("scratch", static_cast<char*>(scratch), CastBytes(args));
   if (auto error = shared.error(); error.failure()) return error;
   const cuda::QuantizedRows sent =
       cuda::QuantizedRows::At(sent_memory, geometry.num_tokens, geometry.hidden);
@@ -45,7 +43,7 @@ template <typename Params, typename Fits, typename Cast, typename Launch>
     params.scales = sent.scales;
     params.scales_per_row = geometry.hidden / ops::kScaleBlock;
     params.row_bytes = geometry.hidden;
-    params.row_stride = geometry.hidden;
+    params.row_stride = args.dense_output ? geometry.row_bytes() : geometry.hidden;
   }
   check.Attribute("hidden", fits(params), "rows that the kernel has room for", geometry.hidden);
   if (!check.ok()) return check.error();
@@ -57,19 +55,8 @@ template <typename Params, typename Fits, typename Cast, typename Launch>
                                              args.x,
                                              sent.values,
                                              sent.scales};
-  if (auto error = ToError(cast(quantize_params), "dispatch");
-      error.failure() || !args.dense_output) {
-    return error.failure() ? error : ToError(launch(params), "dispatch");
-  }
-  // Float8 rows are received in the ends of the rows that they become.
-  const int32_t row_bytes = static_cast<int32_t>(geometry.row_bytes());
-  params.rows = static_cast<char*>(args.rows) + (row_bytes - geometry.hidden);
-  params.row_stride = row_bytes;
-  params.row_scales = reinterpret_cast<float*>(memory + sizes.sent);
-  if (auto error = ToError(launch(params), "dispatch"); error.failure()) return error;
-  const cuda::DequantizeParams dequantize_params{cuda::RowTypeOf(geometry.dtype), geometry.capacity,
-                                                 geometry.hidden, params.row_scales, args.rows};
-  return ToError(cuda::LaunchDequantize(dequantize_params, stream), "dispatch");
+  const cudaError_t error = cast(quantize_params);
+  return ToError(error == cudaSuccess ? launch(params) : error, "dispatch");
 }
 
 }  // namespace jax_ep

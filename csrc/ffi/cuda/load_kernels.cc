@@ -8,7 +8,6 @@
 #include "cuda/node/combine_vjp.h"
 #include "cuda/node/dispatch.h"
 #include "cuda/plan/plan.h"
-#include "cuda/rows/quantize.h"
 #include "transport/cuda_status.h"
 
 namespace jax_ep {
@@ -20,7 +19,6 @@ std::optional<std::string> LoadKernels(int device) {
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadDispatch(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCombine(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCombineVjp(), device);
-  JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadQuantize(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadCast(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadDecodeDispatch(), device);
   JAX_EP_RETURN_IF_CUDA_ERROR(cuda::LoadDecodeCombine(), device);

@@ -18,8 +18,7 @@ inline ::xla::ffi::Error PrepareNodeDispatch(Checker& check, const ops::Dispatch
                                              int32_t device, ::xla::ffi::AnyBuffer scratch,
                                              int64_t begin, DeviceGroup& group,
                                              cuda::DispatchParams& params) {
-  const cuda::DispatchScratch needed = DispatchScratchOf(args);
-  CheckScratch(check, scratch, begin + needed.sent + needed.received);
+  CheckScratch(check, scratch, begin + CastBytes(args));
   if (!check.ok()) return check.error();
   if (auto error =
           PrepareGroup(attrs, coords, device, cuda::OpKind::kDispatch, AgreedOn(args), group);
@@ -42,6 +41,8 @@ template <typename LaunchPlan>
                                      cuda::DispatchParams& params, LaunchPlan&& launch_plan) {
   params.behind_cast = args.quantization != ops::Quantization::kNone;
   params.cast_chunk = cuda::TokensOfChunk(args.geometry.num_tokens);
+  params.dense = params.behind_cast && args.dense_output;
+  params.dense_type = cuda::RowTypeOf(args.geometry.dtype);
   const auto cast = [&](const cuda::QuantizeParams& rows) {
     if (const cudaError_t error = launch_plan(); error != cudaSuccess) return error;
     const int32_t pieces = (args.geometry.num_tokens - 1) / cuda::kTokensOfPiece + 1;
@@ -50,7 +51,7 @@ template <typename LaunchPlan>
     return cuda::LaunchCast({params.group, rows, std::min(pieces, most), params.behind_plan},
                             stream);
   };
-  return MoveRows(check, args, shared, stream, scratch, params, cuda::FitsDispatch, cast,
+  return MoveRows(check, args, shared, scratch, params, cuda::FitsDispatch, cast,
                   [&](const cuda::DispatchParams& ready) {
                     if (!ready.behind_cast) {
                       const cudaError_t error = launch_plan();

@@ -1,5 +1,6 @@
 // Bulk copies and the barriers that count them. A copy happens some turns after it was started, so
 // that code that does not wait for it finds poison.
+#include <cstdlib>
 #include <cstring>
 
 #include "device.h"
@@ -40,6 +41,19 @@ void CheckShared(const void* pointer, size_t bytes) {
       begin + bytes > shared + kStaticBytes + current_block->grid->config.shared_bytes) {
     Abort("%zu bytes at %td of shared memory", bytes, begin - shared - ptrdiff_t(kStaticBytes));
   }
+}
+
+bool HasProxies() {
+  static const char* const given = std::getenv("JAX_EP_EMULATOR_PROXIES");
+  return given != nullptr && given[0] == '1';
+}
+
+// What bulk copies know of this memory of the block.
+char* Fenced(Block& block, char* shared) {
+  if (!HasProxies()) return shared;
+  const size_t bytes = kStaticBytes + block.grid->config.shared_bytes;
+  if (block.fenced.empty()) block.fenced.assign(bytes, static_cast<char>(0xAB));
+  return block.fenced.data() + (shared - block.shared);
 }
 
 void CheckCopy(const void* shared, const void* global, uint32_t bytes) {
@@ -130,12 +144,19 @@ void WaitBulkGroups(int pending, bool until_written) {
   while (must_wait()) Yield();
 }
 
+void FenceProxyAsyncShared() {
+  Block& block = *current_block;
+  if (!HasProxies() || Mutation() == kWithoutFence) return;
+  std::memcpy(Fenced(block, block.shared), block.shared, block.fenced.size());
+}
+
 void AdvanceCopies(Block& block) {
   for (size_t i = 0; i < block.copies.size();) {
     Copy& copy = block.copies[i];
     const bool is_load = copy.barrier != nullptr;
     if (!is_load && copy.content.empty() && block.turns >= copy.read_at) {
-      copy.content.assign(copy.from, copy.from + copy.bytes);
+      const char* from = Fenced(block, const_cast<char*>(copy.from));
+      copy.content.assign(from, from + copy.bytes);
     }
     if (block.turns < copy.written_at) {
       ++i;
@@ -143,6 +164,7 @@ void AdvanceCopies(Block& block) {
     }
     std::memcpy(copy.to, is_load ? copy.from : copy.content.data(), copy.bytes);
     if (is_load) {
+      if (HasProxies()) std::memcpy(Fenced(block, copy.to), copy.to, copy.bytes);
       Barrier barrier = Load(copy.barrier);
       barrier.bytes -= copy.bytes;
       Store(copy.barrier, barrier);

@@ -43,7 +43,8 @@ struct Grid;
 struct Block {
   Grid* grid;
   uint3 index;
-  char* shared;  // static variables, then dynamic memory
+  char* shared;              // static variables, then dynamic memory
+  std::vector<char> fenced;  // what bulk stores find there, if that may differ
   std::vector<Warp> warps;
   std::vector<Copy> copies;
   uint64_t turns = 0, stalled_until = 0;

@@ -3,8 +3,8 @@
 // until it yields, or waits for others of its warp or block.
 //
 // The emulator shows wrong arithmetic and indices, missing waits, waits that never end, accesses
-// out of bounds by bulk copies and flags, and lanes that do not meet. It cannot show the order in
-// which a GPU's memory makes writes visible, or time.
+// out of bounds by bulk copies and flags, and lanes that do not meet. But for one fence, it cannot
+// show the order in which a GPU's memory makes writes visible, or time.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -47,6 +47,7 @@ uint64_t Nanoseconds();  // of a clock that goes on with every turn
 constexpr int kWithoutLoads = 101;   // for bulk loads
 constexpr int kWithoutStores = 102;  // until bulk stores have read shared memory
 constexpr int kWithoutWarps = 103;   // __syncwarp
+constexpr int kWithoutFence = 104;   // between stores to shared memory and bulk stores of that
 int Mutation();
 
 // JAX_EP_EMULATOR_RING_SLOTS: kMostRingSlots of test_hooks.cuh.
@@ -96,6 +97,10 @@ void BulkLoad(void* shared, const void* global, uint32_t bytes, uint64_t* barrie
 void BulkStore(void* global, const void* shared, uint32_t bytes);
 void CommitBulkGroup();
 void WaitBulkGroups(int pending, bool until_written);
+
+// With JAX_EP_EMULATOR_PROXIES=1, bulk stores find shared memory as it was when a thread of the
+// block last called this, with what bulk loads have brought since. It slows kernels down.
+void FenceProxyAsyncShared();
 
 // Launches ---------------------------------------------------------------------------------------
 

@@ -103,7 +103,10 @@ T* MapShared(T* shared, uint32_t block) {
 // Asynchronous bulk copies -----------------------------------------------------------------------
 
 inline void FenceProxyAsyncGlobal() { emulator::SometimesYield(4); }
-inline void FenceProxyAsyncShared() { emulator::SometimesYield(4); }
+inline void FenceProxyAsyncShared() {
+  emulator::FenceProxyAsyncShared();
+  emulator::SometimesYield(4);
+}
 inline void FenceBarrierInit() { emulator::SometimesYield(4); }
 
 using emulator::ArriveExpectBytes;

@@ -18,7 +18,7 @@ def arguments() -> str:
     ranks, alignment, dtype = pick([1, 2, 2, 3, 4, 5, 8]), pick([1, 8, 32]), "bf16"
     experts = ranks * pick([1, 2, 4, 8])
     fp8 = random.random() < 0.2
-    hidden = pick([8, 24, 136, 1032, 2056, 4104, 7168, 8200])
+    hidden = pick([8, 24, 136, 384, 1032, 2056, 4104, 4224, 7168, 8200])
     if fp8:
         hidden = pick([128, 256, 1152, 2048, 7168])
     elif (dtype := pick(["bf16", "bf16", "f16", "f32"])) == "f32":
@@ -44,6 +44,8 @@ def arguments() -> str:
     }
     if random.random() < 0.3:
         given["capacity"] = alignment * random.randint(1, 12)
+    if hidden % 128 == 0 and not fp8:
+        given |= pick([{}, {"cast": pick(["fp8", "ue8m0"]), "dense": 1}])
     return " ".join(f"{name}={value}" for name, value in given.items())
 
 
