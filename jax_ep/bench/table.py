@@ -37,9 +37,8 @@ def row(record: dict[str, Any]) -> list[str]:
         return [records.label(record), *[""] * 7, "too noisy" if record["correct"] else "failed"]
     temporary = record.get("temporary_bytes", record["scratch_bytes"])
     memory = (record["workspace_bytes"] + temporary) / _MIB
-    hidden = f", {record['share_hidden']:.0%} hidden" if "share_hidden" in record else ""
     return [
-        records.label(record) + hidden,
+        records.label(record) + notes(record),
         str(record["num_sms"] or ""),
         f"{record['median_us']:.1f}",
         f"{record['p10_us']:.1f} to {record['p90_us']:.1f}",
@@ -49,6 +48,17 @@ def row(record: dict[str, Any]) -> list[str]:
         f"{memory:.1f}" if memory else "",
         "yes" if record["correct"] else "NO",
     ]
+
+
+def notes(record: dict[str, Any]) -> str:
+    """What a record says besides its figure: what is hidden, who was late, its bound."""
+    text = f", {record['share_hidden']:.0%} hidden" if "share_hidden" in record else ""
+    if "late_us" in record:
+        text += f", late by {record['late_us']:.0f} us"
+    if "bound_us" in record:
+        kept = "within" if record["within_bound"] else "OVER"
+        text += f", {kept} its bound of {record['bound_us']:.1f} us"
+    return text
 
 
 def share(record: dict[str, Any]) -> str:
@@ -67,7 +77,7 @@ def line(record: dict[str, Any]) -> str:
         return f"{name}: {records.rate(record):.1f} GB/s"
     spread = f"{record['p10_us']:.1f} to {record['p90_us']:.1f}"
     of_ceiling = f", {share(record)} of the ceiling" if share(record) else ""
-    return f"{name}: {record['median_us']:.1f} us ({spread}){of_ceiling}"
+    return f"{name}: {record['median_us']:.1f} us ({spread}){of_ceiling}{notes(record)}"
 
 
 def failures(found: list[dict[str, Any]]) -> list[str]:

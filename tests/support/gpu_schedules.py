@@ -16,6 +16,7 @@ import deviceless  # sets what JAX starts with
 # isort: split
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from typing import Any
@@ -34,7 +35,7 @@ from jax_ep import _compat
 from jax_ep._backends import region
 from jax_ep._core import libraries
 from jax_ep._groups import create, gpu_side
-from jax_ep.bench import half_ops, ops
+from jax_ep.bench import clock, half_ops, latency_beside, latency_turns, ops, overlap_ops
 from jax_ep.bench.cases import Case
 from jax_ep.bench.problems import Problem
 
@@ -156,45 +157,132 @@ def latency_mode(*, named: bool, grad: bool = False) -> dict[str, Any]:
     return schedule_of(jax.grad(loss), given)
 
 
-def readings(op: str) -> dict[str, Any]:
-    """The benchmark's chain of two ops in two calls: what runs between their first reading and last."""
+def kinds_in_chain(case: Case, make: Any, *operands: jax.ShapeDtypeStruct) -> list[str]:
+    """What a benchmark's chain of ops of latency mode is compiled to.
+
+    ``make(session, problem)`` gives the chain, a function of sets, of which there is one, and operands.
+    """
     group = jax_ep.create_group(MESH, "expert", latency_tokens=8, latency_hidden=256)
-    case = Case(
-        op=op, layout="token", mode="latency", tokens=8, hidden=256, top_k=TOP_K, experts=EXPERTS
-    )
-    session = mock.Mock(group_of=lambda case: group)
+    session = mock.Mock(group_of=lambda case: group, group=group, ranks=RANKS, axis="expert")
+    session.on_gpu = True
     problem = Problem(case, RANKS)
-    x, topk_idx, weights = (
+    given = (
         jax.ShapeDtypeStruct((8, 256), jnp.bfloat16),
         jax.ShapeDtypeStruct((8, TOP_K), jnp.int32),
         jax.ShapeDtypeStruct((8, TOP_K), jnp.float32),
     )
 
-    def on_each(inputs):
-        if op == "combine":
-            out = ops.step_of(session, dataclasses.replace(case, op="dispatch"), problem).run(
-                inputs
-            )
+    def run(inputs, *operands):
+        if "combine" in (case.op, *(case.name or "").split()):
+            dispatch = dataclasses.replace(case, op="dispatch", name=None)
+            out = ops.step_of(session, dispatch, problem).run(inputs)
             inputs = out.tokens, out.handle
-        return inputs
-
-    def run(inputs, value):
-        return half_ops.chain(session, case, problem, length=2)([on_each(inputs)], value)
+        return make(session, problem)([inputs], *operands)
 
     mapped = jax.shard_map(
         run, mesh=MESH, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
     )
-    given = jax.tree.map(
+    sharded = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             (RANKS * x.shape[0], *x.shape[1:]), x.dtype, sharding=NamedSharding(MESH, P("expert"))
         ),
-        ((x, topk_idx, weights), jax.ShapeDtypeStruct((1,), jnp.int32)),
+        (given, *operands),
     )
-    found = schedule.schedule(deviceless.lowered(mapped, *given).compile().as_text())
+    found = schedule.schedule(deviceless.lowered(mapped, *sharded).compile().as_text())
     quiet = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant")
-    kinds = [op.kind.removeprefix("jax_ep_") for op in found if op.kind not in quiet]
+    return [op.kind.removeprefix("jax_ep_") for op in found if op.kind not in quiet]
+
+
+def latency_case(op: str, name: str | None = None) -> Case:
+    """An op of latency mode, or an arm of ``bench.latency_beside``."""
+    return Case(
+        op=op,
+        name=name,
+        layout="token",
+        mode="latency",
+        tokens=8,
+        hidden=256,
+        top_k=TOP_K,
+        experts=EXPERTS,
+        intermediate=256,
+    )
+
+
+def readings(op: str) -> dict[str, Any]:
+    """The benchmark's chain of two ops in two calls: what runs between their first reading and last."""
+    case = latency_case(op)
+
+    def make(session, problem):
+        return half_ops.chain(session, case, problem, length=2)
+
+    kinds = kinds_in_chain(case, make, jax.ShapeDtypeStruct((1,), jnp.int32))
     clocks = [place for place, kind in enumerate(kinds) if kind == "clock"]
     return {"ops": kinds[clocks[2 * half_ops.READINGS] : clocks[-1] + 1]}
+
+
+def computes(name: str) -> dict[str, Any]:
+    """The calls and products of two turns of a chain of ``bench.latency_beside``."""
+    case = latency_case("overlap", name)
+    compute = latency_beside.MATMUL if name.endswith("matmul") else latency_beside.GROUPED
+
+    def make(session, problem):
+        arm = latency_beside._parse(name)
+        whole = latency_beside._whole(case, arm.op)
+        timed = latency_turns.Timed(
+            session, whole, problem, latency_beside._work(session, compute)
+        )
+
+        def turns(sets, *operands):
+            number = jnp.int32(3)
+            if arm.kind:
+                turn = timed.between if arm.kind == latency_beside.BETWEEN else timed.late
+                return latency_turns.program(turn, 2, sets, operands, number)
+            step = latency_beside.step_of(session, case, problem)
+            inputs = (sets[0], operands) if arm.op else operands
+            first = step.run(inputs)
+            return step.run(step.link(inputs, first, clock.no_clock))
+
+        return turns
+
+    operands = (
+        jax.ShapeDtypeStruct((256, 256), jnp.bfloat16),
+        jax.ShapeDtypeStruct((256, 256) if compute == "matmul" else (2, 256, 256), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+    )
+    kinds = kinds_in_chain(case, make, *operands)
+    shown = {"mosaic_gpu_v2": "grouped_dot"}
+    kinds = ["matmul" if "matmul" in kind else shown.get(kind, kind) for kind in kinds]
+    wanted = ("matmul", "grouped_dot", "clock", "while")
+    return {"ops": [kind for kind in kinds if kind in wanted or "latency" in kind]}
+
+
+def bench_on_one_rank() -> dict[str, Any]:
+    """Two turns of the benchmark's chain of a dispatch in flight beside ``grouped_dot``, on one rank."""
+    take_devices(1)
+    case = dataclasses.replace(latency_case("overlap"), mode="auto", experts=4)
+    arm = "dispatch" + overlap_ops.BESIDE + overlap_ops.LEAVING
+    group = jax_ep.create_group(MESH, "expert")
+    session = mock.Mock(group=group, mesh=MESH, ranks=1)
+
+    def run(x, topk_idx, weight):
+        out = jax_ep.dispatch(x, topk_idx, group=group, num_experts=4)
+        inputs = x, out.handle, out.tokens, weight
+        step = overlap_ops.step_of(session, case, arm, inputs)
+        first = step.run(inputs)
+        return step.run(step.link(inputs, first, clock.no_clock))
+
+    mapped = jax.shard_map(
+        run, mesh=MESH, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(MESH, P("expert")))
+        for shape, dtype in (
+            ((256, 256), jnp.bfloat16),
+            ((256, TOP_K), jnp.int32),
+            ((2, 256, 256), jnp.bfloat16),
+        )
+    ]
+    return schedule_of(mapped, given)
 
 
 def same_text_as_on_real_gpus() -> dict[str, Any]:
@@ -280,6 +368,11 @@ def flat(made: tuple[Any, Any]) -> tuple[Any, ...]:
     return program, *given
 
 
+COMPUTES = (
+    *("dispatch beside matmul", "matmul", "combine beside grouped_dot", "grouped_dot"),
+    *latency_beside.BETWEEN_ARMS,
+    *latency_beside.LATE_ARMS,
+)
 PROGRAMS = {
     "same text": same_text_as_on_real_gpus,
     "free": lambda: two_in_flight(after=False),
@@ -295,6 +388,8 @@ PROGRAMS = {
     "latency without names": lambda: latency_mode(named=False),
     "readings of dispatch": lambda: readings("dispatch"),
     "readings of combine": lambda: readings("combine"),
+    **{name: functools.partial(computes, name) for name in COMPUTES},
+    "bench on one rank": bench_on_one_rank,
     "memory": memory_by_room,
     "hosts": across_hosts,
     "shared_expert": lambda: schedule_of(*layer(overlap="shared_expert", shared=True)),
