@@ -126,9 +126,10 @@ def _calls(session: Session, whole: Case, op: str) -> tuple[str, ...]:
 
 def _beside(session: Session, case: Case, whole: Case, arm: _Arm) -> _Figure:
     """The compute alone, or start, compute and done, in a chain."""
-    problem, sets = session.problem(case), [_operands(session, case, arm.compute)]
+    problem, operands = session.problem(case), _operands(session, case, arm.compute)
+    sets: list[Any] = [operands]
     if arm.op:
-        sets = [(given, sets[0]) for given in ops.sets_of(session, whole, problem)]
+        sets = [(given, operands) for given in ops.sets_of(session, whole, problem)]
     chain = session.chain(200, calls=_calls(session, whole, arm.op))
     chain = dataclasses.replace(chain, completed=None)  # an op is two calls
     step = step_of(session, case, problem)
@@ -154,7 +155,8 @@ def _alone(session: Session, case: Case, compute: str) -> float:
     """Microseconds of the compute alone, measured once for a workload."""
     key = _key(case, compute)
     if key not in session.kept:
-        _beside(session, case, _whole(case, ""), _Arm("", compute))
+        alone = dataclasses.replace(case, name=compute)
+        _beside(session, alone, _whole(alone, ""), _parse(compute))
     median: float = session.kept[key]
     return median
 
@@ -249,7 +251,7 @@ def _between(session: Session, case: Case, whole: Case, arm: _Arm) -> _Figure:
 
 
 def _late(session: Session, case: Case, whole: Case, arm: _Arm) -> _Figure:
-    """From start to done beside compute, on the ranks that are not late, with a late one and without."""
+    """From start to done beside compute, on the ranks that are not late; also with none late."""
     last, others = session.ranks - 1, range(session.ranks - 1)
     timed = _timed(session, case, whole)
     operands = _operands(session, case, GROUPED)

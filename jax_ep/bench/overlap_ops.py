@@ -117,7 +117,7 @@ def _free_sms(session: Session, case: Case, inputs: Any, op: str) -> int | None:
         ticket = _start(session, case, op, inputs)
         found.append(ticket.free_sms)
         done = jax_ep.dispatch_done if op == "dispatch" else jax_ep.combine_done
-        return done(ticket)  # type: ignore[operator]
+        return done(ticket)
 
     jax.eval_shape(session.on_all_ranks(start), inputs)
     return found[0]

@@ -2,11 +2,11 @@
 
     python tests/support/gpu_schedules.py NAME...
 
-Names are those of ``PROGRAMS``. Each line of the output is an object with "name" and what came of it:
-"ops", the interesting instructions of the entry computation in order. An op in flight is "start
-dispatch 1" and, later, "done dispatch 1", numbered by kind in the order of starts; an op in line is
-"plan", a matmul is "matmul", and a kernel of ``grouped_dot`` on n blocks is "grouped_dot n". Or
-"found", what was looked for in lowered programs.
+Names are those of ``PROGRAMS``, or "bench of" and an arm of ``jax_ep.bench.latency_beside``. Each line
+of the output is an object with "name" and what came of it: "ops", the interesting instructions of the
+entry computation in order. An op in flight is "start dispatch 1" and, later, "done dispatch 1",
+numbered by kind in the order of starts; an op in line is "plan", a matmul is "matmul", and a kernel of
+``grouped_dot`` on n blocks is "grouped_dot n". Or "found", what was looked for in lowered programs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import deviceless  # sets what JAX starts with
 
 # isort: split
 import contextlib
-import dataclasses
-import functools
 import json
 import sys
 from typing import Any
@@ -28,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import bench_schedules
 import jax_ep
 import kernel_grids
 import schedule
@@ -35,9 +34,6 @@ from jax_ep import _compat
 from jax_ep._backends import region
 from jax_ep._core import libraries
 from jax_ep._groups import create, gpu_side
-from jax_ep.bench import clock, half_ops, latency_beside, latency_turns, ops, overlap_ops
-from jax_ep.bench.cases import Case
-from jax_ep.bench.problems import Problem
 
 RANKS, TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2, 512, 256, 512, 8, 2
 
@@ -157,134 +153,6 @@ def latency_mode(*, named: bool, grad: bool = False) -> dict[str, Any]:
     return schedule_of(jax.grad(loss), given)
 
 
-def kinds_in_chain(case: Case, make: Any, *operands: jax.ShapeDtypeStruct) -> list[str]:
-    """What a benchmark's chain of ops of latency mode is compiled to.
-
-    ``make(session, problem)`` gives the chain, a function of sets, of which there is one, and operands.
-    """
-    group = jax_ep.create_group(MESH, "expert", latency_tokens=8, latency_hidden=256)
-    session = mock.Mock(group_of=lambda case: group, group=group, ranks=RANKS, axis="expert")
-    session.on_gpu = True
-    problem = Problem(case, RANKS)
-    given = (
-        jax.ShapeDtypeStruct((8, 256), jnp.bfloat16),
-        jax.ShapeDtypeStruct((8, TOP_K), jnp.int32),
-        jax.ShapeDtypeStruct((8, TOP_K), jnp.float32),
-    )
-
-    def run(inputs, *operands):
-        if "combine" in (case.op, *(case.name or "").split()):
-            dispatch = dataclasses.replace(case, op="dispatch", name=None)
-            out = ops.step_of(session, dispatch, problem).run(inputs)
-            inputs = out.tokens, out.handle
-        return make(session, problem)([inputs], *operands)
-
-    mapped = jax.shard_map(
-        run, mesh=MESH, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
-    )
-    sharded = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (RANKS * x.shape[0], *x.shape[1:]), x.dtype, sharding=NamedSharding(MESH, P("expert"))
-        ),
-        (given, *operands),
-    )
-    found = schedule.schedule(deviceless.lowered(mapped, *sharded).compile().as_text())
-    quiet = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant")
-    return [op.kind.removeprefix("jax_ep_") for op in found if op.kind not in quiet]
-
-
-def latency_case(op: str, name: str | None = None) -> Case:
-    """An op of latency mode, or an arm of ``bench.latency_beside``."""
-    return Case(
-        op=op,
-        name=name,
-        layout="token",
-        mode="latency",
-        tokens=8,
-        hidden=256,
-        top_k=TOP_K,
-        experts=EXPERTS,
-        intermediate=256,
-    )
-
-
-def readings(op: str) -> dict[str, Any]:
-    """The benchmark's chain of two ops in two calls: what runs between their first reading and last."""
-    case = latency_case(op)
-
-    def make(session, problem):
-        return half_ops.chain(session, case, problem, length=2)
-
-    kinds = kinds_in_chain(case, make, jax.ShapeDtypeStruct((1,), jnp.int32))
-    clocks = [place for place, kind in enumerate(kinds) if kind == "clock"]
-    return {"ops": kinds[clocks[2 * half_ops.READINGS] : clocks[-1] + 1]}
-
-
-def computes(name: str) -> dict[str, Any]:
-    """The calls and products of two turns of a chain of ``bench.latency_beside``."""
-    case = latency_case("overlap", name)
-    compute = latency_beside.MATMUL if name.endswith("matmul") else latency_beside.GROUPED
-
-    def make(session, problem):
-        arm = latency_beside._parse(name)
-        whole = latency_beside._whole(case, arm.op)
-        timed = latency_turns.Timed(
-            session, whole, problem, latency_beside._work(session, compute)
-        )
-
-        def turns(sets, *operands):
-            number = jnp.int32(3)
-            if arm.kind:
-                turn = timed.between if arm.kind == latency_beside.BETWEEN else timed.late
-                return latency_turns.program(turn, 2, sets, operands, number)
-            step = latency_beside.step_of(session, case, problem)
-            inputs = (sets[0], operands) if arm.op else operands
-            first = step.run(inputs)
-            return step.run(step.link(inputs, first, clock.no_clock))
-
-        return turns
-
-    operands = (
-        jax.ShapeDtypeStruct((256, 256), jnp.bfloat16),
-        jax.ShapeDtypeStruct((256, 256) if compute == "matmul" else (2, 256, 256), jnp.bfloat16),
-        jax.ShapeDtypeStruct((2,), jnp.int32),
-    )
-    kinds = kinds_in_chain(case, make, *operands)
-    shown = {"mosaic_gpu_v2": "grouped_dot"}
-    kinds = ["matmul" if "matmul" in kind else shown.get(kind, kind) for kind in kinds]
-    wanted = ("matmul", "grouped_dot", "clock", "while")
-    return {"ops": [kind for kind in kinds if kind in wanted or "latency" in kind]}
-
-
-def bench_on_one_rank() -> dict[str, Any]:
-    """Two turns of the benchmark's chain of a dispatch in flight beside ``grouped_dot``, on one rank."""
-    take_devices(1)
-    case = dataclasses.replace(latency_case("overlap"), mode="auto", experts=4)
-    arm = "dispatch" + overlap_ops.BESIDE + overlap_ops.LEAVING
-    group = jax_ep.create_group(MESH, "expert")
-    session = mock.Mock(group=group, mesh=MESH, ranks=1)
-
-    def run(x, topk_idx, weight):
-        out = jax_ep.dispatch(x, topk_idx, group=group, num_experts=4)
-        inputs = x, out.handle, out.tokens, weight
-        step = overlap_ops.step_of(session, case, arm, inputs)
-        first = step.run(inputs)
-        return step.run(step.link(inputs, first, clock.no_clock))
-
-    mapped = jax.shard_map(
-        run, mesh=MESH, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
-    )
-    given = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(MESH, P("expert")))
-        for shape, dtype in (
-            ((256, 256), jnp.bfloat16),
-            ((256, TOP_K), jnp.int32),
-            ((2, 256, 256), jnp.bfloat16),
-        )
-    ]
-    return schedule_of(mapped, given)
-
-
 def same_text_as_on_real_gpus() -> dict[str, Any]:
     """Whether a program is the same where the devices count as real ones, with a real group."""
     text = deviceless.lowered(*flat(layer(overlap="chunks"))).as_text()
@@ -368,11 +236,11 @@ def flat(made: tuple[Any, Any]) -> tuple[Any, ...]:
     return program, *given
 
 
-COMPUTES = (
-    *("dispatch beside matmul", "matmul", "combine beside grouped_dot", "grouped_dot"),
-    *latency_beside.BETWEEN_ARMS,
-    *latency_beside.LATE_ARMS,
-)
+def bench_chain(name: str) -> dict[str, Any]:
+    """The calls and products of two turns of an arm of ``bench.latency_beside``."""
+    return {"ops": bench_schedules.turns(MESH, name)}
+
+
 PROGRAMS = {
     "same text": same_text_as_on_real_gpus,
     "free": lambda: two_in_flight(after=False),
@@ -386,10 +254,9 @@ PROGRAMS = {
     "latency": lambda: latency_mode(named=True),
     "latency gradient": lambda: latency_mode(named=True, grad=True),
     "latency without names": lambda: latency_mode(named=False),
-    "readings of dispatch": lambda: readings("dispatch"),
-    "readings of combine": lambda: readings("combine"),
-    **{name: functools.partial(computes, name) for name in COMPUTES},
-    "bench on one rank": bench_on_one_rank,
+    "readings of dispatch": lambda: {"ops": bench_schedules.readings(MESH, "dispatch")},
+    "readings of combine": lambda: {"ops": bench_schedules.readings(MESH, "combine")},
+    "bench on one rank": lambda: schedule_of(*bench_schedules.on_one_rank()),
     "memory": memory_by_room,
     "hosts": across_hosts,
     "shared_expert": lambda: schedule_of(*layer(overlap="shared_expert", shared=True)),
@@ -421,4 +288,6 @@ def interesting(ops: list[schedule.Op]) -> list[str]:
 if __name__ == "__main__":
     take_devices(RANKS)
     for name in sys.argv[1:]:
-        print(json.dumps({"name": name} | PROGRAMS[name]()), flush=True)
+        is_arm = name.startswith("bench of ")
+        found = bench_chain(name.removeprefix("bench of ")) if is_arm else PROGRAMS[name]()
+        print(json.dumps({"name": name} | found), flush=True)
