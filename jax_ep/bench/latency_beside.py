@@ -34,48 +34,15 @@ from jax_ep import _compat
 from jax_ep._backends import native
 from jax_ep.bench import clock, half_ops, memory, ops, records, timing, traffic
 from jax_ep.bench.cases import Case, Op
+from jax_ep.bench.latency_arms import BETWEEN, GROUPED, LATE, LATE_US, MATMUL, Arm, parse
 from jax_ep.bench.latency_turns import Chain, Timed, done
 from jax_ep.bench.problems import Problem, dtype_of
 from jax_ep.bench.session import Session
 from jax_ep.bench.timing import Spread, Step
 
-MATMUL, GROUPED = "matmul", "grouped_dot"
-COMPUTE = (MATMUL, GROUPED)
-OPS = ("dispatch", "combine")
-BETWEEN = f"{GROUPED} between the calls of "
-LATE = f" beside {GROUPED}, a peer late"
-LATE_US = 100.0  # of about 150 us of compute
 _SLACK = 1.05
 _ROWS, _GROUPS = 4096, 4  # of the compute on GPUs, on all ranks of a GPU; groups of its rows
 _MOST_TURNS = 1 << 20  # of the loop that a late rank waits in
-
-
-def arms(compute: str) -> tuple[str, ...]:
-    """The compute alone, and each op beside it."""
-    return compute, *(f"{op} beside {compute}" for op in OPS)
-
-
-BETWEEN_ARMS = tuple(BETWEEN + op for op in OPS)
-LATE_ARMS = tuple(op + LATE for op in OPS)
-
-
-class _Arm(NamedTuple):
-    """What a name stands for: an op or "", what is computed, and which kind of arm."""
-
-    op: str
-    compute: str
-    kind: str = ""
-
-
-def _parse(name: str) -> _Arm:
-    if name in BETWEEN_ARMS:
-        return _Arm(name.removeprefix(BETWEEN), GROUPED, BETWEEN)
-    if name in LATE_ARMS:
-        return _Arm(name.removesuffix(LATE), GROUPED, LATE)
-    op, _, compute = name.rpartition(" beside ")
-    if compute not in COMPUTE or op not in ("", *OPS):
-        raise ValueError(f"name: expected an arm of latency mode, got {name!r}.")
-    return _Arm(op, compute)
 
 
 class _Figure(NamedTuple):
@@ -90,7 +57,7 @@ class _Figure(NamedTuple):
 
 def measure(session: Session, case: Case) -> dict[str, Any]:
     """The record of one arm, named by ``case.name``."""
-    arm = _parse(case.name or GROUPED)
+    arm = parse(case.name or GROUPED)
     whole = _whole(case, arm.op)
     figure = {"": _beside, BETWEEN: _between, LATE: _late}[arm.kind](session, case, whole, arm)
     wrong = next((text for text in session.exchange(figure.wrong) if text), "")
@@ -124,7 +91,7 @@ def _calls(session: Session, whole: Case, op: str) -> tuple[str, ...]:
     return tuple(f"jax_ep_latency_{op}_{half}" for half in ("start", "done"))
 
 
-def _beside(session: Session, case: Case, whole: Case, arm: _Arm) -> _Figure:
+def _beside(session: Session, case: Case, whole: Case, arm: Arm) -> _Figure:
     """The compute alone, or start, compute and done, in a chain."""
     problem, operands = session.problem(case), _operands(session, case, arm.compute)
     sets: list[Any] = [operands]
@@ -156,14 +123,14 @@ def _alone(session: Session, case: Case, compute: str) -> float:
     key = _key(case, compute)
     if key not in session.kept:
         alone = dataclasses.replace(case, name=compute)
-        _beside(session, alone, _whole(alone, ""), _parse(compute))
+        _beside(session, alone, _whole(alone, ""), parse(compute))
     median: float = session.kept[key]
     return median
 
 
 def step_of(session: Session, case: Case, problem: Problem) -> Step:
     """One turn of a chain: the op with the compute between its calls, or the compute alone."""
-    arm = _parse(case.name or GROUPED)
+    arm = parse(case.name or GROUPED)
     work = _work(session, arm.compute)
     if not arm.op:
         return _step_alone(session, work)
@@ -236,7 +203,7 @@ def _operands(session: Session, case: Case, compute: str) -> tuple[jax.Array, ..
     )
 
 
-def _between(session: Session, case: Case, whole: Case, arm: _Arm) -> _Figure:
+def _between(session: Session, case: Case, whole: Case, arm: Arm) -> _Figure:
     """The compute between the calls, by readings of the clock, and the same without the calls."""
     everyone, alone = range(session.ranks), ("latency_beside between", case.workload)
     operands = _operands(session, case, GROUPED)
@@ -250,7 +217,7 @@ def _between(session: Session, case: Case, whole: Case, arm: _Arm) -> _Figure:
     return _Figure(spread, chain.wrong(), chain.scratch_bytes, session.kept[alone])
 
 
-def _late(session: Session, case: Case, whole: Case, arm: _Arm) -> _Figure:
+def _late(session: Session, case: Case, whole: Case, arm: Arm) -> _Figure:
     """From start to done beside compute, on the ranks that are not late; also with none late."""
     last, others = session.ranks - 1, range(session.ranks - 1)
     timed = _timed(session, case, whole)

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from jax_ep._core.types import Layout
-from jax_ep.bench import latency_beside, layer, ops, overlap_ops, peers
+from jax_ep.bench import latency_arms, layer, ops, overlap_ops, peers
 from jax_ep.bench.cases import (
     COMBINE_HALVES,
     DISPATCH_HALVES,
@@ -102,8 +102,8 @@ def _arms(base: Case, width: int, names: Sequence[str]) -> list[Case]:
 
 def beside_calls(base: Case, width: int) -> list[Case]:
     """Ops of latency mode with compute between their calls; 128 tokens, unless there are fewer."""
-    names = [arm for compute in latency_beside.COMPUTE for arm in latency_beside.arms(compute)]
-    names += [*latency_beside.BETWEEN_ARMS, *latency_beside.LATE_ARMS]
+    names = [arm for compute in latency_arms.COMPUTE for arm in latency_arms.beside(compute)]
+    names += [*latency_arms.BETWEEN_ARMS, *latency_arms.LATE_ARMS]
     return _arms(dataclasses.replace(base, mode="latency"), width, names)
 
 

@@ -18,7 +18,15 @@ from jax.sharding import PartitionSpec as P
 import deviceless
 import jax_ep
 import schedule
-from jax_ep.bench import clock, half_ops, latency_beside, latency_turns, ops, overlap_ops
+from jax_ep.bench import (
+    clock,
+    half_ops,
+    latency_arms,
+    latency_beside,
+    latency_turns,
+    ops,
+    overlap_ops,
+)
 from jax_ep.bench.cases import Case
 from jax_ep.bench.problems import Problem
 
@@ -92,17 +100,17 @@ def readings(mesh: Mesh, op: str) -> list[str]:
 def turns(mesh: Mesh, name: str) -> list[str]:
     """The calls and products of two turns of a chain of ``bench.latency_beside``."""
     case = _case("overlap", name)
-    compute = latency_beside.MATMUL if name.endswith("matmul") else latency_beside.GROUPED
+    compute = latency_arms.MATMUL if name.endswith("matmul") else latency_arms.GROUPED
 
     def make(session, problem):
-        arm = latency_beside._parse(name)
+        arm = latency_arms.parse(name)
         whole = latency_beside._whole(case, arm.op)
         timed = latency_turns.Timed(session, whole, problem, latency_beside._work(session, compute))
 
         def chain(sets, *operands):
             number = jnp.int32(3)
             if arm.kind:
-                turn = timed.between if arm.kind == latency_beside.BETWEEN else timed.late
+                turn = timed.between if arm.kind == latency_arms.BETWEEN else timed.late
                 return latency_turns.program(turn, 2, sets, operands, number)
             step = latency_beside.step_of(session, case, problem)
             inputs = (sets[0], operands) if arm.op else operands
