@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ from jax import lax
 
 import jax_ep
 from conftest import PLATFORM
+from jax_ep import _compat
 from jax_ep.bench import (
     ceilings,
     clock,
+    expected,
     half_ops,
+    latency_beside,
     layer,
     layer_ops,
+    overlap_ops,
     peers,
     records,
     table,
@@ -72,6 +77,79 @@ def test_arms_of_the_layer_are_one_layer(monkeypatch):
     for name in ("jax_ep", "ragged_all_to_all", "plain"):
         record = layer_ops.measure(session, dataclasses.replace(case, name=name))
         assert record["correct"], record  # the gradients too
+
+
+def test_chunks_in_flight_give_the_bits_of_the_same_chunks_in_line():
+    """Outputs and all gradients; the sum of two chunks' gradients has no order."""
+    need_devices(2)
+    case = dataclasses.replace(
+        TINY, op="layer", intermediate=16, dtype="float32", alignment=1, tokens=7
+    )
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    problem = session.problem(case)
+    sizes, inputs = (
+        layer_ops.sizes_of(session, case, problem),
+        layer_ops._inputs(session, case, problem),
+    )
+    steps = [layer_ops._step(arm, sizes) for arm in (layer.CHUNKS, layer.IN_LINE)]
+    found, wanted = session.on_all_ranks(lambda x: [step.run(x) for step in steps])(inputs)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert expected.same_bits(np.asarray(got), np.asarray(want)) and np.abs(want).max() > 0
+
+
+def takes_20_us(*given, measure=timing.measure):
+    """``timing.measure``, for which the clock has another figure."""
+    return dataclasses.replace(measure(*given), spread=Spread(20.0, 20.0, 20.0))
+
+
+def test_bounds_of_ops_in_flight_worked_by_hand(monkeypatch):
+    """What bounds are made of, with figures that are given."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    base = dataclasses.replace(TINY, dtype="float32", layout="token", intermediate=16)
+
+    monkeypatch.setattr(timing, "measure", takes_20_us)
+    monkeypatch.setattr(session, "link", lambda *_: Spread(1.0, 1.0, 1.0))
+    calls = half_ops.Both(Spread(2.0, 2, 2), Spread(3.0, 3, 3), "", 0)
+    latency = dataclasses.replace(base, op="overlap", mode="latency")
+    monkeypatch.setattr(half_ops, "both_of", lambda *_: calls)
+    for alone, within in ((13.0, False), (14.0, True)):  # 19 of 1.05 * (13 + 5) = 18.9
+        session.kept[latency_beside._key(latency, "grouped_dot")] = alone
+        record = latency_beside.measure(
+            session, dataclasses.replace(latency, name="dispatch beside grouped_dot")
+        )
+        records.check(record)
+        assert record["bound_us"] == pytest.approx(1.05 * (alone + 5))
+        assert record["within_bound"] is within and record["correct"]
+        assert ("within its bound" in table.line(record)) is within
+    # An op of 8 us on 24 of 132 SMs beside a product of 10 us; the collective takes 2.
+    flying = dataclasses.replace(base, op="overlap", name="dispatch beside " + overlap_ops.LEAVING)
+    monkeypatch.setattr(overlap_ops, "_free_sms", lambda *_: 108)
+    monkeypatch.setattr(_compat, "num_multiprocessors", lambda: 132)
+    for name, us in {overlap_ops.NOTHING: 2.0, "dispatch": 10.0, "grouped_dot": 12.0}.items():
+        session.kept[overlap_ops._key(flying, name)] = Spread(us, us, us)
+    record = overlap_ops.measure(session, flying)
+    records.check(record)
+    assert record["num_sms"] == 24 and record["median_us"] == 18.0
+    assert record["bound_us"] == pytest.approx(1.05 * 10 * 132 / 108)
+    assert record["within_bound"] is False and record["share_hidden"] == pytest.approx(0)
+
+
+def test_a_layer_in_chunks_says_what_it_hides(monkeypatch):
+    """It takes 20 us, 30 in line, 25 of which are ops, and 19.2 without chunks."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=1, command="")
+    case = dataclasses.replace(
+        TINY, op="layer", intermediate=16, dtype="float32", alignment=1, capacity="default"
+    )
+    monkeypatch.setattr(timing, "measure", takes_20_us)
+    monkeypatch.setattr(session, "link", lambda *_: Spread(0.0, 0.0, 0.0))
+    for name, us in zip(layer.CHUNKED, (19.2, 30.0, 25.0), strict=False):
+        session.kept[layer_ops._key(case, name)] = us
+    record = layer_ops.measure(session, dataclasses.replace(case, name=layer.CHUNKS.name))
+    records.check(record)
+    assert record["correct"] and record["share_hidden"] == pytest.approx(10 / 25)
+    assert record["bound_us"] == pytest.approx(1.03 * 19.2) and not record["within_bound"]
 
 
 def layer_in_numpy(case, problem, experts):
@@ -202,8 +280,6 @@ def test_chains_time_what_an_op_takes(form):
     """An op that waits for three milliseconds, in each form of chain."""
     need_devices(2)
     import time
-
-    import jax
 
     def sleep(x):
         time.sleep(0.003)

@@ -97,7 +97,7 @@ def _beside(session: Session, case: Case, whole: Case, arm: Arm) -> _Figure:
     sets: list[Any] = [operands]
     if arm.op:
         sets = [(given, operands) for given in ops.sets_of(session, whole, problem)]
-    chain = session.chain(200, calls=_calls(session, whole, arm.op))
+    chain = session.chain(200.0, calls=_calls(session, whole, arm.op))
     chain = dataclasses.replace(chain, completed=None)  # an op is two calls
     step = step_of(session, case, problem)
     measured = timing.measure(step, sets, session.mesh, chain)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def ops_in_chunks(inputs: Inputs, sizes: Sizes) -> Array:
     return jnp.concatenate(ys)
 
 
-def _chunks(inputs: Inputs) -> list[Inputs]:
+def _chunks(inputs: Inputs) -> list[Any]:
     from jax_ep._moe.exchange import chunk_sizes
 
     sizes = chunk_sizes(len(inputs[0]), _NUM_CHUNKS)
@@ -174,7 +174,7 @@ def in_chunks(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
     total = lax.psum(out.num_dropped.astype(out.y.dtype), sizes.group.axis_names)
     if sizes.group.size == 1:
         total = lax.ppermute(total, sizes.group.axis_names, [(0, 0)])
-    return out.y + total
+    return out.y.at[0, 0].add(total[0])
 
 
 def with_ragged_all_to_all(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:

@@ -141,7 +141,7 @@ def _time(session: Session, case: Case, inputs: Any, arm: str) -> timing.Measure
     if op in IN_FLIGHT and native_ops:
         beside = session.on_gpu and why_in_line(session.group) is None
         calls = (f"jax_ep_{op}_async" if beside else f"jax_ep_{op}",)
-    chain = session.chain(300, calls=calls)
+    chain = session.chain(300.0, calls=calls)
     step = step_of(session, case, arm, inputs)
     measured = timing.measure(step, [inputs], session.mesh, chain)
     session.kept[_key(case, arm)] = session.slowest(measured.spread)
