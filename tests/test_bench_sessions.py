@@ -89,9 +89,9 @@ def test_chunks_in_flight_give_the_bits_of_the_same_chunks_in_line():
     problem = session.problem(case)
     sizes, inputs = (
         layer_ops.sizes_of(session, case, problem),
-        layer_ops._inputs(session, case, problem),
+        layer_ops.inputs_of(session, case, problem),
     )
-    steps = [layer_ops._step(arm, sizes) for arm in (layer.CHUNKS, layer.IN_LINE)]
+    steps = [layer_ops.step_of(arm, sizes) for arm in (layer.CHUNKS, layer.IN_LINE)]
     found, wanted = session.on_all_ranks(lambda x: [step.run(x) for step in steps])(inputs)
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert expected.same_bits(np.asarray(got), np.asarray(want)) and np.abs(want).max() > 0

@@ -106,6 +106,13 @@ def test_other_tables():
         kernel(),
         phases(),
         {
+            **dict.fromkeys(data.TIMELINE_FIELDS, 1),
+            "op": "timeline",
+            "name": "",
+            "kernels": [],
+            "versions": {},
+        },
+        {
             **dict.fromkeys(data.PRETRAIN_FIELDS, 1),
             "op": "pretrain",
             "name": "1b",
@@ -123,7 +130,7 @@ def test_other_tables():
     assert "<!-- table" not in text and text.count("No results are committed yet") == 1  # targets
     assert "device_put | 391.0 |" in text
     assert "T=7 latency |" in text and " as 2 hosts, " in text
-    assert "| dispatch beside matmul, token | 195.0 | 194.0 to 197.0 | 62% |" in text
+    assert "| dispatch beside matmul, token | 195.0 |  | 194.0 to 197.0 | 62% |" in text
     assert "| plain | 2500.0 | 2.50 |" in text
     assert "it / broke" in text
     assert "| 1.0 | 2.0 | 3.0 |" in text  # memory

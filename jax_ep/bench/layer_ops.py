@@ -42,12 +42,12 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
     arm = layer.BY_NAME[case.name or "jax_ep"]
     problem = session.problem(case)
     sizes = sizes_of(session, case, problem)
-    inputs = _inputs(session, case, problem)
+    inputs = inputs_of(session, case, problem)
     judged = _judgement(session, case, sizes, inputs)
     native = arm.name == "jax_ep" and session.group.backend != "reference"
     chain = session.chain_of(0, _CALLS if native else (), repeat=min(session.repeat, _MOST_SAMPLES))
     chain = dataclasses.replace(chain, options=case.options)
-    measured = timing.measure(_step(arm, sizes), [inputs], session.mesh, chain)
+    measured = timing.measure(step_of(arm, sizes), [inputs], session.mesh, chain)
     wrong = _disagreement(case, measured.result, judged)
     spread = _kept_spread(session, case, measured)
     record = session.record(
@@ -165,7 +165,9 @@ def sizes_of(session: Session, case: Case, problem: Problem) -> Sizes:
     )
 
 
-def _step(arm: Arm, sizes: Sizes) -> Step:
+def step_of(arm: Arm, sizes: Sizes) -> Step:
+    """One turn of the chain of an arm."""
+
     def run(inputs: Any) -> Any:
         x, topk_idx, weights, cotangent, experts = inputs
 
@@ -185,7 +187,8 @@ def _link(inputs: Any, result: Any, now: Clock) -> Any:
     return lax.optimization_barrier((x, now(timing.after(topk_idx, result)), *rest))
 
 
-def _inputs(session: Session, case: Case, problem: Problem) -> Any:
+def inputs_of(session: Session, case: Case, problem: Problem) -> Any:
+    """Tokens, ids, weights, cotangent and experts."""
     return *_tokens(session, problem), make_experts(session, case)
 
 
@@ -225,7 +228,7 @@ def _judgement(session: Session, case: Case, sizes: Sizes, inputs: Any) -> Any:
     """The right results of the layer: outputs and gradients of the arm ``JUDGE``."""
     key = ("judgement", dataclasses.replace(case.workload, capacity="exact"))
     if key not in session.kept:
-        run = session.on_all_ranks(_step(layer.BY_NAME[JUDGE], sizes).run)
+        run = session.on_all_ranks(step_of(layer.BY_NAME[JUDGE], sizes).run)
         session.kept[key] = jax.block_until_ready(run(inputs))
     return session.kept[key]
 
