@@ -18,6 +18,7 @@ from jax_ep.bench import (
     clock,
     expected,
     half_ops,
+    latency_arms,
     latency_beside,
     layer,
     layer_ops,
@@ -133,6 +134,33 @@ def test_bounds_of_ops_in_flight_worked_by_hand(monkeypatch):
     assert record["num_sms"] == 24 and record["median_us"] == 18.0
     assert record["bound_us"] == pytest.approx(1.05 * 10 * 132 / 108)
     assert record["within_bound"] is False and record["share_hidden"] == pytest.approx(0)
+
+
+def test_an_op_that_waits_for_a_late_peer_is_over_its_bound(monkeypatch):
+    """As on CPU, where the start half is the whole op; and results are checked in these chains too."""
+    need_devices(2)
+    session = Session(ranks=2, gpus=0, repeat=2, command="")
+    case = dataclasses.replace(
+        TINY, op="overlap", mode="latency", layout="token", dtype="float32", intermediate=16
+    )
+    monkeypatch.setattr(latency_beside, "LATE_US", 5_000.0)  # far more than a busy machine adds
+    combine_late, dispatch_late = (op + latency_arms.LATE for op in ("combine", "dispatch"))
+    record = latency_beside.measure(session, dataclasses.replace(case, name=combine_late))
+    records.check(record)
+    assert record["correct"] and record["late_us"] > 2_000
+    assert record["median_us"] > 2_000 and record["within_bound"] is False
+    assert "late by" in table.line(record) and "OVER its bound" in table.row(record)[0]
+    done = jax_ep.dispatch_done
+
+    def moves_wrongly(ticket):
+        out = done(ticket)
+        return dataclasses.replace(out, tokens=out.tokens.at[1, 3].set(100))
+
+    monkeypatch.setattr(jax_ep, "dispatch_done", moves_wrongly)
+    for name in (dispatch_late, latency_arms.BETWEEN + "dispatch"):
+        record = latency_beside.measure(session, dataclasses.replace(case, name=name))
+        records.check(record)
+        assert not record["correct"] and "rows differ" in record["error"]
 
 
 def test_a_layer_in_chunks_says_what_it_hides(monkeypatch):

@@ -5,6 +5,7 @@ And kernels that leave them SMs, which give the same bits on any number of SMs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 
@@ -15,12 +16,15 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+import chunks_in_line
 import jax_ep
 import oracle
 import routings
 from jax_ep import _compat
 from jax_ep._groups import gpu_side, tuning
-from jax_ep.bench import trace
+from jax_ep.bench import latency_arms, latency_beside, trace
+from jax_ep.bench.cases import Case
+from jax_ep.bench.session import Session
 
 pytestmark = [
     pytest.mark.gpu,
@@ -139,8 +143,11 @@ def test_regions_are_compiled_and_counted():
 
 
 @pytest.mark.parametrize("overlap", ["chunks", "shared_expert"])
-def test_layers_give_the_bits_of_layers_in_line(overlap):
-    """Outputs and the gradient of x; with chunks, of the weights up to rounding."""
+def test_layers_give_the_bits_of_layers_in_line(overlap, monkeypatch):
+    """Outputs and the gradient of x; with chunks, of the weights up to rounding.
+
+    Of the same chunks with no op in flight, the weights' gradients are the same bits too.
+    """
     group = make_group()
     params = jax_ep.init_moe_params(
         jax.random.key(0),
@@ -170,7 +177,33 @@ def test_layers_give_the_bits_of_layers_in_line(overlap):
         for got, want in zip(jax.tree.leaves(got_params), jax.tree.leaves(d_params), strict=True):
             got, want = (np.asarray(a, np.float32) for a in (got, want))
             assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
+    if overlap == "chunks":
+        order = chunks_in_line.replace_starts(monkeypatch)
+        found, (_, of_chunks) = compiled(overlap=overlap)(x, params)
+        jax.clear_caches()
+        assert order[:4] == ["dispatch", "dispatch", "combine", "combine"]
+        oracle.assert_same(np.asarray(found[1][0]), np.asarray(y), "y")
+        for got, want in zip(jax.tree.leaves(got_params), jax.tree.leaves(of_chunks), strict=True):
+            oracle.assert_same(np.asarray(got), np.asarray(want), "gradient of weights")
     group.check()
+
+
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_no_sm_is_held_between_the_calls_of_latency_mode(op):
+    """A matmul with a block on every SM takes no longer there, also while a peer is late."""
+    session = Session(ranks=RANKS, gpus=RANKS, repeat=20, command="")
+    case = Case(
+        op="overlap",
+        mode="latency",
+        layout="token",
+        tokens=128,
+        intermediate=2304,
+        name=latency_arms.BETWEEN + op,
+    )
+    names = [latency_arms.BETWEEN + op, *([op + latency_arms.LATE] if RANKS > 1 else [])]
+    for name in names:
+        record = latency_beside.measure(session, dataclasses.replace(case, name=name))
+        assert record["correct"] and record["within_bound"], record
 
 
 def test_ops_in_flight_are_beside_the_program_in_a_profile(tmp_path: pathlib.Path):
