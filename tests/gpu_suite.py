@@ -266,6 +266,9 @@ def stages(gpus: int) -> dict[str, Stage]:
         ],
         seconds=180,
     )
+    found["bench_timeline"] = Stage(
+        ["{python} benchmarks/timeline.py --output {out}/timeline.json"], seconds=180
+    )
     found["bench_loads"] = Stage(["{binaries}/loads --json {out}/loads.json"], seconds=120)
     found["tune"] = Stage(["{python} -m jax_ep.tune --cache {out}/tuning.json"], gpus=2)
     return found
