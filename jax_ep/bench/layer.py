@@ -37,7 +37,7 @@ import jax_ep
 from jax_ep.bench.cases import Capacity
 from jax_ep.bench.peers import DECOMPOSER
 
-_NUM_CHUNKS = 2
+NUM_CHUNKS = 2
 GroupedDot = Callable[[Array, Array, Array], Array]
 
 
@@ -141,7 +141,7 @@ def ops_in_chunks(inputs: Inputs, sizes: Sizes) -> Array:
 def _chunks(inputs: Inputs) -> list[Any]:
     from jax_ep._moe.exchange import chunk_sizes
 
-    sizes = chunk_sizes(len(inputs[0]), _NUM_CHUNKS)
+    sizes = chunk_sizes(len(inputs[0]), NUM_CHUNKS)
     first, second, third = (lax.split(array, sizes) for array in inputs)
     return list(zip(first, second, third, strict=True))
 
@@ -163,7 +163,7 @@ def in_chunks(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
         *inputs,
         through,
         in_flight=True,
-        num_chunks=_NUM_CHUNKS,
+        num_chunks=NUM_CHUNKS,
         group=sizes.group,
         num_experts=sizes.experts,
         alignment=1,

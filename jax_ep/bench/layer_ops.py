@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_ep._ops.flights import why_in_line
 from jax_ep.bench import expected, layer, memory, records, timing, traffic
 from jax_ep.bench.cases import Case
 from jax_ep.bench.clock import Clock
@@ -44,8 +45,9 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
     sizes = sizes_of(session, case, problem)
     inputs = inputs_of(session, case, problem)
     judged = _judgement(session, case, sizes, inputs)
-    native = arm.name == "jax_ep" and session.group.backend != "reference"
-    chain = session.chain_of(0, _CALLS if native else (), repeat=min(session.repeat, _MOST_SAMPLES))
+    chain = session.chain_of(
+        0, _calls(session, arm.name), repeat=min(session.repeat, _MOST_SAMPLES)
+    )
     chain = dataclasses.replace(chain, options=case.options)
     measured = timing.measure(step_of(arm, sizes), [inputs], session.mesh, chain)
     wrong = _disagreement(case, measured.result, judged)
@@ -65,6 +67,16 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         record["share_hidden"] = float((in_line - spread.median) / of_ops)
         records.bind(record, _CHUNKS_SLACK * whole)
     return record
+
+
+def _calls(session: Session, name: str) -> tuple[str, ...]:
+    """The calls of a layer of jax_ep, or of its ops in chunks, if they count."""
+    if session.group.backend == "reference" or name not in layer.CHUNKED:
+        return ()
+    calls = _CALLS if name == "jax_ep" else layer.NUM_CHUNKS * _CALLS
+    if name != layer.CHUNKS.name or not session.on_gpu or why_in_line(session.group):
+        return calls
+    return tuple(call if call == "jax_ep_plan" else f"{call}_async" for call in calls)
 
 
 def _kept_spread(session: Session, case: Case, measured: timing.Measured) -> Spread:
@@ -101,8 +113,8 @@ def _measure_ops_in_chunks(session: Session, case: Case) -> dict[str, Any]:
         y, backward = jax.vjp(forward, x, weights)
         return lax.optimization_barrier((y, backward(cotangent)))
 
-    inputs = _tokens(session, problem)
-    chain = session.chain_of(0, (), repeat=min(session.repeat, _MOST_SAMPLES))
+    inputs, calls = _tokens(session, problem), _calls(session, layer.OPS_IN_CHUNKS)
+    chain = session.chain_of(0, calls, repeat=min(session.repeat, _MOST_SAMPLES))
     measured = timing.measure(Step(run, _link), [inputs], session.mesh, chain)
     return session.record(
         case,
