@@ -66,6 +66,7 @@ SANITIZED = [
     "kernels_test layout=token ranks=2 plan=pull",
     "kernels_test layout=expert ranks=2 fp8=1",
     "kernels_test layout=expert ranks=3 dtype=f32 plan=push",
+    "kernels_test layout=expert ranks=2 at_once=1",
     "decode_test layout=expert ranks=2 weighted=1 alignment=1",
     "decode_test layout=token ranks=2 fp8=1",
 ]
