@@ -134,6 +134,11 @@ def test_bounds_of_ops_in_flight_worked_by_hand(monkeypatch):
     assert record["num_sms"] == 24 and record["median_us"] == 18.0
     assert record["bound_us"] == pytest.approx(1.05 * 10 * 132 / 108)
     assert record["within_bound"] is False and record["share_hidden"] == pytest.approx(0)
+    assert table.bounds([record, record | {"within_bound": True}]) == [
+        "1 of 2 figures are within their bounds",
+        f"{records.label(record)}: 18.0 us, OVER its bound of 12.8 us",
+    ]
+    assert table.bounds([{"op": "plan"}]) == []
 
 
 def test_an_op_that_waits_for_a_late_peer_is_over_its_bound(monkeypatch):

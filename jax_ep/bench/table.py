@@ -89,6 +89,17 @@ def failures(found: list[dict[str, Any]]) -> list[str]:
     return [f"{', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
 
 
+def bounds(found: list[dict[str, Any]]) -> list[str]:
+    """How many figures are within their bounds, and which are not, one line each."""
+    bound = [record for record in found if "bound_us" in record]
+    over = [record for record in bound if not record["within_bound"]]
+    lines = [f"{len(bound) - len(over)} of {len(bound)} figures are within their bounds"]
+    for record in over:
+        us, most = record["median_us"], record["bound_us"]
+        lines.append(f"{records.label(record)}: {us:.1f} us, OVER its bound of {most:.1f} us")
+    return lines if bound else []
+
+
 def ratios(found: list[dict[str, Any]]) -> list[str]:
     """How others compare with jax_ep at the same layer or round trip, one line each."""
     lines = []
