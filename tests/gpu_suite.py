@@ -69,6 +69,7 @@ SANITIZED = [
     "kernels_test layout=expert ranks=2 at_once=1",
     "decode_test layout=expert ranks=2 weighted=1 alignment=1",
     "decode_test layout=token ranks=2 fp8=1",
+    "decode_test layout=token ranks=2 order=flying",
 ]
 SMALL = "tokens=100 hidden=512 experts=12 topk=4 blocks=6 repeat=2 timeout=60"
 # The workload of the decode benchmarks; the times are those of graphs of so many ops.
