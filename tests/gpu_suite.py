@@ -181,7 +181,7 @@ def stages(gpus: int) -> dict[str, Stage]:
                 for tool in ("memcheck", "racecheck", "synccheck")
                 for program in SANITIZED
             ],
-            seconds=120,
+            seconds=180,
         ),
         "grouped_dot": Stage(
             [f"{PYTEST} {PARALLEL} tests/test_grouped_dot.py tests/test_grouped_dot_hopper.py"],
