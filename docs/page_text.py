@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -30,3 +31,17 @@ def microseconds(value: float | None) -> str:
 def nothing(maker: str) -> str:
     """The text in place of a table whose records ``maker``, a command, has not made yet."""
     return f"No results are committed yet. `{maker}` makes them."
+
+
+def where(record: dict[str, Any]) -> str:
+    """The ranks of a record, and what they are on."""
+    gpus = f"{record['gpus']} × {record['device']}" if record["gpus"] else record["device"]
+    hosts = f" as {record['hosts']} hosts" if "hosts" in record else ""
+    return f"{record['ranks']} rank(s){hosts}, {record['processes']} process(es), {gpus}"
+
+
+def spread(record: dict[str, Any]) -> str:
+    """From the 10th to the 90th percentile, or nothing."""
+    if record["median_us"] is None:
+        return ""
+    return f"{record['p10_us']:.1f} to {record['p90_us']:.1f}"

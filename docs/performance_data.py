@@ -45,6 +45,21 @@ DECODE_PHASES_FIELDS = {
     *("top_k", "experts", "blocks", "ops", "op_us", "plain_us", "gap_us", "skew_us"),
     *("resolution_ns", "phases", "correct", "device", "versions", "command"),
 }
+TIMELINE_FIELDS = {
+    *(
+        "op",
+        "name",
+        "dtype",
+        "tokens",
+        "hidden",
+        "top_k",
+        "experts",
+        "intermediate",
+        "ranks",
+        "gpus",
+    ),
+    *("us", "ops_us", "hidden_us", "kernels", "device", "versions", "command"),
+}
 # Fields of records that jax_ep.bench does not write, by op.
 OTHER_FIELDS = {
     "grouped_dot": GROUPED_DOT_FIELDS,
@@ -52,6 +67,7 @@ OTHER_FIELDS = {
     "kernel": KERNEL_FIELDS,
     "decode_phases": DECODE_PHASES_FIELDS,
     "pretrain": PRETRAIN_FIELDS,
+    "timeline": TIMELINE_FIELDS,
 }
 PEER_FIELDS = {"lib", "op", "ranks", "T", "H", "K", "E", "sms", "us", "p10", "p90", "tag"}
 # The values of optional fields that a record leaves out.

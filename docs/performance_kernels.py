@@ -71,14 +71,15 @@ def kernels(_: dict[str, Any], results: list[Record]) -> str:
 
 def latency_bound(_: dict[str, Any], results: list[Record]) -> str:
     """A row for each op of latency mode whose ranks share a GPU, ordered by tokens."""
-    from jax_ep.bench import records
+    from jax_ep.bench import latency, records
 
     order = ("op", "layout", "quantization", "tokens")
-    bounded = [r for r in results if "bound_us" in r]
+    bounded = [r for r in results if "moved_bytes" in r]
     rows = [
         [
             *(records.label(r), f"{r['moved_bytes'] / 1e6:.2f}", microseconds(r["median_us"])),
-            *(number(r["bound_us"]), str(r["num_sms"] or ""), _verdict(r)),
+            number(latency.bound_us(r["moved_bytes"])),
+            *(str(r["num_sms"] or ""), _verdict(r)),
         ]
         for r in sorted(bounded, key=lambda r: [r[field] for field in order])
     ]
@@ -95,7 +96,7 @@ def _verdict(record: Record) -> str:
         return "WRONG"
     if record["median_us"] is None:
         return "too noisy"
-    return "kept" if record["median_us"] <= record["bound_us"] else "missed"
+    return "kept" if record["within_bound"] else "missed"
 
 
 def decode_phases(_: dict[str, Any], results: list[Record]) -> str:

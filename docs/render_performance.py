@@ -17,9 +17,10 @@ from typing import Any
 import page_text
 import performance_headline as headline
 import performance_kernels as kernels
+import performance_overlap
 import performance_plot as plot
 import performance_pretrain
-from page_text import number, wrapped
+from page_text import number, spread, where, wrapped
 from performance_data import (
     RESULTS,
     ROOT,
@@ -83,7 +84,7 @@ def _targets(targets: dict[str, Any], results: list[Record]) -> str:
             verdict = _verdict(record, figure, targets["slack"])
             rows.append(
                 [
-                    *(name, _us(record), _spread(record), _sms(record), str(record["processes"])),
+                    *(name, _us(record), spread(record), _sms(record), str(record["processes"])),
                     *(_share(record), aim, verdict),
                 ]
             )
@@ -149,10 +150,10 @@ def _ceilings(_: dict[str, Any], results: list[Record]) -> str:
     for record in results:
         if record["op"] == "ceiling":
             memory = ", read and written in memory" if "memory_gbs" in record else ""
-            rows.append([_where(record), record["name"] + memory, number(record["logical_gbs"])])
+            rows.append([where(record), record["name"] + memory, number(record["logical_gbs"])])
         elif record["op"] == "link":
             name = f"link between chained ops, T = {record['tokens']}, K = {record['top_k']}"
-            rows.append([_where(record), name, f"{_us(record)} us"])
+            rows.append([where(record), name, f"{_us(record)} us"])
     head = "machine, what, GB/s of a rank in one direction or of a GPU's memory"
     return _table(head, rows, "baselines")
 
@@ -206,15 +207,6 @@ def _hosts(_: dict[str, Any], results: list[Record]) -> str:
     return _table(_OP_HEAD, map(_op_row, records), "baselines --hosts 2")
 
 
-def _overlap(_: dict[str, Any], results: list[Record]) -> str:
-    """Ops in flight, alone and beside compute."""
-    rows = []
-    for r in (r for r in results if r["op"] == "overlap"):
-        hidden = f"{r['share_hidden']:.0%}" if "share_hidden" in r else ""
-        rows.append([_where(r), f"{r['name']}, {r['layout']}", _us(r), _spread(r), hidden])
-    return _table("machine, what, us, p10 to p90, hidden", rows, "overlap")
-
-
 def _exchange(_: dict[str, Any], results: list[Record]) -> str:
     records = [r for r in results if r["op"] == "exchange"]
     rows = [[*_op_row(r)[:-1], _failure(r)] for r in records]
@@ -240,7 +232,7 @@ def _layer(_: dict[str, Any], results: list[Record]) -> str:
         )
         state = _failure(r)
         arm = r["name"] + (", default capacity" if r.get("capacity") == "default" else "")
-        rows.append([_where(r), shape, r["dtype"], arm, _us(r), ratio, state])
+        rows.append([where(r), shape, r["dtype"], arm, _us(r), ratio, state])
     return _table("machine, layer, dtype, arm, us, times jax_ep's, failure", rows, "layer")
 
 
@@ -264,7 +256,7 @@ def _layer_floor(_: dict[str, Any], results: list[Record]) -> str:
             f"T={r['tokens']} H={r['hidden']} F={r['intermediate']}, {r.get('capacity', 'exact')}"
         )
         ratio = f"{r['median_us'] / (dense + link):.2f}"
-        rows.append([_where(r), shape, _us(r), f"{dense:.0f}", f"{link:.0f}", ratio])
+        rows.append([where(r), shape, _us(r), f"{dense:.0f}", f"{link:.0f}", ratio])
     return _table("machine, layer and capacity, us, products us, link us, ratio", rows, "layer")
 
 
@@ -283,7 +275,7 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "latency": _latency,
     "latency_bound": kernels.latency_bound,
     "hosts": _hosts,
-    "overlap": _overlap,
+    "overlap": performance_overlap.overlap,
     "exchange": _exchange,
     "layer": _layer,
     "layer_floor": _layer_floor,
@@ -291,6 +283,7 @@ TABLES: dict[str, Callable[[dict[str, Any], list[Record]], str]] = {
     "loads": kernels.loads,
     "kernels": kernels.kernels,
     "decode_phases": kernels.decode_phases,
+    "timeline": performance_overlap.timeline,
     "pretrain": performance_pretrain.runs,
 }
 _OPS = ("plan", "dispatch", "combine")
@@ -300,7 +293,7 @@ _OP_HEAD = "machine, op, us, p10 to p90, SMs, wire GB/s, of ceiling, logical GB/
 
 def _op_row(record: Record) -> list[str]:
     return [
-        *(_where(record), _name(record), _us(record), _spread(record), _sms(record)),
+        *(where(record), _name(record), _us(record), spread(record), _sms(record)),
         *(number(record["wire_gbs"]), _share(record), number(record["logical_gbs"])),
         "yes" if record["correct"] and not record.get("error") else "NO",
     ]
@@ -327,20 +320,8 @@ def _name(record: Record) -> str:
     return records.label(record)
 
 
-def _where(record: Record) -> str:
-    gpus = f"{record['gpus']} × {record['device']}" if record["gpus"] else record["device"]
-    hosts = f" as {record['hosts']} hosts" if "hosts" in record else ""
-    return f"{record['ranks']} rank(s){hosts}, {record['processes']} process(es), {gpus}"
-
-
 def _us(record: Record) -> str:
     return page_text.microseconds(record["median_us"])
-
-
-def _spread(record: Record) -> str:
-    if record["median_us"] is None:
-        return ""
-    return f"{record['p10_us']:.1f} to {record['p90_us']:.1f}"
 
 
 def _sms(record: Record) -> str:

@@ -86,6 +86,7 @@ def skipped(record: Record) -> str | None:
         "round_trip",
         "overlap",
         "pretrain",
+        "timeline",
     ):
         return f"op {record['op']}: no op of the model"
     if record["op"] in ("grouped_dot", "loads", "kernel", "decode_phases"):

@@ -67,8 +67,10 @@ SANITIZED = [
     "kernels_test layout=expert ranks=2 fp8=1",
     "kernels_test layout=token ranks=2 cast=fp8 dense=1",
     "kernels_test layout=expert ranks=3 dtype=f32 plan=push",
+    "kernels_test layout=expert ranks=2 at_once=1",
     "decode_test layout=expert ranks=2 weighted=1 alignment=1",
     "decode_test layout=token ranks=2 fp8=1",
+    "decode_test layout=token ranks=2 order=flying",
 ]
 SMALL = "tokens=100 hidden=512 experts=12 topk=4 blocks=6 repeat=2 timeout=60"
 # The workload of the decode benchmarks; the times are those of graphs of so many ops.
@@ -180,7 +182,7 @@ def stages(gpus: int) -> dict[str, Stage]:
                 for tool in ("memcheck", "racecheck", "synccheck")
                 for program in SANITIZED
             ],
-            seconds=120,
+            seconds=180,
         ),
         "grouped_dot": Stage(
             [f"{PYTEST} {PARALLEL} tests/test_grouped_dot.py tests/test_grouped_dot_hopper.py"],
@@ -268,6 +270,9 @@ def stages(gpus: int) -> dict[str, Stage]:
             " --output {out}/decode-phases.json"
         ],
         seconds=180,
+    )
+    found["bench_timeline"] = Stage(
+        ["{python} benchmarks/timeline.py --output {out}/timeline.json"], seconds=180
     )
     found["bench_loads"] = Stage(["{binaries}/loads --json {out}/loads.json"], seconds=120)
     found["tune"] = Stage(["{python} -m jax_ep.tune --cache {out}/tuning.json"], gpus=2)

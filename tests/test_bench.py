@@ -18,7 +18,10 @@ from jax_ep.bench import (
     expected,
     half_ops,
     latency,
+    latency_arms,
+    layer,
     memory,
+    overlap_ops,
     patterns,
     peers,
     records,
@@ -306,6 +309,30 @@ def test_what_cannot_run_is_left_out_with_a_reason(monkeypatch):
     assert len(reasons) == 1 and "2 ranks share 1 GPU(s): NCCL" in next(iter(reasons))
     monkeypatch.setenv(NCCL_SHARES, "1")
     assert left_out(cases, ON_ONE_GPU) == (cases, {})
+
+
+def test_arms_of_ops_in_flight_that_suit_a_machine(monkeypatch):
+    """Figures with a bound come first, each behind those that it is made of."""
+    monkeypatch.delenv(NCCL_SHARES, raising=False)
+    one_rank = Machine(ranks=1, processes=1, gpus=1)
+    cases = suites.suite("overlap", one_rank)
+    kept, reasons = left_out(cases, one_rank)
+    assert reasons == {"nobody can be late for one rank": 2}
+    names = [(c.name, c.intermediate) for c in kept if c.op == "layer"]
+    assert names == [(name, width) for width in (2048, 256) for name in layer.CHUNKED]
+    names = [c.name for c in kept if c.op == "overlap" and c.mode != "latency"]
+    bound = [*overlap_ops.BOUND_ARMS]
+    assert names[: len(bound)] == bound
+    kept, reasons = left_out(suites.suite("overlap", ON_ONE_GPU), ON_ONE_GPU)
+    assert {case.mode for case in kept} == {"latency"} and len(reasons) == 2
+    names = [case.name for case in kept]
+    assert names[:3] == ["grouped_dot", "dispatch beside grouped_dot", "combine beside grouped_dot"]
+    assert names[3:] == [*latency_arms.BETWEEN_ARMS, *latency_arms.LATE_ARMS]
+    parsed = [latency_arms.parse(name) for name in names[1:]]
+    assert [arm.op for arm in parsed] == 3 * ["dispatch", "combine"]
+    assert [arm.kind for arm in parsed[::2]] == ["", latency_arms.BETWEEN, latency_arms.LATE]
+    with pytest.raises(ValueError, match="expected an arm of latency mode, got 'dispatch'"):
+        latency_arms.parse("dispatch")
 
 
 def test_spreads_larger_than_their_figure_are_noise():

@@ -61,11 +61,16 @@ def test_smoke(tmp_path):
         assert record["ranks"] == 2 and record["processes"] == 1 and record["device"] == "cpu"
         assert record["workspace_bytes"] == record["scratch_bytes"] == 0
         assert "--suite smoke" in record["command"]
-        idle = ("all-reduce", "matmul", "grouped_dot", "products")
-        sends_rows = record["op"] not in ("plan", *HALVES) and record.get("name") not in idle
+        name, has_figure = record.get("name", ""), record["median_us"] is not None
+        beside_calls = record["op"] == "overlap" and record["mode"] == "latency"
+        idle = name in ("all-reduce", "matmul", "grouped_dot", "products") or " alone on " in name
+        sends_rows = record["op"] not in ("plan", *HALVES) and not idle and not beside_calls
         assert (record["wire_bytes"] > 0) == sends_rows
-        both = record["op"] == "overlap" and " beside " in record["name"]
-        assert ("share_hidden" in record) == (both and record["median_us"] is not None)
+        both = name == "jax_ep in chunks" or (" beside " in name and not beside_calls)
+        assert ("share_hidden" in record) == (both and has_figure)
+        bound = name == "jax_ep in chunks" or (beside_calls and name != "grouped_dot")
+        assert ("bound_us" in record) == ("within_bound" in record) == (bound and has_figure)
+        assert ("late_us" in record) == name.endswith("a peer late")
     assert {r["op"] for r in found} >= {
         *("dispatch", "plan", "combine", "layer", "exchange", "link", "overlap")
     }

@@ -58,6 +58,8 @@ _KERNELS = [
     # Many unused rows, which stay as they are.
     "layout=expert ranks=3 hidden=1032 capacity=704 weighted=1 keeps_unused=1 plan=pull",
     "layout=token ranks=2 hidden=1024 fp8=1 capacity=300 keeps_unused=1 plan=pull",
+    # Dispatches and combines in flight at the same time, on two channels.
+    "layout=expert ranks=3 hidden=1032 repeat=4 at_once=1",
     # A dispatch launched behind its plan.
     "layout=expert ranks=3 hidden=1032 behind=1",
     _CAST,

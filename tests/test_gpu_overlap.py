@@ -5,12 +5,9 @@ And kernels that leave them SMs, which give the same bits on any number of SMs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import gzip
-import json
 import pathlib
-import re
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +16,15 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+import chunks_in_line
 import jax_ep
 import oracle
 import routings
 from jax_ep import _compat
 from jax_ep._groups import gpu_side, tuning
+from jax_ep.bench import latency_arms, latency_beside, trace
+from jax_ep.bench.cases import Case
+from jax_ep.bench.session import Session
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,8 +41,6 @@ STEPS = 1000
 # (jaxlib 0.11.2), layers in flight and in line then have the same dense matmuls: shapes, epilogues and
 # algorithms.
 BY_SHAPE = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-# Kernels of a CUDA graph may be one event of a profile, so the programs of profiles have no graphs.
-WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}
 needs_hopper = pytest.mark.skipif(not _compat.targets_hopper(), reason="needs a Hopper GPU")
 
 
@@ -126,7 +125,7 @@ def test_many_steps_with_two_ops_in_flight():
     wanted = on_ranks(group, functools.partial(steps, in_line, group, STEPS))
     want = np.asarray(wanted(*data))
     assert np.isfinite(want.astype(np.float32)).all() and np.abs(want.astype(np.float32)).max() > 0
-    for _ in range(2):
+    for _ in range(10_000 // STEPS):
         oracle.assert_same(np.asarray(found(*data)), want, "x")
     group.check()
 
@@ -144,8 +143,11 @@ def test_regions_are_compiled_and_counted():
 
 
 @pytest.mark.parametrize("overlap", ["chunks", "shared_expert"])
-def test_layers_give_the_bits_of_layers_in_line(overlap):
-    """Outputs and the gradient of x; with chunks, of the weights up to rounding."""
+def test_layers_give_the_bits_of_layers_in_line(overlap, monkeypatch):
+    """Outputs and the gradient of x; with chunks, of the weights up to rounding.
+
+    Of the same chunks with no op in flight, the weights' gradients are the same bits too.
+    """
     group = make_group()
     params = jax_ep.init_moe_params(
         jax.random.key(0),
@@ -175,7 +177,33 @@ def test_layers_give_the_bits_of_layers_in_line(overlap):
         for got, want in zip(jax.tree.leaves(got_params), jax.tree.leaves(d_params), strict=True):
             got, want = (np.asarray(a, np.float32) for a in (got, want))
             assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
+    if overlap == "chunks":
+        order = chunks_in_line.replace_starts(monkeypatch)
+        found, (_, of_chunks) = compiled(overlap=overlap)(x, params)
+        jax.clear_caches()
+        assert order[:4] == ["dispatch", "dispatch", "combine", "combine"]
+        oracle.assert_same(np.asarray(found[1][0]), np.asarray(y), "y")
+        for got, want in zip(jax.tree.leaves(got_params), jax.tree.leaves(of_chunks), strict=True):
+            oracle.assert_same(np.asarray(got), np.asarray(want), "gradient of weights")
     group.check()
+
+
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_no_sm_is_held_between_the_calls_of_latency_mode(op):
+    """A matmul with a block on every SM takes no longer there, also while a peer is late."""
+    session = Session(ranks=RANKS, gpus=RANKS, repeat=20, command="")
+    case = Case(
+        op="overlap",
+        mode="latency",
+        layout="token",
+        tokens=128,
+        intermediate=2304,
+        name=latency_arms.BETWEEN + op,
+    )
+    names = [latency_arms.BETWEEN + op, *([op + latency_arms.LATE] if RANKS > 1 else [])]
+    for name in names:
+        record = latency_beside.measure(session, dataclasses.replace(case, name=name))
+        assert record["correct"] and record["within_bound"], record
 
 
 def test_ops_in_flight_are_beside_the_program_in_a_profile(tmp_path: pathlib.Path):
@@ -227,61 +255,6 @@ def test_grouped_dot_gives_the_same_bits_on_any_number_of_sms():
             oracle.assert_same(np.asarray(got), np.asarray(want), f"{name} on {num_sms} SMs")
 
 
-class Event(NamedTuple):
-    """A kernel in a profile.
-
-    Attributes:
-        line: The stream that it ran on.
-        name: Its name.
-        blocks: The first number of its grid; 0 where the profile does not say.
-        start: When it began, in nanoseconds.
-        end: When it had ended.
-    """
-
-    line: str
-    name: str
-    blocks: int
-    start: float
-    end: float
-
-    @property
-    def is_op(self) -> bool:
-        """Whether it moves rows."""
-        return "Dispatch" in self.name or "Combine" in self.name
-
-    def overlaps(self, other: Event) -> bool:
-        """Whether both ran at the same time."""
-        return min(self.end, other.end) > max(self.start, other.start)
-
-
-def kernels_of(folder: pathlib.Path) -> dict[str, list[Event]]:
-    """The kernels of a profile, by GPU.
-
-    From the profile's JSON: ``jax.profiler.ProfileData`` ended the process where it read the details of
-    some kernels (jaxlib 0.11.2).
-    """
-    (path,) = folder.rglob("*.trace.json.gz")
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    called = [event for event in events if event.get("ph") == "M"]
-    planes = {e["pid"]: e["args"]["name"] for e in called if e["name"] == "process_name"}
-    lines = {(e["pid"], e["tid"]): e["args"]["name"] for e in called if e["name"] == "thread_name"}
-    found: dict[str, list[Event]] = {}
-    for event in events:
-        plane = planes.get(event.get("pid"), "")
-        line = lines.get((event.get("pid"), event.get("tid")), "")
-        if event.get("ph") == "X" and plane.startswith("/device:GPU") and line.startswith("Stream"):
-            found.setdefault(plane, []).append(event_of(line, event))
-    return found
-
-
-def event_of(line: str, event: dict[str, Any]) -> Event:
-    """An event of a profile; its times are in microseconds."""
-    grid = re.search(r"grid:(\d+)", str(event.get("args", {}).get("kernel_details", "")))
-    blocks = int(grid[1]) if grid else 0
-    start, end = 1e3 * event["ts"], 1e3 * (event["ts"] + event["dur"])
-    return Event(line, event["name"], blocks, start, end)
-
-
 @needs_hopper
 def test_experts_run_beside_the_op_that_they_leave_sms(tmp_path: pathlib.Path):
     """In time: each kernel with fewer blocks than SMs runs while an op does, on another stream.
@@ -307,13 +280,13 @@ def test_experts_run_beside_the_op_that_they_leave_sms(tmp_path: pathlib.Path):
         return jnp.sin(y.astype(jnp.float32)).sum() + aux.aux_loss + collective(group)
 
     # With the value, of which the collective is a part.
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=WITHOUT_GRAPHS)
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=trace.WITHOUT_GRAPHS)
     jax.block_until_ready(step(x, params))
     with jax.profiler.trace(str(tmp_path)):
         for _ in range(steps):
             jax.block_until_ready(step(x, params))
     group.check()
-    of_gpus = [events for events in kernels_of(tmp_path).values() if events]
+    of_gpus = [events for events in trace.kernels_of(tmp_path).values() if events]
     assert len(of_gpus) == RANKS
     for events in of_gpus:
         ops = [event for event in events if event.is_op]

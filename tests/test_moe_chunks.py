@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import chunks_in_line
 import jax_ep
 import oracle
 import spmd
@@ -16,10 +17,6 @@ from jax_ep import routing
 from jax_ep._grouped_dot.api import ProductSms
 from jax_ep._moe import exchange
 from jax_ep._moe.experts import Beside, Products, products
-from jax_ep._ops.combine import combine
-from jax_ep._ops.dispatch import dispatch
-from jax_ep._ops.flights import Opened
-from jax_ep._ops.overlap import Ticket
 
 pytestmark = [
     pytest.mark.needs_collectives,  # the layer sums its statistics over the mesh
@@ -86,18 +83,7 @@ def test_shared_expert_alone_beside_the_rows(native_backend):
 def test_weight_gradients_are_those_of_the_same_chunks_in_sequence(native_backend, monkeypatch):
     """With no op in flight."""
     overlapped = chunked(native_backend, 3)
-    order = []
-
-    def start(op):
-        def run(*args, after, **kwargs):
-            order.append(op.__name__)
-            return Ticket(op(*args, **kwargs), op.__name__, Opened(0, 1, 0, None))
-
-        return run
-
-    monkeypatch.setattr(exchange, "dispatch_start", start(dispatch))
-    monkeypatch.setattr(exchange, "combine_start", start(combine))
-    jax.clear_caches()  # moe's programs are found by their settings
+    order = chunks_in_line.replace_starts(monkeypatch)
     in_sequence = run_layer(native_backend, overlap="chunks", num_chunks=3)
     jax.clear_caches()
     assert order[:6] == ["dispatch", "dispatch", "combine", "dispatch", "combine", "combine"]

@@ -128,8 +128,7 @@ def test_batched_call(group):
 def test_export(group):
     """Lowering for several platforms at once; an exported program keeps the ordinals it has."""
     checks = [
-        jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{name}")
-        for name in layer_calls(group)
+        jax.export.DisabledSafetyCheck.custom_call(f"jax_ep_{name}") for name in layer_calls(group)
     ]
     jitted = jax.jit(shard(layers(group, 2), group.mesh))
     sharding = jax.NamedSharding(group.mesh, jax.sharding.PartitionSpec("expert"))

@@ -20,6 +20,19 @@ pytestmark = pytest.mark.one_process("compiles programs, and runs none")
 
 # Why NVSHMEM's library, with which groups that span hosts are compiled, does not load here, or None.
 NO_NETWORK = libraries._load_nvshmem()
+# Chains of the benchmark, of two turns: what a turn has of calls and compute, in order.
+COMPUTES = {
+    "matmul": ["matmul"],
+    "grouped_dot": ["grouped_dot"],
+    "dispatch beside matmul": ["latency_dispatch_start", "matmul", "latency_dispatch_done"],
+    "grouped_dot between the calls of dispatch": [
+        *("latency_dispatch_start", "clock", "grouped_dot", "clock", "latency_dispatch_done"),
+    ],
+    "combine beside grouped_dot, a peer late": [
+        *("latency_combine", "clock", "while", "clock"),
+        *("latency_combine_start", "grouped_dot", "latency_combine_done", "clock"),
+    ],
+}
 PROGRAM = pathlib.Path(__file__).parent / "support" / "gpu_schedules.py"
 
 
@@ -29,6 +42,7 @@ def compiled():
     names = ["same text", "free", "after", "grouped_dot", "chunks", "kernels", "shared_expert"]
     names += ["latency", "latency gradient", "latency without names"]
     names += ["readings of dispatch", "readings of combine"]
+    names += [*(f"bench of {name}" for name in COMPUTES), "bench on one rank"]
     names.append("chunks without regions")  # which takes them away for good
     names += ["memory", *(["hosts"] if NO_NETWORK is None else [])]  # on meshes of their own
     lines = [json.loads(line) for line in gpu_compiler.run(str(PROGRAM), *names).splitlines()]
@@ -130,3 +144,18 @@ def test_the_clock_is_read_around_each_call(compiled, op):
     """Of the chain that times the two calls, the link to the next op is all that runs beside them."""
     calls = [f"latency_{op}_start", *["clock"] * 16, f"latency_{op}_done", "fusion", "clock"]
     assert compiled[f"readings of {op}"]["ops"] == ["clock", *calls, *calls]
+
+
+@pytest.mark.parametrize("name", COMPUTES)
+def test_benchmarks_of_latency_mode_time_what_they_say(compiled, name):
+    """No turn is merged with another or dropped, and the compute is between the calls."""
+    ops = compiled[f"bench of {name}"]["ops"]
+    if name.startswith("combine"):
+        assert ops.pop(0) == "latency_dispatch"  # which makes the rows
+    assert ops == 2 * COMPUTES[name]
+
+
+def test_the_benchmark_hides_ops_on_one_rank(compiled):
+    """XLA would not, without a collective; the sum over the ranks of the others is none there."""
+    ops = compiled["bench on one rank"]["ops"]
+    assert [beside(ops, f"dispatch {turn}") for turn in (1, 2)] == 2 * [["grouped_dot 68"]]

@@ -134,7 +134,7 @@ def main(
         console.print(f"left out: {number} case(s): {why}", highlight=False, soft_wrap=True)
     found = measure(job, timeout=timeout, console=console, json=json)
     console.print(tables.table(found))
-    for line in (*tables.failures(found), *tables.ratios(found)):
+    for line in (*tables.failures(found), *tables.ratios(found), *tables.bounds(found)):
         console.print(line, highlight=False, soft_wrap=True)
     if plot_path is not None:
         plot.plot(found, plot_path)

@@ -33,7 +33,7 @@ READINGS = 16  # between the calls
 _LENGTHS = {True: 16, False: 4}  # ops of a chain, on GPUs and on CPU
 
 
-class _Both(NamedTuple):
+class Both(NamedTuple):
     """What a chain gave: the spread of each call, what is wrong with the result, and scratch bytes."""
 
     start: Spread
@@ -47,10 +47,7 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
     name, _, half = case.op.partition("_")
     op: Op = "dispatch" if name == "dispatch" else "combine"
     whole = dataclasses.replace(case, op=op)
-    key = ("halves", whole)
-    if key not in session.kept:
-        session.kept[key] = _measure(session, whole)
-    both: _Both = session.kept[key]
+    both = both_of(session, whole)
     return session.record(
         case,
         both.start if half == "start" else both.done,
@@ -61,6 +58,15 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         scratch_bytes=both.scratch_bytes,
         error=both.wrong or None,
     )
+
+
+def both_of(session: Session, whole: Case) -> Both:
+    """What was measured of an op, once for each."""
+    key = ("halves", whole)
+    if key not in session.kept:
+        session.kept[key] = _measure(session, whole)
+    both: Both = session.kept[key]
+    return both
 
 
 def start(session: Session, case: Case, problem: Problem, inputs: Any) -> jax_ep.Ticket:
@@ -112,7 +118,7 @@ def chain(session: Session, case: Case, problem: Problem, length: int) -> Any:
     return program
 
 
-def _measure(session: Session, case: Case) -> _Both:
+def _measure(session: Session, case: Case) -> Both:
     problem, length = session.problem(case), _LENGTHS[session.on_gpu]
     sets = ops.sets_of(session, case, problem)
     value = session.put(lambda rank: np.zeros(1, np.int32))
@@ -138,7 +144,7 @@ def _measure(session: Session, case: Case) -> _Both:
     link = session.link(case.tokens, case.top_k)
     last_set = (_WARM_OPS + length - 1) % len(sets)
     wrongs = session.exchange(ops.wrong_of(session, case, problem, result, last_set))
-    return _Both(
+    return Both(
         session.slowest(Spread.of(starts).less(reading)),
         session.slowest(Spread.of(dones).less(reading)).less(link.median),
         next((text for text in wrongs if text), ""),

@@ -11,17 +11,22 @@ weighted sum home. They differ in who moves the rows:
 * "jax_ep in chunks": the first with the tokens in two chunks, each in flight over the other's experts
   (suite "overlap"). It sums one number over the ranks, because XLA hides ops only in programs that hold
   a collective of its own.
+* "jax_ep in chunks, one after the other": the same chunks with no op in flight, each like the first
+  arm. What the arm above takes less than this is what it hides.
 * "plain": ragged_all_to_all with ``jax.lax.ragged_dot`` in place of ``jax_ep.grouped_dot``.
 
-"products" is no arm but a floor: the layer's nine products alone, forward and backward, as dense ones
-of groups of one size. A layer in line takes at least as long as they and its rows on the link.
+Parts of a layer, forward and backward, are no arms, because they compute something else:
+
+* "products", a floor: the layer's nine products alone, as dense ones of groups of one size. A layer in
+  line takes at least as long as they and its rows on the link.
+* "ops in chunks": the plans, dispatches and combines of the chunks alone, in line.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +37,7 @@ import jax_ep
 from jax_ep.bench.cases import Capacity
 from jax_ep.bench.peers import DECOMPOSER
 
+NUM_CHUNKS = 2
 GroupedDot = Callable[[Array, Array, Array], Array]
 
 
@@ -50,14 +56,14 @@ class Sizes:
     Attributes:
         group: The group of ranks.
         experts: E over all of them.
-        capacity: Rows that a rank receives at most.
+        capacity: Rows that a rank receives at most; None has room for any routing.
         pair_capacity: Rows that one rank sends to one other at most.
         config: For jax_ep's ops.
     """
 
     group: jax_ep.Group
     experts: int
-    capacity: int
+    capacity: int | None
     pair_capacity: int
     config: jax_ep.DispatchConfig | None = None
 
@@ -86,8 +92,21 @@ class Arm:
 
 def with_jax_ep(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
     """The layer on dispatch and combine."""
+    out = _dispatched(inputs, sizes)
+    assert out.weights is not None
+    rows = jax_ep.grouped_mlp(
+        out.tokens,
+        *experts,
+        out.group_sizes,
+        row_weights=out.weights,
+        unused_rows="undefined",  # combine does not read them
+    )
+    return jax_ep.combine(rows, out.handle, group=sizes.group, config=sizes.config)
+
+
+def _dispatched(inputs: Inputs, sizes: Sizes) -> jax_ep.Dispatched:
     x, topk_idx, topk_weights = inputs
-    out = jax_ep.dispatch(
+    return jax_ep.dispatch(
         x,
         topk_idx,
         topk_weights,
@@ -98,15 +117,33 @@ def with_jax_ep(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
         unused_rows="undefined",  # the experts go by group sizes
         config=sizes.config,
     )
-    assert out.weights is not None
-    rows = jax_ep.grouped_mlp(
-        out.tokens,
-        *experts,
-        out.group_sizes,
-        row_weights=out.weights,
-        unused_rows="undefined",  # combine does not read them
-    )
-    return jax_ep.combine(rows, out.handle, group=sizes.group, config=sizes.config)
+
+
+def chunks_in_line(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
+    """The layer on two chunks of the tokens, one after the other, with room for any routing."""
+    sizes = dataclasses.replace(sizes, capacity=None)
+    return jnp.concatenate([with_jax_ep(chunk, experts, sizes) for chunk in _chunks(inputs)])
+
+
+def ops_in_chunks(inputs: Inputs, sizes: Sizes) -> Array:
+    """The ops of ``chunks_in_line`` alone: rows come home as they went, and weights count a little."""
+    sizes = dataclasses.replace(sizes, capacity=None)
+    ys = []
+    for chunk in _chunks(inputs):
+        out = _dispatched(chunk, sizes)
+        assert out.weights is not None
+        y = jax_ep.combine(out.tokens, out.handle, group=sizes.group, config=sizes.config)
+        # Their gradient travels home with the rows, as it does in the layer.
+        ys.append(y.at[0, 0].add(out.weights[0].astype(y.dtype)))
+    return jnp.concatenate(ys)
+
+
+def _chunks(inputs: Inputs) -> list[Any]:
+    from jax_ep._moe.exchange import chunk_sizes
+
+    sizes = chunk_sizes(len(inputs[0]), NUM_CHUNKS)
+    first, second, third = (lax.split(array, sizes) for array in inputs)
+    return list(zip(first, second, third, strict=True))
 
 
 def in_chunks(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
@@ -126,7 +163,7 @@ def in_chunks(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
         *inputs,
         through,
         in_flight=True,
-        num_chunks=2,
+        num_chunks=NUM_CHUNKS,
         group=sizes.group,
         num_experts=sizes.experts,
         alignment=1,
@@ -137,7 +174,7 @@ def in_chunks(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
     total = lax.psum(out.num_dropped.astype(out.y.dtype), sizes.group.axis_names)
     if sizes.group.size == 1:
         total = lax.ppermute(total, sizes.group.axis_names, [(0, 0)])
-    return out.y + total
+    return out.y.at[0, 0].add(total[0])
 
 
 def with_ragged_all_to_all(inputs: Inputs, experts: Experts, sizes: Sizes) -> Array:
@@ -268,4 +305,8 @@ ARMS = (
     Arm("plain", plain),
 )
 CHUNKS = Arm("jax_ep in chunks", in_chunks, capacity="default")
-BY_NAME = {arm.name: arm for arm in (*ARMS, CHUNKS)}
+IN_LINE = Arm("jax_ep in chunks, one after the other", chunks_in_line, capacity="default")
+BY_NAME = {arm.name: arm for arm in (*ARMS, CHUNKS, IN_LINE)}
+OPS_IN_CHUNKS = "ops in chunks"
+# What says how much a layer in chunks hides; the last one is that.
+CHUNKED = ("jax_ep", IN_LINE.name, OPS_IN_CHUNKS, CHUNKS.name)

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 
-from jax_ep.bench import peers
+from jax_ep.bench import latency_arms, peers
 from jax_ep.bench.cases import Case
 
 NCCL_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"
@@ -34,9 +34,15 @@ class Machine:
 
     def why_not(self, case: Case) -> str | None:
         """Why a case cannot run here, as far as that is known beforehand; or None."""
+        in_latency_mode = case.op == "overlap" and case.mode == "latency"
         by_xla = case.op in ("exchange", "layer") or case.name == peers.ALL_TO_ALL
+        by_xla |= case.op == "overlap" and not in_latency_mode
         if self.gpus == 0 and any(part in (case.name or "") for part in ("ragged", "plain")):
             return "XLA has no ragged_all_to_all on CPU"
+        if in_latency_mode and self.ranks == 1 and case.name in latency_arms.LATE_ARMS:
+            return "nobody can be late for one rank"
+        if in_latency_mode and self.shares_gpus and latency_arms.MATMUL in (case.name or ""):
+            return "XLA's matmul takes all SMs of a GPU, and ranks share some"
         if by_xla and self.shares_gpus and os.environ.get(NCCL_SHARES) != "1":
             return (
                 f"{self.ranks} ranks share {self.gpus} GPU(s): NCCL, which XLA's collectives run on, "

@@ -4,9 +4,13 @@ The compute is a matmul of XLA's, or ``grouped_dot`` of the same number of opera
 experts. The latter either takes all SMs, as XLA's does, or leaves the op those that it takes. In both
 cases the share is that of ``grouped_dot`` alone on all SMs, so it counts what leaving SMs costs.
 
+If the GPU has S SMs and the op takes s of them, then both together should take as long as the longer
+one of the op and ``grouped_dot * S / (S - s)``, times ``_SLACK``: the bound of the arms that leave SMs.
+``grouped_dot`` alone on S - s SMs is an arm too, which says what that costs without the op.
+
 All of these programs hold a small all-reduce of XLA's own, since its scheduler looks for work to hide
-ops behind only in programs that do. It is timed too and subtracted. Where there is one rank, XLA drops
-it.
+ops behind only in programs that do. Where there is one rank, XLA would drop that, so it is a
+permutation there. It is timed too and subtracted.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 
 import jax_ep
+from jax_ep import _compat
 from jax_ep._backends import native
 from jax_ep._ops.flights import why_in_line
-from jax_ep.bench import memory, timing, traffic
+from jax_ep.bench import memory, records, timing, traffic
 from jax_ep.bench.cases import Case
 from jax_ep.bench.clock import Clock
 from jax_ep.bench.ops import config
@@ -33,11 +38,21 @@ from jax_ep.bench.timing import Spread, Step
 MATMUL, NOTHING = "matmul", "all-reduce"
 GROUPED = "grouped_dot"
 LEAVING = f"{GROUPED} with SMs left free"
+LEFT = f"{GROUPED} alone on the SMs left by "  # an op
 IN_FLIGHT = ("dispatch", "combine")
 BESIDE = " beside "
 ARMS = (NOTHING, MATMUL, *IN_FLIGHT, *(op + BESIDE + MATMUL for op in IN_FLIGHT))
-GROUPED_ARMS = (GROUPED, *(op + BESIDE + by for op in IN_FLIGHT for by in (GROUPED, LEAVING)))
-_EXPERTS = 16  # of grouped_dot, over all ranks
+GROUPED_ARMS = (
+    GROUPED,
+    *(op + BESIDE + by for op in IN_FLIGHT for by in (GROUPED, LEAVING)),
+    *(LEFT + op for op in IN_FLIGHT),
+)
+BOUND_ARMS = (
+    GROUPED,
+    *(arm for op in IN_FLIGHT for arm in (op, LEFT + op, op + BESIDE + LEAVING)),
+)
+_EXPERTS = 4  # of grouped_dot, on each rank
+_SLACK = 1.05
 
 
 def measure(session: Session, case: Case) -> dict[str, Any]:
@@ -64,6 +79,7 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         moved,
         correct=not wrong,
         name=arm,
+        num_sms=_taken(session, case, inputs, op),
         workspace_bytes=native.workspace_bytes(session.group),
         scratch_bytes=memory.scratch_bytes(measured.text),
         error=wrong or why_in_line(session.group),
@@ -72,18 +88,48 @@ def measure(session: Session, case: Case) -> dict[str, Any]:
         names = op, GROUPED if compute == LEAVING else compute
         alone = [_kept(session, case, inputs, name).median - overhead.median for name in names]
         record["share_hidden"] = float((sum(alone) - spread.median) / min(alone))
+        if compute == LEAVING and record["num_sms"] is not None:
+            sms = _compat.num_multiprocessors()
+            slower = alone[1] * sms / (sms - record["num_sms"])
+            records.bind(record, _SLACK * max(alone[0], slower))
     return record
 
 
 def _parts(arm: str) -> tuple[str, str]:
     """What an arm has in flight, if it is one of ``IN_FLIGHT``, and what it computes, or ""."""
+    if arm.startswith(LEFT):
+        return "", arm
     op, _, compute = arm.partition(BESIDE)
     return op, op if op in (MATMUL, GROUPED) else compute
 
 
+def _taken(session: Session, case: Case, inputs: Any, op: str) -> int | None:
+    """The SMs that an op in flight takes from compute beside it; None where it takes none."""
+    free = _free_sms(session, case, inputs, op) if op in IN_FLIGHT else None
+    return None if free is None else _compat.num_multiprocessors() - free
+
+
+def _free_sms(session: Session, case: Case, inputs: Any, op: str) -> int | None:
+    """The SMs that an op in flight leaves, as its ticket says."""
+    found = []
+
+    def start(inputs: Any) -> Any:
+        ticket = _start(session, case, op, inputs)
+        found.append(ticket.free_sms)
+        done = jax_ep.dispatch_done if op == "dispatch" else jax_ep.combine_done
+        return done(ticket)
+
+    jax.eval_shape(session.on_all_ranks(start), inputs)
+    return found[0]
+
+
+def _key(case: Case, arm: str) -> tuple[Any, ...]:
+    return ("overlap", case.workload, case.num_sms, arm)
+
+
 def _kept(session: Session, case: Case, inputs: Any, arm: str) -> Spread:
     """The spread of an arm, measured once for a workload."""
-    key = ("overlap", case.workload, arm)
+    key = _key(case, arm)
     if key not in session.kept:
         session.kept[key] = session.slowest(_time(session, case, inputs, arm).spread)
     return session.kept[key]
@@ -95,15 +141,20 @@ def _time(session: Session, case: Case, inputs: Any, arm: str) -> timing.Measure
     if op in IN_FLIGHT and native_ops:
         beside = session.on_gpu and why_in_line(session.group) is None
         calls = (f"jax_ep_{op}_async" if beside else f"jax_ep_{op}",)
-    chain = session.chain(300, calls=calls)
-    measured = timing.measure(_step(session, case, arm), [inputs], session.mesh, chain)
-    session.kept["overlap", case.workload, arm] = session.slowest(measured.spread)
+    chain = session.chain(300.0, calls=calls)
+    step = step_of(session, case, arm, inputs)
+    measured = timing.measure(step, [inputs], session.mesh, chain)
+    session.kept[_key(case, arm)] = session.slowest(measured.spread)
     return measured
 
 
-def _step(session: Session, case: Case, arm: str) -> Step:
+def step_of(session: Session, case: Case, arm: str, inputs: Any) -> Step:
+    """One turn of the chain of an arm."""
     axis = session.mesh.axis_names
     op, compute = _parts(arm)
+    left = None
+    if compute.startswith(LEFT):
+        left = _free_sms(session, case, inputs, compute.removeprefix(LEFT))
 
     def run(inputs: Any) -> Any:
         x, handle, _, weight = inputs
@@ -117,9 +168,11 @@ def _step(session: Session, case: Case, arm: str) -> Step:
             results.append(x @ weight)
         elif compute:
             sizes = jnp.full((len(weight),), len(x) // len(weight), jnp.int32)
-            num_sms = free_sms if compute == LEAVING else None
+            num_sms = free_sms if compute == LEAVING else left
             results.append(jax_ep.grouped_dot(x, weight, sizes, num_sms=num_sms))
         element = handle.topk_idx[:1, :1].astype(jnp.float32)
+        if session.ranks == 1:
+            return *results, lax.ppermute(element, axis, [(0, 0)])
         return *results, lax.psum(element, axis)
 
     def link(inputs: Any, result: Any, now: Clock) -> Any:
@@ -147,8 +200,8 @@ def _inputs(session: Session, case: Case, problem: Problem) -> Any:
     """Tokens, a handle, rows that come home, and what the compute multiplies with, on each rank."""
     assert case.intermediate is not None
     shape: tuple[int, ...] = (session.ranks * case.hidden, case.intermediate)
-    if _parts(case.name or NOTHING)[1] in (GROUPED, LEAVING):
-        local = max(min(_EXPERTS // session.ranks, case.tokens), 1)
+    if GROUPED in _parts(case.name or NOTHING)[1]:
+        local = min(_EXPERTS, case.tokens)
         shape = (session.ranks * local, case.hidden, case.intermediate)
 
     @functools.partial(jax.jit, out_shardings=session.sharding)

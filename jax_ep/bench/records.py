@@ -45,14 +45,15 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "intermediate": (int,),  # width of an expert (op "layer") or of the compute ("overlap")
     # Of the shorter of op and compute, the share that ran while the other did (op "overlap").
     "share_hidden": (float,),
+    "bound_us": (float,),  # what the median may be
+    "within_bound": (bool,),
+    "late_us": (float,),  # how much later than the others the last rank started the op
     "capacity": (str,),  # room: "exact" for the rows that come, "default" for any routing
     # Where ranks share memory: at least what all ranks of a GPU (on CPU, of the machine) read and
     # write. Then ceiling_gbs is that of the memory.
     "memory_gbs": (float, type(None)),
-    # Of an op in latency mode whose ranks share a GPU: the bytes that they move in its memory, and
-    # what the op may take for them (latency.py).
+    # Of an op in latency mode whose ranks share a GPU: the bytes that they move in its memory.
     "moved_bytes": (int,),
-    "bound_us": (float,),
     # Of the whole program (op "layer"), by XLA's analysis; the scratch memory is part of it.
     "temporary_bytes": (int,),
     "error": (str,),  # why there is no figure, or what was wrong with the result
@@ -78,6 +79,13 @@ def check(record: dict[str, Any]) -> None:
         if type(value) not in types:
             expected = " or ".join(kind.__name__ for kind in types)
             raise ValueError(f"record: field {field}: expected {expected}, got {value!r}.")
+
+
+def bind(record: dict[str, Any], microseconds: float) -> None:
+    """Put the bound of a record's median into it, and whether the median is within; if there is one."""
+    if record["median_us"] is not None:
+        record["bound_us"] = float(microseconds)
+        record["within_bound"] = bool(record["median_us"] <= microseconds)
 
 
 def rate(record: dict[str, Any]) -> float | None:

@@ -201,7 +201,7 @@ class Session(Ranks):
             record["memory_gbs"] = rate(traffic.memory // max(self.gpus, 1))
             if traffic.moved and self.on_gpu:
                 record["moved_bytes"] = traffic.moved // self.gpus
-                record["bound_us"] = latency.bound_us(record["moved_bytes"])
+                records.bind(record, latency.bound_us(record["moved_bytes"]))
         if name is not None:
             record["name"] = name
         if temporary_bytes is not None:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from jax_ep._core.types import Layout
-from jax_ep.bench import layer, ops, overlap_ops, peers
+from jax_ep.bench import latency_arms, layer, ops, overlap_ops, peers
 from jax_ep.bench.cases import (
     COMBINE_HALVES,
     DISPATCH_HALVES,
@@ -34,7 +34,8 @@ def suite(name: str, machine: Machine) -> list[Case]:
       the two calls that ops have in latency mode.
     * "routing": dispatch and combine under every routing pattern.
     * "layer": forward and backward of whole layers, in several implementations.
-    * "overlap": ops in flight, each alone and beside a matmul or grouped_dot; layers in chunks.
+    * "overlap": ops in flight, each alone and beside a matmul or grouped_dot; layers in chunks. Those
+      that have a bound come first.
     * "smoke": a little of everything, for any machine.
     """
     return list(dict.fromkeys(_SUITES[name](machine)))
@@ -81,6 +82,14 @@ def layers(base: Case, intermediate: int) -> list[Case]:
     return [*arms[:2], products, *arms[2:]]
 
 
+def chunked_layers(base: Case, width: int) -> list[Case]:
+    """A layer in chunks, in line, and their parts, by which it is known what is hidden."""
+    base = dataclasses.replace(
+        base, op="layer", layout="expert", capacity="default", intermediate=width
+    )
+    return [dataclasses.replace(base, name=name) for name in layer.CHUNKED]
+
+
 def overlaps(base: Case, width: int) -> list[Case]:
     """Ops in flight on a workload, beside a matmul of ``[T, H] x [H, width]``."""
     return _arms(base, width, overlap_ops.ARMS)
@@ -89,6 +98,13 @@ def overlaps(base: Case, width: int) -> list[Case]:
 def _arms(base: Case, width: int, names: Sequence[str]) -> list[Case]:
     base = dataclasses.replace(base, op="overlap", intermediate=width)
     return [dataclasses.replace(base, name=name) for name in names]
+
+
+def beside_calls(base: Case, width: int) -> list[Case]:
+    """Ops of latency mode with compute between their calls; 128 tokens, unless there are fewer."""
+    names = [arm for compute in latency_arms.COMPUTE for arm in latency_arms.beside(compute)]
+    names += [*latency_arms.BETWEEN_ARMS, *latency_arms.LATE_ARMS]
+    return _arms(dataclasses.replace(base, mode="latency"), width, names)
 
 
 def _of(base: Case, names: tuple[Op, ...], **changes: object) -> list[Case]:
@@ -218,18 +234,17 @@ def _layer(machine: Machine) -> list[Case]:
 
 def _overlap(machine: Machine) -> list[Case]:
     base = throughput_case(machine)
+    few = Case(tokens=128)
     if machine.gpus == 0:
-        base = dataclasses.replace(base, tokens=128, hidden=256)
-    wide = dataclasses.replace(base, op="layer", alignment=1, experts=16, intermediate=2048)
-    if machine.gpus == 0:
-        wide = dataclasses.replace(wide, intermediate=128)
+        base, few = (dataclasses.replace(c, tokens=128, hidden=256) for c in (base, _ON_CPU))
+    token = dataclasses.replace(base, layout="token")
+    wide = dataclasses.replace(base, alignment=1, experts=16)
     return [
+        *beside_calls(dataclasses.replace(few, layout="token"), 2304),
+        *_arms(token, 2048, overlap_ops.BOUND_ARMS),
+        *(case for width in (2048, 256) for case in chunked_layers(wide, width)),
         *(case for at in _LAYOUTS for case in overlaps(dataclasses.replace(base, layout=at), 2048)),
-        *_arms(dataclasses.replace(base, layout="token"), 2048, overlap_ops.GROUPED_ARMS),
-        *(
-            dataclasses.replace(wide, name=name, capacity="default")
-            for name in ("jax_ep", layer.CHUNKS.name)
-        ),
+        *_arms(token, 2048, overlap_ops.GROUPED_ARMS),
     ]
 
 
@@ -247,7 +262,9 @@ def _smoke(machine: Machine) -> list[Case]:
         *layers(dataclasses.replace(_SMALL, dtype="float32"), intermediate=64),
         *_of(_SMALL, (*DISPATCH_HALVES, *COMBINE_HALVES), layout="token", mode="latency"),
         *overlaps(dataclasses.replace(_SMALL, dtype="float32"), width=64),
-        *_arms(dataclasses.replace(_SMALL, dtype="float32"), 64, overlap_ops.GROUPED_ARMS[-1:]),
+        *_arms(dataclasses.replace(_SMALL, dtype="float32"), 64, overlap_ops.BOUND_ARMS[-2:]),
+        *beside_calls(dataclasses.replace(_SMALL, layout="token"), 64)[-6::2],
+        *chunked_layers(dataclasses.replace(_SMALL, dtype="float32", alignment=1), 64),
     ]
 
 

@@ -17,16 +17,9 @@ def table(found: list[dict[str, Any]]) -> rich.table.Table:
     out.add_column("op", overflow="fold")
     for column in ("SMs", "us", "p10 to p90", "GB/s", "of ceiling", "logical GB/s", "MiB"):
         out.add_column(column, justify="right", no_wrap=column == "p10 to p90")
-    bounded = any("bound_us" in record for record in found)
-    if bounded:
-        out.add_column("MB moved", justify="right")
-        out.add_column("bound us", justify="right")
     out.add_column("correct")
     for record in found:
-        cells = row(record)
-        if bounded:
-            cells[-1:-1] = bound(record)
-        out.add_row(*cells, style=None if record["correct"] else "red")
+        out.add_row(*row(record), style=None if record["correct"] else "red")
     return out
 
 
@@ -35,7 +28,7 @@ CAPTION = (
     "ranks share memory, read and written there by all of them; ceiling: the fastest way in this run "
     "(op ceiling); logical: bytes that stay on their rank counted too. MiB: workspace + scratch; of a "
     "layer, all temporaries of its program. MB moved: of an op in latency mode, in the memory that "
-    "ranks share; bound us: what it may take for them."
+    "ranks share."
 )
 
 
@@ -45,9 +38,8 @@ def row(record: dict[str, Any]) -> list[str]:
         return [records.label(record), *[""] * 7, "too noisy" if record["correct"] else "failed"]
     temporary = record.get("temporary_bytes", record["scratch_bytes"])
     memory = (record["workspace_bytes"] + temporary) / _MIB
-    hidden = f", {record['share_hidden']:.0%} hidden" if "share_hidden" in record else ""
     return [
-        records.label(record) + hidden,
+        records.label(record) + notes(record),
         str(record["num_sms"] or ""),
         f"{record['median_us']:.1f}",
         f"{record['p10_us']:.1f} to {record['p90_us']:.1f}",
@@ -59,15 +51,17 @@ def row(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def bound(record: dict[str, Any]) -> list[str]:
-    """What the op moves and may take, two cells."""
-    if "bound_us" not in record:
-        return ["", ""]
-    over = record["median_us"] is not None and record["median_us"] > record["bound_us"]
-    return [
-        f"{record['moved_bytes'] / 1e6:.2f}",
-        f"{record['bound_us']:.1f}{' missed' if over else ''}",
-    ]
+def notes(record: dict[str, Any]) -> str:
+    """What a record says besides its figure: what is hidden, who was late, its bound."""
+    text = f", {record['share_hidden']:.0%} hidden" if "share_hidden" in record else ""
+    if "moved_bytes" in record:
+        text += f", {record['moved_bytes'] / 1e6:.2f} MB moved"
+    if "late_us" in record:
+        text += f", late by {record['late_us']:.0f} us"
+    if "bound_us" in record:
+        kept = "within" if record["within_bound"] else "OVER"
+        text += f", {kept} its bound of {record['bound_us']:.1f} us"
+    return text
 
 
 def share(record: dict[str, Any]) -> str:
@@ -86,9 +80,7 @@ def line(record: dict[str, Any]) -> str:
         return f"{name}: {records.rate(record):.1f} GB/s"
     spread = f"{record['p10_us']:.1f} to {record['p90_us']:.1f}"
     of_ceiling = f", {share(record)} of the ceiling" if share(record) else ""
-    moved, most = bound(record)
-    of_bound = f", bound {most} for {moved} MB moved" if most else ""
-    return f"{name}: {record['median_us']:.1f} us ({spread}){of_ceiling}{of_bound}"
+    return f"{name}: {record['median_us']:.1f} us ({spread}){of_ceiling}{notes(record)}"
 
 
 def failures(found: list[dict[str, Any]]) -> list[str]:
@@ -98,6 +90,17 @@ def failures(found: list[dict[str, Any]]) -> list[str]:
         if not record["correct"] or record["median_us"] is None:
             reasons.setdefault(record.get("error", ""), []).append(records.label(record))
     return [f"{', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
+
+
+def bounds(found: list[dict[str, Any]]) -> list[str]:
+    """How many figures are within their bounds, and which are not, one line each."""
+    bound = [record for record in found if "bound_us" in record]
+    over = [record for record in bound if not record["within_bound"]]
+    lines = [f"{len(bound) - len(over)} of {len(bound)} figures are within their bounds"]
+    for record in over:
+        us, most = record["median_us"], record["bound_us"]
+        lines.append(f"{records.label(record)}: {us:.1f} us, OVER its bound of {most:.1f} us")
+    return lines if bound else []
 
 
 def ratios(found: list[dict[str, Any]]) -> list[str]:

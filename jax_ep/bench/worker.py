@@ -61,12 +61,14 @@ def main(path: str, index: int) -> None:
 
 def _measure(session: Any, case: Case) -> dict[str, Any]:
     """The record of a case, or of its failure in this process."""
-    from jax_ep.bench import half_ops, layer_ops, ops, overlap_ops, peers
+    from jax_ep.bench import half_ops, latency_beside, layer_ops, ops, overlap_ops, peers
     from jax_ep.bench.traffic import Traffic
 
     by_op = {"layer": layer_ops.measure, "overlap": overlap_ops.measure}
     by_op |= dict.fromkeys(HALVES, half_ops.measure)
     run = by_op.get(case.op, ops.measure)
+    if case.op == "overlap" and case.mode == "latency":
+        run = latency_beside.measure
     if case.op == "exchange" or case.name == peers.ALL_TO_ALL:
         run = peers.measure
     try:

@@ -83,11 +83,14 @@ struct Buffer {
   }
 };
 
+// Two ops may be in flight at once.
+constexpr int kNumChannels = 2;
+
 struct Rank {
   int device;
-  cudaStream_t stream;
+  cudaStream_t stream, second_stream;
   cudaEvent_t begin, end;
-  cuda::Channel* channel;
+  cuda::Channel* channel;  // the first of kNumChannels
   cuda::ErrorRecord* error;
   Buffer<int32_t> topk_idx, topk, dest_row, recv_rows, recv_src, expert_idx, group_sizes, counts,
       demand, num_dropped, num_invalid, scratch;
@@ -171,6 +174,7 @@ inline std::vector<Rank> MakeRanks(const Workload& w, std::mt19937& generator) {
     rank.device = r % num_devices;
     CHECK_CUDA(cudaSetDevice(rank.device));
     CHECK_CUDA(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking));
+    CHECK_CUDA(cudaStreamCreateWithFlags(&rank.second_stream, cudaStreamNonBlocking));
     rank.topk_idx.Resize(size_t(T) * K);
     std::vector<int> experts(E);
     std::iota(experts.begin(), experts.end(), 0);
@@ -283,14 +287,18 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
       if (peer != rank.device && cudaDeviceEnablePeerAccess(peer, 0) != cudaSuccess)
         cudaGetLastError();
     }
-    CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&rank.channel), sizeof(cuda::Channel)));
-    CHECK_CUDA(cudaMemset(rank.channel, 0, sizeof(cuda::Channel)));
+    constexpr size_t kBytes = kNumChannels * sizeof(cuda::Channel);
+    CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&rank.channel), kBytes));
+    CHECK_CUDA(cudaMemset(rank.channel, 0, kBytes));
     CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&rank.error), sizeof(cuda::ErrorRecord),
                              cudaHostAllocPortable | cudaHostAllocMapped));
     std::memset(rank.error, 0, sizeof(cuda::ErrorRecord));
     // A stream's first launch sets things up, and that must not wait for kernels that wait for this
     // rank.
-    CHECK_CUDA(cudaMemsetAsync(rank.channel, 0, sizeof(cuda::Channel), rank.stream));
+    for (cudaStream_t stream : {rank.second_stream, rank.stream}) {
+      CHECK_CUDA(cudaMemsetAsync(rank.channel, 0, kBytes, stream));
+      CHECK_CUDA(cudaStreamSynchronize(stream));
+    }
     CHECK_CUDA(cudaEventCreate(&rank.begin));
     CHECK_CUDA(cudaEventCreate(&rank.end));
     CHECK_CUDA(cudaEventRecord(rank.begin, rank.stream));
@@ -311,7 +319,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     group.error = ranks[r].error;
     group.rank = r;
     group.num_ranks = R;
-    group.num_channels = 1;
+    group.num_channels = kNumChannels;
     group.arrival_timeout_ns = group.op_timeout_ns =
         options.Int("timeout", 5) * uint64_t{1'000'000'000};
     group.tag = 7;
@@ -321,8 +329,10 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
       constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;
       regions[i] = {i % cuda::kMaxRegions * kSize, kSize};
     }
-    CHECK_CUDA(cudaMemcpy(ranks[r].channel->regions, regions.data(),
-                          regions.size() * sizeof(cuda::Region), cudaMemcpyHostToDevice));
+    for (int channel = 0; channel < kNumChannels; ++channel) {
+      CHECK_CUDA(cudaMemcpy(ranks[r].channel[channel].regions, regions.data(),
+                            regions.size() * sizeof(cuda::Region), cudaMemcpyHostToDevice));
+    }
   }
 }
 

@@ -6,11 +6,14 @@
 //                [ranks=2] [alignment=128] [capacity=0 (what is received, rounded up)] [repeat=20]
 //                [plan=auto|push|pull] [dtype=bf16|f32|f16] [fp8=0|1] [timeout=5 (seconds)]
 //                [check=1] [sets=1] [weighted=0|1 (combine)] [keeps_unused=0|1] [behind=0|1]
-//                [cast_blocks=100] [cast=fp8|ue8m0 dense=1]
+//                [cast_blocks=100] [cast=fp8|ue8m0 dense=1] [at_once=0|1]
 //
 // With behind=1, the results checked are those of a plan and a dispatch launched behind it; with
 // fp8=1 too, of rows that are cast between the two. With cast= and dense=1, each dispatch casts its
 // rows, and they come dense.
+//
+// With at_once=1, the rows and sums checked are those of dispatches and combines that ran at the
+// same time, in flight on a channel and a stream each.
 //
 // With several sets, consecutive launches read equal inputs from different memory. So, as with new
 // data, the inputs are not in the L2 cache, and their addresses are not in the TLB.
@@ -142,6 +145,32 @@ int main(int argc, char** argv) {
     CHECK_CUDA(cuda::LaunchCombineVjp(CombineVjpParamsOf(w, ranks[r], launch), ranks[r].stream));
   };
 
+  // Runs `run` for all ranks at once, until their streams are done.
+  const auto on_all = [&](auto&& run) {
+    std::vector<std::thread> threads;
+    for (int r = 0; r < R; ++r) {
+      threads.emplace_back([&, r] {
+        CHECK_CUDA(cudaSetDevice(ranks[r].device));
+        run(r);
+        CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
+        CHECK_CUDA(cudaStreamSynchronize(ranks[r].second_stream));
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  };
+  const auto stop_if_failed = [&] {
+    bool failed = false;
+    for (const Rank& rank : ranks) {
+      const cuda::ErrorRecord& error = *rank.error;
+      if (error.set == 0) continue;
+      failed = true;
+      std::printf("FAILED: kind %u rank %u peer %u op %u word %u expected %llx seen %llx\n",
+                  error.kind, error.rank, error.peer, error.op, error.word,
+                  (unsigned long long)error.expected, (unsigned long long)error.seen);
+    }
+    if (failed) std::exit(1);
+  };
+
   // Times `launch` on all ranks at once: the slower rank's time per op over `repeat` ops.
   const auto time = [&](const char* name, auto&& launch, double wire_bytes) {
     // Graphs keep the host's launches out of the times. All graphs are made before one begins,
@@ -157,17 +186,6 @@ int main(int argc, char** argv) {
       CHECK_CUDA(cudaGraphUpload(graphs[r], ranks[r].stream));
       CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
     }
-    const auto on_all = [&](auto&& run) {
-      std::vector<std::thread> threads;
-      for (int r = 0; r < R; ++r) {
-        threads.emplace_back([&, r] {
-          CHECK_CUDA(cudaSetDevice(ranks[r].device));
-          run(r);
-          CHECK_CUDA(cudaStreamSynchronize(ranks[r].stream));
-        });
-      }
-      for (std::thread& thread : threads) thread.join();
-    };
     on_all([&](int r) { launch(r, 0); });
     std::vector<float> ms(R);
     on_all([&](int r) {
@@ -182,16 +200,7 @@ int main(int argc, char** argv) {
     std::printf("  %-12s %8.1f us", name, us);
     if (wire_bytes > 0) std::printf("  %6.1f GB/s", wire_bytes / us * 1e-3);
     std::printf("\n");
-    bool failed = false;
-    for (const Rank& rank : ranks) {
-      const cuda::ErrorRecord& error = *rank.error;
-      if (error.set == 0) continue;
-      failed = true;
-      std::printf("FAILED: kind %u rank %u peer %u op %u word %u expected %llx seen %llx\n",
-                  error.kind, error.rank, error.peer, error.op, error.word,
-                  (unsigned long long)error.expected, (unsigned long long)error.seen);
-    }
-    if (failed) std::exit(1);
+    stop_if_failed();
   };
   // Dense rows that the cast makes into those that are dispatched.
   const bool behind = options.Int("behind", 0) != 0;
@@ -258,6 +267,23 @@ int main(int argc, char** argv) {
     rank.d_rows.MakeCopies(w.sets);
   }
   time("combine", run_combine, rows_over_link * H * width);
+  if (options.Int("at_once", 0) != 0) {
+    for (Rank& rank : ranks) {
+      CHECK_CUDA(cudaSetDevice(rank.device));
+      w.Poison(rank.rows);
+      w.Poison(rank.y);
+    }
+    on_all([&](int r) {
+      for (int launch = 0; launch < repeat; ++launch) {
+        cuda::CombineParams combine = CombineParamsOf(w, ranks[r], launch);
+        combine.group.channel = 1;
+        for (int p = 0; p < R; ++p) ++combine.group.peers[p];
+        CHECK_CUDA(cuda::LaunchCombine(combine, ranks[r].second_stream));
+        run_dispatch(r, launch);
+      }
+    });
+    stop_if_failed();
+  }
   if (options.Int("check", 1) == 0) return 0;
 
   // Runs the same op on the CPU.

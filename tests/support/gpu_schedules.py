@@ -2,11 +2,11 @@
 
     python tests/support/gpu_schedules.py NAME...
 
-Names are those of ``PROGRAMS``. Each line of the output is an object with "name" and what came of it:
-"ops", the interesting instructions of the entry computation in order. An op in flight is "start
-dispatch 1" and, later, "done dispatch 1", numbered by kind in the order of starts; an op in line is
-"plan", a matmul is "matmul", and a kernel of ``grouped_dot`` on n blocks is "grouped_dot n". Or
-"found", what was looked for in lowered programs.
+Names are those of ``PROGRAMS``, or "bench of" and an arm of ``jax_ep.bench.latency_beside``. Each line
+of the output is an object with "name" and what came of it: "ops", the interesting instructions of the
+entry computation in order. An op in flight is "start dispatch 1" and, later, "done dispatch 1",
+numbered by kind in the order of starts; an op in line is "plan", a matmul is "matmul", and a kernel of
+``grouped_dot`` on n blocks is "grouped_dot n". Or "found", what was looked for in lowered programs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import deviceless  # sets what JAX starts with
 
 # isort: split
 import contextlib
-import dataclasses
 import json
 import sys
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import bench_schedules
 import jax_ep
 import kernel_grids
 import schedule
@@ -34,9 +34,6 @@ from jax_ep import _compat
 from jax_ep._backends import region
 from jax_ep._core import libraries
 from jax_ep._groups import create, gpu_side
-from jax_ep.bench import half_ops, ops
-from jax_ep.bench.cases import Case
-from jax_ep.bench.problems import Problem
 
 RANKS, TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2, 512, 256, 512, 8, 2
 
@@ -156,47 +153,6 @@ def latency_mode(*, named: bool, grad: bool = False) -> dict[str, Any]:
     return schedule_of(jax.grad(loss), given)
 
 
-def readings(op: str) -> dict[str, Any]:
-    """The benchmark's chain of two ops in two calls: what runs between their first reading and last."""
-    group = jax_ep.create_group(MESH, "expert", latency_tokens=8, latency_hidden=256)
-    case = Case(
-        op=op, layout="token", mode="latency", tokens=8, hidden=256, top_k=TOP_K, experts=EXPERTS
-    )
-    session = mock.Mock(group_of=lambda case: group)
-    problem = Problem(case, RANKS)
-    x, topk_idx, weights = (
-        jax.ShapeDtypeStruct((8, 256), jnp.bfloat16),
-        jax.ShapeDtypeStruct((8, TOP_K), jnp.int32),
-        jax.ShapeDtypeStruct((8, TOP_K), jnp.float32),
-    )
-
-    def on_each(inputs):
-        if op == "combine":
-            out = ops.step_of(session, dataclasses.replace(case, op="dispatch"), problem).run(
-                inputs
-            )
-            inputs = out.tokens, out.handle
-        return inputs
-
-    def run(inputs, value):
-        return half_ops.chain(session, case, problem, length=2)([on_each(inputs)], value)
-
-    mapped = jax.shard_map(
-        run, mesh=MESH, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
-    )
-    given = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (RANKS * x.shape[0], *x.shape[1:]), x.dtype, sharding=NamedSharding(MESH, P("expert"))
-        ),
-        ((x, topk_idx, weights), jax.ShapeDtypeStruct((1,), jnp.int32)),
-    )
-    found = schedule.schedule(deviceless.lowered(mapped, *given).compile().as_text())
-    quiet = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant")
-    kinds = [op.kind.removeprefix("jax_ep_") for op in found if op.kind not in quiet]
-    clocks = [place for place, kind in enumerate(kinds) if kind == "clock"]
-    return {"ops": kinds[clocks[2 * half_ops.READINGS] : clocks[-1] + 1]}
-
-
 def same_text_as_on_real_gpus() -> dict[str, Any]:
     """Whether a program is the same where the devices count as real ones, with a real group."""
     text = deviceless.lowered(*flat(layer(overlap="chunks"))).as_text()
@@ -280,6 +236,11 @@ def flat(made: tuple[Any, Any]) -> tuple[Any, ...]:
     return program, *given
 
 
+def bench_chain(name: str) -> dict[str, Any]:
+    """The calls and products of two turns of an arm of ``bench.latency_beside``."""
+    return {"ops": bench_schedules.turns(MESH, name)}
+
+
 PROGRAMS = {
     "same text": same_text_as_on_real_gpus,
     "free": lambda: two_in_flight(after=False),
@@ -293,8 +254,9 @@ PROGRAMS = {
     "latency": lambda: latency_mode(named=True),
     "latency gradient": lambda: latency_mode(named=True, grad=True),
     "latency without names": lambda: latency_mode(named=False),
-    "readings of dispatch": lambda: readings("dispatch"),
-    "readings of combine": lambda: readings("combine"),
+    "readings of dispatch": lambda: {"ops": bench_schedules.readings(MESH, "dispatch")},
+    "readings of combine": lambda: {"ops": bench_schedules.readings(MESH, "combine")},
+    "bench on one rank": lambda: schedule_of(*bench_schedules.on_one_rank()),
     "memory": memory_by_room,
     "hosts": across_hosts,
     "shared_expert": lambda: schedule_of(*layer(overlap="shared_expert", shared=True)),
@@ -326,4 +288,6 @@ def interesting(ops: list[schedule.Op]) -> list[str]:
 if __name__ == "__main__":
     take_devices(RANKS)
     for name in sys.argv[1:]:
-        print(json.dumps({"name": name} | PROGRAMS[name]()), flush=True)
+        is_arm = name.startswith("bench of ")
+        found = bench_chain(name.removeprefix("bench of ")) if is_arm else PROGRAMS[name]()
+        print(json.dumps({"name": name} | found), flush=True)
