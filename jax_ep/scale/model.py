@@ -122,6 +122,11 @@ class Prediction:
         """Number of ranks of all hosts."""
         return self.hosts * self.ranks_per_host
 
+    @property
+    def planned_dispatch_us(self) -> float:
+        """Microseconds of a dispatch with a new plan."""
+        return self.plan.us + self.dispatch.us - _beside_plan_us(self.machine, self.hosts)
+
     def host_gbs(self, op: Literal["dispatch", "combine"]) -> float:
         """GB/s in DeepEP's count: a row for each (token, host), the own host included, over the time.
 
@@ -188,11 +193,18 @@ def predict(
         plan=plan,
         dispatch=dispatch,
         combine=combine,
-        layer=LayerTimes(plan.us + dispatch.us + combine.us, back.us + combine.us),
+        layer=LayerTimes(
+            plan.us + dispatch.us - _beside_plan_us(machine, hosts) + combine.us,
+            back.us + combine.us,
+        ),
         memory=_memory(workload, machine, hosts, ranks),
         workload=workload,
         machine=machine,
     )
+
+
+def _beside_plan_us(machine: Machine, hosts: int) -> float:
+    return machine.beside_plan_us if hosts == 1 else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
