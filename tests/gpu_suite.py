@@ -40,9 +40,9 @@ from typing import IO
 
 sys.path.insert(0, str(pathlib.Path(__file__).with_name("support")))
 
-import emulated_decode
 import gpu_window
 import host_stages
+import kernel_stages
 import latency_stages
 import machine
 import mps
@@ -60,63 +60,6 @@ PYTEST = "{python} -m pytest -q -p no:cacheprovider --durations=5"
 # xdist.
 PARALLEL = "-n 8 -p no:benchmark" if importlib.util.find_spec("xdist") else ""
 BENCH = "{python} -m jax_ep.bench"
-# Programs of several ranks with few rows, because the tools slow them down by orders of magnitude.
-SANITIZED = [
-    "kernels_test layout=expert ranks=2 plan=push",
-    "kernels_test layout=token ranks=2 plan=pull",
-    "kernels_test layout=expert ranks=2 fp8=1",
-    "kernels_test layout=token ranks=2 cast=fp8 dense=1",
-    "kernels_test layout=expert ranks=3 dtype=f32 plan=push",
-    "kernels_test layout=expert ranks=2 at_once=1",
-    "decode_test layout=expert ranks=2 weighted=1 alignment=1",
-    "decode_test layout=token ranks=2 fp8=1",
-    "decode_test layout=token ranks=2 order=flying",
-]
-SMALL = "tokens=100 hidden=512 experts=12 topk=4 blocks=6 repeat=2 timeout=60"
-# The workload of the decode benchmarks; the times are those of graphs of so many ops.
-DECODE = "tokens=128 alignment=1 blocks=50 steps=2 time=200"
-RACES = "tokens=2000 hidden=256 experts=12 topk=4 blocks=6"
-# What a rank does in failures_test.
-FAILED = "tokens=1000 hidden=1024 experts=12 topk=4 blocks=6 ranks=3"
-FAILURES = [
-    f"op={op} layout={layout} failure={failure}"
-    for op, layout in (
-        ("dispatch", "expert"),
-        ("dispatch", "token"),
-        ("combine", "token"),
-        ("combine_vjp", "expert"),
-    )
-    for failure in (
-        "absent",
-        "gone",
-        "gone phase=close",
-        "mismatch",
-        "stops",
-        "unreachable",
-        "misplaced",
-        "misplaced coords=instance",
-    )
-] + [
-    "op=combine layout=expert failure=absent",
-    "op=combine layout=expert failure=mismatch other=dispatch",
-    "op=combine layout=expert failure=unreachable",
-    "op=combine layout=expert failure=misplaced",
-    "op=combine layout=expert failure=gone phase=close items=60000",
-    "op=combine layout=expert failure=gone phase=rows",
-    "op=combine layout=expert failure=gone routes=first phase=rows tokens=8000 ranks=2",
-    "op=dispatch layout=expert failure=concurrent other=combine",
-    "op=combine layout=expert failure=concurrent other=dispatch other_tag=1 ranks=2",
-    "op=combine layout=token failure=concurrent other=dispatch other_blocks=2",
-    "op=combine_vjp layout=expert failure=concurrent other=combine",
-    "op=combine layout=expert failure=stops items=60000",
-    "op=combine layout=expert failure=stops items=2 phase=rows",
-    "op=combine layout=expert failure=stops routes=first word=receipt tokens=8000 ranks=2",
-    "op=dispatch layout=expert failure=withholds word=address",
-    "op=dispatch layout=expert failure=absent ranks=2 behind=1",
-    "op=dispatch layout=token failure=gone ranks=2 behind=1",
-    "op=plan layout=expert failure=withholds word=total",
-    "op=plan layout=token failure=withholds word=message plan=push",
-]
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 
 
@@ -144,46 +87,11 @@ def stages(gpus: int) -> dict[str, Stage]:
     for_nccl = 1 if machine.NCCL_SHARES_GPUS else 2  # GPUs that two ranks of it need
     shared = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".05"}  # tests that start processes
     found = {
-        "kernels": Stage(  # bit by bit against the CPU backend, and times
-            ["{binaries}/plan_test check=1 failures=1 time=1"]
-            + [
-                f"{{binaries}}/kernels_test layout={layout} {rows} blocks={blocks}"
-                f" tokens={4096 if gpus > 1 else 2048}"
-                for layout, blocks in (("expert", 64), ("token", 24))
-                for rows in ("fp8=0", "fp8=1", "cast=fp8 dense=1")
-            ]
-            # Not all blocks of both ranks fit at once, although all wait for the other rank.
-            + [
-                "{binaries}/kernels_test layout=expert blocks=90 tokens=2048 plan=pull"
-                f" ranks={2 * gpus}"
-            ]
-            + [f"{{binaries}}/failures_test {FAILED} {failure}" for failure in FAILURES]
-            + [
-                f"{{binaries}}/races_test race={race} layout={layout} ranks=3 tries=50 {RACES}"
-                for race in ("close", "reuse", "wrap")
-                for layout in ("expert", "token")
-            ],
-            seconds=300,
-        ),
-        "decode": Stage(  # the same of latency mode
-            [
-                f"{{binaries}}/decode_test layout={layout} {rows} {DECODE}"
-                for layout in ("token", "expert")
-                for rows in ("fp8=1", "fp8=0", "cast=fp8")
-            ]
-            + [f"{{binaries}}/decode_test {given}" for given in emulated_decode.STEPS]
-            + [f"{{binaries}}/decode_failures_test {given}" for given in emulated_decode.FAILURES],
-            seconds=300,
-        ),
+        "kernels": Stage(kernel_stages.of_one_host(gpus), seconds=300),
+        "kernels_between_hosts": Stage(kernel_stages.between_hosts(), seconds=120),
+        "decode": Stage(kernel_stages.of_latency_mode(), seconds=300),
         "mutations": Stage(["tests/cuda/mutations.sh run {binaries}"], seconds=300),
-        "sanitizers": Stage(
-            [
-                f"compute-sanitizer --tool {tool} --error-exitcode 1 {{binaries}}/{program} {SMALL}"
-                for tool in ("memcheck", "racecheck", "synccheck")
-                for program in SANITIZED
-            ],
-            seconds=180,
-        ),
+        "sanitizers": Stage(kernel_stages.sanitizers(), seconds=200),
         "grouped_dot": Stage(
             [f"{PYTEST} {PARALLEL} tests/test_grouped_dot.py tests/test_grouped_dot_hopper.py"],
             environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": ".08"},

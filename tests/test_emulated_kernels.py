@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -422,6 +423,15 @@ def test_hosts_on_a_late_network(binaries: Binaries, arguments: str, seed: int) 
     """Results are right to the bit, and each row crosses once to each host that needs it."""
     # Three steps use words of either parity of the epoch again; the second schedule has two.
     _run_well(binaries / "network_test", f"{arguments} seed={seed} steps={4 - seed}", seed=seed)
+
+
+def test_times_between_hosts(binaries: Binaries) -> None:
+    """What is timed on GPUs runs; a time of the emulator says nothing."""
+    run = _run(binaries / "network_test", "layout=expert direct=1 time=2")
+    assert run.returncode == 0, run.stdout
+    assert re.findall(r"^  (\w+) +[\d.]+ us$", run.stdout, re.M) == [
+        "dispatch", "combine", "combine_vjp"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", emulated_network.PLANS)

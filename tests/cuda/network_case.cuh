@@ -174,13 +174,15 @@ inline bool IsDirect(const Options& options, int host, int other) {
 // Each rank with network memory, and `more_bytes` behind it.
 inline std::vector<NetworkRank> MakeNetwork(const Workload& w, const Options& options,
                                             const cuda::NetworkShape& shape,
+                                            const std::vector<Rank>& ranks,
                                             int64_t more_bytes = 0) {
   const int hosts = shape.num_hosts, n = shape.host_ranks;
-  CHECK_CUDA(cuda::LoadNetworkDispatch());
-  CHECK_CUDA(cuda::LoadNetworkCombine());
-  CHECK_CUDA(cuda::LoadNetworkCombineVjp());
   std::vector<NetworkRank> network(w.R);
   for (int r = 0; r < w.R; ++r) {
+    CHECK_CUDA(cudaSetDevice(ranks[r].device));
+    CHECK_CUDA(cuda::LoadNetworkDispatch());
+    CHECK_CUDA(cuda::LoadNetworkCombine());
+    CHECK_CUDA(cuda::LoadNetworkCombineVjp());
     NetworkRank& self = network[r];
     const int64_t bytes = shape.bytes() + more_bytes;
     CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&self.memory), bytes));
@@ -193,6 +195,7 @@ inline std::vector<NetworkRank> MakeNetwork(const Workload& w, const Options& op
     self.recv_row.Resize(w.C);
   }
   for (int r = 0; r < w.R; ++r) {
+    CHECK_CUDA(cudaSetDevice(ranks[r].device));
     NetworkRank& self = network[r];
     self.counterparts.Resize(hosts);
     for (int h = 0; h < hosts; ++h) {

@@ -38,7 +38,7 @@ class Test {
         shape_(shape),
         timeout_ns_(timeout_ns),
         ranks_(ranks),
-        network_(MakeNetwork(w, options, shape)),
+        network_(MakeNetwork(w, options, shape, ranks)),
         times_(ranks.size()) {
     PlanOnCpu(w, ranks, network_);
     for (Buffer<uint64_t>& times : times_) times.Resize(2);

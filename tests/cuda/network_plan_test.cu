@@ -53,8 +53,8 @@ int main(int argc, char** argv) {
   Prepare(w, options, ranks, generator);
   const cuda::NetworkShape shape = ShapeOf(w, options);
   const int64_t message_bytes = (w.T * w.K * 2 + 127) / 128 * 128;
-  std::vector<NetworkRank> network =
-      MakeNetwork(w, options, shape, cuda::PlanMemory(nullptr, shape, message_bytes).bytes());
+  std::vector<NetworkRank> network = MakeNetwork(
+      w, options, shape, ranks, cuda::PlanMemory(nullptr, shape, message_bytes).bytes());
   const int steps = options.Int("steps", 4), given = options.Int("expert_capacity", 0);
   const int32_t expert_capacity = given > 0 ? given : std::numeric_limits<int32_t>::max();
   CHECK_CUDA(cuda::LoadNetworkPlan());

@@ -1,12 +1,19 @@
-// The kernels of groups that span hosts, on the emulator's network, bit by bit against the CPU
-// backend, with other routes in every step.
+// The kernels of groups that span hosts, bit by bit against the CPU backend, with other routes in
+// every step. On the emulator, over its network; on GPUs, which have no network here, by memory
+// that all ranks reach.
 //
 //   network_test [hosts=2] [ranks=4] [layout=expert|token] [tokens=40] [hidden=264] [topk=4]
 //                [experts=24] [blocks=2] [steps=3] [chunk_kib=4] [capacity=0 (what is received)]
 //                [lanes=BLOCKS] [dtype=bf16|f32|f16] [fp8=0|1] [weighted=0|1] [alignment=8]
-//                [masked=0|1|2] [op=all|dispatch|combine|combine_vjp] [timeout=60]
+//                [masked=0|1|2] [op=all|dispatch|combine|combine_vjp] [timeout=60] [direct=0|1|2]
+//                [time=0]
 //
-// masked=1: one rank has no tokens that go anywhere; masked=2: all but one.
+// masked=1: one rank has no tokens that go anywhere; masked=2: all but one. direct: which hosts
+// reach each other's memory (IsDirect); 1, all, on GPUs. With time=N, N launches of each op are
+// timed, and no result is looked at. The shape of the benchmarks, for two hosts of a rank each, is
+//
+//   network_test direct=1 time=40 ranks=2 tokens=4096 hidden=7168 topk=8 experts=256 alignment=128
+//                lanes=64 chunk_kib=256 blocks=48 layout=expert
 
 #include <cuda_runtime.h>
 
@@ -82,7 +89,7 @@ class Test {
         options_(options),
         shape_(shape),
         ranks_(ranks),
-        network_(MakeNetwork(w, options, shape)) {}
+        network_(MakeNetwork(w, options, shape, ranks)) {}
 
   void Plan() {
     PlanOnCpu(w_, ranks_, network_);
@@ -90,6 +97,37 @@ class Test {
       rank.rows.ToDevice();
       rank.row_weights.ToDevice();
     }
+  }
+
+  // Prints what an op takes on the slowest rank, as the mean of `count` launches.
+  void Time(const char* op, int count) {
+    const auto launch = [&](int r) {
+      CHECK_CUDA(cudaSetDevice(ranks_[r].device));
+      if (op == std::string("dispatch")) return LaunchDispatch(r);
+      op == std::string("combine") ? LaunchCombine(r) : LaunchCombineVjp(r);
+    };
+    // One rank after the other, because a launch may wait for room in the queue of its stream.
+    const auto launch_all = [&] {
+      for (int r = 0; r < w_.R; ++r) launch(r);
+    };
+    const auto record = [&](cudaEvent_t Rank::* event) {
+      for (Rank& rank : ranks_) {
+        CHECK_CUDA(cudaSetDevice(rank.device));
+        CHECK_CUDA(cudaEventRecord(rank.*event, rank.stream));
+      }
+    };
+    launch_all();
+    record(&Rank::begin);
+    for (int i = 0; i < count; ++i) launch_all();
+    record(&Rank::end);
+    Finish(op, 0, ranks_);
+    float slowest = 0;
+    for (const Rank& rank : ranks_) {
+      float ms;
+      CHECK_CUDA(cudaEventElapsedTime(&ms, rank.begin, rank.end));
+      slowest = std::max(slowest, ms);
+    }
+    std::printf("  %-12s %8.1f us\n", op, slowest * 1000 / count);
   }
 
   void Dispatch(int step) {
@@ -100,15 +138,7 @@ class Test {
       Poison(rank.row_scales);
       Poison(rank.row_weights);
     }
-    for (int r = 0; r < w.R; ++r) {
-      const auto p = NetworkDispatchParamsOf(w, ranks_[r], network_[r],
-                                             GroupOfRank(r, cuda::OpKind::kDispatch));
-      if (!cuda::FitsNetworkDispatch(p)) {
-        std::printf("a chunk has no room for a row\n");
-        std::exit(2);
-      }
-      CHECK_CUDA(cuda::LaunchNetworkDispatch(p, ranks_[r].stream));
-    }
+    for (int r = 0; r < w.R; ++r) LaunchDispatch(r);
     Finish("dispatch", step, ranks_);
     for (int r = 0; r < w.R; ++r) {
       Compare("rows", step, r, ranks_[r].rows);
@@ -130,11 +160,7 @@ class Test {
     const int row_bytes = traffic::CombineRowBytes(w.H * w.width, w.K);
     Carry(row_bytes);
     expected_bytes_ -= NumDropped() * row_bytes;
-    for (int r = 0; r < w.R; ++r) {
-      const auto p =
-          NetworkCombineParamsOf(w, ranks_[r], network_[r], GroupOfRank(r, cuda::OpKind::kCombine));
-      CHECK_CUDA(cuda::LaunchNetworkCombine(p, ranks_[r].stream));
-    }
+    for (int r = 0; r < w.R; ++r) LaunchCombine(r);
     Finish("combine", step, ranks_);
     for (int r = 0; r < w.R && w.T > 0; ++r) {
       Compare("y", step, r, ranks_[r].y);
@@ -152,11 +178,7 @@ class Test {
       w.Poison(rank.d_rows);
       Poison(rank.d_weights);
     }
-    for (int r = 0; r < w.R; ++r) {
-      const auto p = NetworkCombineVjpParamsOf(w, ranks_[r], network_[r],
-                                               GroupOfRank(r, cuda::OpKind::kCombineVjp));
-      CHECK_CUDA(cuda::LaunchNetworkCombineVjp(p, ranks_[r].stream));
-    }
+    for (int r = 0; r < w.R; ++r) LaunchCombineVjp(r);
     Finish("combine_vjp", step, ranks_);
     for (int r = 0; r < w.R; ++r) {
       Compare("d_rows", step, r, ranks_[r].d_rows);
@@ -168,6 +190,26 @@ class Test {
   size_t expected_bytes() const { return expected_bytes_; }
 
  private:
+  void LaunchDispatch(int r) {
+    const auto p = NetworkDispatchParamsOf(w_, ranks_[r], network_[r],
+                                           GroupOfRank(r, cuda::OpKind::kDispatch));
+    if (!cuda::FitsNetworkDispatch(p)) {
+      std::printf("a chunk has no room for a row\n");
+      std::exit(2);
+    }
+    CHECK_CUDA(cuda::LaunchNetworkDispatch(p, ranks_[r].stream));
+  }
+  void LaunchCombine(int r) {
+    const auto p =
+        NetworkCombineParamsOf(w_, ranks_[r], network_[r], GroupOfRank(r, cuda::OpKind::kCombine));
+    CHECK_CUDA(cuda::LaunchNetworkCombine(p, ranks_[r].stream));
+  }
+  void LaunchCombineVjp(int r) {
+    const auto p = NetworkCombineVjpParamsOf(w_, ranks_[r], network_[r],
+                                             GroupOfRank(r, cuda::OpKind::kCombineVjp));
+    CHECK_CUDA(cuda::LaunchNetworkCombineVjp(p, ranks_[r].stream));
+  }
+
   cuda::NetworkParams GroupOfRank(int r, cuda::OpKind op) const {
     return NetworkOf(ranks_, network_, shape_, r, op);
   }
@@ -222,8 +264,9 @@ int main(int argc, char** argv) {
   const int hosts = options.Int("hosts", 2), steps = options.Int("steps", 3);
   const int masked = options.Int("masked", 0);
   std::mt19937 generator(options.Int("seed", 1));
-  if (w.C == 0) w.C = EnoughCapacity(w);
+  const int timed = options.Int("time", 0);
   std::vector<Rank> ranks = MakeRanks(w, generator);
+  if (w.C == 0) w.C = timed > 0 ? NeededCapacity(w, ranks) : EnoughCapacity(w);
   Prepare(w, options, ranks, generator);
   const cuda::NetworkShape shape = ShapeOf(w, options);
   Test test(w, options, shape, ranks);
@@ -232,9 +275,17 @@ int main(int argc, char** argv) {
       hosts, w.R, w.T, w.K, w.E, w.H, w.C, w.by_expert ? "expert" : "token", w.dtype.c_str(),
       w.fp8 ? " fp8" : "", w.blocks, static_cast<long long>(shape.bytes() >> 10));
 
-  const auto runs = [op = options.Text("op", "all")](const char* name) {
-    return op == "all" || op == name;
+  const auto runs = [&w, op = options.Text("op", "all")](const std::string& name) {
+    if (op != "all" && op != name) return false;
+    return name == "dispatch" || (!w.fp8 && (name == "combine" || w.by_expert));
   };
+  if (timed > 0) {
+    test.Plan();
+    for (const char* op : {"dispatch", "combine", "combine_vjp"}) {
+      if (runs(op)) test.Time(op, timed);
+    }
+    return num_wrong == 0 ? 0 : 1;
+  }
   for (int step = 0; step < steps && num_wrong == 0; ++step) {
     for (int r = 0; r < w.R; ++r) {
       for (int32_t& expert : ranks[r].topk_idx.host) {
@@ -248,8 +299,8 @@ int main(int argc, char** argv) {
     }
     test.Plan();
     if (runs("dispatch")) test.Dispatch(step);
-    if (runs("combine") && !w.fp8 && num_wrong == 0) test.Combine(step, generator);
-    if (runs("combine_vjp") && w.by_expert && !w.fp8 && num_wrong == 0) test.CombineVjp(step);
+    if (runs("combine") && num_wrong == 0) test.Combine(step, generator);
+    if (runs("combine_vjp") && num_wrong == 0) test.CombineVjp(step);
   }
   const size_t expected_bytes = test.expected_bytes();
   if (num_wrong == 0 && emulator::BytesCarried() != expected_bytes) {
