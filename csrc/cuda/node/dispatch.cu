@@ -15,6 +15,7 @@
 #include "cuda/node/await_cast.cuh"
 #include "cuda/node/dense_mover.cuh"
 #include "cuda/node/dispatch.h"
+#include "cuda/node/stages.cuh"
 #include "cuda/plan/plan.h"
 #include "cuda/rows/clear.cuh"
 #include "cuda/rows/sources.cuh"
@@ -25,7 +26,6 @@ namespace {
 
 using plan::Layout;
 
-constexpr int kStages = 4;
 // Loads ahead of the stores, where a row is stored once and where it may be stored many times.
 constexpr int kFewStores = 3;
 constexpr int kManyStores = 2;
@@ -38,30 +38,6 @@ constexpr int kMaxMovers = 8;
 constexpr int kMaxDenseMovers = kMaxMovers * std::min(kStages, kDenseLoads) / kDenseLoads;
 constexpr int kHelpers = 4;              // warps
 constexpr int kStagesBytes = 200 << 10;  // of shared memory, for the stages of all movers
-constexpr int kMaxChunkBytes = 16 << 10;
-
-// How a row is divided for the stages.
-struct Chunks {
-  int32_t bytes;  // of all but the last
-  int32_t count;
-};
-
-__host__ __device__ Chunks ChunksOf(int32_t row_bytes) {
-  if (row_bytes == 0) return {16, 0};  // only weights are brought
-  const int32_t count = (row_bytes + kMaxChunkBytes - 1) / kMaxChunkBytes;
-  const int32_t bytes = plan::RoundUp((row_bytes + count - 1) / count, 16);
-  return {bytes, (row_bytes + bytes - 1) / bytes};
-}
-
-// Scales travel with the last chunk of their row if bulk copies can carry them.
-__host__ __device__ int32_t BulkScaleBytes(const DispatchParams& p) {
-  const int32_t bytes = p.scales_per_row * static_cast<int32_t>(sizeof(float));
-  return bytes % 16 == 0 ? bytes : 0;
-}
-
-__host__ __device__ int32_t StageBytes(const DispatchParams& p) {
-  return plan::RoundUp(ChunksOf(p.row_bytes).bytes, 128) + plan::RoundUp(BulkScaleBytes(p), 128);
-}
 
 __host__ __device__ int32_t NumMovers(const DispatchParams& p) {
   return plan::Min(kStagesBytes / (kStages * StageBytes(p)), kMaxMovers);
@@ -98,26 +74,34 @@ size_t SharedBytes(const DispatchParams& p) {
   return kStagesAt + static_cast<size_t>(kStages) * NumMovers(p) * StageBytes(p);
 }
 
+// Starts to load a mover's first rows while the plan runs, and returns their number. Only the plan
+// tells whether this rank has rows of their sources, but with as many experts for each token as
+// there are ranks, most have some. Else a row is loaded in vain, over a link that is idle.
+template <int kAhead>
+__device__ int32_t LoadEarly(const DispatchParams& p, OpNumbers op, const PeerInputs& inputs,
+                             int32_t warp, int32_t num_warps, const Stages& stages) {
+  if (ChunksOf(p.row_bytes).count != 1) return 0;
+  const SourceQueue<DispatchParams> sources(p, warp, num_warps, false);
+  const auto batch = sources.BatchOf(warp);
+  const int32_t count = plan::Min(kAhead, max(batch.size, 0));
+  for (int s = 0; s < count && threadIdx.x % 32 == 0; ++s) {
+    const int32_t source = NthSource(p, batch.first + s);
+    stages.Load<false>(p, op, nullptr, inputs, s, source, 0, p.row_bytes);
+  }
+  __syncwarp();
+  return count;
+}
+
 // One mover. Loads run up to kAhead items ahead of the stores. The other stages hold items whose
-// stores still read them.
+// stores still read them. LoadEarly has begun the first `num_early` items.
 template <int kAhead, bool kCast>
 __device__ void MoveRows(const DispatchParams& p, OpNumbers op, uint32_t* seen,
                          const PeerInputs& inputs, int32_t warp, int32_t num_warps,
-                         const char* zeros, char* stages, uint64_t* barriers) {
+                         const char* zeros, const Stages& stages, int32_t num_early) {
   const int32_t lane = threadIdx.x % 32;
   const Chunks chunks = ChunksOf(p.row_bytes);
-  const int32_t stage_bytes = StageBytes(p);
-  const int32_t scale_bytes = BulkScaleBytes(p);
-  const int32_t scale_offset = stage_bytes - plan::RoundUp(scale_bytes, 128);
-  if (lane == 0) {
-    for (int s = 0; s < kStages; ++s) ptx::InitBarrier(&barriers[s], 1);
-    ptx::FenceBarrierInit();
-    ptx::FenceProxyAsyncGlobal();
-  }
-  __syncwarp();
-
   RowClearer<DispatchParams> clearer(p, zeros, warp, num_warps);
-  SourceQueue<DispatchParams> sources(p, warp, num_warps);
+  SourceQueue<DispatchParams> sources(p, warp, num_warps, true, num_early);
   typename SourceQueue<DispatchParams>::Entry source{};
   int32_t load_chunk = chunks.count;
   int32_t row_of_stage[kStages];
@@ -137,23 +121,18 @@ __device__ void MoveRows(const DispatchParams& p, OpNumbers op, uint32_t* seen,
     ++load_chunk;
     if (lane == 0) {
       const int32_t bytes = plan::Min(chunks.bytes, p.row_bytes - offset);
-      const int32_t rank = source.source / p.num_tokens;
-      const int64_t token = source.source % p.num_tokens;
-      char* memory = stages + stage * stage_bytes;
-      if (kCast) WaitCast(p, op, seen, rank, static_cast<int32_t>(token));
-      const bool with_scales = scale_bytes != 0 && load_chunk == chunks.count;
-      ptx::ArriveExpectBytes(&barriers[stage], bytes + (with_scales ? scale_bytes : 0));
-      ptx::BulkLoad(memory, inputs.Of<char>(rank, 0) + token * p.row_bytes + offset, bytes,
-                    &barriers[stage]);
-      if (with_scales) {
-        ptx::BulkLoad(memory + scale_offset, inputs.Of<char>(rank, 1) + token * scale_bytes,
-                      scale_bytes, &barriers[stage]);
-      }
+      stages.Load<kCast>(p, op, seen, inputs, stage, source.source, offset, bytes);
     }
   };
   int32_t num_loaded = 0;
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) {
+    if (s < num_early) {
+      row_of_stage[s] = RowOfLane(p, NthSource(p, sources.BatchOf(warp).first + s));
+      offset_of_stage[s] = 0;
+      ++num_loaded;
+      continue;
+    }
     load(s, row_of_stage[s], offset_of_stage[s]);
     num_loaded += more;
   }
@@ -162,16 +141,15 @@ __device__ void MoveRows(const DispatchParams& p, OpNumbers op, uint32_t* seen,
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
       if (item >= num_loaded) break;
-      while (!ptx::TryWaitParity(&barriers[s], parity)) {
-      }
+      stages.Wait(s, parity);
       const int32_t row = row_of_stage[s];
       if (row >= 0) {
         const int32_t bytes = plan::Min(chunks.bytes, p.row_bytes - offset_of_stage[s]);
         char* target = static_cast<char*>(p.rows) + row * p.row_stride + offset_of_stage[s];
-        ptx::BulkStore(target, stages + s * stage_bytes, bytes);
-        if (scale_bytes != 0 && offset_of_stage[s] + bytes == p.row_bytes) {
-          ptx::BulkStore(reinterpret_cast<char*>(p.row_scales) + int64_t{row} * scale_bytes,
-                         stages + s * stage_bytes + scale_offset, scale_bytes);
+        ptx::BulkStore(target, stages.At(s), bytes);
+        if (stages.scale_bytes != 0 && offset_of_stage[s] + bytes == p.row_bytes) {
+          ptx::BulkStore(reinterpret_cast<char*>(p.row_scales) + int64_t{row} * stages.scale_bytes,
+                         stages.At(s) + stages.scale_offset, stages.scale_bytes);
         }
       }
       ++item;
@@ -298,22 +276,32 @@ __global__ void __launch_bounds__((kMaxMovers + kHelpers) * 32)
   for (int i = threadIdx.x; kCast && i < kSeenWords; i += blockDim.x) shared.seen[i] = 0;
   ptx::FenceProxyAsyncShared();
   bool ok = WaitInputs(p.group, op, *shared.inputs);  // and the zeros are there
-  if (p.behind_plan) ok = WaitPlanWritten(p.group, kPushPlanBlocks) && ok;
   const int32_t warp = threadIdx.x / 32;
   const int32_t num_movers = kDense ? NumDenseMovers(p) : NumMovers(p);
-  if (ok && warp < num_movers && p.row_bytes > 0) {
+  const bool moves = warp < num_movers && p.row_bytes > 0;
+  const int32_t mover = warp * gridDim.x + blockIdx.x, all_movers = num_movers * gridDim.x;
+  const Stages stages(p, shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
+                      shared.barriers + warp * kStages);
+  int32_t num_early = 0;
+  if (!kDense && moves) {
+    stages.Begin();
+    if (!kCast && p.behind_plan && ok) {
+      num_early = LoadEarly<kAhead>(p, op, *shared.inputs, mover, all_movers, stages);
+    }
+  }
+  if (p.behind_plan) ok = WaitPlanWritten(p.group, kPushPlanBlocks) && ok;
+  if (!ok) {
+    for (int s = 0; s < num_early; ++s) stages.Wait(s, 0);  // none may be under way at the end
+  } else if (moves) {
     if constexpr (kDense) {
-      MoveDenseRows(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
-                    num_movers * gridDim.x, shared.zeros,
+      MoveDenseRows(p, op, shared.seen, *shared.inputs, mover, all_movers, shared.zeros,
                     shared.stages + static_cast<int64_t>(warp) * DenseRoom(p).bytes,
                     shared.barriers + warp * kDenseLoads);
     } else {
-      MoveRows<kAhead, kCast>(p, op, shared.seen, *shared.inputs, warp * gridDim.x + blockIdx.x,
-                              num_movers * gridDim.x, shared.zeros,
-                              shared.stages + static_cast<int64_t>(warp) * kStages * StageBytes(p),
-                              shared.barriers + warp * kStages);
+      MoveRows<kAhead, kCast>(p, op, shared.seen, *shared.inputs, mover, all_movers, shared.zeros,
+                              stages, num_early);
     }
-  } else if (ok && warp >= num_movers) {
+  } else if (warp >= num_movers) {
     const int32_t helper = (warp - num_movers) * gridDim.x + blockIdx.x;
     const int32_t num_helpers = kHelpers * gridDim.x;
     const int32_t thread = helper * 32 + threadIdx.x % 32;

@@ -38,15 +38,30 @@ class SourceQueue {
     int32_t row;     // RowOfLane
   };
 
-  // Called by all lanes together, as is Next. A warp that never asks passes false for `asks`.
-  __device__ SourceQueue(const Params& p, int32_t warp, int32_t num_warps, bool asks = true)
+  // Called by all lanes together, as is Next. A warp that never asks passes false for `asks`. The
+  // first `num_taken` sources of the warp's first ticket are left out.
+  __device__ SourceQueue(const Params& p, int32_t warp, int32_t num_warps, bool asks = true,
+                         int32_t num_taken = 0)
       : p_(p), num_sources_(p.group.num_ranks * p.num_tokens), tickets_(p.group, warp, num_warps) {
     // A ticket is for a batch of sources. Towards the end batches are smaller, so that all warps
     // end together, but large enough to find a source with rows.
     small_batch_ = plan::Min((p.group.num_ranks + 3) / 4, kMaxBatch);
     batch_ = max(plan::Min(num_sources_ / 4 * 3 / num_warps / 4, kMaxBatch), small_batch_);
     num_batches_ = num_sources_ / 4 * 3 / batch_;
-    if (asks) Find();
+    if (asks) Find(num_taken);
+  }
+
+  // Sources, by number, that are neighbours.
+  struct Batch {
+    int32_t first, size;
+  };
+  // Those of a ticket; the first ticket of a warp has the warp's number.
+  __device__ Batch BatchOf(int32_t ticket) const {
+    const bool is_small = ticket >= num_batches_;
+    const int32_t size = is_small ? small_batch_ : batch_;
+    const int32_t first =
+        is_small ? num_batches_ * batch_ + (ticket - num_batches_) * size : ticket * size;
+    return {first, plan::Min(size, num_sources_ - first)};
   }
 
   __device__ Entry Next() {
@@ -61,22 +76,21 @@ class SourceQueue {
   static constexpr int32_t kMaxBatch = 8;
 
   // Finds the next source for Next, so that its rows are loaded before they are needed.
-  __device__ void Find() {
+  __device__ void Find(int32_t num_taken = 0) {
     while (found_ == 0) {
-      const int32_t ticket = tickets_.Take();
-      const bool is_small = ticket >= num_batches_;
-      const int32_t size = is_small ? small_batch_ : batch_;
-      first_ = is_small ? num_batches_ * batch_ + (ticket - num_batches_) * size : ticket * size;
-      if (first_ >= num_sources_) {
+      const Batch batch = BatchOf(tickets_.Take());
+      first_ = batch.first;
+      if (batch.size <= 0) {
         next_ = {plan::kNone, num_sources_, plan::kNone};
         return;
       }
       // Each lane looks at one source of the batch.
       const int32_t lane = threadIdx.x % 32;
       const bool has_rows =
-          lane < size && first_ + lane < num_sources_ &&
+          lane >= num_taken && lane < batch.size &&
           p_.recv_rows[int64_t{NthSource(p_, first_ + lane)} * p_.num_rows] != plan::kNone;
       found_ = __ballot_sync(~0u, has_rows);
+      num_taken = 0;
     }
     next_.n = first_ + __ffs(found_) - 1;
     found_ &= found_ - 1;
