@@ -82,15 +82,22 @@ class Deadline {
   // report. For a message, all bits of the epoch are expected.
   __device__ __forceinline__ bool Continue(const GroupParams& group, WordKind word, int peer,
                                            uint64_t expected, uint64_t seen) {
-    return ++spins_ % 64 != 0 || Look(group, word, peer, expected, seen);
+    if (++spins_ % 64 != 0) return true;
+    const uint64_t looked = Look(group, word, peer, expected, seen, spins_, looked_);
+    if (looked != 0) looked_ = looked;
+    return looked != 0;
   }
 
  private:
-  __device__ __noinline__ bool Look(const GroupParams& group, WordKind word, int peer,
-                                    uint64_t expected, uint64_t seen) {
+  // Says when the wait began, with kLost if a peer's process was gone; 0 once the group has failed.
+  // It takes and gives numbers: were it a method of the object, this would lie in local memory,
+  // which every turn of a wait would read and write.
+  __device__ static __noinline__ uint64_t Look(const GroupParams& group, WordKind word, int peer,
+                                               uint64_t expected, uint64_t seen, uint32_t spins,
+                                               uint64_t looked) {
     if (ptx::LoadAcquireSystem(&Own(group).failed) != 0u) {
       Fail(group, ErrorKind::kAborted, word, peer, expected, seen, 0);
-      return false;
+      return 0;
     }
     // A peer at another op may never send the message that this rank waits for. The other waits are
     // for flags, which name their op, or begin after the peer's arrival flag was right.
@@ -100,31 +107,33 @@ class Deadline {
       const uint64_t arrival = ptx::LoadAcquireSystem(&Own(group).arrival[epoch % 2][peer].value);
       if (arrival >> kTagBits >= epoch && arrival != flag) {
         Fail(group, ErrorKind::kMismatch, WordKind::kArrivalFlag, peer, flag, arrival, 0);
-        return false;
+        return 0;
       }
     }
     const uint64_t now = ptx::GlobalTimer();
-    if (start_ == 0) start_ = now;
-    const uint64_t waited = now - start_;
-    if (spins_ % 1024 == 0) {  // across PCIe, so less often
+    const uint64_t start = looked == 0 ? now : looked & ~kLost;
+    const uint64_t waited = now - start;
+    bool is_lost = (looked & kLost) != 0;
+    if (spins % 1024 == 0) {  // across PCIe, so less often
       const uint32_t lost = ptx::LoadAcquireSystem(&group.error->lost_peer);
-      if (lost != 0u && lost_) {
+      if (lost != 0u && is_lost) {
         const int peer_lost = static_cast<int>(lost) - 1 - group.first_rank;
         Fail(group, ErrorKind::kPeerLost, word, peer_lost, expected, seen, waited);
-        return false;
+        return 0;
       }
-      lost_ = lost != 0u;  // another look may still find what it sent before it ended
+      is_lost = lost != 0u;  // another look may still find what it sent before it ended
     }
     const uint64_t limit =
         PhaseOf(word) == Phase::kArrival ? group.arrival_timeout_ns : group.op_timeout_ns;
-    if (waited <= limit) return true;
+    if (waited <= limit) return max(start, uint64_t{1}) | (is_lost ? kLost : 0);
     Fail(group, ErrorKind::kTimeout, word, peer, expected, seen, waited);
-    return false;
+    return 0;
   }
 
+  static constexpr uint64_t kLost = uint64_t{1} << 63;  // the timer, in nanoseconds, is far below
+
   uint32_t spins_ = 0;
-  uint64_t start_ = 0;
-  bool lost_ = false;
+  uint64_t looked_ = 0;
 };
 
 // Waits for `flag` of `peer`, of the kind `word`, to reach `epoch`; false once the group has
