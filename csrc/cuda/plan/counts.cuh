@@ -267,7 +267,7 @@ __device__ __noinline__ ExpertRoom RoomOfExperts(const PushParams& params, const
                                                  int32_t first) {
   const PlanParams& p = params.plan;
   const int32_t num_local = params.shape.num_local, lane = threadIdx.x % 32;
-  const auto size_of = [&](int32_t l) { return SizeOfGroup(params, demand[l]); };
+  const auto size_of = [&params, demand](int32_t l) { return SizeOfGroup(params, demand[l]); };
   const plan::RoomShare share = ShareRoom(num_local, p.alignment, p.capacity, size_of);
   const auto kept_of = [&](int32_t l) {
     return plan::Min(size_of(l), share.LimitOf(l, p.alignment));
