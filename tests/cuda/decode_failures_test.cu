@@ -275,7 +275,7 @@ class Test {
     Expect(error.set == 1, r, "no record");
     Expect(error.rank == uint32_t(r), r, "rank of the record");
     Expect(error.op == static_cast<uint32_t>(op), r, "op of the record");
-    Expect(times[1] - times[0] < limit_ns, r, "ended late");
+    Expect(EndedAfter(times_, times) < limit_ns, r, "ended late");
     VisitResults(op, w_, k, [&](const char* name, const auto& buffer) {
       ExpectPoison(r, name, buffer, kGuard);
     });

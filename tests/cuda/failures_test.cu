@@ -347,7 +347,7 @@ class Test {
   }
 
   void CheckTimes(const std::vector<uint64_t>& times, const Rank& k, uint64_t limit_ns) {
-    Expect(times[1] - times[0] < limit_ns, k.group.rank, "ended late");
+    Expect(EndedAfter(times_, times) < limit_ns, k.group.rank, "ended late");
   }
 
   void CheckResults(OpKind op, Rank& k) {

@@ -176,7 +176,7 @@ class Test {
       Expect(of_host != r / shape_.host_ranks, r,
              "the record does not name the sender of the chunk");
     }
-    Expect(times[1] - times[0] < limit_ns, r, "ended late");
+    Expect(EndedAfter(times_, times) < limit_ns, r, "ended late");
     VisitResults(op, w_, k,
                  [&](const char* name, const auto& buffer) { ExpectPoison(r, name, buffer); });
   }

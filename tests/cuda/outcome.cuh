@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "cuda/core/ptx.cuh"
 #include "kernels_case.cuh"
@@ -22,6 +23,19 @@ void Expect(bool holds, int rank, const char* what) {
 }
 
 __global__ void ReadTime(uint64_t* time) { *time = cuda::ptx::GlobalTimer(); }
+
+// Nanoseconds from when all ranks had begun their last op until one of them, with `times`, had
+// ended its own. A host that is late to launch an op keeps the other ranks waiting, which they may.
+// `all` has when each began and ended; ranks without an op have earlier times, or none.
+inline uint64_t EndedAfter(const std::vector<Buffer<uint64_t>>& all,
+                           const std::vector<uint64_t>& times) {
+  uint64_t begun = times[0];
+  for (const Buffer<uint64_t>& of_rank : all) {
+    const uint64_t other = of_rank.FromDevice()[0];
+    if (other < times[1]) begun = std::max(begun, other);
+  }
+  return times[1] - begun;
+}
 
 // Every byte of a result is 0xff, but its last `guard` elements are as they were.
 template <typename T>
