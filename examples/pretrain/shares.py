@@ -10,8 +10,6 @@ number of the first. What an instruction calls is in the text of the compiled pr
 
 from __future__ import annotations
 
-import gzip
-import json
 import pathlib
 import re
 import warnings
@@ -19,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+
+from jax_ep.bench import trace
 
 _KINDS = ("plan", "dispatch", "combine")
 SHARES = (*(f"{kind}_share" for kind in _KINDS), "exchange_share", "exposed_share")
@@ -97,26 +97,16 @@ def _covered(events: Iterable[Event]) -> float:
 
 
 def _gpu_events(folder: pathlib.Path) -> dict[str, list[Event]]:
-    """The kernels of each GPU in the profile.
-
-    From its JSON: ``jax.profiler.ProfileData`` has ended a process where it read the details of some
-    kernels (jaxlib 0.11.2).
-    """
-    (path,) = folder.rglob("*.trace.json.gz")
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    called = [event for event in events if event.get("ph") == "M"]
-    planes = {e["pid"]: e["args"]["name"] for e in called if e["name"] == "process_name"}
-    lines = {(e["pid"], e["tid"]): e["args"]["name"] for e in called if e["name"] == "thread_name"}
-    found: dict[str, list[Event]] = {}
-    for event in events:
-        plane = planes.get(event.get("pid"), "")
-        line = lines.get((event.get("pid"), event.get("tid")), "")
-        on_gpu = plane.startswith("/device:GPU") and line.startswith("Stream")
-        if event.get("ph") == "X" and on_gpu and not event["name"].startswith(_TO_AND_FRO):
-            start, duration = float(event["ts"]), float(event["dur"])
-            kind = kind_of_kernel(event["name"])
-            found.setdefault(plane, []).append(Event(kind, start, start + duration))
-    return found
+    """The kernels of each GPU in the profile."""
+    found = {
+        plane: [
+            Event(kind_of_kernel(kernel.name), kernel.start, kernel.end)
+            for kernel in kernels
+            if not kernel.name.startswith(_TO_AND_FRO)
+        ]
+        for plane, kernels in trace.kernels_of(folder).items()
+    }
+    return {plane: events for plane, events in found.items() if events}
 
 
 def kind_of_kernel(name: str) -> str | None:

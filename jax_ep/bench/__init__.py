@@ -4,7 +4,8 @@ The command line (``__main__``) turns flags or the names of suites (``suites``) 
 that suit the machine (``machine``) and runs them in processes of their own (``launch``,
 ``worker``), because XLA divides a GPU's memory once in a process. There, ``ranks`` knows who takes
 part, and ``session`` has what the cases share. Inputs come from ``problems``, right results from
-``expected``, programs from ``ops``, ``half_ops``, ``peers`` and ``layer``. ``timing`` takes times by
-the devices' ``clock``, and ``ceilings`` measures the machine's speed in the same run. The results are
+``expected``, programs from ``ops``, ``half_ops``, ``peers``, ``layer`` and, of ops in flight,
+``overlap_ops`` and ``latency_beside``. ``timing`` takes times by the devices' ``clock``, ``ceilings``
+measures the machine's speed in the same run, and ``trace`` reads kernels from profiles. The results are
 records (``records``), which ``table`` and ``plot`` show.
 """
