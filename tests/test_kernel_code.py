@@ -23,7 +23,7 @@ def test_nothing_lies_in_local_memory(source, tmp_path):
     """
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("needs nvcc")
+        pytest.skip("looks at what nvcc makes of a kernel, and there is no nvcc on the path")
     ptx = tmp_path / "kernel.ptx"
     flags = ["-std=c++17", "-arch=compute_90a", f"-I{ROOT / 'csrc'}", "-ptx", "-o", ptx]
     # Whoever only wants to know whether kernels compile may ask for less optimisation there.
