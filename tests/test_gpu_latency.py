@@ -85,6 +85,7 @@ def test_values(case, in_flight):
     group.check()
 
 
+@pytest.mark.needs_collectives  # of the reference
 @pytest.mark.parametrize("in_flight", [False, True], ids=["in line", "in flight"])
 @pytest.mark.parametrize("options", [{}, {"capacity": 48}, {"unused_rows": "zero"}], ids=str)
 def test_masked_layout(options, in_flight):

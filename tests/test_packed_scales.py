@@ -138,6 +138,7 @@ def test_calls_of_latency_mode_give_words(layout, in_two):
         assert call["results"][1].dtype == jnp.float32
 
 
+@pytest.mark.needs_collectives  # of the reference
 def test_no_gradient():
     """As of other quantized rows: an error that says what to do; weights have theirs."""
     group = make_group(RANKS, "reference")

@@ -253,7 +253,7 @@ __device__ void Poison(const NetworkCombineParams& p) {
 template <typename T, bool kWeighted>
 __global__ void __launch_bounds__(kThreads)
     NetworkCombineKernel(const __grid_constant__ NetworkCombineParams p) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(16) char memory[];
   CombineMemory& shared = *reinterpret_cast<CombineMemory*>(memory);
   const GroupParams& node = p.network.node;
   const OpNumbers op = BeginNetworkOp(p.network);

@@ -7,6 +7,7 @@
 // shared memory: those of this host from the peers' inputs, and those of others from the
 // forwarders' memory. With them they make the gradients of this rank's rows (rows/gradients.cuh).
 
+#include "cuda/core/shared_memory.cuh"
 #include "cuda/core/sync.cuh"
 #include "cuda/network/chunks.cuh"
 #include "cuda/network/combine_vjp.h"
@@ -29,7 +30,8 @@ constexpr int kStageBytes = 4 << 10;
 // A piece of a row: a multiple of the 256 channels that a warp takes at a time, of any type.
 constexpr int kPieceUnit = 256 * sizeof(float);
 static_assert(kStageBytes % kPieceUnit == 0);
-constexpr int kStagesBytes = kPipes * Pipe::kStages * kStageBytes;  // dynamic shared memory
+// Dynamic shared memory.
+constexpr int kStagesBytes = kPipes * Pipe::kStages * kStageBytes + kAlignmentRoom;
 // Rows with the same cotangent whose gradients are made at a time.
 constexpr int kUnitRows = 4;
 
@@ -184,7 +186,8 @@ __device__ void ReadAll(const NetworkCombineVjpParams& p, const PeerInputs& inpu
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     NetworkCombineVjpKernel(const __grid_constant__ NetworkCombineVjpParams p) {
-  extern __shared__ __align__(128) char stages[];
+  extern __shared__ __align__(16) char unaligned[];
+  char* const stages = AlignForBulk(unaligned);
   __shared__ Shared shared;
   const GroupParams& node = p.network.node;
   const OpNumbers op = BeginNetworkOp(p.network);

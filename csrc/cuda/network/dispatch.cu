@@ -6,6 +6,7 @@
 // forwarders' memory. Senders are a team, and so are readers: all warps of a team do the same
 // chunks, each some pieces of the rows.
 
+#include "cuda/core/shared_memory.cuh"
 #include "cuda/core/sync.cuh"
 #include "cuda/network/chunks.cuh"
 #include "cuda/network/dispatch.h"
@@ -34,7 +35,7 @@ constexpr int kInputsAt = kDoneAt + (kPipes + 1) / 2 * static_cast<int>(sizeof(u
 constexpr int kRoomsAt = kInputsAt + static_cast<int>(sizeof(PeerInputs));
 constexpr int kStagesAt =
     (kRoomsAt + kReaders * static_cast<int>(sizeof(EntryRoom)) + 127) / 128 * 128;
-constexpr int kSharedBytes = kStagesAt + kPipes * Pipe::kStages * kStageBytes;
+constexpr int kSharedBytes = kStagesAt + kPipes * Pipe::kStages * kStageBytes + kAlignmentRoom;
 static_assert(kSharedBytes <= 227 << 10);
 
 // A row in a chunk, with its scales and its weights.
@@ -195,7 +196,8 @@ __device__ void Poison(const NetworkDispatchParams& p) {
 
 __global__ void __launch_bounds__(kThreads)
     NetworkDispatchKernel(const __grid_constant__ NetworkDispatchParams p) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(16) char unaligned[];
+  char* const memory = AlignForBulk(unaligned);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(memory + kBarriersAt);
   uint32_t* const done = reinterpret_cast<uint32_t*>(memory + kDoneAt);
   PeerInputs& inputs = *reinterpret_cast<PeerInputs*>(memory + kInputsAt);

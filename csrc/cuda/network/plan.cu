@@ -38,7 +38,7 @@ size_t ChooseSharedBytes(const NetworkPlanParams& p) {
 
 __global__ void __launch_bounds__(kThreads)
     ChooseKernel(const __grid_constant__ NetworkPlanParams p) {
-  extern __shared__ __align__(128) char memory[];  // int16_t [kWarps, 32, K]
+  extern __shared__ __align__(16) char memory[];  // int16_t [kWarps, 32, K]
   const Sizes sizes(p);
   const NetworkShape& shape = p.network.shape;
   const int32_t thread = blockIdx.x * kThreads + threadIdx.x, num_threads = gridDim.x * kThreads;
@@ -147,7 +147,7 @@ size_t CountSharedBytes(const NetworkPlanParams& p) {
 
 __global__ void __launch_bounds__(kThreads)
     CountKernel(const __grid_constant__ NetworkPlanParams p) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(16) char memory[];
   const NetworkParams& network = p.network;
   const Sizes sizes(p);
   const CountMemory shared(memory, sizes, p.top_k);
@@ -229,7 +229,7 @@ __device__ void Poison(const NetworkPlanParams& p, const Sizes& sizes) {
 
 __global__ void __launch_bounds__(kThreads)
     PlaceKernel(const __grid_constant__ NetworkPlanParams p) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(16) char memory[];
   const NetworkParams& network = p.network;
   const Sizes sizes(p);
   const int32_t warp = threadIdx.x / 32;
