@@ -138,8 +138,8 @@ JAX_EP_HOST_DEVICE uint64_t ChunkWord(uint64_t epoch, uint32_t tag, int32_t chun
          static_cast<uint32_t>(chunk + 1);
 }
 
-// The head of a chunk.
-struct alignas(16) ChunkHeader {
+// The head of a chunk. Its length keeps the rows behind it aligned for bulk copies.
+struct alignas(128) ChunkHeader {
   uint32_t tokens;  // one bit for each token of the window: whether its row follows, in order
 };
 constexpr int kMaxWindow = 32;
