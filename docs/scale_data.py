@@ -64,8 +64,8 @@ _EXPERT_PLAN = (
     "row, which takes 3 us with 4096 tokens."
 )
 _LOADED_EARLY = (
-    "A dispatch loads its first rows while its plan runs. With so few tokens these are most or all rows, "
-    "so that 4 to 5 us of the op lie behind the plan."
+    "A dispatch loads its first rows while its plan runs. With so few tokens these are most or all of "
+    "them, so that 4 to 5 us of the op lie behind the plan."
 )
 _DENSE = (
     "The 24 SMs make rows dense in shared memory, which takes longer than the link. The model has no "

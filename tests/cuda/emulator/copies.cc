@@ -37,9 +37,9 @@ void Store(uint64_t* word, Barrier barrier) {
 void CheckShared(const void* pointer, size_t bytes) {
   const char* begin = static_cast<const char*>(pointer);
   const char* shared = current_block->shared;
-  if (begin < shared ||
-      begin + bytes > shared + kStaticBytes + current_block->grid->config.shared_bytes) {
-    Abort("%zu bytes at %td of shared memory", bytes, begin - shared - ptrdiff_t(kStaticBytes));
+  if (begin < shared || begin + bytes > shared + current_block->SharedBytes()) {
+    Abort("%zu bytes at %td of shared memory", bytes,
+          begin - shared - static_cast<ptrdiff_t>(current_block->dynamic_at));
   }
 }
 
@@ -51,8 +51,7 @@ bool HasProxies() {
 // What bulk copies know of this memory of the block.
 char* Fenced(Block& block, char* shared) {
   if (!HasProxies()) return shared;
-  const size_t bytes = kStaticBytes + block.grid->config.shared_bytes;
-  if (block.fenced.empty()) block.fenced.assign(bytes, static_cast<char>(0xAB));
+  if (block.fenced.empty()) block.fenced.assign(block.SharedBytes(), static_cast<char>(0xAB));
   return block.fenced.data() + (shared - block.shared);
 }
 
@@ -61,6 +60,10 @@ void CheckCopy(const void* shared, const void* global, uint32_t bytes) {
   CheckGlobal(global, bytes, "a bulk copy");
   const auto bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
   if ((bits | bytes) % 16 != 0) Abort("a bulk copy of %u bytes, %p to %p", bytes, shared, global);
+  if (reinterpret_cast<uintptr_t>(shared) % 128 != 0) {
+    Abort("a slow bulk copy of %u bytes: at %td of shared memory", bytes,
+          static_cast<const char*>(shared) - current_block->shared);
+  }
 }
 
 void Start(Copy copy) {

@@ -144,7 +144,7 @@ void LetGo(Block& block) {
 void EndBlock(Grid& grid, size_t i) {
   LetGo(*grid.blocks[i]);
   if (!grid.blocks[i]->copies.empty()) Abort("a block ended before its bulk copies");
-  FreeSharedMemory(grid.blocks[i]->shared, grid.config.shared_bytes);
+  FreeSharedMemory(grid.blocks[i]->shared, grid.blocks[i]->SharedBytes());
   grid.blocks.erase(grid.blocks.begin() + static_cast<ptrdiff_t>(i));
   --num_blocks;
   ++grid.num_finished;
@@ -289,7 +289,11 @@ void WaitForPrevious() {
 }
 
 void* StaticShared(size_t offset) { return current_block->shared + offset; }
-void* DynamicShared() { return current_block->shared + kStaticBytes; }
+void* DynamicShared(size_t alignment) {
+  Block& block = *current_block;
+  block.dynamic_at = DynamicAt(alignment);
+  return block.shared + block.dynamic_at;
+}
 
 bool IsShared(const void* pointer) {
   const auto* byte = static_cast<const char*>(pointer);

@@ -40,10 +40,17 @@ struct Copy {
 
 struct Grid;
 
+constexpr size_t kStaticBytes = 8 << 10;  // of a block's shared memory, for all kernels together
+// Where the memory begins whose size a launch gives, if the kernel declares that alignment.
+constexpr size_t DynamicAt(size_t alignment) {
+  return alignment <= 16 ? kStaticBytes + 16 : (kStaticBytes + alignment) / alignment * alignment;
+}
+
 struct Block {
   Grid* grid;
   uint3 index;
-  char* shared;              // static variables, then dynamic memory
+  char* shared;  // static variables, then dynamic memory
+  size_t dynamic_at = DynamicAt(16);
   std::vector<char> fenced;  // what bulk stores find there, if that may differ
   std::vector<Warp> warps;
   std::vector<Copy> copies;
@@ -52,6 +59,8 @@ struct Block {
   bool has_let_go = false;
   int num_at_some[16] = {};  // SyncSome
   uint64_t some_phase[16] = {};
+
+  size_t SharedBytes() const;
 };
 
 // How far a grid is, for the one behind it.
@@ -72,6 +81,8 @@ struct Grid {
   std::vector<std::unique_ptr<Block>> blocks;
 };
 
+inline size_t Block::SharedBytes() const { return dynamic_at + grid->config.shared_bytes; }
+
 // The state of the running fiber; null on threads other than the device's.
 extern thread_local Block* current_block;
 uint32_t CurrentThread();
@@ -79,9 +90,8 @@ uint32_t CurrentThread();
 // Does the block's copies that are due.
 void AdvanceCopies(Block& block);
 
-constexpr size_t kStaticBytes = 8 << 10;  // of a block's shared memory, for all kernels together
-char* TakeSharedMemory();                 // all of it poison
-void FreeSharedMemory(char* memory, size_t dynamic_bytes);
+char* TakeSharedMemory();  // all of it poison; aligned to 1024
+void FreeSharedMemory(char* memory, size_t bytes);
 
 // Starts a grid; `finished` is called when all of its blocks are done.
 void StartGrid(std::unique_ptr<Grid> grid);

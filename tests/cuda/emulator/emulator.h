@@ -82,7 +82,9 @@ constexpr size_t kMaxSharedBytes = 227 << 10;
 bool IsShared(const void* pointer);
 size_t ReserveShared(size_t size, size_t alignment);
 void* StaticShared(size_t offset);
-void* DynamicShared();
+// Aligned to that, and to no more than 16 unless more is asked for: as a linker of device code has
+// it.
+void* DynamicShared(size_t alignment);
 void* SharedOf(void* pointer, uint32_t block);
 
 // Aborts unless the memory is within one allocation.

@@ -129,7 +129,7 @@ constexpr size_t kGuard = 1024;  // bytes after a block's memory, which it must 
 }  // namespace
 
 char* TakeSharedMemory() {
-  constexpr size_t kBytes = kStaticBytes + kMaxSharedBytes + kGuard;
+  constexpr size_t kBytes = DynamicAt(1024) + kMaxSharedBytes + kGuard;
   if (free_shared.empty()) {
     free_shared.push_back(static_cast<char*>(std::aligned_alloc(1024, kBytes / 1024 * 1024)));
     std::memset(free_shared.back(), kPoison, kBytes / 1024 * 1024);
@@ -139,12 +139,12 @@ char* TakeSharedMemory() {
   return memory;
 }
 
-void FreeSharedMemory(char* memory, size_t dynamic_bytes) {
-  char* end = memory + kStaticBytes + dynamic_bytes;
+void FreeSharedMemory(char* memory, size_t bytes) {
+  char* end = memory + bytes;
   for (char* byte = end; byte != end + kGuard; ++byte) {
     if (*byte != static_cast<char>(kPoison)) Abort("a block wrote past its shared memory");
   }
-  std::memset(memory, kPoison, kStaticBytes + dynamic_bytes);
+  std::memset(memory, kPoison, bytes);
   free_shared.push_back(memory);
 }
 

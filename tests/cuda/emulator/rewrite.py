@@ -48,7 +48,10 @@ def rewrite(code: str, name: str) -> str:
         )
 
     code = _DYNAMIC.sub(
-        lambda m: f"{m[2]}* const {m[3]} = static_cast<{m[2]}*>(emulator::DynamicShared());", code
+        lambda m: (
+            f"{m[2]}* const {m[3]} = static_cast<{m[2]}*>(emulator::DynamicShared({m[1] or 16}));"
+        ),
+        code,
     )
     code = _STATIC.sub(static, code)
     if "__shared__ " in code:
