@@ -33,12 +33,12 @@ def test_dispatch_and_combine(name, host):
     idx = exact_steps.host_routes(SIZES, i=3, number=number, ranks=4, hosts=2)[1]
     rows = count_rows(idx, host)
     sizes = {"hosts": 2, "num_experts": EXPERTS, "row_bytes": 4 * 264, "chunk_bytes": 8192}
-    # A row of 1056 bytes, with two weights in 16 bytes: seven fit in a chunk, behind its header.
+    # A row of 1056 bytes, with two weights in 16 bytes: seven fit in a chunk, behind its header of 128.
     assert network_traffic.of_dispatch(idx, host=host, **sizes) == Traffic(
-        puts=8, put_bytes=8 * 16 + rows * (1056 + 16), signals=16
+        puts=8, put_bytes=8 * 128 + rows * (1056 + 16), signals=16
     )
     assert network_traffic.of_combine(idx, host=host, **sizes) == Traffic(
-        puts=8, put_bytes=8 * 16 + rows * 1056, signals=16
+        puts=8, put_bytes=8 * 128 + rows * 1056, signals=16
     )
 
 
@@ -47,7 +47,7 @@ def test_short_rows_fill_no_more_than_a_window():
     idx = np.zeros((65, 1), np.int32)
     sizes = {"hosts": 2, "num_experts": 4, "row_bytes": 16, "chunk_bytes": 1 << 17}
     found = network_traffic.of_dispatch(idx, host=0, **sizes)
-    assert found == Traffic(puts=3, put_bytes=3 * 16 + 65 * 32, signals=6)
+    assert found == Traffic(puts=3, put_bytes=3 * 128 + 65 * 32, signals=6)
 
 
 def test_plan():
