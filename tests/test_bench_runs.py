@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import itertools
 import json
 import os
 import pathlib
@@ -14,11 +16,13 @@ import tempfile
 import time
 
 import pytest
+from rich.console import Console
 
 import jax_ep
 import machine
 from conftest import PLATFORM
-from jax_ep.bench import records, suites, table
+from jax_ep.bench import __main__ as program
+from jax_ep.bench import launch, records, suites, table
 from jax_ep.bench.cases import HALVES, Case
 from jax_ep.bench.launch import Job, reason, run
 from jax_ep.bench.machine import Machine, left_out
@@ -139,6 +143,28 @@ def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch):
     assert [(r["tokens"], r["correct"]) for r in found] == [(7, False), (6, True)]
     assert found[0]["error"] == "process 0 was ended by SIGKILL"
     assert "failed" in table.row(found[0])[-1]
+
+
+def test_a_log_says_at_which_case_it_is_silent(monkeypatch):
+    """Once for each case that takes long. A terminal shows that all the time."""
+    late = dataclasses.replace(TINY, op="plan", tokens=7)
+    clock = itertools.count(0.0, 10.0)  # seconds, from one look to the next
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+
+    def cases(job, *, timeout, progress):
+        for name in ("plan T=6", *["plan T=7"] * 6, *["combine T=7"] * 4, "plan T=8"):
+            progress(name)
+        yield from ()
+
+    monkeypatch.setattr(launch, "run", cases)
+    job = Job(cases=[late], ranks=1, processes=1, gpus=0, repeat=1, command="")
+    log = io.StringIO()
+    assert program.measure(job, timeout=1.0, console=Console(file=log, width=160)) == []
+    told = [line for line in log.getvalue().splitlines() if "still at" in line]
+    assert [line.partition("still at ")[2] for line in told] == ["plan T=7", "combine T=7"]
+    log = io.StringIO()
+    program.measure(job, timeout=1.0, console=Console(file=log, width=160, force_terminal=True))
+    assert "still at" not in log.getvalue()
 
 
 @on_cpu

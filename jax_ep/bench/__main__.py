@@ -39,6 +39,7 @@ from jax_ep.bench.machine import Machine, check_processes, count_gpus, left_out
 
 _CPU_RANKS = 8
 _LOG_WIDTH = 160
+_SILENCE_S = 15.0  # at a case, before a log says which
 
 
 def main(
@@ -173,9 +174,17 @@ def measure(
         rich.progress.Progress(console=console, transient=True) as bar,
     ):
         task = bar.add_task("", total=len(job.cases))
+        at, since, told = "", begin, console.is_terminal  # which shows the bar
 
         def progress(name: str) -> None:
+            nonlocal at, since, told
             bar.update(task, description=name)
+            now = time.monotonic()
+            if name != at:
+                at, since, told = name, now, console.is_terminal
+            elif not told and now - since > _SILENCE_S:
+                told = True
+                console.print(f"{now - begin:5.0f} s  still at {name}", highlight=False)
 
         seen: list[tuple[Any, ...]] = []
         for record in launch.run(job, timeout=timeout, progress=progress):
