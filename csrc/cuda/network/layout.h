@@ -138,7 +138,8 @@ JAX_EP_HOST_DEVICE uint64_t ChunkWord(uint64_t epoch, uint32_t tag, int32_t chun
          static_cast<uint32_t>(chunk + 1);
 }
 
-// The head of a chunk. Its length keeps the rows behind it aligned for bulk copies.
+// The head of a chunk. Rows follow, at multiples of 16 bytes from its end; bulk copies are faster
+// from multiples of more.
 struct alignas(128) ChunkHeader {
   uint32_t tokens;  // one bit for each token of the window: whether its row follows, in order
 };
