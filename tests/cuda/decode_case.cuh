@@ -142,7 +142,7 @@ inline cuda::DecodeInboxes MakeInboxes(const DecodeWorkload& w, const std::vecto
     CHECK_CUDA(cudaSetDevice(k.device));
     void* memory = nullptr;
     CHECK_CUDA(cudaMalloc(&memory, bytes));
-    CHECK_CUDA(cudaMemset(memory, 0, bytes));
+    FillDevice(memory, 0, bytes);
     inboxes.of[k.group.rank] = static_cast<cuda::DecodeInbox*>(memory);
     CHECK_CUDA(cuda::LoadDecodeDispatch());
     CHECK_CUDA(cuda::LoadDecodeCombine());

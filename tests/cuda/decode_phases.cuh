@@ -183,7 +183,7 @@ class PhaseMeter {
       for (size_t r = 0; r < ranks_.size(); ++r) {
         CHECK_CUDA(cudaSetDevice(ranks_[r].device));
         for (cuda::ClockStamps* of_launch : stamps[r]) {
-          CHECK_CUDA(cudaMemset(of_launch, 0, sizeof(cuda::ClockStamps)));
+          FillDevice(of_launch, 0, sizeof(cuda::ClockStamps));
         }
         CHECK_CUDA(cudaDeviceSynchronize());
       }

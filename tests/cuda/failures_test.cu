@@ -228,8 +228,7 @@ class Test {
     std::memset(k.error, 0, sizeof(*k.error));
     k.error->lost_peer = lost_peer;
     VisitResults(op, w_, k, [](const char*, auto& buffer) {
-      CHECK_CUDA(
-          cudaMemset(buffer.device, kUntouched, buffer.host.size() * sizeof(buffer.host[0])));
+      FillDevice(buffer.device, kUntouched, buffer.host.size() * sizeof(buffer.host[0]));
     });
     CHECK_CUDA(cudaDeviceSynchronize());  // the stream does not wait for it
   }

@@ -61,7 +61,7 @@ struct Buffer {
   void Resize(size_t count, bool poison = true) {
     host.assign(std::max<size_t>(count, 1), T{});
     CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&device), host.size() * sizeof(T)));
-    if (poison) CHECK_CUDA(cudaMemset(device, 0xAB, host.size() * sizeof(T)));
+    if (poison) FillDevice(device, 0xAB, host.size() * sizeof(T));
   }
   void ToDevice() {
     CHECK_CUDA(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
@@ -153,7 +153,7 @@ struct Workload {
   template <typename Rows>
   void Poison(Rows& rows) const {
     const int byte = unused_rows == ops::UnusedRows::kUndefined ? 0xFF : 0xAB;
-    CHECK_CUDA(cudaMemset(rows.device, byte, rows.host.size()));
+    FillDevice(rows.device, byte, rows.host.size());
   }
 
   bool Casts() const { return quantization != ops::Quantization::kNone; }
@@ -289,7 +289,7 @@ inline void Prepare(const Workload& w, const Options& options, std::vector<Rank>
     }
     constexpr size_t kBytes = kNumChannels * sizeof(cuda::Channel);
     CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&rank.channel), kBytes));
-    CHECK_CUDA(cudaMemset(rank.channel, 0, kBytes));
+    FillDevice(rank.channel, 0, kBytes);
     CHECK_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&rank.error), sizeof(cuda::ErrorRecord),
                              cudaHostAllocPortable | cudaHostAllocMapped));
     std::memset(rank.error, 0, sizeof(cuda::ErrorRecord));

@@ -235,8 +235,8 @@ int main(int argc, char** argv) {
     for (Rank& rank : ranks) {
       CHECK_CUDA(cudaSetDevice(rank.device));
       w.Poison(rank.rows);
-      CHECK_CUDA(cudaMemset(rank.dest_row.device, 0xAB, rank.dest_row.host.size() * 4));
-      CHECK_CUDA(cudaMemset(rank.recv_rows.device, 0xAB, rank.recv_rows.host.size() * 4));
+      FillDevice(rank.dest_row.device, 0xAB, rank.dest_row.host.size() * 4);
+      FillDevice(rank.recv_rows.device, 0xAB, rank.recv_rows.host.size() * 4);
     }
     time("apart", [&](int r, int launch) { run_plan(r, launch), run_dispatch(r, launch); }, 0);
     time(
@@ -254,12 +254,12 @@ int main(int argc, char** argv) {
     for (Rank& rank : ranks) {
       CHECK_CUDA(cudaSetDevice(rank.device));
       if (fp8) {
-        CHECK_CUDA(cudaMemset(rank.d_rows.device, 0, rank.d_rows.host.size()));
+        FillDevice(rank.d_rows.device, 0, rank.d_rows.host.size());
       } else {
         CHECK_CUDA(cudaMemcpy(rank.d_rows.device, rank.rows.device, rank.rows.host.size(),
                               cudaMemcpyDeviceToDevice));
       }
-      CHECK_CUDA(cudaMemset(rank.d_weights.device, 0, rank.d_weights.host.size() * 4));
+      FillDevice(rank.d_weights.device, 0, rank.d_weights.host.size() * 4);
     }
   }
   for (Rank& rank : ranks) {

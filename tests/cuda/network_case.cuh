@@ -186,9 +186,9 @@ inline std::vector<NetworkRank> MakeNetwork(const Workload& w, const Options& op
     NetworkRank& self = network[r];
     const int64_t bytes = shape.bytes() + more_bytes;
     CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&self.memory), bytes));
-    CHECK_CUDA(cudaMemset(self.memory, 0xAB, shape.bytes()));
-    CHECK_CUDA(cudaMemset(self.memory, 0, shape.word_bytes()));
-    CHECK_CUDA(cudaMemset(self.memory + shape.bytes(), 0, more_bytes));
+    FillDevice(self.memory, 0xAB, shape.bytes());
+    FillDevice(self.memory, 0, shape.word_bytes());
+    FillDevice(self.memory + shape.bytes(), 0, more_bytes);
     emulator::AddHeap(PeOf(r, w.R), self.memory, bytes);
     self.recv_start.Resize(w.R + 1);
     self.recv_token.Resize(w.C);

@@ -28,7 +28,7 @@ void Compare(const char* what, int step, int rank, const Buffer<T>& buffer) {
 
 template <typename T>
 void Poison(Buffer<T>& buffer) {
-  CHECK_CUDA(cudaMemset(buffer.device, 0xAB, buffer.host.size() * sizeof(T)));
+  FillDevice(buffer.device, 0xAB, buffer.host.size() * sizeof(T));
 }
 
 // Waits for the op on all ranks; reports those that failed.

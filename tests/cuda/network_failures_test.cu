@@ -137,8 +137,7 @@ class Test {
   void Clear(OpKind op, Rank& k) {
     std::memset(k.error, 0, sizeof(*k.error));
     VisitResults(op, w_, k, [](const char*, auto& buffer) {
-      CHECK_CUDA(
-          cudaMemset(buffer.device, kUntouched, buffer.host.size() * sizeof(buffer.host[0])));
+      FillDevice(buffer.device, kUntouched, buffer.host.size() * sizeof(buffer.host[0]));
     });
   }
 

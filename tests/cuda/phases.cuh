@@ -54,7 +54,7 @@ struct StampedOp {
 inline jax_ep::cuda::ClockStamps* MakeStamps() {
   void* memory = nullptr;
   CHECK_CUDA(cudaMalloc(&memory, sizeof(jax_ep::cuda::ClockStamps)));
-  CHECK_CUDA(cudaMemset(memory, 0, sizeof(jax_ep::cuda::ClockStamps)));
+  FillDevice(memory, 0, sizeof(jax_ep::cuda::ClockStamps));
   return static_cast<jax_ep::cuda::ClockStamps*>(memory);
 }
 

@@ -72,7 +72,7 @@ struct Group {
     for (int r = 0; r < num_ranks; ++r) {
       CHECK_CUDA(cudaStreamCreateWithFlags(&streams[r], cudaStreamNonBlocking));
       channels[r] = Allocate<cuda::Channel>(1);
-      CHECK_CUDA(cudaMemset(channels[r], 0, sizeof(cuda::Channel)));
+      FillDevice(channels[r], 0, sizeof(cuda::Channel));
       std::vector<cuda::Region> regions(size_t(num_ranks) * cuda::kMaxRegions);
       for (size_t i = 0; i < regions.size(); ++i) {
         constexpr uint64_t kSize = uint64_t{1} << cuda::kRegionShift;

@@ -176,7 +176,7 @@ void Time(const Shape& shape, PlanKernel kernel) {
   std::vector<double> us;
   for (int round = 0; round < kRounds; ++round) {
 #ifdef JAX_EP_CLOCK_STAMPS
-    CHECK_CUDA(cudaMemset(stamps, 0, sizeof(*stamps)));  // those of the last round stay
+    FillDevice(stamps, 0, sizeof(*stamps));  // those of the last round stay
     CHECK_CUDA(cudaDeviceSynchronize());
 #endif
     for (int r = 0; r < shape.R; ++r) {
@@ -242,7 +242,7 @@ void CheckFailures() {
     {  // although its peer does all that it waits for
       Group group(2, kLong);
       Case one(shape, group, 1, random);
-      CHECK_CUDA(cudaMemset(&group.params[0].peers[0]->failed, 1, 1));
+      FillDevice(&group.params[0].peers[0]->failed, 1, 1);
       CHECK_CUDA(cudaDeviceSynchronize());  // streams do not wait for it
       for (int r = 0; r < 2; ++r) one.Launch(r, 0, kernel);
       CHECK_CUDA(cudaDeviceSynchronize());
@@ -251,7 +251,7 @@ void CheckFailures() {
     {
       Group group(2, kLong);
       int32_t* coords = Allocate<int32_t>(2);
-      CHECK_CUDA(cudaMemset(coords, 0, 2 * sizeof(int32_t)));
+      FillDevice(coords, 0, 2 * sizeof(int32_t));
       CHECK_CUDA(cudaDeviceSynchronize());
       for (cuda::GroupParams& params : group.params) params.coords = coords;
       Case one(shape, group, 1, random);

@@ -51,7 +51,7 @@ void Reset(std::vector<Rank>& ranks) {
     std::vector<cuda::Region> regions(cuda::kMaxRanks * cuda::kMaxRegions);
     const size_t size = regions.size() * sizeof(regions[0]);
     CHECK_CUDA(cudaMemcpy(regions.data(), k.channel->regions, size, cudaMemcpyDeviceToHost));
-    CHECK_CUDA(cudaMemset(k.channel, 0, sizeof(cuda::Channel)));
+    FillDevice(k.channel, 0, sizeof(cuda::Channel));
     CHECK_CUDA(cudaMemcpy(k.channel->regions, regions.data(), size, cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaDeviceSynchronize());
     std::memset(k.error, 0, sizeof(*k.error));
@@ -142,7 +142,7 @@ void RaceForTheAddress(const Workload& w, std::vector<Rank>& ranks, uint64_t fir
   for (Rank& k : ranks) {
     rows.push_back(k.rows.FromDevice());
     SetEpoch(k, first_epoch + 2 + 65535);
-    CHECK_CUDA(cudaMemset(k.x.Of(0), 0x77, k.x.host.size()));
+    FillDevice(k.x.Of(0), 0x77, k.x.host.size());
     CHECK_CUDA(cudaDeviceSynchronize());
   }
   LaunchDispatches(w, ranks, 1);

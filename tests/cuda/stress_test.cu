@@ -136,7 +136,7 @@ template <typename T>
 T* Allocate(size_t count) {
   T* memory = nullptr;
   CHECK_CUDA(cudaMalloc(reinterpret_cast<void**>(&memory), count * sizeof(T)));
-  CHECK_CUDA(cudaMemset(memory, 0, count * sizeof(T)));
+  FillDevice(memory, 0, count * sizeof(T));
   return memory;
 }
 
@@ -232,7 +232,7 @@ int main(int argc, char** argv) {
     CheckY<<<1, 32, 0, k.stream>>>(nothing, 0, 0, k.y, k.wrong);
     CHECK_CUDA(cudaMemsetAsync(k.x, 0xff, 16, k.stream));
     CHECK_CUDA(cudaStreamSynchronize(k.stream));
-    CHECK_CUDA(cudaMemset(k.wrong, 0, 4 * sizeof(int)));
+    FillDevice(k.wrong, 0, 4 * sizeof(int));
   }
   const auto run = [&](int r) {
     Rank& k = ranks[r];
