@@ -133,7 +133,9 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   LoadFirstIds<kMaxK>(params, chunk, ids);
   const uint64_t epoch = BeginOp(p.group).epoch;
   StampClockAt(p.group, epoch, 0, launched);
-  ptx::LetNextBegin();
+  // Another kernel, such as one of XLA, which may be launched in this way too, would take SMs from
+  // the plans of ranks that share this GPU, and hold them until this plan ends.
+  if (p.is_followed) ptx::LetNextBegin();
   // The memory that other blocks write to is ready once all have passed the second half. The warp
   // that prepares it has nothing else to wait for yet.
   if (threadIdx.x < 32) {
