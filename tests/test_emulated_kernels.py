@@ -449,3 +449,8 @@ def test_failures_between_hosts(binaries: Binaries, arguments: str) -> None:
 def test_a_missing_wait_between_hosts_is_noticed(binaries: Binaries, mutation: int) -> None:
     arguments = "layout=expert tokens=60 blocks=1 steps=4 timeout=1"
     _expect_noticed(binaries / "network_test", arguments, mutation)
+
+
+def test_a_sum_that_does_not_wait_for_its_rows_is_noticed(binaries: Binaries) -> None:
+    arguments = "layout=expert op=combine tokens=60 blocks=1 steps=2 timeout=1"
+    _expect_noticed(binaries / "network_test", arguments, mutation=101)

@@ -50,6 +50,23 @@ def test_short_rows_fill_no_more_than_a_window():
     assert found == Traffic(puts=3, put_bytes=3 * 128 + 65 * 32, signals=6)
 
 
+@pytest.mark.parametrize(
+    ("lanes", "tokens", "puts"),
+    [
+        (1, 4096, 228),  # a chunk has room for 18 rows
+        (24, 4096, 256),  # 11 windows of 16 for a lane, 176 tokens; of 18 there would be 10, 180
+        (50, 4096, 293),  # 6 of 14, 84 tokens; of 18 there would be 5, 90
+        (24, 128, 22),  # all lanes have something
+        (24, 40, 14),  # but windows have at least three such rows
+    ],
+)
+def test_lanes_have_equal_shares(lanes, tokens, puts):
+    idx = np.zeros((tokens, 1), np.int32)
+    sizes = {"hosts": 2, "num_experts": 4, "row_bytes": 2 * 7168, "chunk_bytes": 1 << 18}
+    found = network_traffic.of_combine(idx, host=0, lanes=lanes, **sizes)
+    assert found == Traffic(puts, put_bytes=puts * 128 + tokens * 2 * 7168, signals=2 * puts)
+
+
 def test_plan():
     assert network_traffic.of_plan(50, 3) == Traffic(puts=1, put_bytes=300, signals=1)
 

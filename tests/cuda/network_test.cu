@@ -132,7 +132,8 @@ class Test {
 
   void Dispatch(int step) {
     const auto& w = w_;
-    Carry(traffic::DispatchRowBytes(w.H * (w.fp8 ? 1 : w.width), w.fp8 ? w.H / 128 : 0, w.K));
+    Carry(traffic::DispatchRowBytes(w.H * (w.fp8 ? 1 : w.width), w.fp8 ? w.H / 128 : 0, w.K),
+          shape_.num_hosts - 1);
     for (Rank& rank : ranks_) {
       w.Poison(rank.rows);
       Poison(rank.row_scales);
@@ -158,7 +159,7 @@ class Test {
         ranks_, [&](const Rank& k) { return CombineArgsOf(w, k, OnHost()); }, cpu::CombineWork);
     SumsOf(w, shape_.num_hosts, ranks_);
     const int row_bytes = traffic::CombineRowBytes(w.H * w.width, w.K);
-    Carry(row_bytes);
+    Carry(row_bytes, shape_.num_hosts - (shape_.host_ranks > 1 ? 0 : 1));
     expected_bytes_ -= NumDropped() * row_bytes;
     for (int r = 0; r < w.R; ++r) LaunchCombine(r);
     Finish("combine", step, ranks_);
@@ -173,7 +174,7 @@ class Test {
     RunOnCpu(
         ranks_, [&](const Rank& k) { return CombineVjpArgsOf(w, k, OnHost()); },
         cpu::CombineVjpWork);
-    Carry(traffic::DispatchRowBytes(w.H * w.width, 0, 0));
+    Carry(traffic::DispatchRowBytes(w.H * w.width, 0, 0), shape_.num_hosts - 1);
     for (Rank& rank : ranks_) {
       w.Poison(rank.d_rows);
       Poison(rank.d_weights);
@@ -214,14 +215,16 @@ class Test {
     return NetworkOf(ranks_, network_, shape_, r, op);
   }
 
-  // Counts the bytes of an op whose rows have `row_bytes` in a chunk.
-  void Carry(int row_bytes) {
+  // Counts the bytes of an op whose rows have `row_bytes` in a chunk, and whose blocks serve ways
+  // to so many hosts.
+  void Carry(int row_bytes, int num_hosts) {
+    const int num_lanes = cuda::Ways(shape_, num_hosts, w_.blocks).num_lanes;
     for (int r = 0; r < w_.R; ++r) {
       for (int h = 0; h < shape_.num_hosts; ++h) {
         if (!Crosses(w_, options_, shape_.num_hosts, r, h)) continue;
         const int64_t rows =
             traffic::Crossings(ranks_[r].topk.host.data(), w_.T, w_.K, w_.E / shape_.num_hosts, h);
-        expected_bytes_ += traffic::OfRows(shape_, w_.T, row_bytes, rows).put_bytes;
+        expected_bytes_ += traffic::OfRows(shape_, num_lanes, w_.T, row_bytes, rows).put_bytes;
       }
     }
   }

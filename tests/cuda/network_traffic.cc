@@ -27,10 +27,11 @@ extern "C" int CombineRowBytes(int row_bytes, int top_k) {
   return jax_ep::traffic::CombineRowBytes(row_bytes, top_k);
 }
 
-extern "C" void OfRows(int chunk_bytes, int num_tokens, int row_bytes, int64_t num_rows,
-                       int64_t* out) {
-  const jax_ep::cuda::NetworkShape shape{2, 1, 1, chunk_bytes};  // the chunk's size alone counts
-  Write(jax_ep::traffic::OfRows(shape, num_tokens, row_bytes, num_rows), out);
+// Of a group that uses so many lanes between two hosts.
+extern "C" void OfRows(int chunk_bytes, int num_lanes, int num_tokens, int row_bytes,
+                       int64_t num_rows, int64_t* out) {
+  const jax_ep::cuda::NetworkShape shape{2, 1, num_lanes, chunk_bytes};
+  Write(jax_ep::traffic::OfRows(shape, num_lanes, num_tokens, row_bytes, num_rows), out);
 }
 
 extern "C" void OfPlan(int num_tokens, int top_k, int64_t* out) {

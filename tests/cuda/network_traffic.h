@@ -46,9 +46,9 @@ inline int CombineRowBytes(int row_bytes, int top_k) {
 
 // An op that sends `num_rows` of `num_tokens`, each with `row_bytes` in its chunk. The counterpart
 // sends as many chunks, and gets a credit for each of them.
-inline Traffic OfRows(const cuda::NetworkShape& shape, int num_tokens, int row_bytes,
+inline Traffic OfRows(const cuda::NetworkShape& shape, int num_lanes, int num_tokens, int row_bytes,
                       int64_t num_rows) {
-  const int window = cuda::WindowTokens(shape, row_bytes);
+  const int window = cuda::WindowTokens(shape, row_bytes, num_tokens, num_lanes);
   const int64_t chunks = (num_tokens + window - 1) / window;
   const int64_t headers = chunks * static_cast<int64_t>(sizeof(cuda::ChunkHeader));
   return {chunks, headers + num_rows * row_bytes, 2 * chunks};

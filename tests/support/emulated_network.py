@@ -15,8 +15,14 @@ STEPS = [
     "layout=token hosts=3 ranks=6 blocks=4 lanes=1 tokens=101 hidden=16",
     "layout=expert hosts=3 ranks=6 capacity=64 tokens=60 blocks=3",
     "layout=expert hosts=2 ranks=2 tokens=0",
+    # Sums of many rows, and of many ranks of a host.
+    "layout=expert weighted=1 hosts=2 ranks=2 topk=32 experts=64 tokens=9 hidden=1032 chunk_kib=8",
+    "layout=expert hosts=2 ranks=8 topk=16 experts=32 tokens=13 hidden=40",
     "layout=expert hosts=2 ranks=4 tokens=20 capacity=240 keeps_unused=1",
     "layout=expert hosts=2 ranks=4 tokens=1 blocks=3 capacity=8",
+    # Windows with fewer rows than there is room for, so that lanes have equal shares; many of them.
+    "layout=expert dtype=f32 hosts=2 ranks=4 tokens=22 hidden=8192 chunk_kib=256 blocks=6 lanes=3",
+    "layout=expert hosts=2 ranks=4 tokens=300 experts=16 topk=4 hidden=8 chunk_kib=1 blocks=8 lanes=8",
     # Some or all hosts reach each other's memory.
     "layout=token direct=1 fp8=1 hidden=384",
     "layout=expert hosts=4 ranks=8 experts=32 tokens=21 direct=2 weighted=1",

@@ -67,12 +67,16 @@ def of_dispatch(
     num_experts: int,
     row_bytes: int,
     chunk_bytes: int,
+    lanes: int = 1,
 ) -> Traffic:
-    """The rows of a rank, with weights, for a host; ``choices`` are its ``[T, K]`` experts."""
+    """The rows of a rank, with weights, for a host; ``choices`` are its ``[T, K]`` experts.
+
+    ``lanes`` are those in use between two hosts; if rows are short, chunks do not depend on them.
+    """
     num_tokens, top_k = choices.shape
     in_chunk = _library().DispatchRowBytes(row_bytes, 0, top_k)
     rows = _crossings(choices, num_experts // hosts, host)
-    return _rows(chunk_bytes, num_tokens, in_chunk, rows)
+    return _rows(chunk_bytes, lanes, num_tokens, in_chunk, rows)
 
 
 def of_combine(
@@ -83,11 +87,12 @@ def of_combine(
     num_experts: int,
     row_bytes: int,
     chunk_bytes: int,
+    lanes: int = 1,
 ) -> Traffic:
     """The sums of a host for a rank of another one, if no row was dropped, and without values."""
     in_chunk = _library().CombineRowBytes(row_bytes, 0)
     rows = _crossings(choices, num_experts // hosts, host)
-    return _rows(chunk_bytes, len(choices), in_chunk, rows)
+    return _rows(chunk_bytes, lanes, len(choices), in_chunk, rows)
 
 
 def _crossings(choices: np.ndarray, experts_per_host: int, host: int) -> int:
@@ -96,7 +101,7 @@ def _crossings(choices: np.ndarray, experts_per_host: int, host: int) -> int:
     return _library().Crossings(pointer, *given.shape, experts_per_host, host)
 
 
-def _rows(chunk_bytes: int, num_tokens: int, row_bytes: int, num_rows: int) -> Traffic:
+def _rows(chunk_bytes: int, lanes: int, num_tokens: int, row_bytes: int, num_rows: int) -> Traffic:
     out = (ctypes.c_int64 * 3)()
-    _library().OfRows(chunk_bytes, num_tokens, row_bytes, ctypes.c_int64(num_rows), out)
+    _library().OfRows(chunk_bytes, lanes, num_tokens, row_bytes, ctypes.c_int64(num_rows), out)
     return Traffic(*out)

@@ -155,6 +155,33 @@ __device__ __forceinline__ T* MapShared(T* shared, uint32_t block) {
   return reinterpret_cast<T*>(address);
 }
 
+// Asynchronous copies ----------------------------------------------------------------------------
+
+// Tells the compiler, in a function that is not inlined, that this is shared memory.
+__device__ __forceinline__ void AssumeShared(const void* pointer) {
+  __builtin_assume(__isShared(pointer));
+}
+
+// Starts a copy of 16 bytes from global to shared memory, past the L1 cache, into this thread's
+// current group.
+__device__ __forceinline__ void CopyToShared16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending of this thread's groups, the last ones, are incomplete. This thread
+// then sees what the others have copied.
+template <int kPending>
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Asynchronous bulk copies -----------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {

@@ -73,13 +73,20 @@ __device__ inline bool WaitWord(const NetworkParams& network, const uint64_t* wo
 struct Way {
   int32_t host;
   int32_t lane;
+  int32_t num_lanes;
 
   // The `number`-th of `ways`. Hosts come in turn, beginning after `own_host`, so that not all
   // ranks send to the same host at once.
   __device__ Way(const Ways& ways, const NetworkParams& network, int32_t number)
       : host((network.host + 1 + number / ways.num_lanes) % network.shape.num_hosts),
-        lane(number % ways.num_lanes) {}
+        lane(number % ways.num_lanes),
+        num_lanes(ways.num_lanes) {}
 
+  __device__ int32_t NumWindows(int32_t num_tokens, int32_t tokens_per_window) const {
+    return cuda::NumWindows(num_tokens, tokens_per_window, lane, num_lanes);
+  }
+  // The `n`-th window.
+  __device__ int32_t Window(int32_t n) const { return lane + n * num_lanes; }
   __device__ SlotIndex Slot(int32_t n) const { return {host, lane, n % kChunkSlots}; }
 };
 
@@ -98,23 +105,21 @@ __device__ __forceinline__ bool ForEachWindow(const NetworkParams& network, cons
       const int32_t number = blockIdx.x + turn / turns * gridDim.x;
       if (number >= ways.count) break;
       const Way way(ways, network, number);
-      const Windows windows(num_tokens, window_tokens, way.lane, ways.num_lanes);
-      if (n >= windows.count) continue;
+      if (n >= way.NumWindows(num_tokens, window_tokens)) continue;
       if (TestStops(network.node.tag, n)) return false;
       more = true;
-      if (!do_window(way, turn, n, windows.first + n)) return false;
+      if (!do_window(way, turn, n, way.Window(n))) return false;
     }
   }
   return true;
 }
 
-// The word of the previous chunk in the slot of the `n`-th chunk, that of `window`. It is a word of
-// this op, or the one that an earlier op has left in `last`. `last` is not written before this
-// chunk.
+// The word of the previous chunk in the slot of the way's `n`-th chunk. It is a word of this op, or
+// the one that an earlier op has left in `last`. `last` is not written before this chunk.
 __device__ __forceinline__ uint64_t WordBefore(const NetworkParams& network, uint64_t epoch,
-                                               int32_t n, int32_t window, const uint64_t* last) {
+                                               const Way& way, int32_t n, const uint64_t* last) {
   return n < kChunkSlots ? ptx::LoadRelaxedSystem(last)
-                         : ChunkWord(epoch, network.node.tag, window - kChunkSlots);
+                         : ChunkWord(epoch, network.node.tag, way.Window(n - kChunkSlots));
 }
 
 // Sends the chunks of a way. A counterpart whose memory this device reaches needs no network:
@@ -124,15 +129,15 @@ class ChunkSender {
   __device__ ChunkSender(const NetworkParams& network, Way way, uint64_t epoch)
       : network_(network), way_(way), epoch_(epoch), to_(network.counterparts[way.host]) {}
 
-  // Waits until the slot of the way's `n`-th chunk, that of `window`, is free. All lanes of a warp;
-  // the same in all of them. Any warps of a block.
-  __device__ bool WaitSlot(int32_t n, int32_t window) const {
+  // Waits until the slot of the way's `n`-th chunk is free. All lanes of a warp; the same in all of
+  // them. Any warps of a block.
+  __device__ bool WaitSlot(int32_t n) const {
     bool ok = true;
     if (threadIdx.x % 32 == 0 && kMutation != kWithoutCredit) {
       const SlotIndex at = way_.Slot(n);
       const NetworkMemory own = network_.Own();
       const int32_t peer = network_.Peer(way_.host, network_.node.rank);
-      const uint64_t before = WordBefore(network_, epoch_, n, window, own.sent(at));
+      const uint64_t before = WordBefore(network_, epoch_, way_, n, own.sent(at));
       ok = WaitWord(network_, own.credit(at), before, WordKind::kCredit, peer);
     }
     return __shfl_sync(~0u, ok, 0);
@@ -212,8 +217,7 @@ __device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& w
   for (int32_t first = blockIdx.x; first < ways.count; first += 32 * stride) {
     const int32_t number = first + static_cast<int32_t>(threadIdx.x % 32) * stride;
     const Way way(ways, network, number);
-    const Windows windows(num_tokens, tokens_per_window, way.lane, ways.num_lanes);
-    const int32_t count = number < ways.count ? windows.count : 0;
+    const int32_t count = number < ways.count ? way.NumWindows(num_tokens, tokens_per_window) : 0;
     const int32_t counterpart = network.Peer(way.host, index);
     int32_t told = 0, read = 0;
     Deadline deadline;
@@ -227,7 +231,7 @@ __device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& w
       uint64_t expected = 0, seen = 0;
       if (told < count && told < read + kChunkSlots) {
         const SlotIndex at = way.Slot(told);
-        const uint64_t word = ChunkWord(epoch, network.node.tag, windows.first + told);
+        const uint64_t word = ChunkWord(epoch, network.node.tag, way.Window(told));
         uint64_t value;
         const Seen what = LookAt(own.arrived(at), word, value);
         if (what == Seen::kOther) {
@@ -249,7 +253,7 @@ __device__ inline bool ForwardChunks(const NetworkParams& network, const Ways& w
       }
       if (read < told) {
         const SlotIndex at = way.Slot(read);
-        const uint64_t word = ChunkWord(epoch, network.node.tag, windows.first + read);
+        const uint64_t word = ChunkWord(epoch, network.node.tag, way.Window(read));
         int32_t d = 0;
         for (; d < shape.host_ranks && kMutation != kWithoutDone; ++d) {
           uint64_t value;

@@ -21,9 +21,9 @@ namespace {
 
 using plan::Layout;
 
-constexpr int kWarps = 16;  // with 32, of half as many registers each, it is slower
+constexpr int kWarps = 16;  // with more, whose rings are shorter, it is slower
 constexpr int kThreads = kWarps * 32;
-constexpr int kMaxHomes = 9;  // warps
+constexpr int kRings = kWarps - 2;  // at least two teams have a warp that adds nothing
 
 // The warps of the teams. Homes move more bytes than adders.
 struct Teams {
@@ -36,13 +36,17 @@ struct Teams {
 
 // Shared memory of a block.
 struct CombineMemory {
+  char rings[kRings][kStreamRingBytes];
+  SumMember::Memory of_warp[kWarps];
   PeerInputs inputs;  // for WaitInputs, which gives nothing here
-  Term terms[kWarps][kMaxTerms];
-  Term hosts[kMaxHomes][kMaxHosts];
-  HostSum sums[kMaxHomes][kMaxWindow];
-  int32_t starts[kWarps][kMaxWindow];
   uint32_t done[kWarps];
 };
+
+// Writes the k-th value from lane k, if there are any.
+__device__ void StoreValues(uint32_t* values, int32_t top_k, uint32_t value) {
+  const int32_t k = threadIdx.x % 32;
+  if (values != nullptr && k < top_k) values[k] = value;
+}
 
 // Makers: this rank's sums for the other ranks of its host that the block's ways lead to.
 template <typename T, bool kWeighted>
@@ -52,19 +56,21 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
   const NetworkShape& shape = network.shape;
   const NetworkMemory own = network.Own();
   const SumRow format(p);
-  const int32_t window_tokens = WindowTokens(network.shape, format.bytes), lane = threadIdx.x % 32;
+  const int32_t window_tokens = ways.WindowTokens(shape, format.bytes, p.num_tokens);
+  const int32_t lane = threadIdx.x % 32;
   EntryCursors cursors;
   const auto make = [&](const Way& way, int32_t turn, int32_t n, int32_t window) {
     const int32_t index = (network.node.rank + turn) % shape.host_ranks;
     if (index == network.node.rank) return true;  // adders and homes read those rows
     const int32_t first = window * window_tokens;
-    const EntryRange entries = cursors.Find(p.routes, way.host * shape.host_ranks + index, turn,
-                                            first, first + window_tokens);
-    const WindowRows rows(p.routes, entries, first, self.starts);
+    const EntryRange entries =
+        cursors.Find(p.routes, p.num_tokens, way.host * shape.host_ranks + index, turn, first,
+                     first + window_tokens);
+    const WindowRows rows(p.routes, entries, first, self.memory->starts);
     const SlotIndex at = way.Slot(n);
     bool ok = true;
     if (lane == 0 && kMutation != kWithoutPartDone) {
-      const uint64_t before = WordBefore(network, epoch, n, window, own.part_sent(index, at));
+      const uint64_t before = WordBefore(network, epoch, way, n, own.part_sent(index, at));
       ok = WaitWord(network, own.part_done(index, at), before, WordKind::kPartDone, index);
     }
     if (!__shfl_sync(~0u, ok, 0)) return false;
@@ -74,10 +80,10 @@ __device__ bool MakeParts(const NetworkCombineParams& p, const Ways& ways, uint6
     for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_workers) {
       const int32_t bit = __shfl_sync(~0u, nth_bit, i);
       char* const sum = format.Of(part, rows.tokens(), bit);
-      const EntryRange of_token = rows.Of(bit);
-      TakeRows<kWeighted>(p, self, of_token, format.ValuesOf(sum));
-      AddTerms<T, kWeighted>(self.terms, of_token.end - of_token.begin, 0, p.row_bytes, sum);
-      __syncwarp();
+      SumTerms of_rank(self.memory->terms);
+      const uint32_t value = ListRows<kWeighted>(p, rows.Of(bit), of_rank);
+      StoreSum<T, kWeighted>(p, self, of_rank, sum);
+      StoreValues(format.ValuesOf(sum), p.top_k, value);
     }
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(part) = {rows.tokens()};
     if (self.IsTeller(network.node, ok) && lane == 0) {
@@ -122,7 +128,8 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
                          SumMember& self) {
   const NetworkParams& network = p.network;
   const SumRow format(p);
-  const int32_t window_tokens = WindowTokens(network.shape, format.bytes), lane = threadIdx.x % 32;
+  const int32_t window_tokens = ways.WindowTokens(network.shape, format.bytes, p.num_tokens);
+  const int32_t lane = threadIdx.x % 32;
   EntryCursors cursors;
   const auto send = [&](const Way& way, int32_t turn, int32_t n, int32_t window) {
     if (way.host == network.host) return true;  // homes read those parts
@@ -130,22 +137,26 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
     const SlotIndex at = way.Slot(n);
     const int32_t first = window * window_tokens;
     const int32_t counterpart = way.host * network.shape.host_ranks + network.node.rank;
-    const WindowRows rows(p.routes,
-                          cursors.Find(p.routes, counterpart, turn, first, first + window_tokens),
-                          first, self.starts);
+    const WindowRows rows(
+        p.routes,
+        cursors.Find(p.routes, p.num_tokens, counterpart, turn, first, first + window_tokens),
+        first, self.memory->starts);
     const ChunkSender sender(network, way, epoch);
     uint32_t tokens_of_lane;
     if (!WaitParts(network, at, word, rows.tokens(), tokens_of_lane)) return false;
-    if (!sender.WaitSlot(n, window)) return false;
+    if (!sender.WaitSlot(n)) return false;
     TestDelay(network.node.rank, epoch, 4, self.warp);
     const uint32_t tokens = __reduce_or_sync(~0u, tokens_of_lane);
     char* const chunk = sender.Memory(n);
     const int32_t num_tokens = __popc(tokens), nth_bit = PlaceOfNthBit(tokens);
-    const TokenSum<T, kWeighted, false> token_sum(p, format, self, rows, at, tokens_of_lane);
+    const WindowSums<T, kWeighted> sums(p, format, self, rows, at, tokens_of_lane);
     for (int32_t i = self.TakeShare(num_tokens); i < num_tokens; i += self.num_workers) {
       const int32_t bit = __shfl_sync(~0u, nth_bit, i);
       char* const sum = format.Of(chunk, tokens, bit);
-      token_sum.AddHere(bit, sum, format.ValuesOf(sum));
+      uint32_t value;
+      SumTerms here = sums.ListHere(bit, value);
+      sums.Store(here, sum);
+      StoreValues(format.ValuesOf(sum), p.top_k, value);
     }
     if (lane == 0 && self.warp == 0) *reinterpret_cast<ChunkHeader*>(chunk) = {tokens};
     bool ok = true;
@@ -159,6 +170,61 @@ __device__ bool SendSums(const NetworkCombineParams& p, const Ways& ways, uint64
   return ForEachWindow(network, ways, p.num_tokens, window_tokens, 1, send);
 }
 
+// The chunks of a window that come home from the other hosts. Each lane has those of two. By one
+// warp.
+class HostChunks {
+ public:
+  __device__ HostChunks(const NetworkParams& network, SlotIndex here, uint64_t word)
+      : network_(network), here_(here), word_(word) {}
+
+  // Whether all of them are there, or something else that Wait has to see.
+  __device__ bool AreHere() const {
+    bool are = true;
+    ForEach([&](int32_t, SlotIndex at) {
+      uint64_t seen;
+      are = are && LookAt(network_.Own().arrived(at), word_, seen) != Seen::kNot;
+    });
+    return __all_sync(~0u, are);
+  }
+
+  __device__ bool Wait() {
+    bool ok = true;
+    ForEach([&](int32_t i, SlotIndex at) {
+      if (kMutation != kWithoutHome) {
+        ok = ok && WaitWord(network_, network_.Own().arrived(at), word_, WordKind::kChunkArrived,
+                            network_.Peer(at.host, network_.node.rank));
+        if (ok) Accept(network_, at, word_);
+      }
+      if (ok) tokens_[i] = __ldcg(reinterpret_cast<const uint32_t*>(network_.Own().in(at)));
+    });
+    return __all_sync(~0u, ok);
+  }
+
+  // The row of the `bit`-th token from another host, or null. By lane host % 32, after Wait.
+  __device__ const char* RowOf(int32_t host, int32_t bit, const SumRow& format) const {
+    const uint32_t tokens = host < 32 ? tokens_[0] : tokens_[1];
+    if ((tokens >> bit & 1) == 0) return nullptr;
+    return format.Of(network_.Own().in({host, here_.lane, here_.slot}), tokens, bit);
+  }
+
+ private:
+  template <typename Visit>
+  __device__ __forceinline__ void ForEach(Visit&& visit) const {
+    static_assert(kMaxHosts == 64);
+#pragma unroll
+    for (int32_t i = 0; i < 2; ++i) {
+      const int32_t host = static_cast<int32_t>(threadIdx.x % 32) + 32 * i;
+      if (host >= network_.shape.num_hosts || host == network_.host) continue;
+      visit(i, SlotIndex{host, here_.lane, here_.slot});
+    }
+  }
+
+  const NetworkParams& network_;
+  SlotIndex here_;
+  uint64_t word_;
+  uint32_t tokens_[2] = {};
+};
+
 // Homes: this rank's tokens. The blocks that serve a lane share its windows.
 template <typename T, bool kWeighted>
 __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint64_t epoch,
@@ -167,7 +233,8 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
   const NetworkShape& shape = network.shape;
   const NetworkMemory own = network.Own();
   const SumRow format(p);
-  const int32_t window_tokens = WindowTokens(network.shape, format.bytes), lane = threadIdx.x % 32;
+  const int32_t window_tokens = ways.WindowTokens(shape, format.bytes, p.num_tokens);
+  const int32_t lane = threadIdx.x % 32;
   const int32_t num_shares = ways.count / ways.num_lanes;
   EntryCursors cursors;
   const auto add = [&](const Way& way, int32_t turn, int32_t n, int32_t window) {
@@ -177,56 +244,59 @@ __device__ bool AddAtHome(const NetworkCombineParams& p, const Ways& ways, uint6
     const uint64_t word = ChunkWord(epoch, network.node.tag, window);
     const SlotIndex here{network.host, way.lane, n % kChunkSlots};
     const int32_t this_rank = network.host * shape.host_ranks + network.node.rank;
-    const WindowRows rows(p.routes,
-                          cursors.Find(p.routes, this_rank, turn, first, first + window_tokens),
-                          first, self.starts);
+    const WindowRows rows(
+        p.routes,
+        cursors.Find(p.routes, p.num_tokens, this_rank, turn, first, first + window_tokens), first,
+        self.memory->starts);
     uint32_t tokens_of_lane;
     if (!WaitParts(network, here, word, rows.tokens(), tokens_of_lane)) return false;
     TestDelay(network.node.rank, epoch, 5, self.warp);
     const int32_t count = plan::Min(window_tokens, p.num_tokens - first);
-    const TokenSum<T, kWeighted, true> token_sum(p, format, self, rows, here, tokens_of_lane);
-    const auto values_of = [&](int64_t token) {
-      return p.values != nullptr ? reinterpret_cast<uint32_t*>(p.home) + token * p.top_k : nullptr;
-    };
-    // Each lane waits for some of the other hosts.
-    static_assert(kMaxHosts == 64);
-    uint32_t sent[2] = {};
-    bool ok = true;
-    const auto wait_hosts = [&] {
-#pragma unroll
-      for (int32_t i = 0; i < 2; ++i) {
-        const SlotIndex at{lane + 32 * i, way.lane, here.slot};
-        if (at.host >= shape.num_hosts || at.host == network.host) continue;
-        if (kMutation != kWithoutHome) {
-          ok = ok && WaitWord(network, own.arrived(at), word, WordKind::kChunkArrived,
-                              network.Peer(at.host, network.node.rank));
-          if (ok) Accept(network, at, word);
-        }
-        if (ok) sent[i] = __ldcg(reinterpret_cast<const uint32_t*>(own.in(at)));
-      }
-      return __all_sync(~0u, ok);
-    };
-    // Where there is much to add here, that comes first, while chunks of others are under way.
-    const bool adds_first = p.layout == Layout::kExpert;
-    if (!adds_first && !wait_hosts()) return false;
+    const WindowSums<T, kWeighted> sums(p, format, self, rows, here, tokens_of_lane);
+    HostChunks chunks(network, here, word);
     const int32_t first_bit = self.TakeShare(count);
-    for (int32_t bit = first_bit; bit < count; bit += self.num_workers) {
-      const int64_t token = first + bit;
-      const HostSum sum =
-          token_sum.AddHere(bit, static_cast<char*>(p.y) + token * p.row_bytes, values_of(token));
-      if (lane == 0) self.sums[bit] = sum;
+    const auto for_tokens = [&](auto&& visit) {
+      for (int32_t bit = first_bit; bit < count; bit += self.num_workers) {
+        const int64_t token = first + bit;
+        visit(bit, static_cast<char*>(p.y) + token * p.row_bytes,
+              p.home != nullptr ? reinterpret_cast<uint32_t*>(p.home) + token * p.top_k : nullptr);
+      }
+    };
+    const auto finish = [&](int32_t bit, SumTerms& sum, uint32_t value, char* y, uint32_t* values) {
+      sums.ListHosts(sum, value, [&](int32_t host) { return chunks.RowOf(host, bit, format); });
+      if (sum.row() != y) sums.Store(sum, y);
+      StoreValues(values, p.top_k, value);
+    };
+    if (p.layout == Layout::kToken || chunks.AreHere()) {
+      if (!chunks.Wait()) return false;
+      for_tokens([&](int32_t bit, char* y, uint32_t* values) {
+        uint32_t value;
+        SumTerms sum = sums.ListHere(bit, value);
+        finish(bit, sum, value, y, values);
+      });
+    } else {
+      // There is much to add here while chunks are under way.
+      for_tokens([&](int32_t bit, char* y, uint32_t* values) {
+        uint32_t value;
+        SumTerms sum = sums.ListHere(bit, value);
+        const char* row = sum.row();
+        if (row == nullptr && !sum.is_empty()) {
+          sums.Store(sum, y);
+          row = y;
+        }
+        StoreValues(values, p.top_k, value);
+        if (lane == 0) self.memory->sums[bit] = row;
+      });
+      __syncwarp();
+      if (!chunks.Wait()) return false;
+      for_tokens([&](int32_t bit, char* y, uint32_t* values) {
+        const uint32_t value = values != nullptr && lane < p.top_k ? values[lane] : 0;
+        SumTerms sum(self.memory->terms);
+        sum.BeginWith(self.memory->sums[bit]);
+        finish(bit, sum, value, y, values);
+      });
     }
-    __syncwarp();
-    if (adds_first && !wait_hosts()) return false;
-    for (int32_t bit = first_bit; bit < count; bit += self.num_workers) {
-      const int64_t token = first + bit;
-      token_sum.AddHosts(self.sums[bit], static_cast<char*>(p.y) + token * p.row_bytes,
-                         values_of(token), [&](int32_t host) -> const char* {
-                           const uint32_t of_host = host < 32 ? sent[0] : sent[1];
-                           if ((of_host >> bit & 1) == 0) return nullptr;
-                           return format.Of(own.in({host, way.lane, here.slot}), of_host, bit);
-                         });
-    }
+    bool ok = true;
     if (!self.IsTeller(network.node, ok)) return ok;
     TellPartsDone(network, here, word);
     for (int32_t host = lane; host < shape.num_hosts; host += 32) {
@@ -251,7 +321,7 @@ __device__ void Poison(const NetworkCombineParams& p) {
 }
 
 template <typename T, bool kWeighted>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     NetworkCombineKernel(const __grid_constant__ NetworkCombineParams p) {
   extern __shared__ __align__(16) char memory[];
   CombineMemory& shared = *reinterpret_cast<CombineMemory*>(memory);
@@ -267,10 +337,10 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t warp = threadIdx.x / 32, adders = teams.makers, homes = adders + teams.adders;
   const auto member_of = [&](int32_t first, int32_t num_warps) {
     SumMember self{TeamMember(warp - first, num_warps, shared.done + first, true)};
-    self.terms = shared.terms[warp];
-    self.hosts = shared.hosts[self.warp % kMaxHomes];
-    self.starts = shared.starts[warp];
-    self.sums = shared.sums[self.warp % kMaxHomes];
+    self.memory = &shared.of_warp[warp];
+    // The first warp of each team adds nothing.
+    const int32_t tellers = 1 + (first > 0) + (first > adders && adders > 0);
+    self.ring = shared.rings[plan::Min(max(warp - tellers, 0), kRings - 1)];
     return self;
   };
   if (!ok) {
@@ -306,8 +376,8 @@ cudaError_t LoadNetworkCombine() {
   for (const RowType type : {RowType::kFloat32, RowType::kBFloat16, RowType::kFloat16}) {
     for (const bool is_weighted : {false, true}) {
       const cudaError_t error = VisitKernel(type, is_weighted, [](auto* kernel) {
-        cudaFuncAttributes attributes;
-        return cudaFuncGetAttributes(&attributes, kernel);
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(sizeof(CombineMemory)));
       });
       if (error != cudaSuccess) return error;
     }
@@ -316,7 +386,7 @@ cudaError_t LoadNetworkCombine() {
 }
 
 bool FitsNetworkCombine(const NetworkCombineParams& params) {
-  return WindowTokens(params.network.shape, SumRow(params).bytes) > 0;
+  return MostWindowTokens(params.network.shape, SumRow(params).bytes) > 0;
 }
 
 cudaError_t LaunchNetworkCombine(const NetworkCombineParams& params, cudaStream_t stream) {

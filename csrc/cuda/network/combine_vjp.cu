@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
     pipe.Finish();
   } else if (ok) {
     ForwardChunks(p.network, ways, op.epoch, p.num_tokens,
-                  WindowTokens(p.network.shape, row_bytes));
+                  ways.WindowTokens(p.network.shape, row_bytes, p.num_tokens));
   }
   EndOp(node, op.epoch, [&] {
     if (threadIdx.x == 0) TellHosts(p.network);
@@ -235,7 +235,7 @@ cudaError_t LoadNetworkCombineVjp() {
 }
 
 bool FitsNetworkCombineVjp(const NetworkCombineVjpParams& params) {
-  return WindowTokens(params.network.shape, RowBytes(params)) > 0;
+  return MostWindowTokens(params.network.shape, RowBytes(params)) > 0;
 }
 
 cudaError_t LaunchNetworkCombineVjp(const NetworkCombineVjpParams& params, cudaStream_t stream) {

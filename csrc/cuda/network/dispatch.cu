@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
     pipe.Finish();
   } else if (ok) {
     ForwardChunks(p.network, ways, op.epoch, p.num_tokens,
-                  WindowTokens(p.network.shape, ChunkRow(p).bytes));
+                  ways.WindowTokens(p.network.shape, ChunkRow(p).bytes, p.num_tokens));
   }
   EndOp(node, op.epoch, [&] {
     if (threadIdx.x == 0) TellHosts(p.network);
@@ -251,7 +251,7 @@ cudaError_t LoadNetworkDispatch() {
 }
 
 bool FitsNetworkDispatch(const NetworkDispatchParams& params) {
-  return WindowTokens(params.network.shape, ChunkRow(params).bytes) > 0;
+  return MostWindowTokens(params.network.shape, ChunkRow(params).bytes) > 0;
 }
 
 cudaError_t LaunchNetworkDispatch(const NetworkDispatchParams& params, cudaStream_t stream) {

@@ -25,72 +25,64 @@ __device__ inline int32_t FirstEntry(const int32_t* tokens, int32_t begin, int32
   return begin;
 }
 
-// FirstEntry where it is likely among the next few: looks at 128 of them first.
-__device__ inline int32_t NextEntry(const int32_t* tokens, int32_t begin, int32_t end,
-                                    int32_t token) {
-  constexpr int kLooks = 4;
-  const int32_t lane = threadIdx.x % 32;
-  bool is_below[kLooks];
-#pragma unroll
-  for (int i = 0; i < kLooks; ++i) {
-    const int32_t at = begin + 32 * i + lane;
-    is_below[i] = at < end && tokens[at] < token;
-  }
-  int32_t num_below = 0;
-#pragma unroll
-  for (int i = 0; i < kLooks; ++i) num_below += __popc(__ballot_sync(~0u, is_below[i]));
-  begin += num_below;
-  return num_below < 32 * kLooks ? begin : FirstEntry(tokens, begin, end, token);
-}
-
 // Neighbouring entries of one source rank.
 struct EntryRange {
   int32_t begin, end;
 };
 
-// Where a warp is in the entries of each source rank, if it goes through their tokens in order. It
-// remembers 32 of them, one in each lane.
+// The entries from `begin` to `end` with tokens from `first` to before `last`, where both ends are
+// likely among the 192 from `from` on: looks at those first. By one warp.
+__device__ inline EntryRange EntriesNear(const int32_t* tokens, int32_t begin, int32_t end,
+                                         int32_t first, int32_t last, int32_t from) {
+  constexpr int kLooks = 6;
+  const int32_t lane = threadIdx.x % 32;
+  int32_t token[kLooks];
+#pragma unroll
+  for (int i = 0; i < kLooks; ++i) {
+    const int32_t at = from + 32 * i + lane;
+    token[i] = at < end ? tokens[at] : INT32_MAX;
+  }
+  int32_t before = 0, up_to = 0;
+#pragma unroll
+  for (int i = 0; i < kLooks; ++i) {
+    before += __popc(__ballot_sync(~0u, token[i] < first));
+    up_to += __popc(__ballot_sync(~0u, token[i] < last));
+  }
+  EntryRange range{from + before, from + up_to};
+  if (before == 0 && from > begin) range.begin = FirstEntry(tokens, begin, from, first);
+  if (before == 32 * kLooks) range.begin = FirstEntry(tokens, range.begin, end, first);
+  if (up_to == 0 && from > begin) range.end = FirstEntry(tokens, range.begin, from, last);
+  if (up_to == 32 * kLooks) range.end = FirstEntry(tokens, range.end, end, last);
+  return range;
+}
+
+// Where a warp is in the entries of each source rank, as it goes through windows of their tokens in
+// order. It remembers 32 of them, one in each lane.
 class EntryCursors {
  public:
-  // The entries of rank `source` with tokens from `first` to before `last`. `number` is the
-  // source's in this warp's order. By all lanes.
-  __device__ EntryRange Find(const NetworkRoutes& routes, int32_t source, int32_t number,
-                             int32_t first, int32_t last) {
-    const int32_t* const tokens = routes.recv_token;
+  // The entries of rank `source`, of all of its `num_tokens`, with tokens from `first` to before
+  // `last`. `number` is the source's in this warp's order. By all lanes.
+  __device__ EntryRange Find(const NetworkRoutes& routes, int32_t num_tokens, int32_t source,
+                             int32_t number, int32_t first, int32_t last) {
     const int32_t end = routes.recv_start[source + 1];
-    const bool is_known = number < 32 && __shfl_sync(~0u, token_, number % 32) >= 0;
-    const int32_t known = __shfl_sync(~0u, entry_, number % 32);
-    EntryRange range;
-    range.begin = is_known ? known : routes.recv_start[source];
-    if (!is_known || __shfl_sync(~0u, token_, number % 32) != first) {
-      range.begin = NextEntry(tokens, range.begin, end, first);
-    }
-    range.end = NextEntry(tokens, range.begin, end, last);
+    const bool is_known = number < 32;
+    const int32_t token = is_known ? __shfl_sync(~0u, token_, number) : 0;
+    int32_t begin = is_known ? __shfl_sync(~0u, entry_, number) : 0;
+    if (token == 0) begin = routes.recv_start[source];
+    // If each of the tokens that are left has as many entries as the others.
+    const int64_t left = end - begin;
+    const int32_t guess = static_cast<int32_t>(left * (first - token) / (num_tokens - token));
+    const int32_t from = begin + max(guess - kBeforeGuess, 0);
+    const EntryRange range = EntriesNear(routes.recv_token, begin, end, first, last, from);
     if (static_cast<int32_t>(threadIdx.x % 32) == number) entry_ = range.end, token_ = last;
     return range;
   }
 
  private:
-  int32_t token_ = -1, entry_ = 0;  // the entry is the source's first of this token or a later one
-};
+  static constexpr int32_t kBeforeGuess = 56;
 
-// The `number`-th of `count` shares of the entries from a source rank. All entries of a token are
-// in the same share.
-__device__ inline EntryRange ShareOfEntries(const NetworkRoutes& routes, int32_t source,
-                                            int32_t number, int32_t count) {
-  const int32_t* const tokens = routes.recv_token;
-  const int32_t first = routes.recv_start[source], last = routes.recv_start[source + 1];
-  const int32_t share = (last - first + count - 1) / count;
-  EntryRange range;
-  range.begin = plan::Min(first + share * number, last);
-  range.end = plan::Min(range.begin + share, last);
-  const auto is_cut = [&](int32_t at) {
-    return at > first && at < last && tokens[at] == tokens[at - 1];
-  };
-  while (is_cut(range.begin)) ++range.begin;
-  while (is_cut(range.end)) ++range.end;
-  return range;
-}
+  int32_t token_ = 0, entry_ = 0;  // the entry is the source's first of this token or a later one
+};
 
 // The first entries of a range, at most 32 and only whole tokens. That is always possible, because
 // no token has more than 32 rows on a rank. Each lane has one of them. By one warp.

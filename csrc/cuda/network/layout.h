@@ -145,29 +145,45 @@ struct alignas(128) ChunkHeader {
 };
 constexpr int kMaxWindow = 32;
 
-// The number of tokens of a window, so that a chunk has room for all of their rows. `row_bytes`
-// includes what goes with a row. 0 if a chunk has no room for a single row.
-JAX_EP_HOST_DEVICE int32_t WindowTokens(const NetworkShape& shape, int32_t row_bytes) {
+// The most tokens of a window, so that a chunk has room for all of their rows. `row_bytes` includes
+// what goes with a row. 0 if a chunk has no room for a single row.
+JAX_EP_HOST_DEVICE int32_t MostWindowTokens(const NetworkShape& shape, int32_t row_bytes) {
   const int32_t room = shape.chunk_bytes - static_cast<int32_t>(sizeof(ChunkHeader));
   const int32_t tokens = row_bytes == 0 ? kMaxWindow : room / row_bytes;
   return tokens < kMaxWindow ? tokens : kMaxWindow;
 }
 
-// The windows of a lane. They are neighbours, so that a reader goes through its sorted entries
-// once.
-struct Windows {
-  int32_t tokens;  // of each, but for the last one
-  int32_t first;   // of the lane
-  int32_t count;
-
-  JAX_EP_HOST_DEVICE Windows(int32_t num_tokens, int32_t tokens, int32_t lane, int32_t num_lanes)
-      : tokens(tokens) {
-    const int32_t total = (num_tokens + tokens - 1) / tokens;
-    const int32_t share = (total + num_lanes - 1) / num_lanes;
-    first = share * lane < total ? share * lane : total;
-    count = first + share < total ? share : total - first;
+// The number of tokens of a window: less than the most where the lanes' shares are more equal then.
+// But windows of a few rows would cost more than that saves.
+JAX_EP_HOST_DEVICE int32_t WindowTokens(const NetworkShape& shape, int32_t row_bytes,
+                                        int32_t num_tokens, int32_t num_lanes) {
+  constexpr int32_t kFewestBytes = 32 << 10, kMoreTurns = 4;
+  const auto divide = [](int32_t x, int32_t by) { return (x + by - 1) / by; };
+  const int32_t most = MostWindowTokens(shape, row_bytes);
+  if (most == 0 || row_bytes == 0) return most;
+  const int32_t fewest = divide(kFewestBytes, row_bytes);
+  // The largest share of a lane.
+  const auto share = [&](int32_t tokens) {
+    return divide(divide(num_tokens, tokens), num_lanes) * tokens;
+  };
+  const int32_t turns = divide(num_tokens, most * num_lanes);
+  int32_t best = most;
+  for (int32_t more = 0; more <= kMoreTurns && turns > 0; ++more) {
+    int32_t tokens = divide(num_tokens, (turns + more) * num_lanes);
+    if (tokens < fewest) tokens = fewest;
+    if (tokens < most && share(tokens) < share(best)) best = tokens;
   }
-};
+  return best;
+}
+
+// The number of windows that a lane has. Lanes take turns: the n-th window of a lane is
+// `lane + n * num_lanes`. So all blocks of all ranks are at about the same tokens, and the rows of
+// those are neighbours in each expert: few pages of memory are in use at a time.
+JAX_EP_HOST_DEVICE int32_t NumWindows(int32_t num_tokens, int32_t tokens_per_window, int32_t lane,
+                                      int32_t num_lanes) {
+  const int32_t total = (num_tokens + tokens_per_window - 1) / tokens_per_window;
+  return lane < total ? (total - lane - 1) / num_lanes + 1 : 0;
+}
 
 // The work of the blocks of a kernel between hosts. Each block serves some of the *ways*; a way is
 // a lane to a host. All ranks run the same number of blocks.
@@ -181,6 +197,10 @@ struct Ways {
     if (num_lanes > shape.num_lanes) num_lanes = shape.num_lanes;
     if (num_lanes < 1) num_lanes = 1;
     count = num_hosts * num_lanes;
+  }
+  JAX_EP_HOST_DEVICE int32_t WindowTokens(const NetworkShape& shape, int32_t row_bytes,
+                                          int32_t num_tokens) const {
+    return cuda::WindowTokens(shape, row_bytes, num_tokens, num_lanes);
   }
 };
 

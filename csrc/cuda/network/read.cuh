@@ -11,7 +11,7 @@
 namespace jax_ep::cuda {
 
 // A warp's share of the entries from the ranks of this host, in small steps: what it does while it
-// has to wait for chunks.
+// has to wait for chunks. Readers take turns, so that all of them are at about the same tokens.
 class HostEntries {
  public:
   // The `number`-th of `num_readers` shares.
@@ -24,28 +24,39 @@ class HostEntries {
   template <typename Bring>
   __device__ bool Step(Bring&& bring) {
     const int32_t host_ranks = network_.shape.host_ranks;
-    while (left_.begin >= left_.end) {
+    while (next_ >= end_) {
       if (num_begun_ == host_ranks) return false;
       // Beginning after this rank, so that not all read from the same one.
       index_ = (network_.node.rank + 1 + num_begun_++) % host_ranks;
-      left_ = ShareOfEntries(routes_, network_.host * host_ranks + index_, number_, num_readers_);
+      const int32_t source = network_.host * host_ranks + index_;
+      first_ = routes_.recv_start[source], end_ = routes_.recv_start[source + 1];
+      next_ = first_ + number_ * kStep;
     }
-    EntryRange now{left_.begin, plan::Min(left_.begin + kStep, left_.end)};
-    const int32_t* const tokens = routes_.recv_token;
-    while (now.end < left_.end && tokens[now.end] == tokens[now.end - 1]) ++now.end;
-    left_.begin = now.end;
+    const EntryRange now{StartOfToken(next_), StartOfToken(plan::Min(next_ + kStep, end_))};
+    next_ += num_readers_ * kStep;
     bring(index_, now);
     return true;
   }
 
  private:
-  static constexpr int kStep = 16;  // entries, or a few more, so that no token is cut
+  static constexpr int kStep = 16;  // entries, or a few more or less, so that no token is cut
+
+  // The first entry from `at` on that is the first of its token. By one warp.
+  __device__ int32_t StartOfToken(int32_t at) const {
+    const int32_t* const tokens = routes_.recv_token;
+    // A token has at most 32 entries.
+    const int32_t mine = at + static_cast<int32_t>(threadIdx.x % 32);
+    const bool is_first = mine == first_ || mine >= end_ || tokens[mine] != tokens[mine - 1];
+    const uint32_t firsts = __ballot_sync(~0u, is_first);
+    return firsts != 0 ? at + __ffs(static_cast<int>(firsts)) - 1 : plan::Min(at + 32, end_);
+  }
 
   const NetworkParams& network_;
   const NetworkRoutes& routes_;
   int32_t number_, num_readers_;
   int32_t num_begun_ = 0, index_ = 0;  // ranks
-  EntryRange left_{0, 0};              // of rank `index_`
+  // The entries of rank `index_`, and where this warp's next step among them is.
+  int32_t first_ = 0, end_ = 0, next_ = 0;
 };
 
 // The rows of a window's tokens in a chunk.
@@ -70,13 +81,14 @@ __device__ bool ReadChunks(const NetworkParams& network, const NetworkRoutes& ro
                            int32_t num_tokens, int32_t chunk_row_bytes, const Ways& ways,
                            uint64_t epoch, TeamMember& self, Bring&& bring, Meanwhile&& meanwhile) {
   const NetworkShape& shape = network.shape;
-  const int32_t window_tokens = WindowTokens(shape, chunk_row_bytes);
+  const int32_t window_tokens = ways.WindowTokens(shape, chunk_row_bytes, num_tokens);
   EntryCursors cursors;
   const auto read = [&](const Way& way, int32_t turn, int32_t n, int32_t window) {
     const int32_t index = (network.node.rank + turn) % shape.host_ranks;
     const int32_t source = way.host * shape.host_ranks + index;
     const int32_t first = window * window_tokens;
-    const EntryRange entries = cursors.Find(routes, source, turn, first, first + window_tokens);
+    const EntryRange entries =
+        cursors.Find(routes, num_tokens, source, turn, first, first + window_tokens);
     const ChunkReader chunks(network, way, index, epoch);
     while (!chunks.IsHere(n, window) && meanwhile()) {
     }

@@ -57,12 +57,13 @@ template <typename Add>
 __device__ bool SendRows(const NetworkParams& network, const SentRows& sent, const Ways& ways,
                          uint64_t epoch, TeamMember& self, Pipe& pipe, Add&& add) {
   const Pieces pieces(sent.row_bytes, pipe.stage_bytes());
-  const int32_t window_tokens = WindowTokens(network.shape, sent.chunk_row_bytes);
+  const int32_t window_tokens =
+      ways.WindowTokens(network.shape, sent.chunk_row_bytes, sent.num_tokens);
   const int32_t lane = threadIdx.x % 32;
   const auto send = [&](const Way& way, int32_t, int32_t n, int32_t window) {
     const ChunkSender sender(network, way, epoch);
     const int32_t first = window * window_tokens;
-    if (!sender.WaitSlot(n, window)) return false;
+    if (!sender.WaitSlot(n)) return false;
     TestDelay(network.node.rank, epoch, 3, self.warp);
     const int32_t count = plan::Min(window_tokens, sent.num_tokens - first);
     const uint32_t tokens = __ballot_sync(~0u, lane < count && sent.GoesTo(first + lane, way.host));

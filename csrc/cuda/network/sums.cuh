@@ -8,7 +8,7 @@
 #include "cuda/network/combine.h"
 #include "cuda/network/entries.cuh"
 #include "cuda/network/team.cuh"
-#include "cuda/rows/adder.cuh"
+#include "cuda/rows/streamed_sum.cuh"
 
 namespace jax_ep::cuda {
 
@@ -29,18 +29,17 @@ struct SumRow {
   }
 };
 
-// The sum of a token on this host, or a part or a row that is the same; null if it has none.
-struct HostSum {
-  const char* row;
-  bool has_values;  // whether the values of this host are where they have to be
-};
-
 // One warp of a team.
 struct SumMember : TeamMember {
-  Term* terms;      // [kMaxTerms]
-  Term* hosts;      // [kMaxHosts], of a home
-  int32_t* starts;  // [kMaxWindow]
-  HostSum* sums;    // [kMaxWindow], of a home: those of its own host
+  static constexpr int kMostTerms = kMaxTerms + kMaxRanks + kMaxHosts;
+  // What a warp has in shared memory, besides the ring of its sums.
+  struct Memory {
+    StreamTerm terms[kMostTerms];  // of one token at a time
+    const char* sums[kMaxWindow];  // of a home: those of its own host
+    int32_t starts[kMaxWindow];
+  };
+  Memory* memory;
+  char* ring;
 };
 
 // This rank's rows of the tokens of a window.
@@ -80,146 +79,129 @@ class WindowRows {
   uint32_t tokens_ = 0;
 };
 
-// Writes the values of this rank's rows of a token, of which each lane below `count` has one.
-__device__ inline void WriteValues(const NetworkCombineParams& p, int32_t row, int32_t count,
-                                   uint32_t* values) {
+// The values of this rank's rows of a token, the k-th in lane k; `row` is that of the lane's entry,
+// of which there are `count`.
+__device__ inline uint32_t ValuesOfRows(const NetworkCombineParams& p, int32_t row, int32_t count) {
   const int32_t lane = threadIdx.x % 32;
+  uint32_t value = 0;
   if (p.layout == plan::Layout::kExpert) {
-    for (int32_t k = lane; k < p.top_k; k += 32) values[k] = 0;
-    __syncwarp();
+    int32_t k = plan::kNone;
+    uint32_t of_row = 0;
     if (lane < count) {
-      const plan::Source source =
-          plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k);
-      values[source.k] = __float_as_uint(p.values[row]);
+      k = plan::DecodeSource(p.layout, p.recv_src[row], p.num_tokens, p.top_k).k;
+      of_row = __float_as_uint(p.values[row]);
+    }
+    for (int32_t i = 0; i < count; ++i) {
+      const uint32_t bits = __shfl_sync(~0u, of_row, i);
+      if (__shfl_sync(~0u, k, i) == lane) value = bits;
     }
   } else {
-    const int64_t of_row = int64_t{__shfl_sync(~0u, row, 0)} * p.top_k;
-    for (int32_t k = lane; k < p.top_k; k += 32) {
-      values[k] = p.expert_idx[of_row + k] >= 0 ? __float_as_uint(p.values[of_row + k]) : 0;
-    }
+    const int64_t at = int64_t{__shfl_sync(~0u, row, 0)} * p.top_k + lane;
+    if (lane < p.top_k && p.expert_idx[at] >= 0) value = __float_as_uint(p.values[at]);
   }
-  __syncwarp();
+  return value;
 }
 
-// Makes this rank's rows of a token the terms of a sum, and writes their values.
+// Lists this rank's rows of a token. Lane k gets the k-th of their values, if there are any.
 template <bool kWeighted>
-__device__ void TakeRows(const NetworkCombineParams& p, const SumMember& self, EntryRange entries,
-                         uint32_t* values) {
+__device__ uint32_t ListRows(const NetworkCombineParams& p, EntryRange entries, SumTerms& sum) {
   const int32_t lane = threadIdx.x % 32, count = entries.end - entries.begin;
   int32_t row = 0;
-  if (lane < count) {
-    row = p.routes.recv_row[entries.begin + lane];
+  if (lane < count) row = p.routes.recv_row[entries.begin + lane];
+  sum.Append(count, plan::kNone, kWeighted, [&](StreamTerm* terms, int32_t) {
+    if (lane >= count) return;
     const char* from = static_cast<const char*>(p.rows) + int64_t{row} * p.row_bytes;
-    self.terms[lane] = {from, kWeighted ? p.row_weights[row] : 1.0f};
-  }
-  __syncwarp();
-  if (values != nullptr) WriteValues(p, row, count, values);
+    terms[lane] = {from, kWeighted ? p.row_weights[row] : 1.0f, 0};
+  });
+  return p.values != nullptr ? ValuesOfRows(p, row, count) : 0;
 }
 
-// The sum of one of a window's tokens on this host, and then, for homes, of all hosts.
-//
-// A rank's sum is a part. This rank's own part is only made if there are others too; the lanes that
-// wrote it read it again.
-// A sum of one term is left out where a later sum has the term instead: that one begins with +0 as
-// well, so that it is the same.
-template <typename T, bool kWeighted, bool kAtHome>
-class TokenSum {
+// Stores a sum.
+template <typename T, bool kWeighted>
+__device__ void StoreSum(const NetworkCombineParams& p, const SumMember& self, SumTerms& sum,
+                         char* output) {
+  const int32_t count = sum.End();
+  StoreStreamedSum<T, kWeighted>(self.memory->terms, count, p.row_bytes, self.ring, output);
+  __syncwarp();
+}
+
+// The sums of a window's tokens: on this host, and then, for homes, of all hosts. Each lane has a
+// token's values for one k, as bits: each value is that of the one sum that has it, and zero in the
+// others.
+template <typename T, bool kWeighted>
+class WindowSums {
  public:
   // `tokens_of_lane`: lane d has those of rank d. `at` is where the parts are.
-  __device__ TokenSum(const NetworkCombineParams& p, const SumRow& format, const SumMember& self,
-                      const WindowRows& rows, SlotIndex at, uint32_t tokens_of_lane)
+  __device__ WindowSums(const NetworkCombineParams& p, const SumRow& format, const SumMember& self,
+                        const WindowRows& rows, SlotIndex at, uint32_t tokens_of_lane)
       : p_(p), format_(format), self_(self), rows_(rows), at_(at), tokens_(tokens_of_lane) {}
 
-  // Adds the rows of the `bit`-th token on this host. The sum goes to `sum`, unless it is left out,
-  // and its values to `values`, if there are any.
-  __device__ HostSum AddHere(int32_t bit, char* sum, uint32_t* values) const {
+  // Lists what the `bit`-th token has on this host.
+  __device__ SumTerms ListHere(int32_t bit, uint32_t& value) const {
     const NetworkParams& network = p_.network;
     const int32_t lane = threadIdx.x % 32, rank = network.node.rank;
-    const uint32_t have = __ballot_sync(~0u, tokens_ >> bit & 1);
-    const bool is_mine = (have >> rank & 1) != 0, is_alone = __popc(have) == 1;
-    char* const part = format_.Of(network.Own().part(rank, at_), rows_.tokens(), bit);
-    const char* mine = part;  // this rank's part, or a row that is the same
-    HostSum here{nullptr, false};
-#pragma unroll 1
-    for (int32_t step = kRows; step <= kParts; ++step) {
-      const Term* terms = self_.terms;
-      int32_t count = 0;
-      char* output = sum;
-      if (step == kRows) {
-        if (!is_mine) continue;
-        const EntryRange entries = rows_.Of(bit);
-        count = entries.end - entries.begin;
-        const bool is_row = !kWeighted && count == 1;
-        if (is_alone) {
-          TakeRows<kWeighted>(p_, self_, entries, values);
-          here = {kAtHome && is_row ? terms[0].row : sum, true};
-          if (here.row != sum) continue;
-        } else {
-          TakeRows<kWeighted>(p_, self_, entries, format_.ValuesOf(part));
-          output = part;
-          if (is_row && values == nullptr) mine = terms[0].row;
-          if (mine != part) continue;
-        }
-      } else {
-        if (have == 0 || (is_alone && is_mine)) continue;
-        __syncwarp();  // the terms are free
-        if ((have >> lane & 1) != 0) {
-          const char* row = mine;
-          if (lane != rank) row = format_.Of(network.Of(lane).part(rank, at_), tokens_, bit);
-          self_.terms[__popc(have & ((1u << lane) - 1))] = {row, 1.0f};
-        }
-        __syncwarp();
-        count = __popc(have), here = {sum, false};
-        if (kAtHome && is_alone) {
-          here.row = terms[0].row;
-          continue;
-        }
-        MergeValues(terms, count, values);
-        here.has_values = true;
-      }
-      AddTerms<T, kWeighted>(terms, count, 0, p_.row_bytes, output);
-      __syncwarp();
+    const uint32_t have = __ballot_sync(~0u, tokens_ >> bit & 1), others = have & ~(1u << rank);
+    const auto before = [&](int32_t i) { return __popc(others & ((1u << i) - 1)); };
+    SumTerms sum(self_.memory->terms);
+    value = 0;
+    if (others != have) value = ListRows<kWeighted>(p_, rows_.Of(bit), sum);
+    const char* part = nullptr;
+    if ((others >> lane & 1) != 0) {
+      part = format_.Of(network.Of(lane).part(rank, at_), tokens_, bit);
     }
-    return here;
+    sum.Append(__popc(others), before(rank), false, [&](StreamTerm* terms, int32_t skips) {
+      const int32_t i = before(lane);
+      if (part != nullptr) terms[i + (i >= skips)] = {part, 1.0f, 0};
+    });
+    MergeValues(part, value);
+    return sum;
   }
 
-  // Adds the sums of all hosts, of which `here` is that of this one. `host_row(h)` is that of
-  // another host, or null; called by lane h % 32.
+  // Lists the sums of all hosts; `sum` is that of this one. `host_row(h)` is that of another host,
+  // or null; called by lane h % 32.
   template <typename HostRow>
-  __device__ void AddHosts(HostSum here, char* sum, uint32_t* values, HostRow&& host_row) const {
-    const NetworkParams& network = p_.network;
-    const int32_t lane = threadIdx.x % 32;
-    int32_t count = 0;
-    for (int32_t first = 0; first < network.shape.num_hosts; first += 32) {
-      const int32_t host = first + lane;
-      const char* row = host == network.host ? here.row : nullptr;
-      if (host < network.shape.num_hosts && host != network.host) row = host_row(host);
-      const uint32_t sent = __ballot_sync(~0u, row != nullptr);
-      if (row != nullptr) self_.hosts[count + __popc(sent & ((1u << lane) - 1))] = {row, 1.0f};
-      count += __popc(sent);
+  __device__ void ListHosts(SumTerms& sum, uint32_t& value, HostRow&& host_row) const {
+    const int32_t lane = threadIdx.x % 32, own = p_.network.host;
+    const char* rows[2];
+    uint32_t sent[2];
+    static_assert(kMaxHosts == 64);
+#pragma unroll
+    for (int32_t i = 0; i < 2; ++i) {
+      const int32_t host = lane + 32 * i;
+      rows[i] = nullptr;
+      if (host < p_.network.shape.num_hosts && host != own) rows[i] = host_row(host);
+      sent[i] = __ballot_sync(~0u, rows[i] != nullptr);
     }
-    __syncwarp();
-    MergeValues(self_.hosts, count, values, here.has_values ? here.row : nullptr);
-    AddTerms<T, kWeighted>(self_.hosts, count, 0, p_.row_bytes, sum);
-    __syncwarp();
+    const uint32_t before_lane = (1u << lane) - 1, before_own = (1u << own % 32) - 1;
+    const int32_t link =
+        own < 32 ? __popc(sent[0] & before_own) : __popc(sent[0]) + __popc(sent[1] & before_own);
+    sum.Append(__popc(sent[0]) + __popc(sent[1]), link, false,
+               [&](StreamTerm* terms, int32_t skips) {
+#pragma unroll
+                 for (int32_t i = 0; i < 2; ++i) {
+                   const int32_t n = __popc(sent[i] & before_lane) + (i > 0 ? __popc(sent[0]) : 0);
+                   if (rows[i] != nullptr) terms[n + (n >= skips)] = {rows[i], 1.0f, 0};
+                 }
+               });
+#pragma unroll
+    for (int32_t i = 0; i < 2; ++i) MergeValues(rows[i], value);
+  }
+
+  // Stores the sum.
+  __device__ void Store(SumTerms& sum, char* output) const {
+    StoreSum<T, kWeighted>(p_, self_, sum, output);
   }
 
  private:
-  enum Step : int32_t { kRows, kParts };
-
-  // Values: each is that of the one term that has it, and zero in the others. Those of the term
-  // `known` are in `values` already.
-  __device__ void MergeValues(const Term* terms, int32_t count, uint32_t* values,
-                              const char* known = nullptr) const {
-    if (values == nullptr) return;
-    for (int32_t k = threadIdx.x % 32; k < p_.top_k; k += 32) {
-      uint32_t bits = known != nullptr ? values[k] : 0;
-      for (int32_t i = 0; i < count; ++i) {
-        const char* const row = terms[i].row;
-        if (row == known) continue;
-        bits |= __ldcg(reinterpret_cast<const uint32_t*>(row + format_.values_at) + k);
-      }
-      values[k] = bits;
+  // Adds the values of rows, of which each lane may have one.
+  __device__ void MergeValues(const char* row, uint32_t& value) const {
+    if (p_.values == nullptr) return;
+    const int32_t k = threadIdx.x % 32;
+    for (uint32_t left = __ballot_sync(~0u, row != nullptr); left != 0; left &= left - 1) {
+      const uint64_t address =
+          __shfl_sync(~0u, reinterpret_cast<uint64_t>(row), __ffs(static_cast<int>(left)) - 1);
+      const char* const values = reinterpret_cast<const char*>(address) + format_.values_at;
+      if (k < p_.top_k) value |= __ldcg(reinterpret_cast<const uint32_t*>(values) + k);
     }
   }
 

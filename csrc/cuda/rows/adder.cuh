@@ -27,14 +27,13 @@ struct alignas(16) Term {
   float factor;
 };
 
-// The sum of the channels of a vector. Without kWeighted, factors are not used.
+// The sums of the channels of vectors. Without kWeighted, factors are not used.
 template <typename T, bool kWeighted>
 class VectorSum {
  public:
-  __device__ __forceinline__ void Add(uint4 raw, const Term& term) {
+  __device__ __forceinline__ void Add(uint4 raw, float factor) {
     float channels[kChannels];
     Unpack<T>(raw, channels);
-    const float factor = kWeighted ? term.factor : 1.0f;
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) {
       sum_[j] = __fadd_rn(sum_[j], kWeighted ? __fmul_rn(channels[j], factor) : channels[j]);
@@ -64,7 +63,7 @@ __device__ __forceinline__ void AddStrips(const Term* terms, int32_t at, int32_t
   for (int s = 0; s < kStrips; ++s) {
     VectorSum<T, kWeighted> sum;
 #pragma unroll
-    for (int t = 0; t < kTerms; ++t) sum.Add(raw[t][s], terms[t]);
+    for (int t = 0; t < kTerms; ++t) sum.Add(raw[t][s], kWeighted ? terms[t].factor : 1.0f);
     if (kStrips > 1 || at < end) {
       *reinterpret_cast<uint4*>(output + at + s * kStripBytes) = sum.Rounded();
     }
@@ -109,7 +108,7 @@ __device__ __forceinline__ void AddMany(const Term* terms, int32_t count, int32_
       }
 #pragma unroll
       for (int t = 0; t < kAdderLoads; ++t) {
-        if (first + t < count) sum.Add(raw[t], terms[first + t]);
+        if (first + t < count) sum.Add(raw[t], kWeighted ? terms[first + t].factor : 1.0f);
       }
     }
     if (at < end) *reinterpret_cast<uint4*>(output + at) = sum.Rounded();

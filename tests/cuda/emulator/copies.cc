@@ -66,6 +66,11 @@ void CheckCopy(const void* shared, const void* global, uint32_t bytes) {
   }
 }
 
+Lane& CurrentLane() {
+  const uint32_t thread = CurrentThread();
+  return current_block->warps[thread / 32].lanes[thread % 32];
+}
+
 void Start(Copy copy) {
   copy.thread = CurrentThread();
   const uint32_t most = Random() % 8 == 0 ? 100 : 6;
@@ -94,6 +99,31 @@ bool TryWaitParity(uint64_t* word, uint32_t parity) {
   if (Load(word).phase != parity || Mutation() == kWithoutLoads) return true;
   Yield();
   return Load(word).phase != parity;
+}
+
+// The copy happens now, or as late as the thread's wait for it.
+void CopyToShared16(void* shared, const void* global) {
+  CheckShared(shared, 16);
+  CheckGlobal(global, 16, "an asynchronous copy");
+  const auto bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
+  if (bits % 16 != 0) Abort("an asynchronous copy of 16 bytes, %p to %p", global, shared);
+  if (Random() % 4 == 0) {
+    std::memcpy(shared, global, 16);
+    return;
+  }
+  std::memset(shared, 0xff, 16);
+  CurrentLane().small_copies.back().push_back(
+      {static_cast<char*>(shared), static_cast<const char*>(global)});
+}
+
+void CommitCopies() { CurrentLane().small_copies.emplace_back(); }
+
+void WaitCopies(size_t pending) {
+  auto& groups = CurrentLane().small_copies;
+  if (Mutation() == kWithoutLoads) return;
+  for (; groups.size() > pending + 1; groups.pop_front()) {
+    for (const SmallCopy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+  }
 }
 
 void BulkLoad(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -11,6 +12,12 @@
 
 namespace emulator {
 
+// 16 bytes on their way to shared memory.
+struct SmallCopy {
+  char* to;
+  const char* from;
+};
+
 struct Lane {
   StackPointer stack_pointer = nullptr;
   Stack stack;
@@ -18,8 +25,9 @@ struct Lane {
   Combine combine = nullptr;
   uint32_t mask = 0, argument = 0;
   uint64_t value = 0, result = 0;
-  uint32_t group = 0;          // of bulk copies, the current one
-  uint64_t cluster_phase = 0;  // that it has arrived at
+  uint32_t group = 0;                                   // of bulk copies, the current one
+  std::deque<std::vector<SmallCopy>> small_copies{{}};  // by group; the last is the current one
+  uint64_t cluster_phase = 0;                           // that it has arrived at
 };
 
 struct Warp {

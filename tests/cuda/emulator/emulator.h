@@ -95,6 +95,10 @@ void CheckGlobal(const void* pointer, size_t size, const char* what);
 void InitBarrier(uint64_t* barrier, uint32_t arrivals);
 void ArriveExpectBytes(uint64_t* barrier, uint32_t bytes);
 bool TryWaitParity(uint64_t* barrier, uint32_t parity);
+void CopyToShared16(void* shared, const void* global);
+void CommitCopies();
+void WaitCopies(size_t pending);
+
 void BulkLoad(void* shared, const void* global, uint32_t bytes, uint64_t* barrier);
 void BulkStore(void* global, const void* shared, uint32_t bytes);
 void CommitBulkGroup();

@@ -100,6 +100,17 @@ T* MapShared(T* shared, uint32_t block) {
   return static_cast<T*>(emulator::SharedOf(shared, block));
 }
 
+// Asynchronous copies ----------------------------------------------------------------------------
+
+inline void AssumeShared(const void*) {}
+using emulator::CommitCopies;
+using emulator::CopyToShared16;
+
+template <int kPending>
+void WaitCopies() {
+  emulator::WaitCopies(kPending);
+}
+
 // Asynchronous bulk copies -----------------------------------------------------------------------
 
 inline void FenceProxyAsyncGlobal() { emulator::SometimesYield(4); }
