@@ -6,6 +6,9 @@
 // told it that this is there. One of its blocks at least has to wait for the end, so that the end
 // of the later kernel is the end of both. Work before that kernel is done when the later one
 // begins, unless that kernel began early itself.
+//
+// XLA launches its own kernels so too. A kernel may only let the next one begin if that is ours:
+// where ranks share a GPU, blocks of any other could hold the SMs that a peer's kernel needs.
 #pragma once
 
 #include <cuda_runtime.h>
