@@ -46,6 +46,13 @@ class VectorSum {
   float sum_[kChannels] = {};
 };
 
+// Behind a sum's loads. With factors the compiler is short of registers, and would start some of
+// the loads only when others are added; it moves none across this.
+template <bool kWeighted>
+__device__ __forceinline__ void LoadsAreStarted() {
+  if (kWeighted) __syncwarp();
+}
+
 // kStrips strips of kTerms terms, from byte `at` on, which is each lane's own. Lanes past `end`
 // load what the last one does.
 template <typename T, bool kWeighted, int kTerms, int kStrips>
@@ -59,6 +66,7 @@ __device__ __forceinline__ void AddStrips(const Term* terms, int32_t at, int32_t
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) raw[t][s] = ptx::LoadCacheGlobal(row + s * kStripBytes);
   }
+  LoadsAreStarted<kWeighted>();
 #pragma unroll
   for (int s = 0; s < kStrips; ++s) {
     VectorSum<T, kWeighted> sum;
@@ -106,6 +114,7 @@ __device__ __forceinline__ void AddMany(const Term* terms, int32_t count, int32_
         const Term& term = terms[plan::Min(first + t, count - 1)];
         raw[t] = ptx::LoadCacheGlobal(term.row + plan::Min(at, end - 16));
       }
+      LoadsAreStarted<kWeighted>();
 #pragma unroll
       for (int t = 0; t < kAdderLoads; ++t) {
         if (first + t < count) sum.Add(raw[t], kWeighted ? terms[first + t].factor : 1.0f);
