@@ -13,6 +13,29 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def ptx_of(source: str, folder: pathlib.Path, *flags: str) -> str:
+    """What nvcc makes of a file of kernels."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("looks at what nvcc makes of a kernel, and there is no nvcc on the path")
+    ptx = folder / "kernel.ptx"
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-arch=compute_90a",
+        f"-I{ROOT / 'csrc'}",
+        *flags,
+        "-ptx",
+        "-o",
+        ptx,
+    ]
+    # Whoever only wants to know whether kernels compile may ask for less optimisation there.
+    environment = {name: value for name, value in os.environ.items() if "NVCC_" not in name}
+    path = ROOT / "csrc" / "cuda" / source
+    subprocess.run([*command, path], check=True, capture_output=True, env=environment)
+    return ptx.read_text()
+
+
 @pytest.mark.one_process("compiles")
 @pytest.mark.parametrize("source", ["decode/dispatch.cu", "node/dispatch.cu"])
 def test_nothing_lies_in_local_memory(source, tmp_path):
@@ -21,20 +44,27 @@ def test_nothing_lies_in_local_memory(source, tmp_path):
     So it was with the router of latency mode, whose counts are in shared memory, and with the
     deadlines of waits, which each turn of a wait read and wrote.
     """
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("looks at what nvcc makes of a kernel, and there is no nvcc on the path")
-    ptx = tmp_path / "kernel.ptx"
-    flags = ["-std=c++17", "-arch=compute_90a", f"-I{ROOT / 'csrc'}", "-ptx", "-o", ptx]
-    # Whoever only wants to know whether kernels compile may ask for less optimisation there.
-    environment = {name: value for name, value in os.environ.items() if "NVCC_" not in name}
-    path = ROOT / "csrc" / "cuda" / source
-    subprocess.run([nvcc, *flags, path], check=True, capture_output=True, env=environment)
-    text = ptx.read_text()
+    text = ptx_of(source, tmp_path)
     kernels = re.findall(r"\.entry (\w+)\((.*?)\n}", text, re.DOTALL)
     assert kernels and "__local_depot" not in text
     for name, body in kernels:
         assert not re.search(r"\batom\.add\.", body), f"{name} adds in generic memory"
+
+
+@pytest.mark.one_process("compiles")
+def test_streamed_sums_know_that_their_memory_is_shared(tmp_path):
+    """Where device code is linked, as with NVSHMEM, the compiler knows nothing of the callers of a
+    function that other files might call: it would read its ring by generic loads, which take longer,
+    with more registers than a kernel has.
+    """
+    stand_in = ROOT / "tests" / "cuda" / "without_nvshmem"
+    text = ptx_of("network/combine.cu", tmp_path, "-rdc=true", f"-I{stand_in}")
+    sums = re.findall(r"\.func\s+\w*StoreStreamedSum\w*\((.*?)\n}", text, re.DOTALL)
+    sums = [body for body in sums if "cp.async" in body]
+    assert len(sums) == 6  # three types of rows, with factors or without
+    for body in sums:
+        assert "ld.shared.v4" in body
+        assert not re.search(r"\bld\.(v\d\.)?[bufs]\d", body), "a generic load"
 
 
 def test_kernels_between_hosts_declare_the_alignment_that_a_linker_keeps():

@@ -157,11 +157,6 @@ __device__ __forceinline__ T* MapShared(T* shared, uint32_t block) {
 
 // Asynchronous copies ----------------------------------------------------------------------------
 
-// Tells the compiler, in a function that is not inlined, that this is shared memory.
-__device__ __forceinline__ void AssumeShared(const void* pointer) {
-  __builtin_assume(__isShared(pointer));
-}
-
 // Starts a copy of 16 bytes from global to shared memory, past the L1 cache, into this thread's
 // current group.
 __device__ __forceinline__ void CopyToShared16(void* shared, const void* global) {

@@ -105,8 +105,6 @@ constexpr int kStreamRingBytes = (kStreamAhead + 1) * kPieceBytes;
 template <typename T, bool kWeighted>
 static __device__ __noinline__ void StoreStreamedSum(const StreamTerm* terms, int32_t count,
                                                      int32_t bytes, char* ring, char* output) {
-  ptx::AssumeShared(terms);
-  ptx::AssumeShared(ring);
   const int32_t lane_at = threadIdx.x % 32 * 16;
   if (count == 0) {
 #pragma unroll 1

@@ -102,7 +102,6 @@ T* MapShared(T* shared, uint32_t block) {
 
 // Asynchronous copies ----------------------------------------------------------------------------
 
-inline void AssumeShared(const void*) {}
 using emulator::CommitCopies;
 using emulator::CopyToShared16;
 
